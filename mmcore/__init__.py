@@ -1,0 +1,1 @@
+"""Training core for vision-language models, on top of the fused ops of :mod:`mmkernels`."""
