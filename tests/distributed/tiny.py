@@ -18,8 +18,7 @@ class TwoTower(nn.Module):
         with torch.no_grad():
             for p in self.parameters():
                 if p.numel() > 1:
-                    p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-                    p.sub_(p - torch.randn(p.shape, generator=generator) * 0.3)
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
         self.to(dtype)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
