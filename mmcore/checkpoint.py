@@ -35,15 +35,10 @@ def describe(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, after forcing it to disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def step_folder(root: Path, step: int) -> Path:

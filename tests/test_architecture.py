@@ -84,4 +84,6 @@ def test_every_module_has_a_part() -> None:
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
 def test_files_stay_small(name: str, path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES, f"{name} has more than {MAX_LINES} lines: split it"
+    assert len(path.read_text().splitlines()) <= MAX_LINES, (
+        f"{name} has more than {MAX_LINES} lines: split it"
+    )

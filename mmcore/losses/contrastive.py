@@ -25,7 +25,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dgathered: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, dgathered: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         world_size, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
         if dist.get_backend(ctx.group) == "gloo":  # gloo has no reduce-scatter
             dgathered = dgathered.contiguous()
@@ -87,7 +87,7 @@ def global_contrastive_loss(
         raise ValueError(f"global_contrastive_loss: b must be {list(a.shape)} like a, got {list(b.shape)}")
     _check_even(a.shape[0], a.device, group)
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
-    all_b = _AllGather.apply(b, group)
+    all_b: Tensor = _AllGather.apply(b, group)  # pyright: ignore[reportAssignmentType]
     row_lse, col_lse, positive = contrastive_stats(a, all_b, logit_scale, offset=rank * a.shape[0])
     global_col_lse = _reduced_logsumexp(col_lse, group)
     share = torch.exp(col_lse.detach() - global_col_lse)  # [N] this rank's part of each column's softmax

@@ -199,7 +199,9 @@ def _loop(run: _Run, first: int) -> None:
         note = f"loss {values['loss']:.3f}  {rate:.0f} samples/s  {device_memory()}  {_shown(accuracy)}"
         run.metrics.advance(done, note)
         if done % options.log_every == 0 or done == run.total:
-            run.metrics.log(done, {**values, "samples_per_s": round(rate, 1), "epoch": batch.epoch}, note=note)
+            run.metrics.log(
+                done, {**values, "samples_per_s": round(rate, 1), "epoch": batch.epoch}, note=note
+            )
             step_time, seen = time.perf_counter(), 0
         if done % eval_every == 0 or done == run.total:
             accuracy = run.evaluate()
@@ -226,7 +228,9 @@ def train_clip(config: ClipConfig) -> Path:
     data = open_data(config.data, seed=config.run.seed)
     tokenizer = load_tokenizer(start.folder / "tokenizer")
     model = _make_model(config, start, tokenizer)
-    loader = data.train_loader(_loader_spec(config, model.config.vision.image_size, rank, world_size), tokenizer)
+    loader = data.train_loader(
+        _loader_spec(config, model.config.vision.image_size, rank, world_size), tokenizer
+    )
     first = 0
     if start.checkpoint is not None:
         first = read_state(start.checkpoint)["step"]
@@ -238,7 +242,7 @@ def train_clip(config: ClipConfig) -> Path:
         run = _Run(config, start.folder, engine, data, loader, tokenizer, metrics, total)
         metrics.say(
             f"training {config.model} ({sum(engine.numel(n) for n in engine.params) / 1e6:.1f} M parameters) on "
-            f"{data.name}: {data.num_train} pairs, {total - first} steps of {loader.global_batch} pairs, "
+            f"{data.name}: {data.num_train} pairs, {total - first} steps of {loader.spec.global_batch} pairs, "
             f"ZeRO {engine.stage}, {engine.precision}, {world_size} rank{'s' * (world_size > 1)}"
         )
         if first == 0:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mmcore.train.optim import AdamW
@@ -21,13 +20,16 @@ from mmcore.train.optim import AdamW
 Precision = Literal["fp32", "amp_bf16", "bf16"]
 
 KNOWN_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler "
-    "gradient_clipping zero_optimization bf16 fp16 torch_autocast amp data_types steps_per_print "
-    "wall_clock_breakdown memory_breakdown dump_state prescale_gradients gradient_predivide_factor "
-    "communication_data_type seq_parallel_communication_data_type sparse_gradients flops_profiler comms_logger "
-    "tensorboard wandb csv_monitor comet activation_checkpointing aio zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer checkpoint data_efficiency compression_training elasticity autotuning "
-    "gradient_accumulation_dtype timers disable_allgather use_data_before_expert_parallel_ compile".split()
+    (
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler "
+        "gradient_clipping zero_optimization bf16 fp16 torch_autocast amp data_types steps_per_print "
+        "wall_clock_breakdown memory_breakdown dump_state prescale_gradients gradient_predivide_factor "
+        "communication_data_type seq_parallel_communication_data_type sparse_gradients flops_profiler "
+        "comms_logger tensorboard wandb csv_monitor comet activation_checkpointing aio "
+        "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer checkpoint data_efficiency "
+        "compression_training elasticity autotuning gradient_accumulation_dtype timers disable_allgather "
+        "use_data_before_expert_parallel_ compile "
+    ).split()
 )
 
 
@@ -92,24 +94,35 @@ def _check_optimizer(theirs: dict[str, Any], optimizer: AdamW, file: Path | None
             elif key not in ("torch_adam", "adam_w_mode", "bias_correction"):
                 raise ValueError(f"{file}: optimizer.params.{key} is not a setting of AdamW")
     if theirs.pop("scheduler", None) is not None:
-        raise ValueError(f"{file}: remove 'scheduler', the schedule is set by --lr, --warmup and the run's length")
+        raise ValueError(
+            f"{file}: remove 'scheduler', the schedule is set by --lr, --warmup and the run's length"
+        )
 
 
 def _resolve_precision(config: EngineConfig, theirs: dict[str, Any], stage: int) -> Precision:
-    if theirs.pop("fp16", {}).get("enabled", False) is True or theirs.pop("amp", {}).get("enabled", False) is True:
-        raise ValueError(f"{config.deepspeed}: fp16 is not supported, use bf16 or torch_autocast with bfloat16")
+    if (
+        theirs.pop("fp16", {}).get("enabled", False) is True
+        or theirs.pop("amp", {}).get("enabled", False) is True
+    ):
+        raise ValueError(
+            f"{config.deepspeed}: fp16 is not supported, use bf16 or torch_autocast with bfloat16"
+        )
     said: Precision | None = None
     if theirs.pop("bf16", {}).get("enabled", "auto") is True:
         said = "bf16"
     autocast = theirs.pop("torch_autocast", {})
     if autocast.get("enabled", "auto") is True:
         if "float16" in str(autocast.get("dtype")) and "bfloat16" not in str(autocast.get("dtype")):
-            raise ValueError(f"{config.deepspeed}: torch_autocast.dtype must be bfloat16, got {autocast['dtype']!r}")
+            raise ValueError(
+                f"{config.deepspeed}: torch_autocast.dtype must be bfloat16, got {autocast['dtype']!r}"
+            )
         said = "amp_bf16"
     default: Precision = "amp_bf16" if torch.cuda.is_available() else "fp32"
     precision = _merge(said, config.precision, "--precision", config.deepspeed) or default
     if precision == "bf16" and stage == 0:
-        raise ValueError("--precision bf16 must run with --zero 1, 2 or 3 (fp32 master weights), got --zero 0")
+        raise ValueError(
+            "--precision bf16 must run with --zero 1, 2 or 3 (fp32 master weights), got --zero 0"
+        )
     return precision
 
 
@@ -172,7 +185,9 @@ def init_distributed() -> tuple[int, int]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     if not torch.cuda.is_available():
         # DeepSpeed would compile a shared-memory all-reduce at the first run; gloo serves without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -190,10 +205,10 @@ class Engine:
         self.precision = precision
         self.stage: int = config["zero_optimization"]["stage"]
         self.optimizer = optimizer
-        self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
-        self.params = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.params: dict[str, Any] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     def __call__(self, images: Tensor | None, *inputs: Tensor | None) -> Any:
         """The model's forward; images are cast to bf16 where the weights are bf16."""
@@ -228,7 +243,9 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:  # DeepSpeed reports no norm here; the gradients are reduced already
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None]))
+            norm = float(
+                torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+            )
             self._engine.step()
         else:
             self._engine.step()
@@ -250,7 +267,10 @@ class Engine:
             mapping = getattr(p, "_hp_mapping", None)
             if mapping is None:
                 return None
-            flat, start = zero.single_partition_of_fp32_groups[mapping.param_group_index], mapping.lp_fragment_address.start
+            flat, start = (
+                zero.single_partition_of_fp32_groups[mapping.param_group_index],
+                mapping.lp_fragment_address.start,
+            )
             offset, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
         if numel <= 0:
             return None

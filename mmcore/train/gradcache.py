@@ -26,9 +26,12 @@ def contrastive_backward(engine: Engine, images: Tensor, tokens: Tensor, accum: 
         [] the detached loss of the global batch.
     """
     if images.shape[0] % accum:
-        raise ValueError(f"contrastive_backward: the batch must be divisible by accum={accum}, got {images.shape[0]}")
+        raise ValueError(
+            f"contrastive_backward: the batch must be divisible by accum={accum}, got {images.shape[0]}"
+        )
     if accum == 1:
-        loss = global_contrastive_loss(*engine(images, tokens))
+        image, text, scale = engine(images, tokens)
+        loss = global_contrastive_loss(image, text, scale)
         engine.backward(loss)
         return loss.detach()
 
@@ -37,7 +40,7 @@ def contrastive_backward(engine: Engine, images: Tensor, tokens: Tensor, accum: 
         outputs = [engine(*m) for m in micro]
     leaves = [torch.cat([o[i] for o in outputs]).requires_grad_() for i in (0, 1)]
     scale = outputs[0][2].detach().requires_grad_()
-    loss = global_contrastive_loss(*leaves, scale)
+    loss = global_contrastive_loss(leaves[0], leaves[1], scale)
     d_image, d_text, d_scale = torch.autograd.grad(loss, [*leaves, scale])
     with engine.accumulate():
         for i, (m, di, dt) in enumerate(zip(micro, d_image.chunk(accum), d_text.chunk(accum), strict=True)):

@@ -48,7 +48,16 @@ class RunConfig:
     """Write TensorBoard event files too, into the run's folder."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "accum", "save_every", "keep", "eval_every", "log_every"):
+        for name in (
+            "epochs",
+            "steps",
+            "batch_size",
+            "accum",
+            "save_every",
+            "keep",
+            "eval_every",
+            "log_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -57,7 +66,9 @@ class RunConfig:
 
 
 # Settings that may differ between a run and its continuation, since they do not change what is computed.
-FREE_ON_RESUME = frozenset({"out", "resume", "save_every", "keep", "eval_every", "log_every", "tensorboard", "workers"})
+FREE_ON_RESUME = frozenset(
+    {"out", "resume", "save_every", "keep", "eval_every", "log_every", "tensorboard", "workers"}
+)
 FREE_ON_RESUME |= {"zero", "deepspeed", "batch_size", "accum", "stamps_dir", "activation_checkpointing"}
 
 
@@ -78,7 +89,9 @@ def open_run(recipe: str, run: RunConfig) -> Start:
     if run.resume is None:
         folder = run.out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
         if folder.exists():
-            raise ValueError(f"--out must be a new folder, got {folder}, which exists; --resume latest continues it")
+            raise ValueError(
+                f"--out must be a new folder, got {folder}, which exists; --resume latest continues it"
+            )
         return Start(folder, None)
     if run.resume == "latest":
         if run.out is None:
@@ -87,13 +100,17 @@ def open_run(recipe: str, run: RunConfig) -> Start:
         if not found:
             leftover = run.out / "config.json"
             if run.out.exists() and any(run.out.iterdir()) and not leftover.is_file():
-                raise ValueError(f"--out must be a run to resume or a new folder, got {run.out}, which is neither")
+                raise ValueError(
+                    f"--out must be a run to resume or a new folder, got {run.out}, which is neither"
+                )
             return Start(run.out, None)
         folder = checkpoint.step_folder(run.out / "checkpoints", found[-1])
     else:
         folder = Path(run.resume)
         if run.out is not None and run.out.resolve() != folder.resolve().parents[1]:
-            raise ValueError(f"--resume {folder} belongs to the run {folder.parents[1]}, but --out is {run.out}")
+            raise ValueError(
+                f"--resume {folder} belongs to the run {folder.parents[1]}, but --out is {run.out}"
+            )
     checkpoint.verify(folder)
     return Start(folder.parents[1], folder)
 
@@ -117,7 +134,9 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any], prefix: str = "")
 
 def device_memory() -> str:
     """Peak memory of this process, for the progress bar."""
-    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []:
+    for line in (
+        Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
+    ):
         if line.startswith("VmHWM"):
             return f"{int(line.split()[1]) / 2**20:.1f} GB"
     return "n/a"
@@ -139,7 +158,12 @@ class Metrics:
             checkpoint.write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self._file = self.path.open("a")
         self._board = _summary_writer(folder) if tensorboard else None
-        columns = [TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}")]
+        columns = [
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
         columns += [TextColumn("ETA"), TimeRemainingColumn()]
         console = Console(stderr=True)
         self._bar = Progress(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal)

@@ -32,7 +32,9 @@ def _shards(engine: Engine) -> list[list[str]]:
     return shards
 
 
-def save_state(engine: Engine, root: Path, step: int, run_state: dict[str, Any], loader: Any, *, keep: int) -> Path:
+def save_state(
+    engine: Engine, root: Path, step: int, run_state: dict[str, Any], loader: Any, *, keep: int
+) -> Path:
     """Saves everything that a resumed run needs. A collective: every rank calls it.
 
     Args:

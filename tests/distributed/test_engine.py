@@ -44,7 +44,9 @@ def farthest(state: dict, truth: dict, key: str) -> float:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     folder = tmp_path_factory.mktemp("engine")
-    settings = [{"id": f"zero{z}-accum{a}", "zero": z, "accum": a, "steps": STEPS} for z in range(4) for a in (1, 2)]
+    settings = [
+        {"id": f"zero{z}-accum{a}", "zero": z, "accum": a, "steps": STEPS} for z in range(4) for a in (1, 2)
+    ]
     settings += [{"id": f"bf16-zero{z}", "zero": z, "precision": "bf16", "steps": STEPS} for z in (1, 2, 3)]
     settings += [{"id": "amp-zero1", "zero": 1, "precision": "amp_bf16", "steps": STEPS}]
     return folder, run_ranks("worker_engine", 2, folder, runs=settings)

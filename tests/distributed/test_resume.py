@@ -32,7 +32,9 @@ def state(folder: Path, run: str) -> dict:
     return torch.load(folder / f"{run}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["fp32-zero0", "fp32-zero1", "fp32-zero2", "fp32-zero3", "bf16-zero1", "bf16-zero3"])
+@pytest.mark.parametrize(
+    "name", ["fp32-zero0", "fp32-zero1", "fp32-zero2", "fp32-zero3", "bf16-zero1", "bf16-zero3"]
+)
 def test_resumed_run_is_bit_equal_to_an_unbroken_one(saved, name):
     folder, results = saved
     assert results[0][f"{name}-resumed"]["losses"] == results[0][f"{name}-whole"]["losses"][HALF:]
@@ -47,7 +49,12 @@ def elsewhere(saved):
     """Each stage's checkpoint, continued by one process at another stage."""
     folder, _ = saved
     runs = [
-        {"id": f"{a}-to-{b}", "zero": b, "steps": WHOLE, "resume": str(folder / f"fp32-zero{a}/step-{HALF:08d}")}
+        {
+            "id": f"{a}-to-{b}",
+            "zero": b,
+            "steps": WHOLE,
+            "resume": str(folder / f"fp32-zero{a}/step-{HALF:08d}"),
+        }
         for a, b in [(0, 3), (1, 1), (2, 2), (3, 3), (3, 0), (1, 2)]
     ]
     return run_ranks("worker_engine", 1, folder / "elsewhere", runs=runs)
@@ -61,7 +68,10 @@ def test_checkpoint_moves_to_another_stage_and_number_of_ranks(saved, elsewhere,
     whole, moved = state(folder, f"fp32-zero{move[0]}-whole"), state(folder / "elsewhere", move)
     for key in ("weight", "ema"):
         for parameter, value in whole[key].items():
-            assert (value - moved[key][parameter]).abs().max() < 1e-4, (key, parameter)  # 1 % of a step, lr = 1e-2
+            assert (value - moved[key][parameter]).abs().max() < 1e-4, (
+                key,
+                parameter,
+            )  # 1 % of a step, lr = 1e-2
 
 
 def test_checkpoint_holds_only_json_and_safetensors_and_verifies(saved):

@@ -18,7 +18,9 @@ from tests.distributed import tiny
 OPTIM = OptimConfig(lr=1e-2, ema=0.99)
 
 
-def make_engine(zero: int, precision: str, batch_size: int, folder: str | None, **extra: float) -> tuple[Engine, int]:
+def make_engine(
+    zero: int, precision: str, batch_size: int, folder: str | None, **extra: float
+) -> tuple[Engine, int]:
     model, start = tiny.TwoTower(), 0
     if folder:
         model.load_state_dict(dict(checkpoint.tensors(Path(folder), "weight")))
