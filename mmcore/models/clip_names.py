@@ -196,7 +196,6 @@ def hf_config(config: CLIPConfig) -> dict[str, Any]:
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.context_length,
             "eos_token_id": eos,
-            "pad_token_id": 0,
         },
         "vision_config": {
             "model_type": "clip_vision_model",
