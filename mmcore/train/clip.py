@@ -72,7 +72,7 @@ def _make_tokenizer(config: ClipConfig, start: Start, data: PairData) -> Tokeniz
     shape = clip_config(config.model).text
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer, context_length=shape.context_length)
-    return train_tokenizer(data.captions(), vocab_size=shape.vocab_size, context_length=shape.context_length)
+    return train_tokenizer(list(data.captions()), vocab_size=shape.vocab_size, context_length=shape.context_length)
 
 
 def _prepare_folder(config: ClipConfig, world_size: int) -> Start:
