@@ -116,7 +116,7 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator)
             top = int(rng.integers(0, height - crop_h + 1))
             break
     else:
-        # An elongated image has no such crop: the largest centred one of allowed aspect.
+        # An elongated image has no such crop; it gets the largest centred one.
         ratio = min(max(width / height, _CROP_RATIO[0]), _CROP_RATIO[1])
         crop_w = max(1, min(width, round(height * ratio)))
         crop_h = max(1, min(height, round(width / ratio)))

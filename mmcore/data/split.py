@@ -41,9 +41,9 @@ def split_pairs(
             held_out += group
     if not held_out:
         raise ValueError(
-            f"data: val_fraction={val_fraction:g} must leave room for a group of pairs with a common "
-            f"image or caption, but the smallest has {min(map(len, groups))} of {n} pairs; set val_fraction=0 or give "
-            "other held-out data"
+            f"data: val_fraction={val_fraction:g} must leave room for a group of pairs with a common image "
+            f"or caption, but the smallest has {min(map(len, groups))} of {n} pairs; set val_fraction=0 or "
+            "give other held-out data"
         )
     chosen = set(held_out)
     return [i for i in range(n) if i not in chosen], sorted(held_out)

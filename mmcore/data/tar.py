@@ -5,10 +5,10 @@ from __future__ import annotations
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
@@ -16,16 +16,37 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from mmcore.data.broken import BrokenRecord
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIX = "txt"
 MAX_MEMBER_BYTES = 64 << 20
 """Larger members of a tar are refused unread."""
 
 _REFUSED = "refused-"
+# The parameter of `fromtarfile` has the module's name.
+_ReadError = tarfile.ReadError
+_HEADER_CUT_OFF = (
+    tarfile.EmptyHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+    tarfile.TruncatedHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+)
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 Sample = dict[str, Any]
 """A group of members with one key: `__key__`, `__url__`, and bytes by lower-case suffix."""
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header that does not take the end of the file for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """The next header; raises ReadError where the file ends before the archive's end mark."""
+        try:
+            return super().fromtarfile(tarfile)
+        except _HEADER_CUT_OFF as error:
+            raise _ReadError(f"unexpected end of file ({error})") from None
 
 
 def is_remote(url: str) -> bool:
@@ -90,32 +111,49 @@ def sample_id(sample: Sample) -> str:
 
 
 def _members(urls: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """Members in webdataset's form ({fname, data, __url__}, {} at a shard's end), refused ones as markers."""
+    """Members of shards in webdataset's form: {fname, data, __url__}, and {} at the end of a shard."""
     for url in urls:
-        num_refused = 0
-        names: set[str] = set()
-        with closing(gopen(url)) as stream:
+        complete = False
+        with ExitStack() as stack:
             try:
-                with tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|*") as tar:
-                    for member in tar:
-                        # tarfile keeps every header it has seen, which grows with the shard.
-                        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                        if member.isdir() or _is_meta(member.name):
-                            continue
-                        reason = _refusal(member, names)
-                        if reason is None:
-                            file = tar.extractfile(member)
-                            assert file is not None
-                            yield {"fname": member.name, "data": file.read(), "__url__": url}
-                        else:
-                            num_refused += 1
-                            key = base_plus_ext(member.name)[0] or "(member)"
-                            name = f"{key}.{_REFUSED}{num_refused}"
-                            yield {"fname": name, "data": reason.encode(), "__url__": url}
+                stream = gopen(url)
+                stack.callback(_close_quietly, stream)
+                yield from _tar_members(cast(BinaryIO, stream), url)
+                # Closing a pipe tells whether its command succeeded.
+                stream.close()
+                complete = True
             except _TAR_ERRORS:
-                yield {}
-                yield {"fname": f"(shard).{_REFUSED}0", "data": b"damaged tar", "__url__": url}
+                pass
+        if not complete:
+            yield {}
+            yield {"fname": f"(shard).{_REFUSED}0", "data": b"damaged tar", "__url__": url}
         yield {}
+
+
+def _close_quietly(stream: Any) -> None:
+    with suppress(OSError):
+        stream.close()
+
+
+def _tar_members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
+    """Members of one shard; in place of a refused one stands a member that holds the reason."""
+    num_refused = 0
+    names: set[str] = set()
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+        for member in tar:
+            # tarfile keeps every header it has seen, which grows with the shard.
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+            if member.isdir() or _is_meta(member.name):
+                continue
+            reason = _refusal(member, names)
+            if reason is None:
+                file = tar.extractfile(member)
+                assert file is not None
+                yield {"fname": member.name, "data": file.read(), "__url__": url}
+            else:
+                num_refused += 1
+                key = base_plus_ext(member.name)[0] or "(member)"
+                yield {"fname": f"{key}.{_REFUSED}{num_refused}", "data": reason.encode(), "__url__": url}
 
 
 def _is_meta(name: str) -> bool:
@@ -177,7 +215,7 @@ def index_shard(shard: str) -> list[IndexedPair]:
     names: set[str] = set()
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
-        with tarfile.open(shard, mode="r:") as tar:
+        with tarfile.open(shard, mode="r:", tarinfo=_StrictTarInfo) as tar:
             for member in tar:
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 key, suffix = base_plus_ext(member.name)
