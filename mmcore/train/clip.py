@@ -21,7 +21,7 @@ from mmcore.models.clip_weights import load_clip
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
 from mmcore.train.gradcache import contrastive_backward
 from mmcore.train.optim import AdamW, OptimConfig, clip_param_groups, cosine_lr
-from mmcore.train.run import Metrics, RunConfig, Start, check_settings, device_memory, open_run
+from mmcore.train.run import Metrics, RunConfig, Start, check_settings, open_run, peak_memory
 from mmcore.train.state import read_loader, read_state, restore_engine, save_state
 
 T = TypeVar("T")
@@ -72,7 +72,9 @@ def _make_tokenizer(config: ClipConfig, start: Start, data: PairData) -> Tokeniz
     shape = clip_config(config.model).text
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer, context_length=shape.context_length)
-    return train_tokenizer(list(data.captions()), vocab_size=shape.vocab_size, context_length=shape.context_length)
+    return train_tokenizer(
+        list(data.captions()), vocab_size=shape.vocab_size, context_length=shape.context_length
+    )
 
 
 def _prepare_folder(config: ClipConfig, world_size: int) -> Start:
@@ -159,7 +161,8 @@ class _Run:
         engine, optim = self.engine, self.config.optim
         warmup = min(optim.warmup, max(1, self.total // 10))
         lr = cosine_lr(step, peak=optim.lr, warmup=warmup, total=self.total)
-        images, tokens = batch.images.to(engine.device), batch.tokens.to(engine.device)
+        longest = int(batch.tokens.any(dim=0).nonzero().max()) + 1  # what follows is padding in every caption
+        images, tokens = batch.images.to(engine.device), batch.tokens[:, :longest].to(engine.device)
         loss = contrastive_backward(engine, images, tokens, self.config.run.accum).item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
@@ -174,12 +177,15 @@ class _Run:
         if self.data.val is None:
             return {}
         with self.engine.eval():
-            return evaluate_clip(self.engine, self.tokenizer, self.data, device=self.engine.device)
+            size = self.loader.spec.image_size
+            return evaluate_clip(
+                self.engine, self.tokenizer, self.data, image_size=size, device=self.engine.device
+            )
 
 
 def _loop(run: _Run, first: int) -> None:
     """Steps `first` to the last, with logs, evaluations and checkpoints on the way."""
-    options, step_time, seen = run.config.run, time.perf_counter(), 0
+    options, began, seen = run.config.run, time.perf_counter(), 0
     eval_every = options.eval_every or max(1, run.total // 10)
     save_every = options.save_every or run.loader.steps_per_epoch
     batches = iter(run.loader)
@@ -195,25 +201,25 @@ def _loop(run: _Run, first: int) -> None:
             ) from None
         done = step + 1
         seen += len(batch.ids) * dist.get_world_size()
-        rate = seen / (time.perf_counter() - step_time)
-        note = f"loss {values['loss']:.3f}  {rate:.0f} samples/s  {device_memory()}  {_shown(accuracy)}"
+        rate = seen / (time.perf_counter() - began)
+        last, new = done == run.total, {}
+        if last or done % eval_every == 0:
+            new = run.evaluate()
+            accuracy = new or accuracy
+        note = f"loss {values['loss']:.3f}  {rate:.0f} samples/s  {peak_memory()}  {_shown(accuracy)}"
         run.metrics.advance(done, note)
-        if done % options.log_every == 0 or done == run.total:
-            run.metrics.log(
-                done, {**values, "samples_per_s": round(rate, 1), "epoch": batch.epoch}, note=note
-            )
-            step_time, seen = time.perf_counter(), 0
-        if done % eval_every == 0 or done == run.total:
-            accuracy = run.evaluate()
-            run.metrics.log(done, {f"eval/{k}": v for k, v in accuracy.items()})
-            step_time, seen = time.perf_counter(), 0
-        if done % save_every == 0 or done == run.total:
+        if last or new or done % options.log_every == 0:
+            measured = {f"eval/{k}": v for k, v in new.items()}
+            record = {**values, "samples_per_s": round(rate, 1), "epoch": batch.epoch, **measured}
+            run.metrics.log(done, record, note=note)
+            began, seen = time.perf_counter(), 0
+        if last or done % save_every == 0:
             run.save(done)
-            step_time, seen = time.perf_counter(), 0
+            began, seen = time.perf_counter(), 0
 
 
 def _shown(accuracy: dict[str, float]) -> str:
-    return "  ".join(f"{k} {v:.1f} %" for k, v in list(accuracy.items())[:1])
+    return "  ".join(f"{k} {100 * v:.1f} %" for k, v in list(accuracy.items())[:1])
 
 
 def train_clip(config: ClipConfig) -> Path:

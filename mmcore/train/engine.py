@@ -1,6 +1,7 @@
 """DeepSpeed, and the only file that imports it: one engine for ZeRO stages 0 to 3 on CPU and GPU."""
 
 import json
+import logging
 import math
 import os
 import socket
@@ -13,9 +14,12 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from mmcore.train.optim import AdamW
+
+deepspeed_logger.setLevel(logging.ERROR)  # it warns of a client optimizer, which is what is meant here
 
 Precision = Literal["fp32", "amp_bf16", "bf16"]
 

@@ -7,6 +7,7 @@ import sys
 import torch.distributed as dist
 import tyro
 
+from mmcore.errors import complain
 from mmcore.train.clip import ClipConfig, train_clip
 
 
@@ -35,12 +36,3 @@ def main(arguments: list[str]) -> None:
     if dist.is_initialized():
         os._exit(code)
     sys.exit(code)
-
-
-def complain(error: Exception, code: int) -> int:
-    """Prints a mistake in one sentence (MMCORE_DEBUG=1 shows the traceback) and returns the exit code."""
-    if os.environ.get("MMCORE_DEBUG"):
-        raise error
-    rank = os.environ.get("RANK", "0")
-    print(f"mmcore: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-    return code

@@ -3,8 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -132,7 +130,7 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any], prefix: str = "")
         raise ValueError(f"{flag} must be {old!r} as in the run that is resumed, got {new!r}")
 
 
-def device_memory() -> str:
+def peak_memory() -> str:
     """Peak memory of this process, for the progress bar."""
     for line in (
         Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
@@ -218,12 +216,3 @@ def _summary_writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (optional: imported only when asked for)
 
     return SummaryWriter(str(folder / "tensorboard"))
-
-
-@contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """Yields a list that holds the block's seconds once it has ended."""
-    taken: list[float] = []
-    began = time.perf_counter()
-    yield taken
-    taken.append(time.perf_counter() - began)
