@@ -36,8 +36,7 @@ def wrong_above_best(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each query, how many wrong candidates stand above its best right one; ties count against it.
 
-    So a model that gives one embedding to everything scores 0, not 1. The rank of the best right answer is this
-    count plus 1.
+    So a model that gives one embedding to everything scores 0, not 1.
 
     Args:
         queries: [Q, E]; scored by the inner product in float32.
