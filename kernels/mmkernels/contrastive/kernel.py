@@ -1,0 +1,359 @@
+"""Contrastive statistics and their gradient in Triton: logits are recomputed tile by tile and never stored
+whole.
+
+Pass 1 reads each tile once for both directions: row sums stay in registers, column sums go to a row of
+partials that the program owns. Pass 2 writes dL/dS for a chunk of rows and leaves the two products to the
+GEMM library.
+"""
+
+# triton types neither a launch nor cdiv
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.contrastive.blockwise import Stats, coefficients, grad_total, log_sum_exp, mean_cosine
+from mmkernels.contrastive.launch import MAX_PROGRAMS, chunk_rows, input_precision, launch_config
+
+# dL/dS is stored in the operands' dtype, its largest possible entry moved here: float16 then keeps 28 binades
+# below it.
+GRAD_CEILING = 2.0**14
+
+
+@triton.jit
+def _dot_tile(
+    a_ptr,
+    b_ptr,
+    stride_am,
+    stride_ad,
+    stride_bn,
+    stride_bd,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    D,
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Rows `offs_m` of a times rows `offs_n` of b, in float32; rows outside give zero."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am + offs_d.to(tl.int64)[None, :] * stride_ad
+    b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn + offs_d.to(tl.int64)[:, None] * stride_bd
+    acc = tl.zeros([offs_m.shape[0], offs_n.shape[0]], dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        mask_d = start_d + offs_d < D
+        a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_d[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        a_ptrs += BLOCK_D * stride_ad
+        b_ptrs += BLOCK_D * stride_bd
+    return acc
+
+
+@triton.jit
+def _contrastive_fwd_kernel(
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    row_max_ptr,  # [splits, M]
+    row_sum_ptr,
+    col_max_ptr,  # [programs, N]
+    col_sum_ptr,
+    positive_ptr,  # [M]
+    stride_am,
+    stride_ad,
+    stride_bn,
+    stride_bd,
+    M,
+    N,
+    D,
+    offset,
+    cols_per_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    first_n = pid_n * cols_per_split
+    last_n = tl.minimum(first_n + cols_per_split, N)
+    row_base = pid_n.to(tl.int64) * M
+    col_base = pid_m.to(tl.int64) * N
+    for start_m in range(pid_m * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for start_n in range(first_n, last_n, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            acc = _dot_tile(
+                a_ptr,
+                b_ptr,
+                stride_am,
+                stride_ad,
+                stride_bn,
+                stride_bd,
+                offs_m,
+                offs_n,
+                M,
+                N,
+                D,
+                BLOCK_D,
+                INPUT_PRECISION,
+            )
+            logits = acc * scale
+
+            of_row = tl.where(mask_n[None, :], logits, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(of_row, 1))
+            row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(of_row - new_max[:, None]), 1)
+            row_max = new_max
+
+            # the program's own column sums: what it stored one row tile ago, nothing before its first
+            seen = mask_n & (start_m >= tl.num_programs(0) * BLOCK_M)
+            old_max = tl.load(col_max_ptr + col_base + offs_n, mask=seen, other=float("-inf"))
+            old_sum = tl.load(col_sum_ptr + col_base + offs_n, mask=seen, other=0.0)
+            of_col = tl.where(mask_m[:, None], logits, float("-inf"))
+            new_max = tl.maximum(old_max, tl.max(of_col, 0))
+            col_sum = old_sum * tl.exp(old_max - new_max) + tl.sum(tl.exp(of_col - new_max[None, :]), 0)
+            # no thread may overwrite a sum that another has still to read, nor read one not yet written
+            tl.debug_barrier()
+            tl.store(col_max_ptr + col_base + offs_n, new_max, mask=mask_n)
+            tl.store(col_sum_ptr + col_base + offs_n, col_sum, mask=mask_n)
+            tl.debug_barrier()
+
+            if (start_m + offset < start_n + BLOCK_N) & (start_n < start_m + offset + BLOCK_M):
+                is_positive = offs_n[None, :] == offs_m[:, None] + offset
+                found = mask_m & (offs_m + offset >= start_n) & (offs_m + offset < start_n + BLOCK_N)
+                tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_positive, logits, 0.0), 1), mask=found)
+        tl.store(row_max_ptr + row_base + offs_m, row_max, mask=mask_m)
+        tl.store(row_sum_ptr + row_base + offs_m, row_sum, mask=mask_m)
+
+
+@triton.jit
+def _contrastive_bwd_kernel(
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    row_lse_ptr,
+    col_lse_ptr,
+    row_coef_ptr,
+    col_coef_ptr,
+    positive_coef_ptr,
+    center_ptr,
+    grad_ptr,  # [chunk, N]
+    dscale_ptr,  # one for each program
+    stride_am,
+    stride_ad,
+    stride_bn,
+    stride_bd,
+    M,
+    N,
+    D,
+    offset,
+    HAS_GRAD: tl.constexpr,
+    HAS_DSCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    acc = _dot_tile(
+        a_ptr,
+        b_ptr,
+        stride_am,
+        stride_ad,
+        stride_bn,
+        stride_bd,
+        offs_m,
+        offs_n,
+        M,
+        N,
+        D,
+        BLOCK_D,
+        INPUT_PRECISION,
+    )
+    logits = acc * scale
+    row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=0.0)
+    row_coef = tl.load(row_coef_ptr + offs_m, mask=mask_m, other=0.0)
+    grad = tl.exp(logits - row_lse[:, None]) * row_coef[:, None]
+    col_lse = tl.load(col_lse_ptr + offs_n, mask=mask_n, other=0.0)
+    col_coef = tl.load(col_coef_ptr + offs_n, mask=mask_n, other=0.0)
+    grad += tl.exp(logits - col_lse[None, :]) * col_coef[None, :]
+    inside = mask_m[:, None] & mask_n[None, :]
+    is_positive = offs_n[None, :] == offs_m[:, None] + offset
+    if HAS_GRAD:
+        grad_ptrs = grad_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        # the positive's share is added in float32 by the caller
+        stored = tl.where(is_positive, 0.0, grad).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptrs, stored, mask=inside)
+    if HAS_DSCALE:
+        positive_coef = tl.load(positive_coef_ptr + offs_m, mask=mask_m, other=0.0)
+        grad = tl.where(is_positive, positive_coef[:, None], grad)
+        partial = tl.sum(tl.sum(tl.where(inside, grad * (acc - tl.load(center_ptr)), 0.0), 1), 0)
+        tl.store(dscale_ptr + pid_m * tl.num_programs(1) + pid_n, partial)
+
+
+def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
+    """Row and column log-sum-exp and the positives of `scale * a b^T`, then the two sums' rounding errors."""
+    (num_rows, width), num_cols = a.shape, b.shape[0]
+    config = launch_config("fwd", a)
+    a, b = _operand(a), _operand(b)
+    programs = min(triton.cdiv(num_rows, config.block_m), MAX_PROGRAMS)
+    col_tiles = triton.cdiv(num_cols, config.block_n)
+    # few rows alone would leave processors idle: cut the columns as well
+    tiles_per_split = triton.cdiv(col_tiles, min(max(MAX_PROGRAMS // max(programs, 1), 1), col_tiles))
+    splits = triton.cdiv(col_tiles, tiles_per_split)
+    of_rows = a.new_empty(2, splits, num_rows, dtype=torch.float32)
+    of_cols = a.new_empty(2, programs, num_cols, dtype=torch.float32)
+    positive = a.new_empty(num_rows, dtype=torch.float32)
+    if num_rows:
+        _contrastive_fwd_kernel[(programs, splits)](
+            a,
+            b,
+            scale,
+            *of_rows,
+            *of_cols,
+            positive,
+            *a.stride(),
+            *b.stride(),
+            num_rows,
+            num_cols,
+            width,
+            offset,
+            tiles_per_split * config.block_n,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
+            INPUT_PRECISION=input_precision(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    row_lse, row_rest = _combine(*of_rows)
+    col_lse, col_rest = _combine(*of_cols)
+    return row_lse, col_lse, positive, row_rest, col_rest
+
+
+def contrastive_bwd(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    stats: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    offset: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `a` (in its dtype), `b` and `scale` (in float32), those that `needs` asks for."""
+    needs_a, needs_b, needs_scale = needs
+    num_rows, num_cols = a.shape[0], b.shape[0]
+    row_coef, col_coef, positive_coef = coefficients(stats, grads, offset)
+    coef = positive_coef[:, None]
+    ceiling = row_coef.abs().amax() + col_coef.abs().amax() if num_rows else coef.new_ones(())
+    unit = GRAD_CEILING / ceiling.clamp(1e-30)
+    chunk = max(min(chunk_rows(num_cols, a.element_size()), num_rows), 1)
+    grad = a.new_empty(chunk if needs_a or needs_b else 0, num_cols)
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else None
+    db = b.new_zeros(b.shape, dtype=torch.float32) if needs_b else None
+    center, dscale = mean_cosine(a, b), []
+    for first in range(0, num_rows, chunk):
+        rows = slice(first, first + chunk)
+        dscale.append(
+            _grad_chunk(
+                a[rows],
+                b,
+                scale,
+                (stats[0][rows], stats[1]),
+                (row_coef[rows] * unit, col_coef * unit, positive_coef[rows] * unit, center),
+                first + offset,
+                grad,
+                needs_scale,
+            )
+        )
+        part = grad[: len(a[rows])]
+        if da is not None:
+            product = _matmul(part, b).div_(unit)
+            product.addcmul_(b[first + offset : first + offset + len(part)].float(), coef[rows])
+            da[rows] = product.mul_(scale)
+        if db is not None:
+            db.add_(_matmul(part.T, a[rows]))
+    of_positives = slice(offset, offset + num_rows)
+    if db is not None:
+        db.div_(unit)[of_positives].addcmul_(a.float(), coef)
+        db.mul_(scale)
+    if not needs_scale:
+        return da, db, None
+    of_tiles = torch.cat([*dscale, coef.new_zeros(1)]).sum() / unit
+    return da, db, of_tiles + center * grad_total(grads)
+
+
+def _grad_chunk(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    lses: tuple[Tensor, Tensor],
+    coefs: tuple[Tensor, ...],
+    offset: int,
+    out: Tensor,
+    needs_scale: bool,
+) -> Tensor:
+    """Write dL/dS of the rows `a`, zero at the positives, into `out`; returns partials of the scale's."""
+    config = launch_config("bwd", a)
+    grid = (triton.cdiv(a.shape[0], config.block_m), triton.cdiv(b.shape[0], config.block_n))
+    a, b = _operand(a), _operand(b)
+    dscale = a.new_empty(grid[0] * grid[1] if needs_scale else 0, dtype=torch.float32)
+    _contrastive_bwd_kernel[grid](
+        a,
+        b,
+        scale,
+        *lses,
+        *coefs,
+        out,
+        dscale,
+        *a.stride(),
+        *b.stride(),
+        a.shape[0],
+        b.shape[0],
+        a.shape[1],
+        offset,
+        HAS_GRAD=out.numel() > 0,
+        HAS_DSCALE=needs_scale,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=config.block_d,
+        INPUT_PRECISION=input_precision(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dscale
+
+
+def _operand(x: Tensor) -> Tensor:
+    """`x` for a kernel: the interpreter would multiply bfloat16 as raw bits, so there it is widened."""
+    return x if x.is_cuda or x.dtype != torch.bfloat16 else x.float()
+
+
+def _combine(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp, -inf if of nothing, and its rounding error, from partial (max, sum) along dimension 0."""
+    if not len(maxima):
+        return log_sum_exp(maxima.new_full(maxima.shape[1:], -torch.inf), sums.sum(0))
+    largest = maxima.amax(0)
+    return log_sum_exp(largest, sums.mul_(maxima.sub_(largest).exp_()).sum(0))
+
+
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    """`x @ y` accumulated and returned in float32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()

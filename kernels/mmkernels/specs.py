@@ -1,0 +1,6 @@
+"""Every enrolled op: what the contract test runs and what bench times."""
+
+from mmkernels._spec import OpSpec
+from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
+
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE,)

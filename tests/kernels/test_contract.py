@@ -1,0 +1,155 @@
+"""The contract of every enrolled op, on each of its paths.
+
+On the CPU this file holds the blockwise path to it, and under TRITON_INTERPRET=1 (see test_interpreted.py)
+the Triton kernels; on a CUDA device it holds the compiled kernels to it.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton import knobs
+
+import mmkernels.contrastive.blockwise as blockwise
+from mmkernels._contract import cast_inputs, check, evaluate
+from mmkernels._spec import OpSpec, Shape, shape_id
+from mmkernels.specs import SPECS
+
+# the interpreter takes milliseconds a tile, and float64 is not for it
+INTERPRETED = knobs.runtime.interpret
+SEEDS = range(4) if INTERPRETED else range(8)
+EXAMPLES = 4 if INTERPRETED else 20
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blockwise path's tiles as small as the interpreter's, so that small shapes cross their edges."""
+    monkeypatch.setattr(blockwise, "TILE", 32)
+
+
+def last_shape(spec: OpSpec) -> Shape:
+    return spec.shapes[-1]
+
+
+def every_other(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x.new_full(x.shape, torch.nan)], -1)[..., 0]
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.mT.contiguous().mT if x.ndim == 2 else x
+
+
+def broadcast(x: torch.Tensor) -> torch.Tensor:
+    return x[:, :1].expand(x.shape) if x.ndim == 2 else x
+
+
+def bit_equal(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> bool:
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        pytest.param(spec, shape, id=f"{spec.name}-{shape_id(shape)}")
+        for spec in SPECS
+        for shape in spec.shapes
+    ],
+)
+def test_values_and_gradients_are_as_near_to_float64_as_the_reference(
+    spec: OpSpec, shape: Shape, device: str
+) -> None:
+    dtypes = spec.dtypes if INTERPRETED else (*spec.dtypes, torch.float64)
+    for case, dtype in itertools.product(spec.cases, dtypes):
+        check(spec, shape, case, dtype, device, SEEDS)
+
+
+@each_spec
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_shapes_of_any_size_obey_the_bound(spec: OpSpec, data: st.DataObject) -> None:
+    rows, extra, width = (data.draw(st.integers(low, 70)) for low in (1, 0, 1))
+    sizes = {"B": rows, "M": rows, "N": rows + extra, "D": width, "offset": data.draw(st.integers(0, extra))}
+    shape = {axis: sizes[axis] for axis in last_shape(spec)}
+    case, dtype = data.draw(st.sampled_from(spec.cases)), data.draw(st.sampled_from(spec.dtypes))
+    first = data.draw(st.integers(0, 99))
+    check(spec, shape, case, dtype, seeds=range(first, first + len(SEEDS)))
+
+
+@each_device
+@each_spec
+@pytest.mark.parametrize("layout", [every_other, transposed, broadcast], ids=lambda layout: layout.__name__)
+def test_any_strides_obey_the_bound(
+    spec: OpSpec, layout: Callable[[torch.Tensor], torch.Tensor], device: str
+) -> None:
+    check(spec, last_shape(spec), spec.cases[0], torch.float32, device, layout=layout)
+
+
+@each_device
+@each_spec
+def test_reruns_are_bit_identical(spec: OpSpec, device: str) -> None:
+    inputs = cast_inputs(spec.make_inputs(last_shape(spec), spec.cases[0], torch.float32, 0), device=device)
+    first, second = (evaluate(spec.op, inputs, spec.differentiable) for _ in range(2))
+    assert bit_equal(first, second)
+
+
+@each_device
+@each_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_read_before_it_is_written(
+    spec: OpSpec, dtype: torch.dtype, device: str, nan_filled_allocations: None
+) -> None:
+    assert torch.empty(1).isnan().all()
+    for shape in spec.shapes:
+        check(spec, shape, spec.cases[0], dtype, device)
+
+
+@pytest.fixture
+def nan_filled_allocations(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@each_device
+@each_spec
+def test_gradients_are_the_same_bits_whichever_are_asked_for(spec: OpSpec, device: str) -> None:
+    inputs = cast_inputs(spec.make_inputs(last_shape(spec), spec.cases[0], torch.float32, 0), device=device)
+    everything = evaluate(spec.op, inputs, spec.differentiable)
+    for count in range(len(spec.differentiable)):
+        for wrt in itertools.combinations(spec.differentiable, count):
+            some = evaluate(spec.op, inputs, wrt)
+            assert bit_equal(some, {name: everything[name] for name in some}), wrt
+
+
+@each_device
+@each_spec
+def test_compiles_to_one_graph_with_the_same_bits(spec: OpSpec, device: str) -> None:
+    torch._dynamo.reset()
+    inputs = cast_inputs(spec.make_inputs(last_shape(spec), spec.cases[0], torch.float32, 0), device=device)
+    compiled = torch.compile(spec.op, fullgraph=True, backend="aot_eager")
+    expected = evaluate(spec.op, inputs, spec.differentiable)
+    assert bit_equal(evaluate(compiled, inputs, spec.differentiable), expected)
+
+
+@each_device
+@each_spec
+def test_autocast_casts_features_and_returns_gradients_in_their_own_dtype(spec: OpSpec, device: str) -> None:
+    inputs = cast_inputs(spec.make_inputs(last_shape(spec), spec.cases[0], torch.float32, 0), device=device)
+    lowered = {
+        name: x.to(torch.bfloat16) if isinstance(x, torch.Tensor) and x.ndim else x
+        for name, x in inputs.items()
+    }
+    expected = evaluate(spec.op, lowered, spec.differentiable)
+    with torch.autocast(device, torch.bfloat16):
+        got = evaluate(spec.op, inputs, spec.differentiable)
+    for name, value in got.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name].float()), name
