@@ -93,6 +93,7 @@ def embed(
 
     Raises:
         ValueError: there are no held-out pairs, or too many of their images are broken.
+        FloatingPointError: the model gives embeddings that are not finite.
     """
     if data.val is None:
         raise ValueError(f"{data.name} has no held-out pairs: give --val-data or --val-fraction")
@@ -102,6 +103,8 @@ def embed(
 
     batches = list(data.val.batches(BATCH_SIZE, image_size))
     image = torch.cat([forward(images.to(device), None)[0].float().cpu() for images, _ in batches])
+    if not image.isfinite().all():
+        raise FloatingPointError("the embeddings of the held-out images are not finite")
     index = torch.cat([i for _, i in batches])
     owners = [(row, caption) for row, i in enumerate(index.tolist()) for caption in data.val.captions[i]]
     captions = [caption for _, caption in owners]

@@ -18,7 +18,7 @@ from mmcore.eval.clip import evaluate_clip, load_run, report
 from mmcore.models.clip import CLIP, CLIPConfig
 from mmcore.models.clip_configs import clip_config
 from mmcore.models.clip_weights import load_clip
-from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
+from mmcore.train.engine import Engine, EngineConfig, Precision, deepspeed_config, init_distributed
 from mmcore.train.gradcache import contrastive_backward
 from mmcore.train.optim import AdamW, OptimConfig, clip_param_groups, cosine_lr
 from mmcore.train.run import Metrics, RunConfig, Start, check_settings, open_run, peak_memory
@@ -85,6 +85,9 @@ def _prepare_folder(config: ClipConfig, world_size: int) -> Start:
     spec = _loader_spec(config, clip_config(config.model).vision.image_size, 0, world_size)
     data.train_loader(spec, tokenizer)
     model_config = _model_config(config, tokenizer)
+    if start.checkpoint is None and config.init is not None:
+        _make_model(config, start, tokenizer)
+    _resolve(config, world_size)
     settings = _settings(config, world_size)
     if start.checkpoint is not None:
         check_settings(json.loads((start.folder / "config.json").read_text())["settings"], settings)
@@ -130,12 +133,14 @@ def _make_model(config: ClipConfig, start: Start, tokenizer: Tokenizer) -> CLIP:
     return model
 
 
+def _resolve(config: ClipConfig, world_size: int) -> tuple[dict[str, Any], Precision]:
+    per_rank = config.run.batch_size * config.run.accum
+    return deepspeed_config(config.engine, config.optim, batch_size=per_rank, world_size=world_size)
+
+
 def _make_engine(config: ClipConfig, start: Start, model: CLIP, world_size: int) -> Engine:
     optimizer = AdamW(clip_param_groups(model, config.optim.weight_decay), config.optim)
-    per_rank = config.run.batch_size * config.run.accum
-    resolved, precision = deepspeed_config(
-        config.engine, optimizer, batch_size=per_rank, world_size=world_size
-    )
+    resolved, precision = _resolve(config, world_size)
     if dist.get_rank() == 0:
         checkpoint.write_json(start.folder / "deepspeed.json", resolved)
     engine = Engine(model, optimizer, resolved, precision)
@@ -156,6 +161,8 @@ class _Run:
     tokenizer: Tokenizer
     metrics: Metrics
     total: int
+    at: tuple[int, list[str]] = (0, [])
+    """The step under way and the records of its batch on this rank, for the message where it fails."""
 
     def train_step(self, step: int, batch: Batch) -> dict[str, float]:
         engine, optim = self.engine, self.config.optim
@@ -192,14 +199,8 @@ def _loop(run: _Run, first: int) -> None:
     accuracy: dict[str, float] = {}
     for step in range(first, run.total):
         batch = next(batches)
-        try:
-            values = run.train_step(step, batch)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {step + 1}: {error}; the run stops and saves nothing more. Look at --lr (now "
-                f"{run.config.optim.lr}), --warmup, --grad-clip, and at the records {', '.join(batch.ids[:3])}..."
-            ) from None
-        done = step + 1
+        run.at, done = (step + 1, batch.ids), step + 1
+        values = run.train_step(step, batch)
         seen += len(batch.ids) * dist.get_world_size()
         rate = seen / (time.perf_counter() - began)
         last, new = done == run.total, {}
@@ -251,9 +252,16 @@ def train_clip(config: ClipConfig) -> Path:
             f"{data.name}: {data.num_train} pairs, {total - first} steps of {loader.spec.global_batch} pairs, "
             f"ZeRO {engine.stage}, {engine.precision}, {world_size} rank{'s' * (world_size > 1)}"
         )
-        if first == 0:
-            run.save(0)
-        _loop(run, first)
+        try:
+            if first == 0:
+                run.save(0)
+            _loop(run, first)
+        except FloatingPointError as error:
+            step, records = run.at
+            raise FloatingPointError(
+                f"step {step}: {error}; the run stops and saves nothing more. Look at --lr (now {config.optim.lr}), "
+                f"--warmup, --grad-clip, and at the records {', '.join(records[:3])}..."
+            ) from None
     if rank == 0:
         report(load_run(start.folder), metrics.records)
     engine.close()

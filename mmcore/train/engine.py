@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from mmcore.train.optim import AdamW
+from mmcore.train.optim import AdamW, OptimConfig
 
 deepspeed_logger.setLevel(logging.ERROR)  # it warns of a client optimizer, which is what is meant here
 
@@ -84,13 +84,13 @@ def _drop_auto(value: Any) -> Any:
     return value
 
 
-def _check_optimizer(theirs: dict[str, Any], optimizer: AdamW, file: Path | None) -> None:
+def _check_optimizer(theirs: dict[str, Any], optim: OptimConfig, file: Path | None) -> None:
     section = theirs.pop("optimizer", None)
     if section is not None:
         if section.get("type") not in ("Adam", "AdamW"):
             raise ValueError(f"{file}: optimizer.type must be AdamW, got {section.get('type')!r}")
-        ours = {k: optimizer.defaults[k] for k in ("lr", "betas", "eps", "weight_decay")}
-        ours["weight_decay"] = max(group["weight_decay"] for group in optimizer.param_groups)
+        ours = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2)}
+        ours |= {"eps": optim.eps, "weight_decay": optim.weight_decay}
         for key, value in section.get("params", {}).items():
             value = tuple(value) if isinstance(value, list) else value
             if key in ours:
@@ -131,13 +131,13 @@ def _resolve_precision(config: EngineConfig, theirs: dict[str, Any], stage: int)
 
 
 def deepspeed_config(
-    config: EngineConfig, optimizer: AdamW, *, batch_size: int, world_size: int
+    config: EngineConfig, optim: OptimConfig, *, batch_size: int, world_size: int
 ) -> tuple[dict[str, Any], Precision]:
     """The JSON handed to DeepSpeed: the user's own, completed by the flags, contradictions refused.
 
     Args:
         config: the flags.
-        optimizer: what a JSON `optimizer` section has to agree with.
+        optim: what a JSON `optimizer` section has to agree with.
         batch_size: samples a rank and optimizer step, accumulation included.
         world_size: data-parallel ranks.
 
@@ -159,7 +159,7 @@ def deepspeed_config(
         said = (1 if accum == "auto" else accum) * (batch_size if micro == "auto" else micro)
         _merge(said, batch_size, "--batch-size times --accum", file)
     _merge(theirs.pop("train_batch_size", None), batch_size * world_size, "the global batch", file)
-    _check_optimizer(theirs, optimizer, file)
+    _check_optimizer(theirs, optim, file)
     precision = _resolve_precision(config, theirs, stage)
     if "offload_optimizer" in zero:
         theirs["zero_force_ds_cpu_optimizer"] = False

@@ -47,6 +47,9 @@ def save_state(
 
     Returns:
         The folder of the new checkpoint.
+
+    Raises:
+        FloatingPointError: on every rank, where a tensor is not finite; nothing is saved.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     staged = [checkpoint.stage_folder(root, step) if rank == 0 else None]
@@ -56,6 +59,8 @@ def save_state(
     for key in ["weight", *(engine.optimizer.state_keys if step else [])]:
         for i, names in enumerate(_shards(engine)):
             gathered = engine.gather(key, names)
+            if not all(t.isfinite().all() for t in gathered.values()):
+                raise FloatingPointError(f"the {key} tensors to save are not finite")
             if i % world_size == rank:
                 path = folder / f"{key}-{i:05d}.safetensors"
                 save_file({name: t.cpu().contiguous() for name, t in gathered.items()}, path)

@@ -28,7 +28,7 @@ def make_engine(
     optimizer = AdamW(clip_param_groups(model, OPTIM.weight_decay), OPTIM)
     config = EngineConfig(zero=zero, precision=precision, **extra)  # pyright: ignore[reportArgumentType]
     resolved, p = deepspeed_config(
-        config, optimizer, batch_size=batch_size // dist.get_world_size(), world_size=dist.get_world_size()
+        config, OPTIM, batch_size=batch_size // dist.get_world_size(), world_size=dist.get_world_size()
     )
     engine = Engine(model, optimizer, resolved, p)
     if folder:

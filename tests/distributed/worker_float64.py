@@ -22,7 +22,7 @@ def gradients(zero: int, rank: int, world_size: int) -> tuple[float, dict[str, l
     optimizer = AdamW(clip_param_groups(model, 0.2), OptimConfig())
     resolved, precision = deepspeed_config(
         EngineConfig(zero=zero),  # pyright: ignore[reportArgumentType]
-        optimizer,
+        OptimConfig(),
         batch_size=12 // world_size,
         world_size=world_size,
     )
