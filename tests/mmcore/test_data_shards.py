@@ -193,7 +193,7 @@ def test_a_pipe_that_fails_is_counted_as_a_damaged_shard(command: str, tmp_path:
     data = open_data(DataConfig(data=url, num_samples=6, max_broken=1.0), seed=0)
     loader = data.train_loader(spec(3), fake_tokenizer)
     take(loader, 5)
-    # webdataset drops what is still unread when it learns of the failure, so a last sample may lack its caption.
+    # webdataset drops what is unread when it learns of the failure, so the last sample may lack its caption.
     assert loader.broken["damaged tar"] >= 1
     assert set(loader.broken) <= {"damaged tar", "no caption"}
 
