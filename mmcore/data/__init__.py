@@ -5,7 +5,7 @@ from mmcore.data.config import Batch, DataConfig, LoaderSpec
 from mmcore.data.images import IMAGE_MEAN, IMAGE_STD
 from mmcore.data.loader import TrainLoader
 from mmcore.data.pairs import PairData, open_data
-from mmcore.data.sources import EvalSet, Tokenizer
+from mmcore.data.sources import EvalSet
 
 __all__ = [
     "IMAGE_MEAN",
@@ -16,7 +16,6 @@ __all__ = [
     "EvalSet",
     "LoaderSpec",
     "PairData",
-    "Tokenizer",
     "TrainLoader",
     "open_data",
 ]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import Batch, LoaderSpec
 from mmcore.data.images import resize_center_crop, to_tensor
-from mmcore.data.sources import PairSource, Tokenizer, check_tokens
+from mmcore.data.sources import PairSource, Tokenize, check_tokens
 
 _ORDER, _SAMPLE = 0x04DE4, 0x5A3B1E
 _MAX_TRIES = 1_000
@@ -66,7 +66,7 @@ class PairAccumulator:
         self.labels.append(label)
         self.ids.append(sample_id)
 
-    def payload(self, tokenizer: Tokenizer, cursor: list[int] | None = None) -> Payload:
+    def payload(self, tokenizer: Tokenize, cursor: list[int] | None = None) -> Payload:
         """The collected pairs as tensors."""
         return Payload(
             images=torch.stack(self.images),
@@ -202,7 +202,7 @@ class MapBatches(Dataset):
     own.
     """
 
-    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize) -> None:
         self.source = source
         self.spec = spec
         self.tokenizer = tokenizer
@@ -274,9 +274,7 @@ class MapLoader(TrainLoader):
         ValueError: the global batch is larger than the training set.
     """
 
-    def __init__(
-        self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenizer, tally: BrokenTally
-    ) -> None:
+    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize, tally: BrokenTally) -> None:
         if spec.global_batch > len(source):
             raise ValueError(
                 f"data: the global batch (batch_size {spec.batch_size} x {spec.world_size} ranks) must be "

@@ -12,7 +12,7 @@ from mmcore.data.config import DataConfig, LoaderSpec, SourceKind
 from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, open_digits
 from mmcore.data.loader import MapLoader, TrainLoader
 from mmcore.data.shards import ShardSource, open_shards
-from mmcore.data.sources import EvalSet, PairSource, Tokenizer
+from mmcore.data.sources import EvalSet, PairSource, Tokenize
 from mmcore.data.stamps import open_stamps
 from mmcore.data.table import open_table
 
@@ -51,7 +51,7 @@ class PairData:
         source = self.source
         return (caption for i in range(len(source)) for caption in source.all_captions(i))
 
-    def train_loader(self, spec: LoaderSpec, tokenizer: Tokenizer) -> TrainLoader:
+    def train_loader(self, spec: LoaderSpec, tokenizer: Tokenize) -> TrainLoader:
         """Endless batches for one rank.
 
         Args:

@@ -18,7 +18,7 @@ from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig, LoaderSpec
 from mmcore.data.images import decode_rgb, random_resized_crop, resize_center_crop, to_tensor
 from mmcore.data.loader import PairAccumulator, Payload, TrainLoader, start_workers
-from mmcore.data.sources import EvalSet, Tokenizer, caption_label
+from mmcore.data.sources import EvalSet, Tokenize, caption_label
 from mmcore.data.tar import (
     IndexedPair,
     Sample,
@@ -55,7 +55,7 @@ class ShardBatches(IterableDataset):
 
     shards: list[str]
     spec: LoaderSpec
-    tokenizer: Tokenizer
+    tokenizer: Tokenize
     cursors: list[list[int]]
     turn: int = 0
 
@@ -132,7 +132,7 @@ class ShardLoader(TrainLoader):
     state_is_per_rank = True
 
     def __init__(
-        self, shards: list[str], num_samples: int, spec: LoaderSpec, tokenizer: Tokenizer, tally: BrokenTally
+        self, shards: list[str], num_samples: int, spec: LoaderSpec, tokenizer: Tokenize, tally: BrokenTally
     ) -> None:
         self._num_streams = max(1, spec.workers)
         if spec.world_size * self._num_streams > len(shards):
@@ -189,7 +189,7 @@ class ShardSource:
             except BrokenRecord:
                 continue
 
-    def loader(self, spec: LoaderSpec, tokenizer: Tokenizer, tally: BrokenTally) -> ShardLoader:
+    def loader(self, spec: LoaderSpec, tokenizer: Tokenize, tally: BrokenTally) -> ShardLoader:
         """The rank's loader."""
         return ShardLoader(self.shards, self.num_samples, spec, tokenizer, tally)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.images import resize_center_crop, to_tensor
 
-Tokenizer = Callable[[list[str]], Tensor]
+Tokenize = Callable[[list[str]], Tensor]
 """Captions to int64 [B, T] tokens."""
 
 

@@ -25,6 +25,7 @@ MAX_MEMBER_BYTES = 64 << 20
 """Larger members of a tar are refused unread."""
 
 _REFUSED = "refused-"
+_BLOCK = 1 << 16
 # The parameter of `fromtarfile` has the module's name.
 _ReadError = tarfile.ReadError
 _HEADER_CUT_OFF = (
@@ -119,7 +120,9 @@ def _members(urls: Iterator[str]) -> Iterator[dict[str, Any]]:
                 stream = gopen(url)
                 stack.callback(_close_quietly, stream)
                 yield from _tar_members(cast(BinaryIO, stream), url)
-                # Closing a pipe tells whether its command succeeded.
+                # A pipe's command is let come to its end, which tells whether it succeeded.
+                while stream.read(_BLOCK):
+                    pass
                 stream.close()
                 complete = True
             except _TAR_ERRORS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import tarfile
 import zlib
@@ -113,6 +114,16 @@ def spec(batch_size: int = 4, rank: int = 0, world_size: int = 1, **rest) -> Loa
 def take(loader: TrainLoader, steps: int) -> list[Batch]:
     """The next `steps` batches."""
     return [next(loader) for _ in range(steps)]
+
+
+def digest(loader: TrainLoader, steps: int) -> str:
+    """Checksum of all that the next `steps` batches hold."""
+    sha = hashlib.sha256()
+    for batch in take(loader, steps):
+        sha.update(repr(batch.ids).encode())
+        for tensor in (batch.images, batch.tokens, batch.labels):
+            sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def assert_equal_batches(got: Sequence[Batch], want: Sequence[Batch]) -> None:

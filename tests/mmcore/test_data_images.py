@@ -70,6 +70,7 @@ def test_a_bomb_is_refused_when_warnings_are_errors() -> None:
         decode_rgb(_bomb(100_000, 1_000))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @settings(max_examples=300, deadline=None)
 @given(
     kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP"]),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from mmcore.data import IMAGE_MEAN, IMAGE_STD, DataConfig, LoaderSpec, PairData, open_data
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
+    digest,
     fake_tokenizer,
     image_bytes,
     spec,
@@ -137,6 +141,43 @@ def test_loading_leaves_the_global_random_numbers_alone(workers: int, tmp_path: 
     before = torch.get_rng_state()
     take(loader, 3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", MAP_SOURCES)
+def test_the_view_of_a_sample_in_an_epoch_does_not_depend_on_the_batch_size(
+    kind: str, tmp_path: Path
+) -> None:
+    data = _open(kind, tmp_path)
+    views = []
+    for batch_size in (2, 5):
+        batches = take(data.train_loader(spec(batch_size), fake_tokenizer), 10 // batch_size)
+        views.append({i: (x, t.tolist()) for b in batches for i, x, t in zip(b.ids, b.images, b.tokens)})
+    assert views[0].keys() == views[1].keys()
+    for name, (image, tokens) in views[0].items():
+        assert torch.equal(image, views[1][name][0])
+        assert tokens == views[1][name][1]
+
+
+_DIGEST = """
+import sys
+from mmcore.data import DataConfig, open_data
+from tests.mmcore.data_fixtures import digest, fake_tokenizer, spec
+for data in sys.argv[1:]:
+    print(digest(open_data(DataConfig(data=data), seed=0).train_loader(spec(3), fake_tokenizer), 6))
+"""
+
+
+def test_another_process_gets_the_same_batches(tmp_path: Path) -> None:
+    names = ["digits", write_pairs(tmp_path, 17), write_shards(tmp_path, 3, 6)]
+    here = [
+        digest(open_data(DataConfig(data=n), seed=0).train_loader(spec(3), fake_tokenizer), 6) for n in names
+    ]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    there = subprocess.run(
+        [sys.executable, "-c", _DIGEST, *names], env=environment, capture_output=True, text=True, check=True
+    )
+    assert there.stdout.split() == here
 
 
 def test_a_broken_image_is_replaced_from_outside_its_batch(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_paths_are_relative_to_the_table_or_absolute(tmp_path: Path) -> None:
 
 def test_other_columns_separators_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     paths = _images(tmp_path, 3)
-    rows = [["id", "text", "img"], *([str(i), f"a, {i}", p] for i, p in enumerate(paths))]
+    rows = [["img", "text", "id"], *([p, f"a, {i}", str(i)] for i, p in enumerate(paths))]
     table = Path(write_table(tmp_path, rows, ","))
     table.write_text(table.read_text(), encoding="utf-8-sig")
     config = DataConfig(
