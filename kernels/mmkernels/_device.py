@@ -7,8 +7,11 @@ import torch
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     from triton import knobs
+
+    # read once: a kernel is bound to the interpreter, or not, when its module is imported
+    INTERPRETED: bool = knobs.runtime.interpret
 else:
-    knobs = None
+    INTERPRETED = False
 
 
 def runs_triton(x: torch.Tensor) -> bool:
@@ -16,4 +19,4 @@ def runs_triton(x: torch.Tensor) -> bool:
 
     Float64 has no tensor-core path worth a kernel; it takes the blockwise path on every device.
     """
-    return knobs is not None and x.dtype != torch.float64 and (x.is_cuda or knobs.runtime.interpret)
+    return HAS_TRITON and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)

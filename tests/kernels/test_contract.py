@@ -11,15 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton import knobs
 
-import mmkernels.contrastive.blockwise as blockwise
 from mmkernels._contract import cast_inputs, check, evaluate
+from mmkernels._device import INTERPRETED
 from mmkernels._spec import OpSpec, Shape, shape_id
+from mmkernels.contrastive import blockwise, op
 from mmkernels.specs import SPECS
 
-# the interpreter takes milliseconds a tile, and float64 is not for it
-INTERPRETED = knobs.runtime.interpret
+# the interpreter takes milliseconds a tile
 SEEDS = range(4) if INTERPRETED else range(8)
 EXAMPLES = 4 if INTERPRETED else 20
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -29,8 +28,9 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blockwise path's tiles as small as the interpreter's, so that small shapes cross their edges."""
+    """Small shapes on the blockwise path as well, across tiles as small as the interpreter's."""
     monkeypatch.setattr(blockwise, "TILE", 32)
+    monkeypatch.setattr(op, "EAGER_LOGITS", 0)
 
 
 def last_shape(spec: OpSpec) -> Shape:

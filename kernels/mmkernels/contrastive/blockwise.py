@@ -26,7 +26,7 @@ def tile_shape(num_rows: int, num_cols: int) -> tuple[int, int]:
 
 def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
     """Row and column log-sum-exp and the positives of `scale * a b^T`, then the two sums' rounding errors."""
-    a, b, alpha = _widen(a), _widen(b), float(scale)
+    a, b, alpha = widen(a), widen(b), float(scale)
     (num_rows, _), num_cols = a.shape, b.shape[0]
     row_max, row_sum = _empty_sums(a, num_rows)
     col_max, col_sum = _empty_sums(a, num_cols)
@@ -58,7 +58,7 @@ def contrastive_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `a`, `b` and `scale`, those that `needs` asks for; the tiles of logits are recomputed."""
-    a, b, alpha = _widen(a), _widen(b), float(scale)
+    a, b, alpha = widen(a), widen(b), float(scale)
     row_lse, col_lse = stats[:2]
     row_coef, col_coef, positive_coef = coefficients(stats, grads, offset)
     (num_rows, _), num_cols = a.shape, b.shape[0]
@@ -150,7 +150,8 @@ def grad_total(grads: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([d.sum(dtype=torch.float64) for d in grads]).sum()
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """`x` in the dtype that logits are accumulated in, contiguous."""
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
 
 

@@ -61,5 +61,5 @@ def chunk_rows(num_cols: int, element_size: int) -> int:
 
 
 def input_precision() -> str:
-    """Float32 dot products are exact unless the caller has asked torch for faster ones."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Float32 dot products are exact unless torch was asked for TF32, by either of its two APIs."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
