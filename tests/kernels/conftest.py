@@ -1,7 +1,23 @@
-"""Skips what needs a CUDA device, saying so."""
+"""Small tiles for small tests, and a skip, with its reason, of what needs a CUDA device."""
 
 import pytest
 import torch
+
+from mmkernels.contrastive import blockwise, kernel, op
+
+# by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
+SMALL = {
+    blockwise: {"TILE": 32},
+    kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
+    op: {"EAGER_LOGITS": 0},
+}
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, values in SMALL.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from mmkernels._contract import cast_inputs, check, evaluate
 from mmkernels._device import INTERPRETED
 from mmkernels._spec import OpSpec, Shape, shape_id
-from mmkernels.contrastive import blockwise, op
 from mmkernels.specs import SPECS
 
 # the interpreter takes milliseconds a tile
@@ -26,11 +25,7 @@ each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 each_device = pytest.mark.parametrize("device", DEVICES)
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shapes on the blockwise path as well, across tiles as small as the interpreter's."""
-    monkeypatch.setattr(blockwise, "TILE", 32)
-    monkeypatch.setattr(op, "EAGER_LOGITS", 0)
+pytestmark = pytest.mark.usefixtures("streamed")
 
 
 def last_shape(spec: OpSpec) -> Shape:

@@ -212,7 +212,7 @@ def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
     config = launch_config("fwd", a)
     a, b = _operand(a), _operand(b)
     programs = min(triton.cdiv(num_rows, config.block_m), MAX_PROGRAMS)
-    col_tiles = triton.cdiv(num_cols, config.block_n)
+    col_tiles = max(triton.cdiv(num_cols, config.block_n), 1)
     # few rows alone would leave processors idle: cut the columns as well
     tiles_per_split = triton.cdiv(col_tiles, min(max(MAX_PROGRAMS // max(programs, 1), 1), col_tiles))
     splits = triton.cdiv(col_tiles, tiles_per_split)

@@ -76,7 +76,7 @@ STATS = OpSpec(
     make_inputs=_make_stats_inputs,
     shapes=(
         {"M": 1, "N": 1, "D": 1, "offset": 0},
-        {"M": 7, "N": 19, "D": 3, "offset": 12},
+        {"M": 7, "N": 70, "D": 3, "offset": 63},
         {"M": 33, "N": 65, "D": 33, "offset": 17},
     ),
     cases=CASES,

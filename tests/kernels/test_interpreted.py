@@ -1,0 +1,28 @@
+"""The Triton kernels under the interpreter, in a process where it was chosen before the import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmkernels._device import INTERPRETED
+
+FILES = ("test_contract.py", "test_contract_detects.py", "test_contrastive.py")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process runs the interpreter already")
+@pytest.mark.parametrize("file", FILES)
+def test_the_kernels_pass_under_the_interpreter(file: str) -> None:
+    # the interpreter's many small array operations only lose time to threads
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-m", "not gpu"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name(file))],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
