@@ -29,13 +29,16 @@ BLOCKWISE = {
 }
 KERNEL = {
     "wrong factor on da": ("da[rows] = product.mul_(scale)", "da[rows] = product"),
-    "wrong factor on logits": ("logits = acc * scale\n\n", "logits = acc\n\n"),
+    "wrong factor on logits": ("            logits = acc * scale\n", "            logits = acc\n"),
     "unwritten column": (
         "tl.store(col_sum_ptr + col_base + offs_n, col_sum, mask=mask_n)",
         "tl.store(col_sum_ptr + col_base + offs_n, col_sum, mask=offs_n < N - 1)",
     ),
     # rounding the logits stands for an accumulator of the operands' dtype, which the interpreter ignores
-    "missing cast": ("logits = acc * scale\n\n", "logits = (acc * scale).to(tl.float16).to(tl.float32)\n\n"),
+    "missing cast": (
+        "            logits = acc * scale\n",
+        "            logits = (acc * scale).to(tl.float16).to(tl.float32)\n",
+    ),
     "rows outside counted in column sums": (
         "tl.where(mask_m[:, None], logits, float",
         "tl.where(True, logits, float",

@@ -12,6 +12,7 @@ GEMM library.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +23,8 @@ from mmkernels.contrastive.launch import MAX_PROGRAMS, chunk_rows, input_precisi
 # dL/dS is stored in the operands' dtype, its largest possible entry moved here: float16 then keeps 28 binades
 # below it.
 GRAD_CEILING = 2.0**14
+# elements between rows are a multiple of this, so that loads and stores come in whole vectors
+PITCH = 16
 
 
 @triton.jit
@@ -40,17 +43,19 @@ def _dot_tile(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Rows `offs_m` of a times rows `offs_n` of b, in float32; rows outside give zero."""
+    """Rows `offs_m` of a times rows `offs_n` of b, in float32; beyond the last row, that row again.
+
+    D is a multiple of BLOCK_D.
+    """
     offs_d = tl.arange(0, BLOCK_D)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am + offs_d.to(tl.int64)[None, :] * stride_ad
-    b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn + offs_d.to(tl.int64)[:, None] * stride_bd
+    # clamped, not masked: masks of whole tiles cost registers, and the callers mask the logits anyway
+    rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    a_ptrs = a_ptr + rows_m[:, None] * stride_am + offs_d.to(tl.int64)[None, :] * stride_ad
+    b_ptrs = b_ptr + rows_n[None, :] * stride_bn + offs_d.to(tl.int64)[:, None] * stride_bd
     acc = tl.zeros([offs_m.shape[0], offs_n.shape[0]], dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        mask_d = start_d + offs_d < D
-        a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=mask_n[None, :] & mask_d[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    for _ in range(0, D, BLOCK_D):
+        acc = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs), acc, input_precision=INPUT_PRECISION)
         a_ptrs += BLOCK_D * stride_ad
         b_ptrs += BLOCK_D * stride_bd
     return acc
@@ -70,6 +75,7 @@ def _contrastive_fwd_kernel(
     stride_ad,
     stride_bn,
     stride_bd,
+    stride_cp,
     M,
     N,
     D,
@@ -85,7 +91,7 @@ def _contrastive_fwd_kernel(
     first_n = pid_n * cols_per_split
     last_n = tl.minimum(first_n + cols_per_split, N)
     row_base = pid_n.to(tl.int64) * M
-    col_base = pid_m.to(tl.int64) * N
+    col_base = pid_m.to(tl.int64) * stride_cp
     for start_m in range(pid_m * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
@@ -93,7 +99,7 @@ def _contrastive_fwd_kernel(
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
         for start_n in range(first_n, last_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < N
+            mask_n = offs_n < last_n
             acc = _dot_tile(
                 a_ptr,
                 b_ptr,
@@ -111,28 +117,30 @@ def _contrastive_fwd_kernel(
             )
             logits = acc * scale
 
-            of_row = tl.where(mask_n[None, :], logits, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(of_row, 1))
-            row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(of_row - new_max[:, None]), 1)
-            row_max = new_max
+            if (start_m + offset < start_n + BLOCK_N) & (start_n < start_m + offset + BLOCK_M):
+                is_positive = offs_n[None, :] == offs_m[:, None] + offset
+                found = mask_m & (offs_m + offset >= start_n) & (offs_m + offset < start_n + BLOCK_N)
+                tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_positive, logits, 0.0), 1), mask=found)
 
+            of_col = tl.where(mask_m[:, None], logits, float("-inf"))
+            tile_max = tl.max(of_col, 0)
+            tile_sum = tl.sum(tl.exp(of_col - tile_max[None, :]), 0)
             # the program's own column sums: what it stored one row tile ago, nothing before its first
             seen = mask_n & (start_m >= tl.num_programs(0) * BLOCK_M)
             old_max = tl.load(col_max_ptr + col_base + offs_n, mask=seen, other=float("-inf"))
             old_sum = tl.load(col_sum_ptr + col_base + offs_n, mask=seen, other=0.0)
-            of_col = tl.where(mask_m[:, None], logits, float("-inf"))
-            new_max = tl.maximum(old_max, tl.max(of_col, 0))
-            col_sum = old_sum * tl.exp(old_max - new_max) + tl.sum(tl.exp(of_col - new_max[None, :]), 0)
+            new_max = tl.maximum(old_max, tile_max)
+            col_sum = old_sum * tl.exp(old_max - new_max) + tile_sum * tl.exp(tile_max - new_max)
             # no thread may overwrite a sum that another has still to read, nor read one not yet written
             tl.debug_barrier()
             tl.store(col_max_ptr + col_base + offs_n, new_max, mask=mask_n)
             tl.store(col_sum_ptr + col_base + offs_n, col_sum, mask=mask_n)
             tl.debug_barrier()
 
-            if (start_m + offset < start_n + BLOCK_N) & (start_n < start_m + offset + BLOCK_M):
-                is_positive = offs_n[None, :] == offs_m[:, None] + offset
-                found = mask_m & (offs_m + offset >= start_n) & (offs_m + offset < start_n + BLOCK_N)
-                tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_positive, logits, 0.0), 1), mask=found)
+            of_row = tl.where(mask_n[None, :], logits, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(of_row, 1))
+            row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(of_row - new_max[:, None]), 1)
+            row_max = new_max
         tl.store(row_max_ptr + row_base + offs_m, row_max, mask=mask_m)
         tl.store(row_sum_ptr + row_base + offs_m, row_sum, mask=mask_m)
 
@@ -149,11 +157,12 @@ def _contrastive_bwd_kernel(
     positive_coef_ptr,
     center_ptr,
     grad_ptr,  # [chunk, N]
-    dscale_ptr,  # one for each program
+    dscale_ptr,  # [column tiles, M]
     stride_am,
     stride_ad,
     stride_bn,
     stride_bd,
+    stride_gm,
     M,
     N,
     D,
@@ -195,29 +204,32 @@ def _contrastive_bwd_kernel(
     inside = mask_m[:, None] & mask_n[None, :]
     is_positive = offs_n[None, :] == offs_m[:, None] + offset
     if HAS_GRAD:
-        grad_ptrs = grad_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        grad_ptrs = grad_ptr + offs_m.to(tl.int64)[:, None] * stride_gm + offs_n[None, :]
         # the positive's share is added in float32 by the caller
         stored = tl.where(is_positive, 0.0, grad).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptrs, stored, mask=inside)
+        # up to the pitch, not N: whole vectors; what lies between is never read
+        tl.store(grad_ptrs, stored, mask=mask_m[:, None] & (offs_n < stride_gm)[None, :])
     if HAS_DSCALE:
         positive_coef = tl.load(positive_coef_ptr + offs_m, mask=mask_m, other=0.0)
         grad = tl.where(is_positive, positive_coef[:, None], grad)
-        partial = tl.sum(tl.sum(tl.where(inside, grad * (acc - tl.load(center_ptr)), 0.0), 1), 0)
-        tl.store(dscale_ptr + pid_m * tl.num_programs(1) + pid_n, partial)
+        partial = tl.sum(tl.where(inside, grad * (acc - tl.load(center_ptr)), 0.0), 1)
+        tl.store(dscale_ptr + pid_n.to(tl.int64) * M + offs_m, partial, mask=mask_m)
 
 
 def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
     """Row and column log-sum-exp and the positives of `scale * a b^T`, then the two sums' rounding errors."""
-    (num_rows, width), num_cols = a.shape, b.shape[0]
+    num_rows, num_cols = a.shape[0], b.shape[0]
     config = launch_config("fwd", a)
-    a, b = _operand(a), _operand(b)
+    a, b = _operand(a, config.block_d), _operand(b, config.block_d)
     programs = min(triton.cdiv(num_rows, config.block_m), MAX_PROGRAMS)
     col_tiles = max(triton.cdiv(num_cols, config.block_n), 1)
     # few rows alone would leave processors idle: cut the columns as well
     tiles_per_split = triton.cdiv(col_tiles, min(max(MAX_PROGRAMS // max(programs, 1), 1), col_tiles))
     splits = triton.cdiv(col_tiles, tiles_per_split)
     of_rows = a.new_empty(2, splits, num_rows, dtype=torch.float32)
-    of_cols = a.new_empty(2, programs, num_cols, dtype=torch.float32)
+    of_cols = _pitched(a.new_empty(0, dtype=torch.float32), 2 * programs, num_cols).unflatten(
+        0, (2, programs)
+    )
     positive = a.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
         _contrastive_fwd_kernel[(programs, splits)](
@@ -229,9 +241,10 @@ def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
             positive,
             *a.stride(),
             *b.stride(),
+            of_cols.stride(1),
             num_rows,
             num_cols,
-            width,
+            a.shape[1],
             offset,
             tiles_per_split * config.block_n,
             BLOCK_M=config.block_m,
@@ -263,7 +276,7 @@ def contrastive_bwd(
     ceiling = row_coef.abs().amax() + col_coef.abs().amax() if num_rows else coef.new_ones(())
     unit = GRAD_CEILING / ceiling.clamp(1e-30)
     chunk = max(min(chunk_rows(num_cols, a.element_size()), num_rows), 1)
-    grad = a.new_empty(chunk if needs_a or needs_b else 0, num_cols)
+    grad = _pitched(a, chunk if needs_a or needs_b else 0, num_cols)
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else None
     db = b.new_zeros(b.shape, dtype=torch.float32) if needs_b else None
     center, dscale = mean_cosine(a, b), []
@@ -311,8 +324,8 @@ def _grad_chunk(
     """Write dL/dS of the rows `a`, zero at the positives, into `out`; returns partials of the scale's."""
     config = launch_config("bwd", a)
     grid = (triton.cdiv(a.shape[0], config.block_m), triton.cdiv(b.shape[0], config.block_n))
-    a, b = _operand(a), _operand(b)
-    dscale = a.new_empty(grid[0] * grid[1] if needs_scale else 0, dtype=torch.float32)
+    a, b = _operand(a, config.block_d), _operand(b, config.block_d)
+    dscale = a.new_empty(grid[1] * a.shape[0] if needs_scale else 0, dtype=torch.float32)
     _contrastive_bwd_kernel[grid](
         a,
         b,
@@ -323,6 +336,7 @@ def _grad_chunk(
         dscale,
         *a.stride(),
         *b.stride(),
+        out.stride(0),
         a.shape[0],
         b.shape[0],
         a.shape[1],
@@ -339,9 +353,22 @@ def _grad_chunk(
     return dscale
 
 
-def _operand(x: Tensor) -> Tensor:
-    """`x` for a kernel: the interpreter would multiply bfloat16 as raw bits, so there it is widened."""
-    return x if x.is_cuda or x.dtype != torch.bfloat16 else x.float()
+def _operand(x: Tensor, block_d: int) -> Tensor:
+    """`x` as a kernel reads it: rows of whole blocks, in whole vectors; if need be a padded copy.
+
+    The interpreter would multiply bfloat16 as raw bits: there it is widened, which changes no value.
+    """
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        x = x.float()
+    missing = -x.shape[1] % block_d
+    if missing or x.stride(1) != 1 or x.stride(0) % PITCH:
+        return F.pad(x, (0, missing)).contiguous()
+    return x
+
+
+def _pitched(like: Tensor, rows: int, cols: int) -> Tensor:
+    """An uninitialised `[rows, cols]` whose rows begin at multiples of PITCH."""
+    return like.new_empty(rows, -(-cols // PITCH) * PITCH)[:, :cols]
 
 
 def _combine(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,18 +28,18 @@ class Launch:
 
 # (kernel, bytes an element, architecture): sm_80 serves 8.x, sm_90 serves 9.x, sm_100 serves 10.x and later.
 TABLE: dict[tuple[str, int, int], Launch] = {
-    ("fwd", 2, 80): Launch(128, 128, 32, 8, 3),
+    ("fwd", 2, 80): Launch(128, 128, 32, 8, 4),
     ("fwd", 2, 90): Launch(128, 128, 64, 8, 3),
-    ("fwd", 2, 100): Launch(128, 128, 64, 8, 3),
-    ("fwd", 4, 80): Launch(64, 64, 32, 8, 2),
-    ("fwd", 4, 90): Launch(64, 64, 32, 8, 2),
-    ("fwd", 4, 100): Launch(64, 64, 32, 8, 2),
-    ("bwd", 2, 80): Launch(128, 128, 32, 8, 3),
+    ("fwd", 2, 100): Launch(64, 128, 64, 8, 3),
+    ("fwd", 4, 80): Launch(128, 64, 16, 8, 3),
+    ("fwd", 4, 90): Launch(128, 64, 16, 8, 3),
+    ("fwd", 4, 100): Launch(128, 64, 16, 8, 3),
+    ("bwd", 2, 80): Launch(128, 128, 32, 8, 4),
     ("bwd", 2, 90): Launch(128, 128, 64, 8, 3),
-    ("bwd", 2, 100): Launch(128, 128, 64, 8, 3),
-    ("bwd", 4, 80): Launch(64, 64, 32, 8, 2),
-    ("bwd", 4, 90): Launch(64, 64, 32, 8, 2),
-    ("bwd", 4, 100): Launch(64, 64, 32, 8, 2),
+    ("bwd", 2, 100): Launch(128, 64, 64, 8, 3),
+    ("bwd", 4, 80): Launch(128, 64, 16, 8, 3),
+    ("bwd", 4, 90): Launch(128, 64, 16, 8, 3),
+    ("bwd", 4, 100): Launch(128, 64, 16, 8, 3),
 }
 # The interpreter's: small, so that small tests cross the edges of tiles.
 INTERPRETED = Launch(32, 32, 32, 1, 1)
