@@ -26,6 +26,9 @@ from mmcore.train.state import read_loader, read_state, restore_engine, save_sta
 
 T = TypeVar("T")
 
+TOKENIZER_CAPTIONS = 200_000
+"""Captions that a tokenizer of our own is trained on, at most."""
+
 
 @dataclass(frozen=True)
 class ClipConfig:

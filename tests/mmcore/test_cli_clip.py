@@ -15,6 +15,7 @@ from transformers import CLIPModel
 from mmcore import checkpoint
 from mmcore.eval.clip import load_run
 from tests.distributed.launch import ROOT, environment, free_port
+from tests.mmcore.data_fixtures import write_pairs, write_shards, write_stamps
 
 MMCORE = [sys.executable, "-c", "from mmcore.cli import main; main()"]
 SMALL = ["--batch-size", "64", "--lr", "1e-3", "--ema", "0.9", "--log-every", "1", "--save-every", "2"]
@@ -143,6 +144,48 @@ def test_two_ranks_of_half_the_batch_train_as_one_process(finished, tmp_path, la
         assert abs(two[step] - loss) < 1e-4, step
     resumed = run("train", "clip", "--out", tmp_path / "two", "--resume", "latest", *whole)
     assert "zero-shot accuracy (held-out)" in resumed.stdout
+
+
+def test_shards_and_tables_train_through_the_same_command(tmp_path):
+    options = ["--batch-size", 4, "--steps", 4, "--log-every", 1]
+    (tmp_path / "shards").mkdir()
+    pattern = write_shards(tmp_path / "shards", 4, 8)
+    train, held_out = pattern.replace("..003", "..002"), pattern.replace("{000..003}", "003")
+    run("train", "clip", "--data", train, "--val-data", held_out, "--out", tmp_path / "of shards", *options)
+    assert sorted(losses(tmp_path / "of shards")) == [1, 2, 3, 4]
+    table = write_pairs(tmp_path, 24)
+    printed = run("train", "clip", "--data", table, "--out", tmp_path / "of table", *options).stdout
+    assert "text to image: R@1" in printed
+    assert "zero-shot" not in printed
+    refused = run("eval", "zeroshot", tmp_path / "of table", code=2)
+    assert "has no classes to tell apart" in refused.stderr
+    wrong = run("train", "clip", "--data", table, "--csv-img-key", "image", "--out", tmp_path / "no", code=2)
+    assert "filepath" in wrong.stderr
+    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    two_ranks += [f"--master_port={free_port()}", "-m", "mmcore.train"]
+    (tmp_path / "one").mkdir()
+    single = write_shards(tmp_path / "one", 1, 16)
+    done = run("clip", "--data", single, "--out", tmp_path / "no", *options, launcher=two_ranks, code=1)
+    assert "must be at most the 1 shards" in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_stamps_in_chinese_train_through_the_same_command(tmp_path):
+    folder = write_stamps(tmp_path / "stamps")
+    options = [
+        "--data",
+        "stamps",
+        "--stamps-dir",
+        folder,
+        "--language",
+        "zh_CN",
+        "--batch-size",
+        4,
+        "--steps",
+        2,
+    ]
+    printed = run("train", "clip", *options, "--out", tmp_path / "run").stdout
+    assert "image to text: R@1" in printed
 
 
 def test_a_loss_that_explodes_stops_the_run_and_says_what_to_look_at(tmp_path):
