@@ -1,0 +1,21 @@
+"""Image-caption pairs: built-in real data, webdataset shards and tables, resumable to the exact sample."""
+
+from mmcore.data.broken import BrokenRecord
+from mmcore.data.config import Batch, DataConfig, LoaderSpec
+from mmcore.data.images import IMAGE_MEAN, IMAGE_STD
+from mmcore.data.loader import TrainLoader
+from mmcore.data.pairs import PairData, open_data
+from mmcore.data.sources import EvalSet
+
+__all__ = [
+    "IMAGE_MEAN",
+    "IMAGE_STD",
+    "Batch",
+    "BrokenRecord",
+    "DataConfig",
+    "EvalSet",
+    "LoaderSpec",
+    "PairData",
+    "TrainLoader",
+    "open_data",
+]

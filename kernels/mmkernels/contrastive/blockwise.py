@@ -11,6 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from mmkernels._gemm import matmul_nt
+
 # row_lse [M], col_lse [N], positive [M], and the two log-sum-exps' rounding errors
 Stats: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -32,13 +34,13 @@ def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
     col_max, col_sum = _empty_sums(a, num_cols)
     positive = a.new_empty(num_rows)
     rows, cols = tile_shape(num_rows, num_cols)
-    buffers = a.new_empty(2, rows * cols)
+    buffer = a.new_empty(rows * cols)
     for r in range(0, num_rows, rows):
         a_tile = a[r : r + rows]
         for c in range(0, num_cols, cols):
             b_tile = b[c : c + cols]
-            logits, work = (_view(x, len(a_tile), len(b_tile)) for x in buffers)
-            torch.mm(a_tile, b_tile.T, out=logits).mul_(alpha)
+            logits = matmul_nt(a_tile, b_tile).mul_(alpha)
+            work = _view(buffer, len(a_tile), len(b_tile))
             _add_tile(row_max[r : r + rows], row_sum[r : r + rows], logits, work, dim=1)
             _add_tile(col_max[c : c + cols], col_sum[c : c + cols], logits, work, dim=0)
             first, diagonal = _positives(logits, r + offset - c)
@@ -69,13 +71,13 @@ def contrastive_bwd(
     if dscale is not None:
         dscale *= center
     rows, cols = tile_shape(num_rows, num_cols)
-    buffers = a.new_empty(3, rows * cols)
+    buffers = a.new_empty(2, rows * cols)
     for r in range(0, num_rows, rows):
         a_tile, of_rows = a[r : r + rows], slice(r, r + rows)
         for c in range(0, num_cols, cols):
             b_tile, of_cols = b[c : c + cols], slice(c, c + cols)
-            cosines, grad, work = (_view(x, len(a_tile), len(b_tile)) for x in buffers)
-            torch.mm(a_tile, b_tile.T, out=cosines)
+            cosines = matmul_nt(a_tile, b_tile)
+            grad, work = (_view(x, len(a_tile), len(b_tile)) for x in buffers)
             torch.mul(cosines, alpha, out=grad)  # the forward pass's logits, to the bit
             torch.sub(grad, col_lse[of_cols], out=work)
             grad.sub_(row_lse[of_rows, None]).exp_().mul_(row_coef[of_rows, None])
@@ -89,9 +91,9 @@ def contrastive_bwd(
                 )  # summed pairwise, where a dot product would drift
             diagonal.zero_()
             if da is not None:
-                da[of_rows].addmm_(grad, b_tile)
+                da[of_rows] += matmul_nt(grad, b_tile.T)
             if db is not None:
-                db[of_cols].addmm_(grad.T, a_tile)
+                db[of_cols] += matmul_nt(grad.T, a_tile.T)
     coef = positive_coef[:, None]
     of_positives = slice(offset, offset + num_rows)
     if da is not None:

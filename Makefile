@@ -1,0 +1,41 @@
+# make demo   train CLIP on real data in minutes, from nothing
+# make test   the tests, from nothing          make check  lint, format, types
+# make bench  the benchmarks of this machine   make gpu    kernel tests on CUDA, then the benchmarks
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+DEMO   ?= runs/demo
+GPU    ?= gpu
+
+.PHONY: demo test check bench gpu clean
+.DELETE_ON_ERROR:
+
+# DeepSpeed builds from source and needs torch to be there first.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(RUN) -m pip install -q --no-build-isolation -c constraints.txt -e '.[train,test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/mmcore train clip --data digits --model tiny --epochs 40 --lr 1e-3 --ema 0.99 --out $(DEMO)
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+check: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/basedpyright
+
+bench: $(VENV)/installed
+	$(RUN) -m pytest bench/ --benchmark-json=bench/results/latest.json
+
+# Needs a CUDA device and an environment that has torch for it; installs nothing.
+gpu:
+	mkdir -p bench/results/$(GPU)
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest tests/kernels -m gpu
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest bench/ --benchmark-json=bench/results/$(GPU)/bench.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,59 @@
+"""Machine facts in the JSON, and one table that says what pytest-benchmark's does not."""
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+COLUMNS = ("case", "contender", "median ms", "p20", "p80", "extra MiB", "error dA", "roofline %")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    """What a reader needs to judge the times, and nothing that names the machine."""
+    cuda = torch.cuda.is_available()
+    cpu = machine_info.get("cpu", {})
+    machine_info.clear()
+    machine_info.update(
+        device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        cpu=cpu.get("brand_raw", platform.machine()),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        python=platform.python_version(),
+    )
+
+
+def row(case: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table, of one benchmark as pytest-benchmark's JSON has it."""
+    info, median = case["extra_info"], 1e3 * case["stats"]["median"]
+    extra, error, share = info.get("extra_bytes"), info.get("error_da"), info.get("roofline_share")
+    return (
+        case["group"],
+        info["contender"],
+        f"{median:.2f}",
+        f"{1e3 * info['p20_s']:.2f}",
+        f"{1e3 * info['p80_s']:.2f}",
+        "" if extra is None else f"{extra / 2**20:.0f}",
+        "" if error is None else f"{error:.1e}",
+        "" if share is None else f"{100 * share:.0f}",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not session.benchmarks:
+        return
+    cases = [b.as_dict(include_data=False) for b in session.benchmarks if b.stats.rounds]
+    rows = [COLUMNS, *(row(case) for case in cases)]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
+    terminalreporter.section("mmcore bench")
+    for r in rows:
+        terminalreporter.line(
+            "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths)))
+        )

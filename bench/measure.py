@@ -1,0 +1,95 @@
+"""Peak memory, errors and rooflines, measured in the same run as the times."""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._gemm import matmul_nt
+
+MIB = 2**20
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device, where it works asynchronously."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Most bytes held during `run` beyond what was held before it; None where the system cannot tell.
+
+    On a CPU this is the process's peak resident size, reset before the run, with the allocator's free pages given
+    back first so that they do not hide an allocation.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    reset.write_text("5")
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def paired_medians(
+    contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each contender, the contenders taking turns so that a slow minute slows them all."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            synchronize(device)
+            began = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def gemm_flops_per_s(
+    num_rows: int, num_cols: int, width: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """FLOP/s of the best bare product [M, D] x [D, N] that torch carries, in tiles of at most 2,048 rows on a CPU."""
+    rows = num_rows if device.type == "cuda" else min(num_rows, 2048)
+    cols = num_cols if device.type == "cuda" else min(num_cols, 2048)
+    a, b = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, cols))
+    best = min(
+        paired_medians(
+            {
+                "mm": lambda: torch.mm(a, b.T),
+                **({} if device.type == "cuda" else {"nt": lambda: matmul_nt(a, b)}),
+            },
+            9,
+            device,
+        ).values()
+    )
+    return 2 * rows * cols * width / best
+
+
+def relative_error(found: Tensor, gold: Tensor) -> float:
+    """max |found - gold| / max |gold|."""
+    return float((found.double() - gold.double()).abs().max() / gold.double().abs().max())

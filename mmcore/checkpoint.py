@@ -1,0 +1,126 @@
+"""Checkpoint folders: written whole or not at all, verified before they are read, safetensors and JSON only."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d{8})")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes `path` atomically: a reader sees the old file or the new one, whatever is killed when."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, after forcing it to disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands."""
+    return root / f"step-{step:08d}"
+
+
+def steps(root: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending; unfinished ones have another name and do not count."""
+    found = [_STEP.fullmatch(p.name) for p in root.iterdir()] if root.is_dir() else []
+    return sorted(int(m[1]) for m in found if m)
+
+
+def stage_folder(root: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into; leftovers of killed runs are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".unfinished-*"):
+        shutil.rmtree(leftover)
+    folder = root / f".unfinished-{step:08d}"
+    folder.mkdir()
+    return folder
+
+
+def commit(staged: Path, root: Path, step: int, files: dict[str, dict[str, Any]], *, keep: int) -> Path:
+    """Turns a staged folder into the checkpoint of `step` by one rename, then removes all but the newest `keep`."""
+    write_json(staged / MANIFEST, files)
+    final = step_folder(root, step)
+    if final.exists():
+        shutil.rmtree(final)
+    staged.rename(final)
+    descriptor = os.open(root, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    for old in steps(root)[:-keep]:
+        shutil.rmtree(step_folder(root, old))
+    return final
+
+
+def verify(folder: Path) -> None:
+    """Checks every file of a checkpoint against its manifest.
+
+    Raises:
+        ValueError: not a checkpoint, or a file is missing, short or altered.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
+    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing; resume from an earlier one")
+        found = describe(path)
+        if found != expected:
+            raise ValueError(
+                f"checkpoint {folder} is damaged: {name} has {found['bytes']} bytes, sha256 {found['sha256'][:12]}, "
+                f"expected {expected['bytes']} and {expected['sha256'][:12]}; resume from an earlier one"
+            )
+
+
+def find(where: Path) -> Path:
+    """The checkpoint that `where` means: itself, or the newest of a run folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (where / MANIFEST).is_file():
+        return where
+    found = steps(where / "checkpoints")
+    if not found:
+        raise ValueError(f"{where} holds no checkpoint: expected {where}/checkpoints/step-NNNNNNNN")
+    return step_folder(where / "checkpoints", found[-1])
+
+
+def tensors(folder: Path, key: str) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor stored under `key` ("weight", "ema", "exp_avg", ...), one at a time.
+
+    Raises:
+        ValueError: the checkpoint holds nothing under `key`.
+    """
+    files = sorted(folder.glob(f"{key}-*.safetensors"))
+    if not files:
+        raise ValueError(f"checkpoint {folder} holds no {key!r} tensors")
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                yield name, file.get_tensor(name)

@@ -1,0 +1,135 @@
+"""What the data layer is asked for (`DataConfig`, `LoaderSpec`) and what it hands over (`Batch`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+SourceKind = Literal["digits", "stamps", "shards", "csv"]
+
+# A field here has no effect on the other sources, so setting it there is an error.
+_ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
+    "val_data": ("shards", "csv"),
+    "val_fraction": ("digits", "stamps", "csv"),
+    "language": ("stamps",),
+    "stamps_dir": ("stamps",),
+    "csv_separator": ("csv",),
+    "csv_img_key": ("csv",),
+    "csv_caption_key": ("csv",),
+    "num_samples": ("shards",),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which image-caption pairs to train on."""
+
+    data: str = "digits"
+    """Training pairs: 'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps),
+    webdataset shards
+    such as 'shards/{000..009}.tar', or a table such as 'pairs.csv'."""
+    val_data: str | None = None
+    """Held-out shards or table; none: a share of --val-fraction is split off where the source is finite."""
+    val_fraction: float = 0.2
+    """Share of a finite source that is held out when --val-data is not given; 0 holds out nothing."""
+    language: Literal["en", "zh_CN"] = "en"
+    """Language of the captions of 'stamps'."""
+    csv_separator: str = "\t"
+    """Separator of the columns of a table, one character."""
+    csv_img_key: str = "filepath"
+    """Column with the image's path, absolute or relative to the table's folder."""
+    csv_caption_key: str = "title"
+    """Column with the caption."""
+    num_samples: int | None = None
+    """Samples in an epoch of shards; none: counted once from the tar headers."""
+    workers: int = 0
+    """Processes per rank that load data; 0 loads in the training process."""
+    max_broken: float = 0.01
+    """Share of broken records above which the run stops."""
+    stamps_dir: Path | None = None
+    """Folder of the unpacked stamps, filled if absent; none: a folder in the user's cache."""
+
+    def check(self, kind: SourceKind) -> None:
+        """Raise a ValueError for a value out of range, or one that source `kind` would ignore."""
+        if not (math.isfinite(self.val_fraction) and 0 <= self.val_fraction < 1):
+            raise ValueError(f"data: val_fraction must be in [0, 1), got {self.val_fraction}")
+        if not (math.isfinite(self.max_broken) and 0 <= self.max_broken <= 1):
+            raise ValueError(f"data: max_broken must be in [0, 1], got {self.max_broken}")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"data: num_samples must be at least 1, got {self.num_samples}")
+        if self.workers < 0:
+            raise ValueError(f"data: workers must be at least 0, got {self.workers}")
+        for field in fields(self):
+            kinds = _ONLY_FOR.get(field.name)
+            value = getattr(self, field.name)
+            if kinds is not None and kind not in kinds and value != field.default:
+                raise ValueError(f"data: {field.name}={value!r} has no effect on {self.data!r}, leave it out")
+        if self.val_data is not None and self.val_fraction != DataConfig.val_fraction:
+            raise ValueError(
+                f"data: val_fraction={self.val_fraction} has no effect beside val_data={self.val_data!r}"
+            )
+
+
+@dataclass(frozen=True)
+class LoaderSpec:
+    """How one rank reads the training pairs.
+
+    Args:
+        image_size: pixels on each side of the square images.
+        batch_size: pairs per rank and optimizer step.
+        rank: this process, 0 to world_size - 1.
+        world_size: number of processes.
+        seed: seed of order, captions and augmentation, at least 0.
+        workers: loading processes per rank; 0 loads in the calling process.
+        augment: random crops or shifts of the training images; False gives them as evaluation sees them.
+    """
+
+    image_size: int
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    workers: int = 0
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("image_size", 1),
+            ("batch_size", 1),
+            ("world_size", 1),
+            ("seed", 0),
+            ("workers", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"data: {name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"data: rank must be in [0, {self.world_size}), got {self.rank}")
+
+    @property
+    def global_batch(self) -> int:
+        """Pairs of all ranks in one optimizer step."""
+        return self.batch_size * self.world_size
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's pairs for one optimizer step.
+
+    Args:
+        images: float32 [B, 3, S, S], normalised with CLIP's mean and standard deviation.
+        tokens: int64 [B, T], what the tokenizer made of the captions.
+        labels: int64 [B]; equal labels (the same class, or the same caption) are positives of each other, on
+            all ranks.
+        epoch: epoch that the step belongs to, from 0.
+        ids: B names of the samples, for logs and tests.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    labels: Tensor
+    epoch: int
+    ids: list[str]

@@ -1,0 +1,294 @@
+"""Endless, exactly resumable batches: what all sources share, and the loader of sources in random access."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from mmcore.data.broken import BrokenRecord, BrokenTally
+from mmcore.data.config import Batch, LoaderSpec
+from mmcore.data.images import resize_center_crop, to_tensor
+from mmcore.data.sources import PairSource, Tokenize, check_tokens
+
+_ORDER, _SAMPLE = 0x04DE4, 0x5A3B1E
+_MAX_TRIES = 1_000
+
+
+@dataclass
+class Payload:
+    """What a loading process sends for one batch.
+
+    Args:
+        images: float32 [B, 3, S, S].
+        tokens: int64 [B, T].
+        labels: int64 [B].
+        ids: B sample names.
+        seen: records read for this batch, broken ones included.
+        broken: (id, reason) of each broken record among them.
+        cursor: where the stream stands after this batch (streams only).
+        failure: the sentence to stop with, in place of a batch.
+    """
+
+    images: Tensor | None = None
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    ids: list[str] | None = None
+    seen: int = 0
+    broken: list[tuple[str, str]] | None = None
+    cursor: list[int] | None = None
+    failure: str | None = None
+
+
+class PairAccumulator:
+    """Collects pairs, and the broken records between them, into one Payload."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.captions: list[str] = []
+        self.labels: list[int] = []
+        self.ids: list[str] = []
+        self.broken: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def add(self, image: Tensor, caption: str, label: int, sample_id: str) -> None:
+        """Take one good pair: image float32 [3, S, S]."""
+        self.images.append(image)
+        self.captions.append(caption)
+        self.labels.append(label)
+        self.ids.append(sample_id)
+
+    def payload(self, tokenizer: Tokenize, cursor: list[int] | None = None) -> Payload:
+        """The collected pairs as tensors."""
+        return Payload(
+            images=torch.stack(self.images),
+            tokens=check_tokens(tokenizer(self.captions), len(self.captions)),
+            labels=torch.tensor(self.labels),
+            ids=self.ids,
+            seen=len(self.images) + len(self.broken),
+            broken=self.broken,
+            cursor=cursor,
+        )
+
+
+class TrainLoader(ABC):
+    """Endless iterator of full batches for one rank.
+
+    After `load_state_dict(state)` the batches equal, bit for bit, those that followed `state_dict()` in the
+    unbroken run.
+
+    Args:
+        spec: batch size, rank, seed and so on.
+        steps_per_epoch: optimizer steps in an epoch, the same on all ranks.
+        tally: counts broken records.
+        num_streams: streams that give batches in turn, each with a cursor; 0 if the step alone tells all.
+    """
+
+    def __init__(
+        self, spec: LoaderSpec, steps_per_epoch: int, tally: BrokenTally, num_streams: int = 0
+    ) -> None:
+        self.spec = spec
+        self._cursors = [[0, 0] for _ in range(num_streams)]
+        self.steps_per_epoch = steps_per_epoch
+        self.step = 0
+        self._tally = tally
+        self._payloads: Iterator[Payload] | None = None
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """Broken records met by this rank, and those found when the source was opened, by reason."""
+        return dict(self._tally.before + self._tally.counts)
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            ValueError: more than `max_broken` of the records are broken, or the tokenizer broke its contract.
+        """
+        if self._payloads is None:
+            self._payloads = self._start()
+        payload = next(self._payloads)
+        self._tally.add(payload.seen, payload.broken or ())
+        if payload.failure is not None:
+            raise ValueError(payload.failure)
+        epoch = self.step // self.steps_per_epoch
+        if payload.cursor is not None:
+            self._cursors[self.step % len(self._cursors)] = payload.cursor
+        self.step += 1
+        self._tally.check(final=self.step % self.steps_per_epoch == 0)
+        assert payload.images is not None and payload.tokens is not None
+        assert payload.labels is not None and payload.ids is not None
+        return Batch(payload.images, payload.tokens, payload.labels, epoch, payload.ids)
+
+    def state_dict(self) -> dict:
+        """Position after the latest batch, JSON-serialisable; whose it is, see `state_is_per_rank`."""
+        cursors = [list(cursor) for cursor in self._cursors]
+        return {**self._identity(), "step": self.step, "cursors": cursors, "tally": self._tally.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue after the batch at which `state_dict()` was taken.
+
+        Raises:
+            ValueError: the state was taken with other data, or other settings that choose the samples.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"data: {name} must be that of the run to resume for the same batches to follow, "
+                    f"{state.get(name)!r}, got {value!r}"
+                )
+        self.step = int(state["step"])
+        self._tally.load_state_dict(state["tally"])
+        self._cursors = [list(cursor) for cursor in state["cursors"]]
+        self._payloads = None
+
+    state_is_per_rank: bool = False
+    """True: each rank saves a state of its own. False: one rank's serves all, at any number of ranks."""
+
+    @abstractmethod
+    def _start(self) -> Iterator[Payload]: ...
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What has to be equal for a state to fit."""
+
+
+def start_workers(
+    dataset: Dataset | IterableDataset, workers: int, sampler: Sampler[int] | None
+) -> Iterator[Payload]:
+    """Payloads of `dataset` out of `workers` processes, in a fixed order."""
+    # A generator of its own, or the DataLoader would draw from the model's random numbers.
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            generator=torch.Generator(),
+        )
+    )
+
+
+class _Steps(Sampler[int]):
+    """Step numbers without an end."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.first
+        while True:
+            yield step
+            step += 1
+
+
+class MapBatches(Dataset):
+    """One rank's part of each step of a source in random access, as a pure function of the step.
+
+    Step g of an epoch is `order[g * GB : (g + 1) * GB]` of that epoch's permutation, whatever the number of
+    ranks; a rank
+    takes its slice. The place of a broken sample is filled from the samples of the epoch outside the step's
+    own.
+    """
+
+    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize) -> None:
+        self.source = source
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, step: int) -> Payload:
+        """The payload of `step`, counted over all epochs."""
+        global_batch = self.spec.global_batch
+        epoch, step_of_epoch = divmod(step, len(self.source) // global_batch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.spec.seed, _ORDER, epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self.source))
+        start = step_of_epoch * global_batch
+        batch = PairAccumulator()
+        first = self.spec.rank * self.spec.batch_size
+        for slot in range(first, first + self.spec.batch_size):
+            if not self._fill(batch, start, slot):
+                sample_id, reason = batch.broken[-1]
+                return Payload(
+                    seen=len(batch) + len(batch.broken),
+                    broken=batch.broken,
+                    failure=f"data: {self._tries} records in a row are broken, "
+                    f"the last is {sample_id}: {reason}",
+                )
+        return batch.payload(self.tokenizer)
+
+    @property
+    def _tries(self) -> int:
+        return min(len(self.source), _MAX_TRIES)
+
+    def _fill(self, batch: PairAccumulator, start: int, slot: int) -> bool:
+        """Add the sample of `slot` in the step from `start` on, or the first good one of its substitutes."""
+        n, global_batch = len(self.source), self.spec.global_batch
+        outside = n - global_batch
+        for attempt in range(self._tries):
+            position = slot
+            if attempt > 0:
+                turn = slot + (attempt - 1) * global_batch
+                position = global_batch + turn % outside if outside else (slot + attempt) % n
+            index = int(self._order[(start + position) % n])
+            rng = np.random.default_rng([self.spec.seed, _SAMPLE, self._epoch, index])
+            try:
+                self._add(batch, index, rng)
+                return True
+            except BrokenRecord as error:
+                batch.broken.append((self.source.sample_id(index), error.reason))
+        return False
+
+    def _add(self, batch: PairAccumulator, index: int, rng: np.random.Generator) -> None:
+        source, size = self.source, self.spec.image_size
+        caption = source.caption(index, rng)
+        image = source.raw_image(index)
+        view = source.augment(image, size, rng) if self.spec.augment else resize_center_crop(image, size)
+        batch.add(to_tensor(view), caption, source.label(index, caption), source.sample_id(index))
+
+
+class MapLoader(TrainLoader):
+    """Loader of a source in random access: the batches depend on the global batch alone, not on ranks or
+    workers.
+
+    Args:
+        source: the training pairs.
+        spec: how to read them.
+        tokenizer: captions to int64 [B, T].
+        tally: counts broken records.
+
+    Raises:
+        ValueError: the global batch is larger than the training set.
+    """
+
+    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize, tally: BrokenTally) -> None:
+        if spec.global_batch > len(source):
+            raise ValueError(
+                f"data: the global batch (batch_size {spec.batch_size} x {spec.world_size} ranks) must be "
+                f"at most the {len(source)} training pairs, got {spec.global_batch}"
+            )
+        super().__init__(spec, len(source) // spec.global_batch, tally)
+        self._batches = MapBatches(source, spec, tokenizer)
+        self._num_train = len(source)
+
+    def _start(self) -> Iterator[Payload]:
+        steps = _Steps(self.step)
+        if self.spec.workers == 0:
+            return (self._batches[step] for step in steps)
+        return start_workers(self._batches, self.spec.workers, steps)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"num_train": self._num_train, "global_batch": self.spec.global_batch, "seed": self.spec.seed}

@@ -1,0 +1,82 @@
+"""Splitting pairs into training and held-out ones without a leak."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+def split_pairs(
+    images: Sequence[Hashable], captions: Sequence[Hashable], val_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Indices of training and held-out pairs; no image and no caption is on both sides.
+
+    Pairs that share an image or a caption, directly or through other pairs, form a group, and groups are
+    dealt out
+    whole in an order drawn from `seed` until `val_fraction` of the pairs is held out.
+
+    Args:
+        images: key of each pair's image.
+        captions: each pair's caption.
+        val_fraction: share to hold out, in [0, 1); 0 holds out nothing.
+        seed: seed of the order of the groups.
+
+    Returns:
+        Ascending training indices and ascending held-out indices.
+
+    Raises:
+        ValueError: the groups are too large for `val_fraction` to hold out a pair.
+    """
+    n = len(images)
+    if val_fraction == 0:
+        return list(range(n)), []
+    groups = _connected(images, captions)
+    target = max(1, round(val_fraction * n))
+    held_out: list[int] = []
+    for g in np.random.default_rng([seed, 0x5B117]).permutation(len(groups)):
+        group = groups[int(g)]
+        if len(held_out) + len(group) <= target:
+            held_out += group
+    if not held_out:
+        raise ValueError(
+            f"data: val_fraction={val_fraction:g} must leave room for a group of pairs with a common image "
+            f"or caption, but the smallest has {min(map(len, groups))} of {n} pairs; set val_fraction=0 or "
+            "give other held-out data"
+        )
+    chosen = set(held_out)
+    return [i for i in range(n) if i not in chosen], sorted(held_out)
+
+
+def split_stratified(classes: Sequence[int], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Ascending training and held-out indices; of each class, `val_fraction` is held out (rounded)."""
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for i, c in enumerate(classes):
+        by_class[c].append(i)
+    held_out: list[int] = []
+    for c, members in sorted(by_class.items()):
+        order = np.random.default_rng([seed, 0x5B117, c]).permutation(len(members))
+        held_out += [members[int(j)] for j in order[: round(val_fraction * len(members))]]
+    chosen = set(held_out)
+    return [i for i in range(len(classes)) if i not in chosen], sorted(held_out)
+
+
+def _connected(images: Sequence[Hashable], captions: Sequence[Hashable]) -> list[list[int]]:
+    """Groups of pairs connected by a common image or caption, by union-find."""
+    parent = list(range(len(images)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[tuple[str, Hashable], int] = {}
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        for key in (("image", image), ("caption", caption)):
+            parent[root(i)] = root(first.setdefault(key, i))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(images)):
+        groups[root(i)].append(i)
+    return list(groups.values())

@@ -1,0 +1,277 @@
+"""CLIP's byte-level BPE: OpenAI's own merges where they are given, else merges learned from captions.
+
+Every vocabulary has CLIP's layout: 256 bytes, 256 bytes that end a word, one token a merge, start, end. So no
+text is unknown, in any language, and the end token has the highest id: pooling at the end token and pooling
+at the highest id, open_clip's rule, are one.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+START_TOKEN = "<|startoftext|>"
+END_TOKEN = "<|endoftext|>"
+DEFAULT_CONTEXT_LENGTH = 77
+
+_END_OF_WORD = "</w>"
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# OpenAI's file holds more merges than its vocabulary of 49,408 uses
+_OPENAI_MERGES = 49408 - 512 - 2
+_OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_MAX_FILE_BYTES = 64 * 2**20
+# 8 Han characters, or a word of 20 letters: a whole caption must not become one token
+_MAX_TOKEN_LENGTH = 24
+_MAX_CONTEXT_LENGTH = 2**16
+
+
+class Tokenizer:
+    """Captions to ids [B, context_length]: start, text, end, zeros; a truncated text keeps its end token."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer, *, context_length: int) -> None:
+        if not 3 <= context_length <= _MAX_CONTEXT_LENGTH:
+            raise ValueError(
+                f"Tokenizer: context_length must be in [3, {_MAX_CONTEXT_LENGTH}], got {context_length}"
+            )
+        start, end, size = bpe.token_to_id(START_TOKEN), bpe.token_to_id(END_TOKEN), bpe.get_vocab_size()
+        if start is None or end is None:
+            raise ValueError(
+                f"Tokenizer: the vocabulary must hold {START_TOKEN} and {END_TOKEN}, got {size} others"
+            )
+        if end != size - 1:
+            raise ValueError(f"Tokenizer: {END_TOKEN} must have the highest id, {size - 1}, got {end}")
+        self.context_length = context_length
+        self.vocab_size = size
+        self.sot_token_id = start
+        self.eos_token_id = end
+        self._bpe = bpe
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Tokenize captions, lower-cased and with white space collapsed, as transformers' CLIPTokenizer does.
+
+        Args:
+            captions: at least one string; "" is allowed. Special tokens in a caption are plain text.
+
+        Returns:
+            [B, context_length] int64 on the CPU, padded with 0.
+
+        Raises:
+            ValueError: no captions, or one that is not a string.
+        """
+        _check_captions("Tokenizer", captions)
+        tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            # one at a time: encode_batch starts threads, which do not survive a fork into data workers
+            ids = self._bpe.encode(caption, add_special_tokens=False).ids[: self.context_length - 2]
+            ids = [self.sot_token_id, *ids, self.eos_token_id]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, as transformers does."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._bpe.save(str(folder / "tokenizer.json"))
+        self._bpe.model.save(str(folder))
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.context_length,
+            "bos_token": START_TOKEN,
+            "eos_token": END_TOKEN,
+            "unk_token": END_TOKEN,
+            "pad_token": END_TOKEN,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def train_tokenizer(captions: Sequence[str], *, vocab_size: int, context_length: int) -> Tokenizer:
+    """Learn CLIP's kind of byte-level BPE from captions; the same captions give the same tokenizer.
+
+    Args:
+        captions: at least one string, in any language.
+        vocab_size: upper bound, at least 514 (bytes, bytes that end a word, start, end); fewer where captions
+            are too few to learn as many merges.
+        context_length: tokens a caption, start and end included, in [3, 65536].
+
+    Raises:
+        ValueError: no captions, one that is not a string, sizes out of range.
+    """
+    _check_captions("train_tokenizer", captions)
+    if vocab_size < 514:
+        raise ValueError(f"train_tokenizer: vocab_size must be at least 514, got {vocab_size}")
+    alphabet = list(_byte_vocab())
+    learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
+    learner.normalizer, learner.pre_tokenizer = _normalizer(), _pre_tokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        show_progress=False,
+        # given here, the alphabet has fixed ids; left to the trainer, its order, so the merges, are random
+        special_tokens=alphabet,
+        end_of_word_suffix=_END_OF_WORD,
+        max_token_length=_MAX_TOKEN_LENGTH,
+    )
+    learner.train_from_iterator(captions, trainer, length=len(captions))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    return Tokenizer(_clip_bpe(_vocab_of(merges), merges), context_length=context_length)
+
+
+def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> Tokenizer:
+    """Load a tokenizer from what `Tokenizer.save`, transformers or OpenAI's CLIP wrote.
+
+    Args:
+        path: tokenizer.json, vocab.json (merges.txt beside it), bpe_simple_vocab_16e6.txt.gz, or a folder
+            with one of them, preferred in this order.
+        context_length: tokens a caption; None takes `model_max_length` of a tokenizer_config.json beside it,
+            else 77.
+
+    Raises:
+        ValueError: nothing to load, a damaged file, a vocabulary whose end token has not the highest id.
+    """
+    file = _find(Path(path))
+    if context_length is None:
+        context_length = _saved_context_length(file.parent / "tokenizer_config.json")
+    if file.name.endswith(".txt.gz"):
+        merges = _read_openai_merges(file)
+        return Tokenizer(_clip_bpe(_vocab_of(merges), merges), context_length=context_length)
+    raw = _read_json(file)
+    if file.name == "vocab.json":
+        merges = _parse_merges(
+            _read_text(file.parent / "merges.txt").splitlines(), file.parent / "merges.txt"
+        )
+        return Tokenizer(_clip_bpe(raw, merges), context_length=context_length)
+    if not isinstance(raw.get("model"), dict) or raw["model"].get("type", "BPE") != "BPE":
+        raise ValueError(f"load_tokenizer: {file} must describe a BPE model, got {sorted(raw)}")
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(raw)), context_length=context_length)
+
+
+def _check_captions(caller: str, captions: Sequence[str]) -> None:
+    if isinstance(captions, str) or not isinstance(captions, Sequence):
+        raise ValueError(f"{caller}: captions must be a list of strings, got {type(captions).__name__}")
+    if not captions:
+        raise ValueError(f"{caller}: captions must hold at least one string, got none")
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"{caller}: captions must be strings, got {caption!r} at {i}")
+
+
+def _byte_vocab() -> Iterator[str]:
+    """The printable stand-ins of the 256 bytes in OpenAI's order, then each as the end of a word."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    stand_ins = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    yield from stand_ins
+    yield from (c + _END_OF_WORD for c in stand_ins)
+
+
+def _vocab_of(merges: Sequence[tuple[str, ...]]) -> dict[str, int]:
+    words = dict.fromkeys([*_byte_vocab(), *("".join(pair) for pair in merges), START_TOKEN, END_TOKEN])
+    return {word: i for i, word in enumerate(words)}
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _clip_bpe(vocab: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -> tokenizers.Tokenizer:
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(f"load_tokenizer: each merge must join two tokens of the vocabulary, got {pair}")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"load_tokenizer: ids must be 0 to {len(vocab) - 1}, each once, got others")
+    if missing := [word for word in (*_byte_vocab(), START_TOKEN, END_TOKEN) if word not in vocab]:
+        raise ValueError(
+            f"load_tokenizer: the vocabulary must hold every byte, start and end, missing {missing[0]}"
+        )
+    bpe = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=dict(vocab),
+            merges=[(left, right) for left, right in merges],
+            end_of_word_suffix=_END_OF_WORD,
+            unk_token=END_TOKEN,
+        )
+    )
+    bpe.normalizer, bpe.pre_tokenizer = _normalizer(), _pre_tokenizer()
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.RobertaProcessing(
+        (END_TOKEN, vocab[END_TOKEN]),
+        (START_TOKEN, vocab[START_TOKEN]),
+        trim_offsets=False,
+        add_prefix_space=False,
+    )
+    return bpe
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    names = ("tokenizer.json", "vocab.json", _OPENAI_FILE)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(
+        f"load_tokenizer: path must be one of {', '.join(names)} or a folder with one, got {path}"
+    )
+
+
+def _saved_context_length(config: Path) -> int:
+    if not config.is_file():
+        return DEFAULT_CONTEXT_LENGTH
+    length = _read_json(config).get("model_max_length", DEFAULT_CONTEXT_LENGTH)
+    # transformers writes 1e30 for "no limit"
+    return int(length) if length <= _MAX_CONTEXT_LENGTH else DEFAULT_CONTEXT_LENGTH
+
+
+def _read_text(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"load_tokenizer: {file} must be there, got no such file")
+    if file.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"load_tokenizer: {file} must be at most 64 MiB, got {file.stat().st_size} bytes")
+    return file.read_text(encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw: Any = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load_tokenizer: {file} must hold JSON, got: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"load_tokenizer: {file} must hold a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _read_openai_merges(file: Path) -> list[tuple[str, ...]]:
+    try:
+        with gzip.open(file) as packed:
+            text = packed.read(_MAX_FILE_BYTES)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"load_tokenizer: {file} must be a whole gzip file, got: {error}") from error
+    return _parse_merges(text.decode("utf-8").splitlines(), file)[:_OPENAI_MERGES]
+
+
+def _parse_merges(lines: Sequence[str], file: Path) -> list[tuple[str, ...]]:
+    if not lines or not lines[0].startswith(("#version", '"bpe_simple_vocab')):
+        raise ValueError(
+            f"load_tokenizer: {file} must start with a version line, got {(lines or [''])[0][:40]!r}"
+        )
+    return [tuple(line.split()) for line in lines[1:] if line.strip()]

@@ -1,0 +1,280 @@
+"""CLIP: an image tower and a text tower whose normalised embeddings meet (arXiv 2103.00020)."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcore.nn import ACTIVATIONS, Transformer
+
+# transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
+LEGACY_EOS_TOKEN_ID = 2
+_DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+def _check_tower(owner: str, width: int, num_heads: int, activation: str, **sizes: int) -> None:
+    for name, value in {"width": width, "num_heads": num_heads, **sizes}.items():
+        if value < 1:
+            raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+    if width % num_heads:
+        raise ValueError(f"{owner}: num_heads must divide width {width}, got {num_heads}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{owner}: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the image tower: square images of `image_size` pixels, patches of `patch_size` pixels."""
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_tower(
+            "VisionConfig",
+            self.width,
+            self.num_heads,
+            self.activation,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_layers=self.num_layers,
+            mlp_dim=self.mlp_dim,
+        )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"VisionConfig: image_size must be a multiple of patch_size {self.patch_size}, "
+                f"got {self.image_size}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of the text tower.
+
+    `eos_token_id` says where a caption is pooled: at the first token of that id. None, or transformers'
+    legacy value 2, means the first token with the highest id of its row, which is open_clip's rule.
+    """
+
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_tower(
+            "TextConfig",
+            self.width,
+            self.num_heads,
+            self.activation,
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            num_layers=self.num_layers,
+            mlp_dim=self.mlp_dim,
+        )
+        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError(
+                f"TextConfig: eos_token_id must be in [0, {self.vocab_size}), got {self.eos_token_id}"
+            )
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers, the width `embed_dim` of the space they share, and the log of the first logit scale."""
+
+    embed_dim: int = 512
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    init_log_logit_scale: float = _DEFAULT_LOGIT_SCALE
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise ValueError(f"CLIPConfig: embed_dim must be at least 1, got {self.embed_dim}")
+
+
+def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
+    """Index of each row's first end token, by the one rule that transformers and open_clip agree with.
+
+    Args:
+        tokens: [B, T] integer ids; each row is expected to hold its end token (a row without pools at 0).
+        eos_token_id: the id, or None (or transformers' legacy 2) for the highest id of the row.
+
+    Returns:
+        [B] int64.
+    """
+    if eos_token_id is None or eos_token_id == LEGACY_EOS_TOKEN_ID:
+        return tokens.argmax(dim=-1)
+    return (tokens == eos_token_id).int().argmax(dim=-1)
+
+
+class VisionTower(nn.Module):
+    """ViT with a class token: images [B, 3, S, S] to embeddings [B, E], not yet normalised."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        width = config.width
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.position_embedding = nn.Parameter(torch.randn(config.num_patches + 1, width) * width**-0.5)
+        self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps)
+        self.transformer = Transformer(
+            width,
+            config.num_layers,
+            config.num_heads,
+            config.mlp_dim,
+            is_causal=False,
+            activation=config.activation,
+            norm_eps=config.norm_eps,
+        )
+        self.norm_post = nn.LayerNorm(width, eps=config.norm_eps)
+        self.proj = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.proj.weight, std=width**-0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] to [B, E]."""
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"CLIP: images must be [B, 3, {size}, {size}], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"CLIP: images must be floating point, got {images.dtype}")
+        x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [B, D, S / P, S / P]
+        x = x.flatten(2).transpose(1, 2)  # [B, P, D]
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        x = self.transformer(self.norm_pre(x + self.position_embedding))
+        return self.proj(self.norm_post(x[:, 0]))
+
+
+class TextTower(nn.Module):
+    """Causal transformer pooled at the end token: tokens [B, T] to embeddings [B, E], not yet normalised."""
+
+    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.context_length = config.context_length
+        self.eos_token_id = config.eos_token_id
+        width = config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
+        self.transformer = Transformer(
+            width,
+            config.num_layers,
+            config.num_heads,
+            config.mlp_dim,
+            is_causal=True,
+            activation=config.activation,
+            norm_eps=config.norm_eps,
+        )
+        self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
+        self.proj = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=width**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] int64 to [B, E]; T may be shorter than the context."""
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.context_length:
+            raise ValueError(
+                f"CLIP: tokens must be [B, T] with 1 <= T <= {self.context_length}, got {list(tokens.shape)}"
+            )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"CLIP: tokens must be int64, got {tokens.dtype}")
+        x = self.token_embedding(tokens)  # [B, T, D]
+        x = self.transformer(x + self.position_embedding[: tokens.shape[1]])
+        ends = eos_positions(tokens, self.eos_token_id)
+        # LayerNorm is per token, so one row a caption is enough
+        x = self.norm_final(x[torch.arange(x.shape[0], device=x.device), ends])
+        return self.proj(x)
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
+
+
+class CLIP(nn.Module):
+    """CLIP with unit-norm float32 embeddings and a learned logit scale.
+
+    `logit_scale` is a log of shape [1]: DeepSpeed does not take 0-d parameters. Checkpoints that hold it 0-d,
+    as transformers and open_clip do, load as they are; `save_clip` writes it 0-d.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision, config.embed_dim)
+        self.text = TextTower(config.text, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.full((1,), config.init_log_logit_scale))
+        self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-norm image embeddings.
+
+        Args:
+            images: [B, 3, S, S] floating point, normalised pixels, S the configured image size; B may be 0.
+
+        Returns:
+            [B, E] float32.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        return _unit_norm(self.visual(images))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Unit-norm caption embeddings.
+
+        Args:
+            tokens: [B, T] int64, T at most the context length, each row with its end token; B may be 0.
+
+        Returns:
+            [B, E] float32.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        return _unit_norm(self.text(tokens))
+
+    def forward(
+        self, images: Tensor | None, tokens: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Embed images and captions; pass None for a side that is not there.
+
+        Under ZeRO-3 parameters are whole only inside a module's forward, so training and evaluation both
+        go through here.
+
+        Args:
+            images: [B, 3, S, S], or None.
+            tokens: [B', T], or None.
+
+        Returns:
+            image embeddings [B, E] (or None), text embeddings [B', E] (or None), and the logit scale
+            exp(logit_scale), [1]; all float32.
+        """
+        image_features = None if images is None else self.encode_image(images)
+        text_features = None if tokens is None else self.encode_text(tokens)
+        return image_features, text_features, self.logit_scale.float().exp()
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        """Keep only each block's input for backward and recompute the rest."""
+        self.visual.transformer.activation_checkpointing = enable
+        self.text.transformer.activation_checkpointing = enable
+
+
+def _accept_0d_logit_scale(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    key = prefix + "logit_scale"
+    if key in state_dict and state_dict[key].ndim == 0:
+        state_dict[key] = state_dict[key].reshape(1)

@@ -1,0 +1,40 @@
+"""Learned position embeddings, carried over to another patch grid."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def interpolate_positions(positions: Tensor, num_patches: int, *, num_prefix: int = 1) -> Tensor:
+    """Resample learned position embeddings of a square grid to another square grid (bicubic, antialiased).
+
+    Args:
+        positions: [num_prefix + P, D], any float dtype; the prefix rows (class token) are copied.
+        num_patches: P of the new grid, a square number.
+        num_prefix: rows that belong to no patch, >= 0.
+
+    Returns:
+        [num_prefix + num_patches, D] in the dtype of `positions`, computed in float32; `positions` itself
+        if the grid is the same.
+
+    Raises:
+        ValueError: if either grid is not square.
+
+    Reference: ViT, section 3.2 (arXiv 2010.11929).
+    """
+    old = positions.shape[0] - num_prefix
+    if old == num_patches:
+        return positions
+    old_side, new_side = math.isqrt(max(old, 0)), math.isqrt(max(num_patches, 0))
+    if old < 1 or old_side**2 != old:
+        raise ValueError(f"interpolate_positions: positions must hold a square grid of patches, got {old}")
+    if num_patches < 1 or new_side**2 != num_patches:
+        raise ValueError(f"interpolate_positions: num_patches must be a square number, got {num_patches}")
+    grid = (
+        positions[num_prefix:].float().reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)
+    )  # [1, D, h, w]
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=True, align_corners=False)
+    grid = grid.permute(0, 2, 3, 1).reshape(num_patches, -1)  # [P, D]
+    return torch.cat([positions[:num_prefix], grid.to(positions.dtype)])

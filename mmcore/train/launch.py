@@ -1,0 +1,38 @@
+"""The command line of training: flags from the configs (tyro), one sentence for a user's mistake, a clean exit."""
+
+import logging
+import os
+import sys
+
+import torch.distributed as dist
+import tyro
+
+from mmcore.errors import complain
+from mmcore.train.clip import ClipConfig, train_clip
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `clip ...`; exits with 2 for a user's mistake, 1 where training had to stop.
+
+    The process ends by `os._exit` once everything is on disk: under ZeRO-3 the interpreter's own exit sometimes
+    aborts after the work is done.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    config = tyro.extras.subcommand_cli_from_dict(
+        {"clip": ClipConfig}, args=arguments, prog="mmcore train", config=(tyro.conf.OmitArgPrefixes,)
+    )
+    try:
+        train_clip(config)
+        code = 0
+    except (ValueError, FileNotFoundError) as error:
+        code = complain(error, 2)
+    except FloatingPointError as error:
+        code = complain(error, 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)

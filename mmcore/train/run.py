@@ -1,0 +1,218 @@
+"""A run's folder: made once, never overwritten, resumed only on purpose; its metrics, progress bar and settings."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from mmcore import checkpoint
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run goes, how long it lasts, and what it leaves."""
+
+    out: Path | None = None
+    """Folder of the run, which must be new unless --resume; None = runs/RECIPE-DATE-TIME."""
+    resume: str | None = None
+    """'latest' = go on from the newest checkpoint of --out (from the start where it has none yet), or the folder
+    of one checkpoint."""
+    epochs: int = 32
+    """Passes over the training pairs."""
+    steps: int | None = None
+    """Optimizer steps in all; None = what --epochs gives."""
+    batch_size: int = 256
+    """Pairs a rank and micro-batch; the contrastive batch is this times --accum times the number of ranks."""
+    accum: int = 1
+    """Micro-batches a step. The loss still sees the whole batch (GradCache), at the memory of one micro-batch."""
+    seed: int = 0
+    """Seed of the weights, the split and the order of the data."""
+    save_every: int | None = None
+    """Steps between checkpoints; None = one an epoch, and always one at the end."""
+    keep: int = 3
+    """Checkpoints that stay, the newest."""
+    eval_every: int | None = None
+    """Steps between evaluations on the held-out pairs; None = ten in the run."""
+    log_every: int = 10
+    """Steps between records in metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too, into the run's folder."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "steps",
+            "batch_size",
+            "accum",
+            "save_every",
+            "keep",
+            "eval_every",
+            "log_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+
+
+# Settings that may differ between a run and its continuation, since they do not change what is computed.
+FREE_ON_RESUME = frozenset(
+    {"out", "resume", "save_every", "keep", "eval_every", "log_every", "tensorboard", "workers"}
+)
+FREE_ON_RESUME |= {"zero", "deepspeed", "batch_size", "accum", "stamps_dir", "activation_checkpointing"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: its folder, and the checkpoint to go on from (None = from the start)."""
+
+    folder: Path
+    checkpoint: Path | None
+
+
+def open_run(recipe: str, run: RunConfig) -> Start:
+    """Decides the run's folder and where to start; called by rank 0 alone, writes nothing.
+
+    Raises:
+        ValueError: the folder exists and --resume was not given; nothing to resume; a damaged checkpoint.
+    """
+    if run.resume is None:
+        folder = run.out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+        if folder.exists():
+            raise ValueError(
+                f"--out must be a new folder, got {folder}, which exists; --resume latest continues it"
+            )
+        return Start(folder, None)
+    if run.resume == "latest":
+        if run.out is None:
+            raise ValueError("--resume latest must say which run: give its folder by --out")
+        found = checkpoint.steps(run.out / "checkpoints")
+        if not found:
+            leftover = run.out / "config.json"
+            if run.out.exists() and any(run.out.iterdir()) and not leftover.is_file():
+                raise ValueError(
+                    f"--out must be a run to resume or a new folder, got {run.out}, which is neither"
+                )
+            return Start(run.out, None)
+        folder = checkpoint.step_folder(run.out / "checkpoints", found[-1])
+    else:
+        folder = Path(run.resume)
+        if run.out is not None and run.out.resolve() != folder.resolve().parents[1]:
+            raise ValueError(
+                f"--resume {folder} belongs to the run {folder.parents[1]}, but --out is {run.out}"
+            )
+    checkpoint.verify(folder)
+    return Start(folder.parents[1], folder)
+
+
+def check_settings(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
+    """Compares the settings of a run with those of its continuation.
+
+    Raises:
+        ValueError: one that changes what is computed differs; the message names it and both values.
+    """
+    for name in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(name), now.get(name)
+        if name in FREE_ON_RESUME or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            check_settings(old, new, f"{prefix}{name}.")
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{flag} must be {old!r} as in the run that is resumed, got {new!r}")
+
+
+def peak_memory() -> str:
+    """Peak memory of this process, for the progress bar."""
+    for line in (
+        Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
+    ):
+        if line.startswith("VmHWM"):
+            return f"{int(line.split()[1]) / 2**20:.1f} GB"
+    return "n/a"
+
+
+class Metrics:
+    """metrics.jsonl (always), TensorBoard (when asked) and the progress bar, on rank 0; nothing on other ranks."""
+
+    def __init__(self, folder: Path, total: int, start: int, *, tensorboard: bool, active: bool) -> None:
+        self.active, self._start, self._began = active, start, time.monotonic()
+        self.records: list[dict[str, Any]] = []
+        if not active:
+            return
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():  # what came after the checkpoint will be computed again
+            lines = self.path.read_text().splitlines()
+            kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= start]
+            self.records = kept
+            checkpoint.write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self._file = self.path.open("a")
+        self._board = _summary_writer(folder) if tensorboard else None
+        columns = [
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        columns += [TextColumn("ETA"), TimeRemainingColumn()]
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal)
+        self._task: TaskID = self._bar.add_task("train", total=total, completed=start, note="")
+        self._console = console
+        self._bar.start()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.active:
+            self._bar.stop()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    def log(self, step: int, values: dict[str, float], *, note: str = "") -> None:
+        """Records `values` of `step` (steps done)."""
+        if not self.active:
+            return
+        record = {"step": step, "time_s": round(time.monotonic() - self._began, 3), **values}
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for name, value in values.items():
+            if self._board is not None:
+                self._board.add_scalar(name, value, step)
+        if note and not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._bar.tasks[0].total:.0f}  {note}", highlight=False)
+
+    def advance(self, step: int, note: str) -> None:
+        """Moves the progress bar to `step`."""
+        if self.active:
+            self._bar.update(self._task, completed=step, note=note)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self.active:
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the last line of a killed run may be half written
+        return None
+
+
+def _summary_writer(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (optional: imported only when asked for)
+
+    return SummaryWriter(str(folder / "tensorboard"))

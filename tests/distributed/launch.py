@@ -1,0 +1,37 @@
+"""Runs a worker of this folder on several gloo ranks, through the launcher that users use."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """A clean environment for a launched rank: one thread each, the sources importable, no launcher's variables."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"}
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    paths = [str(ROOT), str(ROOT / "kernels")]
+    return env | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(worker: str, num_ranks: int, folder: Path, **arguments: Any) -> list[dict[str, Any]]:
+    """Runs `tests.distributed.<worker>` on `num_ranks` ranks; returns what each wrote to its result file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "arguments.json").write_text(json.dumps(arguments))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command += ["-m", f"tests.distributed.{worker}", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{worker} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(num_ranks)]

@@ -1,0 +1,46 @@
+"""A two-tower model small enough for many launches, with CLIP's interface, and its single-process truth."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TwoTower(nn.Module):
+    """image [B, 3, 4, 4] and tokens [B, 5] to unit-norm [B, 8] features; `logit_scale` is a log, shape [1]."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.image = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.GELU(), nn.Linear(16, 8))
+        self.embed = nn.Embedding(11, 12)
+        self.text = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 8))
+        self.logit_scale = nn.Parameter(torch.full((1,), 2.6593))
+        with torch.no_grad():
+            for p in self.parameters():
+                if p.numel() > 1:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        self.to(dtype)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image = F.normalize(self.image(images), dim=-1)
+        text = F.normalize(self.text(self.embed(tokens).mean(1)), dim=-1)
+        return image, text, self.logit_scale.exp()
+
+
+def batch(num: int, step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The global batch of a step, the same on every rank."""
+    generator = torch.Generator().manual_seed(100 + step)
+    images = torch.randn(num, 3, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.randint(0, 11, (num, 5), generator=generator)
+
+
+def share(x: Tensor, rank: int, world_size: int) -> Tensor:
+    """The contiguous rows that belong to a rank."""
+    return x.chunk(world_size)[rank]
+
+
+def eager_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """The loss as the field writes it, on the whole batch."""
+    logits = scale * image @ text.T
+    target = torch.arange(len(image))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,0 +1,109 @@
+"""Splits without a leak: by class, by caption, by image."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcore.data import DataConfig, open_data
+from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits
+from mmcore.data.images import resize_center_crop
+from mmcore.data.split import split_pairs
+from tests.mmcore.data_fixtures import fake_tokenizer, spec, take
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=4, max_size=60),
+    fraction=st.floats(0.05, 0.6),
+    seed=st.integers(0, 5),
+)
+def test_no_image_and_no_caption_is_on_both_sides(
+    pairs: list[tuple[int, int]], fraction: float, seed: int
+) -> None:
+    images, captions = zip(*pairs, strict=True)
+    try:
+        train, val = split_pairs(images, captions, fraction, seed)
+    except ValueError as error:
+        assert "the smallest has" in str(error)
+        return
+    assert sorted(train + val) == list(range(len(pairs)))
+    assert not {images[i] for i in train} & {images[i] for i in val}
+    assert not {captions[i] for i in train} & {captions[i] for i in val}
+    assert 1 <= len(val) <= max(1, round(fraction * len(pairs)))
+
+
+def test_a_split_of_different_pairs_has_the_exact_share_and_follows_the_seed() -> None:
+    train, val = split_pairs(range(100), range(100), 0.25, 0)
+    assert (len(train), len(val)) == (75, 25)
+    assert split_pairs(range(100), range(100), 0.25, 0) == (train, val)
+    assert split_pairs(range(100), range(100), 0.25, 1)[1] != val
+    assert split_pairs(range(100), range(100), 0.0, 0) == (list(range(100)), [])
+
+
+def test_a_chain_of_shared_images_and_captions_cannot_be_split() -> None:
+    with pytest.raises(
+        ValueError, match=r"val_fraction=0.5 must leave room .* the smallest has 4 of 4 pairs"
+    ):
+        split_pairs([0, 0, 1, 1], ["a", "b", "b", "c"], 0.5, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+def test_digits_are_split_within_each_class_and_disjoint(fraction: float) -> None:
+    data = open_data(DataConfig(val_fraction=fraction), seed=0)
+    assert data.val is not None and data.val.labels is not None
+    train, val = data.source, data.val.source
+    assert isinstance(train, Digits) and isinstance(val, Digits)
+    assert sorted(train.numbers + val.numbers) == list(range(1797))
+    whole, held_out = Counter(train.classes + val.classes), Counter(data.val.labels)
+    assert held_out == {c: round(fraction * whole[c]) for c in range(10)}
+    assert data.class_names == DIGIT_NAMES
+    assert data.templates == DIGIT_TEMPLATES
+
+
+def test_digit_captions_name_the_class_and_vary_between_epochs() -> None:
+    data = open_data(DataConfig(val_fraction=0.0), seed=0)
+    assert data.num_train == 1797
+    assert data.val is None
+    assert set(data.captions()) == {t.format(n) for t in DIGIT_TEMPLATES for n in DIGIT_NAMES}
+    seen: list[str] = []
+
+    def tokenizer(captions: list[str]):
+        seen.extend(captions)
+        return fake_tokenizer(captions)
+
+    loader = data.train_loader(spec(1797), tokenizer)
+    first, second = take(loader, 2)
+    for batch, captions in ((first, seen[:1797]), (second, seen[1797:])):
+        assert all(DIGIT_NAMES[c] in text for c, text in zip(batch.labels.tolist(), captions, strict=True))
+        share = Counter(
+            text.replace(DIGIT_NAMES[c], "{}") for c, text in zip(batch.labels.tolist(), captions)
+        )
+        # Four templates drawn 1,797 times: within 5 standard deviations (18) of 449.
+        assert all(359 <= share[t] <= 539 for t in DIGIT_TEMPLATES)
+    of = [dict(zip(b.ids, c, strict=True)) for b, c in ((first, seen[:1797]), (second, seen[1797:]))]
+    assert of[0] != of[1]
+
+
+def test_digits_are_shifted_by_under_a_pixel_and_scaled_by_a_tenth() -> None:
+    pixels = np.zeros((1, 8, 8), dtype=np.uint8)
+    pixels[0, 3:5, 3:5] = 200
+    scan = Digits(pixels, [0], [0])
+    size, rng = 64, np.random.default_rng(0)
+    plain = np.asarray(resize_center_crop(scan.raw_image(0), size))[..., 0].astype(float)
+    offsets, zooms = [], []
+    for _ in range(300):
+        view = np.asarray(scan.augment(scan.raw_image(0), size, rng))[..., 0].astype(float)
+        centre = (
+            view.sum(0) @ (np.arange(size) + 0.5) / view.sum(),
+            view.sum(1) @ (np.arange(size) + 0.5) / view.sum(),
+        )
+        offsets += [(c - size / 2) * 8 / size for c in centre]
+        zooms.append(np.sqrt(view.sum() / plain.sum()))
+    # A shift of 3/4 of a pixel, enlarged by up to 1.12; rounding to grey levels is worth 2 %.
+    assert 0.7 < max(np.abs(offsets)) < 0.75 * 1.12 * 1.02
+    assert 1.2 < max(zooms) / min(zooms) < 1.12 / 0.9 * 1.02
+    assert min(zooms) < 1 < max(zooms)

@@ -1,0 +1,159 @@
+"""Curves and retrieval sheets: what is drawn, in which colour, and what is said when a font is missing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmcore.eval import fonts
+from mmcore.eval.pictures import plot_curves, plot_retrieval
+
+GREEN, RED = (26, 143, 76), (208, 52, 44)
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share_of(pixels: np.ndarray, colour: tuple[int, int, int]) -> float:
+    return float((np.abs(pixels - np.array(colour)).max(axis=-1) < 12).mean())
+
+
+def run(num: int, **extra: float) -> list[dict[str, float]]:
+    return [{"step": i, "loss": 5.0 / (i + 1), "lr": 1e-3, **extra} for i in range(num)]
+
+
+def sheet(path: Path, scores: list[list[float]], relevant: list[list[bool]], **kwargs) -> np.ndarray:
+    images = [np.full((8, 8, 3), 30 * i, np.uint8) for i in range(len(scores[0]))]
+    queries = kwargs.pop("queries", [f"query {i}" for i in range(len(scores))])
+    plot_retrieval(queries, torch.tensor(scores), torch.tensor(relevant), images, path, **kwargs)
+    return pixels_of(path)
+
+
+def test_right_images_are_framed_green_and_wrong_ones_red(tmp_path: Path):
+    scores = [[3.0, 2.0, 1.0]]
+    right = sheet(tmp_path / "a.png", scores, [[True] * 3])
+    wrong = sheet(tmp_path / "b.png", scores, [[False] * 3])
+    mixed = sheet(tmp_path / "c.png", scores, [[True, False, False]])
+    assert share_of(right, GREEN) > 0.01 and share_of(right, RED) == 0
+    assert share_of(wrong, RED) > 0.01 and share_of(wrong, GREEN) == 0
+    assert share_of(mixed, RED) == pytest.approx(2 * share_of(mixed, GREEN), rel=0.15)
+
+
+def test_the_best_images_come_first_and_only_so_many(tmp_path: Path):
+    # the right image has the third score: in a sheet of two it is not there
+    scores, relevant = [[1.0, 3.0, 2.0]], [[True, False, False]]
+    assert share_of(sheet(tmp_path / "a.png", scores, relevant, top_k=2), GREEN) == 0
+    three = sheet(tmp_path / "b.png", scores, relevant, top_k=9)
+    columns = np.flatnonzero((np.abs(three - np.array(GREEN)).max(axis=-1) < 12).any(axis=0))
+    reds = np.flatnonzero((np.abs(three - np.array(RED)).max(axis=-1) < 12).any(axis=0))
+    assert columns.min() > reds.max()
+
+
+def test_gray_images_and_pil_images_are_drawn(tmp_path: Path):
+    images = [np.zeros((8, 8), np.uint8), Image.new("RGB", (20, 10), "blue")]
+    plot_retrieval(
+        ["q"], torch.tensor([[0.5, 0.1]]), torch.tensor([[True, False]]), images, tmp_path / "x.png"
+    )
+    assert share_of(pixels_of(tmp_path / "x.png"), (0, 0, 255)) > 0.005
+
+
+def test_dollar_signs_and_braces_in_captions_are_plain_text(tmp_path: Path):
+    sheet(tmp_path / "a.png", [[1.0]], [[True]], queries=[r"costs $5_{x$ or \frac{"])
+
+
+def test_characters_without_a_font_are_code_points_and_the_sheet_says_so(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(fonts, "_faces", lambda: {fonts.BASE_FONT: fonts.BASE_FONT})
+    monkeypatch.setattr(fonts, "_codepoints", lambda path: frozenset(range(256)))
+    assert fonts.families_for(["a 猫"]) == [fonts.BASE_FONT]
+    assert fonts.escape_undrawable("a\t猫b", [fonts.BASE_FONT]) == ("a U+732B b", True)
+    assert fonts.escape_undrawable("plain  text", [fonts.BASE_FONT]) == ("plain text", False)
+    said = sheet(tmp_path / "a.png", [[1.0]], [[True]], queries=["a 猫"])
+    silent = sheet(tmp_path / "b.png", [[1.0]], [[True]], queries=["a cat"])
+    # the note is the only red on a sheet of right images
+    assert share_of(said, RED) > 0 and share_of(silent, RED) == 0
+
+
+def test_an_installed_font_that_has_the_characters_is_used(monkeypatch):
+    have = {
+        "base": frozenset(range(256)),
+        "han": frozenset([*range(256), ord("猫")]),
+        "other": frozenset([0x3B1]),
+    }
+    monkeypatch.setattr(fonts, "_faces", lambda: {fonts.BASE_FONT: "base", "Other": "other", "Han": "han"})
+    monkeypatch.setattr(fonts, "_codepoints", lambda path: have[path])
+    assert fonts.families_for(["cat"]) == [fonts.BASE_FONT]
+    families = fonts.families_for(["cat", "猫"])
+    assert families == [fonts.BASE_FONT, "Han"]
+    assert fonts.escape_undrawable("猫 α", families) == ("猫 U+03B1", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        ("one two three", "one two\nthree"),
+        ("unbreakableword", "unbreakableword"),
+        ("一只猫在睡觉", "一只猫在\n睡觉"),
+        ("一只猫在，睡觉", "一只猫\n在，睡觉"),
+        ("a b c d e f g h i j k", "a b c d\ne f g h\ni j k"),
+        ("one two three four five six seven", "one two\nthree\nfour…"),
+    ],
+)
+def test_captions_are_wrapped_by_columns_and_cut(text: str, expected: str):
+    assert fonts.wrap(text, 8, 3) == expected
+
+
+def test_curves_are_drawn_with_and_without_held_out_records(tmp_path: Path):
+    plot_curves(run(3), tmp_path / "deep" / "plain.png")
+    plain = pixels_of(tmp_path / "deep" / "plain.png")
+    plot_curves(
+        [*run(3), {"step": 3, "loss": 1.0, "eval/top1": 0.5, "eval/chance_top1": 0.1}], tmp_path / "b.png"
+    )
+    assert pixels_of(tmp_path / "b.png").shape[1] > 1.3 * plain.shape[1]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["plain.png"]
+
+
+def test_values_above_one_are_no_accuracies(tmp_path: Path):
+    plot_curves(run(3), tmp_path / "a.png")
+    plot_curves(run(3, **{"eval/num_images": 500.0}), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_resumed_run_shows_the_last_record_of_a_step_in_order(tmp_path: Path):
+    once = run(5)
+    again = [*once[:3], {"step": 3, "loss": 99.0, "lr": 1.0}, *once[3:], once[2]]
+    plot_curves(once, tmp_path / "a.png")
+    plot_curves(again, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_losses_that_are_not_finite_are_marked_in_red(tmp_path: Path):
+    records = run(60)
+    plot_curves(records, tmp_path / "a.png")
+    records[10]["loss"], records[20]["loss"] = float("nan"), float("inf")
+    plot_curves(records, tmp_path / "b.png")
+    assert share_of(pixels_of(tmp_path / "a.png"), RED) == 0 < share_of(pixels_of(tmp_path / "b.png"), RED)
+
+
+def test_bad_arguments_of_the_pictures_are_refused(tmp_path: Path):
+    path, one = tmp_path / "x.png", torch.ones(1, 1)
+    with pytest.raises(ValueError, match="records must hold at least one record, got none"):
+        plot_curves([], path)
+    with pytest.raises(ValueError, match=r"each record must hold step and loss, got \['loss'\] at 0"):
+        plot_curves([{"loss": 1.0}], path)
+    for queries, scores, relevant in (
+        ([], one, one > 0),
+        (["a"], one, one),
+        (["a"], torch.ones(2, 1), one > 0),
+        (["a"], torch.ones(1, 0), torch.ones(1, 0) > 0),
+    ):
+        with pytest.raises(ValueError, match="scores and bool relevant must be"):
+            plot_retrieval(queries, scores, relevant, [np.zeros((2, 2), np.uint8)], path)
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        plot_retrieval(["a"], one, one > 0, [np.zeros((2, 2), np.uint8)], path, top_k=0)
+    assert not path.exists()

@@ -1,0 +1,258 @@
+"""CLIP's BPE: agreement with transformers' and OpenAI's, learning, files, refusals."""
+
+import gzip
+import itertools
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmcore.data.tokenizer import END_TOKEN, START_TOKEN, Tokenizer, load_tokenizer, train_tokenizer
+from mmcore.models.clip import eos_positions
+
+CAPTIONS = [
+    "A photo of a cat",
+    "a photo of the dog's bone",
+    "a handwritten digit 7",
+    "two dogs, one cat!",
+    "一只猫在睡觉",
+    "一只狗和一只猫",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(CAPTIONS, vocab_size=600, context_length=16)
+
+
+def openai_encode(vocab: dict[str, int], merges: list[tuple[str, str]], words: list[str]) -> list[int]:
+    """BPE as published: repeatedly join the pair of lowest rank, on the given words (bytes as stand-ins)."""
+    ranks, ids = {pair: i for i, pair in enumerate(merges)}, []
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = list(itertools.pairwise(parts))
+            best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            if best not in ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                if i + 1 < len(parts) and (parts[i], parts[i + 1]) == best:
+                    joined.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    joined.append(parts[i])
+                    i += 1
+            parts = joined
+        ids += [vocab[part] for part in parts]
+    return ids
+
+
+def test_tokens_are_start_text_end_zeros(tokenizer: Tokenizer):
+    tokens = tokenizer(["a cat", ""])
+    assert tokens.dtype == torch.int64 and tokens.shape == (2, 16)
+    end = tokenizer.eos_token_id
+    assert tokens[1].tolist() == [end - 1, end] + [0] * 14
+    assert tokens[0, 0] == end - 1 and tokens[0].tolist().count(end) == 1
+    assert not tokens[0, int(eos_positions(tokens, end)[0]) + 1 :].any()
+
+
+def test_a_truncated_caption_keeps_its_end_token(tokenizer: Tokenizer):
+    tokens = tokenizer(["cat " * 100, "cat " * 14, "cat " * 13])
+    assert tokens[:2, -1].tolist() == [tokenizer.eos_token_id] * 2
+    assert tokens[2, -2:].tolist() == [tokenizer.eos_token_id, 0]
+    assert torch.equal(tokens[0], tokens[1])
+
+
+def test_end_token_has_the_highest_id_so_that_both_pooling_rules_agree(tokenizer: Tokenizer):
+    tokens = tokenizer(CAPTIONS)
+    assert tokenizer.eos_token_id == tokenizer.vocab_size - 1 and tokens.max() == tokenizer.eos_token_id
+    assert torch.equal(eos_positions(tokens, None), eos_positions(tokens, tokenizer.eos_token_id))
+
+
+def test_case_and_white_space_do_not_matter(tokenizer: Tokenizer):
+    assert torch.equal(tokenizer(["A  Photo\tof\n a CAT "]), tokenizer(["a photo of a cat"]))
+
+
+def test_learned_words_are_single_tokens_in_english_and_chinese(tokenizer: Tokenizer):
+    lengths = (tokenizer(["cat photo", "一只猫在睡觉", "猫狗"]) != 0).sum(1) - 2
+    # 9 and 18 bytes; 6 bytes that were never seen together
+    assert lengths[0] == 2 and lengths[1] <= 6 and 2 <= lengths[2] <= 6
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=30))
+def test_no_text_is_unknown_or_touches_the_special_tokens(text: str):
+    tokenizer = train_tokenizer(CAPTIONS[:2], vocab_size=530, context_length=256)
+    text = text.encode("utf-8", "ignore").decode()
+    row = tokenizer([text])[0].tolist()
+    end = row.index(tokenizer.eos_token_id)
+    assert row[0] == tokenizer.sot_token_id
+    assert all(0 <= i < tokenizer.sot_token_id for i in row[1:end]) and not any(row[end + 1 :])
+    assert end > 1 or not any(c.isalnum() for c in text)
+
+
+def test_special_tokens_spelled_out_in_a_caption_are_plain_text(tokenizer: Tokenizer, tmp_path: Path):
+    tokenizer.save(tmp_path)
+    for each in (tokenizer, load_tokenizer(tmp_path)):
+        row = each([f"{END_TOKEN} {START_TOKEN}"])[0].tolist()
+        assert row.count(each.eos_token_id) == 1 and row.count(each.sot_token_id) == 1
+
+
+def test_training_is_the_same_in_every_process():
+    code = (
+        "from mmcore.data.tokenizer import train_tokenizer\n"
+        "words = [a + b + c + d for a in 'abcde' for b in 'fghij' for c in 'klmno' for d in 'pqrst'] * 2\n"
+        "print(train_tokenizer(words, vocab_size=700, context_length=8)._bpe.to_str())"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
+        )
+        for _ in range(2)
+    ]
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout) > 10_000
+
+
+def test_vocabulary_has_the_size_asked_for_at_most(tokenizer: Tokenizer):
+    assert tokenizer.vocab_size <= 600
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"] * 2
+    assert train_tokenizer(words, vocab_size=550, context_length=8).vocab_size == 550
+    assert train_tokenizer(["a"], vocab_size=5000, context_length=8).vocab_size == 514
+
+
+def test_saved_tokenizer_loads_the_same_from_each_of_its_files(tokenizer: Tokenizer, tmp_path: Path):
+    tokenizer.save(tmp_path)
+    paths = [tmp_path, tmp_path / "tokenizer.json", tmp_path / "vocab.json"]
+    for path in paths:
+        back = load_tokenizer(path)
+        assert (back.vocab_size, back.eos_token_id, back.context_length) == (
+            tokenizer.vocab_size,
+            tokenizer.eos_token_id,
+            16,
+        )
+        assert torch.equal(back(CAPTIONS), tokenizer(CAPTIONS))
+    assert load_tokenizer(tmp_path, context_length=9).context_length == 9
+    assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(CAPTIONS), tokenizer(CAPTIONS))
+
+
+@pytest.mark.parametrize("source", ["tokenizer.json", "vocab.json"])
+def test_transformers_clip_tokenizer_reads_our_folder_to_the_same_ids(
+    tokenizer: Tokenizer, source: str, tmp_path: Path
+):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    if source == "vocab.json":
+        (tmp_path / "tokenizer.json").unlink()
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    texts = [*CAPTIONS[:6], "", "it's   100% NEW, isn't it?", "naïve Ünïcode 😀 ﬁ", "cat " * 40]
+    expected = theirs(
+        texts, truncation=True, max_length=16, padding="max_length", return_tensors="pt"
+    ).input_ids
+    # transformers pads with the end token
+    ours = tokenizer(texts)
+    assert torch.equal(torch.where(ours == 0, tokenizer.eos_token_id, ours), expected)
+
+
+def test_openais_merges_file_gives_openais_ids(tmp_path: Path):
+    merges = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>"), ("d", "o")]
+    lines = ['"bpe_simple_vocab_16e6.txt#version: 0.2"', *(" ".join(pair) for pair in merges), ""]
+    file = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.context_length, tokenizer.vocab_size) == (77, 512 + 5 + 2)
+    # OpenAI's ids: "!" is 0, "a" 64, "a</w>" 320, merges from 512 on
+    row = tokenizer(["The cat, a dog"])[0].tolist()
+    words = [["t", "h", "e"], ["c", "a", "t"], [","], ["a"], ["d", "o", "g"]]
+    vocab = {chr(ord("!") + i): i for i in range(94)}
+    vocab |= {word + "</w>": i + 256 for word, i in vocab.items()}
+    vocab |= {"".join(pair): 512 + i for i, pair in enumerate(merges)}
+    expected = openai_encode(vocab, merges, ["".join(word) for word in words])
+    assert expected[:2] == [515, 513] and expected[3] == 320
+    assert row[: len(expected) + 2] == [517, *expected, 518]
+
+
+def test_openais_merges_file_is_cut_to_its_vocabulary(tmp_path: Path):
+    stand_ins = [chr(c) for c in range(ord("!"), ord("~") + 1)]
+    pairs = [f"{a} {b}" for a in stand_ins for b in stand_ins]
+    more = [f"{a}{b} {c}" for a in stand_ins for b in stand_ins[:5] for c in stand_ins]
+    file = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    file.write_bytes(
+        gzip.compress("\n".join(['"bpe_simple_vocab_16e6.txt#version: 0.2"', *pairs, *more]).encode())
+    )
+    assert len(pairs) + len(more) > 48894
+    tokenizer = load_tokenizer(file)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (49408, 49407)
+
+
+def test_matches_openais_algorithm_on_learned_merges(tokenizer: Tokenizer, tmp_path: Path):
+    tokenizer.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [(line.split()[0], line.split()[1]) for line in lines]
+    words = ["dogs", "photograph", "cat", "handwritings", "bo", "ne"]
+    row = tokenizer([" ".join(words)])[0].tolist()
+    expected = openai_encode(vocab, merges, words)
+    assert row[1 : 1 + min(14, len(expected))] == expected[:14]
+
+
+@pytest.mark.parametrize(
+    ("captions", "match"),
+    [
+        ([], "captions must hold at least one string, got none"),
+        ("a cat", "captions must be a list of strings, got str"),
+        (["a", None], "captions must be strings, got None at 1"),
+        ([b"a"], "captions must be strings, got b'a' at 0"),
+    ],
+)
+def test_empty_lists_and_other_than_strings_are_refused(captions, match: str, tokenizer: Tokenizer):
+    with pytest.raises(ValueError, match=match):
+        tokenizer(captions)
+    with pytest.raises(ValueError, match=match):
+        train_tokenizer(captions, vocab_size=600, context_length=8)
+
+
+def test_sizes_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="vocab_size must be at least 514, got 513"):
+        train_tokenizer(["a"], vocab_size=513, context_length=8)
+    with pytest.raises(ValueError, match=r"context_length must be in \[3, 65536\], got 2"):
+        train_tokenizer(["a"], vocab_size=514, context_length=2)
+
+
+def test_damaged_and_foreign_files_are_refused(tokenizer: Tokenizer, tmp_path: Path):
+    with pytest.raises(ValueError, match="path must be one of"):
+        load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path)
+
+    def refused(name: str, text: str, match: str, path: str) -> None:
+        folder = tmp_path / "copy"
+        shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("copy"))
+        (folder / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=match):
+            load_tokenizer(folder / path)
+        shutil.rmtree(folder)
+
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    refused("tokenizer.json", "{", "must hold JSON", "tokenizer.json")
+    refused("tokenizer.json", "[]", "JSON object, got list", "tokenizer.json")
+    refused("tokenizer.json", '{"model": {"type": "WordPiece"}}', "BPE model", "tokenizer.json")
+    refused("merges.txt", "a b\n", "must start with a version line, got 'a b'", "vocab.json")
+    refused("merges.txt", "#version: 0.2\nzq zz\n", "must join two tokens of the vocabulary", "vocab.json")
+    refused("vocab.json", json.dumps({**vocab, "new": 9999}), "ids must be 0 to", "vocab.json")
+    swapped = {**vocab, END_TOKEN: vocab[START_TOKEN], START_TOKEN: vocab[END_TOKEN]}
+    refused("vocab.json", json.dumps(swapped), "must have the highest id", "vocab.json")
+    short = {word: i for word, i in vocab.items() if i < len(vocab) - 1}
+    refused("vocab.json", json.dumps(short), "missing <|endoftext|>".replace("|", r"\|"), "vocab.json")
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"merges\.txt must be there"):
+        load_tokenizer(tmp_path / "vocab.json")
+    (tmp_path / "x.txt.gz").write_bytes(b"plain")
+    with pytest.raises(ValueError, match="whole gzip file"):
+        load_tokenizer(tmp_path / "x.txt.gz")

@@ -1,0 +1,97 @@
+"""The house rules that a machine can hold: imports point down, DeepSpeed stays in one file, files stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each part may import of ours, besides itself; a longer prefix wins.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "mmkernels": (),
+    "mmcore.ops": ("mmkernels",),
+    "mmcore.checkpoint": (),
+    "mmcore.errors": (),
+    "mmcore.nn": ("mmcore.ops",),
+    "mmcore.losses": ("mmcore.ops", "mmcore.nn"),
+    "mmcore.models": ("mmcore.ops", "mmcore.nn", "mmcore.checkpoint"),
+    "mmcore.data": ("mmcore.models",),
+    "mmcore.eval": ("mmcore.data", "mmcore.models", "mmcore.losses", "mmcore.checkpoint"),
+    "mmcore.train": (
+        "mmcore.data",
+        "mmcore.eval",
+        "mmcore.models",
+        "mmcore.losses",
+        "mmcore.checkpoint",
+        "mmcore.errors",
+    ),
+    "mmcore.cli": ("mmcore.train", "mmcore.eval", "mmcore.models", "mmcore.errors"),
+    "bench": ("mmkernels", "mmcore"),
+    "tests": ("mmkernels", "mmcore", "bench"),
+}
+OURS = ("mmkernels", "mmcore", "bench", "tests")
+MAX_LINES = 400
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for top, base in (("mmkernels", ROOT / "kernels"), ("mmcore", ROOT), ("bench", ROOT), ("tests", ROOT)):
+        for path in sorted((base / top).rglob("*.py")):
+            name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+            found.append((name, path))
+    return found
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def part_of(name: str) -> str:
+    return max((p for p in ALLOWED if within(name, p)), key=len, default="")
+
+
+def imported(tree: ast.AST) -> list[tuple[str, int]]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return names
+
+
+def violations(name: str, source: str) -> list[str]:
+    part, tree = part_of(name), ast.parse(source)
+    wrong = []
+    for target, line in imported(tree):
+        if target.split(".")[0] in OURS:
+            allowed = (part, *ALLOWED.get(part, ()))
+            if not any(within(target, prefix) for prefix in allowed):
+                wrong.append(f"{name}:{line} imports {target}, but {part or 'it'} may import only {allowed}")
+        if within(target, "deepspeed") and name != "mmcore.train.engine":
+            wrong.append(f"{name}:{line} imports deepspeed, which belongs in mmcore.train.engine alone")
+    return wrong
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_point_down(name: str, path: Path) -> None:
+    assert not violations(name, path.read_text())
+
+
+def test_an_import_that_points_up_is_seen() -> None:
+    assert violations("mmcore.nn.transformer", "from mmcore.train.engine import Engine")
+    assert violations("mmkernels.contrastive.op", "import mmcore")
+    assert violations("mmcore.train.clip", "import deepspeed")
+    assert not violations("mmcore.train.engine", "import deepspeed\nfrom mmcore.losses import x")
+
+
+def test_every_module_has_a_part() -> None:
+    assert not [name for name, _ in modules() if name not in ("mmcore",) and not part_of(name)]
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_files_stay_small(name: str, path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES, (
+        f"{name} has more than {MAX_LINES} lines: split it"
+    )
