@@ -1,7 +1,7 @@
 """Launch configurations of the contrastive kernels: a pure function of dtype and architecture, so all ranks
 agree.
 
-GPU: none; compiled ahead of time for each architecture on 2026-11-12, not yet timed.
+GPU: none; compiled ahead of time for each architecture on 2026-11-20, not yet timed.
 """
 
 from dataclasses import dataclass
