@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 DEMO   ?= runs/demo
 GPU    ?= gpu
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench docs-tables gpu clean
 .DELETE_ON_ERROR:
 
 # DeepSpeed builds from source and needs torch to be there first.
@@ -30,6 +30,9 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) -m pytest bench/ --benchmark-json=bench/results/latest.json
+
+docs-tables: $(VENV)/installed
+	$(RUN) -m bench tables README.md
 
 # Needs a CUDA device and an environment that has torch for it; installs nothing.
 gpu:
