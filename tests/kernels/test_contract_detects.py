@@ -17,7 +17,7 @@ BLOCKWISE = {
         "da.addcmul_(b[of_positives], coef).mul_(alpha)",
         "da.addcmul_(b[of_positives], coef)",
     ),
-    "wrong factor on logits": (".mul_(alpha)\n            _add_tile", "\n            _add_tile"),
+    "wrong factor on logits": ("matmul_nt(a_tile, b_tile).mul_(alpha)", "matmul_nt(a_tile, b_tile)"),
     "unwritten column": ("for c in range(0, num_cols, cols)", "for c in range(0, num_cols - 1, cols)"),
     "missing cast": ("return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)", "return x"),
     "sums not rescaled to the new maximum": ("mul_(running_max.sub_(new_max).exp_())", "mul_(1)"),
