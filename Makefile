@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(VENV)/bin/mmcore train clip --data digits --model tiny --epochs 30 --lr 1e-3 --ema 0.99 --out $(DEMO)
+	$(VENV)/bin/mmcore train clip --data digits --model tiny --epochs 45 --lr 1e-3 --ema 0.99 --out $(DEMO)
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
