@@ -133,8 +133,20 @@ def test_two_ranks_of_half_the_batch_train_as_one_process(finished, tmp_path, la
             "mmcore.train",
         ],
     }[launcher]
-    zero = {"deepspeed": 3, "torchrun": 2}[launcher]
-    options = ["--batch-size", 16, "--accum", 2, "--zero", zero, "--steps", 4, *SMALL[2:]]
+    auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **auto}))
+    zero = {"deepspeed": ["--deepspeed", tmp_path / "zero3.json"], "torchrun": ["--zero", 2]}[launcher]
+    options = [
+        "--batch-size",
+        16,
+        "--accum",
+        2,
+        *zero,
+        "--activation-checkpointing",
+        "--steps",
+        4,
+        *SMALL[2:],
+    ]
     whole = ["--batch-size", 64, "--steps", 4, *SMALL[2:]]
     run("train", "clip", "--out", tmp_path / "one", *whole)
     run("clip", "--out", tmp_path / "two", *options, launcher=start)
@@ -168,6 +180,24 @@ def test_shards_and_tables_train_through_the_same_command(tmp_path):
     done = run("clip", "--data", single, "--out", tmp_path / "no", *options, launcher=two_ranks, code=1)
     assert "must be at most the 1 shards" in done.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_exported_weights_are_a_start_for_another_run(finished, tmp_path):
+    run("export", finished[0], "--out", tmp_path / "hf")
+    options = [
+        "--init",
+        tmp_path / "hf",
+        "--tokenizer",
+        tmp_path / "hf",
+        "--steps",
+        1,
+        "--lr",
+        "1e-9",
+        *SMALL[4:],
+    ]
+    printed = run("train", "clip", *options, "--batch-size", 64, "--out", tmp_path / "run").stdout
+    line = next(x for x in finished[1].splitlines() if x.startswith("zero-shot accuracy"))
+    assert line in printed
 
 
 def test_stamps_in_chinese_train_through_the_same_command(tmp_path):
