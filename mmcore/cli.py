@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mmcore.checkpoint import write_json
+from mmcore.data.images import image_processor_config
 from mmcore.errors import complain
 from mmcore.eval.clip import load_run, print_retrieval, print_zero_shot
 from mmcore.models.clip_weights import save_clip
@@ -65,6 +67,9 @@ def _export(arguments: list[str]) -> None:
     run = load_run(config.run, config.weights)
     save_clip(run.model, config.out, format=config.format)
     run.tokenizer.save(config.out)
+    if config.format == "hf":
+        size = run.model.config.vision.image_size
+        write_json(config.out / "preprocessor_config.json", image_processor_config(size))
     print(f"{run.weights} of step {run.step} written to {config.out} ({config.format})")
 
 
@@ -79,5 +84,5 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments[0] not in commands:
             raise ValueError(f"the command must be train, eval or export, got {arguments[0]!r}")
         commands[arguments[0]](arguments[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(complain(error, 2))

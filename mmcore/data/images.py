@@ -6,6 +6,7 @@ import io
 import math
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,3 +132,21 @@ def to_tensor(image: Image.Image) -> Tensor:
     mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD).view(3, 1, 1)
     return pixels.sub_(mean).div_(std).contiguous()
+
+
+def image_processor_config(image_size: int) -> dict[str, Any]:
+    """How evaluation prepares an image, as transformers' CLIPImageProcessor reads it (preprocessor_config.json)."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }

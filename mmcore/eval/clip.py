@@ -155,7 +155,8 @@ def evaluate_clip(
 
 def _embed_run(run: TrainedClip) -> HeldOut:
     size = run.model.config.vision.image_size
-    return embed(run.model, run.tokenizer, run.data, image_size=size, device=torch.device("cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return embed(run.model.to(device), run.tokenizer, run.data, image_size=size, device=device)
 
 
 def print_zero_shot(run: TrainedClip, held_out: HeldOut | None = None) -> None:

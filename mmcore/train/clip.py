@@ -55,7 +55,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             box[0] = work()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             box[1] = str(error)
     dist.broadcast_object_list(box)
     if box[1] is not None:

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     try:
         train_clip(config)
         code = 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         code = complain(error, 2)
     except FloatingPointError as error:
         code = complain(error, 1)

@@ -110,6 +110,12 @@ def open_run(recipe: str, run: RunConfig) -> Start:
                 f"--resume {folder} belongs to the run {folder.parents[1]}, but --out is {run.out}"
             )
     checkpoint.verify(folder)
+    newest = checkpoint.step_folder(folder.parent, checkpoint.steps(folder.parent)[-1])
+    if newest.name != folder.name:  # 'latest' would later mix the two continuations
+        raise ValueError(
+            f"--resume must be the newest checkpoint of its run, {newest}, got {folder}; "
+            f"to go on from an older one, move the newer ones away"
+        )
     return Start(folder.parents[1], folder)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from mmcore import checkpoint
 from mmcore.eval.clip import load_run
@@ -69,6 +69,10 @@ def test_export_is_what_transformers_loads(finished, tmp_path):
     with torch.no_grad():
         image, text, scale = ours.model(images, tokens)
         found = theirs(pixel_values=images, input_ids=tokens)
+    prepare = CLIPImageProcessorPil.from_pretrained(tmp_path / "hf")
+    scans = [ours.data.val.raw_image(i) for i in range(4)]
+    pixels = prepare(scans, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    torch.testing.assert_close(pixels, images, atol=0.02, rtol=0)  # one grey level of 255, normalised
     torch.testing.assert_close(found.logits_per_image, scale * image @ text.T, atol=1e-4, rtol=1e-4)
     run("export", folder, "--out", tmp_path / "open_clip", "--format", "open_clip")
     assert (tmp_path / "open_clip" / "open_clip_model.safetensors").is_file()

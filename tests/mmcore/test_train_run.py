@@ -46,6 +46,12 @@ def test_latest_needs_a_run_and_a_checkpoint_its_own(tmp_path):
         open_run("clip", RunConfig(resume=str(tmp_path / "nothing")))
 
 
+def test_an_older_checkpoint_is_refused_where_newer_ones_would_be_mixed_in(tmp_path):
+    older, _ = write_checkpoint(tmp_path, 5), write_checkpoint(tmp_path, 10)
+    with pytest.raises(ValueError, match="must be the newest checkpoint of its run"):
+        open_run("clip", RunConfig(resume=str(older)))
+
+
 def test_old_checkpoints_go_when_newer_are_whole(tmp_path):
     for step in range(1, 6):
         write_checkpoint(tmp_path, step)
