@@ -26,7 +26,7 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/basedpyright
+	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
 bench: $(VENV)/installed
 	$(RUN) -m pytest bench/ --benchmark-json=bench/results/latest.json
@@ -36,6 +36,7 @@ docs-tables: $(VENV)/installed
 
 # Needs a CUDA device and an environment that has torch for it; installs nothing.
 gpu:
+	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device and a torch built for it')"
 	mkdir -p bench/results/$(GPU)
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest tests/kernels -m gpu
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest bench/ --benchmark-json=bench/results/$(GPU)/bench.json

@@ -11,7 +11,7 @@ import tyro
 from mmcore.checkpoint import write_json
 from mmcore.data.images import image_processor_config
 from mmcore.errors import complain
-from mmcore.eval.clip import load_run, print_retrieval, print_zero_shot
+from mmcore.eval.clip import WEIGHTS, load_run, print_retrieval, print_zero_shot
 from mmcore.models.clip_weights import save_clip
 
 _USAGE = """usage: mmcore COMMAND ...
@@ -70,7 +70,7 @@ def _export(arguments: list[str]) -> None:
     if config.format == "hf":
         size = run.model.config.vision.image_size
         write_json(config.out / "preprocessor_config.json", image_processor_config(size))
-    print(f"{run.weights} of step {run.step} written to {config.out} ({config.format})")
+    print(f"{WEIGHTS[run.weights]} of step {run.step} written to {config.out} ({config.format})")
 
 
 def main(arguments: list[str] | None = None) -> None:

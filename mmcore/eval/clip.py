@@ -19,6 +19,8 @@ from mmcore.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 
 BATCH_SIZE = 256
 NUM_QUERIES = 8
+WEIGHTS = {"ema": "the averaged weights (EMA)", "weight": "the weights"}
+"""What a checkpoint's tensors are, by the key that they are stored under."""
 
 Forward = Callable[[Tensor | None, Tensor | None], Any]
 """A CLIP, bare or under an engine."""
@@ -209,6 +211,6 @@ def report(run: TrainedClip, records: list[dict[str, Any]]) -> None:
         print_retrieval(run, held_out)
         _draw_retrieval(run, held_out, run.folder / "retrieval.png")
         written.append("retrieval.png")
-    print(f"measured on the checkpoint of step {run.step}, its {run.weights} weights; written:")
+    print(f"measured on {WEIGHTS[run.weights]} of step {run.step}; written:")
     for name in [*written, f"checkpoints/step-{run.step:08d}"]:
         print(f"  {run.folder / name}")
