@@ -80,10 +80,9 @@ def _make_tokenizer(config: ClipConfig, start: Start, data: PairData) -> Tokeniz
     )
 
 
-def _prepare_folder(config: ClipConfig, world_size: int) -> Start:
+def _prepare_folder(config: ClipConfig, data: PairData, world_size: int) -> Start:
     """On rank 0: checks everything that a user can get wrong, and only then writes the run's folder."""
     start = open_run("clip", config.run)
-    data = open_data(config.data, seed=config.run.seed)
     tokenizer = _make_tokenizer(config, start, data)
     spec = _loader_spec(config, clip_config(config.model).vision.image_size, 0, world_size)
     data.train_loader(spec, tokenizer)
@@ -234,8 +233,8 @@ def train_clip(config: ClipConfig) -> Path:
         FloatingPointError: the loss or the gradient stopped being finite.
     """
     rank, world_size = init_distributed()
-    start: Start = on_rank_zero(lambda: _prepare_folder(config, world_size))
     data = open_data(config.data, seed=config.run.seed)
+    start: Start = on_rank_zero(lambda: _prepare_folder(config, data, world_size))
     tokenizer = load_tokenizer(start.folder / "tokenizer")
     model = _make_model(config, start, tokenizer)
     loader = data.train_loader(
