@@ -7,7 +7,17 @@ import pytest
 import torch
 import triton
 
-COLUMNS = ("case", "contender", "median ms", "p20", "p80", "extra MiB", "error dA", "roofline %")
+COLUMNS = (
+    "case",
+    "contender",
+    "median ms",
+    "p20",
+    "p80",
+    "predicted ms",
+    "extra MiB",
+    "error dA",
+    "roofline %",
+)
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +42,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 def row(case: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table, of one benchmark as pytest-benchmark's JSON has it."""
     info, median = case["extra_info"], 1e3 * case["stats"]["median"]
+    predicted = info.get("predicted_s")
     extra, error, share = info.get("extra_bytes"), info.get("error_da"), info.get("roofline_share")
     return (
         case["group"],
@@ -39,6 +50,7 @@ def row(case: dict[str, Any]) -> tuple[str, ...]:
         f"{median:.2f}",
         f"{1e3 * info['p20_s']:.2f}",
         f"{1e3 * info['p80_s']:.2f}",
+        "" if predicted is None else f"{1e3 * predicted:.2f}",
         "" if extra is None else f"{extra / 2**20:.0f}",
         "" if error is None else f"{error:.1e}",
         "" if share is None else f"{100 * share:.0f}",

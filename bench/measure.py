@@ -1,6 +1,7 @@
 """Peak memory, errors and rooflines, measured in the same run as the times."""
 
 import ctypes
+import functools
 import gc
 import statistics
 import time
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._gemm import matmul_nt
+from mmkernels._spec import Cost
 
 MIB = 2**20
 
@@ -88,6 +90,32 @@ def gemm_flops_per_s(
         ).values()
     )
     return 2 * rows * cols * width / best
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written in a second by a copy that no cache holds."""
+    x = torch.empty(2**30 if device.type == "cuda" else 2**26, device=device, dtype=torch.uint8)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / paired_medians({"copy": lambda: y.copy_(x)}, 5, device)["copy"]
+
+
+def exps_per_s(device: torch.device) -> float:
+    """Exponentials in a second: of 1 Mi float32 in a cache on a CPU, of 64 Mi on a GPU."""
+    x = torch.rand(2**26 if device.type == "cuda" else 2**20, device=device)
+    y = torch.empty_like(x)
+    return x.numel() / paired_medians({"exp": lambda: torch.exp(x, out=y)}, 9, device)["exp"]
+
+
+@functools.cache
+def machine_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes copied and exponentials in a second, measured once a run."""
+    return copy_bytes_per_s(device), exps_per_s(device)
+
+
+def predicted_s(cost: Cost, gemm_rate: float, device: torch.device) -> float:
+    """The cost model: products, main memory and exponentials one after the other, at this machine's rates."""
+    copy_rate, exp_rate = machine_rates(device)
+    return cost.flops / gemm_rate + cost.bytes_moved / copy_rate + cost.exps / exp_rate
 
 
 def relative_error(found: Tensor, gold: Tensor) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mmkernels._spec import Inputs, OpSpec, Shape
 
@@ -25,15 +26,14 @@ class Error:
     rounding: float
 
 
+def map_tensors(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """The inputs with each of their tensors changed, those nested in tuples too."""
+    return tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, inputs)
+
+
 def cast_inputs(inputs: Inputs, dtype: torch.dtype | None = None, device: str | None = None) -> Inputs:
     """The inputs with their floating-point tensors in another dtype, and all tensors on another device."""
-
-    def cast(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-
-    return {name: cast(value) for name, value in inputs.items()}
+    return map_tensors(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None), inputs)
 
 
 def evaluate(fn: Callable[..., Any], inputs: Inputs, wrt: Iterable[str], seed: int = 0) -> dict[str, Tensor]:
@@ -94,8 +94,7 @@ def check(
     draws = []
     for seed in seeds:
         inputs = cast_inputs(spec.make_inputs(shape, case, dtype, seed), device=device)
-        inputs = {name: layout(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        draws.append(errors(spec, inputs, seed))
+        draws.append(errors(spec, map_tensors(layout, inputs), seed))
     broken = []
     for name in draws[0]:
         error, bound = max(draw[name].of_op for draw in draws), bound_of([draw[name] for draw in draws])

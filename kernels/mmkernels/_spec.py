@@ -11,21 +11,41 @@ Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a call asks of a machine, from which bench predicts its time.
+
+    Attributes:
+        flops: floating-point operations of its matrix products.
+        bytes_moved: bytes that it has to read and write in main memory.
+        exps: exponentials, each with the few elementwise operations that go with it.
+    """
+
+    flops: int = 0
+    bytes_moved: int = 0
+    exps: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes_moved + other.bytes_moved, self.exps + other.exps)
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """An op's entry in the contract test and in bench.
 
     Attributes:
-        name: the public function's name; the test's and the benchmark's id.
+        name: the public function's name, in brackets the variant: the test's and the benchmark's id.
         op: the public function.
         ref: its eager reference, same signature.
-        make_inputs: keyword arguments for a shape, a data case, a dtype and a seed, on the CPU.
+        make_inputs: keyword arguments for a shape, a data case, a dtype and a seed, on the CPU; tensors may be
+            nested in tuples.
         shapes: those of the contract: 1, odd, not a power of two, one past a tile.
+        draw_shape: any small shape, from a function that draws an integer between two bounds, both included.
         cases: names of the data that `make_inputs` can make; the first is the plainest.
         differentiable: arguments with a gradient.
-        flops: floating-point operations of forward and of backward, by shape.
-        bytes_moved: least bytes read and written by forward and by backward, by shape and bytes an element.
+        cost: of forward and of backward with every gradient, by shape and bytes an element.
         bench_shapes: by device type, smallest first.
         dtypes: what the contract runs.
+        casts_under_autocast: whether its tensors are cast there, as a matrix product's are.
     """
 
     name: str
@@ -33,12 +53,13 @@ class OpSpec:
     ref: Callable[..., Any]
     make_inputs: Callable[[Shape, str, torch.dtype, int], Inputs]
     shapes: tuple[Shape, ...]
+    draw_shape: Callable[[Callable[[int, int], int]], Shape]
     cases: tuple[str, ...]
     differentiable: tuple[str, ...]
-    flops: Callable[[Shape], tuple[int, int]]
-    bytes_moved: Callable[[Shape, int], tuple[int, int]]
+    cost: Callable[[Shape, int], tuple[Cost, Cost]]
     bench_shapes: Mapping[str, tuple[Shape, ...]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    casts_under_autocast: bool = True
 
 
 def shape_id(shape: Shape) -> str:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels._contract import cast_inputs, check, evaluate
+from mmkernels._contract import cast_inputs, check, evaluate, map_tensors
 from mmkernels._device import INTERPRETED
 from mmkernels._spec import OpSpec, Shape, shape_id
 from mmkernels.specs import SPECS
@@ -33,15 +33,16 @@ def last_shape(spec: OpSpec) -> Shape:
 
 
 def every_other(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([x, x.new_full(x.shape, torch.nan)], -1)[..., 0]
+    between = torch.nan if x.is_floating_point() else 1 << 40
+    return torch.stack([x, x.new_full(x.shape, between)], -1)[..., 0]
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
-    return x.mT.contiguous().mT if x.ndim == 2 else x
+    return x.mT.contiguous().mT if x.ndim >= 2 else x
 
 
 def broadcast(x: torch.Tensor) -> torch.Tensor:
-    return x[:, :1].expand(x.shape) if x.ndim == 2 else x
+    return x[..., :1].expand(x.shape) if x.ndim >= 2 else x
 
 
 def bit_equal(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> bool:
@@ -69,9 +70,7 @@ def test_values_and_gradients_are_as_near_to_float64_as_the_reference(
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_shapes_of_any_size_obey_the_bound(spec: OpSpec, data: st.DataObject) -> None:
-    rows, extra, width = (data.draw(st.integers(low, 70)) for low in (1, 0, 1))
-    sizes = {"B": rows, "M": rows, "N": rows + extra, "D": width, "offset": data.draw(st.integers(0, extra))}
-    shape = {axis: sizes[axis] for axis in last_shape(spec)}
+    shape = spec.draw_shape(lambda low, high: data.draw(st.integers(low, high)))
     case, dtype = data.draw(st.sampled_from(spec.cases)), data.draw(st.sampled_from(spec.dtypes))
     first = data.draw(st.integers(0, 99))
     check(spec, shape, case, dtype, seeds=range(first, first + len(SEEDS)))
@@ -138,10 +137,12 @@ def test_compiles_to_one_graph_with_the_same_bits(spec: OpSpec, device: str) -> 
 @each_spec
 def test_autocast_casts_features_and_returns_gradients_in_their_own_dtype(spec: OpSpec, device: str) -> None:
     inputs = cast_inputs(spec.make_inputs(last_shape(spec), spec.cases[0], torch.float32, 0), device=device)
-    lowered = {
-        name: x.to(torch.bfloat16) if isinstance(x, torch.Tensor) and x.ndim else x
-        for name, x in inputs.items()
-    }
+    lowered = map_tensors(
+        lambda x: (
+            x.to(torch.bfloat16) if spec.casts_under_autocast and x.ndim and x.is_floating_point() else x
+        ),
+        inputs,
+    )
     expected = evaluate(spec.op, lowered, spec.differentiable)
     with torch.autocast(device, torch.bfloat16):
         got = evaluate(spec.op, inputs, spec.differentiable)

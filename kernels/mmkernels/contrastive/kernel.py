@@ -12,53 +12,19 @@ GEMM library.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.contrastive.blockwise import Stats, coefficients, grad_total, log_sum_exp, mean_cosine
-from mmkernels.contrastive.launch import MAX_PROGRAMS, chunk_rows, input_precision, launch_config
+from mmkernels._launch import input_precision, launch_config
+from mmkernels._numerics import combine_sums
+from mmkernels._tl import dot_tile, matmul_fp32, operand, pitched
+from mmkernels.contrastive.blockwise import Stats, coefficients, grad_total, mean_cosine
+from mmkernels.contrastive.launch import MAX_PROGRAMS, TABLE, chunk_rows
 
 # dL/dS is stored in the operands' dtype, its largest possible entry moved here: float16 then keeps 28 binades
 # below it.
 GRAD_CEILING = 2.0**14
-# elements between rows are a multiple of this, so that loads and stores come in whole vectors
-PITCH = 16
-
-
-@triton.jit
-def _dot_tile(
-    a_ptr,
-    b_ptr,
-    stride_am,
-    stride_ad,
-    stride_bn,
-    stride_bd,
-    offs_m,
-    offs_n,
-    M,
-    N,
-    D,
-    BLOCK_D: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Rows `offs_m` of a times rows `offs_n` of b, in float32; beyond the last row, that row again.
-
-    D is a multiple of BLOCK_D.
-    """
-    offs_d = tl.arange(0, BLOCK_D)
-    # clamped, not masked: masks of whole tiles cost registers, and the callers mask the logits anyway
-    rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
-    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    a_ptrs = a_ptr + rows_m[:, None] * stride_am + offs_d.to(tl.int64)[None, :] * stride_ad
-    b_ptrs = b_ptr + rows_n[None, :] * stride_bn + offs_d.to(tl.int64)[:, None] * stride_bd
-    acc = tl.zeros([offs_m.shape[0], offs_n.shape[0]], dtype=tl.float32)
-    for _ in range(0, D, BLOCK_D):
-        acc = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs), acc, input_precision=INPUT_PRECISION)
-        a_ptrs += BLOCK_D * stride_ad
-        b_ptrs += BLOCK_D * stride_bd
-    return acc
 
 
 @triton.jit
@@ -100,7 +66,7 @@ def _contrastive_fwd_kernel(
         for start_n in range(first_n, last_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < last_n
-            acc = _dot_tile(
+            acc = dot_tile(
                 a_ptr,
                 b_ptr,
                 stride_am,
@@ -179,7 +145,7 @@ def _contrastive_bwd_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
-    acc = _dot_tile(
+    acc = dot_tile(
         a_ptr,
         b_ptr,
         stride_am,
@@ -219,17 +185,15 @@ def _contrastive_bwd_kernel(
 def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
     """Row and column log-sum-exp and the positives of `scale * a b^T`, then the two sums' rounding errors."""
     num_rows, num_cols = a.shape[0], b.shape[0]
-    config = launch_config("fwd", a)
-    a, b = _operand(a, config.block_d), _operand(b, config.block_d)
+    config = launch_config(TABLE, "fwd", a)
+    a, b = operand(a, config.block_d), operand(b, config.block_d)
     programs = min(triton.cdiv(num_rows, config.block_m), MAX_PROGRAMS)
     col_tiles = max(triton.cdiv(num_cols, config.block_n), 1)
     # few rows alone would leave processors idle: cut the columns as well
     tiles_per_split = triton.cdiv(col_tiles, min(max(MAX_PROGRAMS // max(programs, 1), 1), col_tiles))
     splits = triton.cdiv(col_tiles, tiles_per_split)
     of_rows = a.new_empty(2, splits, num_rows, dtype=torch.float32)
-    of_cols = _pitched(a.new_empty(0, dtype=torch.float32), 2 * programs, num_cols).unflatten(
-        0, (2, programs)
-    )
+    of_cols = pitched(a.new_empty(0, dtype=torch.float32), 2 * programs, num_cols).unflatten(0, (2, programs))
     positive = a.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
         _contrastive_fwd_kernel[(programs, splits)](
@@ -254,8 +218,8 @@ def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    row_lse, row_rest = _combine(*of_rows)
-    col_lse, col_rest = _combine(*of_cols)
+    row_lse, row_rest = combine_sums(*of_rows)
+    col_lse, col_rest = combine_sums(*of_cols)
     return row_lse, col_lse, positive, row_rest, col_rest
 
 
@@ -276,7 +240,7 @@ def contrastive_bwd(
     ceiling = row_coef.abs().amax() + col_coef.abs().amax() if num_rows else coef.new_ones(())
     unit = GRAD_CEILING / ceiling.clamp(1e-30)
     chunk = max(min(chunk_rows(num_cols, a.element_size()), num_rows), 1)
-    grad = _pitched(a, chunk if needs_a or needs_b else 0, num_cols)
+    grad = pitched(a, chunk if needs_a or needs_b else 0, num_cols)
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else None
     db = b.new_zeros(b.shape, dtype=torch.float32) if needs_b else None
     center, dscale = mean_cosine(a, b), []
@@ -296,11 +260,11 @@ def contrastive_bwd(
         )
         part = grad[: len(a[rows])]
         if da is not None:
-            product = _matmul(part, b).div_(unit)
+            product = matmul_fp32(part, b).div_(unit)
             product.addcmul_(b[first + offset : first + offset + len(part)].float(), coef[rows])
             da[rows] = product.mul_(scale)
         if db is not None:
-            db.add_(_matmul(part.T, a[rows]))
+            db.add_(matmul_fp32(part.T, a[rows]))
     of_positives = slice(offset, offset + num_rows)
     if db is not None:
         db.div_(unit)[of_positives].addcmul_(a.float(), coef)
@@ -322,9 +286,9 @@ def _grad_chunk(
     needs_scale: bool,
 ) -> Tensor:
     """Write dL/dS of the rows `a`, zero at the positives, into `out`; returns partials of the scale's."""
-    config = launch_config("bwd", a)
+    config = launch_config(TABLE, "bwd", a)
     grid = (triton.cdiv(a.shape[0], config.block_m), triton.cdiv(b.shape[0], config.block_n))
-    a, b = _operand(a, config.block_d), _operand(b, config.block_d)
+    a, b = operand(a, config.block_d), operand(b, config.block_d)
     dscale = a.new_empty(grid[1] * a.shape[0] if needs_scale else 0, dtype=torch.float32)
     _contrastive_bwd_kernel[grid](
         a,
@@ -351,36 +315,3 @@ def _grad_chunk(
         num_stages=config.num_stages,
     )
     return dscale
-
-
-def _operand(x: Tensor, block_d: int) -> Tensor:
-    """`x` as a kernel reads it: rows of whole blocks, in whole vectors; if need be a padded copy.
-
-    The interpreter would multiply bfloat16 as raw bits: there it is widened, which changes no value.
-    """
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
-        x = x.float()
-    missing = -x.shape[1] % block_d
-    if missing or x.stride(1) != 1 or x.stride(0) % PITCH:
-        return F.pad(x, (0, missing)).contiguous()
-    return x
-
-
-def _pitched(like: Tensor, rows: int, cols: int) -> Tensor:
-    """An uninitialised `[rows, cols]` whose rows begin at multiples of PITCH."""
-    return like.new_empty(rows, -(-cols // PITCH) * PITCH)[:, :cols]
-
-
-def _combine(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp, -inf if of nothing, and its rounding error, from partial (max, sum) along dimension 0."""
-    if not len(maxima):
-        return log_sum_exp(maxima.new_full(maxima.shape[1:], -torch.inf), sums.sum(0))
-    largest = maxima.amax(0)
-    return log_sum_exp(largest, sums.mul_(maxima.sub_(largest).exp_()).sum(0))
-
-
-def _matmul(x: Tensor, y: Tensor) -> Tensor:
-    """`x @ y` accumulated and returned in float32."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()

@@ -1,13 +1,12 @@
 """Differentiable contrastive statistics, registered with torch, and the symmetric InfoNCE loss of them."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from mmkernels._checks import autocast_operands, check_beside, check_dtype, require, scalar_tensor
 from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._numerics import widen
 from mmkernels.contrastive import blockwise
-from mmkernels.contrastive.blockwise import widen
 from mmkernels.contrastive.reference import contrastive_loss_ref, contrastive_stats_ref
 
 if HAS_TRITON:
@@ -15,7 +14,6 @@ if HAS_TRITON:
 else:
     kernel = blockwise
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Timed on two Zen 5 cores at D = 512: parity at 512 rows, from 640 on four products without the logits are faster.
 EAGER_LOGITS = 576 * 576
 
@@ -73,7 +71,13 @@ def contrastive_loss(a: Tensor, b: Tensor, logit_scale: float | Tensor) -> Tenso
     Reference: `contrastive_loss_ref`. Paper: arXiv:2103.00020.
     """
     _check_features(a, b, 0)
-    _require(a.shape == b.shape, "b must have the shape of a, {}, got {}", list(a.shape), list(b.shape))
+    require(
+        "contrastive",
+        a.shape == b.shape,
+        "b must have the shape of a, {}, got {}",
+        list(a.shape),
+        list(b.shape),
+    )
     a, b, scale = _operands(a, b, logit_scale)
     if _eager_is_faster(a, b):
         with torch.autocast(a.device.type, enabled=False):
@@ -85,11 +89,9 @@ def contrastive_loss(a: Tensor, b: Tensor, logit_scale: float | Tensor) -> Tenso
 
 
 def _operands(a: Tensor, b: Tensor, logit_scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale = _scale_tensor(logit_scale, a)
-    if torch.is_autocast_enabled(a.device.type) and a.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(a.device.type)
-        a, b = a.to(dtype), b.to(dtype)
-    _require(a.dtype == b.dtype, "b must have the dtype of a, {}, got {}", a.dtype, b.dtype)
+    scale = scalar_tensor("contrastive", "logit_scale", logit_scale, "a", a)
+    a, b = autocast_operands(a, b)
+    require("contrastive", a.dtype == b.dtype, "b must have the dtype of a, {}, got {}", a.dtype, b.dtype)
     return a, b, scale
 
 
@@ -167,46 +169,24 @@ _contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 def _check_features(a: Tensor, b: Tensor, offset: int) -> None:
     shape_a, shape_b = list(a.shape), list(b.shape)
-    _require(a.ndim == 2, "a must be [M, D], got shape {}", shape_a)
-    _require(shape_a[1] > 0, "a must be at least one wide, got shape {}", shape_a)
-    _require(
+    require("contrastive", a.ndim == 2, "a must be [M, D], got shape {}", shape_a)
+    require("contrastive", shape_a[1] > 0, "a must be at least one wide, got shape {}", shape_a)
+    require(
+        "contrastive",
         b.ndim == 2 and shape_b[1] == shape_a[1],
         "b must be [N, {}], as wide as a, got shape {}",
         shape_a[1],
         shape_b,
     )
-    _require(b.device == a.device, "b must be on the device of a, {}, got {}", a.device, b.device)
-    _require(a.dtype in DTYPES, "a must be float32, float16, bfloat16 or float64, got {}", a.dtype)
-    _require(b.dtype in DTYPES, "b must be float32, float16, bfloat16 or float64, got {}", b.dtype)
-    _require(offset >= 0, "offset must be at least 0, got {}", offset)
+    check_beside("contrastive", "b", b, "a", a)
+    check_dtype("contrastive", "a", a)
+    check_dtype("contrastive", "b", b)
+    require("contrastive", offset >= 0, "offset must be at least 0, got {}", offset)
     needed = shape_a[0] + offset
-    _require(needed <= shape_b[0], "b must have at least M + offset = {} rows, got {}", needed, shape_b[0])
-
-
-def _scale_tensor(logit_scale: float | Tensor, a: Tensor) -> Tensor:
-    if not isinstance(logit_scale, Tensor):
-        # a comparison, because a compiled graph may hold the float as a symbol
-        _require(-math.inf < logit_scale < math.inf, "logit_scale must be finite, got {}", logit_scale)
-        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-        return torch.full((), logit_scale, dtype=dtype, device=a.device)
-    _require(
-        logit_scale.shape in ((), (1,)),
-        "logit_scale must be a float or a tensor of one element, got shape {}",
-        list(logit_scale.shape),
+    require(
+        "contrastive",
+        needed <= shape_b[0],
+        "b must have at least M + offset = {} rows, got {}",
+        needed,
+        shape_b[0],
     )
-    _require(logit_scale.dtype in DTYPES, "logit_scale must be floating point, got {}", logit_scale.dtype)
-    _require(
-        logit_scale.device == a.device,
-        "logit_scale must be on the device of a, {}, got {}",
-        a.device,
-        logit_scale.device,
-    )
-    if not logit_scale.is_cuda and not torch.compiler.is_compiling():
-        value = logit_scale.item()
-        _require(math.isfinite(value), "logit_scale must be finite, got {}", value)
-    return logit_scale
-
-
-def _require(holds: bool, sentence: str, *values: object) -> None:
-    if not holds:
-        raise ValueError(f"contrastive: {sentence.format(*values)}")

@@ -1,10 +1,12 @@
 """The contrastive ops' entries in the contract test and in bench."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels._spec import Inputs, OpSpec, Shape
+from mmkernels._spec import Cost, Inputs, OpSpec, Shape
 from mmkernels.contrastive.op import contrastive_loss, contrastive_stats
 from mmkernels.contrastive.reference import contrastive_loss_ref, contrastive_stats_ref
 
@@ -58,15 +60,17 @@ def _scale(scale: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _flops(num_rows: int, num_cols: int, width: int) -> tuple[int, int]:
-    product = 2 * num_rows * num_cols * width
-    return product, 3 * product
-
-
-def _bytes(num_rows: int, num_cols: int, width: int, element_size: int) -> tuple[int, int]:
+def _cost(num_rows: int, num_cols: int, width: int, element_size: int) -> tuple[Cost, Cost]:
+    logits = num_rows * num_cols
     features = (num_rows + num_cols) * width * element_size
     stats = 4 * (2 * num_rows + num_cols)
-    return features + stats, 2 * features + 2 * stats
+    forward = Cost(2 * logits * width, features + stats, 2 * logits)
+    return forward, Cost(3 * forward.flops, 2 * (features + stats), 2 * logits)
+
+
+def _draw_stats_shape(draw: Callable[[int, int], int]) -> Shape:
+    rows, extra = draw(1, 70), draw(0, 70)
+    return {"M": rows, "N": rows + extra, "D": draw(1, 70), "offset": draw(0, extra)}
 
 
 STATS = OpSpec(
@@ -79,10 +83,10 @@ STATS = OpSpec(
         {"M": 7, "N": 70, "D": 3, "offset": 63},
         {"M": 33, "N": 65, "D": 33, "offset": 17},
     ),
+    draw_shape=_draw_stats_shape,
     cases=CASES,
     differentiable=("a", "b", "logit_scale"),
-    flops=lambda shape: _flops(shape["M"], shape["N"], shape["D"]),
-    bytes_moved=lambda shape, size: _bytes(shape["M"], shape["N"], shape["D"], size),
+    cost=lambda shape, size: _cost(shape["M"], shape["N"], shape["D"], size),
     bench_shapes={
         "cpu": ({"M": 1024, "N": 8192, "D": 512, "offset": 1024},),
         "cuda": ({"M": 4096, "N": 65536, "D": 768, "offset": 4096},),
@@ -95,10 +99,10 @@ LOSS = OpSpec(
     ref=contrastive_loss_ref,
     make_inputs=_make_loss_inputs,
     shapes=({"B": 1, "D": 5}, {"B": 33, "D": 33}, {"B": 67, "D": 17}),
+    draw_shape=lambda draw: {"B": draw(1, 70), "D": draw(1, 70)},
     cases=CASES,
     differentiable=("a", "b", "logit_scale"),
-    flops=lambda shape: _flops(shape["B"], shape["B"], shape["D"]),
-    bytes_moved=lambda shape, size: _bytes(shape["B"], shape["B"], shape["D"], size),
+    cost=lambda shape, size: _cost(shape["B"], shape["B"], shape["D"], size),
     bench_shapes={
         "cpu": tuple({"B": size, "D": 512} for size in (64, 256, 1024, 4096, 8192)),
         "cuda": tuple(

@@ -1,0 +1,89 @@
+"""One timed case: a contender's call in a mode, its times, memory, error and prediction, into the benchmark's JSON."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import peak_extra_bytes, predicted_s, synchronize
+from mmkernels._spec import Cost
+
+MODES = ("forward", "backward", "both")
+BUDGET_S = {"cpu": 1.5, "cuda": 0.3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+        group: the table's line of cases that compare: op, dtype and shape.
+        contender: by name; "mmkernels" is ours.
+        loss: the call, from no arguments to a scalar with a gradient.
+        wrt: the leaves whose gradients "backward" and "both" compute.
+        mode: "forward" (no graph), "backward" (of one graph, again and again) or "both".
+        floor_s: seconds that the bare matrix products of ours take on this machine.
+        cost: what ours asks of the machine, for the cost model; None for others.
+        gemm_rate: FLOP/s of those bare products.
+        error: largest relative error of a gradient against float64, computed on demand.
+    """
+
+    group: str
+    contender: str
+    loss: Callable[[], Tensor]
+    wrt: tuple[Tensor, ...]
+    mode: str
+    floor_s: float
+    cost: Cost | None = None
+    gemm_rate: float = 0.0
+    error: Callable[[], float] | None = None
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def step(case: Case) -> Callable[[], object]:
+    """The timed call; "backward" reuses one graph."""
+    if case.mode == "forward":
+        return torch.no_grad()(case.loss)
+    if case.mode == "both":
+        return lambda: torch.autograd.grad(case.loss(), case.wrt)
+    value = case.loss()
+    return lambda: torch.autograd.grad(value, case.wrt, retain_graph=True)
+
+
+def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
+    """Times the case, and writes what the tables show into the benchmark's `extra_info`."""
+    call = step(case)
+
+    def timed() -> None:
+        call()
+        synchronize(device)
+
+    timed()
+    began = time.perf_counter()
+    timed()
+    rounds = max(5, min(50, int(BUDGET_S[device.type] / (time.perf_counter() - began + 1e-6))))
+    benchmark.group = f"{case.group} {case.mode}"
+    benchmark.pedantic(timed, rounds=rounds, iterations=1)
+    if not benchmark.enabled:
+        return
+    times = torch.tensor(benchmark.stats.stats.data)
+    info: dict[str, Any] = {
+        "contender": case.contender,
+        "p20_s": float(times.quantile(0.2)),
+        "p80_s": float(times.quantile(0.8)),
+        "roofline_share": case.floor_s / float(times.median()),
+    }
+    if case.cost is not None:
+        info["predicted_s"] = predicted_s(case.cost, case.gemm_rate, device)
+    if case.mode == "both":
+        gradients = sum(x.numel() * x.element_size() for x in case.wrt)
+        extra = peak_extra_bytes(timed, device)
+        info["extra_bytes"] = None if extra is None else max(0, extra - gradients)
+        info["error_da"] = None if case.error is None else case.error()
+    benchmark.extra_info.update(info)

@@ -1,0 +1,40 @@
+"""What the launch tables of the Triton kernels are made of: pure functions of dtype and architecture, so that
+all ranks agree."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes (a power of two each, at least 16), warps and pipeline stages of a kernel."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, bytes an element, architecture): sm_80 serves 8.x, sm_90 serves 9.x, sm_100 serves 10.x and later.
+Table = Mapping[tuple[str, int, int], Launch]
+# The interpreter's: small, so that small tests cross the edges of tiles.
+INTERPRETED = Launch(32, 32, 32, 1, 1)
+
+
+def architecture(device: torch.device) -> int:
+    major = torch.cuda.get_device_capability(device)[0]
+    return 80 if major <= 8 else 90 if major == 9 else 100
+
+
+def launch_config(table: Table, kernel: str, x: Tensor) -> Launch:
+    """The table's row for a kernel on the device and dtype of `x`."""
+    return table[kernel, x.element_size(), architecture(x.device)] if x.is_cuda else INTERPRETED
+
+
+def input_precision() -> str:
+    """Float32 dot products are exact unless torch was asked for TF32, by either of its two APIs."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
