@@ -1,0 +1,95 @@
+"""The elementwise work on one tile of cosines: what a CPU does between two matrix products.
+
+`S = scale * cosines` is the same rounded product in both functions, to the bit: `exp(S - lse)` would
+amplify any difference between the two passes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def fold_tile(
+    cosines: Tensor,
+    scale: float,
+    row_max: Tensor,
+    row_sum: Tensor,
+    col_max: Tensor | None = None,
+    col_sum: Tensor | None = None,
+) -> None:
+    """Fold `S = scale * cosines` into the online sums `sum exp(S - max)` of its rows and, where given, columns.
+
+    Args:
+        cosines: [m, n], float32 or float64, any device; unit column stride. Left as it is.
+        row_max, row_sum: [m], of the same dtype, contiguous; updated in place. They start at -inf and zero.
+        col_max, col_sum: [n], likewise; both or neither.
+
+    A NaN makes its sums NaN, and so does +inf; a row or column of -inf alone adds nothing.
+    """
+    if not cosines.numel():
+        return
+    logits = cosines * scale
+    work = torch.empty_like(logits)
+    _fold(logits, 1, row_max, row_sum, work)
+    if col_max is not None and col_sum is not None:
+        _fold(logits, 0, col_max, col_sum, work)
+
+
+def grad_tile(
+    cosines: Tensor,
+    scale: float,
+    row: tuple[Tensor, Tensor],
+    col: tuple[Tensor, Tensor] | None,
+    skip: Tensor | None,
+    center: float | Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """`out_ij = row_coef_i exp(S_ij - row_lse_i) + col_coef_j exp(S_ij - col_lse_j)`, `S = scale * cosines`.
+
+    Args:
+        cosines: [m, n], float32 or float64, any device; unit column stride.
+        row: lse and coef of the rows, [m] each, of the same dtype, contiguous.
+        col: those of the columns, [n] each; None leaves the second term out.
+        skip: int64 [m], the column of each row where `out` is zero; outside [0, n), none.
+        center: what the returned sum takes off each cosine; None leaves the sum out (zero is returned).
+        out: [m, n], written; `cosines` itself, or another tensor of its dtype or of a lower one.
+
+    Returns:
+        `sum out * (cosines - center)`, float64, 0-d, of `out` before it is rounded to its dtype and without
+        the skipped entries. Rows are summed pairwise in the dtype of `cosines`, their sums in float64.
+    """
+    if not cosines.numel():
+        return cosines.new_zeros((), dtype=torch.float64)
+    row_lse, row_coef = row
+    logits = cosines * scale
+    grad = (logits - row_lse[:, None]).exp_().mul_(row_coef[:, None])
+    if col is not None:
+        col_lse, col_coef = col
+        grad.addcmul_(logits.sub_(col_lse).exp_(), col_coef)
+    if skip is not None:
+        _zero_at(grad, skip)
+    if center is None:
+        total = cosines.new_zeros((), dtype=torch.float64)
+    else:
+        products = torch.sub(cosines, center, out=logits).mul_(grad)
+        if skip is not None:
+            _zero_at(products, skip)  # where a skipped cosine is NaN
+        total = products.sum(1).sum(dtype=torch.float64)
+    out.copy_(grad)
+    return total
+
+
+def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, work: Tensor) -> None:
+    new_max = torch.maximum(running_max, logits.amax(dim))
+    shift = new_max.clamp_min(torch.finfo(new_max.dtype).min)  # -inf - -inf would be NaN
+    torch.sub(logits, shift.unsqueeze(dim), out=work)
+    running_sum.mul_(running_max.sub_(shift).exp_()).add_(work.exp_().sum(dim))
+    running_max.copy_(new_max)
+
+
+def _zero_at(tile: Tensor, columns: Tensor) -> None:
+    """Zero in each row's column where that lies inside the tile, without waiting for a device."""
+    last = tile.shape[1] - 1
+    inside = (columns >= 0) & (columns <= last)
+    index = columns.clamp(0, last)[:, None]
+    kept = tile.gather(1, index).masked_fill_(inside[:, None], 0)
+    tile.scatter_(1, index, kept)
