@@ -1,13 +1,16 @@
 """The elementwise work on one tile of cosines: what a CPU does between two matrix products.
 
 `S = scale * cosines` is the same rounded product in both functions, to the bit: `exp(S - lse)` would
-amplify any difference between the two passes.
+amplify any difference between the two passes. Float32 on a CPU goes to the native step where that is built,
+everything else to ATen.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+from mmkernels import native
 
 # exp of less counts as zero: near the smallest normal numbers MKL's exp is thirty times slower
 LOWEST = {torch.float32: -86.9, torch.float64: -708.0}
@@ -31,6 +34,9 @@ def fold_tile(
     A NaN makes its sums NaN, and so does +inf; a row or column of -inf alone adds nothing.
     """
     if not cosines.numel():
+        return
+    if _runs_native(cosines):
+        torch.ops.mmkernels.fold_tile(cosines, scale, row_max, row_sum, col_max, col_sum)
         return
     logits = cosines * scale
     work = torch.empty_like(logits)
@@ -65,6 +71,11 @@ def grad_tile(
     if not cosines.numel():
         return cosines.new_zeros((), dtype=torch.float64)
     row_lse, row_coef = row
+    if _runs_native(cosines) and out.dtype in (torch.float32, torch.bfloat16):
+        number = None if center is None else float(center)
+        return torch.ops.mmkernels.grad_tile(
+            cosines, scale, row_lse, row_coef, *(col or (None, None)), skip, number, out
+        )
     logits = cosines * scale
     grad = _exp_(logits - row_lse[:, None]).mul_(row_coef[:, None])
     if col is not None:
@@ -81,6 +92,10 @@ def grad_tile(
         total = products.sum(1).sum(dtype=torch.float64)
     out.copy_(grad)
     return total
+
+
+def _runs_native(cosines: Tensor) -> bool:
+    return native.AVAILABLE and cosines.is_cpu and cosines.dtype == torch.float32
 
 
 def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, work: Tensor) -> None:
