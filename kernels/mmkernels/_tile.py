@@ -1,6 +1,6 @@
 """The elementwise work on one tile of cosines: what a CPU does between two matrix products.
 
-`S = scale * cosines` is the same rounded product in both functions, to the bit: `exp(S - lse)` would
+`S = scale * cosines` is the same rounded product in all functions, to the bit: `exp(S - lse)` would
 amplify any difference between the two passes. Float32 on a CPU goes to the native step where that is built,
 everything else to ATen.
 """
@@ -8,12 +8,14 @@ everything else to ATen.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import native
 
 # exp of less counts as zero: near the smallest normal numbers MKL's exp is thirty times slower
 LOWEST = {torch.float32: -86.9, torch.float64: -708.0}
+NATIVE_OUT = (torch.float32, torch.bfloat16)
 
 
 def fold_tile(
@@ -71,7 +73,7 @@ def grad_tile(
     if not cosines.numel():
         return cosines.new_zeros((), dtype=torch.float64)
     row_lse, row_coef = row
-    if _runs_native(cosines) and out.dtype in (torch.float32, torch.bfloat16):
+    if _runs_native(cosines) and out.dtype in NATIVE_OUT:
         number = None if center is None else float(center)
         return torch.ops.mmkernels.grad_tile(
             cosines, scale, row_lse, row_coef, *(col or (None, None)), skip, number, out
@@ -92,6 +94,45 @@ def grad_tile(
         total = products.sum(1).sum(dtype=torch.float64)
     out.copy_(grad)
     return total
+
+
+def sigmoid_tile(
+    cosines: Tensor,
+    scale: float,
+    bias: float,
+    row_label: Tensor,
+    col_label: Tensor,
+    row_loss: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """`loss_ij = softplus(-z_ij x_ij)`, `x = scale * cosines + bias`, z = 1 where labels are equal, else -1.
+
+    Args:
+        cosines: [m, n], float32 or float64, any device; unit column stride.
+        row_label, col_label: int64 [m] and [n], contiguous.
+        row_loss: [m], of the dtype of `cosines`, contiguous; each row's losses are added to it.
+        out: [m, n], written: `dloss_ij / dx_ij = -z_ij sigmoid(-z_ij x_ij)`; `cosines` itself, or another tensor
+            of its dtype or of a lower one. None leaves the gradient out.
+
+    Returns:
+        The sums of the losses, of `out` and of `out * cosines` (the last two zero without `out`), float64 [3],
+        of `out` before it is rounded to its dtype.
+    """
+    if not cosines.numel():
+        return cosines.new_zeros(3, dtype=torch.float64)
+    if _runs_native(cosines) and (out is None or out.dtype in NATIVE_OUT):
+        return torch.ops.mmkernels.sigmoid_tile(cosines, scale, bias, row_label, col_label, row_loss, out)
+    sign = torch.where(row_label[:, None] == col_label, -1.0, 1.0).to(cosines.dtype)
+    against = (cosines * scale).add_(bias).mul_(sign)
+    losses = F.logsigmoid(-against).sum(1).neg_()
+    row_loss += losses
+    totals = [losses]
+    if out is not None:
+        grad = against.sigmoid_().mul_(sign)
+        totals += [grad.sum(1), torch.mul(grad, cosines, out=sign).sum(1)]
+        out.copy_(grad)
+    sums = torch.stack(totals).sum(1, dtype=torch.float64)
+    return F.pad(sums, (0, 3 - len(totals)))
 
 
 def _runs_native(cosines: Tensor) -> bool:
