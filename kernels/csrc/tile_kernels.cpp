@@ -1,0 +1,181 @@
+// Compiled once for each instruction set, with KERNELS the name of its table.
+#include "tile_kernels.h"
+
+#include "simd.h"
+
+namespace mmkernels {
+namespace {
+
+// a lane is summed in float over 32 vectors at most, then in double
+constexpr int64_t CHUNK = 32 * W;
+constexpr float MOST = 0x1.fffffep127f;
+
+INLINE int64_t chunk_end(int64_t first, int64_t cols) { return cols - first < CHUNK ? cols : first + CHUNK; }
+
+// What a maximum is subtracted as: -inf - -inf would be NaN.
+INLINE Vec shift_of(Vec largest) { return larger(largest, splat(-MOST)); }
+
+template <bool COLS>
+INLINE float row_maximum(const Tile& tile, const float* cosines, float* col_max) {
+  Vec largest = splat(-INF);
+  for_vectors(0, tile.cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+    Vec s = inside(load(cosines + j, lanes) * tile.scale, -INF, lanes);
+    largest = larger(s, largest);
+    if (COLS) store(col_max + j, larger(s, load(col_max + j, All{})), All{});
+  });
+  return maximum(largest);
+}
+
+template <bool COLS>
+INLINE double row_total(const Tile& tile, const float* cosines, float row_shift, const float* col_max,
+                        float* col_sum) {
+  double total = 0;
+  for (int64_t first = 0; first < tile.cols; first += CHUNK) {
+    Vec part{};
+    for_vectors(first, chunk_end(first, tile.cols), [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      Vec s = inside(load(cosines + j, lanes) * tile.scale, -INF, lanes);
+      part += exp(s - row_shift);
+      if (COLS) {
+        Vec e = exp(s - shift_of(load(col_max + j, All{})));
+        store(col_sum + j, load(col_sum + j, All{}) + e, All{});
+      }
+    });
+    total += sum(part);
+  }
+  return total;
+}
+
+template <bool COLS>
+void fold_panel(const Fold& fold, int64_t rows) {
+  const Tile tile = fold.tile;
+  if (COLS) {
+    for (int64_t j = 0; j < tile.cols; j += W) {
+      store(fold.col_max + j, splat(-INF), All{});
+      store(fold.col_sum + j, Vec{}, All{});
+    }
+  }
+  float largest[PANEL];
+  for (int64_t i = 0; i < rows; ++i)
+    largest[i] = row_maximum<COLS>(tile, tile.cosines + i * tile.stride, fold.col_max);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float before = fold.row_max[i];
+    const float after = largest[i] > before ? largest[i] : before;
+    const float shift = after > -MOST ? after : -MOST;
+    const double total =
+        row_total<COLS>(tile, tile.cosines + i * tile.stride, shift, fold.col_max, fold.col_sum);
+    fold.row_sum[i] = (float)((double)fold.row_sum[i] * exp(before - shift) + total);
+    fold.row_max[i] = after;
+  }
+}
+
+void fold(const Fold& work, int64_t rows) {
+  work.col_max ? fold_panel<true>(work, rows) : fold_panel<false>(work, rows);
+}
+
+void combine(const float* part_max, const float* part_sum, int64_t panels, int64_t padded, int64_t cols,
+             float* col_max, float* col_sum) {
+  for_vectors(0, cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+    const Vec before = load(col_max + j, lanes);
+    Vec after = before;
+    for (int64_t p = 0; p < panels; ++p) after = larger(load(part_max + p * padded + j, All{}), after);
+    const Vec shift = shift_of(after);
+    Doubles total = widened(load(col_sum + j, lanes) * exp(before - shift));
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t at = p * padded + j;
+      total += widened(load(part_sum + at, All{}) * exp(load(part_max + at, All{}) - shift));
+    }
+    store(col_max + j, after, lanes);
+    store(col_sum + j, __builtin_convertvector(total, Vec), lanes);
+  });
+}
+
+template <bool COLS, class Out>
+INLINE double grad_row(const Grad& grad, const float* cosines, int64_t i, Out* out) {
+  const Tile& tile = grad.tile;
+  const float row_lse = grad.row_lse[i];
+  const Vec row_coef = splat(grad.row_coef[i]);
+  const int64_t skip = grad.skip ? grad.skip[i] : -1;
+  double total = 0;
+  for (int64_t first = 0; first < tile.cols; first += CHUNK) {
+    Vec part{};
+    for_vectors(first, chunk_end(first, tile.cols), [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec cosine = load(cosines + j, lanes);
+      const Vec s = cosine * tile.scale;
+      Vec g = exp(s - row_lse) * row_coef;
+      if (COLS) g = fma(exp(s - load(grad.col_lse + j, lanes)), load(grad.col_coef + j, lanes), g);
+      Vec product = (cosine - grad.center) * g;
+      if ((uint64_t)(skip - j) < (uint64_t)W) {
+        const Ints kept = iota() != (int32_t)(skip - j);
+        g = kept ? g : Vec{};
+        product = kept ? product : Vec{};
+      }
+      store(out + j, g, lanes);
+      part += inside(product, 0, lanes);
+    });
+    total += sum(part);
+  }
+  return total;
+}
+
+template <bool COLS, class Out>
+double grad_panel(const Grad& grad, int64_t rows) {
+  double total = 0;
+  Out* out = static_cast<Out*>(grad.out);
+  for (int64_t i = 0; i < rows; ++i)
+    total += grad_row<COLS>(grad, grad.tile.cosines + i * grad.tile.stride, i, out + i * grad.out_stride);
+  return total;
+}
+
+double grad(const Grad& work, int64_t rows) {
+  if (work.out_bfloat16)
+    return work.col_lse ? grad_panel<true, uint16_t>(work, rows) : grad_panel<false, uint16_t>(work, rows);
+  return work.col_lse ? grad_panel<true, float>(work, rows) : grad_panel<false, float>(work, rows);
+}
+
+template <class Out>
+INLINE void sigmoid_row(const Sigmoid& work, const float* cosines, int64_t i, Out* out, double* totals) {
+  double row_loss = 0;
+  for (int64_t first = 0; first < work.tile.cols; first += CHUNK) {
+    Vec losses{}, grads{}, products{};
+    for_vectors(first, chunk_end(first, work.tile.cols), [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec cosine = load(cosines + j, lanes);
+      const Vec x = cosine * work.tile.scale + work.bias;
+      const Ints equal = __builtin_convertvector(load(work.col_label + j, lanes) == work.row_label[i], Ints);
+      const Vec y = equal ? -x : x;
+      const Vec t = exp(y < 0 ? y : -y);
+      losses += inside(larger(y, Vec{}) + log1p(t), 0, lanes);
+      if (out) {
+        const Vec sigmoid = (y < 0 ? t : splat(1)) / (1 + t);
+        const Vec g = equal ? -sigmoid : sigmoid;
+        store(out + j, g, lanes);
+        grads += inside(g, 0, lanes);
+        products += inside(g * cosine, 0, lanes);
+      }
+    });
+    row_loss += sum(losses);
+    totals[1] += sum(grads);
+    totals[2] += sum(products);
+  }
+  totals[0] += row_loss;
+  work.row_loss[i] += (float)row_loss;
+}
+
+template <class Out>
+void sigmoid_panel(const Sigmoid& work, int64_t rows, double* totals) {
+  Out* out = static_cast<Out*>(work.out);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* cosines = work.tile.cosines + i * work.tile.stride;
+    sigmoid_row(work, cosines, i, out ? out + i * work.out_stride : nullptr, totals);
+  }
+}
+
+void sigmoid(const Sigmoid& work, int64_t rows, double* totals) {
+  totals[0] = totals[1] = totals[2] = 0;
+  work.out_bfloat16 ? sigmoid_panel<uint16_t>(work, rows, totals) : sigmoid_panel<float>(work, rows, totals);
+}
+
+}  // namespace
+
+extern const Kernels KERNELS = {fold, combine, grad, sigmoid};
+
+}  // namespace mmkernels
