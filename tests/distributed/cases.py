@@ -66,3 +66,17 @@ def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def extent(counts: tuple[int, ...], rank: int) -> slice:
     return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+
+def apart() -> Tensor:
+    """Features `[NUM, DIM]` of two halves that point in opposite ways."""
+    generator = torch.Generator().manual_seed(1)
+    noise = 0.05 * torch.randn(NUM, DIM, generator=generator, dtype=torch.float64)
+    noise[: NUM // 2, 0] += 1
+    noise[NUM // 2 :, 0] -= 1
+    return F.normalize(noise, dim=1)
+
+
+def near() -> Tensor:
+    """Features `[NUM, NUM + 1]` whose products are 100 with themselves and 89 with each other, in float32."""
+    return torch.cat([torch.full((NUM, 1), 89**0.5), 11**0.5 * torch.eye(NUM)], 1)
