@@ -7,9 +7,9 @@ from mmkernels.contrastive import blockwise, kernel, loss, problem
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
-    blockwise: {"TILE": 32},
+    blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
-    loss: {"EAGER_LOGITS": 0},
+    loss: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
 }
 

@@ -116,7 +116,7 @@ def _variant(
     name: str,
     *extras: Extra,
     cases: tuple[str, ...] = ("random", "trained"),
-    shapes: tuple[Shape, ...] = ({"M": 2, "N": 40, "D": 17}, {"M": 33, "N": 65, "D": 33}),
+    shapes: tuple[Shape, ...] = ({"M": 5, "N": 40, "D": 17}, {"M": 33, "N": 65, "D": 33}),
     draw_shape: Callable[[Callable[[int, int], int]], Shape] = _rectangle,
     **options: object,
 ) -> OpSpec:
