@@ -6,5 +6,13 @@ from mmkernels.contrastive import (
     contrastive_stats,
     contrastive_stats_ref,
 )
+from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 
-__all__ = ["contrastive_loss", "contrastive_loss_ref", "contrastive_stats", "contrastive_stats_ref"]
+__all__ = [
+    "contrastive_loss",
+    "contrastive_loss_ref",
+    "contrastive_stats",
+    "contrastive_stats_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
+]

@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from mmkernels.contrastive import blockwise, kernel, op
+from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
+from mmkernels.linear_cross_entropy import kernel as lce_kernel
+from mmkernels.linear_cross_entropy import op as lce_op
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
     blockwise: {"TILE": 32},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     op: {"EAGER_LOGITS": 0},
+    lce_blockwise: {"ROWS": 32, "COLS": 32},
+    lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_op: {"EAGER_LOGITS": 0},
 }
 
 
