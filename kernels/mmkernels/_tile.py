@@ -1,11 +1,19 @@
 """The elementwise work on one tile of cosines: what a CPU does between two matrix products.
 
 `S = scale * cosines` is the same rounded product in both functions, to the bit: `exp(S - lse)` would
-amplify any difference between the two passes.
+amplify any difference between the two passes. Float32 on a CPU goes to the native step where that is built,
+everything else to ATen.
 """
+
+import math
 
 import torch
 from torch import Tensor
+
+from mmkernels import native
+
+# exp of less counts as zero: near the smallest normal numbers MKL's exp is thirty times slower
+LOWEST = {torch.float32: -86.9, torch.float64: -708.0}
 
 
 def fold_tile(
@@ -26,6 +34,9 @@ def fold_tile(
     A NaN makes its sums NaN, and so does +inf; a row or column of -inf alone adds nothing.
     """
     if not cosines.numel():
+        return
+    if _runs_native(cosines):
+        torch.ops.mmkernels.fold_tile(cosines, scale, row_max, row_sum, col_max, col_sum)
         return
     logits = cosines * scale
     work = torch.empty_like(logits)
@@ -60,11 +71,16 @@ def grad_tile(
     if not cosines.numel():
         return cosines.new_zeros((), dtype=torch.float64)
     row_lse, row_coef = row
+    if _runs_native(cosines) and out.dtype in (torch.float32, torch.bfloat16):
+        number = None if center is None else float(center)
+        return torch.ops.mmkernels.grad_tile(
+            cosines, scale, row_lse, row_coef, *(col or (None, None)), skip, number, out
+        )
     logits = cosines * scale
-    grad = (logits - row_lse[:, None]).exp_().mul_(row_coef[:, None])
+    grad = _exp_(logits - row_lse[:, None]).mul_(row_coef[:, None])
     if col is not None:
         col_lse, col_coef = col
-        grad.addcmul_(logits.sub_(col_lse).exp_(), col_coef)
+        grad.addcmul_(_exp_(logits.sub_(col_lse)), col_coef)
     if skip is not None:
         _zero_at(grad, skip)
     if center is None:
@@ -78,12 +94,21 @@ def grad_tile(
     return total
 
 
+def _runs_native(cosines: Tensor) -> bool:
+    return native.AVAILABLE and cosines.is_cpu and cosines.dtype == torch.float32
+
+
 def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, work: Tensor) -> None:
     new_max = torch.maximum(running_max, logits.amax(dim))
     shift = new_max.clamp_min(torch.finfo(new_max.dtype).min)  # -inf - -inf would be NaN
     torch.sub(logits, shift.unsqueeze(dim), out=work)
-    running_sum.mul_(running_max.sub_(shift).exp_()).add_(work.exp_().sum(dim))
+    running_sum.mul_(_exp_(running_max.sub_(shift))).add_(_exp_(work).sum(dim))
     running_max.copy_(new_max)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    lowest = LOWEST[x.dtype]
+    return torch.threshold_(x.clamp_min_(lowest).exp_(), 1.00001 * math.exp(lowest), 0.0)
 
 
 def _zero_at(tile: Tensor, columns: Tensor) -> None:

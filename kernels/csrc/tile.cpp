@@ -1,0 +1,164 @@
+// mmkernels::fold_tile and mmkernels::grad_tile on a CPU: see mmkernels/_tile.py for what they compute.
+//
+// A tile is cut into panels of PANEL rows whatever the number of threads: each row belongs to one panel, each
+// panel has its own column sums, and those are combined in order. No bit depends on the threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "tile_kernels.h"
+
+namespace mmkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// below this many entries a thread costs more than it saves
+constexpr int64_t GRAIN = 32768;
+
+// The best instruction set of this machine, or a lesser one that ATEN_CPU_CAPABILITY names, as for torch.
+const Kernels& pick_kernels() {
+#ifdef MMKERNELS_X86
+  const char* named = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = named ? named : "";
+  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (fma && __builtin_cpu_supports("avx512f") && most != "avx2" && most != "default") return kernels_avx512;
+  if (fma && most != "default") return kernels_avx2;
+#endif
+  return kernels_baseline;
+}
+
+const Kernels& kernels = pick_kernels();
+
+int64_t num_panels(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+// Calls run(first row, rows, panel) for each panel, in parallel.
+template <class Run>
+void for_panels(int64_t rows, int64_t cols, const Run& run) {
+  const int64_t grain = std::max<int64_t>(1, GRAIN / (PANEL * cols));
+  torch::stable::parallel_for(0, num_panels(rows), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * PANEL;
+      run(first, std::min(PANEL, rows - first), panel);
+    }
+  });
+}
+
+void check_matrix(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
+                  name, " must be [m, n] on the CPU with unit column stride");
+}
+
+void check_vector(const Tensor& x, int64_t size, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 1 && x.size(0) == size && x.is_contiguous() && x.scalar_type() == dtype,
+                  name, " must be a contiguous vector of ", size, " on the CPU, of the right dtype");
+}
+
+Tile tile_of(const Tensor& cosines, double scale) {
+  check_matrix(cosines, "cosines");
+  STD_TORCH_CHECK(cosines.scalar_type() == ScalarType::Float, "cosines must be float32");
+  return {cosines.const_data_ptr<float>(), cosines.stride(0), cosines.size(1), static_cast<float>(scale)};
+}
+
+Tile from_row(Tile tile, int64_t first) {
+  tile.cosines += first * tile.stride;
+  return tile;
+}
+
+void fold_tile(const Tensor& cosines, double scale, const Tensor& row_max, const Tensor& row_sum,
+               const std::optional<Tensor>& col_max, const std::optional<Tensor>& col_sum) {
+  const Tile tile = tile_of(cosines, scale);
+  const int64_t rows = cosines.size(0), cols = tile.cols, panels = num_panels(rows);
+  check_vector(row_max, rows, ScalarType::Float, "row_max");
+  check_vector(row_sum, rows, ScalarType::Float, "row_sum");
+  STD_TORCH_CHECK(col_max.has_value() == col_sum.has_value(), "col_max and col_sum come together");
+  const bool has_cols = col_max.has_value();
+  if (has_cols) {
+    check_vector(*col_max, cols, ScalarType::Float, "col_max");
+    check_vector(*col_sum, cols, ScalarType::Float, "col_sum");
+  }
+  if (!rows || !cols) return;
+
+  const int64_t padded = has_cols ? (cols + PAD - 1) / PAD * PAD : 0;
+  const std::unique_ptr<float[]> partial(has_cols ? new float[2 * panels * padded] : nullptr);
+  float *part_max = partial.get(), *part_sum = part_max + panels * padded;
+  float *row_max_ptr = row_max.mutable_data_ptr<float>(), *row_sum_ptr = row_sum.mutable_data_ptr<float>();
+  for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
+    const int64_t at = panel * padded;
+    kernels.fold({from_row(tile, first), row_max_ptr + first, row_sum_ptr + first, part_max + at, part_sum + at},
+                 count);
+  });
+  if (has_cols)
+    kernels.combine(part_max, part_sum, panels, padded, cols, col_max->mutable_data_ptr<float>(),
+                    col_sum->mutable_data_ptr<float>());
+}
+
+Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, const Tensor& row_coef,
+                 const std::optional<Tensor>& col_lse, const std::optional<Tensor>& col_coef,
+                 const std::optional<Tensor>& skip, std::optional<double> center, const Tensor& out) {
+  const Tile tile = tile_of(cosines, scale);
+  const int64_t rows = cosines.size(0), cols = tile.cols;
+  check_vector(row_lse, rows, ScalarType::Float, "row_lse");
+  check_vector(row_coef, rows, ScalarType::Float, "row_coef");
+  STD_TORCH_CHECK(col_lse.has_value() == col_coef.has_value(), "col_lse and col_coef come together");
+  if (col_lse) {
+    check_vector(*col_lse, cols, ScalarType::Float, "col_lse");
+    check_vector(*col_coef, cols, ScalarType::Float, "col_coef");
+  }
+  if (skip) check_vector(*skip, rows, ScalarType::Long, "skip");
+  check_matrix(out, "out");
+  const bool bfloat16 = out.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bfloat16 || out.scalar_type() == ScalarType::Float, "out must be float32 or bfloat16");
+  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == cols, "out must have the shape of cosines");
+
+  const Grad whole = {tile,
+                      row_lse.const_data_ptr<float>(),
+                      row_coef.const_data_ptr<float>(),
+                      col_lse ? col_lse->const_data_ptr<float>() : nullptr,
+                      col_coef ? col_coef->const_data_ptr<float>() : nullptr,
+                      skip ? skip->const_data_ptr<int64_t>() : nullptr,
+                      static_cast<float>(center.value_or(0)),
+                      out.mutable_data_ptr(),
+                      out.stride(0),
+                      bfloat16};
+  std::vector<double> totals(num_panels(rows));
+  if (cols)
+    for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
+      Grad part = whole;
+      part.tile = from_row(tile, first);
+      part.row_lse += first;
+      part.row_coef += first;
+      if (part.skip) part.skip += first;
+      part.out = static_cast<char*>(part.out) + first * part.out_stride * (bfloat16 ? 2 : 4);
+      totals[panel] = kernels.grad(part, count);
+    });
+  Tensor total = torch::stable::empty({}, ScalarType::Double);
+  *total.mutable_data_ptr<double>() = center ? std::accumulate(totals.begin(), totals.end(), 0.0) : 0.0;
+  return total;
+}
+
+}  // namespace
+}  // namespace mmkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "fold_tile(Tensor cosines, float scale, Tensor(a!) row_max, Tensor(b!) row_sum, "
+      "Tensor(c!)? col_max, Tensor(d!)? col_sum) -> ()");
+  m.def(
+      "grad_tile(Tensor cosines, float scale, Tensor row_lse, Tensor row_coef, Tensor? col_lse, "
+      "Tensor? col_coef, Tensor? skip, float? center, Tensor(a!) out) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("fold_tile", TORCH_BOX(&mmkernels::fold_tile));
+  m.impl("grad_tile", TORCH_BOX(&mmkernels::grad_tile));
+}

@@ -1,0 +1,55 @@
+// The elementwise work on a few rows of a tile, compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace mmkernels {
+
+// Rows of a panel: what one thread takes at a time. 128 KiB at 1024 columns, so that it stays in an L2 cache
+// between the passes over it.
+constexpr int64_t PANEL = 32;
+// A panel's partial sums of the columns are padded to whole vectors of the widest instruction set.
+constexpr int64_t PAD = 16;
+
+// Float32 cosines from some row on, with unit column stride; S = scale * cosine.
+struct Tile {
+  const float* cosines;
+  int64_t stride, cols;
+  float scale;
+};
+
+struct Fold {
+  Tile tile;
+  float *row_max, *row_sum;
+  // the panel's own partial sums [padded], written; or null
+  float *col_max, *col_sum;
+};
+
+struct Grad {
+  Tile tile;
+  const float *row_lse, *row_coef;
+  const float *col_lse, *col_coef;  // null: no column term
+  const int64_t* skip;              // null: nothing is skipped
+  float center;
+  void* out;
+  int64_t out_stride;
+  bool out_bfloat16;
+};
+
+struct Kernels {
+  // Fold `rows` rows into the online sums of the rows, and into the panel's partial sums of the columns.
+  void (*fold)(const Fold&, int64_t rows);
+  // Combine the panels' partial sums [panels, padded] with the online sums of the columns, in order.
+  void (*combine)(const float* part_max, const float* part_sum, int64_t panels, int64_t padded, int64_t cols,
+                  float* col_max, float* col_sum);
+  // Write `rows` rows of the gradient; their sum of out * (cosine - center).
+  double (*grad)(const Grad&, int64_t rows);
+};
+
+extern const Kernels kernels_baseline;
+#ifdef MMKERNELS_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace mmkernels
