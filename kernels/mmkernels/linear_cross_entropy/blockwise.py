@@ -51,11 +51,12 @@ def linear_cross_entropy_fwd(
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     rows, cols = tile_shape(num_rows, vocab, coef.element_size())
     loss = torch.empty_like(coef)
+    keep = any(dx is not None for dx in grads)
+    tiles: list[Tensor] = []
     for r in range(0, num_rows, rows):
         part = slice(r, r + rows)
         h, of_rows = widen(hidden[part]), targets[part]
-        keep = any(dx is not None for dx in grads)
-        tiles, stats = _folded(h, weight, bias, of_rows, cols, keep)
+        stats = _fold(h, weight, bias, of_rows, cols, tiles if keep else None)
         loss[part] = row_loss(stats, None if mean_logit is None else mean_logit[part], terms)
         if not keep:
             continue
@@ -118,14 +119,13 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
         out.index_add_(0, index, rows)
 
 
-def _folded(
-    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cols: int, keep: bool
-) -> tuple[list[Tensor], Stats]:
-    """The tiles of the logits of rows `h`, none unless they are to be kept, and the statistics of the rows."""
+def _fold(
+    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cols: int, tiles: list[Tensor] | None
+) -> Stats:
+    """The statistics of the rows `h`; the tiles of their logits replace those in `tiles`."""
     row_max, row_sum = h.new_full((len(h),), -torch.inf), h.new_zeros(len(h))
     target_logit = torch.empty_like(row_sum)
-    tiles = []
-    for c in range(0, len(weight), cols):
+    for i, c in enumerate(range(0, len(weight), cols)):
         of_cols = slice(c, c + cols)
         tile = matmul_nt(h, widen(weight[of_cols]))
         if bias is not None:
@@ -135,6 +135,7 @@ def _folded(
         last = tile.shape[1] - 1
         found = tile.gather(1, at.clamp(0, last)[:, None])[:, 0]
         target_logit = torch.where((at >= 0) & (at <= last), found, target_logit)
-        if keep:
-            tiles.append(tile)
-    return tiles, (*log_sum_exp(row_max, row_sum), target_logit)
+        if tiles is not None:
+            # one at a time: memory that is freed whole goes back to the system, and costs page faults again
+            tiles[i : i + 1] = [tile]
+    return (*log_sum_exp(row_max, row_sum), target_logit)

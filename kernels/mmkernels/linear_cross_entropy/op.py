@@ -185,9 +185,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, d_loss: Tensor, *_grads: None):
     hidden, weight, bias, targets, *made = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    if all(there or not needed for there, needed in zip(ctx.made, needs)):
-        # kept in float32 till here: a loss scale comes before the rounding to float16
-        grads = [(d_loss * dx).to(hidden.dtype) if needed else None for dx, needed in zip(made, needs)]
+    # a second derivative, which there is none of, is refused by the op that has the inputs
+    if all(there or not needed for there, needed in zip(ctx.made, needs)) and not torch.is_grad_enabled():
+        grads = [_scaled(dx, d_loss, hidden.dtype) if needed else None for dx, needed in zip(made, needs)]
     else:
         d_rows = d_loss.expand(len(hidden)) if ctx.total else d_loss
         results = _linear_cross_entropy_bwd(
@@ -195,6 +195,15 @@ def _backward(ctx, d_loss: Tensor, *_grads: None):
         )
         grads = [dx if needed else None for dx, needed in zip(results, needs)]
     return *grads, None, None, None, None, None
+
+
+def _scaled(dx: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor dx`, rounded only now: float16's loss scale is in the factor.
+
+    In place unless the graph is kept: on a CPU fresh pages for [V, D] would cost as much as half a product.
+    """
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return (dx * factor if kept else dx.mul_(factor)).to(dtype)
 
 
 _linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
