@@ -15,7 +15,7 @@ SMALL = {
     op: {"EAGER_LOGITS": 0},
     lce_blockwise: {"ROWS": 32, "COLS": 32},
     lce_kernel: {"chunk_rows": lambda vocab: 32},
-    lce_op: {"EAGER_LOGITS": 0},
+    lce_op: {"EAGER_PRODUCT": 0},
 }
 
 

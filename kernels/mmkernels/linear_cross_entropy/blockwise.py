@@ -41,8 +41,7 @@ def linear_cross_entropy_fwd(
     terms: Sequence[float],
     grads: Grads,
 ) -> Tensor:
-    """The loss of each row; the gradients of `sum coef * loss` go into `grads`: hidden's is written, the
-    others are added to.
+    """The loss of each row; the gradients of `sum coef * loss` are written into `grads`.
 
     `terms` are the label smoothing and the weight of the z-loss. The smoothing's part of the gradients, alike
     in every column, is the caller's.
@@ -68,9 +67,9 @@ def linear_cross_entropy_fwd(
             if dh_part is not None:
                 dh_part += matmul_nt(tile, widen(weight[of_cols]).T)
             if dw is not None:
-                dw[of_cols] += matmul_nt(tile.T, h.T)
+                _accumulate(dw[of_cols], matmul_nt(tile.T, h.T), r)
             if db is not None:
-                db[of_cols] += tile.sum(0)
+                _accumulate(db[of_cols], tile.sum(0), r)
         add_targets((dh_part, dw, db), h, weight, of_rows, target_coef)
     return loss
 
@@ -117,6 +116,11 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
         out.index_put_((index,), rows, accumulate=True)
     else:
         out.index_add_(0, index, rows)
+
+
+def _accumulate(out: Tensor, part: Tensor, first_row: int) -> None:
+    """The first chunk's part is written: adding to zeros would fill [V, D] once more."""
+    out.add_(part) if first_row else out.copy_(part)
 
 
 def _fold(

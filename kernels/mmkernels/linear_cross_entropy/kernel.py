@@ -99,8 +99,7 @@ def linear_cross_entropy_fwd(
     terms: Sequence[float],
     grads: Grads,
 ) -> Tensor:
-    """The loss of each row; the gradients of `sum coef * loss` go into `grads`: hidden's is written, the
-    others are added to.
+    """The loss of each row; the gradients of `sum coef * loss` are written into `grads`.
 
     `terms` are the label smoothing and the weight of the z-loss. The smoothing's part of the gradients, alike
     in every column, is the caller's; `coef` is at most 1.
@@ -126,9 +125,10 @@ def linear_cross_entropy_fwd(
         if dh_part is not None:
             _multiply(grad, weight, out=dh_part, beta=0.0, alpha=1 / unit)
         if dw is not None:
-            _multiply(grad.T, h, out=dw, alpha=1 / unit)
+            _multiply(grad.T, h, out=dw, beta=float(first > 0), alpha=1 / unit)
         if db is not None:
-            db.add_(grad.sum(0, dtype=db.dtype), alpha=1 / unit)
+            of_chunk = grad.sum(0, dtype=db.dtype).div_(unit)
+            db.add_(of_chunk) if first else db.copy_(of_chunk)
         _, target_coef = coefficients(stats, coef[rows], terms)
         add_targets((dh_part, dw, db), h, weight, of_rows, target_coef)
     return loss
@@ -171,7 +171,7 @@ def _softmax(
     return (*log_sum_exp(row_max, row_sum), target_logit)
 
 
-def _multiply(x: Tensor, y: Tensor, *, out: Tensor, beta: float = 1.0, alpha: float = 1.0) -> None:
+def _multiply(x: Tensor, y: Tensor, *, out: Tensor, beta: float, alpha: float = 1.0) -> None:
     """`out = beta * out + alpha * x y` in float32, whatever the operands are."""
     if x.is_cuda and x.dtype != torch.float32:
         torch.addmm(out, x, y, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
