@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
 from mmkernels._checks import accumulator, autocast_operands, check_beside, check_dtype, check_index, require
 from mmkernels._device import HAS_TRITON, runs_triton
@@ -65,23 +66,17 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets, bias)
     _check_options(label_smoothing, z_loss, reduction)
-    operands = autocast_operands(hidden, weight, *(() if bias is None else (bias,)))
-    for name, x in zip(("weight", "bias"), operands[1:]):
-        require(
-            "linear_cross_entropy",
-            x.dtype == operands[0].dtype,
-            "{} must have the dtype of hidden, {}, got {}",
-            name,
-            operands[0].dtype,
-            x.dtype,
-        )
-    hidden, weight, bias = (*operands, None)[:3]
+    hidden, weight = autocast_operands(hidden, weight)
+    _check_same_dtype("weight", weight, hidden)
+    if bias is not None:
+        bias = autocast_operands(bias)[0]
+        _check_same_dtype("bias", bias, hidden)
     if _eager_is_faster(hidden, weight):
         if not torch.compiler.is_compiling():
             _check_targets(targets, ignore_index, len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_cross_entropy_ref(
-                widen(hidden),
+                widen(hidden.masked_fill((targets == ignore_index)[:, None], 0)),
                 widen(weight),
                 targets,
                 bias=None if bias is None else widen(bias),
@@ -202,10 +197,10 @@ def _backward(ctx, d_loss: Tensor, *_grads: None):
 def _scaled(dx: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`factor dx`, rounded only now: float16's loss scale is in the factor.
 
-    In place unless the graph is kept: on a CPU fresh pages for [V, D] would cost as much as half a product.
+    In place, unless the graph is kept or traced: on a CPU fresh pages for [V, D] cost half of a product.
     """
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    return (dx * factor if kept else dx.mul_(factor)).to(dtype)
+    may_write = type(dx) is Tensor and not graph_is_kept()
+    return (dx.mul_(factor) if may_write else dx * factor).to(dtype)
 
 
 _linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -313,6 +308,11 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
         )
         check_dtype(op, "bias", bias)
         check_beside(op, "bias", bias, "hidden", hidden)
+
+
+def _check_same_dtype(name: str, x: Tensor, hidden: Tensor) -> None:
+    sentence = "{} must have the dtype of hidden, {}, got {}"
+    require("linear_cross_entropy", x.dtype == hidden.dtype, sentence, name, hidden.dtype, x.dtype)
 
 
 def _check_options(label_smoothing: float, z_loss: float, reduction: str) -> None:
