@@ -46,6 +46,7 @@ def problem(num_rows: int = 40, width: int = 24, vocab: int = 70, dtype: torch.d
     return hidden, weight, targets
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the kernel at any shape")
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_eager_form_of_small_shapes_obeys_the_contract(spec: OpSpec) -> None:
     for case in spec.cases:
