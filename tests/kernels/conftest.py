@@ -5,6 +5,9 @@ import torch
 
 from mmkernels import _tile, native
 from mmkernels.contrastive import blockwise, kernel, loss, problem
+from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
+from mmkernels.linear_cross_entropy import kernel as lce_kernel
+from mmkernels.linear_cross_entropy import op as lce_op
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
@@ -12,6 +15,9 @@ SMALL = {
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     loss: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
+    lce_blockwise: {"ROWS": 32, "COLS": 32},
+    lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_op: {"EAGER_PRODUCT": 0},
 }
 
 
