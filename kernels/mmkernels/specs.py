@@ -2,5 +2,6 @@
 
 from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
+from mmkernels.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE,)
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *LINEAR_CROSS_ENTROPY)

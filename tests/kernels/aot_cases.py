@@ -7,6 +7,8 @@ from typing import Any
 from mmkernels._launch import Table
 from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
+from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
+from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,7 @@ class Case:
         operands: pointers to the inputs' dtype.
         pointers: types of pointers that are neither that nor float32.
         odd: sizes that need not be multiples of 16.
+        floats: scalars that are floats.
         products: whether it multiplies matrices.
     """
 
@@ -33,6 +36,7 @@ class Case:
     operands: tuple[str, ...]
     pointers: Mapping[str, str] = field(default_factory=dict)
     odd: tuple[str, ...] = ("M", "N")
+    floats: tuple[str, ...] = ()
     products: bool = True
 
     def rows(self) -> list[tuple[str, int, int]]:
@@ -71,4 +75,22 @@ CASES = (
     contrastive_case("bwd", BWD),
     contrastive_case("bwd", BWD, SYMMETRIC=False),
     contrastive_case("bwd_teacher", BWD),
+    *(
+        Case(
+            name=f"linear_cross_entropy[{name}]",
+            kernel=linear_cross_entropy._linear_cross_entropy_fwd_kernel,
+            row="fwd",
+            table=linear_cross_entropy_launch.TABLE,
+            constants=flags,
+            operands=("grad_ptr", "bias_ptr"),
+            pointers={"targets_ptr": "*i64"},
+            odd=("M", "V"),
+            floats=("z_loss",),
+            products=False,
+        )
+        for name, flags in (
+            ("gradient", {"HAS_BIAS": True, "HAS_GRAD": True}),
+            ("statistics", {"HAS_BIAS": False, "HAS_GRAD": False}),
+        )
+    ),
 )

@@ -3,14 +3,21 @@
 import pytest
 import torch
 
+from mmkernels import _tile, native
 from mmkernels.contrastive import blockwise, kernel, loss, problem
+from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
+from mmkernels.linear_cross_entropy import kernel as lce_kernel
+from mmkernels.linear_cross_entropy import op as lce_op
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
-    blockwise: {"TILE": 32},
+    blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
-    loss: {"EAGER_LOGITS": 0},
+    loss: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
+    lce_blockwise: {"ROWS": 32, "COLS": 32},
+    lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_op: {"EAGER_PRODUCT": 0},
 }
 
 
@@ -27,3 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["aten", "native"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two ways in which a CPU does the elementwise step on a tile."""
+    if request.param == "aten":
+        monkeypatch.setattr(native, "AVAILABLE", False)
+        monkeypatch.setattr(_tile, "BLOCK", 200)  # so that small tiles are several blocks
+    elif not native.AVAILABLE:
+        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
+    return request.param

@@ -1,5 +1,6 @@
 """Every op's planted bugs."""
 
 from tests.kernels.plants.contrastive import PLANTS as CONTRASTIVE
+from tests.kernels.plants.linear_cross_entropy import PLANTS as LINEAR_CROSS_ENTROPY
 
-ALL = {"contrastive": CONTRASTIVE}
+ALL = {"contrastive": CONTRASTIVE, "linear_cross_entropy": LINEAR_CROSS_ENTROPY}
