@@ -1,10 +1,21 @@
 """Fused operations for vision-language models: Triton kernels, blockwise ATen twins and eager references."""
 
 from mmkernels.contrastive import (
+    ContrastiveStats,
     contrastive_loss,
     contrastive_loss_ref,
+    contrastive_lse,
+    contrastive_lse_ref,
     contrastive_stats,
     contrastive_stats_ref,
 )
 
-__all__ = ["contrastive_loss", "contrastive_loss_ref", "contrastive_stats", "contrastive_stats_ref"]
+__all__ = [
+    "ContrastiveStats",
+    "contrastive_loss",
+    "contrastive_loss_ref",
+    "contrastive_lse",
+    "contrastive_lse_ref",
+    "contrastive_stats",
+    "contrastive_stats_ref",
+]

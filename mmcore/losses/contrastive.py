@@ -88,7 +88,8 @@ def global_contrastive_loss(
     _check_even(a.shape[0], a.device, group)
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     all_b: Tensor = _AllGather.apply(b, group)  # pyright: ignore[reportAssignmentType]
-    row_lse, col_lse, positive = contrastive_stats(a, all_b, logit_scale, offset=rank * a.shape[0])
+    positives = torch.arange(a.shape[0], device=a.device) + rank * a.shape[0]
+    row_lse, col_lse, positive = contrastive_stats(a, all_b, logit_scale, positives=positives)[:3]
     global_col_lse = _reduced_logsumexp(col_lse, group)
     share = torch.exp(col_lse.detach() - global_col_lse)  # [N] this rank's part of each column's softmax
 

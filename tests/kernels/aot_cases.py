@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmkernels._launch import Table
-from mmkernels.contrastive import kernel as contrastive
+from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
 
 
@@ -40,23 +40,35 @@ class Case:
 
 
 UNIT_STRIDES = {"stride_ad": 1, "stride_bd": 1}
+
+
+def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
+    """A contrastive kernel with every flag on but the named ones."""
+    on = ("SYMMETRIC", "HAS_POSITIVES", "HAS_GRAD", "HAS_DSCALE")
+    return Case(
+        name="contrastive" + "".join(f"-{flag}={value}" for flag, value in flags.items()),
+        kernel=kernel,
+        row=row,
+        table=contrastive_launch.TABLE,
+        constants={
+            **UNIT_STRIDES,
+            **dict.fromkeys(on, True),
+            "HAS_TEACHER": row.endswith("teacher"),
+            "SHIFTED": False,
+            **flags,
+        },
+        operands=("a_ptr", "b_ptr", "teacher_a_ptr", "teacher_b_ptr", "grad_ptr"),
+        pointers={"positives_ptr": "*i64", "scale_ptr": "*fp64"},
+    )
+
+
+FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
-    Case(
-        name="contrastive",
-        kernel=contrastive._contrastive_fwd_kernel,
-        row="fwd",
-        table=contrastive_launch.TABLE,
-        constants=UNIT_STRIDES,
-        operands=("a_ptr", "b_ptr"),
-        odd=("M", "N", "offset"),
-    ),
-    Case(
-        name="contrastive",
-        kernel=contrastive._contrastive_bwd_kernel,
-        row="bwd",
-        table=contrastive_launch.TABLE,
-        constants={**UNIT_STRIDES, "HAS_GRAD": True, "HAS_DSCALE": True},
-        operands=("a_ptr", "b_ptr", "grad_ptr"),
-        odd=("M", "N", "offset"),
-    ),
+    contrastive_case("fwd", FWD),
+    contrastive_case("fwd", FWD, SHIFTED=True),
+    contrastive_case("fwd", FWD, SYMMETRIC=False),
+    contrastive_case("fwd_teacher", FWD),
+    contrastive_case("bwd", BWD),
+    contrastive_case("bwd", BWD, SYMMETRIC=False),
+    contrastive_case("bwd_teacher", BWD),
 )

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from mmkernels.contrastive import blockwise, kernel, op
+from mmkernels.contrastive import blockwise, kernel, loss, problem
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
     blockwise: {"TILE": 32},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
-    op: {"EAGER_LOGITS": 0},
+    loss: {"EAGER_LOGITS": 0},
+    problem: {"POSITIVES_CHUNK": 24},
 }
 
 
