@@ -9,6 +9,7 @@ from mmkernels.contrastive import (
     contrastive_stats,
     contrastive_stats_ref,
 )
+from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 
 __all__ = [
     "ContrastiveStats",
@@ -18,4 +19,6 @@ __all__ = [
     "contrastive_lse_ref",
     "contrastive_stats",
     "contrastive_stats_ref",
+    "sigmoid_loss",
+    "sigmoid_loss_ref",
 ]

@@ -2,5 +2,6 @@
 
 from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
+from mmkernels.sigmoid.spec import SPECS as SIGMOID
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE,)
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *SIGMOID)

@@ -7,6 +7,8 @@ from typing import Any
 from mmkernels._launch import Table
 from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
+from mmkernels.sigmoid import kernel as sigmoid
+from mmkernels.sigmoid import launch as sigmoid_launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,21 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     )
 
 
+def sigmoid_case(**flags: bool) -> Case:
+    """The sigmoid kernel with every flag on but the named ones."""
+    on = ("HAS_LABELS", "HAS_GRAD", "HAS_SUMS")
+    return Case(
+        name="sigmoid" + "".join(f"-{flag}={value}" for flag, value in flags.items()),
+        kernel=sigmoid._sigmoid_fwd_kernel,
+        row="fwd",
+        table=sigmoid_launch.TABLE,
+        constants={**UNIT_STRIDES, **dict.fromkeys(on, True), **flags},
+        operands=("a_ptr", "b_ptr", "grad_ptr"),
+        pointers={"row_label_ptr": "*i32", "col_label_ptr": "*i32"},
+        odd=("M", "N", "offset"),
+    )
+
+
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
     contrastive_case("fwd", FWD),
@@ -71,4 +88,7 @@ CASES = (
     contrastive_case("bwd", BWD),
     contrastive_case("bwd", BWD, SYMMETRIC=False),
     contrastive_case("bwd_teacher", BWD),
+    sigmoid_case(),
+    sigmoid_case(HAS_LABELS=False),
+    sigmoid_case(HAS_GRAD=False, HAS_SUMS=False),
 )

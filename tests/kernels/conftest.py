@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from mmkernels.contrastive import blockwise, kernel, loss, problem
+from mmkernels.sigmoid import blockwise as sigmoid_blockwise
+from mmkernels.sigmoid import kernel as sigmoid_kernel
+from mmkernels.sigmoid import op as sigmoid_op
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
@@ -11,6 +14,9 @@ SMALL = {
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     loss: {"EAGER_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
+    sigmoid_blockwise: {"TILE": 32},
+    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32},
+    sigmoid_op: {"EAGER_LOGITS": 0},
 }
 
 
