@@ -64,15 +64,18 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     )
 
 
-def sigmoid_case(**flags: bool) -> Case:
-    """The sigmoid kernel with every flag on but the named ones."""
-    on = ("HAS_LABELS", "HAS_GRAD", "HAS_SUMS")
+def sigmoid_case(has_labels: bool, wants_gradients: bool) -> Case:
     return Case(
-        name="sigmoid" + "".join(f"-{flag}={value}" for flag, value in flags.items()),
+        name="sigmoid" if wants_gradients else "sigmoid-loss",
         kernel=sigmoid._sigmoid_fwd_kernel,
-        row="fwd",
+        row="fwd_labels" if has_labels else "fwd",
         table=sigmoid_launch.TABLE,
-        constants={**UNIT_STRIDES, **dict.fromkeys(on, True), **flags},
+        constants={
+            **UNIT_STRIDES,
+            "HAS_LABELS": has_labels,
+            "HAS_GRAD": wants_gradients,
+            "HAS_SUMS": wants_gradients,
+        },
         operands=("a_ptr", "b_ptr", "grad_ptr"),
         pointers={"row_label_ptr": "*i32", "col_label_ptr": "*i32"},
         odd=("M", "N", "offset"),
@@ -88,7 +91,8 @@ CASES = (
     contrastive_case("bwd", BWD),
     contrastive_case("bwd", BWD, SYMMETRIC=False),
     contrastive_case("bwd_teacher", BWD),
-    sigmoid_case(),
-    sigmoid_case(HAS_LABELS=False),
-    sigmoid_case(HAS_GRAD=False, HAS_SUMS=False),
+    sigmoid_case(has_labels=False, wants_gradients=True),
+    sigmoid_case(has_labels=False, wants_gradients=False),
+    sigmoid_case(has_labels=True, wants_gradients=True),
+    sigmoid_case(has_labels=True, wants_gradients=False),
 )

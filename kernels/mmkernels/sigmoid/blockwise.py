@@ -36,9 +36,8 @@ def sigmoid_fwd(
     scale and the bias in float64.
     """
     a, b, alpha, beta = widen(a), widen(b), float(scale), float(bias)
-    if labels is None:
-        labels = (torch.arange(len(a), device=a.device),) * 2
-    row_label, col_label = (x.contiguous() for x in labels)
+    diagonal = torch.arange(len(a), device=a.device)
+    row_label, col_label = (x.contiguous() for x in labels or (diagonal, diagonal))
     loss = a.new_zeros(len(a), dtype=torch.float64)
     da, db = (torch.zeros_like(x) if needed else None for x, needed in zip((a, b), needs))
     dbias, dscale = (loss.new_zeros(()) for _ in range(2))

@@ -1,7 +1,7 @@
 """The sigmoid loss in Triton: each tile of logits is computed once and never stored.
 
 The kernel leaves dL/dx of a chunk of rows, in the operands' dtype, for the GEMM library to make both features'
-gradients of, and float32 sums of each row of each tile.
+gradients of, and float32 sums of each row of each tile. The diagonal's positives are left to plain calls, in float32.
 """
 
 # triton types neither a launch nor cdiv
@@ -10,6 +10,7 @@ gradients of, and float32 sums of each row of each tile.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,31 +85,30 @@ def _sigmoid_fwd_kernel(
         BLOCK_D,
         INPUT_PRECISION,
     )
+    logits = acc * scale + bias
+    # minus infinity has neither loss nor gradient
     if HAS_LABELS:
         row_label = tl.load(row_label_ptr + offs_m, mask=mask_m, other=0)
         col_label = tl.load(col_label_ptr + offs_n, mask=mask_n, other=0)
         is_positive = row_label[:, None] == col_label[None, :]
+        against = tl.where(mask_n[None, :], tl.where(is_positive, -logits, logits), float("-inf"))
     else:
-        is_positive = offs_m[:, None] + offset == offs_n[None, :]
-    logits = acc * scale + bias
-    against = tl.where(is_positive, -logits, logits)
+        is_positive = offs_m[:, None] + offset == offs_n[None, :]  # the caller adds these, in float32
+        against = tl.where(is_positive | (offs_n >= N)[None, :], float("-inf"), logits)
     tail = tl.exp(-tl.abs(against))  # at most 1: nothing overflows
     # not tl.maximum, which would lose a NaN
     losses = tl.where(against < 0, 0.0, against) + _log1p(tail)
     sums_ptrs = sums_ptr + pid_n.to(tl.int64) * M + offs_m
     plane = tl.num_programs(1).to(tl.int64) * M
-    tl.store(sums_ptrs, tl.sum(tl.where(mask_n[None, :], losses, 0.0), 1), mask=mask_m)
+    tl.store(sums_ptrs, tl.sum(losses, 1), mask=mask_m)
     if HAS_GRAD or HAS_SUMS:
-        sigmoid = tl.where(against < 0, tail, 1.0) / (1.0 + tail)
-        grad = tl.where(is_positive, -sigmoid, sigmoid)
+        grad = tl.where(against < 0, tail, 1.0) / (1.0 + tail)
+        if HAS_LABELS:
+            grad = tl.where(is_positive, -grad, grad)
         if HAS_SUMS:
-            inside = tl.where(mask_n[None, :], grad, 0.0)
-            tl.store(sums_ptrs + plane, tl.sum(inside, 1), mask=mask_m)
-            tl.store(sums_ptrs + 2 * plane, tl.sum(inside * acc, 1), mask=mask_m)
+            tl.store(sums_ptrs + plane, tl.sum(grad, 1), mask=mask_m)
+            tl.store(sums_ptrs + 2 * plane, tl.sum(grad * acc, 1), mask=mask_m)
         if HAS_GRAD:
-            if not HAS_LABELS:
-                # the positive's share is added in float32 by the caller
-                grad = tl.where(is_positive, 0.0, grad)
             coef = tl.load(coef_ptr + offs_m, mask=mask_m, other=0.0)
             stored = (grad * coef[:, None]).to(grad_ptr.dtype.element_ty)
             grad_ptrs = grad_ptr + offs_m.to(tl.int64)[:, None] * stride_gm + offs_n[None, :]
@@ -145,11 +145,13 @@ def sigmoid_fwd(
         grad = buffer[: len(a_rows)]
         of_labels = None if ids is None else (ids[0][rows], ids[1])
         sums[:, rows] = _run_chunk(a_rows, b, (scale, bias), of_labels, of_rows, grad, first, any(needs[2:]))
-        da_rows = None if da is None else da[rows].copy_(matmul_fp32(grad, b))
+        if da is not None:
+            da[rows] = matmul_fp32(grad, b)
         if db is not None:
             db.add_(matmul_fp32(grad.T, a_rows))
         if labels is None:
-            _add_positives(a_rows, b[rows], scale, bias, of_rows, da_rows, None if db is None else db[rows])
+            parts = (None if dx is None else dx[rows] for dx in (da, db))
+            sums[:, rows] += _add_positives(a_rows, b[rows], scale, bias, of_rows, *parts)
     for dx in (da, db):
         if dx is not None:
             dx.mul_(scale / GRAD_CEILING)
@@ -168,7 +170,7 @@ def _run_chunk(
     has_sums: bool,
 ) -> Tensor:
     """Write `coef * dL/dx` of the rows `a` into `out`; returns their sums, `[3, rows]`, as the kernel has them."""
-    config = launch_config(TABLE, "fwd", a)
+    config = launch_config(TABLE, "fwd" if labels is None else "fwd_labels", a)
     num_rows, num_cols = a.shape[0], b.shape[0]
     grid = (triton.cdiv(num_rows, config.block_m), triton.cdiv(num_cols, config.block_n))
     sums = coef.new_empty(3, grid[1], num_rows)
@@ -204,24 +206,20 @@ def _run_chunk(
 
 
 def _add_positives(
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    coef: Tensor,
-    da: Tensor | None,
-    db: Tensor | None,
-) -> None:
-    """Add the gradients of `sum coef * loss` through the positives, row i of `b` being that of row i of `a`."""
-    if da is None and db is None:
-        return
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, coef: Tensor, da: Tensor | None, db: Tensor | None
+) -> Tensor:
+    """Add the positives' gradients, row i of `b` being that of row i of `a`, in float32; returns their share of
+    the sums, `[3, rows]`."""
     a, b = a.float(), b.float()
-    logits = (a * b).sum(1) * scale + bias
-    grad = (torch.sigmoid(-logits) * -coef).float()[:, None]
+    cosines = (a * b).sum(1)
+    logits = cosines * scale + bias
+    grad = torch.sigmoid(-logits).neg_()
+    weighted = (grad * coef).float()[:, None]
     if da is not None:
-        da.addcmul_(b, grad)
+        da.addcmul_(b, weighted)
     if db is not None:
-        db.addcmul_(a, grad)
+        db.addcmul_(a, weighted)
+    return torch.stack([-F.logsigmoid(logits), grad, grad * cosines])
 
 
 def _label_ids(labels: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

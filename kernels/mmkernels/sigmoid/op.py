@@ -164,17 +164,18 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, d_loss: Tensor | None, *_grads: None):
     if d_loss is None:
         return (None,) * 8
-    *inputs, row_label, col_label = ctx.saved_tensors[:6]
-    needs = list(ctx.needs_input_grad[:4])
+    # read once: activation checkpointing computes them again
+    a, b, scale, bias, row_label, col_label, *made = ctx.saved_tensors
+    inputs, needs = (a, b, scale, bias), list(ctx.needs_input_grad[:4])
     # a second derivative, which there is none of, is refused by the op that has the inputs
     if all(there or not needed for there, needed in zip(ctx.made, needs)) and not torch.is_grad_enabled():
         # rounded only after the factor: float16's loss scale is in it
         grads = [
             (dx * d_loss).to(x.dtype).view(x.shape) if needed else None
-            for x, dx, needed in zip(inputs, ctx.saved_tensors[6:], needs)
+            for x, dx, needed in zip(inputs, made, needs)
         ]
     else:
-        d_rows = d_loss.expand(len(inputs[0])) if ctx.total else d_loss
+        d_rows = d_loss.expand(len(a)) if ctx.total else d_loss
         results = _sigmoid_bwd(*inputs, row_label, col_label, d_rows, needs)
         grads = [dx if needed else None for dx, needed in zip(results, needs)]
     return *grads, None, None, None, None

@@ -1,5 +1,6 @@
 """Every op's planted bugs."""
 
 from tests.kernels.plants.contrastive import PLANTS as CONTRASTIVE
+from tests.kernels.plants.sigmoid import PLANTS as SIGMOID
 
-ALL = {"contrastive": CONTRASTIVE}
+ALL = {"contrastive": CONTRASTIVE, "sigmoid": SIGMOID}
