@@ -10,6 +10,7 @@ from mmkernels.contrastive import (
     contrastive_stats_ref,
 )
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 
 __all__ = [
     "ContrastiveStats",
@@ -21,4 +22,6 @@ __all__ = [
     "contrastive_stats_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
+    "sigmoid_loss",
+    "sigmoid_loss_ref",
 ]

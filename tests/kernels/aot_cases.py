@@ -9,6 +9,8 @@ from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
 from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
 from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
+from mmkernels.sigmoid import kernel as sigmoid
+from mmkernels.sigmoid import launch as sigmoid_launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,24 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     )
 
 
+def sigmoid_case(has_labels: bool, wants_gradients: bool) -> Case:
+    return Case(
+        name="sigmoid" if wants_gradients else "sigmoid-loss",
+        kernel=sigmoid._sigmoid_fwd_kernel,
+        row="fwd_labels" if has_labels else "fwd",
+        table=sigmoid_launch.TABLE,
+        constants={
+            **UNIT_STRIDES,
+            "HAS_LABELS": has_labels,
+            "HAS_GRAD": wants_gradients,
+            "HAS_SUMS": wants_gradients,
+        },
+        operands=("a_ptr", "b_ptr", "grad_ptr"),
+        pointers={"row_label_ptr": "*i32", "col_label_ptr": "*i32"},
+        odd=("M", "N", "offset"),
+    )
+
+
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
     contrastive_case("fwd", FWD),
@@ -93,4 +113,8 @@ CASES = (
             ("statistics", {"HAS_BIAS": False, "HAS_GRAD": False}),
         )
     ),
+    sigmoid_case(has_labels=False, wants_gradients=True),
+    sigmoid_case(has_labels=False, wants_gradients=False),
+    sigmoid_case(has_labels=True, wants_gradients=True),
+    sigmoid_case(has_labels=True, wants_gradients=False),
 )
