@@ -8,7 +8,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.losses.ranks import Header, Layout, agree, all_sum, gather_rows, global_mean, world_size_of
+from mmcore.losses.ranks import (
+    Header,
+    Layout,
+    agree,
+    all_sum,
+    gather_rows,
+    global_mean,
+    wanted_gradients,
+    world_size_of,
+)
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
 from mmcore.losses.statistics import Columns, GlobalStats
 from mmcore.ops import (
@@ -144,7 +153,6 @@ def _checked(
 
 
 def _header(inputs: _Inputs, options: Options, gather_limit_bytes: int) -> Header:
-    wanted = [name for name in ("a", "b", "scale") if getattr(inputs, name).requires_grad]
     same = {
         "D": inputs.a.shape[1],
         "dtype": str(inputs.a.dtype),
@@ -152,8 +160,7 @@ def _header(inputs: _Inputs, options: Options, gather_limit_bytes: int) -> Heade
         "teacher": "none" if inputs.teacher is None else "given",
         "negatives": "none" if inputs.negatives is None else f"{len(inputs.negatives)} rows",
         "gather_limit_bytes": gather_limit_bytes,
-        # a backward that some ranks do not run would hang the others
-        "requires_grad": ", ".join(wanted) if wanted and torch.is_grad_enabled() else "nothing",
+        "requires_grad": wanted_gradients(a=inputs.a, b=inputs.b, logit_scale=inputs.scale),
     }
     return Header(len(inputs.a), len(inputs.b), same | asdict(options))
 

@@ -68,7 +68,7 @@ def agree(
     checked = error = None
     try:
         checked, header = check()
-        told = {"rows": header.num_rows, "cols": header.num_cols, "same": {"op": op} | header.same}
+        told = {"rows": header.num_rows, "cols": header.num_cols, "same": {"loss": op} | header.same}
     except ValueError as refused:
         error, told = refused, {"error": str(refused).encode("ascii", "replace").decode()[:MESSAGE_CHARS]}
     headers = _exchanged(told, group, device)
@@ -87,6 +87,13 @@ def agree(
             raise ValueError(f"{op}: {name} must be the same on every rank, got {values}")
     rows, cols = (tuple(other[key] for other in headers) for key in ("rows", "cols"))
     return checked, Layout(group, rows, cols)
+
+
+def wanted_gradients(**inputs: Tensor) -> str:
+    """Of which inputs a gradient is wanted, for a header: a backward that some ranks do not run would hang the
+    others."""
+    wanted = [name for name, x in inputs.items() if torch.is_grad_enabled() and x.requires_grad]
+    return ", ".join(wanted) or "nothing"
 
 
 def gather_rows(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:

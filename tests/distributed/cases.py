@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUM, DIM, SCALE = 12, 6, 12.0
+NUM, DIM, SCALE, BIAS = 12, 6, 12.0, -3.0
 # How many rows each rank has; with labels the columns are dealt the other way round.
 LAYOUTS = {
     2: {"even": (6, 6), "uneven": (7, 5), "one empty": (0, 12)},
@@ -48,6 +48,7 @@ CASES = {
     "everything, rows alone": Case(("labels", "teacher", "negatives"), EVERYTHING | {"symmetric": False}),
     "normalized": Case(("labels", "negatives"), {"normalized": True}),
 }
+SIGMOID_CASES = {"plain": Case(), "labels": Case(("labels",))}
 
 
 def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

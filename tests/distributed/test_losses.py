@@ -1,6 +1,7 @@
 """The losses over the global batch on W ranks against one process with the whole batch."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcore.losses import global_contrastive_loss
-from mmkernels import contrastive_loss_ref
+from mmkernels import contrastive_loss_ref, sigmoid_loss_ref
 from tests.distributed import cases, tiny
 from tests.distributed.launch import run_ranks
 
@@ -20,46 +21,57 @@ def results(request, tmp_path_factory):
     return run_ranks("worker_losses", request.param, tmp_path_factory.mktemp("losses"))
 
 
-def on_one_process(case: cases.Case, batch: dict[str, Tensor]) -> list[Tensor]:
-    """The reference's loss and its gradients of a, b and scale on the whole batch."""
+def tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def on_one_process(
+    loss: Callable[..., Tensor], case: cases.Case, batch: dict[str, Tensor], *bias: float
+) -> list:
+    """The reference's loss and its gradients of a, b and scale (and bias) on the whole batch."""
     a, b = batch["a"].clone().requires_grad_(), batch["b"].clone().requires_grad_()
-    scale = torch.full((1,), cases.SCALE, dtype=a.dtype, requires_grad=True)
-    loss = contrastive_loss_ref(a, b, scale, **case.arguments(batch, WHOLE, WHOLE))
-    return [loss.detach(), *torch.autograd.grad(loss, (a, b, scale))]
+    scales = [torch.full((1,), value, dtype=a.dtype, requires_grad=True) for value in (cases.SCALE, *bias)]
+    value = loss(a, b, *scales, **case.arguments(batch, WHOLE, WHOLE))
+    return [value.detach(), *torch.autograd.grad(value, (a, b, *scales))]
 
 
 def together(results: list[dict], key: str, name: str) -> list[Tensor]:
     """One process's loss and gradients as the ranks give them: the mean of their gradients."""
     of_ranks = [result[key][name] for result in results]
     assert len({found["loss"] for found in of_ranks}) == 1, "the ranks differ in the loss"
-    loss = torch.tensor(of_ranks[0]["loss"], dtype=torch.float64)
+    loss = tensor(of_ranks[0]["loss"])
     grads = zip(*(found["grads"] for found in of_ranks), strict=True)
-    da, db, ds = ([torch.tensor(g, dtype=torch.float64) for g in grad] for grad in grads)
+    da, db, *scales = ([tensor(g) for g in grad] for grad in grads)
     da, db = (torch.cat([g for g in grad if len(g)]) / len(results) for grad in (da, db))
-    return [loss, da, db, torch.stack(ds).mean(0)]
+    return [loss, da, db, *(torch.stack(ds).mean(0).reshape(1) for ds in scales)]
 
 
 def test_every_variant_has_the_loss_and_the_gradients_of_one_process(results):
-    seen = 0
-    for name, case in cases.CASES.items():
-        truth = on_one_process(case, cases.batch())
-        for run in results[0]["variants"]:
-            if not run.startswith(f"{name}, ") or (name == "everything" and "rows alone" in run):
-                continue
-            seen += 1
-            for found, expected in zip(together(results, "variants", run), truth, strict=True):
-                assert found.shape == expected.shape
-                assert expected.abs().max() > 1e-3, f"{run}: the check needs a gradient that is not zero"
-                assert (found - expected).abs().max() < 1e-10 * expected.abs().max(), run
-    assert seen == len(results[0]["variants"])
+    for run in results[0]["variants"]:
+        truth = on_one_process(contrastive_loss_ref, cases.CASES[run.split("; ")[0]], cases.batch())
+        for found, expected in zip(together(results, "variants", run), truth, strict=True):
+            assert found.shape == expected.shape
+            assert expected.abs().max() > 1e-3, f"{run}: the check needs a gradient that is not zero"
+            assert (found - expected).abs().max() < 1e-10 * expected.abs().max(), run
+
+
+def test_the_sigmoid_loss_has_the_value_and_the_gradients_of_one_process(results):
+    for run in results[0]["sigmoid"]:
+        case = cases.SIGMOID_CASES[run.split("; ")[0]]
+        loss, *truth = on_one_process(sigmoid_loss_ref, case, cases.batch(), cases.BIAS)
+        expected_all = [loss, *(3 * grad for grad in truth)]  # the worker's factor of the loss
+        for found, expected in zip(together(results, "sigmoid", run), expected_all, strict=True):
+            assert found.shape == expected.shape
+            assert (found - expected).abs().max() < 1e-10 * expected.abs().max(), run
 
 
 def test_float32_is_within_the_contract_of_the_reference(results):
     for run in results[0]["float32"]:
-        case = cases.CASES[run.split(", ")[0]]
+        case = cases.CASES[run.split("; ")[0]]
         batch = cases.batch(torch.float32)
-        gold = on_one_process(case, {k: x.double() if x.is_floating_point() else x for k, x in batch.items()})
-        reference = on_one_process(case, batch)
+        widened = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
+        gold = on_one_process(contrastive_loss_ref, case, widened)
+        reference = on_one_process(contrastive_loss_ref, case, batch)
         assert results[0]["float32"][run]["dtype"] == "torch.float32"
         for found, ref, exact in zip(together(results, "float32", run), reference, gold, strict=True):
             bound = 2 * (ref - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
@@ -74,11 +86,20 @@ def test_a_model_gets_the_gradient_of_the_global_batch(results):
         assert abs(result["model"]["loss"] - loss.item()) < 1e-10
         for name, p in model.named_parameters():
             assert p.grad is not None and p.grad.abs().max() > 1e-3
-            found = torch.tensor(result["model"]["gradients"][name], dtype=torch.float64)
+            found = tensor(result["model"]["gradients"][name])
             assert (found - p.grad).abs().max() < 1e-10, name
 
 
-SAME = ["D", "dtype", "labels", "negatives", "teacher", "symmetric", "label_smoothing", "gather_limit_bytes"]
+SAME = [
+    "D",
+    "dtype",
+    "labels",
+    "negatives",
+    "teacher",
+    "symmetric",
+    "label_smoothing",
+    "gather_limit_bytes",
+]
 
 
 @pytest.mark.parametrize("name", [*SAME, "requires_grad"])
@@ -88,6 +109,14 @@ def test_ranks_that_differ_get_one_error_on_every_rank(results, name):
     (text,) = messages
     assert text.startswith(f"global_contrastive_loss: {name} must be the same on every rank, got ")
     assert " on rank 0, " in text and text.endswith(f" on rank {len(results) - 1}")
+
+
+def test_ranks_in_different_losses_get_an_error_each(results):
+    differ = (
+        "loss must be the same on every rank, got global_contrastive_loss on rank 0, global_sigmoid_loss on"
+    )
+    for result in results:
+        assert f": {differ} rank {len(results) - 1}" in result["refusals"]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +143,28 @@ def test_the_ring_never_holds_the_gathered_features(results):
         assert result["largest"]["ring"] < two_shards
 
 
+def test_the_drop_in_classes_are_their_published_formulas(results):
+    """On each rank, its own gradients; the value is the mean of the ranks' there."""
+    for name in results[0]["drop-in"]:
+        published = [result["drop-in"][name]["published"] for result in results]
+        mean = sum(of_rank["loss"] for of_rank in published) / len(results)
+        for result, expected in zip(results, published, strict=True):
+            ours = result["drop-in"][name]["ours"]
+            assert abs(ours["loss"] - mean) < 1e-10, name
+            for found, grad in zip(ours["grads"], expected["grads"], strict=True):
+                assert (tensor(found) - tensor(grad)).abs().max() < 1e-10, name
+
+
+def test_a_place_that_the_process_group_contradicts_is_refused_on_every_rank(results):
+    right, *wrong = (result["misplaced"] for result in results)
+    for rank, text in enumerate(wrong, start=1):
+        place = (rank, len(results))
+        assert text == (
+            f"ClipLoss: rank and world_size must be those of the process group, {place}, got {(0, len(results))}"
+        )
+    assert right.startswith("ClipLoss: rank 1 refused its arguments: ClipLoss: rank and world_size must be")
+
+
 @pytest.mark.parametrize("exchange", cases.EXCHANGES)
 class TestSpecialInputs:
     def special(self, results: list[dict], exchange: str, name: str) -> list[Any]:
@@ -138,8 +189,8 @@ class TestSpecialInputs:
         batch = cases.batch()
         b = batch["b"].clone().requires_grad_()
         (db,) = torch.autograd.grad(contrastive_loss_ref(batch["a"], b, 5.0, symmetric=False), b)
-        found = torch.cat([torch.tensor(x) for x in self.special(results, exchange, "frozen")]) / len(results)
-        assert (found - db).abs().max() < 1e-7
+        found = torch.cat([tensor(x) for x in self.special(results, exchange, "frozen")]) / len(results)
+        assert (found - db).abs().max() < 1e-12
 
     def test_without_grad_the_loss_is_the_same(self, results, exchange):
         batch = cases.batch()
@@ -163,7 +214,7 @@ def test_gradients_under_zero_0_to_3_are_those_of_one_process(num_ranks, tmp_pat
             assert result[zero]["gradients"].keys() == gradients.keys()
             for name, expected in gradients.items():
                 assert expected is not None
-                found = torch.tensor(result[zero]["gradients"][name], dtype=torch.float64)
+                found = tensor(result[zero]["gradients"][name])
                 assert (found - expected).abs().max() < 1e-10, (zero, name)
 
 

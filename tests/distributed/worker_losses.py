@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmcore.losses import global_contrastive_loss
-from tests.distributed import cases, tiny
+from mmcore.losses import global_contrastive_loss, global_sigmoid_loss
+from tests.distributed import cases, drop_in, tiny
 from tests.distributed.launch import finish
 
 
@@ -30,16 +30,30 @@ def contrastive(
     return found(loss, a, b, scale)
 
 
+def sigmoid(counts: tuple[int, ...], case: cases.Case, limit: int) -> Any:
+    """The same of the sigmoid loss, and the gradient of its bias."""
+    batch, rank = cases.batch(), dist.get_rank()
+    rows = cases.extent(counts, rank)
+    cols = cases.extent(counts[::-1], rank) if "labels" in case.tensors else rows
+    a, b = batch["a"][rows].clone().requires_grad_(), batch["b"][cols].clone().requires_grad_()
+    scale = torch.full((1,), cases.SCALE, dtype=a.dtype, requires_grad=True)
+    bias = torch.tensor(cases.BIAS, dtype=a.dtype, requires_grad=True)
+    arguments = case.arguments(batch, rows, cols)
+    loss = global_sigmoid_loss(a, b, scale, bias, **arguments, gather_limit_bytes=limit)
+    (loss * 3).backward()
+    return found(loss, a, b, scale, bias)
+
+
 def found(loss: Tensor, *leaves: Tensor) -> dict[str, Any]:
     grads = [x.grad.double().tolist() for x in leaves if x.grad is not None]
     return {"loss": loss.item(), "dtype": str(loss.dtype), "grads": grads}
 
 
-def variants() -> dict[str, Any]:
+def variants(run: Callable[..., Any], named: dict[str, cases.Case]) -> dict[str, Any]:
     layouts = cases.LAYOUTS[dist.get_world_size()]
     return {
-        f"{name}, {layout}, {exchange}": contrastive(counts, case, limit)
-        for name, case in cases.CASES.items()
+        f"{name}; {layout}; {exchange}": run(counts, case, limit)
+        for name, case in named.items()
         for layout, counts in layouts.items()
         for exchange, limit in cases.EXCHANGES.items()
     }
@@ -83,6 +97,7 @@ def refusals() -> dict[str, str]:
         "label_smoothing": lambda: loss(a, b, label_smoothing=0.1 + odd / 10),
         "gather_limit_bytes": lambda: loss(a, b, gather_limit_bytes=5 + odd),
         "requires_grad": lambda: loss(a.clone().requires_grad_(odd), b),
+        "loss": lambda: global_sigmoid_loss(a, b, 5.0, 0.0) if odd else loss(a, b),
         "a rank's own b": lambda: loss(a, b[:1] if odd else b),
         "a rank's own labels": lambda: loss(a, b, labels=(labels, labels.int() if odd else labels)),
         "a rank's own claim": lambda: loss(a * (1 + odd), b, normalized=True),
@@ -116,6 +131,7 @@ def largest_tensors() -> dict[str, int]:
         features = torch.ones(2, 4096, requires_grad=True)
         with LargestTensor() as largest:
             global_contrastive_loss(features, features, 1.0, gather_limit_bytes=limit).backward()
+            global_sigmoid_loss(features, features, 1.0, 0.0, gather_limit_bytes=limit).backward()
         sizes[exchange] = largest.num_bytes
     return sizes
 
@@ -154,14 +170,17 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     float32 = {
-        f"{name}, {exchange}": contrastive(
+        f"{name}; {exchange}": contrastive(
             cases.LAYOUTS[dist.get_world_size()]["one empty"], cases.CASES[name], limit, torch.float32
         )
         for name in ("plain", "everything")
         for exchange, limit in cases.EXCHANGES.items()
     }
     result = {
-        "variants": variants(),
+        "variants": variants(contrastive, cases.CASES),
+        "sigmoid": variants(sigmoid, cases.SIGMOID_CASES),
+        "drop-in": drop_in.compared(),
+        "misplaced": message(drop_in.misplaced),
         "float32": float32,
         "refusals": refusals(),
         "model": model(),
