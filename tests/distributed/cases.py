@@ -78,6 +78,7 @@ def apart() -> Tensor:
     return F.normalize(noise, dim=1)
 
 
-def near() -> Tensor:
-    """Features `[NUM, NUM + 1]` whose products are 100 with themselves and 89 with each other, in float32."""
-    return torch.cat([torch.full((NUM, 1), 89**0.5), 11**0.5 * torch.eye(NUM)], 1)
+def near(dtype: torch.dtype) -> Tensor:
+    """Features `[NUM, NUM + 1]` whose products are 100 with themselves and 89 with each other."""
+    apart = 11**0.5 * torch.eye(NUM, dtype=dtype)
+    return torch.cat([torch.full((NUM, 1), 89**0.5, dtype=dtype), apart], 1)

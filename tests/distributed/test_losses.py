@@ -179,11 +179,12 @@ class TestSpecialInputs:
         for found in self.special(results, exchange, "apart"):
             assert abs(found - expected) < 1e-10 * expected
 
-    def test_a_small_loss_is_not_lost_in_the_rounding_of_large_logits(self, results, exchange):
-        """Log-sum-exps near 100 are rounded to 8e-6, a twentieth of what is left between them here."""
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_small_loss_is_not_lost_in_the_rounding_of_large_logits(self, results, exchange, dtype):
+        """Log-sum-exps near 100 are rounded by 32 epsilon."""
         expected = math.log1p((cases.NUM - 1) * math.exp(-11))
-        for found in self.special(results, exchange, "small"):
-            assert abs(found - expected) < 4 * torch.finfo(torch.float32).eps
+        for found in self.special(results, exchange, f"small {dtype}"):
+            assert abs(found - expected) < 4 * torch.finfo(dtype).eps
 
     def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(self, results, exchange):
         batch = cases.batch()

@@ -153,8 +153,9 @@ def special() -> dict[str, Any]:
         # the ranks' features point in opposite ways: no logit of another rank survives the shift
         apart = cases.apart()[rows]
         results[f"apart, {exchange}"] = loss(apart, apart, 100.0, normalized=True).item()
-        near = cases.near()[rows]
-        results[f"small, {exchange}"] = loss(near, near, 1.0).item()
+        for dtype in (torch.float32, torch.float64):
+            near = cases.near(dtype)[rows]
+            results[f"small {dtype}, {exchange}"] = loss(near, near, 1.0).item()
         frozen = b.clone().requires_grad_()
         loss(a, frozen, 5.0, symmetric=False).backward()
         results[f"frozen, {exchange}"] = frozen.grad.tolist()  # pyright: ignore[reportOptionalMemberAccess]
