@@ -16,6 +16,9 @@ from mmkernels import native
 # exp of less counts as zero: near the smallest normal numbers MKL's exp is thirty times slower
 LOWEST = {torch.float32: -86.9, torch.float64: -708.0}
 NATIVE_OUT = (torch.float32, torch.bfloat16)
+# ATen takes so many entries at a time: its buffers stay in an L2 cache, and are small enough for the allocator
+# to keep, where megabytes go back to the system after each tile and return page by page
+BLOCK = 1 << 18
 
 
 def fold_tile(
@@ -40,11 +43,12 @@ def fold_tile(
     if _runs_native(cosines):
         torch.ops.mmkernels.fold_tile(cosines, scale, row_max, row_sum, col_max, col_sum)
         return
-    logits = cosines * scale
-    work = torch.empty_like(logits)
-    _fold(logits, 1, row_max, row_sum, work)
-    if col_max is not None and col_sum is not None:
-        _fold(logits, 0, col_max, col_sum, work)
+    for rows in _blocks(cosines):
+        logits = cosines[rows] * scale
+        work = torch.empty_like(logits)
+        _fold(logits, 1, row_max[rows], row_sum[rows], work)
+        if col_max is not None and col_sum is not None:
+            _fold(logits, 0, col_max, col_sum, work)
 
 
 def grad_tile(
@@ -68,7 +72,7 @@ def grad_tile(
 
     Returns:
         `sum out * (cosines - center)`, float64, 0-d, of `out` before it is rounded to its dtype and without
-        the skipped entries. Rows are summed pairwise in the dtype of `cosines`, their sums in float64.
+        the skipped entries. Parts of a row are summed in the dtype of `cosines`, those sums in float64.
     """
     if not cosines.numel():
         return cosines.new_zeros((), dtype=torch.float64)
@@ -78,22 +82,19 @@ def grad_tile(
         return torch.ops.mmkernels.grad_tile(
             cosines, scale, row_lse, row_coef, *(col or (None, None)), skip, number, out
         )
-    logits = cosines * scale
-    grad = _exp_(logits - row_lse[:, None]).mul_(row_coef[:, None])
-    if col is not None:
-        col_lse, col_coef = col
-        grad.addcmul_(_exp_(logits.sub_(col_lse)), col_coef)
-    if skip is not None:
-        _zero_at(grad, skip)
-    if center is None:
-        total = cosines.new_zeros((), dtype=torch.float64)
-    else:
-        products = torch.sub(cosines, center, out=logits).mul_(grad)
-        if skip is not None:
-            _zero_at(products, skip)  # where a skipped cosine is NaN
-        total = products.sum(1).sum(dtype=torch.float64)
-    out.copy_(grad)
-    return total
+    totals = [
+        _grad(
+            cosines[rows],
+            scale,
+            (row_lse[rows], row_coef[rows]),
+            col,
+            skip if skip is None else skip[rows],
+            center,
+            out[rows],
+        )
+        for rows in _blocks(cosines)
+    ]
+    return torch.stack(totals).sum()
 
 
 def sigmoid_tile(
@@ -122,21 +123,28 @@ def sigmoid_tile(
         return cosines.new_zeros(3, dtype=torch.float64)
     if _runs_native(cosines) and (out is None or out.dtype in NATIVE_OUT):
         return torch.ops.mmkernels.sigmoid_tile(cosines, scale, bias, row_label, col_label, row_loss, out)
-    sign = torch.where(row_label[:, None] == col_label, -1.0, 1.0).to(cosines.dtype)
-    against = (cosines * scale).add_(bias).mul_(sign)
-    losses = F.logsigmoid(-against).sum(1).neg_()
-    row_loss += losses
-    totals = [losses]
-    if out is not None:
-        grad = against.sigmoid_().mul_(sign)
-        totals += [grad.sum(1), torch.mul(grad, cosines, out=sign).sum(1)]
-        out.copy_(grad)
-    sums = torch.stack(totals).sum(1, dtype=torch.float64)
-    return F.pad(sums, (0, 3 - len(totals)))
+    totals = [
+        _sigmoid(
+            cosines[rows],
+            scale,
+            bias,
+            row_label[rows, None] == col_label,
+            row_loss[rows],
+            out if out is None else out[rows],
+        )
+        for rows in _blocks(cosines)
+    ]
+    return torch.stack(totals).sum(0)
 
 
 def _runs_native(cosines: Tensor) -> bool:
     return native.AVAILABLE and cosines.is_cpu and cosines.dtype == torch.float32
+
+
+def _blocks(cosines: Tensor) -> list[slice]:
+    """The tile's rows, BLOCK entries at a time."""
+    rows = max(BLOCK // cosines.shape[1], 1)
+    return [slice(i, i + rows) for i in range(0, len(cosines), rows)]
 
 
 def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, work: Tensor) -> None:
@@ -147,9 +155,58 @@ def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, wo
     running_max.copy_(new_max)
 
 
+def _grad(
+    cosines: Tensor,
+    scale: float,
+    row: tuple[Tensor, Tensor],
+    col: tuple[Tensor, Tensor] | None,
+    skip: Tensor | None,
+    center: float | Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    row_lse, row_coef = row
+    logits = cosines * scale
+    grad = _exp_(logits - row_lse[:, None]).mul_(row_coef[:, None])
+    if col is not None:
+        col_lse, col_coef = col
+        grad.addcmul_(_exp_(logits.sub_(col_lse)), col_coef)
+    if skip is not None:
+        _zero_at(grad, skip)
+    if center is None:
+        total = cosines.new_zeros((), dtype=torch.float64)
+    else:
+        products = torch.sub(cosines, center, out=logits).mul_(grad)
+        if skip is not None:
+            _zero_at(products, skip)  # where a skipped cosine is NaN
+        total = products.sum(1).sum(dtype=torch.float64)
+    out.copy_(grad)
+    return total
+
+
+def _sigmoid(
+    cosines: Tensor, scale: float, bias: float, equal: Tensor, row_loss: Tensor, out: Tensor | None
+) -> Tensor:
+    logits, work = cosines * scale, torch.empty_like(cosines)
+    against = logits.add_(bias).mul_(_minus_where(equal, work))
+    losses = _exp_(torch.abs(against, out=work).neg_()).log1p_().sum(1)
+    losses += torch.clamp_min(against, 0, out=work).sum(1)
+    row_loss += losses
+    totals = [losses]
+    if out is not None:
+        grad = against.sigmoid_().mul_(_minus_where(equal, work))
+        totals += [grad.sum(1), torch.mul(grad, cosines, out=work).sum(1)]
+        out.copy_(grad)
+    sums = torch.stack(totals).sum(1, dtype=torch.float64)
+    return F.pad(sums, (0, 3 - len(totals)))
+
+
 def _exp_(x: Tensor) -> Tensor:
     lowest = LOWEST[x.dtype]
     return torch.threshold_(x.clamp_min_(lowest).exp_(), 1.00001 * math.exp(lowest), 0.0)
+
+
+def _minus_where(equal: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(equal).mul_(-2).add_(1)
 
 
 def _zero_at(tile: Tensor, columns: Tensor) -> None:

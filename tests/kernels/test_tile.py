@@ -1,72 +1,29 @@
 """The elementwise step on a tile, by ATen and by native code: one meaning, no further from float64 than eager."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkernels import native
-from mmkernels._tile import fold_tile, grad_tile
+from mmkernels._tile import fold_tile, grad_tile, sigmoid_tile
+from tests.kernels.tile_cases import (
+    EPS,
+    SHAPES,
+    Vectors,
+    assert_bound,
+    draw,
+    empty_sums,
+    fold,
+    framed,
+    labels,
+    lse_of,
+    statistics,
+)
 
-EPS = torch.finfo(torch.float32).eps
-SHAPES = [(1, 1), (1, 40), (33, 1), (31, 17), (70, 601)]
-Vectors = tuple[Tensor, Tensor]
 fuzz = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["aten", "native"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "aten":
-        monkeypatch.setattr(native, "AVAILABLE", False)
-    elif not native.AVAILABLE:
-        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
-    return request.param
-
-
-def draw(case: str, rows: int, cols: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    cosines = 2 * torch.rand(rows, cols, generator=generator) - 1
-    if case == "negative":
-        return cosines.abs_().neg_()
-    if case == "far apart":  # each row and column far below another: one shift for all would flush it
-        return cosines.mul_(0.01).add_(torch.linspace(-1, 0, rows)[:, None]).add_(torch.linspace(-1, 0, cols))
-    return cosines
-
-
-def framed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A view that holds `x`, and the larger buffer of NaN that it lies in, at odd strides and offsets."""
-    buffer = x.new_full([size + 5 for size in x.shape], math.nan)
-    view = buffer[tuple(slice(3, 3 + size) for size in x.shape)]
-    view.copy_(x)
-    return view, buffer
-
-
-def empty_sums(size: int, dtype: torch.dtype = torch.float32) -> Vectors:
-    return torch.full((size,), -math.inf, dtype=dtype), torch.zeros(size, dtype=dtype)
-
-
-def lse_of(sums: Vectors) -> Tensor:
-    return sums[0].double() + sums[1].double().log()
-
-
-def fold(cosines: Tensor, scale: float) -> tuple[Vectors, Vectors]:
-    row, col = (empty_sums(size, cosines.dtype) for size in cosines.shape)
-    fold_tile(cosines, scale, *row, *col)
-    return row, col
-
-
-def assert_bound(got: Tensor, ref: Tensor, gold: Tensor) -> None:
-    """The house's bound: twice the eager reference's error, and four roundings."""
-    bound = 2 * (ref.double() - gold).abs().max() + 4 * torch.finfo(ref.dtype).eps * gold.abs().max()
-    assert got.shape == gold.shape
-    assert (got.double() - gold).abs().max() <= bound
 
 
 def gradient(cosines: Tensor, scale: float, row: Vectors, col: Vectors | None, skip: Tensor | None) -> Tensor:
@@ -79,16 +36,6 @@ def gradient(cosines: Tensor, scale: float, row: Vectors, col: Vectors | None, s
     if skip is not None:
         grad = grad.masked_fill(skip[:, None] == torch.arange(cosines.shape[1]), 0)
     return grad
-
-
-def statistics(cosines: Tensor, scale: float) -> tuple[Vectors, Vectors]:
-    """Log-sum-exps and coefficients of rows and columns, as a backward pass has them."""
-    logits, generator = scale * cosines.double(), torch.Generator().manual_seed(1)
-    row, col = (
-        (logits.logsumexp(dim).float(), torch.randn(size, generator=generator) / size)
-        for dim, size in ((1, len(cosines)), (0, cosines.shape[1]))
-    )
-    return row, col
 
 
 @pytest.mark.parametrize("scale", [1.0, 200.0, -7.0, 0.0])
@@ -282,6 +229,7 @@ def test_an_empty_tile_changes_nothing(path, shape: tuple[int, int]) -> None:
     for largest, total in (row, col):
         assert (largest == -math.inf).all() and (total == 0).all()
     assert grad_tile(cosines, 3.0, row, col, torch.zeros(shape[0]).long(), 0.5, cosines) == 0
+    assert not sigmoid_tile(cosines, 3.0, -1.0, *labels(*shape), torch.zeros(shape[0]), cosines).any()
 
 
 def test_logits_are_rounded_before_anything_is_subtracted(path) -> None:
@@ -318,81 +266,3 @@ def test_exp_beyond_its_range_is_zero_or_infinity_and_of_nan_is_nan(path) -> Non
     assert (exp(torch.tensor([-104.0, -1e4, -3e38, -math.inf])) == 0).all()
     assert (exp(torch.tensor([88.73, 89.5, 200, 3e38, math.inf])) == math.inf).all()
     assert exp(torch.tensor([math.nan, -math.nan])).isnan().all()
-
-
-def test_no_bit_depends_on_the_run_or_on_the_number_of_threads(path) -> None:
-    cosines = draw("random", 333, 1030)
-    row, col = statistics(cosines, 50.0)
-
-    def run() -> list[Tensor]:
-        out = torch.empty_like(cosines)
-        total = grad_tile(cosines, 50.0, row, col, None, 0.5, out)
-        return [total, out, *(x for sums in fold(cosines, 50.0) for x in sums)]
-
-    threads = torch.get_num_threads()
-    expected = run()
-    try:
-        for count in (1, 2, 3) if path == "native" else (threads, threads):
-            torch.set_num_threads(count)
-            assert all(torch.equal(x, y) for x, y in zip(run(), expected, strict=True)), count
-    finally:
-        torch.set_num_threads(threads)
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_native_code_serves_float32_where_it_is_built(path) -> None:
-    ours = {"mmkernels::fold_tile", "mmkernels::grad_tile"}
-    for dtype in (torch.float32, torch.float64):
-        cosines = draw("random", 4, 6).to(dtype)
-        with Calls() as calls:
-            row, col = fold(cosines, 2.0)
-            grad_tile(cosines, 2.0, row, col, None, None, torch.empty_like(cosines))
-        assert calls.names & ours == (ours if (path, dtype) == ("native", torch.float32) else set())
-
-
-@pytest.mark.parametrize("bad", ["rows", "cols", "dtype", "stride"])
-def test_native_code_refuses_what_it_would_read_beyond(bad: str) -> None:
-    if not native.AVAILABLE:
-        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
-    cosines, (row, col) = draw("random", 6, 6), (empty_sums(6), empty_sums(6))
-    if bad == "rows":
-        row = empty_sums(5)
-    elif bad == "cols":
-        col = empty_sums(7)
-    elif bad == "dtype":
-        row = empty_sums(6, torch.float64)
-    else:
-        cosines = cosines.T
-    with pytest.raises(RuntimeError, match="must be"):
-        fold_tile(cosines, 1.0, *row, *col)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_lesser_instruction_sets_keep_every_promise(capability: str) -> None:
-    """The native tests once more in a process that is told, as torch is, to use a lesser instruction set."""
-    if not native.AVAILABLE:
-        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "native and not lesser",
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
