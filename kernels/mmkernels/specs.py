@@ -2,6 +2,7 @@
 
 from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
+from mmkernels.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 from mmkernels.sigmoid.spec import SPECS as SIGMOID
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *SIGMOID)
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *LINEAR_CROSS_ENTROPY, *SIGMOID)

@@ -7,6 +7,8 @@ from typing import Any
 from mmkernels._launch import Table
 from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
+from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
+from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
 from mmkernels.sigmoid import kernel as sigmoid
 from mmkernels.sigmoid import launch as sigmoid_launch
 
@@ -24,6 +26,7 @@ class Case:
         operands: pointers to the inputs' dtype.
         pointers: types of pointers that are neither that nor float32.
         odd: sizes that need not be multiples of 16.
+        floats: scalars that are floats.
         products: whether it multiplies matrices.
     """
 
@@ -35,6 +38,7 @@ class Case:
     operands: tuple[str, ...]
     pointers: Mapping[str, str] = field(default_factory=dict)
     odd: tuple[str, ...] = ("M", "N")
+    floats: tuple[str, ...] = ()
     products: bool = True
 
     def rows(self) -> list[tuple[str, int, int]]:
@@ -95,4 +99,22 @@ CASES = (
     sigmoid_case(has_labels=False, wants_gradients=False),
     sigmoid_case(has_labels=True, wants_gradients=True),
     sigmoid_case(has_labels=True, wants_gradients=False),
+    *(
+        Case(
+            name=f"linear_cross_entropy[{name}]",
+            kernel=linear_cross_entropy._linear_cross_entropy_fwd_kernel,
+            row="fwd",
+            table=linear_cross_entropy_launch.TABLE,
+            constants=flags,
+            operands=("grad_ptr", "bias_ptr"),
+            pointers={"targets_ptr": "*i64"},
+            odd=("M", "V"),
+            floats=("z_loss",),
+            products=False,
+        )
+        for name, flags in (
+            ("gradient", {"HAS_BIAS": True, "HAS_GRAD": True}),
+            ("statistics", {"HAS_BIAS": False, "HAS_GRAD": False}),
+        )
+    ),
 )

@@ -5,19 +5,25 @@ import torch
 
 from mmkernels import _tile, native
 from mmkernels.contrastive import blockwise, kernel, loss, problem
+from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
+from mmkernels.linear_cross_entropy import kernel as lce_kernel
+from mmkernels.linear_cross_entropy import op as lce_op
 from mmkernels.sigmoid import blockwise as sigmoid_blockwise
 from mmkernels.sigmoid import kernel as sigmoid_kernel
 from mmkernels.sigmoid import op as sigmoid_op
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
-    blockwise: {"TILE": 32},
+    blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
-    loss: {"EAGER_LOGITS": 0},
+    loss: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
     sigmoid_blockwise: {"TILE": 32},
     sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32},
     sigmoid_op: {"EAGER_LOGITS": 0},
+    lce_blockwise: {"ROWS": 32, "COLS": 32},
+    lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_op: {"EAGER_PRODUCT": 0},
 }
 
 

@@ -40,7 +40,7 @@ def test_the_eager_form_of_small_shapes_obeys_the_contract(spec: OpSpec) -> None
 
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path; thousands of the interpreter's tiles")
 def test_real_tiles_with_ragged_edges_obey_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "EAGER_LOGITS", 0)
+    monkeypatch.setattr(loss, "STORED_LOGITS", 0)
     shape = {"M": 1, "N": blockwise.TILE + 1, "D": 8, "offset": blockwise.TILE}
     check(STATS, shape, "random", torch.float32, seeds=range(2))
     check(LOSS, {"B": blockwise.TILE + 1, "D": 8}, "trained", torch.float32, seeds=range(2))

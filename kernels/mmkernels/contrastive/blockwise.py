@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmkernels._gemm import matmul_nt
+from mmkernels._gemm import FAST_BFLOAT16, matmul, matmul_nt
 from mmkernels._numerics import log_sum_exp, widen
 from mmkernels._tile import fold_tile, grad_tile
 from mmkernels.contrastive.problem import (
@@ -28,6 +28,8 @@ from mmkernels.contrastive.problem import (
 # 4 MiB of float32 a tile: large enough for GEMM's full speed, small enough that two of them stay in a
 # last-level cache.
 TILE = 1024
+# Columns of dL/dS in bfloat16 side by side: 16 MiB.
+LOW_SPAN = 8192
 
 
 def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
@@ -39,7 +41,7 @@ def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
     teacher_col = _Sums(a, len(b) if problem.teacher and problem.symmetric else 0)
     positive = a.new_zeros(0 if problem.positives is None else len(a))
     shift = float(shift_of(problem.scale)) if normalized else None
-    for of_rows, of_cols in _tiles(len(a), len(b)):
+    for of_rows, of_cols in _tiles(len(a), len(b), TILE):
         cosines = matmul_nt(a[of_rows], b[of_cols])
         if problem.positives is not None:
             _take_positives(cosines, problem.positives[of_rows] - of_cols.start, scale, positive[of_rows])
@@ -72,7 +74,13 @@ def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
 def contrastive_bwd(
     problem: Problem, stats: ContrastiveStats, grads: list[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `a`, `b` and `scale`, those that `needs` asks for; the tiles of logits are recomputed."""
+    """Gradients of `a`, `b` and `scale`, those that `needs` asks for; the tiles of logits are recomputed.
+
+    dL/dS is rounded to bfloat16 where the operands are that and its products are the faster ones: what the
+    GPU's path does. The positives' share never passes through it.
+    """
+    low = problem.a.dtype == torch.bfloat16 and FAST_BFLOAT16 and problem.teacher is None
+    factors = (problem.a, problem.b) if low else (widen(problem.a), widen(problem.b))
     problem, scale = _widened(problem), float(problem.scale)
     a, b = problem.a, problem.b
     coefs = coefficients(problem, stats, grads)
@@ -81,34 +89,60 @@ def contrastive_bwd(
     db = torch.zeros_like(b) if needs_b else None
     center = mean_cosine(problem)
     of_tiles = a.new_zeros((), dtype=torch.float64)
-    buffer = a.new_empty(2 if problem.teacher else 1, min(len(a), TILE) * min(len(b), TILE))
-    for of_rows, of_cols in _tiles(len(a), len(b)):
-        cosines = matmul_nt(a[of_rows], b[of_cols])
-        grad, *work = (x[: cosines.numel()].view_as(cosines) for x in buffer)
-        skip = None if problem.positives is None else problem.positives[of_rows] - of_cols.start
-        dot = grad_tile(
-            cosines,
-            scale,
-            (stats.row_lse[of_rows], coefs.row[of_rows]),
-            (stats.col_lse[of_cols], coefs.col[of_cols]) if problem.symmetric else None,
-            skip,
-            center,
-            grad,
-        )
-        of_tiles += dot
-        if problem.teacher is not None:
-            of_tiles += _add_teacher(
-                problem, stats, coefs, (of_rows, of_cols), cosines - center, grad, work[0]
-            )
+    # in bfloat16 some tiles side by side: each product is rounded, so it had better be a long sum
+    span = LOW_SPAN if low else TILE
+    buffer = factors[0].new_empty(min(len(a), TILE), min(len(b), span))
+    for of_rows, of_span in _tiles(len(a), len(b), span):
+        grad = buffer[: of_rows.stop - of_rows.start, : of_span.stop - of_span.start]
+        for first in range(of_span.start, of_span.stop, TILE):
+            of_cols = slice(first, min(first + TILE, of_span.stop))
+            out = grad[:, first - of_span.start :][:, : of_cols.stop - first]
+            of_tiles += _grad_tile(problem, stats, coefs, (of_rows, of_cols), center, out)
         if da is not None:
-            da[of_rows] += matmul_nt(grad, b[of_cols].T)
+            da[of_rows] += matmul(grad, factors[1][of_span])
         if db is not None:
-            db[of_cols] += matmul_nt(grad.T, a[of_rows].T)
+            db[of_span] += matmul(grad.T, factors[0][of_rows])
     of_positives = add_positives(problem, coefs, da, db, center)
     for dx in (da, db):
         if dx is not None:
             dx.mul_(scale)
     return da, db, of_tiles + of_positives + center * grad_total(grads) if needs_scale else None
+
+
+def _grad_tile(
+    problem: Problem,
+    stats: ContrastiveStats,
+    coefs: Coefficients,
+    place: tuple[slice, slice],
+    center: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Write a tile of dL/dS, zero at the positives; returns its share of the scale's gradient."""
+    of_rows, of_cols = place
+    cosines = matmul_nt(problem.a[of_rows], problem.b[of_cols])
+    total = grad_tile(
+        cosines,
+        float(problem.scale),
+        (stats.row_lse[of_rows], coefs.row[of_rows]),
+        (stats.col_lse[of_cols], coefs.col[of_cols]) if problem.symmetric else None,
+        None if problem.positives is None else problem.positives[of_rows] - of_cols.start,
+        center,
+        out,
+    )
+    if problem.teacher is None:
+        return total
+    of_teacher = matmul_nt(problem.teacher[0][of_rows], problem.teacher[1][of_cols])
+    grad_tile(
+        of_teacher,
+        float(problem.scale),
+        (stats.teacher_row_lse[of_rows], coefs.teacher_row[of_rows]),
+        (stats.teacher_col_lse[of_cols], coefs.teacher_col[of_cols]) if problem.symmetric else None,
+        None,
+        None,
+        of_teacher,
+    )
+    out.add_(of_teacher)
+    return total + cosines.sub_(center).mul_(of_teacher).sum(dtype=torch.float64)
 
 
 class _Sums:
@@ -119,10 +153,10 @@ class _Sums:
         self.sum, self.cross = like.new_zeros(2, size)
 
 
-def _tiles(num_rows: int, num_cols: int) -> Iterator[tuple[slice, slice]]:
+def _tiles(num_rows: int, num_cols: int, width: int) -> Iterator[tuple[slice, slice]]:
     for r in range(0, num_rows, TILE):
-        for c in range(0, num_cols, TILE):
-            yield slice(r, min(r + TILE, num_rows)), slice(c, min(c + TILE, num_cols))
+        for c in range(0, num_cols, width):
+            yield slice(r, min(r + TILE, num_rows)), slice(c, min(c + width, num_cols))
 
 
 def _widened(problem: Problem) -> Problem:
@@ -158,28 +192,3 @@ def _add_cross(sums: _Sums, place: slice, teacher_logits: Tensor, logits: Tensor
     total.mul_(shrink).add_(exponentials.sum(dim))
     cross.mul_(shrink).add_(exponentials.mul_(logits).sum(dim))
     old_max.copy_(new_max)
-
-
-def _add_teacher(
-    problem: Problem,
-    stats: ContrastiveStats,
-    coefs: Coefficients,
-    place: tuple[slice, slice],
-    centered: Tensor,
-    grad: Tensor,
-    work: Tensor,
-) -> Tensor:
-    """Add the teacher's softmaxes times their weights to dL/dS; returns their share of the scale's gradient."""
-    assert problem.teacher is not None
-    of_rows, of_cols = place
-    grad_tile(
-        matmul_nt(problem.teacher[0][of_rows], problem.teacher[1][of_cols]),
-        float(problem.scale),
-        (stats.teacher_row_lse[of_rows], coefs.teacher_row[of_rows]),
-        (stats.teacher_col_lse[of_cols], coefs.teacher_col[of_cols]) if problem.symmetric else None,
-        None,
-        0.0,
-        work,
-    )
-    grad.add_(work)
-    return centered.mul_(work).sum(dtype=torch.float64)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from mmkernels._checks import accumulator, check_index, require
 from mmkernels._device import runs_triton
@@ -13,10 +14,11 @@ from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.op import check_features, check_positives, contrastive_stats, operands
 from mmkernels.contrastive.problem import ContrastiveStats
 from mmkernels.contrastive.reference import contrastive_loss_ref
+from mmkernels.contrastive.stored import StoredLoss
 
 REDUCTIONS = ("none", "mean", "sum")
-# Timed on two Zen 5 cores at D = 512: parity at 512 rows, from 640 on four products without the logits are faster.
-EAGER_LOGITS = 576 * 576
+# On a CPU so many logits are kept: three products, and 16 MiB, where the streamed form has four.
+STORED_LOGITS = 2048 * 2048
 
 
 def contrastive_loss(
@@ -76,8 +78,10 @@ def contrastive_loss(
         check_features("negatives", negatives, "K", a)
         negatives = negatives.detach().to(a.dtype)
     _check_pairing(a, b, positives, labels)
-    if _eager_is_faster(a, b, negatives, normalized):
+    if _logits_are_kept(a, b, negatives, normalized):
         with torch.autocast(a.device.type, enabled=False):
+            if options == Options() and positives is labels is negatives is None and not is_compiling():
+                return StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
             return contrastive_loss_ref(
                 widen(a),
                 widen(b),
@@ -290,7 +294,7 @@ def _check_pairing(
         )
 
 
-def _eager_is_faster(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool) -> bool:
+def _logits_are_kept(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool) -> bool:
     """A pure function of shape: logits that stay in a CPU's cache are cheaper kept than recomputed."""
     num_logits = a.shape[0] * (b.shape[0] + (0 if negatives is None else negatives.shape[0]))
-    return not (a.is_cuda or runs_triton(a) or normalized) and 0 < num_logits < EAGER_LOGITS
+    return not (a.is_cuda or runs_triton(a) or normalized) and 0 < num_logits < STORED_LOGITS

@@ -7,19 +7,23 @@ from tests.kernels.plants.plant import Plants
 BLOCKWISE = {
     "wrong factor on da": ("            dx.mul_(scale)", "            dx.mul_(1.001 * scale)"),
     "wrong factor on logits": ("fold_tile(cosines, scale,", "fold_tile(cosines, 1.001 * scale,"),
-    "unwritten column": ("for c in range(0, num_cols, TILE)", "for c in range(0, num_cols - 1, TILE)"),
-    "missing cast": ("    problem = _widened(problem)\n    a, b, scale", "    a, b, scale"),
+    "unwritten column": ("for c in range(0, num_cols, width)", "for c in range(0, num_cols - 1, width)"),
+    # in the accumulator's dtype: an operand that is not widened has no such tile
+    "missing cast": (
+        "        cosines = matmul_nt(a[of_rows], b[of_cols])\n        if",
+        "        cosines = matmul_nt(a[of_rows], b[of_cols]).half().to(a.dtype)\n        if",
+    ),
     "teacher's sums not rescaled to the new maximum": ("total.mul_(shrink)", "total.mul_(1)"),
     "positive counted twice": (
-        "            skip,\n            center,",
-        "            None,\n            center,",
+        "None if problem.positives is None else problem.positives[of_rows] - of_cols.start,",
+        "None,",
     ),
     "positives of the first tile taken for all": (
         "problem.positives[of_rows] - of_cols.start, scale",
         "problem.positives[of_rows], scale",
     ),
-    "teacher's share of dL/dS lost": ("    grad.add_(work)\n", ""),
-    "teacher's share of the scale's gradient lost": ("of_tiles += _add_teacher", "of_tiles + _add_teacher"),
+    "teacher's share of dL/dS lost": ("    out.add_(of_teacher)\n", ""),
+    "teacher's share of the scale's gradient lost": ("return total + cosines", "return total + 0 * cosines"),
     "positives' gradient of b lost": (
         "add_positives(problem, coefs, da, db, center)",
         "add_positives(problem, coefs, da, None, center)",
