@@ -95,6 +95,10 @@ CASES = (
     contrastive_case("bwd", BWD),
     contrastive_case("bwd", BWD, SYMMETRIC=False),
     contrastive_case("bwd_teacher", BWD),
+    sigmoid_case(has_labels=False, wants_gradients=True),
+    sigmoid_case(has_labels=False, wants_gradients=False),
+    sigmoid_case(has_labels=True, wants_gradients=True),
+    sigmoid_case(has_labels=True, wants_gradients=False),
     *(
         Case(
             name=f"linear_cross_entropy[{name}]",
@@ -113,8 +117,4 @@ CASES = (
             ("statistics", {"HAS_BIAS": False, "HAS_GRAD": False}),
         )
     ),
-    sigmoid_case(has_labels=False, wants_gradients=True),
-    sigmoid_case(has_labels=False, wants_gradients=False),
-    sigmoid_case(has_labels=True, wants_gradients=True),
-    sigmoid_case(has_labels=True, wants_gradients=False),
 )

@@ -18,12 +18,12 @@ SMALL = {
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     loss: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
-    lce_blockwise: {"ROWS": 32, "COLS": 32},
-    lce_kernel: {"chunk_rows": lambda vocab: 32},
-    lce_op: {"EAGER_PRODUCT": 0},
     sigmoid_blockwise: {"TILE": 32},
     sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32},
     sigmoid_op: {"EAGER_LOGITS": 0},
+    lce_blockwise: {"ROWS": 32, "COLS": 32},
+    lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_op: {"EAGER_PRODUCT": 0},
 }
 
 

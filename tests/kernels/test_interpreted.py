@@ -14,8 +14,8 @@ FILES = (
     "test_contract_detects.py",
     "test_contrastive.py",
     "test_contrastive_arguments.py",
-    "test_linear_cross_entropy.py",
     "test_sigmoid.py",
+    "test_linear_cross_entropy.py",
 )
 
 

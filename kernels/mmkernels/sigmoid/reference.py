@@ -21,10 +21,10 @@ def sigmoid_loss_ref(
     )
     logits = scale * (a @ b.T) + bias  # [M, N]
     if labels is None:
-        signs = 2 * torch.eye(len(a), dtype=a.dtype, device=a.device) - 1
+        signs = torch.full_like(logits, -1.0, requires_grad=False).fill_diagonal_(1.0)
     else:
         signs = torch.where(labels[0][:, None] == labels[1], 1.0, -1.0).to(a.dtype)
-    losses = -F.logsigmoid(signs * logits).sum(1)
+    gains = F.logsigmoid(signs * logits)
     if reduction == "none":
-        return losses
-    return losses.sum() / (max(len(a), 1) if reduction == "mean" else 1)
+        return -gains.sum(1)
+    return -gains.sum() / (max(len(a), 1) if reduction == "mean" else 1)
