@@ -47,7 +47,12 @@ def evaluate(fn: Callable[..., Any], inputs: Inputs, wrt: Iterable[str], seed: i
     outputs: tuple[Tensor, ...] = (result,) if isinstance(result, Tensor) else tuple(result)
     generator = torch.Generator().manual_seed(seed)
     upstream = [torch.rand(x.shape, generator=generator, dtype=torch.float64).add(0.5).to(x) for x in outputs]
-    grads = torch.autograd.grad(outputs, [inputs[name] for name in wrt], upstream) if wrt else ()
+    grads = ()
+    if wrt:
+        # a field that was not asked for is empty and has no gradient
+        through = [(x, d) for x, d in zip(outputs, upstream, strict=True) if x.numel()]
+        of, by = zip(*through, strict=True)
+        grads = torch.autograd.grad(of, [inputs[name] for name in wrt], by)
     values = {f"out{i}": x.detach() for i, x in enumerate(outputs)}
     return values | {f"d_{name}": grad for name, grad in zip(wrt, grads, strict=True)}
 

@@ -2,5 +2,6 @@
 
 from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
+from mmkernels.token_contrastive.spec import SPECS as TOKEN_CONTRASTIVE
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE,)
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *TOKEN_CONTRASTIVE)
