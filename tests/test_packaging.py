@@ -1,62 +1,134 @@
 """What a wheel holds, and that the bare install needs torch and triton alone."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NATIVE = "mmkernels/_native.so"
+BUILDS_NATIVE = bool(shutil.which("cmake") and shutil.which("c++"))
+needs_compiler = pytest.mark.skipif(not BUILDS_NATIVE, reason="needs cmake and a C++ compiler")
+
+
+def run(*command: str | Path, cwd: Path, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=dict(env), capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, so that no build folder is left in the tree."""
-    folder = tmp_path_factory.mktemp("wheel")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the sources, so that no build folder is left among them."""
+    folder = tmp_path_factory.mktemp("tree")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.check_output(command, cwd=ROOT, text=True).split("\0")[:-1]:
         if (ROOT / name).is_file():
-            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        folder / "tree",
-    ]
-    subprocess.run(build, check=True, cwd=folder)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    done = run("setup.py", "-q", "sdist", "-d", folder, cwd=tree)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.tar.gz"))
+
+
+def build_wheel(source: Path, folder: Path, env: Mapping[str, str] = os.environ) -> Path:
+    build = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    done = run(*build, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
 
 
-def test_a_wheel_holds_every_module_of_both_packages(wheel):
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "mmcore").rglob("*.py")}
-    expected |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels/mmkernels").rglob("*.py")}
-    assert held == expected | {"mmcore/py.typed", "mmkernels/py.typed"}
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_op_of_a_wheel_runs_in_an_empty_folder_without_the_training_packages(wheel, tmp_path):
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
+def held_by(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def every_module() -> set[str]:
+    found = {str(p.relative_to(ROOT)) for p in (ROOT / "mmcore").rglob("*.py")}
+    found |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels/mmkernels").rglob("*.py")}
+    return found | {"mmcore/py.typed", "mmkernels/py.typed"}
+
+
+def test_a_wheel_of_the_sdist_holds_every_module_of_both_packages(wheel):
+    assert held_by(wheel) - {NATIVE} == every_module()
+
+
+@needs_compiler
+def test_a_compiler_makes_it_a_wheel_for_this_platform_and_any_python(wheel):
+    assert NATIVE in held_by(wheel)
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+
+
+def test_a_wheel_without_the_native_step_is_for_any_platform(tree, tmp_path):
+    wheel = build_wheel(tree, tmp_path, os.environ | {"MMKERNELS_NATIVE": "0"})
+    assert held_by(wheel) == every_module()
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_the_build_says_why_it_leaves_the_native_step_out(tree, tmp_path):
+    for env, reason in (({"PATH": str(tmp_path)}, "there is no cmake"), ({"MMKERNELS_NATIVE": "0"}, "=0")):
+        done = run("setup.py", "--name", cwd=tree, env=os.environ | env)
+        assert done.returncode == 0, done.stderr
+        assert (
+            f"the CPU's native step is not built, ATen serves in its place: {reason}"
+            in done.stderr.replace("MMKERNELS_NATIVE=0", "=0")
+        )
+
+
+@needs_compiler
+def test_a_compile_error_fails_the_build(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    with (tmp_path / "tree/kernels/csrc/tile.cpp").open("a") as source:
+        source.write("#error planted\n")
+    done = run("setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path / "tree")
+    assert done.returncode != 0
+    assert "planted" in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_the_op_of_a_wheel_runs_in_an_empty_folder_without_the_training_packages(site, tmp_path):
     program = (
-        "import sys, torch; from mmkernels import contrastive_loss; import mmkernels, mmcore.losses\n"
+        "import sys, torch; from mmkernels import contrastive_loss; import mmkernels.native, mmcore.losses\n"
         "x = torch.randn(300, 16, requires_grad=True); contrastive_loss(x, x, 2.0).backward()\n"
         "wanted = {'deepspeed', 'transformers', 'tyro', 'webdataset', 'matplotlib'} & set(sys.modules)\n"
-        "assert not wanted, wanted; print(mmkernels.__file__)"
+        "assert not wanted, wanted; print(mmkernels.native.AVAILABLE, mmkernels.__file__)"
     )
-    (tmp_path / "empty").mkdir()
-    env = {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1", "PATH": ""}
-    command, where = [sys.executable, "-c", program], tmp_path / "empty"
-    done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True)
+    env = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = run("-c", program, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    assert str(tmp_path) in done.stdout
+    assert done.stdout.startswith(f"{BUILDS_NATIVE} {site}")
+
+
+def test_a_library_that_does_not_load_is_an_error_that_says_what_to_do(site, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    (tmp_path / "site" / NATIVE).write_bytes(b"not a library")
+    env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
+    done = run("-c", "import mmkernels.native", cwd=tmp_path, env=env)
+    assert re.search(r"ImportError: mmkernels: .*_native.so must load .* set MMKERNELS_NATIVE=0", done.stderr)
+    program = "import mmkernels.native; assert not mmkernels.native.AVAILABLE"
+    assert run("-c", program, cwd=tmp_path, env=env | {"MMKERNELS_NATIVE": "0"}).returncode == 0
 
 
 def test_every_tested_version_is_pinned(wheel):

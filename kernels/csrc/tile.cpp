@@ -1,4 +1,4 @@
-// mmkernels::fold_tile and mmkernels::grad_tile on a CPU: see mmkernels/_tile.py for what they compute.
+// mmkernels::fold_tile, grad_tile and sigmoid_tile on a CPU: see mmkernels/_tile.py for what they compute.
 //
 // A tile is cut into panels of PANEL rows whatever the number of threads: each row belongs to one panel, each
 // panel has its own column sums, and those are combined in order. No bit depends on the threads.
@@ -74,6 +74,23 @@ Tile from_row(Tile tile, int64_t first) {
   return tile;
 }
 
+struct Out {
+  void* data = nullptr;
+  int64_t stride = 0;
+  bool bfloat16 = false;
+
+  void* row(int64_t i) const { return data ? static_cast<char*>(data) + i * stride * (bfloat16 ? 2 : 4) : data; }
+};
+
+Out out_of(const Tensor& out, const Tensor& cosines) {
+  check_matrix(out, "out");
+  const bool bfloat16 = out.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bfloat16 || out.scalar_type() == ScalarType::Float, "out must be float32 or bfloat16");
+  STD_TORCH_CHECK(out.size(0) == cosines.size(0) && out.size(1) == cosines.size(1),
+                  "out must have the shape of cosines");
+  return {out.mutable_data_ptr(), out.stride(0), bfloat16};
+}
+
 void fold_tile(const Tensor& cosines, double scale, const Tensor& row_max, const Tensor& row_sum,
                const std::optional<Tensor>& col_max, const std::optional<Tensor>& col_sum) {
   const Tile tile = tile_of(cosines, scale);
@@ -115,11 +132,7 @@ Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, con
     check_vector(*col_coef, cols, ScalarType::Float, "col_coef");
   }
   if (skip) check_vector(*skip, rows, ScalarType::Long, "skip");
-  check_matrix(out, "out");
-  const bool bfloat16 = out.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(bfloat16 || out.scalar_type() == ScalarType::Float, "out must be float32 or bfloat16");
-  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == cols, "out must have the shape of cosines");
-
+  const Out to = out_of(out, cosines);
   const Grad whole = {tile,
                       row_lse.const_data_ptr<float>(),
                       row_coef.const_data_ptr<float>(),
@@ -127,9 +140,9 @@ Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, con
                       col_coef ? col_coef->const_data_ptr<float>() : nullptr,
                       skip ? skip->const_data_ptr<int64_t>() : nullptr,
                       static_cast<float>(center.value_or(0)),
-                      out.mutable_data_ptr(),
-                      out.stride(0),
-                      bfloat16};
+                      to.data,
+                      to.stride,
+                      to.bfloat16};
   std::vector<double> totals(num_panels(rows));
   if (cols)
     for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
@@ -138,12 +151,45 @@ Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, con
       part.row_lse += first;
       part.row_coef += first;
       if (part.skip) part.skip += first;
-      part.out = static_cast<char*>(part.out) + first * part.out_stride * (bfloat16 ? 2 : 4);
+      part.out = to.row(first);
       totals[panel] = kernels.grad(part, count);
     });
   Tensor total = torch::stable::empty({}, ScalarType::Double);
   *total.mutable_data_ptr<double>() = center ? std::accumulate(totals.begin(), totals.end(), 0.0) : 0.0;
   return total;
+}
+
+Tensor sigmoid_tile(const Tensor& cosines, double scale, double bias, const Tensor& row_label,
+                    const Tensor& col_label, const Tensor& row_loss, const std::optional<Tensor>& out) {
+  const Tile tile = tile_of(cosines, scale);
+  const int64_t rows = cosines.size(0), cols = tile.cols;
+  check_vector(row_label, rows, ScalarType::Long, "row_label");
+  check_vector(col_label, cols, ScalarType::Long, "col_label");
+  check_vector(row_loss, rows, ScalarType::Float, "row_loss");
+  const Out to = out ? out_of(*out, cosines) : Out{};
+  const Sigmoid whole = {tile,
+                         static_cast<float>(bias),
+                         row_label.const_data_ptr<int64_t>(),
+                         col_label.const_data_ptr<int64_t>(),
+                         row_loss.mutable_data_ptr<float>(),
+                         to.data,
+                         to.stride,
+                         to.bfloat16};
+  std::vector<double> totals(3 * num_panels(rows));
+  if (cols)
+    for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
+      Sigmoid part = whole;
+      part.tile = from_row(tile, first);
+      part.row_label += first;
+      part.row_loss += first;
+      part.out = to.row(first);
+      kernels.sigmoid(part, count, &totals[3 * panel]);
+    });
+  Tensor sums = torch::stable::empty({3}, ScalarType::Double);
+  double* sums_ptr = sums.mutable_data_ptr<double>();
+  std::fill_n(sums_ptr, 3, 0.0);
+  for (size_t i = 0; i < totals.size(); ++i) sums_ptr[i % 3] += totals[i];
+  return sums;
 }
 
 }  // namespace
@@ -156,9 +202,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "grad_tile(Tensor cosines, float scale, Tensor row_lse, Tensor row_coef, Tensor? col_lse, "
       "Tensor? col_coef, Tensor? skip, float? center, Tensor(a!) out) -> Tensor");
+  m.def(
+      "sigmoid_tile(Tensor cosines, float scale, float bias, Tensor row_label, Tensor col_label, "
+      "Tensor(a!) row_loss, Tensor(b!)? out) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("fold_tile", TORCH_BOX(&mmkernels::fold_tile));
   m.impl("grad_tile", TORCH_BOX(&mmkernels::grad_tile));
+  m.impl("sigmoid_tile", TORCH_BOX(&mmkernels::sigmoid_tile));
 }

@@ -36,6 +36,16 @@ struct Grad {
   bool out_bfloat16;
 };
 
+struct Sigmoid {
+  Tile tile;
+  float bias;
+  const int64_t *row_label, *col_label;
+  float* row_loss;  // added to
+  void* out;        // null: no gradient
+  int64_t out_stride;
+  bool out_bfloat16;
+};
+
 struct Kernels {
   // Fold `rows` rows into the online sums of the rows, and into the panel's partial sums of the columns.
   void (*fold)(const Fold&, int64_t rows);
@@ -44,6 +54,8 @@ struct Kernels {
                   float* col_max, float* col_sum);
   // Write `rows` rows of the gradient; their sum of out * (cosine - center).
   double (*grad)(const Grad&, int64_t rows);
+  // The sums of the losses, of the gradient and of gradient * cosine over `rows` rows.
+  void (*sigmoid)(const Sigmoid&, int64_t rows, double* totals);
 };
 
 extern const Kernels kernels_baseline;

@@ -1,6 +1,6 @@
 """The elementwise work on one tile of cosines: what a CPU does between two matrix products.
 
-`S = scale * cosines` is the same rounded product in both functions, to the bit: `exp(S - lse)` would
+`S = scale * cosines` is the same rounded product in all functions, to the bit: `exp(S - lse)` would
 amplify any difference between the two passes. Float32 on a CPU goes to the native step where that is built,
 everything else to ATen.
 """
@@ -8,12 +8,17 @@ everything else to ATen.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import native
 
 # exp of less counts as zero: near the smallest normal numbers MKL's exp is thirty times slower
 LOWEST = {torch.float32: -86.9, torch.float64: -708.0}
+NATIVE_OUT = (torch.float32, torch.bfloat16)
+# ATen takes so many entries at a time: its buffers stay in an L2 cache, and are small enough for the allocator
+# to keep, where megabytes go back to the system after each tile and return page by page
+BLOCK = 1 << 18
 
 
 def fold_tile(
@@ -38,11 +43,12 @@ def fold_tile(
     if _runs_native(cosines):
         torch.ops.mmkernels.fold_tile(cosines, scale, row_max, row_sum, col_max, col_sum)
         return
-    logits = cosines * scale
-    work = torch.empty_like(logits)
-    _fold(logits, 1, row_max, row_sum, work)
-    if col_max is not None and col_sum is not None:
-        _fold(logits, 0, col_max, col_sum, work)
+    for rows in _blocks(cosines):
+        logits = cosines[rows] * scale
+        work = torch.empty_like(logits)
+        _fold(logits, 1, row_max[rows], row_sum[rows], work)
+        if col_max is not None and col_sum is not None:
+            _fold(logits, 0, col_max, col_sum, work)
 
 
 def grad_tile(
@@ -71,11 +77,94 @@ def grad_tile(
     if not cosines.numel():
         return cosines.new_zeros((), dtype=torch.float64)
     row_lse, row_coef = row
-    if _runs_native(cosines) and out.dtype in (torch.float32, torch.bfloat16):
+    if _runs_native(cosines) and out.dtype in NATIVE_OUT:
         number = None if center is None else float(center)
         return torch.ops.mmkernels.grad_tile(
             cosines, scale, row_lse, row_coef, *(col or (None, None)), skip, number, out
         )
+    totals = [
+        _grad(
+            cosines[rows],
+            scale,
+            (row_lse[rows], row_coef[rows]),
+            col,
+            skip if skip is None else skip[rows],
+            center,
+            out[rows],
+        )
+        for rows in _blocks(cosines)
+    ]
+    return torch.stack(totals).sum()
+
+
+def sigmoid_tile(
+    cosines: Tensor,
+    scale: float,
+    bias: float,
+    row_label: Tensor,
+    col_label: Tensor,
+    row_loss: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """`loss_ij = softplus(-z_ij x_ij)`, `x = scale * cosines + bias`, z = 1 where labels are equal, else -1.
+
+    Args:
+        cosines: [m, n], float32 or float64, any device; unit column stride.
+        row_label, col_label: int64 [m] and [n], contiguous.
+        row_loss: [m], of the dtype of `cosines`, contiguous; each row's losses are added to it.
+        out: [m, n], written: `dloss_ij / dx_ij = -z_ij sigmoid(-z_ij x_ij)`; `cosines` itself, or another tensor
+            of its dtype or of a lower one. None leaves the gradient out.
+
+    Returns:
+        The sums of the losses, of `out` and of `out * cosines` (the last two zero without `out`), float64 [3],
+        of `out` before it is rounded to its dtype.
+    """
+    if not cosines.numel():
+        return cosines.new_zeros(3, dtype=torch.float64)
+    if _runs_native(cosines) and (out is None or out.dtype in NATIVE_OUT):
+        return torch.ops.mmkernels.sigmoid_tile(cosines, scale, bias, row_label, col_label, row_loss, out)
+    totals = [
+        _sigmoid(
+            cosines[rows],
+            scale,
+            bias,
+            row_label[rows, None] == col_label,
+            row_loss[rows],
+            out if out is None else out[rows],
+        )
+        for rows in _blocks(cosines)
+    ]
+    return torch.stack(totals).sum(0)
+
+
+def _runs_native(cosines: Tensor) -> bool:
+    return native.AVAILABLE and cosines.is_cpu and cosines.dtype == torch.float32
+
+
+def _blocks(cosines: Tensor) -> list[slice]:
+    """The tile's rows, BLOCK entries at a time."""
+    rows = max(BLOCK // cosines.shape[1], 1)
+    return [slice(i, i + rows) for i in range(0, len(cosines), rows)]
+
+
+def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, work: Tensor) -> None:
+    new_max = torch.maximum(running_max, logits.amax(dim))
+    shift = new_max.clamp_min(torch.finfo(new_max.dtype).min)  # -inf - -inf would be NaN
+    torch.sub(logits, shift.unsqueeze(dim), out=work)
+    running_sum.mul_(_exp_(running_max.sub_(shift))).add_(_exp_(work).sum(dim))
+    running_max.copy_(new_max)
+
+
+def _grad(
+    cosines: Tensor,
+    scale: float,
+    row: tuple[Tensor, Tensor],
+    col: tuple[Tensor, Tensor] | None,
+    skip: Tensor | None,
+    center: float | Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    row_lse, row_coef = row
     logits = cosines * scale
     grad = _exp_(logits - row_lse[:, None]).mul_(row_coef[:, None])
     if col is not None:
@@ -94,21 +183,30 @@ def grad_tile(
     return total
 
 
-def _runs_native(cosines: Tensor) -> bool:
-    return native.AVAILABLE and cosines.is_cpu and cosines.dtype == torch.float32
-
-
-def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, work: Tensor) -> None:
-    new_max = torch.maximum(running_max, logits.amax(dim))
-    shift = new_max.clamp_min(torch.finfo(new_max.dtype).min)  # -inf - -inf would be NaN
-    torch.sub(logits, shift.unsqueeze(dim), out=work)
-    running_sum.mul_(_exp_(running_max.sub_(shift))).add_(_exp_(work).sum(dim))
-    running_max.copy_(new_max)
+def _sigmoid(
+    cosines: Tensor, scale: float, bias: float, equal: Tensor, row_loss: Tensor, out: Tensor | None
+) -> Tensor:
+    logits, work = cosines * scale, torch.empty_like(cosines)
+    against = logits.add_(bias).mul_(_minus_where(equal, work))
+    losses = _exp_(torch.abs(against, out=work).neg_()).log1p_().sum(1)
+    losses += torch.clamp_min(against, 0, out=work).sum(1)
+    row_loss += losses
+    totals = [losses]
+    if out is not None:
+        grad = against.sigmoid_().mul_(_minus_where(equal, work))
+        totals += [grad.sum(1), torch.mul(grad, cosines, out=work).sum(1)]
+        out.copy_(grad)
+    sums = torch.stack(totals).sum(1, dtype=torch.float64)
+    return F.pad(sums, (0, 3 - len(totals)))
 
 
 def _exp_(x: Tensor) -> Tensor:
     lowest = LOWEST[x.dtype]
     return torch.threshold_(x.clamp_min_(lowest).exp_(), 1.00001 * math.exp(lowest), 0.0)
+
+
+def _minus_where(equal: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(equal).mul_(-2).add_(1)
 
 
 def _zero_at(tile: Tensor, columns: Tensor) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmkernels import _tile, native
 from mmkernels.contrastive import blockwise, kernel, op
 from mmkernels.token_contrastive import blockwise as token_blockwise
 from mmkernels.token_contrastive import kernel as token_kernel
@@ -30,3 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["aten", "native"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two ways in which a CPU does the elementwise step on a tile."""
+    if request.param == "aten":
+        monkeypatch.setattr(native, "AVAILABLE", False)
+        monkeypatch.setattr(_tile, "BLOCK", 200)  # so that small tiles are several blocks
+    elif not native.AVAILABLE:
+        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
+    return request.param

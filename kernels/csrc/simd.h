@@ -1,0 +1,164 @@
+// Vectors of float32 for whichever instruction set the file that includes this is compiled for.
+//
+// Everything is in an anonymous namespace and no standard header with inline functions is included: the linker
+// could take another set's copy of one.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
+
+namespace mmkernels {
+namespace {
+
+constexpr int64_t W = LANES;
+constexpr float INF = __builtin_inff();
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+
+// Which lanes of a vector lie inside the tile: all, or the first few.
+struct All {};
+struct First {
+  int64_t count;
+};
+
+INLINE Vec splat(float x) { return x - Vec{}; }
+
+INLINE Ints iota() {
+  Ints lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  return lanes;
+}
+
+template <class T>
+INLINE T load(const void* from, int64_t bytes = sizeof(T)) {
+  T x{};
+  __builtin_memcpy(&x, from, bytes);
+  return x;
+}
+
+INLINE Vec load(const float* from, All) { return load<Vec>(from); }
+INLINE Vec load(const float* from, First lanes) { return load<Vec>(from, lanes.count * sizeof(float)); }
+INLINE Longs load(const int64_t* from, All) { return load<Longs>(from); }
+INLINE Longs load(const int64_t* from, First lanes) {
+  return load<Longs>(from, lanes.count * sizeof(int64_t));
+}
+
+template <class T, class V>
+INLINE void put(T* to, V x, All) {
+  __builtin_memcpy(to, &x, sizeof(x));
+}
+template <class T, class V>
+INLINE void put(T* to, V x, First lanes) {
+  __builtin_memcpy(to, &x, lanes.count * sizeof(T));
+}
+
+INLINE void store(float* to, Vec x, auto lanes) { put(to, x, lanes); }
+
+// bfloat16, rounded to nearest even; a NaN stays one.
+INLINE void store(uint16_t* to, Vec x, auto lanes) {
+  Bits bits = (Bits)x;
+  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  put(to, __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Halves), lanes);
+}
+
+// `x`, and `fill` outside of the tile.
+INLINE Vec inside(Vec x, float, All) { return x; }
+INLINE Vec inside(Vec x, float fill, First lanes) { return iota() < (int32_t)lanes.count ? x : splat(fill); }
+
+template <class Body>
+INLINE void for_vectors(int64_t first, int64_t last, Body&& body) {
+  int64_t j = first;
+  for (; j + W <= last; j += W) body(j, All{});
+  if (j < last) body(j, First{last - j});
+}
+
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger; `m` where `x` is NaN: the sums catch that.
+INLINE Vec larger(Vec x, Vec m) { return x > m ? x : m; }
+
+// exp within 0.9 ulp, 1.2 without fused multiply-add; zero below -86.99, near the smallest normal number.
+INLINE Vec exp(Vec x) {
+  // 2^n e^r, |r| <= ln 2 / 2; NaN passes both bounds, beyond which nothing changes any more
+  x = -87.5f > x ? splat(-87.5f) : x;
+  x = 89.0f < x ? splat(89.0f) : x;
+  // the sum's last bits are n + 126, the exponent of 2^(n - 1)
+  const float magic = 0x1.8p23f + 126;
+  Vec t = fma(x, splat(0x1.715476p0f), splat(magic));
+  Vec n = t - magic;
+  // ln 2 in two parts, of which n times the first is exact
+  Vec r = fma(n, splat(-0x1.63p-1f), x);
+  r = fma(n, splat(0x1.bd0106p-13f), r);
+  // 2 e^r, minimax: 3e-9
+  Vec p = fma(r, splat(2 * 0x1.6a23ccp-10f), splat(2 * 0x1.123a20p-7f));
+  p = fma(p, r, splat(2 * 0x1.5558f2p-5f));
+  p = fma(p, r, splat(2 * 0x1.555492p-3f));
+  p = fma(p, r, splat(2 * 0x1.fffffcp-2f));
+  p = fma(p, r, splat(2));
+  p = fma(p, r, splat(2));
+  return p * (Vec)((Bits)t << 23);
+}
+
+INLINE float exp(float x) { return exp(splat(x))[0]; }
+
+// log(1 + t) of 0 <= t <= 1, within 1.5 ulp.
+INLINE Vec log1p(Vec t) {
+  // log1p(t) / t, minimax: 3e-8
+  Vec p = fma(t, splat(0x1.5f96cap-8f), splat(-0x1.ec990cp-6f));
+  p = fma(p, t, splat(0x1.446bf6p-4f));
+  p = fma(p, t, splat(-0x1.19ad88p-3f));
+  p = fma(p, t, splat(0x1.884450p-3f));
+  p = fma(p, t, splat(-0x1.fd1320p-3f));
+  p = fma(p, t, splat(0x1.5535dap-2f));
+  p = fma(p, t, splat(-0x1.ffff14p-2f));
+  return fma(p, t, splat(1)) * t;
+}
+
+INLINE float maximum(Vec x) {
+  for (int64_t half = W / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
+  return x[0];
+}
+
+INLINE Doubles widened(Vec x) { return __builtin_convertvector(x, Doubles); }
+
+INLINE double sum(Vec x) {
+  Doubles wide = widened(x);
+  for (int64_t half = W / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) wide[i] += wide[i + half];
+  return wide[0];
+}
+
+}  // namespace
+}  // namespace mmkernels

@@ -1,0 +1,88 @@
+"""When native code runs, what it refuses, and that no thread and no instruction set changes what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmkernels import native
+from mmkernels._tile import fold_tile, grad_tile, sigmoid_tile
+from tests.kernels.tile_cases import draw, empty_sums, fold, labels, statistics
+
+needs_native = pytest.mark.skipif(
+    not native.AVAILABLE, reason="the native step is not built: python setup.py build_ext --inplace"
+)
+
+
+def test_no_bit_depends_on_the_run_or_on_the_number_of_threads(path) -> None:
+    cosines = draw("random", 333, 1030)
+    row, col = statistics(cosines, 50.0)
+
+    def run() -> list[Tensor]:
+        out = torch.empty_like(cosines)
+        total, row_loss = grad_tile(cosines, 50.0, row, col, None, 0.5, out), torch.zeros(333)
+        sums = sigmoid_tile(cosines, 50.0, -10.0, *labels(*cosines.shape), row_loss, None)
+        return [total, out, sums, row_loss, *(x for both in fold(cosines, 50.0) for x in both)]
+
+    threads = torch.get_num_threads()
+    expected = run()
+    try:
+        for count in (1, 2, 3) if path == "native" else (threads, threads):
+            torch.set_num_threads(count)
+            assert all(torch.equal(x, y) for x, y in zip(run(), expected, strict=True)), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_native_code_serves_float32_where_it_is_built(path) -> None:
+    ours = {"mmkernels::fold_tile", "mmkernels::grad_tile", "mmkernels::sigmoid_tile"}
+    for dtype in (torch.float32, torch.float64):
+        cosines = draw("random", 4, 6).to(dtype)
+        with Calls() as calls:
+            row, col = fold(cosines, 2.0)
+            grad_tile(cosines, 2.0, row, col, None, None, torch.empty_like(cosines))
+            sigmoid_tile(cosines, 2.0, -1.0, *labels(4, 6), row[0], None)
+        assert calls.names & ours == (ours if (path, dtype) == ("native", torch.float32) else set())
+
+
+@needs_native
+@pytest.mark.parametrize("bad", ["rows", "cols", "dtype", "stride"])
+def test_native_code_refuses_what_it_would_read_beyond(bad: str) -> None:
+    cosines, (row, col) = draw("random", 6, 6), (empty_sums(6), empty_sums(6))
+    if bad == "rows":
+        row = empty_sums(5)
+    elif bad == "cols":
+        col = empty_sums(7)
+    elif bad == "dtype":
+        row = empty_sums(6, torch.float64)
+    else:
+        cosines = cosines.T
+    with pytest.raises(RuntimeError, match="must be"):
+        fold_tile(cosines, 1.0, *row, *col)
+
+
+@needs_native
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lesser_instruction_sets_keep_every_promise(capability: str) -> None:
+    """The native tests once more in a process that is told, as torch is, to use a lesser instruction set."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native and not lesser"]
+    command += map(str, Path(__file__).parent.glob("test_tile*.py"))
+    done = subprocess.run(
+        command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
