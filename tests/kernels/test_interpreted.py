@@ -9,7 +9,7 @@ import pytest
 
 from mmkernels._device import INTERPRETED
 
-FILES = ("test_contract.py", "test_contract_detects.py", "test_contrastive.py")
+FILES = ("test_contract.py", "test_contract_detects.py", "test_contrastive.py", "test_token_contrastive.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process runs the interpreter already")

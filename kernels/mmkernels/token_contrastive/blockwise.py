@@ -72,7 +72,10 @@ def token_contrastive_bwd(
             grad.masked_fill_(~block.tokens_mask.any(1, keepdim=True), 0)
         if dtokens is not None or db is not None:
             winner = first_best(products, cosines)
-            winner += torch.arange(len(winner), dtype=torch.int32, device=winner.device)[:, None] * products.shape[1]
+            winner += (
+                torch.arange(len(winner), dtype=torch.int32, device=winner.device)[:, None]
+                * products.shape[1]
+            )
             if dtokens is not None:
                 scatter_sums(dtokens[of_rows].flatten(0, 1), winner, grad, block.b)
             if db is not None:

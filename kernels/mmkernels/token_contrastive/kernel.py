@@ -8,7 +8,7 @@ of rows and leaves the two products to the GEMM library.
 """
 
 # triton types neither a launch nor cdiv
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mmkernels._launch import Launch, input_precision, launch_config
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import dot_tile, matmul_fp32, operand, pitched
-from mmkernels.token_contrastive.launch import MAX_PROGRAMS, TABLE, chunk_rows
+from mmkernels.token_contrastive.launch import MAX_BLOCK_Q, MAX_PROGRAMS, MIN_BLOCK_Q, TABLE, chunk_rows
 from mmkernels.token_contrastive.problem import (
     Problem,
     TokenContrastiveStats,
@@ -59,14 +59,15 @@ def _best_tokens(
     INPUT_PRECISION: tl.constexpr,
 ):
     """Of columns `offs_n` with rows `offs_m`, the largest product over Q tokens and the first token that has
-    it, [BLOCK_N, BLOCK_M] each; -inf where all are masked."""
-    best = tl.full([BLOCK_N, BLOCK_M], float("-inf"), dtype=tl.float32)
-    winner = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
+    it, [BLOCK_N, ROWS] each; -inf where all are masked."""
+    ROWS: tl.constexpr = BLOCK_M // BLOCK_Q  # of a tile of BLOCK_M tokens
+    best = tl.full([BLOCK_N, ROWS], float("-inf"), dtype=tl.float32)
+    winner = tl.zeros([BLOCK_N, ROWS], dtype=tl.int32)
     for first_q in range(0, Q, BLOCK_Q):
         offs_q = first_q + tl.arange(0, BLOCK_Q)
         # beyond the last token, that token again: it changes no maximum
         places = tl.minimum(offs_m, M - 1)[:, None] * Q + tl.minimum(offs_q, Q - 1)[None, :]
-        places = tl.reshape(places, [BLOCK_M * BLOCK_Q])
+        places = tl.reshape(places, [BLOCK_M])
         acc = dot_tile(
             b_ptr,
             tokens_ptr,
@@ -87,7 +88,7 @@ def _best_tokens(
             acc = tl.where((counts != 0)[None, :], acc, float("-inf"))
         # a maximum drops NaN, but not infinity
         acc = tl.where(acc == acc, acc, float("inf"))
-        products = tl.reshape(acc, [BLOCK_N, BLOCK_M, BLOCK_Q])
+        products = tl.reshape(acc, [BLOCK_N, ROWS, BLOCK_Q])
         largest = tl.max(products, 2)
         first = tl.min(tl.where(products == largest[:, :, None], offs_q[None, None, :], Q - 1), 2)
         winner = tl.where(largest > best, first, winner)
@@ -100,8 +101,8 @@ def _best_tokens(
 def _token_contrastive_fwd_kernel(
     tokens_ptr,
     b_ptr,
-    mask_ptr,
     scale_ptr,
+    mask_ptr,
     positives_ptr,
     row_labels_ptr,
     col_labels_ptr,
@@ -130,6 +131,7 @@ def _token_contrastive_fwd_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    ROWS: tl.constexpr = BLOCK_M // BLOCK_Q  # of a tile of BLOCK_M tokens
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     scale = tl.load(scale_ptr).to(tl.float32)
     first_n = pid_n * cols_per_split
@@ -137,13 +139,13 @@ def _token_contrastive_fwd_kernel(
     rows_ptr = of_rows_ptr + pid_n.to(tl.int64) * M
     cols_ptr = of_cols_ptr + pid_m.to(tl.int64) * stride_cp
     stride_rk, stride_ck = stride_rk.to(tl.int64), stride_ck.to(tl.int64)
-    for start_m in range(pid_m * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+    for start_m in range(pid_m * ROWS, M, tl.num_programs(0) * ROWS):
+        offs_m = start_m + tl.arange(0, ROWS)
         mask_m = offs_m < M
-        row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        row_total = tl.zeros([BLOCK_M], dtype=tl.float32)
-        row_matched = tl.zeros([BLOCK_M], dtype=tl.float32)
+        row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros([ROWS], dtype=tl.float32)
+        row_total = tl.zeros([ROWS], dtype=tl.float32)
+        row_matched = tl.zeros([ROWS], dtype=tl.float32)
         for start_n in range(first_n, last_n, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < last_n
@@ -170,9 +172,9 @@ def _token_contrastive_fwd_kernel(
             )
             if HAS_MASK:
                 best = tl.where(best == float("-inf"), 0.0, best)
-            logits = best * scale  # [BLOCK_N, BLOCK_M]
+            logits = best * scale  # [BLOCK_N, ROWS]
             # the program's own column sums: what it stored one row tile ago, nothing before its first
-            seen = mask_n & (start_m >= tl.num_programs(0) * BLOCK_M)
+            seen = mask_n & (start_m >= tl.num_programs(0) * ROWS)
             col_ptrs = cols_ptr + offs_n
 
             if HAS_POSITIVES:
@@ -223,8 +225,8 @@ def _token_contrastive_fwd_kernel(
 def _token_contrastive_bwd_kernel(
     tokens_ptr,
     b_ptr,
-    mask_ptr,
     scale_ptr,
+    mask_ptr,
     positives_ptr,
     row_labels_ptr,
     col_labels_ptr,
@@ -261,9 +263,10 @@ def _token_contrastive_bwd_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    ROWS: tl.constexpr = BLOCK_M // BLOCK_Q  # of a tile of BLOCK_M tokens
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     scale = tl.load(scale_ptr).to(tl.float32)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = pid_m * ROWS + tl.arange(0, ROWS)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     best, winner = _best_tokens(
@@ -290,7 +293,7 @@ def _token_contrastive_bwd_kernel(
     cosines = best
     if HAS_MASK:
         cosines = tl.where(best == float("-inf"), 0.0, best)
-    logits = cosines * scale  # [BLOCK_N, BLOCK_M]
+    logits = cosines * scale  # [BLOCK_N, ROWS]
     row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=0.0)
     row = tl.load(row_ptr + offs_m, mask=mask_m, other=0.0)
     grad = tl.exp(logits - row_lse[None, :]) * row[None, :]
@@ -333,9 +336,9 @@ def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
     (num_rows, num_cols), num_tokens = problem.shape, problem.tokens.shape[1]
     config = launch_config(TABLE, "fwd", problem.tokens)
     tokens, b = operand(problem.tokens.flatten(0, 1), config.block_d), operand(problem.b, config.block_d)
-    block_m, block_q = tile_of_tokens(num_tokens, config)
-    programs = min(triton.cdiv(num_rows, block_m), MAX_PROGRAMS)
-    col_tiles = max(triton.cdiv(num_cols, config.block_m), 1)
+    tile_rows, block_q = tile_of_tokens(num_tokens, config)
+    programs = min(triton.cdiv(num_rows, tile_rows), MAX_PROGRAMS)
+    col_tiles = max(triton.cdiv(num_cols, config.block_n), 1)
     # few rows alone would leave processors idle: cut the columns as well
     tiles_per_split = triton.cdiv(col_tiles, min(max(MAX_PROGRAMS // max(programs, 1), 1), col_tiles))
     splits = triton.cdiv(col_tiles, tiles_per_split)
@@ -349,11 +352,8 @@ def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
         _token_contrastive_fwd_kernel[(programs, splits)](
             tokens,
             b,
-            _mask_operand(problem),
             problem.scale,
-            problem.positives,
-            problem.row_labels,
-            problem.col_labels,
+            *_index_operands(problem),
             of_rows,
             of_cols,
             positive,
@@ -366,13 +366,13 @@ def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
             num_cols,
             num_tokens,
             tokens.shape[1],
-            tiles_per_split * config.block_m,
+            tiles_per_split * config.block_n,
             HAS_MASK=problem.tokens_mask is not None,
             HAS_POSITIVES=problem.positives is not None,
             HAS_LABELS=has_labels,
             HAS_TOTALS=problem.with_totals,
-            BLOCK_N=config.block_m,
-            BLOCK_M=block_m,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
             BLOCK_Q=block_q,
             BLOCK_D=config.block_d,
             INPUT_PRECISION=input_precision(),
@@ -398,10 +398,15 @@ def token_contrastive_bwd(
     weights = weights_of(stats, grads)
     unit = _unit(weights)
     weights = weights.times(unit)
-    chunk = max(min(chunk_rows(num_tokens, num_cols, problem.tokens.element_size()), num_rows), 1)
+    # whole tiles, so that every product has the place in its tile that it had in pass 1, and so its bits
+    tile_rows, _ = tile_of_tokens(num_tokens, launch_config(TABLE, "fwd", problem.tokens))
+    fitting = chunk_rows(num_tokens, num_cols, problem.tokens.element_size())
+    chunk = max(min(triton.cdiv(fitting, tile_rows) * tile_rows, num_rows), 1)
     stored = chunk * num_tokens if needs_tokens or needs_b else 0
     grad = pitched(problem.tokens, num_cols, stored)
-    dtokens = torch.empty_like(problem.tokens, memory_format=torch.contiguous_format) if needs_tokens else None
+    dtokens = (
+        torch.empty_like(problem.tokens, memory_format=torch.contiguous_format) if needs_tokens else None
+    )
     db = problem.b.new_zeros(problem.b.shape, dtype=torch.float32) if needs_b else None
     center, dscale = mean_cosine(problem), []
     for first in range(0, num_rows, chunk):
@@ -425,20 +430,24 @@ def token_contrastive_bwd(
 
 
 def tile_of_tokens(num_tokens: int, config: Launch) -> tuple[int, int]:
-    """Rows of a tile and how many tokens it holds of each: padded to a power of two, or a block of them."""
-    block_q = min(triton.next_power_of_2(num_tokens), config.block_n)
-    return config.block_n // block_q, block_q
+    """Rows of a tile and how many tokens it holds of each: all of them, or a block of so many."""
+    block_q = min(max(1 << (num_tokens - 1).bit_length(), MIN_BLOCK_Q), MAX_BLOCK_Q)
+    return config.block_m // block_q, block_q
 
 
 def _unit(weights: Weights) -> Tensor:
-    """What dL/dS is multiplied by, so that its largest possible entry is the ceiling."""
+    """What dL/dS is multiplied by, so that its largest possible entry is near the ceiling: a power of two, which
+    rounds none of the weights that cancel one another."""
     largest = [x.abs().amax() for x in weights if x.numel()]
     ceiling = torch.stack(largest).sum() if largest else weights.row.new_ones(())
-    return GRAD_CEILING / ceiling.clamp(1e-30)
+    return GRAD_CEILING / torch.exp2(torch.log2(ceiling.clamp(1e-30)).ceil())
 
 
-def _mask_operand(problem: Problem) -> Tensor | None:
-    return None if problem.tokens_mask is None else problem.tokens_mask.contiguous().view(torch.uint8)
+def _index_operands(problem: Problem) -> list[Tensor | None]:
+    """The mask, the positives and both labels as kernels read them; None where absent."""
+    mask = None if problem.tokens_mask is None else problem.tokens_mask.contiguous().view(torch.uint8)
+    labels = (problem.positives, problem.row_labels, problem.col_labels)
+    return [mask, *(None if x is None else x.contiguous() for x in labels)]
 
 
 def _grad_chunk(
@@ -453,17 +462,14 @@ def _grad_chunk(
     (num_rows, num_cols), num_tokens = block.shape, block.tokens.shape[1]
     config = launch_config(TABLE, "bwd", block.tokens)
     tokens, b = operand(block.tokens.flatten(0, 1), config.block_d), operand(block.b, config.block_d)
-    block_m, block_q = tile_of_tokens(num_tokens, config)
-    grid = (triton.cdiv(num_rows, block_m), triton.cdiv(num_cols, config.block_m))
+    tile_rows, block_q = tile_of_tokens(num_tokens, config)
+    grid = (triton.cdiv(num_rows, tile_rows), triton.cdiv(num_cols, config.block_n))
     dscale = tokens.new_empty(grid[1] * num_rows if needs_scale else 0, dtype=torch.float32)
     _token_contrastive_bwd_kernel[grid](
         tokens,
         b,
-        _mask_operand(block),
         block.scale,
-        block.positives,
-        block.row_labels,
-        block.col_labels,
+        *_index_operands(block),
         stats.row_lse,
         stats.col_lse,
         weights.row,
@@ -489,8 +495,8 @@ def _grad_chunk(
         HAS_TOTALS=block.with_totals,
         HAS_GRAD=out.numel() > 0,
         HAS_DSCALE=needs_scale,
-        BLOCK_N=config.block_m,
-        BLOCK_M=block_m,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
         BLOCK_Q=block_q,
         BLOCK_D=config.block_d,
         INPUT_PRECISION=input_precision(),

@@ -64,18 +64,16 @@ def token_contrastive_loss(
     """
     tokens, b, scale = operands(tokens, b, logit_scale)
     require(OP, reduction in REDUCTIONS, "reduction must be one of {}, got {!r}", REDUCTIONS, reduction)
-    require(
-        OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing
-    )
+    require(OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing)
     num_rows, num_cols = tokens.shape[0], b.shape[0]
     square = num_rows == num_cols
-    if labels is None and positives is None:
+    if positives is None and labels is None:
         require(OP, square, "b must have M = {} rows without positives, got {}", num_rows, num_cols)
         positives = torch.arange(num_rows, device=tokens.device)
-    elif labels is None:
+    elif positives is not None:
+        require(OP, labels is None, "positives must be None with labels, got {}", "both")
         check_positives(tokens, b, positives, 0)
     else:
-        require(OP, positives is None, "positives must be None with labels, got {}", "both")
         check_labels(tokens, b, labels)
         require(
             OP,
@@ -110,7 +108,9 @@ def _of_stats(stats: TokenContrastiveStats, options: _Options) -> Tensor:
     num_rows, num_cols = len(stats.row_lse), len(stats.col_lse)
     if options.labels is None:
         col_positive = stats.col_positive if len(stats.col_positive) else stats.positive
-        rows = _cross_entropy(stats.row_lse, stats.row_rest, stats.positive, stats.row_total, num_cols, smoothing)
+        rows = _cross_entropy(
+            stats.row_lse, stats.row_rest, stats.positive, stats.row_total, num_cols, smoothing
+        )
         of_cols = (x[place] if len(x) else x for x in (stats.col_lse, stats.col_rest, stats.col_total))
         col_lse, col_rest, col_total = of_cols
         cols = _cross_entropy(col_lse, col_rest, col_positive, col_total, num_rows, smoothing)

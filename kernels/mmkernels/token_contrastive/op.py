@@ -98,9 +98,7 @@ def operands(tokens: Tensor, b: Tensor, logit_scale: float | Tensor) -> tuple[Te
     check_beside(OP, "b", b, "tokens", tokens)
     scale = scalar_tensor(OP, "logit_scale", logit_scale, "tokens", tokens)
     tokens, b = autocast_operands(tokens, b)
-    require(
-        OP, tokens.dtype == b.dtype, "b must have the dtype of tokens, {}, got {}", tokens.dtype, b.dtype
-    )
+    require(OP, tokens.dtype == b.dtype, "b must have the dtype of tokens, {}, got {}", tokens.dtype, b.dtype)
     return tokens, b, scale
 
 
@@ -157,9 +155,7 @@ def _token_contrastive_fwd(
     b_mask: Tensor | None,
     with_totals: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(
-        tokens, b, scale, positives, row_labels, col_labels, tokens_mask, b_mask, with_totals
-    )
+    problem = Problem(tokens, b, scale, positives, row_labels, col_labels, tokens_mask, b_mask, with_totals)
     with torch.autocast(tokens.device.type, enabled=False):
         return tuple(_path(tokens).token_contrastive_fwd(problem))  # pyright: ignore[reportReturnType]
 
@@ -168,7 +164,7 @@ def _token_contrastive_fwd(
 def _(*args):
     problem = Problem(*args)
     dtype = accumulator(problem.tokens.dtype)
-    return tuple(problem.tokens.new_empty(size, dtype=dtype) for size in field_sizes(problem))
+    return tuple(problem.tokens.new_empty((size,), dtype=dtype) for size in field_sizes(problem))
 
 
 @torch.library.custom_op("mmkernels::token_contrastive_bwd", mutates_args=())
@@ -186,9 +182,7 @@ def _token_contrastive_bwd(
     grads: list[Tensor],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(
-        tokens, b, scale, positives, row_labels, col_labels, tokens_mask, b_mask, with_totals
-    )
+    problem = Problem(tokens, b, scale, positives, row_labels, col_labels, tokens_mask, b_mask, with_totals)
     with torch.autocast(tokens.device.type, enabled=False):
         contiguous = [d.contiguous() for d in grads]
         results = _path(tokens).token_contrastive_bwd(
@@ -216,7 +210,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, *grads: Tensor):
-    tensors, stats = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
+    saved = ctx.saved_tensors
+    tensors, stats = saved[:8], list(saved[8:])
     needs = list(ctx.needs_input_grad[:3])
     results = _token_contrastive_bwd(*tensors, ctx.with_totals, stats, list(grads[:8]), needs)
     return *(dx if needed else None for dx, needed in zip(results, needs)), *(None,) * 6

@@ -73,15 +73,14 @@ class TokenContrastiveStats(NamedTuple):
         return self._replace(**{name: getattr(self, name)[rows] for name in names})
 
 
-def field_sizes(problem: Problem) -> TokenContrastiveStats:
-    """How long each field is, as integers in its place."""
+def field_sizes(problem: Problem) -> tuple[int, ...]:
+    """How long each field of the statistics is."""
     rows, cols = problem.shape
     paired = 0 if problem.positives is None else rows
     late = problem.b.ndim == 3
     total = (rows, cols) if problem.with_totals else (0, 0)
     matched = (0, 0) if problem.row_labels is None else (rows, cols)
-    sizes = (rows, cols, paired, paired if late else 0, *total, *matched, rows, cols)
-    return TokenContrastiveStats(*sizes)  # pyright: ignore[reportArgumentType]
+    return (rows, cols, paired, paired if late else 0, *total, *matched, rows, cols)
 
 
 class Weights(NamedTuple):
@@ -97,7 +96,9 @@ class Weights(NamedTuple):
     col_matched: Tensor
 
     def block(self, rows: slice, cols: slice) -> "Weights":
-        of_rows = (x[rows] for x in (self.row, self.positive, self.col_positive, self.row_total, self.row_matched))
+        of_rows = (
+            x[rows] for x in (self.row, self.positive, self.col_positive, self.row_total, self.row_matched)
+        )
         row, positive, col_positive, row_total, row_matched = of_rows
         col, col_total, col_matched = (x[cols] for x in (self.col, self.col_total, self.col_matched))
         return Weights(row, col, positive, col_positive, row_total, col_total, row_matched, col_matched)

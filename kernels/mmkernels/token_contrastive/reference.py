@@ -54,18 +54,15 @@ def token_contrastive_loss_ref(
     """Cross-entropies of the rows and columns of S against whole matrices of targets."""
     of_rows, of_cols = _logits(tokens, b, logit_scale, masks)
     columns = torch.arange(b.shape[0], device=b.device)
-    if labels is None:
-        positives = columns if positives is None else positives
-        hard = positives[:, None] == columns
-    else:
-        hard = labels[0][:, None] == labels[1]
+    pairs = columns if positives is None else positives
+    hard = pairs[:, None] == columns if labels is None else labels[0][:, None] == labels[1]
     hard = hard.to(of_rows.dtype)  # [M, N]
     rows = _cross_entropy(of_rows, hard, label_smoothing)
     if labels is None:
         # several rows may share a column: a column's cross-entropy is that of each such pair
-        pairs = torch.eye(len(positives), dtype=hard.dtype, device=hard.device)
-        cols = _cross_entropy(of_cols.T[positives], pairs, label_smoothing)
-        return _reduce((rows + cols) / 2 if symmetric else rows, positives >= 0, reduction)
+        own = torch.eye(len(pairs), dtype=hard.dtype, device=hard.device)
+        cols = _cross_entropy(of_cols.T[pairs], own, label_smoothing)
+        return _reduce((rows + cols) / 2 if symmetric else rows, pairs >= 0, reduction)
     has_col, has_row = hard.any(1), hard.any(0)
     rows = torch.where(has_col, rows, 0.0)
     if not symmetric:
