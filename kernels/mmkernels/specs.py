@@ -4,5 +4,6 @@ from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
 from mmkernels.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 from mmkernels.sigmoid.spec import SPECS as SIGMOID
+from mmkernels.token_contrastive.spec import SPECS as TOKEN_CONTRASTIVE
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *LINEAR_CROSS_ENTROPY, *SIGMOID)
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *LINEAR_CROSS_ENTROPY, *SIGMOID, *TOKEN_CONTRASTIVE)

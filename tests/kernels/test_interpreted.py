@@ -16,6 +16,7 @@ FILES = (
     "test_contrastive_arguments.py",
     "test_sigmoid.py",
     "test_linear_cross_entropy.py",
+    "test_token_contrastive.py",
 )
 
 
