@@ -120,6 +120,14 @@ def test_no_rows_against_some_columns_give_empty_rows_and_minus_infinity(either_
     assert b.grad is not None and (b.grad == 0).all()
 
 
+def test_rows_against_no_columns_have_minus_infinity_and_zero_gradients(either_form: None) -> None:
+    a, b = features(3, 0)
+    stats = contrastive_stats(a, b, 3.0, positives=torch.full((3,), -1, device=a.device))
+    assert (stats.row_lse == -math.inf).all() and (stats.positive == 0).all()
+    stats.positive.sum().backward()
+    assert a.grad is not None and (a.grad == 0).all()
+
+
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "one element"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_scale_gets_its_gradient_in_its_own_shape_and_dtype(
