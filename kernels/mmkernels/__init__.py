@@ -9,6 +9,7 @@ from mmkernels.contrastive import (
     contrastive_stats,
     contrastive_stats_ref,
 )
+from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "contrastive_lse_ref",
     "contrastive_stats",
     "contrastive_stats_ref",
+    "distillation_loss",
+    "distillation_loss_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
 ]

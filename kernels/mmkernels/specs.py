@@ -2,6 +2,7 @@
 
 from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
+from mmkernels.distill.spec import SPECS as DISTILL
 from mmkernels.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *LINEAR_CROSS_ENTROPY)
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *DISTILL, *LINEAR_CROSS_ENTROPY)

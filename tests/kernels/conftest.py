@@ -5,6 +5,9 @@ import torch
 
 from mmkernels import _tile, native
 from mmkernels.contrastive import blockwise, kernel, loss, problem
+from mmkernels.distill import blockwise as distill_blockwise
+from mmkernels.distill import kernel as distill_kernel
+from mmkernels.distill import op as distill_op
 from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
 from mmkernels.linear_cross_entropy import kernel as lce_kernel
 from mmkernels.linear_cross_entropy import op as lce_op
@@ -15,6 +18,9 @@ SMALL = {
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     loss: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
+    distill_blockwise: {"BLOCK": 256},
+    distill_kernel: {"MIN_PROGRAMS": 6},
+    distill_op: {"EAGER_LOGITS": 0},
     lce_blockwise: {"ROWS": 32, "COLS": 32},
     lce_kernel: {"chunk_rows": lambda vocab: 32},
     lce_op: {"EAGER_PRODUCT": 0},
@@ -45,3 +51,9 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif not native.AVAILABLE:
         pytest.skip("the native step is not built: python setup.py build_ext --inplace")
     return request.param
+
+
+@pytest.fixture
+def aten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ATen twins of the native steps: they are what a bug can be planted in without a compiler."""
+    monkeypatch.setattr(native, "AVAILABLE", False)

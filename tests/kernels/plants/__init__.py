@@ -1,6 +1,7 @@
 """Every op's planted bugs."""
 
 from tests.kernels.plants.contrastive import PLANTS as CONTRASTIVE
+from tests.kernels.plants.distill import PLANTS as DISTILL
 from tests.kernels.plants.linear_cross_entropy import PLANTS as LINEAR_CROSS_ENTROPY
 
-ALL = {"contrastive": CONTRASTIVE, "linear_cross_entropy": LINEAR_CROSS_ENTROPY}
+ALL = {"contrastive": CONTRASTIVE, "distill": DISTILL, "linear_cross_entropy": LINEAR_CROSS_ENTROPY}
