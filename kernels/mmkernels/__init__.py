@@ -11,6 +11,7 @@ from mmkernels.contrastive import (
 )
 from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 
 __all__ = [
     "ContrastiveStats",
@@ -24,4 +25,6 @@ __all__ = [
     "distillation_loss_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
+    "sigmoid_loss",
+    "sigmoid_loss_ref",
 ]

@@ -4,5 +4,6 @@ from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
 from mmkernels.distill.spec import SPECS as DISTILL
 from mmkernels.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
+from mmkernels.sigmoid.spec import SPECS as SIGMOID
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *DISTILL, *LINEAR_CROSS_ENTROPY)
+SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *DISTILL, *LINEAR_CROSS_ENTROPY, *SIGMOID)

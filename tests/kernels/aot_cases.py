@@ -11,6 +11,8 @@ from mmkernels.distill import kernel as distill
 from mmkernels.distill import launch as distill_launch
 from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
 from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
+from mmkernels.sigmoid import kernel as sigmoid
+from mmkernels.sigmoid import launch as sigmoid_launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,24 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     )
 
 
+def sigmoid_case(has_labels: bool, wants_gradients: bool) -> Case:
+    return Case(
+        name="sigmoid" if wants_gradients else "sigmoid-loss",
+        kernel=sigmoid._sigmoid_fwd_kernel,
+        row="fwd_labels" if has_labels else "fwd",
+        table=sigmoid_launch.TABLE,
+        constants={
+            **UNIT_STRIDES,
+            "HAS_LABELS": has_labels,
+            "HAS_GRAD": wants_gradients,
+            "HAS_SUMS": wants_gradients,
+        },
+        operands=("a_ptr", "b_ptr", "grad_ptr"),
+        pointers={"row_label_ptr": "*i32", "col_label_ptr": "*i32"},
+        odd=("M", "N", "offset"),
+    )
+
+
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
     contrastive_case("fwd", FWD),
@@ -77,6 +97,10 @@ CASES = (
     contrastive_case("bwd", BWD),
     contrastive_case("bwd", BWD, SYMMETRIC=False),
     contrastive_case("bwd_teacher", BWD),
+    sigmoid_case(has_labels=False, wants_gradients=True),
+    sigmoid_case(has_labels=False, wants_gradients=False),
+    sigmoid_case(has_labels=True, wants_gradients=True),
+    sigmoid_case(has_labels=True, wants_gradients=False),
     *(
         Case(
             name=f"linear_cross_entropy[{name}]",

@@ -11,6 +11,9 @@ from mmkernels.distill import op as distill_op
 from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
 from mmkernels.linear_cross_entropy import kernel as lce_kernel
 from mmkernels.linear_cross_entropy import op as lce_op
+from mmkernels.sigmoid import blockwise as sigmoid_blockwise
+from mmkernels.sigmoid import kernel as sigmoid_kernel
+from mmkernels.sigmoid import op as sigmoid_op
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
@@ -21,6 +24,9 @@ SMALL = {
     distill_blockwise: {"BLOCK": 256},
     distill_kernel: {"MIN_PROGRAMS": 6},
     distill_op: {"EAGER_LOGITS": 0},
+    sigmoid_blockwise: {"TILE": 32},
+    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32},
+    sigmoid_op: {"EAGER_LOGITS": 0},
     lce_blockwise: {"ROWS": 32, "COLS": 32},
     lce_kernel: {"chunk_rows": lambda vocab: 32},
     lce_op: {"EAGER_PRODUCT": 0},

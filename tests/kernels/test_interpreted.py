@@ -15,6 +15,7 @@ FILES = (
     "test_contrastive.py",
     "test_contrastive_arguments.py",
     "test_distill.py",
+    "test_sigmoid.py",
     "test_linear_cross_entropy.py",
 )
 
