@@ -12,9 +12,17 @@ from mmkernels.contrastive import (
 from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
+from mmkernels.token_contrastive import (
+    TokenContrastiveStats,
+    token_contrastive_loss,
+    token_contrastive_loss_ref,
+    token_contrastive_stats,
+    token_contrastive_stats_ref,
+)
 
 __all__ = [
     "ContrastiveStats",
+    "TokenContrastiveStats",
     "contrastive_loss",
     "contrastive_loss_ref",
     "contrastive_lse",
@@ -27,4 +35,8 @@ __all__ = [
     "linear_cross_entropy_ref",
     "sigmoid_loss",
     "sigmoid_loss_ref",
+    "token_contrastive_loss",
+    "token_contrastive_loss_ref",
+    "token_contrastive_stats",
+    "token_contrastive_stats_ref",
 ]

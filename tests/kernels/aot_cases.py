@@ -13,6 +13,8 @@ from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
 from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
 from mmkernels.sigmoid import kernel as sigmoid
 from mmkernels.sigmoid import launch as sigmoid_launch
+from mmkernels.token_contrastive import device as token_contrastive
+from mmkernels.token_contrastive import launch as token_launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,14 @@ class Case:
 
 
 UNIT_STRIDES = {"stride_ad": 1, "stride_bd": 1}
+TOKEN_STRIDES = {"stride_td": 1, "stride_bd": 1}
+TOKEN_FLAGS = ("HAS_MASK", "HAS_LABELS", "HAS_TOTALS")
+TOKEN_INDICES = {
+    "mask_ptr": "*u8",
+    "positives_ptr": "*i64",
+    "row_labels_ptr": "*i64",
+    "col_labels_ptr": "*i64",
+}
 
 
 def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
@@ -135,5 +145,27 @@ CASES = (
             ("bwd", distill._distillation_loss_bwd_kernel),
         )
         for centered in (True, False)
+    ),
+    *(
+        Case(
+            name=f"token_contrastive-{block_q}",
+            kernel=kernel,
+            row=row,
+            table=token_launch.TABLE,
+            constants={
+                **TOKEN_STRIDES,
+                **dict.fromkeys(TOKEN_FLAGS, flag),
+                **dict.fromkeys(("HAS_POSITIVES", "HAS_GRAD", "HAS_DSCALE"), True),
+                "BLOCK_Q": block_q,
+            },
+            operands=("tokens_ptr", "b_ptr", "grad_ptr"),
+            pointers=TOKEN_INDICES,
+            odd=("M", "N", "Q"),
+        )
+        for kernel, row in (
+            (token_contrastive._token_contrastive_fwd_kernel, "fwd"),
+            (token_contrastive._token_contrastive_bwd_kernel, "bwd"),
+        )
+        for flag, block_q in ((False, 32), (True, 16))
     ),
 )

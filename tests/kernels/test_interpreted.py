@@ -17,6 +17,7 @@ FILES = (
     "test_distill.py",
     "test_sigmoid.py",
     "test_linear_cross_entropy.py",
+    "test_token_contrastive.py",
 )
 
 

@@ -72,12 +72,9 @@ def contrastive_loss(
     Reference: `contrastive_loss_ref`. Paper: arXiv:2103.00020.
     """
     options = Options(symmetric, alpha, label_smoothing, normalized, reduction)
-    a, b, scale, teacher = operands(a, b, logit_scale, teacher)
-    options.check(labels is not None, teacher is not None)
-    if negatives is not None:
-        check_features("negatives", negatives, "K", a)
-        negatives = negatives.detach().to(a.dtype)
-    _check_pairing(a, b, positives, labels)
+    a, b, scale, teacher, negatives = checked_inputs(
+        a, b, logit_scale, positives, labels, negatives, teacher, options
+    )
     if _logits_are_kept(a, b, negatives, normalized):
         with torch.autocast(a.device.type, enabled=False):
             if options == Options() and positives is labels is negatives is None and not is_compiling():
@@ -145,6 +142,36 @@ class Options:
         )
 
 
+class Inputs(NamedTuple):
+    """Features of one dtype, and the scale as a tensor; teacher and negatives detached."""
+
+    a: Tensor  # [M, D]
+    b: Tensor  # [N, D]
+    scale: Tensor  # [] or [1]
+    teacher: tuple[Tensor, Tensor] | None
+    negatives: Tensor | None
+
+
+def checked_inputs(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    positives: Tensor | None,
+    labels: tuple[Tensor, Tensor] | None,
+    negatives: Tensor | None,
+    teacher: tuple[Tensor, Tensor] | None,
+    options: Options,
+) -> Inputs:
+    """The arguments of `contrastive_loss`, checked, and cast for autocast."""
+    a, b, scale, teacher = operands(a, b, logit_scale, teacher)
+    options.check(labels is not None, teacher is not None)
+    if negatives is not None:
+        check_features("negatives", negatives, "K", a)
+        negatives = negatives.detach().to(a.dtype)
+    _check_pairing(a, b, positives, labels)
+    return Inputs(a, b, scale, teacher, negatives)
+
+
 class Match(NamedTuple):
     """Each row's positives among the columns.
 
@@ -195,9 +222,8 @@ def linear_means(
     match: Match,
     options: Options,
     negatives: Tensor | None = None,
-    a_mean: Tensor | None = None,
 ) -> LinearMeans:
-    """The means that labels and smoothing need; `a_mean` `[D]` stands in for the mean of `a`."""
+    """The means that labels and smoothing need."""
     a, b = a.to(accumulator(a.dtype)), b.to(accumulator(b.dtype))
     scale = scale.reshape(()).to(a.dtype)
     of_positives = row = col = None
@@ -208,8 +234,7 @@ def linear_means(
         columns = b if negatives is None else torch.cat([b, negatives.to(b.dtype)])
         row = scale * (a @ (columns.sum(0) / max(len(columns), 1)))
         if options.symmetric:
-            a_mean = a.sum(0) / max(len(a), 1) if a_mean is None else a_mean
-            col = scale * match.pool(b @ a_mean)
+            col = scale * match.pool(b @ (a.sum(0) / max(len(a), 1)))
     return LinearMeans(of_positives, row, col)
 
 

@@ -172,7 +172,7 @@ def _contrastive_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric)
     with torch.autocast(a.device.type, enabled=False):
-        broken = _broken_claim(problem) if normalized else None
+        broken = broken_claim(problem) if normalized else None
         path = kernel if runs_triton(a) else blockwise
         stats = path.contrastive_fwd(problem, normalized)
         if normalized:
@@ -237,7 +237,7 @@ def _backward(ctx, *grads: Tensor):
 _contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _broken_claim(problem: Problem) -> Tensor | None:
+def broken_claim(problem: Problem) -> Tensor | None:
     """On a CPU raises if the features are not of unit norm or the scale is too large; on a GPU a bool tensor."""
     named = {"a": problem.a, "b": problem.b, "teacher[0]": problem.teacher_a, "teacher[1]": problem.teacher_b}
     norms = {

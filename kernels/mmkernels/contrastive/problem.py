@@ -71,7 +71,7 @@ class Coefficients(NamedTuple):
 def coefficients(problem: Problem, stats: ContrastiveStats, grads: list[Tensor]) -> Coefficients:
     d_row, d_col, d_positive, d_row_cross, d_col_cross = grads
     row, col = d_row * torch.exp(-stats.row_rest), d_col * torch.exp(-stats.col_rest)
-    if problem.positives is None:
+    if problem.positives is None or not len(problem.b):
         positive = torch.zeros_like(row)
     else:
         place = _places(problem)
@@ -102,7 +102,7 @@ def add_positives(
     Returns their share of the sum of dL/dS * (a b^T - center), float64.
     """
     total = center.new_zeros((), dtype=torch.float64)
-    if problem.positives is None:
+    if problem.positives is None or not len(problem.b):
         return total
     places, dtype = _places(problem), accumulator(problem.a.dtype)
     for first in range(0, len(places), POSITIVES_CHUNK):

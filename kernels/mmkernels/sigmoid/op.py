@@ -64,11 +64,14 @@ def sigmoid_loss(
 
     Reference: `sigmoid_loss_ref`. Paper: arXiv:2303.15343.
     """
-    _check(a, b, labels, reduction)
-    scale = scalar_tensor("sigmoid_loss", "logit_scale", logit_scale, "a", a)
-    bias = scalar_tensor("sigmoid_loss", "logit_bias", logit_bias, "a", a)
-    a, b = autocast_operands(a, b)
-    require("sigmoid_loss", a.dtype == b.dtype, "b must have the dtype of a, {}, got {}", a.dtype, b.dtype)
+    require(
+        "sigmoid_loss",
+        reduction in REDUCTIONS,
+        "reduction must be one of {}, got {}",
+        ", ".join(REDUCTIONS),
+        reduction,
+    )
+    a, b, scale, bias = checked_operands(a, b, logit_scale, logit_bias, labels)
     if _eager_is_faster(a, b):
         with torch.autocast(a.device.type, enabled=False):
             return sigmoid_loss_ref(widen(a), widen(b), scale, bias, labels=labels, reduction=reduction)
@@ -76,6 +79,22 @@ def sigmoid_loss(
     needs = [total and torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale, bias)]
     loss = _sigmoid_fwd(a, b, scale, bias, *(labels or (None, None)), total, needs)[0]
     return loss / max(a.shape[0], 1) if reduction == "mean" else loss
+
+
+def checked_operands(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checked, and cast for autocast; scale and bias as tensors."""
+    _check(a, b, labels)
+    scale = scalar_tensor("sigmoid_loss", "logit_scale", logit_scale, "a", a)
+    bias = scalar_tensor("sigmoid_loss", "logit_bias", logit_bias, "a", a)
+    a, b = autocast_operands(a, b)
+    require("sigmoid_loss", a.dtype == b.dtype, "b must have the dtype of a, {}, got {}", a.dtype, b.dtype)
+    return a, b, scale, bias
 
 
 def _eager_is_faster(a: Tensor, b: Tensor) -> bool:
@@ -200,7 +219,7 @@ def _run(
         return path.sigmoid_fwd(a, b, scale, bias, labels, coef, needs)
 
 
-def _check(a: Tensor, b: Tensor, labels: tuple[Tensor, Tensor] | None, reduction: str) -> None:
+def _check(a: Tensor, b: Tensor, labels: tuple[Tensor, Tensor] | None) -> None:
     op, shape_a, shape_b = "sigmoid_loss", list(a.shape), list(b.shape)
     require(op, a.ndim == 2, "a must be [M, D], got shape {}", shape_a)
     require(op, shape_a[1] > 0, "a must be at least one wide, got shape {}", shape_a)
@@ -224,6 +243,3 @@ def _check(a: Tensor, b: Tensor, labels: tuple[Tensor, Tensor] | None, reduction
     if labels is not None:
         check_index(op, "labels[0]", labels[0], shape_a[0], "a", a)
         check_index(op, "labels[1]", labels[1], shape_b[0], "a", a)
-    require(
-        op, reduction in REDUCTIONS, "reduction must be one of {}, got {}", ", ".join(REDUCTIONS), reduction
-    )

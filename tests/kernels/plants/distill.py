@@ -62,5 +62,6 @@ PLANTS = Plants(
     op=op,
     paths={"blockwise": blockwise, "kernel": kernel},
     bugs={"blockwise": BLOCKWISE, "kernel": KERNEL},
+    cases=("plain", "sharp"),
     checks=tuple((spec, shape) for spec in SPECS for shape in spec.shapes[1:]),
 )

@@ -1,0 +1,206 @@
+"""The token-contrastive ops' entries in the contract test and in bench.
+
+The best token is a discontinuous choice: where two tokens of a row are within rounding of each other, an op and
+its reference may route a gradient to different ones, both rightly. So the data keep every best token ahead of the
+next by more than float32 products can err (`separated`), which all of our paths accumulate in, whatever the
+operands' dtype; what a reference in float16 or bfloat16 confuses is its own error and widens its own bound. In
+the case "ties" all products are small integers, exact in every dtype and in every order of summation: there
+hundreds of tokens tie, and all paths must agree that the first one wins.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels._spec import Cost, Inputs, OpSpec, Shape
+from mmkernels.token_contrastive.loss import token_contrastive_loss
+from mmkernels.token_contrastive.op import token_contrastive_stats
+from mmkernels.token_contrastive.reference import token_contrastive_loss_ref, token_contrastive_stats_ref
+
+CASES = ("random", "cone", "trained", "duplicates", "ties")
+# Gaps below this share of |token| |b| are widened: float32's rounding of a product of some dozen terms is a tenth.
+LEAST_GAP = 64 * torch.finfo(torch.float32).eps
+
+
+def make_features(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens `[M, Q, D]`, b `[N, D]` and the scale at which such data is met.
+
+    random: no unit norm. cone: mean cosine .9, as at initialisation, scale 14.3. trained: scale 100, one token of
+    each row with a cosine of about .3 to its column. duplicates: trained, each row and column twice. ties:
+    integers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    num_rows, num_tokens, num_cols, width = (shape[axis] for axis in "MQND")
+    tokens, b, scale = normal(num_rows, num_tokens, width), normal(num_cols, width), 1.7
+    if case == "ties":
+        tokens, b, scale = tokens.round().clamp(-1, 1), b.round().clamp(-1, 1), 1.0
+        return tokens.to(dtype), b.to(dtype), _scale(scale, dtype)
+    if case == "cone":
+        axis, scale = F.normalize(normal(width), dim=0), 14.3
+        spread = (1 / 9) ** 0.5  # the cosine of two such features is 1 / (1 + spread^2) = .9
+        tokens, b = (F.normalize(axis + spread * F.normalize(x, dim=-1), dim=-1) for x in (tokens, b))
+    elif case != "random":
+        tokens, b, scale = F.normalize(tokens, dim=-1), F.normalize(b, dim=-1), 100.0
+        near = torch.arange(num_rows) % num_cols
+        tokens[:, 0] = F.normalize(0.3 * b[near] + (1 - 0.3**2) ** 0.5 * tokens[:, 0], dim=-1)
+    tokens, b = separated(tokens, b, dtype, generator)
+    if case == "duplicates":
+        tokens, b = (x[torch.arange(len(x)) // 2] for x in (tokens, b))
+    return tokens, b, _scale(scale, dtype)
+
+
+def separated(
+    tokens: Tensor, b: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Both in the dtype, the rows of `tokens` moved by some percent until `gaps` are wide enough."""
+    tokens, b = tokens.to(dtype), b.to(dtype)
+    for _ in range(100):
+        close = (gaps(tokens, b) < LEAST_GAP).any(1)
+        if not close.any():
+            return tokens, b
+        near = tokens[close].double()
+        noise = torch.randn(near.shape, generator=generator, dtype=torch.float64)
+        moved = near + 0.03 * near.norm(dim=-1, keepdim=True) * noise
+        tokens[close] = (F.normalize(moved, dim=-1) * near.norm(dim=-1, keepdim=True)).to(dtype)
+    raise AssertionError("no tokens found whose products keep apart")
+
+
+def gaps(tokens: Tensor, b: Tensor) -> Tensor:
+    """`[M, N]`: how far the best token is ahead of the second, as a share of the largest |token| |b|."""
+    tokens, b = tokens.double(), b.double()
+    if tokens.shape[1] == 1:
+        return tokens.new_full((len(tokens), len(b)), torch.inf)
+    best = (tokens @ b.T).topk(2, dim=1).values  # [M, 2, N]
+    largest = tokens.norm(dim=-1).amax(1)[:, None] * b.norm(dim=-1)
+    return (best[:, 0] - best[:, 1]) / largest
+
+
+def _scale(scale: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def _positives(shape: Shape, seed: int) -> Inputs:
+    """Anywhere, two rows to a column now and then."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return {"positives": torch.randint(shape["N"], (shape["M"],), generator=generator)}
+
+
+def _some_positives(shape: Shape, seed: int) -> Inputs:
+    positives = _positives(shape, seed)["positives"]
+    return {"positives": torch.where(torch.arange(len(positives)) % 4 == 3, -1, positives)}
+
+
+def _labels(shape: Shape, seed: int) -> Inputs:
+    """About three rows and columns a label, some without a partner."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    num = max(shape["M"], shape["N"]) // 3 + 1
+    return {"labels": tuple(torch.randint(num, (shape[axis],), generator=generator) for axis in "MN")}
+
+
+def _masks(shape: Shape, seed: int) -> Inputs:
+    """About a third of the tokens out, and all of the first row."""
+    generator = torch.Generator().manual_seed(3000 + seed)
+    mask = torch.rand(shape["M"], shape["Q"], generator=generator) > 0.3
+    mask[0] = shape["M"] == 1
+    return {"masks": (mask, None)}
+
+
+def _cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
+    num_rows, num_tokens, num_cols, width = (shape[axis] for axis in "MQND")
+    logits = num_rows * num_cols
+    features = (num_rows * num_tokens + num_cols) * width * element_size
+    forward = Cost(2 * logits * num_tokens * width, features + 8 * (num_rows + num_cols), 2 * logits)
+    return forward, Cost(3 * forward.flops, 2 * features, 2 * logits)
+
+
+def _square(draw: Callable[[int, int], int]) -> Shape:
+    size = draw(3, 14)
+    return {"M": size, "Q": draw(1, 40), "N": size, "D": draw(2, 40)}
+
+
+def _rectangle(draw: Callable[[int, int], int]) -> Shape:
+    return {"M": draw(1, 8), "Q": draw(1, 40), "N": draw(3, 40), "D": draw(2, 40)}
+
+
+Extra = Callable[[Shape, int], Inputs]
+
+
+def _spec(
+    variant: str,
+    shapes: tuple[Shape, ...],
+    *extras: Extra,
+    loss: bool = True,
+    cases: tuple[str, ...] = ("random", "trained"),
+    draw_shape: Callable[[Callable[[int, int], int]], Shape] = _rectangle,
+    bench_shapes: dict[str, tuple[Shape, ...]] | None = None,
+    **options: object,
+) -> OpSpec:
+    """The loss or the statistics with some of their arguments."""
+
+    def make_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+        tokens, b, scale = make_features(shape, case, dtype, seed)
+        inputs: Inputs = {"tokens": tokens, "b": b, "logit_scale": scale}
+        for extra in extras:
+            inputs |= extra(shape, seed)
+        return inputs | options
+
+    name = "token_contrastive_loss" if loss else "token_contrastive_stats"
+    return OpSpec(
+        name=f"{name}[{variant}]" if variant else name,
+        op=token_contrastive_loss if loss else _differentiable_stats,
+        ref=token_contrastive_loss_ref if loss else token_contrastive_stats_ref,
+        make_inputs=make_inputs,
+        shapes=shapes,
+        draw_shape=draw_shape,
+        cases=cases,
+        differentiable=("tokens", "b", "logit_scale"),
+        cost=_cost,
+        bench_shapes=bench_shapes or {"cpu": (), "cuda": ()},
+    )
+
+
+def _differentiable_stats(*args: Tensor, **options: object) -> tuple[Tensor, ...]:
+    return token_contrastive_stats(*args, **options)[:8]  # pyright: ignore[reportArgumentType]
+
+
+def _shape(rows: int, tokens: int, cols: int, width: int) -> Shape:
+    return {"M": rows, "Q": tokens, "N": cols, "D": width}
+
+
+LOSS = _spec(
+    "",
+    (_shape(3, 1, 3, 5), _shape(10, 32, 10, 33)),
+    cases=CASES,
+    draw_shape=_square,
+    bench_shapes={
+        "cpu": tuple(_shape(size, 32, size, 256) for size in (16, 128, 256, 512, 1024)),
+        "cuda": (_shape(1024, 32, 1024, 256), _shape(4096, 32, 4096, 256)),
+    },
+)
+RECTANGLE = _spec(
+    "positives",
+    (_shape(2, 9, 70, 17),),
+    _positives,
+    label_smoothing=0.1,
+    bench_shapes={"cpu": (_shape(64, 32, 2048, 256),), "cuda": (_shape(128, 32, 8192, 256),)},
+)
+LABELS = _spec("labels", (_shape(7, 4, 33, 9),), _labels, label_smoothing=0.1)
+ROWS = _spec("rows", (_shape(7, 4, 33, 9),), _positives, symmetric=False, reduction="none")
+STATS = _spec(
+    "",
+    (_shape(1, 1, 3, 1), _shape(2, 40, 19, 9), _shape(5, 4, 65, 17)),
+    _some_positives,
+    _labels,
+    _masks,
+    loss=False,
+    cases=CASES,
+    with_totals=True,
+)
+
+SPECS = (LOSS, RECTANGLE, LABELS, ROWS, STATS)
