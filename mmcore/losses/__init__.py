@@ -3,6 +3,7 @@
 from mmcore.losses.contrastive import global_contrastive_loss
 from mmcore.losses.drop_in import BackpropType, ClipLoss, ContrastiveLossWithTemperature, SigLipLoss
 from mmcore.losses.sigmoid import global_sigmoid_loss
+from mmcore.losses.token import global_token_contrastive_loss
 
 __all__ = [
     "BackpropType",
@@ -11,4 +12,5 @@ __all__ = [
     "SigLipLoss",
     "global_contrastive_loss",
     "global_sigmoid_loss",
+    "global_token_contrastive_loss",
 ]

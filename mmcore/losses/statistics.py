@@ -3,7 +3,6 @@ computed once, and the columns' statistics reduced over the ranks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,14 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from mmcore.losses.ranks import Group, Layout
 from mmcore.losses.shards import Shards
+from mmcore.losses.softmax import Softmax, excess, merged, own_excess, rounded
 from mmcore.ops import (
     NO_UNDERFLOW_SCALE,
     ContrastiveProblem,
     ContrastiveStats,
     accumulator,
-    grad_total,
     label_sums,
-    log_sum_exp,
     mean_cosine,
     poisoned,
 )
@@ -55,8 +53,9 @@ class Columns:
             teacher_b = of_teacher[0] if of_teacher else None
             yield cols, ContrastiveProblem(a, b, scale, place, self.teacher_a, teacher_b, self.symmetric)
         if self.negatives is not None:
+            none = torch.full_like(self.positives, -1)
             teacher_b = None if self.teacher_a is None else self.negatives
-            yield None, ContrastiveProblem(a, self.negatives, scale, None, self.teacher_a, teacher_b, False)
+            yield None, ContrastiveProblem(a, self.negatives, scale, none, self.teacher_a, teacher_b, False)
 
 
 class GlobalStats(torch.autograd.Function):
@@ -87,9 +86,9 @@ class GlobalStats(torch.autograd.Function):
             if columns.labels is not None and columns.weights is not None:
                 weighted = problem.b.to(target.dtype) * columns.weights[cols, None]
                 target += label_sums(weighted, columns.labels[1][cols], columns.labels[0])
-        of_rows = _merged([_rows_of(part) for part in parts])
+        of_rows = merged([_rows_of(part) for part in parts])
         if columns.symmetric:
-            of_cols = _merged([of_cols], columns.layout.group, over_ranks=True)
+            of_cols = merged([of_cols], columns.layout.group, over_ranks=True)
         stats = _stats_of(of_rows, of_cols, positive)
         if columns.normalized:
             stats = poisoned(stats, scale, columns.broken)
@@ -104,27 +103,29 @@ class GlobalStats(torch.autograd.Function):
         a, scale, *saved = ctx.saved_tensors
         columns, stats, needs = ctx.columns, ContrastiveStats(*saved), list(ctx.needs_input_grad[:3])
         dtype, group = accumulator(a.dtype), columns.layout.group
-        own_total = _sum_of_gradient(columns.positives, stats, stats, grads[:5])
         d_stats, center = _reduced(grads[:5], torch.stack(ctx.centers).mean(), group)
-        rounded = _rounded(stats, dtype)
-        da, ds = torch.zeros_like(a, dtype=dtype), center * own_total
+        of_rows, own_cols, all_cols = (grads[0], grads[3]), (grads[1], grads[4]), (d_stats[1], d_stats[4])
+        in_dtype = _rounded(stats, dtype)
+        da = torch.zeros_like(a, dtype=dtype)
+        ds = center * own_excess(of_rows, own_cols, all_cols, len(ctx.parts))
         for (cols, problem), part, part_center in zip(
             columns.blocks(a, scale), ctx.parts, ctx.centers, strict=True
         ):
             of_block = [x.to(dtype) for x in _at_columns(d_stats, cols)]
+            # the op takes each of these for a part of its dL/dS
+            assert problem.positives is not None
+            of_block[2] = of_block[2].where(problem.positives >= 0, 0.0)
             da_part, db, ds_part = torch.ops.mmkernels.contrastive_bwd(
                 *_operands(problem),
-                list(_at_columns(rounded, cols)),
+                _at_columns(in_dtype, cols),
                 of_block,
                 [needs[0], needs[1] and cols is not None, needs[2]],
             )
             if needs[0]:
                 da += da_part
             if needs[2]:
-                # the op takes it that each row's and each column's probabilities sum to one in its block
                 whole = ContrastiveStats(*_at_columns(stats, cols))
-                block_total = _sum_of_gradient(problem.positives, part, whole, of_block)
-                ds += ds_part - part_center * grad_total(of_block) + (part_center - center) * block_total
+                ds += ds_part + (part_center - center) * _excess(part, whole, of_block)
             if needs[1] and cols is not None:
                 db = db.to(dtype)
                 if columns.labels is not None and columns.weights is not None:
@@ -139,24 +140,15 @@ class GlobalStats(torch.autograd.Function):
         )
 
 
-class _Softmax(NamedTuple):
-    """Log-sum-exps of rows or of columns with what rounding took from them; a teacher's with its expectations."""
-
-    lse: Tensor
-    rest: Tensor
-    teacher_lse: Tensor
-    cross: Tensor
+def _rows_of(stats: ContrastiveStats) -> Softmax:
+    return Softmax(stats.row_lse, stats.row_rest, stats.teacher_row_lse, stats.row_cross)
 
 
-def _rows_of(stats: ContrastiveStats) -> _Softmax:
-    return _Softmax(stats.row_lse, stats.row_rest, stats.teacher_row_lse, stats.row_cross)
+def _cols_of(stats: ContrastiveStats) -> Softmax:
+    return Softmax(stats.col_lse, stats.col_rest, stats.teacher_col_lse, stats.col_cross)
 
 
-def _cols_of(stats: ContrastiveStats) -> _Softmax:
-    return _Softmax(stats.col_lse, stats.col_rest, stats.teacher_col_lse, stats.col_cross)
-
-
-def _stats_of(rows: _Softmax, cols: _Softmax, positive: Tensor) -> ContrastiveStats:
+def _stats_of(rows: Softmax, cols: Softmax, positive: Tensor) -> ContrastiveStats:
     return ContrastiveStats(
         row_lse=rows.lse,
         col_lse=cols.lse,
@@ -170,11 +162,11 @@ def _stats_of(rows: _Softmax, cols: _Softmax, positive: Tensor) -> ContrastiveSt
     )
 
 
-def _no_columns(a: Tensor, columns: Columns) -> _Softmax:
+def _no_columns(a: Tensor, columns: Columns) -> Softmax:
     """Room for every column of the batch, `[N]`, or for none."""
     num_cols = sum(columns.layout.cols) if columns.symmetric else 0
     of_teacher = 0 if columns.teacher_a is None else num_cols
-    return _Softmax(
+    return Softmax(
         *(a.new_zeros(n, dtype=torch.float64) for n in (num_cols, num_cols, of_teacher, of_teacher))
     )
 
@@ -197,36 +189,21 @@ def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveSt
     return stats._replace(row_lse=revived(stats.row_lse), col_lse=revived(stats.col_lse))
 
 
-def _merged(parts: list[_Softmax], group: Group | None = None, over_ranks: bool = False) -> _Softmax:
-    """The softmax over all parts, which are parts of the same rows or columns; `over_ranks`, over theirs too."""
-    lse, rest, teacher_lse, cross = (torch.stack(x) for x in zip(*parts, strict=True))  # [parts, n]
-    logs = torch.cat([lse, teacher_lse], 1)
-    top = logs.amax(0).clamp_(min=torch.finfo(logs.dtype).min)
-    if over_ranks:
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    shares = torch.cat([lse - top[: lse.shape[1]] + rest, teacher_lse - top[lse.shape[1] :]], 1).exp_()
-    of_teacher = shares[:, lse.shape[1] :]
-    # nothing of an empty part, whose expectation is not a number
-    crosses = torch.where(of_teacher > 0, of_teacher * cross, 0.0)
-    sums = torch.cat([shares.sum(0), crosses.sum(0)])
-    if over_ranks:
-        dist.all_reduce(sums, group=group)
-    total, teacher_total, cross_total = sums.split([lse.shape[1], *[teacher_lse.shape[1]] * 2])
-    top, teacher_top = top.split([lse.shape[1], teacher_lse.shape[1]])
-    lse, rest = log_sum_exp(top, total)
-    return _Softmax(lse, rest, teacher_top + teacher_total.log(), cross_total / teacher_total)
-
-
 def _rounded(stats: ContrastiveStats, dtype: torch.dtype) -> ContrastiveStats:
-    """In `dtype`, the rests taking up what that loses."""
+    row_lse, row_rest = rounded(stats.row_lse, stats.row_rest, dtype)
+    col_lse, col_rest = rounded(stats.col_lse, stats.col_rest, dtype)
+    others = ContrastiveStats(*(x.to(dtype) for x in stats))
+    return others._replace(row_lse=row_lse, col_lse=col_lse, row_rest=row_rest, col_rest=col_rest)
 
-    def rest(lse: Tensor, of_lse: Tensor) -> Tensor:
-        return ((lse - lse.to(dtype)) + of_lse).nan_to_num(0.0, 0.0, 0.0)
 
-    exact = stats._replace(
-        row_rest=rest(stats.row_lse, stats.row_rest), col_rest=rest(stats.col_lse, stats.col_rest)
+def _excess(part: ContrastiveStats, whole: ContrastiveStats, grads: Sequence[Tensor]) -> Tensor:
+    d_row, d_col, _, d_row_cross, d_col_cross = grads
+    return excess(
+        (d_row, part.row_lse + part.row_rest, whole.row_lse + whole.row_rest),
+        (d_col, part.col_lse + part.col_rest, whole.col_lse + whole.col_rest),
+        (d_row_cross, part.teacher_row_lse, whole.teacher_row_lse),
+        (d_col_cross, part.teacher_col_lse, whole.teacher_col_lse),
     )
-    return ContrastiveStats(*(x.to(dtype) for x in exact))
 
 
 def _at_columns(fields: Sequence[Tensor], cols: slice | None) -> list[Tensor]:
@@ -242,20 +219,3 @@ def _reduced(grads: Sequence[Tensor], center: Tensor, group: Group) -> tuple[lis
     dist.all_reduce(packed, group=group)
     d_col, d_col_cross, centers = packed.split([len(d_col), len(d_col_cross), 1])
     return [d_row, d_col, d_positive, d_row_cross, d_col_cross], centers[0] / dist.get_world_size(group)
-
-
-def _sum_of_gradient(
-    positives: Tensor | None, part: ContrastiveStats, whole: ContrastiveStats, grads: Sequence[Tensor]
-) -> Tensor:
-    """The sum of dL/dS over a block whose own softmaxes are `part`, of the log-sum-exps `whole`; float64."""
-    d_row, d_col, d_positive, d_row_cross, d_col_cross = (d.double() for d in grads)
-    sums = [] if positives is None else [torch.where(positives >= 0, d_positive, 0.0).sum()]
-    for d, of_part, of_whole in (
-        (d_row, part.row_lse + part.row_rest, whole.row_lse + whole.row_rest),
-        (d_col, part.col_lse + part.col_rest, whole.col_lse + whole.col_rest),
-        (d_row_cross, part.teacher_row_lse, whole.teacher_row_lse),
-        (d_col_cross, part.teacher_col_lse, whole.teacher_col_lse),
-    ):
-        # a row without columns has no gradient, and no share
-        sums.append(torch.where(d != 0, d * (of_part - of_whole).exp(), 0.0).sum())
-    return torch.stack(sums).sum()

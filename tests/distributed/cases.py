@@ -32,6 +32,8 @@ class Case:
             taken["teacher"] = batch["teacher a"][rows], batch["teacher b"][cols]
         if "negatives" in self.tensors:
             taken["negatives"] = batch["negatives"]
+        if "mask" in self.tensors:
+            taken["mask"] = batch["mask"][rows]
         return taken
 
 
@@ -50,6 +52,14 @@ CASES = {
 }
 SIGMOID_CASES = {"plain": Case(), "labels": Case(("labels",))}
 
+TOKEN_CASES = {
+    "plain": Case(),
+    "rows alone": Case(options={"symmetric": False}),
+    "labels, smoothed": Case(("labels",), {"label_smoothing": 0.2}),
+    "labels, rows alone": Case(("labels",), {"symmetric": False}),
+    "masked, smoothed": Case(("mask",), {"label_smoothing": 0.2}),
+}
+
 
 def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """A global batch of unit-norm features; of the labels some have no partner, others several."""
@@ -62,6 +72,8 @@ def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     found = {name: features(NUM) for name in names} | {"negatives": features(5)}
     found["row labels"] = torch.randint(0, 6, (NUM,), generator=generator)
     found["col labels"] = torch.randint(1, 7, (NUM,), generator=generator)
+    found["tokens"] = F.normalize(torch.randn(NUM, 4, DIM, generator=generator, dtype=dtype), dim=2)
+    found["mask"] = torch.rand(NUM, 4, generator=generator) < 0.7
     return found
 
 

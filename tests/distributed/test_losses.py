@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcore.losses import global_contrastive_loss
-from mmkernels import contrastive_loss_ref, sigmoid_loss_ref
+from mmkernels import contrastive_loss_ref, sigmoid_loss_ref, token_contrastive_loss_ref
 from tests.distributed import cases, tiny
 from tests.distributed.launch import run_ranks
 
@@ -26,13 +26,22 @@ def tensor(values: Any) -> Tensor:
 
 
 def on_one_process(
-    loss: Callable[..., Tensor], case: cases.Case, batch: dict[str, Tensor], *bias: float
-) -> list:
-    """The reference's loss and its gradients of a, b and scale (and bias) on the whole batch."""
-    a, b = batch["a"].clone().requires_grad_(), batch["b"].clone().requires_grad_()
-    scales = [torch.full((1,), value, dtype=a.dtype, requires_grad=True) for value in (cases.SCALE, *bias)]
-    value = loss(a, b, *scales, **case.arguments(batch, WHOLE, WHOLE))
-    return [value.detach(), *torch.autograd.grad(value, (a, b, *scales))]
+    loss: Callable[..., Tensor],
+    case: cases.Case,
+    batch: dict[str, Tensor],
+    first: str = "a",
+    scales: tuple[float, ...] = (cases.SCALE,),
+) -> list[Tensor]:
+    """Three times the reference's loss of the whole batch, and its gradients of all features and scales."""
+    leaves = [batch[first].clone(), batch["b"].clone()]
+    leaves += [torch.full((1,), value, dtype=leaves[0].dtype) for value in scales]
+    for x in leaves:
+        x.requires_grad_()
+    arguments = case.arguments(batch, WHOLE, WHOLE)
+    if "mask" in arguments:
+        arguments["masks"] = (arguments.pop("mask"), None)
+    value = 3 * loss(*leaves, **arguments)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def together(results: list[dict], key: str, name: str) -> list[Tensor]:
@@ -46,22 +55,22 @@ def together(results: list[dict], key: str, name: str) -> list[Tensor]:
     return [loss, da, db, *(torch.stack(ds).mean(0).reshape(1) for ds in scales)]
 
 
-def test_every_variant_has_the_loss_and_the_gradients_of_one_process(results):
-    for run in results[0]["variants"]:
-        truth = on_one_process(contrastive_loss_ref, cases.CASES[run.split("; ")[0]], cases.batch())
-        for found, expected in zip(together(results, "variants", run), truth, strict=True):
+@pytest.mark.parametrize(
+    ("key", "named", "reference", "first", "scales"),
+    [
+        ("variants", cases.CASES, contrastive_loss_ref, "a", (cases.SCALE,)),
+        ("sigmoid", cases.SIGMOID_CASES, sigmoid_loss_ref, "a", (cases.SCALE, cases.BIAS)),
+        ("token", cases.TOKEN_CASES, token_contrastive_loss_ref, "tokens", (cases.SCALE,)),
+    ],
+)
+def test_every_variant_has_the_loss_and_the_gradients_of_one_process(
+    results, key, named, reference, first, scales
+):
+    for run in results[0][key]:
+        truth = on_one_process(reference, named[run.split("; ")[0]], cases.batch(), first, scales)
+        for found, expected in zip(together(results, key, run), truth, strict=True):
             assert found.shape == expected.shape
             assert expected.abs().max() > 1e-3, f"{run}: the check needs a gradient that is not zero"
-            assert (found - expected).abs().max() < 1e-10 * expected.abs().max(), run
-
-
-def test_the_sigmoid_loss_has_the_value_and_the_gradients_of_one_process(results):
-    for run in results[0]["sigmoid"]:
-        case = cases.SIGMOID_CASES[run.split("; ")[0]]
-        loss, *truth = on_one_process(sigmoid_loss_ref, case, cases.batch(), cases.BIAS)
-        expected_all = [loss, *(3 * grad for grad in truth)]  # the worker's factor of the loss
-        for found, expected in zip(together(results, "sigmoid", run), expected_all, strict=True):
-            assert found.shape == expected.shape
             assert (found - expected).abs().max() < 1e-10 * expected.abs().max(), run
 
 

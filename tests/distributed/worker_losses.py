@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +11,43 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmcore.losses import global_contrastive_loss, global_sigmoid_loss
+from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
 from tests.distributed import cases, drop_in, tiny
 from tests.distributed.launch import finish
 
 
-def contrastive(
-    counts: tuple[int, ...], case: cases.Case, limit: int, dtype: torch.dtype = torch.float64
-) -> Any:
-    """Loss and gradients of this rank's rows."""
+def run(
+    loss: Callable[..., Tensor],
+    first: str,
+    scales: tuple[float, ...],
+    counts: tuple[int, ...],
+    case: cases.Case,
+    limit: int,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Three times a loss of this rank's rows of the batch, and the gradients of all its features and scales."""
     batch, rank = cases.batch(dtype), dist.get_rank()
     rows = cases.extent(counts, rank)
     cols = cases.extent(counts[::-1], rank) if "labels" in case.tensors else rows
-    a, b = batch["a"][rows].clone().requires_grad_(), batch["b"][cols].clone().requires_grad_()
-    scale = torch.full((1,), cases.SCALE, dtype=dtype, requires_grad=True)
-    arguments = case.arguments(batch, rows, cols)
-    loss = global_contrastive_loss(a, b, scale, **arguments, gather_limit_bytes=limit)
-    loss.backward()
-    return found(loss, a, b, scale)
-
-
-def sigmoid(counts: tuple[int, ...], case: cases.Case, limit: int) -> Any:
-    """The same of the sigmoid loss, and the gradient of its bias."""
-    batch, rank = cases.batch(), dist.get_rank()
-    rows = cases.extent(counts, rank)
-    cols = cases.extent(counts[::-1], rank) if "labels" in case.tensors else rows
-    a, b = batch["a"][rows].clone().requires_grad_(), batch["b"][cols].clone().requires_grad_()
-    scale = torch.full((1,), cases.SCALE, dtype=a.dtype, requires_grad=True)
-    bias = torch.tensor(cases.BIAS, dtype=a.dtype, requires_grad=True)
-    arguments = case.arguments(batch, rows, cols)
-    loss = global_sigmoid_loss(a, b, scale, bias, **arguments, gather_limit_bytes=limit)
-    (loss * 3).backward()
-    return found(loss, a, b, scale, bias)
-
-
-def found(loss: Tensor, *leaves: Tensor) -> dict[str, Any]:
+    leaves = [batch[first][rows].clone(), batch["b"][cols].clone()]
+    leaves += [torch.full((1,), value, dtype=dtype) for value in scales]
+    for x in leaves:
+        x.requires_grad_()
+    value = 3 * loss(*leaves, **case.arguments(batch, rows, cols), gather_limit_bytes=limit)
+    value.backward()
     grads = [x.grad.double().tolist() for x in leaves if x.grad is not None]
-    return {"loss": loss.item(), "dtype": str(loss.dtype), "grads": grads}
+    return {"loss": value.item(), "dtype": str(value.dtype), "grads": grads}
 
 
-def variants(run: Callable[..., Any], named: dict[str, cases.Case]) -> dict[str, Any]:
+contrastive = partial(run, global_contrastive_loss, "a", (cases.SCALE,))
+sigmoid = partial(run, global_sigmoid_loss, "a", (cases.SCALE, cases.BIAS))
+token = partial(run, global_token_contrastive_loss, "tokens", (cases.SCALE,))
+
+
+def variants(one: Callable[..., Any], named: dict[str, cases.Case]) -> dict[str, Any]:
     layouts = cases.LAYOUTS[dist.get_world_size()]
     return {
-        f"{name}; {layout}; {exchange}": run(counts, case, limit)
+        f"{name}; {layout}; {exchange}": one(counts, case, limit)
         for name, case in named.items()
         for layout, counts in layouts.items()
         for exchange, limit in cases.EXCHANGES.items()
@@ -132,6 +127,9 @@ def largest_tensors() -> dict[str, int]:
         with LargestTensor() as largest:
             global_contrastive_loss(features, features, 1.0, gather_limit_bytes=limit).backward()
             global_sigmoid_loss(features, features, 1.0, 0.0, gather_limit_bytes=limit).backward()
+            global_token_contrastive_loss(
+                features[:, None], features, 1.0, gather_limit_bytes=limit
+            ).backward()
         sizes[exchange] = largest.num_bytes
     return sizes
 
@@ -180,6 +178,7 @@ def main() -> None:
     result = {
         "variants": variants(contrastive, cases.CASES),
         "sigmoid": variants(sigmoid, cases.SIGMOID_CASES),
+        "token": variants(token, cases.TOKEN_CASES),
         "drop-in": drop_in.compared(),
         "misplaced": message(drop_in.misplaced),
         "float32": float32,

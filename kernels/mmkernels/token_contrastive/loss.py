@@ -108,16 +108,16 @@ def _of_stats(stats: TokenContrastiveStats, options: _Options) -> Tensor:
     num_rows, num_cols = len(stats.row_lse), len(stats.col_lse)
     if options.labels is None:
         col_positive = stats.col_positive if len(stats.col_positive) else stats.positive
-        rows = _cross_entropy(
+        rows = cross_entropy(
             stats.row_lse, stats.row_rest, stats.positive, stats.row_total, num_cols, smoothing
         )
         of_cols = (x[place] if len(x) else x for x in (stats.col_lse, stats.col_rest, stats.col_total))
         col_lse, col_rest, col_total = of_cols
-        cols = _cross_entropy(col_lse, col_rest, col_positive, col_total, num_rows, smoothing)
+        cols = cross_entropy(col_lse, col_rest, col_positive, col_total, num_rows, smoothing)
         return _reduce((rows + cols) / 2 if options.symmetric else rows, num_rows, options.reduction)
     row_labels, col_labels = options.labels
     row_count, col_count = label_counts(row_labels, col_labels), label_counts(col_labels, row_labels)
-    rows = _cross_entropy(
+    rows = cross_entropy(
         stats.row_lse,
         stats.row_rest,
         stats.row_matched / row_count.clamp(min=1),
@@ -127,7 +127,7 @@ def _of_stats(stats: TokenContrastiveStats, options: _Options) -> Tensor:
     ).where(row_count > 0, 0)
     if not options.symmetric:
         return _reduce(rows, (row_count > 0).sum(), options.reduction)
-    cols = _cross_entropy(
+    cols = cross_entropy(
         stats.col_lse,
         stats.col_rest,
         stats.col_matched / col_count.clamp(min=1),
@@ -141,7 +141,7 @@ def _of_stats(stats: TokenContrastiveStats, options: _Options) -> Tensor:
     return (of_rows + _reduce(cols, (col_count > 0).sum(), options.reduction)) / 2
 
 
-def _cross_entropy(
+def cross_entropy(
     lse: Tensor, rest: Tensor, target: Tensor, total: Tensor, size: int, smoothing: float
 ) -> Tensor:
     """`lse` less the expected logit; `total / size` is the mean logit, not wanted without smoothing."""
