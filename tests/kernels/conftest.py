@@ -7,12 +7,14 @@ from mmkernels import _tile, native
 from mmkernels.contrastive import blockwise, kernel, op
 from mmkernels.token_contrastive import blockwise as token_blockwise
 from mmkernels.token_contrastive import kernel as token_kernel
+from mmkernels.token_contrastive import loss as token_loss
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
     blockwise: {"TILE": 32},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     op: {"EAGER_LOGITS": 0},
+    token_loss: {"EAGER_PRODUCTS": 0},
     token_blockwise: {"TILE": 640, "TILE_COLS": 16},
     token_kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},
 }
