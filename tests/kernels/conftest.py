@@ -16,6 +16,7 @@ from mmkernels.sigmoid import kernel as sigmoid_kernel
 from mmkernels.sigmoid import op as sigmoid_op
 from mmkernels.token_contrastive import blockwise as token_blockwise
 from mmkernels.token_contrastive import kernel as token_kernel
+from mmkernels.token_contrastive import loss as token_loss
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
@@ -32,6 +33,7 @@ SMALL = {
     lce_blockwise: {"ROWS": 32, "COLS": 32},
     lce_kernel: {"chunk_rows": lambda vocab: 32},
     lce_op: {"EAGER_PRODUCT": 0},
+    token_loss: {"EAGER_PRODUCTS": 0},
     token_blockwise: {"TILE": 640, "TILE_COLS": 16},
     token_kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},
 }
