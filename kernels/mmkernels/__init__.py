@@ -9,6 +9,7 @@ from mmkernels.contrastive import (
     contrastive_stats,
     contrastive_stats_ref,
 )
+from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 from mmkernels.token_contrastive import (
@@ -28,6 +29,8 @@ __all__ = [
     "contrastive_lse_ref",
     "contrastive_stats",
     "contrastive_stats_ref",
+    "distillation_loss",
+    "distillation_loss_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "sigmoid_loss",

@@ -7,11 +7,13 @@ from typing import Any
 from mmkernels._launch import Table
 from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
+from mmkernels.distill import kernel as distill
+from mmkernels.distill import launch as distill_launch
 from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
 from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
 from mmkernels.sigmoid import kernel as sigmoid
 from mmkernels.sigmoid import launch as sigmoid_launch
-from mmkernels.token_contrastive import kernel as token_contrastive
+from mmkernels.token_contrastive import device as token_contrastive
 from mmkernels.token_contrastive import launch as token_launch
 
 
@@ -126,6 +128,23 @@ CASES = (
             ("gradient", {"HAS_BIAS": True, "HAS_GRAD": True}),
             ("statistics", {"HAS_BIAS": False, "HAS_GRAD": False}),
         )
+    ),
+    *(
+        Case(
+            name=f"distill[HAS_CENTER={centered}]",
+            kernel=kernel,
+            row=row,
+            table=distill_launch.TABLE,
+            constants={"HAS_CENTER": centered},
+            operands=("student_ptr", "teacher_ptr", "dstudent_ptr"),
+            odd=("B", "C"),
+            products=False,
+        )
+        for row, kernel in (
+            ("fwd", distill._distillation_loss_fwd_kernel),
+            ("bwd", distill._distillation_loss_bwd_kernel),
+        )
+        for centered in (True, False)
     ),
     *(
         Case(

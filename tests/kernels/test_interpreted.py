@@ -14,6 +14,7 @@ FILES = (
     "test_contract_detects.py",
     "test_contrastive.py",
     "test_contrastive_arguments.py",
+    "test_distill.py",
     "test_sigmoid.py",
     "test_linear_cross_entropy.py",
     "test_token_contrastive.py",

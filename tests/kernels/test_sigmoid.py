@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -204,70 +203,6 @@ def test_scale_and_bias_get_gradients_in_their_own_shape_and_dtype(
         assert (grad.shape, grad.dtype) == (shape, dtype)
         error = (grad.double().reshape(()) - exact).abs()
         assert error <= 4 * max(torch.finfo(dtype).eps, EPS) * exact.abs()
-
-
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch, streamed: None) -> Iterator[list[int]]:
-    """The matrix products of one tile so far, in a list of one number."""
-    count = [0]
-
-    def counted(x: Tensor, y: Tensor) -> Tensor:
-        count[0] += 1
-        return matmul_nt(x, y)
-
-    matmul_nt = blockwise.matmul_nt
-    monkeypatch.setattr(blockwise, "matmul_nt", counted)
-    yield count
-
-
-@of_the_blockwise_path
-@pytest.mark.parametrize(
-    ("wrt", "of_forward"), [("absb", 3), ("as", 2), ("b", 2), ("st", 1), ("", 1)], ids=lambda x: str(x)
-)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_all_products_are_made_in_forward_and_only_those_asked_for(
-    wrt: str, of_forward: int, compiled: bool, products: list[int]
-) -> None:
-    torch._dynamo.reset()
-    leaves = dict(zip("abst", (*features(20, 20), *scalars())))
-    inputs = [x.detach().requires_grad_(name in wrt) for name, x in leaves.items()]
-    fn = torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager") if compiled else sigmoid_loss
-    loss = fn(*inputs)
-    assert products == [of_forward]
-    if wrt:
-        loss.backward()
-    assert products == [of_forward]
-
-
-@of_the_blockwise_path
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_without_gradients_a_forward_is_one_product(compiled: bool, products: list[int]) -> None:
-    torch._dynamo.reset()
-    inputs = (*features(20, 20), *scalars())
-    fn = torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager") if compiled else sigmoid_loss
-    with torch.no_grad():
-        fn(*inputs)
-    with torch.inference_mode():
-        fn(*inputs)
-    assert products == [2]
-
-
-@of_the_blockwise_path
-def test_the_loss_of_each_row_costs_four_products(products: list[int]) -> None:
-    a, b = features(20, 20)
-    loss = sigmoid_loss(a, b, *scalars(), reduction="none")
-    assert products == [1]
-    loss.sum().backward()
-    assert products == [4]
-
-
-@of_the_blockwise_path
-def test_autocast_still_makes_gradients_in_forward(products: list[int]) -> None:
-    a, b = features(20, 20)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = sigmoid_loss(a, b, *scalars())
-    loss.backward()
-    assert products == [3]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensors", "reentrant"])

@@ -19,6 +19,7 @@ from mmkernels import (
 from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
 from mmkernels.token_contrastive import blockwise
+from mmkernels.token_contrastive import loss as loss_module
 from mmkernels.token_contrastive.launch import CHUNK_BYTES, MIN_CHUNK_TOKENS, chunk_rows
 from mmkernels.token_contrastive.problem import Problem, weights_of
 from mmkernels.token_contrastive.spec import LEAST_GAP, LOSS, SPECS, gaps
@@ -79,6 +80,15 @@ def test_the_data_of_the_contract_keep_the_best_token_ahead_of_rounding() -> Non
                 assert (inputs["b"] == inputs["b"].round()).all()
             else:
                 assert ahead.min() >= LEAST_GAP, (spec.name, case)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's path has no eager form")
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "loss" in spec.name], ids=lambda spec: spec.name)
+def test_the_eager_form_of_small_shapes_obeys_the_contract(spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "EAGER_PRODUCTS", 1 << 18)
+    for case in spec.cases:
+        for dtype in (*spec_dtypes(), torch.float64):
+            check(spec, spec.shapes[-1], case, dtype)
 
 
 def spec_dtypes() -> tuple[torch.dtype, ...]:

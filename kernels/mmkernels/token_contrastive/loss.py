@@ -6,18 +6,24 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import require
+from mmkernels._device import runs_triton
+from mmkernels._numerics import widen
 from mmkernels.token_contrastive.op import (
     OP,
     Labels,
     Masks,
     check_labels,
+    check_masks,
     check_positives,
     operands,
     token_contrastive_stats,
 )
 from mmkernels.token_contrastive.problem import TokenContrastiveStats, label_counts
+from mmkernels.token_contrastive.reference import token_contrastive_loss_ref
 
 REDUCTIONS = ("none", "mean", "sum")
+# Timed on two Zen 5 cores at Q = 32, D = 256: at 64 x 64 keeping the products is faster, at 128 x 128 tiles are.
+EAGER_PRODUCTS = 1 << 18
 
 
 def token_contrastive_loss(
@@ -63,25 +69,17 @@ def token_contrastive_loss(
     Reference: `token_contrastive_loss_ref`. Paper: arXiv:2301.12597.
     """
     tokens, b, scale = operands(tokens, b, logit_scale)
-    require(OP, reduction in REDUCTIONS, "reduction must be one of {}, got {!r}", REDUCTIONS, reduction)
-    require(OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing)
-    num_rows, num_cols = tokens.shape[0], b.shape[0]
-    square = num_rows == num_cols
+    options = _Options(symmetric, label_smoothing, reduction)
+    _check(tokens, b, positives, labels, options)
+    check_masks(tokens, b, masks)
+    if _eager_is_faster(tokens, b):
+        with torch.autocast(tokens.device.type, enabled=False):
+            wide = widen(tokens), widen(b)
+            return token_contrastive_loss_ref(
+                *wide, scale, positives=positives, labels=labels, masks=masks, **options._asdict()
+            )
     if positives is None and labels is None:
-        require(OP, square, "b must have M = {} rows without positives, got {}", num_rows, num_cols)
-        positives = torch.arange(num_rows, device=tokens.device)
-    elif positives is not None:
-        require(OP, labels is None, "positives must be None with labels, got {}", "both")
-        check_positives(tokens, b, positives, 0)
-    else:
-        check_labels(tokens, b, labels)
-        require(
-            OP,
-            square or not symmetric or reduction != "none",
-            "b must have M = {} rows with labels, symmetric and reduction='none', got {}",
-            num_rows,
-            num_cols,
-        )
+        positives = torch.arange(tokens.shape[0], device=tokens.device)
     stats = token_contrastive_stats(
         tokens,
         b,
@@ -92,49 +90,72 @@ def token_contrastive_loss(
         with_totals=label_smoothing > 0,
     )
     with torch.autocast(tokens.device.type, enabled=False):
-        return _of_stats(stats, _Options(positives, labels, symmetric, label_smoothing, reduction))
+        if positives is not None:
+            return _of_pairs(stats, positives, options)
+        assert labels is not None
+        return _of_labels(stats, labels, options)
 
 
 class _Options(NamedTuple):
-    positives: Tensor | None
-    labels: Labels | None
+    """The arguments of `token_contrastive_loss` that are not tensors."""
+
     symmetric: bool
     label_smoothing: float
     reduction: str
 
 
-def _of_stats(stats: TokenContrastiveStats, options: _Options) -> Tensor:
-    smoothing, place = options.label_smoothing, options.positives
+def _check(
+    tokens: Tensor, b: Tensor, positives: Tensor | None, labels: Labels | None, options: _Options
+) -> None:
+    smoothing, reduction = options.label_smoothing, options.reduction
+    require(OP, reduction in REDUCTIONS, "reduction must be one of {}, got {!r}", REDUCTIONS, reduction)
+    require(OP, 0 <= smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", smoothing)
+    num_rows, num_cols = tokens.shape[0], b.shape[0]
+    square = num_rows == num_cols
+    if positives is not None:
+        require(OP, labels is None, "positives must be None with labels, got {}", "both")
+        check_positives(tokens, b, positives, 0)
+    elif labels is not None:
+        check_labels(tokens, b, labels)
+        one_by_one = options.symmetric and reduction == "none"
+        sentence = "b must have M = {} rows with labels, symmetric and reduction='none', got {}"
+        require(OP, square or not one_by_one, sentence, num_rows, num_cols)
+    else:
+        require(OP, square, "b must have M = {} rows without positives, got {}", num_rows, num_cols)
+
+
+def _eager_is_faster(tokens: Tensor, b: Tensor) -> bool:
+    """A pure function of shape: products that stay in a CPU's cache are cheaper kept than recomputed."""
+    num_products = tokens.shape[0] * tokens.shape[1] * b[..., 0].numel()
+    return not (tokens.is_cuda or runs_triton(tokens)) and 0 < num_products < EAGER_PRODUCTS
+
+
+def _of_pairs(stats: TokenContrastiveStats, positives: Tensor, options: _Options) -> Tensor:
+    """Of one positive to a row."""
     num_rows, num_cols = len(stats.row_lse), len(stats.col_lse)
-    if options.labels is None:
-        col_positive = stats.col_positive if len(stats.col_positive) else stats.positive
-        rows = cross_entropy(
-            stats.row_lse, stats.row_rest, stats.positive, stats.row_total, num_cols, smoothing
-        )
-        of_cols = (x[place] if len(x) else x for x in (stats.col_lse, stats.col_rest, stats.col_total))
-        col_lse, col_rest, col_total = of_cols
-        cols = cross_entropy(col_lse, col_rest, col_positive, col_total, num_rows, smoothing)
-        return _reduce((rows + cols) / 2 if options.symmetric else rows, num_rows, options.reduction)
-    row_labels, col_labels = options.labels
-    row_count, col_count = label_counts(row_labels, col_labels), label_counts(col_labels, row_labels)
-    rows = cross_entropy(
-        stats.row_lse,
-        stats.row_rest,
-        stats.row_matched / row_count.clamp(min=1),
-        stats.row_total,
-        num_cols,
-        smoothing,
-    ).where(row_count > 0, 0)
+    smoothing, losses = options.label_smoothing, (stats.row_lse, stats.row_rest)
+    rows = cross_entropy(*losses, stats.positive, stats.row_total, num_cols, smoothing)
+    if not options.symmetric:
+        return _reduce(rows, num_rows, options.reduction)
+    col_positive = stats.col_positive if len(stats.col_positive) else stats.positive
+    col_total = stats.col_total[positives] if smoothing > 0 else stats.col_total
+    losses = stats.col_lse[positives], stats.col_rest[positives]
+    cols = cross_entropy(*losses, col_positive, col_total, num_rows, smoothing)
+    return _reduce((rows + cols) / 2, num_rows, options.reduction)
+
+
+def _of_labels(stats: TokenContrastiveStats, labels: Labels, options: _Options) -> Tensor:
+    """Of positives that share their target."""
+    num_rows, num_cols = len(stats.row_lse), len(stats.col_lse)
+    row_count, col_count = label_counts(*labels), label_counts(*reversed(labels))
+    target = stats.row_matched / row_count.clamp(min=1)
+    smoothing, losses = options.label_smoothing, (stats.row_lse, stats.row_rest)
+    rows = cross_entropy(*losses, target, stats.row_total, num_cols, smoothing).where(row_count > 0, 0)
     if not options.symmetric:
         return _reduce(rows, (row_count > 0).sum(), options.reduction)
-    cols = cross_entropy(
-        stats.col_lse,
-        stats.col_rest,
-        stats.col_matched / col_count.clamp(min=1),
-        stats.col_total,
-        num_rows,
-        smoothing,
-    ).where(col_count > 0, 0)
+    target = stats.col_matched / col_count.clamp(min=1)
+    losses = stats.col_lse, stats.col_rest
+    cols = cross_entropy(*losses, target, stats.col_total, num_rows, smoothing).where(col_count > 0, 0)
     if options.reduction == "none":
         return (rows + cols) / 2
     of_rows = _reduce(rows, (row_count > 0).sum(), options.reduction)

@@ -1,6 +1,7 @@
 """Eager token-contrastive statistics and loss, in the dtype they are given: what the other paths are held to."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Masks = tuple[Tensor | None, Tensor | None]
@@ -51,23 +52,20 @@ def token_contrastive_loss_ref(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropies of the rows and columns of S against whole matrices of targets."""
+    """Cross-entropies of the rows and columns of S, as the papers write them."""
     of_rows, of_cols = _logits(tokens, b, logit_scale, masks)
-    columns = torch.arange(b.shape[0], device=b.device)
-    pairs = columns if positives is None else positives
-    hard = pairs[:, None] == columns if labels is None else labels[0][:, None] == labels[1]
-    hard = hard.to(of_rows.dtype)  # [M, N]
-    rows = _cross_entropy(of_rows, hard, label_smoothing)
     if labels is None:
+        pairs = torch.arange(tokens.shape[0], device=tokens.device)
+        rows = _smoothed(of_rows, pairs if positives is None else positives, label_smoothing)
         # several rows may share a column: a column's cross-entropy is that of each such pair
-        own = torch.eye(len(pairs), dtype=hard.dtype, device=hard.device)
-        cols = _cross_entropy(of_cols.T[pairs], own, label_smoothing)
-        return _reduce((rows + cols) / 2 if symmetric else rows, pairs >= 0, reduction)
+        cols = _smoothed(of_cols.T if positives is None else of_cols.T[positives], pairs, label_smoothing)
+        return _reduce((rows + cols) / 2 if symmetric else rows, torch.ones_like(pairs), reduction)
+    hard = labels[0][:, None] == labels[1]  # [M, N]
     has_col, has_row = hard.any(1), hard.any(0)
-    rows = torch.where(has_col, rows, 0.0)
+    rows = torch.where(has_col, _shared(of_rows, hard, label_smoothing), 0.0)
     if not symmetric:
         return _reduce(rows, has_col, reduction)
-    cols = torch.where(has_row, _cross_entropy(of_cols.T, hard.T, label_smoothing), 0.0)
+    cols = torch.where(has_row, _shared(of_cols.T, hard.T, label_smoothing), 0.0)
     if reduction == "none":
         return (rows + cols) / 2
     return (_reduce(rows, has_col, reduction) + _reduce(cols, has_row, reduction)) / 2
@@ -113,9 +111,14 @@ def _at(logits: Tensor, positives: Tensor) -> Tensor:
     return torch.where(positives < 0, 0.0, found)
 
 
-def _cross_entropy(logits: Tensor, hard: Tensor, label_smoothing: float) -> Tensor:
-    """Of each row of logits, the partners sharing its weight alike."""
-    targets = hard / hard.sum(1, keepdim=True).clamp(min=1)
+def _smoothed(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+
+
+def _shared(logits: Tensor, hard: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy of each row of logits, its partners sharing the target alike."""
+    targets = hard.to(logits.dtype)
+    targets = targets / targets.sum(1, keepdim=True).clamp(min=1)
     targets = (1 - label_smoothing) * targets + label_smoothing / max(logits.shape[1], 1)
     return -(targets * logits.log_softmax(1)).sum(1)
 

@@ -179,8 +179,16 @@ LOSS = _spec(
     cases=CASES,
     draw_shape=_square,
     bench_shapes={
-        "cpu": tuple(_shape(size, 32, size, 256) for size in (16, 128, 256, 512, 1024)),
-        "cuda": (_shape(1024, 32, 1024, 256), _shape(4096, 32, 4096, 256)),
+        "cpu": (
+            *(_shape(size, 32, size, 256) for size in (16, 64, 128, 256)),
+            _shape(64, 32, 2048, 256),
+            _shape(1024, 32, 1024, 256),
+        ),
+        "cuda": (
+            _shape(128, 32, 8192, 256),
+            _shape(1024, 32, 1024, 256),
+            _shape(4096, 32, 4096, 256),
+        ),
     },
 )
 RECTANGLE = _spec(
@@ -188,7 +196,6 @@ RECTANGLE = _spec(
     (_shape(2, 9, 70, 17),),
     _positives,
     label_smoothing=0.1,
-    bench_shapes={"cpu": (_shape(64, 32, 2048, 256),), "cuda": (_shape(128, 32, 8192, 256),)},
 )
 LABELS = _spec("labels", (_shape(7, 4, 33, 9),), _labels, label_smoothing=0.1)
 ROWS = _spec("rows", (_shape(7, 4, 33, 9),), _positives, symmetric=False, reduction="none")

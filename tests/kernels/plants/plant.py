@@ -18,13 +18,15 @@ class Plants:
         op: its `op` module, which holds each path under the path's name.
         paths: the modules "blockwise" and "kernel".
         bugs: by path, by name, the text in the path's source and what replaces it.
-        checks: the contract that must turn red: specs and shapes, on random data in float32 and bfloat16.
+        checks: the contract that must turn red: specs and shapes, in float32 and bfloat16.
+        cases: the data of those; if none, each spec's plainest.
     """
 
     op: ModuleType
     paths: Mapping[str, ModuleType]
     bugs: Mapping[str, Mapping[str, tuple[str, str]]]
     checks: tuple[tuple[OpSpec, Shape], ...]
+    cases: tuple[str, ...] = ()
 
 
 def plant(path: ModuleType, old: str, new: str, folder: Path) -> ModuleType:

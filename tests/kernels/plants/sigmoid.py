@@ -8,7 +8,10 @@ BLOCKWISE = {
     "wrong factor on da and db": ("            dx.mul_(alpha)\n", "            pass\n"),
     "bias left out": ("float(scale), float(bias)", "float(scale), 0.0"),
     "unwritten columns": ("for c in range(0, len(b), TILE)", "for c in range(0, len(b) - 1, TILE)"),
-    "missing cast": ("a, b, alpha, beta = widen(a), widen(b), float", "alpha, beta = float"),
+    "missing cast": (
+        "tile = matmul_nt(a[of_rows], b[of_cols])",
+        "tile = matmul_nt(a[of_rows], b[of_cols]).half().to(a.dtype)",
+    ),
     "row's labels of another tile": ("row_label[of_rows], col", "row_label[: of_rows.stop - r], col"),
     "loss of the last tile alone": ("loss[of_rows] += row_loss", "loss[of_rows] = row_loss"),
     "da of the last tile alone": ("da[of_rows] += matmul", "da[of_rows] = matmul"),
