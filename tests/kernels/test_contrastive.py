@@ -15,7 +15,6 @@ from mmkernels._contract import cast_inputs, check, evaluate
 from mmkernels._device import INTERPRETED, runs_triton
 from mmkernels._spec import OpSpec
 from mmkernels.contrastive import blockwise, kernel, loss
-from mmkernels.contrastive.launch import MAX_CHUNK, MIN_CHUNK, chunk_rows
 from mmkernels.contrastive.problem import Problem
 from mmkernels.contrastive.spec import CASES, LOSS, STATS, VARIANTS
 
@@ -239,12 +238,6 @@ def test_not_a_number_in_a_feature_reaches_the_loss(either_form: None) -> None:
     with torch.no_grad():
         a[3, 2] = math.nan
     assert contrastive_loss(a, b, 2.0).isnan()
-
-
-def test_chunks_of_the_gradient_stay_within_their_bounds() -> None:
-    assert chunk_rows(1024, 2) == MAX_CHUNK
-    assert chunk_rows(65536, 2) == 2048
-    assert chunk_rows(1 << 20, 4) == MIN_CHUNK
 
 
 @pytest.mark.gpu

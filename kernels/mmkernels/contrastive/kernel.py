@@ -10,11 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, input_precision, launch_config
+from mmkernels._launch import Launch, chunk_rows, input_precision, launch_config
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import matmul_fp32, operand, pitched
 from mmkernels.contrastive.device import _contrastive_bwd_kernel, _contrastive_fwd_kernel
-from mmkernels.contrastive.launch import MAX_PROGRAMS, TABLE, chunk_rows
+from mmkernels.contrastive.launch import MAX_PROGRAMS, TABLE
 from mmkernels.contrastive.problem import (
     Coefficients,
     ContrastiveStats,

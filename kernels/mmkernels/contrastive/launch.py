@@ -8,10 +8,6 @@ from mmkernels._launch import Launch, Table
 
 # Programs that share the rows; each keeps column sums of its own, [programs, N], so no atomics are needed.
 MAX_PROGRAMS = 132
-# Pass 2 holds one [chunk, N] buffer of dL/dS: 256 MiB of it, but never fewer rows than keep a GEMM busy.
-CHUNK_BYTES = 256 << 20
-MIN_CHUNK, MAX_CHUNK = 1024, 4096
-
 
 TABLE: Table = {
     ("fwd", 2, 80): Launch(128, 128, 32, 8, 4),
@@ -40,9 +36,3 @@ TABLE: Table = {
     ("bwd_teacher", 4, 90): Launch(64, 32, 16, 4, 3),
     ("bwd_teacher", 4, 100): Launch(64, 32, 16, 4, 3),
 }
-
-
-def chunk_rows(num_cols: int, element_size: int) -> int:
-    """Rows of dL/dS that pass 2 holds at a time."""
-    fitting = CHUNK_BYTES // max(num_cols * element_size, 1) // 128 * 128
-    return min(max(fitting, MIN_CHUNK), MAX_CHUNK)
