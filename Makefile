@@ -20,8 +20,9 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 demo: $(VENV)/installed
 	$(VENV)/bin/mmcore train clip --data digits --model tiny --epochs 45 --lr 1e-3 --ema 0.99 --out $(DEMO)
 
+# One thread: the tests are many small calls.
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 check: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -31,4 +31,5 @@ def combine_sums(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     if not len(maxima):
         return log_sum_exp(maxima.new_full(maxima.shape[1:], -torch.inf), sums.sum(0))
     largest = maxima.amax(0)
-    return log_sum_exp(largest, sums.mul_(maxima.sub_(largest).exp_()).sum(0))
+    shift = largest.clamp(min=torch.finfo(largest.dtype).min)  # -inf - -inf would be NaN
+    return log_sum_exp(largest, sums.mul_(maxima.sub_(shift).exp_()).sum(0))

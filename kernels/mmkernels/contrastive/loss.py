@@ -167,7 +167,8 @@ def checked_inputs(
     options.check(labels is not None, teacher is not None)
     if negatives is not None:
         check_features("negatives", negatives, "K", a)
-        negatives = negatives.detach().to(a.dtype)
+        # a queue that is still empty is none
+        negatives = negatives.detach().to(a.dtype) if len(negatives) else None
     _check_pairing(a, b, positives, labels)
     return Inputs(a, b, scale, teacher, negatives)
 
