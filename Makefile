@@ -32,7 +32,7 @@ bench: $(VENV)/installed
 	$(RUN) -m pytest bench/ --benchmark-json=bench/results/latest.json
 
 docs-tables: $(VENV)/installed
-	$(RUN) -m bench tables README.md
+	$(RUN) -m bench tables README.md kernels/README.md
 
 # Needs a CUDA device and an environment that has torch for it; installs nothing.
 gpu:

@@ -35,8 +35,9 @@ def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [case for case in document["benchmarks"] if "contender" in case["extra_info"]]
 
 
-def markdown(document: dict[str, Any], *, mode: str = "both") -> str:
-    """One Markdown table of the cases of a mode, under a line that says on what they ran."""
+def markdown(document: dict[str, Any], *, mode: str = "both", ops: tuple[str, ...] = ()) -> str:
+    """One Markdown table of the cases of a mode, of all ops or of those named, under a line that says on what
+    they ran."""
     info = document["machine_info"]
     lines = [
         f"{info['device']} ({info['cpu']}), torch {info['torch']}, {document['datetime'][:10]}",
@@ -45,20 +46,23 @@ def markdown(document: dict[str, Any], *, mode: str = "both") -> str:
         "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2),
     ]
     for case in cases(document):
-        if case["group"].endswith(f" {mode}"):
+        op = case["group"].split()[0].split("[")[0]
+        if case["group"].endswith(f" {mode}") and (not ops or op in ops):
             lines.append("| " + " | ".join(row(case)) + " |")
     return "\n".join(lines)
 
 
-TABLE = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- bench: (\S+)((?: \w+)*) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
 
 
 def fill(page: Path) -> None:
-    """Writes each `<!-- bench: FILE -->` table of a Markdown page anew from the FILE it names."""
-    text = page.read_text()
-    page.write_text(
-        TABLE.sub(lambda m: f"{m[1]}{markdown(load([page.parent / m[2]])[0])}\n<!-- end -->", text)
-    )
+    """Writes each `<!-- bench: FILE OP ... -->` table of a Markdown page anew from the FILE it names."""
+
+    def table(found: re.Match[str]) -> str:
+        document = load([page.parent / found[2]])[0]
+        return f"{found[1]}{markdown(document, ops=tuple(found[3].split()))}\n<!-- end -->"
+
+    page.write_text(TABLE.sub(table, page.read_text()))
 
 
 def plot(document: dict[str, Any], path: Path, *, op: str = "contrastive_loss") -> None:
@@ -68,7 +72,7 @@ def plot(document: dict[str, Any], path: Path, *, op: str = "contrastive_loss") 
     floor: dict[int, float] = {}
     for case in cases(document):
         info = case["extra_info"]
-        if not case["group"].startswith(op) or not case["group"].endswith(" both"):
+        if not case["group"].startswith(f"{op} ") or not case["group"].endswith(" both"):
             continue
         size, median = case["params"]["shape"]["B"], 1e3 * case["stats"]["median"]
         times[info["contender"]].append((size, median))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.case import MODES, Case, dtype_id, time_case
-from bench.contrastive import contenders, eager, features
+from bench.contrastive import contenders, eager, features, peers
 from bench.measure import MIB, gemm_flops_per_s, paired_medians, peak_extra_bytes, relative_error
 from mmkernels import contrastive_loss
 from mmkernels._spec import shape_id
@@ -36,6 +36,10 @@ def gold(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) ->
 
 def skip_reason(size: int, width: int, contender: str, dtype: torch.dtype) -> str | None:
     """Why a case is left out of this machine's run, which is to stay within minutes."""
+    if contender not in contenders():
+        return f"{contender} is not installed"
+    if DEVICE == "cpu" and contender in peers():
+        return f"{contender} runs on GPUs only"
     if contender == "compile" and (size not in COMPILED or (DEVICE == "cuda" and width != 768)):
         return f"compiled at B = {COMPILED} only: each compilation takes up to half a minute"
     if contender != "mmkernels" and size**2 > STORED_LOGITS_LIMIT:
@@ -47,7 +51,9 @@ def skip_reason(size: int, width: int, contender: str, dtype: torch.dtype) -> st
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("contender", ["mmkernels", "eager", "open_clip", "compile"])
+@pytest.mark.parametrize(
+    "contender", ["mmkernels", "eager", "open_clip", "compile", "inf_cl", "cut_cross_entropy"]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_contrastive_loss(benchmark, device, shape, contender, dtype, mode):
     size, width = shape["B"], shape["D"]

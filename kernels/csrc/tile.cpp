@@ -1,4 +1,4 @@
-// mmkernels::fold_tile, grad_tile and sigmoid_tile on a CPU: see mmkernels/_tile.py for what they compute.
+// The native ops on a CPU: mmkernels/_tile.py and mmkernels/distill/blockwise.py say what they compute.
 //
 // A tile is cut into panels of PANEL rows whatever the number of threads: each row belongs to one panel, each
 // panel has its own column sums, and those are combined in order. No bit depends on the threads.
@@ -192,6 +192,65 @@ Tensor sigmoid_tile(const Tensor& cosines, double scale, double bias, const Tens
   return sums;
 }
 
+Distill distill_of(const Tensor& student, const Tensor& teacher, double student_temp, double teacher_temp,
+                   const std::optional<Tensor>& center, const Tensor& stats) {
+  for (const Tensor& x : {student, teacher}) {
+    check_matrix(x, "student and teacher");
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+                    "student and teacher must be contiguous float32");
+  }
+  const int64_t rows = student.size(0), cols = student.size(1);
+  STD_TORCH_CHECK(teacher.size(0) == rows && teacher.size(1) == cols, "teacher must have the shape of student");
+  if (center) check_vector(*center, cols, ScalarType::Float, "center");
+  check_matrix(stats, "stats");
+  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Float && stats.size(0) == 4 && stats.size(1) == rows,
+                  "stats must be float32 [4, rows]");
+  return {student.const_data_ptr<float>(),
+          teacher.const_data_ptr<float>(),
+          center ? center->const_data_ptr<float>() : nullptr,
+          cols,
+          static_cast<float>(student_temp),
+          static_cast<float>(teacher_temp),
+          stats.mutable_data_ptr<float>(),
+          stats.stride(0)};
+}
+
+// Calls run(row's work, row) for each row, in parallel.
+template <class Run>
+void for_rows(const Distill& whole, int64_t rows, const Run& run) {
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, whole.cols));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Distill row = whole;
+      row.student += i * whole.cols;
+      row.teacher += i * whole.cols;
+      row.stats += i;
+      run(row, i);
+    }
+  });
+}
+
+void distill_fwd(const Tensor& student, const Tensor& teacher, double student_temp, double teacher_temp,
+                 const std::optional<Tensor>& center, const Tensor& losses, const Tensor& stats) {
+  const Distill whole = distill_of(student, teacher, student_temp, teacher_temp, center, stats);
+  check_vector(losses, student.size(0), ScalarType::Float, "losses");
+  float* to = losses.mutable_data_ptr<float>();
+  for_rows(whole, student.size(0), [&](const Distill& row, int64_t i) { to[i] = kernels.distill(row); });
+}
+
+void distill_bwd(const Tensor& student, const Tensor& teacher, double student_temp, double teacher_temp,
+                 const std::optional<Tensor>& center, const Tensor& stats, const Tensor& grad,
+                 const Tensor& out) {
+  const Distill whole = distill_of(student, teacher, student_temp, teacher_temp, center, stats);
+  check_vector(grad, student.size(0), ScalarType::Float, "grad");
+  STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == ScalarType::Float, "out must be contiguous float32");
+  const float* upstream = grad.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  for_rows(whole, student.size(0), [&](const Distill& row, int64_t i) {
+    kernels.distill_grad(row, upstream[i], to + i * whole.cols);
+  });
+}
+
 }  // namespace
 }  // namespace mmkernels
 
@@ -205,10 +264,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "sigmoid_tile(Tensor cosines, float scale, float bias, Tensor row_label, Tensor col_label, "
       "Tensor(a!) row_loss, Tensor(b!)? out) -> Tensor");
+  m.def(
+      "distill_fwd(Tensor student, Tensor teacher, float student_temp, float teacher_temp, Tensor? center, "
+      "Tensor(a!) losses, Tensor(b!) stats) -> ()");
+  m.def(
+      "distill_bwd(Tensor student, Tensor teacher, float student_temp, float teacher_temp, Tensor? center, "
+      "Tensor stats, Tensor grad, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("fold_tile", TORCH_BOX(&mmkernels::fold_tile));
   m.impl("grad_tile", TORCH_BOX(&mmkernels::grad_tile));
   m.impl("sigmoid_tile", TORCH_BOX(&mmkernels::sigmoid_tile));
+  m.impl("distill_fwd", TORCH_BOX(&mmkernels::distill_fwd));
+  m.impl("distill_bwd", TORCH_BOX(&mmkernels::distill_bwd));
 }

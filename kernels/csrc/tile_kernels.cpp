@@ -174,8 +174,56 @@ void sigmoid(const Sigmoid& work, int64_t rows, double* totals) {
   work.out_bfloat16 ? sigmoid_panel<uint16_t>(work, rows, totals) : sigmoid_panel<float>(work, rows, totals);
 }
 
+INLINE Vec teacher_at(const Distill& work, int64_t j, auto lanes) {
+  const Vec y = load(work.teacher + j, lanes);
+  return work.center ? y - load(work.center + j, lanes) : y;
+}
+
+float distill(const Distill& work) {
+  Vec student_top = splat(-INF), teacher_top = splat(-INF);
+  for_vectors(0, work.cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+    student_top = larger(inside(load(work.student + j, lanes), -INF, lanes), student_top);
+    teacher_top = larger(inside(teacher_at(work, j, lanes), -INF, lanes), teacher_top);
+  });
+  // the maximum of the quotients: division rounds in order
+  const float student_max = maximum(student_top) / work.student_temp;
+  const float teacher_max = maximum(teacher_top) / work.teacher_temp;
+  double student_sum = 0, teacher_sum = 0, cross = 0;
+  for (int64_t first = 0; first < work.cols; first += CHUNK) {
+    Vec of_student{}, of_teacher{}, of_both{};
+    for_vectors(first, chunk_end(first, work.cols), [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec x = load(work.student + j, lanes) / work.student_temp - student_max;
+      const Vec q = exp(teacher_at(work, j, lanes) / work.teacher_temp - teacher_max);
+      of_student += inside(exp(x), 0, lanes);
+      of_teacher += inside(q, 0, lanes);
+      // where both are masked 0 * -inf would be no number
+      of_both += inside(q == 0 ? Vec{} : q * x, 0, lanes);
+    });
+    student_sum += sum(of_student);
+    teacher_sum += sum(of_teacher);
+    cross += sum(of_both);
+  }
+  work.stats[0] = student_max;
+  work.stats[work.stats_stride] = (float)student_sum;
+  work.stats[2 * work.stats_stride] = teacher_max;
+  work.stats[3 * work.stats_stride] = (float)teacher_sum;
+  return (float)(__builtin_log(student_sum) - cross / teacher_sum);
+}
+
+void distill_grad(const Distill& work, float upstream, float* out) {
+  const float scale = upstream / work.student_temp;
+  const float student_max = work.stats[0], of_student = scale / work.stats[work.stats_stride];
+  const float teacher_max = work.stats[2 * work.stats_stride],
+              of_teacher = scale / work.stats[3 * work.stats_stride];
+  for_vectors(0, work.cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+    const Vec p = exp(load(work.student + j, lanes) / work.student_temp - student_max) * of_student;
+    const Vec q = exp(teacher_at(work, j, lanes) / work.teacher_temp - teacher_max) * of_teacher;
+    store(out + j, p - q, lanes);
+  });
+}
+
 }  // namespace
 
-extern const Kernels KERNELS = {fold, combine, grad, sigmoid};
+extern const Kernels KERNELS = {fold, combine, grad, sigmoid, distill, distill_grad};
 
 }  // namespace mmkernels

@@ -46,6 +46,17 @@ struct Sigmoid {
   bool out_bfloat16;
 };
 
+// Contiguous rows of logits, and the stride between the vectors of statistics: of the student and then of the
+// teacher the maximum and sum exp(x - max).
+struct Distill {
+  const float *student, *teacher;
+  const float* center;  // null: zero
+  int64_t cols;
+  float student_temp, teacher_temp;
+  float* stats;
+  int64_t stats_stride;
+};
+
 struct Kernels {
   // Fold `rows` rows into the online sums of the rows, and into the panel's partial sums of the columns.
   void (*fold)(const Fold&, int64_t rows);
@@ -56,6 +67,10 @@ struct Kernels {
   double (*grad)(const Grad&, int64_t rows);
   // The sums of the losses, of the gradient and of gradient * cosine over `rows` rows.
   void (*sigmoid)(const Sigmoid&, int64_t rows, double* totals);
+  // The statistics of one row; its loss.
+  float (*distill)(const Distill&);
+  // One row of the student's gradient, from the statistics.
+  void (*distill_grad)(const Distill&, float upstream, float* out);
 };
 
 extern const Kernels kernels_baseline;

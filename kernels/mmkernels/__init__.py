@@ -1,11 +1,17 @@
 """Fused operations for vision-language models: Triton kernels, blockwise ATen twins and eager references."""
 
 from mmkernels.contrastive import (
+    ContrastiveStats,
     contrastive_loss,
     contrastive_loss_ref,
+    contrastive_lse,
+    contrastive_lse_ref,
     contrastive_stats,
     contrastive_stats_ref,
 )
+from mmkernels.distill import distillation_loss, distillation_loss_ref
+from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 from mmkernels.token_contrastive import (
     TokenContrastiveStats,
     token_contrastive_loss,
@@ -15,11 +21,20 @@ from mmkernels.token_contrastive import (
 )
 
 __all__ = [
+    "ContrastiveStats",
     "TokenContrastiveStats",
     "contrastive_loss",
     "contrastive_loss_ref",
+    "contrastive_lse",
+    "contrastive_lse_ref",
     "contrastive_stats",
     "contrastive_stats_ref",
+    "distillation_loss",
+    "distillation_loss_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
+    "sigmoid_loss",
+    "sigmoid_loss_ref",
     "token_contrastive_loss",
     "token_contrastive_loss_ref",
     "token_contrastive_stats",

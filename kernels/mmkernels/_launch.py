@@ -21,6 +21,10 @@ class Launch:
 
 # (kernel, bytes an element, architecture): sm_80 serves 8.x, sm_90 serves 9.x, sm_100 serves 10.x and later.
 Table = Mapping[tuple[str, int, int], Launch]
+# A kernel that leaves products to the GEMM library holds one [chunk, N] buffer of dL/dS: 256 MiB of it, but never
+# fewer rows than keep a GEMM busy.
+CHUNK_BYTES = 256 << 20
+MIN_CHUNK, MAX_CHUNK = 1024, 4096
 # The interpreter's: small, so that small tests cross the edges of tiles.
 INTERPRETED = Launch(32, 32, 32, 1, 1)
 
@@ -38,3 +42,9 @@ def launch_config(table: Table, kernel: str, x: Tensor) -> Launch:
 def input_precision() -> str:
     """Float32 dot products are exact unless torch was asked for TF32, by either of its two APIs."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def chunk_rows(num_cols: int, element_size: int) -> int:
+    """Rows of dL/dS `[chunk, N]` to hold at a time."""
+    fitting = CHUNK_BYTES // max(num_cols * element_size, 1) // 128 * 128
+    return min(max(fitting, MIN_CHUNK), MAX_CHUNK)

@@ -72,7 +72,7 @@ def grad_tile(
 
     Returns:
         `sum out * (cosines - center)`, float64, 0-d, of `out` before it is rounded to its dtype and without
-        the skipped entries. Rows are summed pairwise in the dtype of `cosines`, their sums in float64.
+        the skipped entries. Parts of a row are summed in the dtype of `cosines`, those sums in float64.
     """
     if not cosines.numel():
         return cosines.new_zeros((), dtype=torch.float64)

@@ -2,6 +2,15 @@
 
 from mmkernels._spec import OpSpec
 from mmkernels.contrastive.spec import SPECS as CONTRASTIVE
+from mmkernels.distill.spec import SPECS as DISTILL
+from mmkernels.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
+from mmkernels.sigmoid.spec import SPECS as SIGMOID
 from mmkernels.token_contrastive.spec import SPECS as TOKEN_CONTRASTIVE
 
-SPECS: tuple[OpSpec, ...] = (*CONTRASTIVE, *TOKEN_CONTRASTIVE)
+SPECS: tuple[OpSpec, ...] = (
+    *CONTRASTIVE,
+    *DISTILL,
+    *LINEAR_CROSS_ENTROPY,
+    *SIGMOID,
+    *TOKEN_CONTRASTIVE,
+)

@@ -1,101 +1,230 @@
-"""InfoNCE over the global batch, exact in value and in gradient on any number of data-parallel ranks.
+"""InfoNCE over the global batch, exact in value and in gradient on any number of data-parallel ranks."""
 
-Each rank holds b rows of A and of B and computes its own [b, W*b] block of S = scale * A B^T once, for both
-directions: the row statistics of the block are complete, the column statistics are reduced across ranks.
-"""
+from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmcore.ops import contrastive_loss, contrastive_stats
+from mmcore.losses.ranks import (
+    Header,
+    Layout,
+    agree,
+    all_sum,
+    gather_rows,
+    global_mean,
+    wanted_gradients,
+    world_size_of,
+)
+from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
+from mmcore.losses.statistics import Columns, GlobalStats
+from mmcore.ops import (
+    ContrastiveProblem,
+    ContrastiveStats,
+    LinearMeans,
+    Match,
+    Options,
+    accumulator,
+    broken_claim,
+    checked_inputs,
+    contrastive_loss,
+    first_match,
+    pair_losses,
+    reduce,
+    require,
+)
 
-
-class _AllGather(torch.autograd.Function):
-    """Concatenates the ranks' rows; the backward sums each row's gradient over the ranks, at its owner."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        world_size = dist.get_world_size(group)
-        gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
-        dist.all_gather(list(gathered.chunk(world_size)), x.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dgathered: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        world_size, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
-        if dist.get_backend(ctx.group) == "gloo":  # gloo has no reduce-scatter
-            dgathered = dgathered.contiguous()
-            dist.all_reduce(dgathered, group=ctx.group)
-            return dgathered.chunk(world_size)[rank], None
-        dx = dgathered.new_empty((dgathered.shape[0] // world_size, *dgathered.shape[1:]))
-        dist.reduce_scatter_tensor(dx, dgathered.contiguous(), group=ctx.group)
-        return dx, None
-
-
-def _check_even(num_rows: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
-    """Raises on every rank alike, where uneven collectives would hang."""
-    extent = torch.tensor([num_rows, -num_rows], device=device)
-    dist.all_reduce(extent, op=dist.ReduceOp.MAX, group=group)
-    most, least = int(extent[0]), -int(extent[1])
-    if most != least:
-        raise ValueError(
-            f"global_contrastive_loss: a must have the same number of rows on every rank, "
-            f"got {least} to {most} over {dist.get_world_size(group)} ranks"
-        )
+OP = "global_contrastive_loss"
 
 
-def _reduced_logsumexp(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """log sum over ranks of exp(x), elementwise, without a gradient."""
-    top = x.detach().clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    total = torch.exp(x.detach() - top)
-    dist.all_reduce(total, group=group)
-    return top + total.log()
+class _Inputs(NamedTuple):
+    """This rank's arguments, checked."""
+
+    a: Tensor  # [m, D]
+    b: Tensor  # [n, D]
+    scale: Tensor  # [], float64
+    labels: tuple[Tensor, Tensor] | None
+    teacher: tuple[Tensor, Tensor] | None
+    negatives: Tensor | None
+    broken: Tensor | None
 
 
 def global_contrastive_loss(
-    a: Tensor, b: Tensor, logit_scale: Tensor, *, group: dist.ProcessGroup | None = None
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    symmetric: bool = True,
+    labels: tuple[Tensor, Tensor] | None = None,
+    negatives: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    normalized: bool = False,
+    group: dist.ProcessGroup | None = None,
+    gather_limit_bytes: int = GATHER_LIMIT_BYTES,
 ) -> Tensor:
-    """Symmetric InfoNCE of the rows of all ranks: (mean_i CE(S_i, i) + mean_j CE(S_:j, j)) / 2.
+    """`mmkernels.contrastive_loss` of the rows of all ranks: with S = logit_scale * A B^T of the global batch,
+    `(mean_i CE(S_i, i) + mean_j CE(S_:j, j)) / 2` and its generalisations.
 
-    Every rank gets the loss of the global batch. Gradients are scaled so that the *mean* over ranks, which is
-    what DDP and DeepSpeed form, equals the gradient that one process would compute on the whole batch, for the
-    encoders and for `logit_scale` alike. Cost: 4u/W FLOP a rank (u = 2 N^2 D), one all-gather of `b`, one
-    reduction of its gradient, two reductions of N floats.
+    Every rank gets the same value. Gradients are scaled so that the *mean* over ranks, which is what DDP and
+    DeepSpeed form, equals the gradient that one process would compute on the whole batch, for the encoders and
+    for `logit_scale` alike. Each rank computes its rows against all columns, for both directions at once: 4u/W
+    FLOP of u = 2 N^2 D, vectors of N float64, and either one all-gather of `b` in its own dtype and one
+    reduce-scatter of its gradient in float32, or a ring of transfers that hide behind the computation.
 
     Args:
-        a: [B, D] this rank's rows, float32, float16, bfloat16 or float64; B is the same on every rank.
-        b: [B, D] their partners, same dtype and device.
-        logit_scale: [] or [1] multiplier of the cosines (exponentiated, not its log).
-        group: the data-parallel process group; None = the default one, or no distribution where none is set up.
+        a: features `[m, D]` of this rank's rows, float32, float16, bfloat16 or float64. Ranks may have different
+            numbers of rows, or none.
+        b: features `[n, D]` of their partners, same dtype and device; n = m but for `labels`. The global batch is
+            the ranks' rows in the order of the ranks.
+        logit_scale: the multiplier itself, the same on every rank: a finite float or a tensor of one element.
+        symmetric: False leaves the columns' half out.
+        labels: int64 `[m]` and `[n]`: equal labels are positives, on whichever ranks they are.
+        negatives: features `[K, D]`, constants, the same queue on every rank: appended to the columns once.
+        teacher: momentum features `[m, D]` and `[n, D]` of the same rows, constants, mixed in by `alpha`.
+        alpha: from 0 to 1, above 0 only with a teacher.
+        label_smoothing: from 0 to 1.
+        normalized: the claim of unit norm, see `mmkernels.contrastive_stats`.
+        group: the data-parallel process group; None = the default one, or one process where none is set up.
+        gather_limit_bytes: above so many bytes of gathered `b` and teacher the ring is taken, in which no rank
+            holds more than two ranks' shares of them at a time.
 
     Returns:
-        [] the loss, float32 (float64 for float64 input).
+        The loss, a scalar, float32 (float64 for float64).
 
     Raises:
-        ValueError: wrong shapes, dtypes, devices, or ranks with different numbers of rows.
+        ValueError: a wrong shape, dtype, device, index, scale or combination of arguments on any rank, or ranks
+            that differ in width, dtype or settings: on every rank.
 
-    Reference: `mmkernels.contrastive.reference`. Papers: CLIP (arXiv 2103.00020), Inf-CL (arXiv 2410.17243).
+    Reference: `mmkernels.contrastive_loss_ref` on the concatenated ranks. Papers: CLIP (arXiv:2103.00020), Inf-CL
+    (arXiv:2410.17243).
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return contrastive_loss(a, b, logit_scale)
-    if a.shape != b.shape:
-        raise ValueError(f"global_contrastive_loss: b must be {list(a.shape)} like a, got {list(b.shape)}")
-    _check_even(a.shape[0], a.device, group)
-    world_size, rank = dist.get_world_size(group), dist.get_rank(group)
-    all_b: Tensor = _AllGather.apply(b, group)  # pyright: ignore[reportAssignmentType]
-    row_lse, col_lse, positive = contrastive_stats(a, all_b, logit_scale, offset=rank * a.shape[0])
-    global_col_lse = _reduced_logsumexp(col_lse, group)
-    share = torch.exp(col_lse.detach() - global_col_lse)  # [N] this rank's part of each column's softmax
+    options = Options(symmetric, alpha, label_smoothing, normalized)
+    if world_size_of(group) == 1:
+        return contrastive_loss(
+            a, b, logit_scale, labels=labels, negatives=negatives, teacher=teacher, **asdict(options)
+        )
 
-    count = 2 * world_size * a.shape[0]
-    rows = (row_lse - 2 * positive).sum() / count
-    total = rows.detach().clone()
-    dist.all_reduce(total, group=group)
-    total = total + global_col_lse.sum() / count
-    local = world_size * (rows + (share * col_lse).sum() / count)
-    return total + (local - local.detach())
+    def check() -> tuple[_Inputs, Header]:
+        require(
+            OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes
+        )
+        inputs = _checked(a, b, logit_scale, labels, negatives, teacher, options)
+        return inputs, _header(inputs, options, gather_limit_bytes)
+
+    inputs, layout = agree(OP, group, a.device, check)
+    with torch.autocast(a.device.type, enabled=False):
+        match, columns = _columns(inputs, layout, options, gather_limit_bytes)
+        *stats, target = GlobalStats.apply(inputs.a, inputs.b, inputs.scale, columns)  # pyright: ignore[reportGeneralTypeIssues]
+        means = _linear_means(inputs, layout, match, target, options)
+        rows, cols = pair_losses(ContrastiveStats(*stats), match, means, options)
+        loss = reduce(rows, match.num_rows, "mean")
+        if cols is not None:
+            loss = (loss + reduce(cols, match.num_cols, "mean")) / 2
+        return global_mean(loss, group).to(accumulator(inputs.a.dtype))
+
+
+def _checked(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    negatives: Tensor | None,
+    teacher: tuple[Tensor, Tensor] | None,
+    options: Options,
+) -> _Inputs:
+    a, b, scale, teacher, negatives = checked_inputs(
+        a, b, logit_scale, None, labels, negatives, teacher, options
+    )
+    a, b, scale = a.contiguous(), b.contiguous(), scale.reshape(()).double()
+    broken = None
+    if options.normalized:
+        teacher_a, teacher_b = teacher or (None, None)
+        broken = broken_claim(ContrastiveProblem(a, b, scale, None, teacher_a, teacher_b, False))
+        if negatives is not None:
+            of_negatives = broken_claim(
+                ContrastiveProblem(negatives, negatives, scale, None, None, None, False)
+            )
+            broken = None if broken is None or of_negatives is None else broken | of_negatives
+    return _Inputs(a, b, scale, labels, teacher, negatives, broken)
+
+
+def _header(inputs: _Inputs, options: Options, gather_limit_bytes: int) -> Header:
+    same = {
+        "D": inputs.a.shape[1],
+        "dtype": str(inputs.a.dtype),
+        "labels": "none" if inputs.labels is None else "given",
+        "teacher": "none" if inputs.teacher is None else "given",
+        "negatives": "none" if inputs.negatives is None else f"{len(inputs.negatives)} rows",
+        "gather_limit_bytes": gather_limit_bytes,
+        "requires_grad": wanted_gradients(a=inputs.a, b=inputs.b, logit_scale=inputs.scale),
+    }
+    return Header(len(inputs.a), len(inputs.b), same | asdict(options))
+
+
+def _columns(
+    inputs: _Inputs, layout: Layout, options: Options, gather_limit_bytes: int
+) -> tuple[Match, Columns]:
+    """Each row's positives among all columns, and what its statistics are made from."""
+    labels, weights = None, None
+    if inputs.labels is None:
+        own = layout.rows_of(layout.rank)
+        first = torch.arange(own.start, own.stop, device=inputs.a.device)
+        match = Match(first, None, None, None, sum(layout.rows), sum(layout.rows))
+    else:
+        all_rows = gather_rows(inputs.labels[0], layout.rows, layout.group)
+        all_cols = gather_rows(inputs.labels[1], layout.cols, layout.group)
+        first, cols = first_match(inputs.labels[0], all_cols)
+        rows = first_match(inputs.labels[0], all_rows)[1]
+        num_rows, num_cols = (
+            (first_match(x, y)[1] > 0).sum() for x, y in ((all_rows, all_cols), (all_cols, all_rows))
+        )
+        labels = (inputs.labels[0], all_cols)
+        match = Match(first, labels, cols, rows, num_rows, num_cols)
+        place, count = first_match(all_cols, all_cols)
+        is_first = place == torch.arange(len(place), device=place.device)
+        weights = (1 / count.double() - is_first.double()).to(accumulator(inputs.a.dtype))
+    broken = inputs.broken
+    if broken is not None:
+        broken = broken.float()
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=layout.group)
+        broken = broken > 0
+    teacher_a, *teacher_b = inputs.teacher or (None,)
+    shards = shards_of(layout, [inputs.b, *teacher_b], gather_limit_bytes)
+    return match, Columns(
+        layout,
+        shards,
+        first,
+        labels,
+        weights,
+        inputs.negatives,
+        teacher_a,
+        options.symmetric,
+        options.normalized,
+        broken,
+    )
+
+
+def _linear_means(
+    inputs: _Inputs, layout: Layout, match: Match, target: Tensor, options: Options
+) -> LinearMeans:
+    """What `mmkernels.contrastive` takes from means of features, these over all ranks; float64."""
+    dtype = accumulator(inputs.a.dtype)
+    a, b, scale, group = inputs.a.to(dtype), inputs.b.to(dtype), inputs.scale, layout.group
+    of_positives = row = col = None
+    if match.labels is not None:
+        of_positives = scale * (a * target).sum(1).double()
+    if options.label_smoothing > 0:
+        total, count = all_sum(b.sum(0), group), sum(layout.cols)
+        if inputs.negatives is not None:
+            total, count = total + inputs.negatives.to(dtype).sum(0), count + len(inputs.negatives)
+        row = scale * (a @ (total / max(count, 1))).double()
+        if options.symmetric:
+            a_mean = all_sum(a.sum(0), group) / max(sum(layout.rows), 1)
+            own = layout.cols_of(layout.rank)
+            of_cols = all_sum(F.pad(b @ a_mean, (own.start, sum(layout.cols) - own.stop)), group)
+            col = scale * match.pool(of_cols).double()
+    return LinearMeans(of_positives, row, col)

@@ -1,56 +1,236 @@
-"""The loss over the global batch on W ranks against one process, in float64."""
+"""The losses over the global batch on W ranks against one process with the whole batch."""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmcore.losses import global_contrastive_loss
-from tests.distributed import tiny
+from mmkernels import contrastive_loss_ref, sigmoid_loss_ref, token_contrastive_loss_ref
+from tests.distributed import cases, tiny
 from tests.distributed.launch import run_ranks
 
+WHOLE = slice(0, cases.NUM)
 
-@pytest.fixture(scope="module", params=[2, 4])
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def results(request, tmp_path_factory):
     return run_ranks("worker_losses", request.param, tmp_path_factory.mktemp("losses"))
 
 
-@pytest.fixture(scope="module")
-def truth():
+def tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def on_one_process(
+    loss: Callable[..., Tensor],
+    case: cases.Case,
+    batch: dict[str, Tensor],
+    first: str = "a",
+    scales: tuple[float, ...] = (cases.SCALE,),
+) -> list[Tensor]:
+    """Three times the reference's loss of the whole batch, and its gradients of all features and scales."""
+    leaves = [batch[first].clone(), batch["b"].clone()]
+    leaves += [torch.full((1,), value, dtype=leaves[0].dtype) for value in scales]
+    for x in leaves:
+        x.requires_grad_()
+    arguments = case.arguments(batch, WHOLE, WHOLE)
+    if "mask" in arguments:
+        arguments["masks"] = (arguments.pop("mask"), None)
+    value = 3 * loss(*leaves, **arguments)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def together(results: list[dict], key: str, name: str) -> list[Tensor]:
+    """One process's loss and gradients as the ranks give them: the mean of their gradients."""
+    of_ranks = [result[key][name] for result in results]
+    assert len({found["loss"] for found in of_ranks}) == 1, "the ranks differ in the loss"
+    loss = tensor(of_ranks[0]["loss"])
+    grads = zip(*(found["grads"] for found in of_ranks), strict=True)
+    da, db, *scales = ([tensor(g) for g in grad] for grad in grads)
+    da, db = (torch.cat([g for g in grad if len(g)]) / len(results) for grad in (da, db))
+    return [loss, da, db, *(torch.stack(ds).mean(0).reshape(1) for ds in scales)]
+
+
+@pytest.mark.parametrize(
+    ("key", "named", "reference", "first", "scales"),
+    [
+        ("variants", cases.CASES, contrastive_loss_ref, "a", (cases.SCALE,)),
+        ("sigmoid", cases.SIGMOID_CASES, sigmoid_loss_ref, "a", (cases.SCALE, cases.BIAS)),
+        ("token", cases.TOKEN_CASES, token_contrastive_loss_ref, "tokens", (cases.SCALE,)),
+    ],
+)
+def test_every_variant_has_the_loss_and_the_gradients_of_one_process(
+    results, key, named, reference, first, scales
+):
+    for run in results[0][key]:
+        truth = on_one_process(reference, named[run.split("; ")[0]], cases.batch(), first, scales)
+        for found, expected in zip(together(results, key, run), truth, strict=True):
+            assert found.shape == expected.shape
+            assert expected.abs().max() > 1e-3, f"{run}: the check needs a gradient that is not zero"
+            assert (found - expected).abs().max() < 1e-10 * expected.abs().max(), run
+
+
+def test_float32_is_within_the_contract_of_the_reference(results):
+    for run in results[0]["float32"]:
+        case = cases.CASES[run.split("; ")[0]]
+        batch = cases.batch(torch.float32)
+        widened = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
+        gold = on_one_process(contrastive_loss_ref, case, widened)
+        reference = on_one_process(contrastive_loss_ref, case, batch)
+        assert results[0]["float32"][run]["dtype"] == "torch.float32"
+        for found, ref, exact in zip(together(results, "float32", run), reference, gold, strict=True):
+            bound = 2 * (ref - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+            assert (found - exact).abs().max() <= bound, run
+
+
+def test_a_model_gets_the_gradient_of_the_global_batch(results):
     model = tiny.TwoTower(torch.float64)
     loss = tiny.eager_loss(*model(*tiny.batch(12, 0, torch.float64)))
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def test_every_rank_has_the_loss_of_the_global_batch(results, truth):
     for result in results:
-        assert abs(result["loss"] - truth[0]) < 1e-10
+        assert abs(result["model"]["loss"] - loss.item()) < 1e-10
+        for name, p in model.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 1e-3
+            found = tensor(result["model"]["gradients"][name])
+            assert (found - p.grad).abs().max() < 1e-10, name
 
 
-def test_mean_of_the_ranks_gradients_is_the_gradient_of_the_global_batch(results, truth):
-    for name, expected in truth[1].items():
-        assert expected.abs().max() > 1e-3, f"{name}: the check needs a gradient that is not zero"
-        for result in results:
-            found = torch.tensor(result["gradients"][name], dtype=torch.float64)
-            assert (found - expected).abs().max() < 1e-10, name
+SAME = [
+    "D",
+    "dtype",
+    "labels",
+    "negatives",
+    "teacher",
+    "symmetric",
+    "label_smoothing",
+    "gather_limit_bytes",
+]
+
+
+@pytest.mark.parametrize("name", [*SAME, "requires_grad"])
+def test_ranks_that_differ_get_one_error_on_every_rank(results, name):
+    messages = {result["refusals"][name] for result in results}
+    assert len(messages) == 1
+    (text,) = messages
+    assert text.startswith(f"global_contrastive_loss: {name} must be the same on every rank, got ")
+    assert " on rank 0, " in text and text.endswith(f" on rank {len(results) - 1}")
+
+
+def test_ranks_in_different_losses_get_an_error_each(results):
+    differ = (
+        "loss must be the same on every rank, got global_contrastive_loss on rank 0, global_sigmoid_loss on"
+    )
+    for result in results:
+        assert f": {differ} rank {len(results) - 1}" in result["refusals"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("b", "contrastive: b must have the shape of a, [2, 6], got [1, 6]"),
+        ("labels", "contrastive: labels[1] must be int64 [2], got torch.int32 [2]"),
+        ("claim", "contrastive: a must have rows of unit norm, as normalized=True claims"),
+        ("scale", "contrastive: logit_scale must be finite, got nan"),
+    ],
+)
+def test_a_mistake_of_one_rank_is_an_error_on_all(results, name, complaint):
+    *others, odd = (result["refusals"][f"a rank's own {name}"] for result in results)
+    assert odd.startswith(complaint)
+    for text in others:
+        prefix = f"global_contrastive_loss: rank {len(results) - 1} refused its arguments: "
+        assert text.startswith(prefix + complaint)
+
+
+def test_the_ring_never_holds_the_gathered_features(results):
+    gathered, two_shards = len(results) * 2 * 4096 * 4, 2 * 2 * 4096 * 4
+    for result in results:
+        assert result["largest"]["gathered"] >= gathered
+        assert result["largest"]["ring"] < two_shards
+
+
+def test_the_drop_in_classes_are_their_published_formulas(results):
+    """On each rank, its own gradients; the value is the mean of the ranks' there."""
+    for name in results[0]["drop-in"]:
+        published = [result["drop-in"][name]["published"] for result in results]
+        mean = sum(of_rank["loss"] for of_rank in published) / len(results)
+        for result, expected in zip(results, published, strict=True):
+            ours = result["drop-in"][name]["ours"]
+            assert abs(ours["loss"] - mean) < 1e-10, name
+            for found, grad in zip(ours["grads"], expected["grads"], strict=True):
+                assert (tensor(found) - tensor(grad)).abs().max() < 1e-10, name
+
+
+def test_a_place_that_the_process_group_contradicts_is_refused_on_every_rank(results):
+    right, *wrong = (result["misplaced"] for result in results)
+    for rank, text in enumerate(wrong, start=1):
+        place = (rank, len(results))
+        assert text == (
+            f"ClipLoss: rank and world_size must be those of the process group, {place}, got {(0, len(results))}"
+        )
+    assert right.startswith("ClipLoss: rank 1 refused its arguments: ClipLoss: rank and world_size must be")
+
+
+@pytest.mark.parametrize("exchange", cases.EXCHANGES)
+class TestSpecialInputs:
+    def special(self, results: list[dict], exchange: str, name: str) -> list[Any]:
+        return [result["special"][f"{name}, {exchange}"] for result in results]
+
+    def test_a_nan_on_one_rank_is_a_nan_on_all(self, results, exchange):
+        assert all(self.special(results, exchange, "nan"))
+
+    def test_normalized_survives_blocks_without_any_logit_in_reach(self, results, exchange):
+        x = cases.apart()
+        expected = contrastive_loss_ref(x, x, 100.0).item()
+        for found in self.special(results, exchange, "apart"):
+            assert abs(found - expected) < 1e-10 * expected
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_small_loss_is_not_lost_in_the_rounding_of_large_logits(self, results, exchange, dtype):
+        """Log-sum-exps near 100 are rounded by 32 epsilon."""
+        expected = math.log1p((cases.NUM - 1) * math.exp(-11))
+        for found in self.special(results, exchange, f"small {dtype}"):
+            assert abs(found - expected) < 4 * torch.finfo(dtype).eps
+
+    def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(self, results, exchange):
+        batch = cases.batch()
+        b = batch["b"].clone().requires_grad_()
+        (db,) = torch.autograd.grad(contrastive_loss_ref(batch["a"], b, 5.0, symmetric=False), b)
+        found = torch.cat([tensor(x) for x in self.special(results, exchange, "frozen")]) / len(results)
+        assert (found - db).abs().max() < 1e-12
+
+    def test_without_grad_the_loss_is_the_same(self, results, exchange):
+        batch = cases.batch()
+        expected = contrastive_loss_ref(batch["a"], batch["b"], 5.0).item()
+        for found in self.special(results, exchange, "no_grad"):
+            assert abs(found - expected) < 1e-10
+
+    def test_autocast_casts_the_features(self, results, exchange):
+        assert not any(self.special(results, exchange, "autocast"))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_gradients_under_zero_0_to_3_are_those_of_one_process(num_ranks, truth, tmp_path):
+def test_gradients_under_zero_0_to_3_are_those_of_one_process(num_ranks, tmp_path):
+    model = tiny.TwoTower(torch.float64)
+    loss = tiny.eager_loss(*model(*tiny.batch(12, 0, torch.float64)))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
     for result in run_ranks("worker_float64", num_ranks, tmp_path):
         for zero in "0123":
-            assert abs(result[zero]["loss"] - truth[0]) < 1e-10
-            assert result[zero]["gradients"].keys() == truth[1].keys()
-            for name, expected in truth[1].items():
-                found = torch.tensor(result[zero]["gradients"][name], dtype=torch.float64)
+            assert abs(result[zero]["loss"] - loss.item()) < 1e-10
+            assert result[zero]["gradients"].keys() == gradients.keys()
+            for name, expected in gradients.items():
+                assert expected is not None
+                found = tensor(result[zero]["gradients"][name])
                 assert (found - expected).abs().max() < 1e-10, (zero, name)
 
 
-def test_uneven_ranks_are_an_error_on_every_rank_not_a_hang(results):
-    for result in results:
-        assert "same number of rows on every rank, got 3 to 4" in result["uneven"]
-
-
 def test_without_a_process_group_it_is_the_plain_loss():
-    model = tiny.TwoTower(torch.float64)
-    outputs = model(*tiny.batch(12, 0, torch.float64))
-    assert abs(global_contrastive_loss(*outputs) - tiny.eager_loss(*outputs)) < 1e-12
+    case = cases.CASES["everything"]
+    batch = cases.batch()
+    arguments = case.arguments(batch, WHOLE, WHOLE)
+    found = global_contrastive_loss(batch["a"], batch["b"], cases.SCALE, **arguments)
+    assert abs(found - contrastive_loss_ref(batch["a"], batch["b"], cases.SCALE, **arguments)) < 1e-12

@@ -1,7 +1,6 @@
 """Trains TwoTower under the engine for a few steps in each setting given, and writes weights, EMA and losses."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mmcore.train.gradcache import contrastive_backward
 from mmcore.train.optim import AdamW, OptimConfig, clip_param_groups
 from mmcore.train.state import read_state, restore_engine, save_state
 from tests.distributed import tiny
+from tests.distributed.launch import finish
 
 OPTIM = OptimConfig(lr=1e-2, ema=0.99)
 
@@ -56,10 +56,7 @@ def main() -> None:
             torch.save(state, folder / f"{run['id']}.pt")
         results[run["id"]] = {"losses": losses, "norms": norms}
         engine.close()
-    (folder / f"result-{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    finish(folder, results)
 
 
 main()

@@ -1,7 +1,5 @@
 """Gradients that a float64 model forms under each ZeRO stage, before DeepSpeed casts them to its fp32 master."""
 
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from mmcore.losses import global_contrastive_loss
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
 from mmcore.train.optim import AdamW, OptimConfig, clip_param_groups
 from tests.distributed import tiny
+from tests.distributed.launch import finish
 
 
 def gradients(zero: int, rank: int, world_size: int) -> tuple[float, dict[str, list]]:
@@ -43,9 +42,7 @@ def main() -> None:
     for zero in range(4):
         loss, found = gradients(zero, rank, world_size)
         result[str(zero)] = {"loss": loss, "gradients": found}
-    (folder / f"result-{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    os._exit(0)
+    finish(folder, result)
 
 
 main()

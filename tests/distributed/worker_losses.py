@@ -1,38 +1,193 @@
-"""Loss and data-parallel mean of the gradients of TwoTower in float64, without an engine."""
+"""Every variant of the distributed losses on these ranks: values, gradients, refusals and the memory they take."""
 
-import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmcore.losses import global_contrastive_loss
-from tests.distributed import tiny
+from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
+from tests.distributed import cases, drop_in, tiny
+from tests.distributed.launch import finish
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
+def run(
+    loss: Callable[..., Tensor],
+    first: str,
+    scales: tuple[float, ...],
+    counts: tuple[int, ...],
+    case: cases.Case,
+    limit: int,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Three times a loss of this rank's rows of the batch, and the gradients of all its features and scales."""
+    batch, rank = cases.batch(dtype), dist.get_rank()
+    rows = cases.extent(counts, rank)
+    cols = cases.extent(counts[::-1], rank) if "labels" in case.tensors else rows
+    leaves = [batch[first][rows].clone(), batch["b"][cols].clone()]
+    leaves += [torch.full((1,), value, dtype=dtype) for value in scales]
+    for x in leaves:
+        x.requires_grad_()
+    value = 3 * loss(*leaves, **case.arguments(batch, rows, cols), gather_limit_bytes=limit)
+    value.backward()
+    grads = [x.grad.double().tolist() for x in leaves if x.grad is not None]
+    return {"loss": value.item(), "dtype": str(value.dtype), "grads": grads}
+
+
+contrastive = partial(run, global_contrastive_loss, "a", (cases.SCALE,))
+sigmoid = partial(run, global_sigmoid_loss, "a", (cases.SCALE, cases.BIAS))
+token = partial(run, global_token_contrastive_loss, "tokens", (cases.SCALE,))
+
+
+def variants(one: Callable[..., Any], named: dict[str, cases.Case]) -> dict[str, Any]:
+    layouts = cases.LAYOUTS[dist.get_world_size()]
+    return {
+        f"{name}; {layout}; {exchange}": one(counts, case, limit)
+        for name, case in named.items()
+        for layout, counts in layouts.items()
+        for exchange, limit in cases.EXCHANGES.items()
+    }
+
+
+def model() -> dict[str, Any]:
+    """Loss and data-parallel mean of the gradients of a whole model."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    model = tiny.TwoTower(torch.float64)
+    two_tower = tiny.TwoTower(torch.float64)
     images, tokens = (tiny.share(x, rank, world_size) for x in tiny.batch(12, 0, torch.float64))
-    loss = global_contrastive_loss(*model(images, tokens))
+    loss = global_contrastive_loss(*two_tower(images, tokens))
     loss.backward()
     gradients = {}
-    for name, p in model.named_parameters():
+    for name, p in two_tower.named_parameters():
         assert p.grad is not None
         dist.all_reduce(p.grad)
         gradients[name] = (p.grad / world_size).tolist()
-    message = ""
+    return {"loss": loss.item(), "gradients": gradients}
+
+
+def message(call: Callable[[], object]) -> str:
     try:
-        uneven = torch.randn(3 + (rank == 0), 8)
-        global_contrastive_loss(uneven, uneven, torch.tensor(5.0))
+        call()
     except ValueError as error:
-        message = str(error)
-    result = {"loss": loss.item(), "gradients": gradients, "uneven": message}
-    (folder / f"result-{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+        return str(error)
+    return "no error"
+
+
+def refusals() -> dict[str, str]:
+    """What this rank is told where one rank, the last, differs from the others."""
+    batch, odd = cases.batch(), dist.get_rank() == dist.get_world_size() - 1
+    a, b, labels = batch["a"][:2], batch["b"][:2], batch["row labels"][:2]
+    narrow, queue = slice(0, cases.DIM - odd), batch["negatives"][: 4 + odd]
+    calls: dict[str, Callable[[], object]] = {
+        "D": lambda: loss(a[:, narrow], b[:, narrow]),
+        "dtype": lambda: loss(a.float(), b.float()) if odd else loss(a, b),
+        "labels": lambda: loss(a, b, labels=None if odd else (labels, labels)),
+        "negatives": lambda: loss(a, b, negatives=queue),
+        "teacher": lambda: loss(a, b, teacher=(a, b), alpha=0.5) if odd else loss(a, b),
+        "symmetric": lambda: loss(a, b, symmetric=odd),
+        "label_smoothing": lambda: loss(a, b, label_smoothing=0.1 + odd / 10),
+        "gather_limit_bytes": lambda: loss(a, b, gather_limit_bytes=5 + odd),
+        "requires_grad": lambda: loss(a.clone().requires_grad_(odd), b),
+        "loss": lambda: global_sigmoid_loss(a, b, 5.0, 0.0) if odd else loss(a, b),
+        "a rank's own b": lambda: loss(a, b[:1] if odd else b),
+        "a rank's own labels": lambda: loss(a, b, labels=(labels, labels.int() if odd else labels)),
+        "a rank's own claim": lambda: loss(a * (1 + odd), b, normalized=True),
+        "a rank's own scale": lambda: global_contrastive_loss(a, b, float("nan") if odd else 5.0),
+    }
+
+    def loss(a: Tensor, b: Tensor, **arguments: Any) -> Tensor:
+        return global_contrastive_loss(a, b, 5.0, **arguments)
+
+    return {name: message(call) for name, call in calls.items()}
+
+
+class LargestTensor(TorchDispatchMode):
+    """The size in bytes of the largest tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(x, Tensor):
+                self.num_bytes = max(self.num_bytes, x.nbytes)
+        return result
+
+
+def largest_tensors() -> dict[str, int]:
+    sizes = {}
+    for exchange, limit in cases.EXCHANGES.items():
+        features = torch.ones(2, 4096, requires_grad=True)
+        with LargestTensor() as largest:
+            global_contrastive_loss(features, features, 1.0, gather_limit_bytes=limit).backward()
+            global_sigmoid_loss(features, features, 1.0, 0.0, gather_limit_bytes=limit).backward()
+            global_token_contrastive_loss(
+                features[:, None], features, 1.0, gather_limit_bytes=limit
+            ).backward()
+        sizes[exchange] = largest.num_bytes
+    return sizes
+
+
+def special() -> dict[str, Any]:
+    """Inputs that single out one property each."""
+    rank, counts = dist.get_rank(), cases.LAYOUTS[dist.get_world_size()]["even"]
+    rows, results = cases.extent(counts, rank), {}
+    batch = cases.batch()
+    a, b = batch["a"][rows], batch["b"][rows]
+    for exchange, limit in cases.EXCHANGES.items():
+
+        def loss(a: Tensor, b: Tensor, scale: float | Tensor, limit: int = limit, **arguments: Any) -> Tensor:
+            return global_contrastive_loss(a, b, scale, gather_limit_bytes=limit, **arguments)
+
+        broken = a.clone()
+        broken[0] = torch.nan if rank == 0 else broken[0]
+        results[f"nan, {exchange}"] = loss(broken, b, 5.0).isnan().item()
+        # the ranks' features point in opposite ways: no logit of another rank survives the shift
+        apart = cases.apart()[rows]
+        results[f"apart, {exchange}"] = loss(apart, apart, 100.0, normalized=True).item()
+        for dtype in (torch.float32, torch.float64):
+            near = cases.near(dtype)[rows]
+            results[f"small {dtype}, {exchange}"] = loss(near, near, 1.0).item()
+        frozen = b.clone().requires_grad_()
+        loss(a, frozen, 5.0, symmetric=False).backward()
+        results[f"frozen, {exchange}"] = frozen.grad.tolist()  # pyright: ignore[reportOptionalMemberAccess]
+        with torch.no_grad():
+            results[f"no_grad, {exchange}"] = loss(a, b, torch.tensor(5.0, requires_grad=True)).item()
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = loss(a.float(), b.float(), 5.0).item()
+        results[f"autocast, {exchange}"] = under_autocast - loss(a.bfloat16(), b.bfloat16(), 5.0).item()
+    return results
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    float32 = {
+        f"{name}; {exchange}": contrastive(
+            cases.LAYOUTS[dist.get_world_size()]["one empty"], cases.CASES[name], limit, torch.float32
+        )
+        for name in ("plain", "everything")
+        for exchange, limit in cases.EXCHANGES.items()
+    }
+    result = {
+        "variants": variants(contrastive, cases.CASES),
+        "sigmoid": variants(sigmoid, cases.SIGMOID_CASES),
+        "token": variants(token, cases.TOKEN_CASES),
+        "drop-in": drop_in.compared(),
+        "misplaced": message(drop_in.misplaced),
+        "float32": float32,
+        "refusals": refusals(),
+        "model": model(),
+        "largest": largest_tensors(),
+        "special": special(),
+    }
+    finish(Path(sys.argv[1]), result)
 
 
 main()

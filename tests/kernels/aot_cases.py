@@ -5,9 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmkernels._launch import Table
-from mmkernels.contrastive import kernel as contrastive
+from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
-from mmkernels.token_contrastive import kernel as token_contrastive
+from mmkernels.distill import kernel as distill
+from mmkernels.distill import launch as distill_launch
+from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
+from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
+from mmkernels.sigmoid import kernel as sigmoid
+from mmkernels.sigmoid import launch as sigmoid_launch
+from mmkernels.token_contrastive import device as token_contrastive
 from mmkernels.token_contrastive import launch as token_launch
 
 
@@ -24,6 +30,7 @@ class Case:
         operands: pointers to the inputs' dtype.
         pointers: types of pointers that are neither that nor float32.
         odd: sizes that need not be multiples of 16.
+        floats: scalars that are floats.
         products: whether it multiplies matrices.
     """
 
@@ -35,6 +42,7 @@ class Case:
     operands: tuple[str, ...]
     pointers: Mapping[str, str] = field(default_factory=dict)
     odd: tuple[str, ...] = ("M", "N")
+    floats: tuple[str, ...] = ()
     products: bool = True
 
     def rows(self) -> list[tuple[str, int, int]]:
@@ -50,24 +58,93 @@ TOKEN_INDICES = {
     "row_labels_ptr": "*i64",
     "col_labels_ptr": "*i64",
 }
-CASES = (
-    Case(
-        name="contrastive",
-        kernel=contrastive._contrastive_fwd_kernel,
-        row="fwd",
+
+
+def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
+    """A contrastive kernel with every flag on but the named ones."""
+    on = ("SYMMETRIC", "HAS_POSITIVES", "HAS_GRAD", "HAS_DSCALE")
+    return Case(
+        name="contrastive" + "".join(f"-{flag}={value}" for flag, value in flags.items()),
+        kernel=kernel,
+        row=row,
         table=contrastive_launch.TABLE,
-        constants=UNIT_STRIDES,
-        operands=("a_ptr", "b_ptr"),
-        odd=("M", "N", "offset"),
-    ),
-    Case(
-        name="contrastive",
-        kernel=contrastive._contrastive_bwd_kernel,
-        row="bwd",
-        table=contrastive_launch.TABLE,
-        constants={**UNIT_STRIDES, "HAS_GRAD": True, "HAS_DSCALE": True},
+        constants={
+            **UNIT_STRIDES,
+            **dict.fromkeys(on, True),
+            "HAS_TEACHER": row.endswith("teacher"),
+            "SHIFTED": False,
+            **flags,
+        },
+        operands=("a_ptr", "b_ptr", "teacher_a_ptr", "teacher_b_ptr", "grad_ptr"),
+        pointers={"positives_ptr": "*i64", "scale_ptr": "*fp64"},
+    )
+
+
+def sigmoid_case(has_labels: bool, wants_gradients: bool) -> Case:
+    return Case(
+        name="sigmoid" if wants_gradients else "sigmoid-loss",
+        kernel=sigmoid._sigmoid_fwd_kernel,
+        row="fwd_labels" if has_labels else "fwd",
+        table=sigmoid_launch.TABLE,
+        constants={
+            **UNIT_STRIDES,
+            "HAS_LABELS": has_labels,
+            "HAS_GRAD": wants_gradients,
+            "HAS_SUMS": wants_gradients,
+        },
         operands=("a_ptr", "b_ptr", "grad_ptr"),
+        pointers={"row_label_ptr": "*i32", "col_label_ptr": "*i32"},
         odd=("M", "N", "offset"),
+    )
+
+
+FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
+CASES = (
+    contrastive_case("fwd", FWD),
+    contrastive_case("fwd", FWD, SHIFTED=True),
+    contrastive_case("fwd", FWD, SYMMETRIC=False),
+    contrastive_case("fwd_teacher", FWD),
+    contrastive_case("bwd", BWD),
+    contrastive_case("bwd", BWD, SYMMETRIC=False),
+    contrastive_case("bwd_teacher", BWD),
+    sigmoid_case(has_labels=False, wants_gradients=True),
+    sigmoid_case(has_labels=False, wants_gradients=False),
+    sigmoid_case(has_labels=True, wants_gradients=True),
+    sigmoid_case(has_labels=True, wants_gradients=False),
+    *(
+        Case(
+            name=f"linear_cross_entropy[{name}]",
+            kernel=linear_cross_entropy._linear_cross_entropy_fwd_kernel,
+            row="fwd",
+            table=linear_cross_entropy_launch.TABLE,
+            constants=flags,
+            operands=("grad_ptr", "bias_ptr"),
+            pointers={"targets_ptr": "*i64"},
+            odd=("M", "V"),
+            floats=("z_loss",),
+            products=False,
+        )
+        for name, flags in (
+            ("gradient", {"HAS_BIAS": True, "HAS_GRAD": True}),
+            ("statistics", {"HAS_BIAS": False, "HAS_GRAD": False}),
+        )
+    ),
+    *(
+        Case(
+            name=f"distill[HAS_CENTER={centered}]",
+            kernel=kernel,
+            row=row,
+            table=distill_launch.TABLE,
+            constants={"HAS_CENTER": centered},
+            operands=("student_ptr", "teacher_ptr", "dstudent_ptr"),
+            odd=("B", "C"),
+            products=False,
+        )
+        for row, kernel in (
+            ("fwd", distill._distillation_loss_fwd_kernel),
+            ("bwd", distill._distillation_loss_bwd_kernel),
+        )
+        for centered in (True, False)
     ),
     *(
         Case(

@@ -50,8 +50,9 @@ def compile_kernel(
             signature[argument] = "constexpr"
         else:
             of_pointer = f"*{element}" if argument in case.operands else case.pointers.get(argument, "*fp32")
-            signature[argument] = of_pointer if argument.endswith("_ptr") else "i32"
-            if argument not in odd:
+            of_scalar = "fp32" if argument in case.floats else "i32"
+            signature[argument] = of_pointer if argument.endswith("_ptr") else of_scalar
+            if argument not in (*odd, *case.floats):
                 attributes[index,] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes),

@@ -62,7 +62,9 @@ def test_values_and_gradients_are_as_near_to_float64_as_the_reference(
     spec: OpSpec, shape: Shape, device: str
 ) -> None:
     dtypes = spec.dtypes if INTERPRETED else (*spec.dtypes, torch.float64)
-    for case, dtype in itertools.product(spec.cases, dtypes):
+    # there a variant's data other than its plainest would take minutes
+    cases = spec.cases[:1] if INTERPRETED and "[" in spec.name else spec.cases
+    for case, dtype in itertools.product(cases, dtypes):
         check(spec, shape, case, dtype, device, SEEDS)
 
 
@@ -82,6 +84,8 @@ def test_shapes_of_any_size_obey_the_bound(spec: OpSpec, data: st.DataObject) ->
 def test_any_strides_obey_the_bound(
     spec: OpSpec, layout: Callable[[torch.Tensor], torch.Tensor], device: str
 ) -> None:
+    if layout is broadcast and "normalized" in spec.name:
+        pytest.skip("columns made equal have no unit norm")
     check(spec, last_shape(spec), spec.cases[0], torch.float32, device, layout=layout)
 
 

@@ -1,5 +1,6 @@
 """The contract turns red for planted bugs, on the path that this process and this machine run."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,13 @@ from tests.kernels.plants.plant import Plants, plant
 PATH = "kernel" if INTERPRETED or torch.cuda.is_available() else "blockwise"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-pytestmark = pytest.mark.usefixtures("streamed")
+pytestmark = pytest.mark.usefixtures("streamed", "aten_steps")
 
 
 def contract(plants: Plants) -> None:
     for spec, shape in plants.checks:
-        for dtype in (torch.float32, torch.bfloat16):
-            check(spec, shape, spec.cases[0], dtype, DEVICE, seeds=range(2))
+        for case, dtype in itertools.product(plants.cases or spec.cases[:1], (torch.float32, torch.bfloat16)):
+            check(spec, shape, case, dtype, DEVICE, seeds=range(2))
 
 
 @pytest.mark.parametrize("op", ALL)

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mmkernels import contrastive_loss, contrastive_loss_ref, contrastive_stats, contrastive_stats_ref
 from mmkernels._contract import cast_inputs, check, evaluate
-from mmkernels._device import INTERPRETED
-from mmkernels.contrastive import blockwise, kernel, op
-from mmkernels.contrastive.launch import MAX_CHUNK, MIN_CHUNK, chunk_rows
-from mmkernels.contrastive.spec import CASES, LOSS, STATS
+from mmkernels._device import INTERPRETED, runs_triton
+from mmkernels._spec import OpSpec
+from mmkernels.contrastive import blockwise, kernel, loss
+from mmkernels.contrastive.problem import Problem
+from mmkernels.contrastive.spec import CASES, LOSS, STATS, VARIANTS
 
 
 @pytest.fixture(params=["streamed", "eager_form"])
@@ -30,15 +31,15 @@ def features(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(size, 24).to(dtype).requires_grad_() for size in sizes]
 
 
-@pytest.mark.parametrize("spec", [STATS, LOSS], ids=lambda spec: spec.name)
-def test_the_eager_form_of_small_shapes_obeys_the_contract(spec) -> None:
-    for case, dtype in itertools.product(CASES, (*spec.dtypes, torch.float64)):
+@pytest.mark.parametrize("spec", [LOSS, *VARIANTS], ids=lambda spec: spec.name)
+def test_the_eager_form_of_small_shapes_obeys_the_contract(spec: OpSpec) -> None:
+    for case, dtype in itertools.product(spec.cases, (*spec.dtypes, torch.float64)):
         check(spec, spec.shapes[-1], case, dtype)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path; thousands of the interpreter's tiles")
 def test_real_tiles_with_ragged_edges_obey_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "EAGER_LOGITS", 0)
+    monkeypatch.setattr(loss, "STORED_LOGITS", 0)
     shape = {"M": 1, "N": blockwise.TILE + 1, "D": 8, "offset": blockwise.TILE}
     check(STATS, shape, "random", torch.float32, seeds=range(2))
     check(LOSS, {"B": blockwise.TILE + 1, "D": 8}, "trained", torch.float32, seeds=range(2))
@@ -47,8 +48,8 @@ def test_real_tiles_with_ragged_edges_obey_the_contract(monkeypatch: pytest.Monk
 def test_a_row_of_negative_cosines_at_scale_100_has_exact_statistics(streamed: None) -> None:
     inputs = STATS.make_inputs({"M": 64, "N": 80, "D": 32, "offset": 3}, "negative_row", torch.float64, 0)
     assert (inputs["a"][0] @ inputs["b"].T).max() < -0.3
-    row_lse, _, _ = contrastive_stats(**cast_inputs(inputs, torch.float32))
-    gold, _, _ = contrastive_stats_ref(**inputs)
+    row_lse = contrastive_stats(**cast_inputs(inputs, torch.float32)).row_lse
+    gold = contrastive_stats_ref(**inputs)[0]
     assert gold[0] < -30
     assert abs(row_lse[0].double() - gold[0]) <= 8 * torch.finfo(torch.float32).eps * abs(gold[0])
 
@@ -70,10 +71,12 @@ def test_low_precision_gradients_are_float32_gradients_rounded(dtype: torch.dtyp
 def test_float16_gradients_of_a_huge_batch_do_not_underflow() -> None:
     """At B = 65536 each dL/dS is near 1e-10, which float16 flushes to zero unless it is moved up first."""
     a, b = (x.detach() for x in features(40, 40, dtype=torch.float16))
-    scale, tiny = torch.tensor(0.1), torch.full((40,), 1e-8)
+    tiny, none = torch.full((40,), 1e-8), torch.zeros(0)
+    problem = Problem(a, b, torch.tensor(0.1), torch.arange(40), None, None, True)
     for path in (blockwise, kernel) if kernel_runs() else (blockwise,):
-        stats = path.contrastive_fwd(a, b, scale, 0)
-        _, db, _ = path.contrastive_bwd(a, b, scale, stats, (tiny, tiny, tiny * 0), 0, (False, True, False))
+        stats = path.contrastive_fwd(problem, False)
+        grads = [tiny, tiny, tiny * 0, none, none]
+        _, db, _ = path.contrastive_bwd(problem, stats, grads, (False, True, False))
         p, q = (torch.softmax(0.1 * a.double() @ b.double().T, dim) for dim in (1, 0))
         gold = 0.1 * 1e-8 * (p + q).T @ a.double()
         assert db is not None
@@ -81,7 +84,7 @@ def test_float16_gradients_of_a_huge_batch_do_not_underflow() -> None:
 
 
 def kernel_runs() -> bool:
-    return op.runs_triton(torch.empty(0))
+    return runs_triton(torch.empty(0))
 
 
 def test_loss_is_the_reference_and_zero_at_one_pair(either_form: None) -> None:
@@ -109,11 +112,19 @@ def test_an_empty_batch_has_loss_zero_and_zero_gradients(either_form: None) -> N
 
 def test_no_rows_against_some_columns_give_empty_rows_and_minus_infinity(either_form: None) -> None:
     a, b = features(0, 3)
-    row_lse, col_lse, positive = contrastive_stats(a, b, 3.0)
-    assert row_lse.shape == positive.shape == (0,)
-    assert (col_lse == -math.inf).all()
-    (row_lse.sum() + positive.sum()).backward()
+    stats = contrastive_stats(a, b, 3.0)
+    assert stats.row_lse.shape == (0,)
+    assert (stats.col_lse == -math.inf).all()
+    stats.row_lse.sum().backward()
     assert b.grad is not None and (b.grad == 0).all()
+
+
+def test_rows_against_no_columns_have_minus_infinity_and_zero_gradients(either_form: None) -> None:
+    a, b = features(3, 0)
+    stats = contrastive_stats(a, b, 3.0, positives=torch.full((3,), -1, device=a.device))
+    assert (stats.row_lse == -math.inf).all() and (stats.positive == 0).all()
+    stats.positive.sum().backward()
+    assert a.grad is not None and (a.grad == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "one element"])
@@ -144,14 +155,16 @@ def test_zero_and_negative_scales_have_exact_gradients(scale: float, either_form
         torch.testing.assert_close(value, gold[name], rtol=1e-10, atol=1e-12)
 
 
-def test_offset_blocks_of_ranks_add_up_to_the_whole_batch(either_form: None) -> None:
+def test_blocks_of_ranks_add_up_to_the_whole_batch(either_form: None) -> None:
     """Data parallelism: each rank's rows against all columns, column sums combined by log-sum-exp."""
     a, b = features(60, 60)
     parts = [
-        contrastive_stats(a[first : first + 20], b, torch.tensor(0.7), offset=first) for first in (0, 20, 40)
+        contrastive_stats(a[first : first + 20], b, torch.tensor(0.7), positives=torch.arange(20) + first)
+        for first in (0, 20, 40)
     ]
-    row_lse, positive = (torch.cat([part[i] for part in parts]) for i in (0, 2))
-    col_lse = torch.stack([part[1] for part in parts]).logsumexp(0)
+    row_lse = torch.cat([part.row_lse for part in parts])
+    positive = torch.cat([part.positive for part in parts])
+    col_lse = torch.stack([part.col_lse for part in parts]).logsumexp(0)
     loss = ((row_lse + col_lse) / 2 - positive).mean()
     grads = torch.autograd.grad(loss, (a, b))
     whole = contrastive_loss_ref(a, b, 0.7)
@@ -178,22 +191,28 @@ def test_a_gradient_that_nobody_asked_for_costs_no_product(
     needs: tuple[bool, bool, bool], products: int
 ) -> None:
     a, b = (x.detach() for x in features(40, 40))
-    scale, ones = torch.tensor(1.0), torch.ones(40)
-    stats = blockwise.contrastive_fwd(a, b, scale, 0)
+    ones, none = torch.ones(40), torch.zeros(0)
+    problem = Problem(a, b, torch.tensor(1.0), torch.arange(40), None, None, True)
+    stats = blockwise.contrastive_fwd(problem, False)
     with ProductCounter() as counter:
-        results = blockwise.contrastive_bwd(a, b, scale, stats, (ones, ones, ones), 0, needs)
+        results = blockwise.contrastive_bwd(problem, stats, [ones, ones, ones, none, none], needs)
     assert counter.products == products
     assert tuple(result is not None for result in results) == needs
 
 
-def test_the_registered_ops_pass_opcheck(streamed: None) -> None:
+@pytest.mark.parametrize("with_everything", [False, True])
+def test_the_registered_ops_pass_opcheck(with_everything: bool, streamed: None) -> None:
     a, b = features(5, 7)
     scale = torch.tensor([2.0], requires_grad=True)
-    torch.library.opcheck(torch.ops.mmkernels.contrastive_fwd.default, (a, b, scale, 1))
-    stats = [x.detach() for x in torch.ops.mmkernels.contrastive_fwd(a, b, scale, 1)]
-    grads = [torch.ones(5), torch.ones(7), torch.ones(5)]
+    options = (None, None, None, False)
+    if with_everything:
+        options = (torch.arange(5), *(torch.randn_like(x) for x in (a, b)), True)
+    args = (a, b, scale, *options)
+    torch.library.opcheck(torch.ops.mmkernels.contrastive_fwd.default, (*args, False))
+    stats = [x.detach() for x in torch.ops.mmkernels.contrastive_fwd(*args, False)]
+    grads = [torch.ones_like(x) for x in stats[:5]]
     for needs in ([True, True, True], [False, True, False]):
-        args = (a.detach(), b.detach(), scale.detach(), stats, grads, 1, needs)
+        args = (a.detach(), b.detach(), scale.detach(), *options, stats, grads, needs)
         torch.library.opcheck(torch.ops.mmkernels.contrastive_bwd.default, args)
 
 
@@ -219,45 +238,6 @@ def test_not_a_number_in_a_feature_reaches_the_loss(either_form: None) -> None:
     with torch.no_grad():
         a[3, 2] = math.nan
     assert contrastive_loss(a, b, 2.0).isnan()
-
-
-def test_chunks_of_the_gradient_stay_within_their_bounds() -> None:
-    assert chunk_rows(1024, 2) == MAX_CHUNK
-    assert chunk_rows(65536, 2) == 2048
-    assert chunk_rows(1 << 20, 4) == MIN_CHUNK
-
-
-A = torch.ones(3, 4)
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "message"),
-    [
-        ((A[0], A, 1.0), {}, r"a must be \[M, D\], got shape \[4\]"),
-        ((A[:, :0], A[:, :0], 1.0), {}, r"a must be at least one wide, got shape \[3, 0\]"),
-        ((A, A[:, :2], 1.0), {}, r"b must be \[N, 4\], as wide as a, got shape \[3, 2\]"),
-        ((A, A[None], 1.0), {}, r"b must be \[N, 4\], as wide as a, got shape \[1, 3, 4\]"),
-        ((A, A.to("meta"), 1.0), {}, "b must be on the device of a, cpu, got meta"),
-        ((A, A.half(), 1.0), {}, "b must have the dtype of a, torch.float32, got torch.float16"),
-        ((A.int(), A.int(), 1.0), {}, "a must be float32, .* got torch.int32"),
-        ((A, A[:0], 1.0), {}, r"b must have at least M \+ offset = 3 rows, got 0"),
-        ((A, A, 1.0), {"offset": 1}, r"b must have at least M \+ offset = 4 rows, got 3"),
-        ((A, A, 1.0), {"offset": -1}, "offset must be at least 0, got -1"),
-        ((A, A, math.inf), {}, "logit_scale must be finite, got inf"),
-        ((A, A, torch.tensor(math.nan)), {}, "logit_scale must be finite, got nan"),
-        ((A, A, torch.ones(2)), {}, r"logit_scale must be a float or .* element, got shape \[2\]"),
-        ((A, A, torch.tensor(1)), {}, "logit_scale must be floating point, got torch.int64"),
-        ((A, A, torch.ones((), device="meta")), {}, "logit_scale must be on the device of a, cpu, got meta"),
-    ],
-)
-def test_bad_input_is_refused_by_name_contract_and_value(args, kwargs, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^contrastive: {message}$"):
-        contrastive_stats(*args, **kwargs)
-
-
-def test_the_loss_refuses_more_columns_than_rows() -> None:
-    with pytest.raises(ValueError, match=r"b must have the shape of a, \[3, 4\], got \[4, 4\]"):
-        contrastive_loss(A, torch.ones(4, 4), 1.0)
 
 
 @pytest.mark.gpu

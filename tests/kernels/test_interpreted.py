@@ -9,7 +9,16 @@ import pytest
 
 from mmkernels._device import INTERPRETED
 
-FILES = ("test_contract.py", "test_contract_detects.py", "test_contrastive.py", "test_token_contrastive.py")
+FILES = (
+    "test_contract.py",
+    "test_contract_detects.py",
+    "test_contrastive.py",
+    "test_contrastive_arguments.py",
+    "test_distill.py",
+    "test_sigmoid.py",
+    "test_linear_cross_entropy.py",
+    "test_token_contrastive.py",
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process runs the interpreter already")

@@ -5,160 +5,190 @@ elementwise passes find the tile in cache. Low-precision operands are widened fi
 accumulated and kept in float32.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mmkernels._gemm import matmul_nt
+from mmkernels._gemm import FAST_BFLOAT16, matmul, matmul_nt
 from mmkernels._numerics import log_sum_exp, widen
-
-# row_lse [M], col_lse [N], positive [M], and the two log-sum-exps' rounding errors
-Stats: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from mmkernels._tile import fold_tile, grad_tile
+from mmkernels.contrastive.problem import (
+    Coefficients,
+    ContrastiveStats,
+    Problem,
+    add_positives,
+    coefficients,
+    grad_total,
+    mean_cosine,
+    shift_of,
+)
 
 # 4 MiB of float32 a tile: large enough for GEMM's full speed, small enough that two of them stay in a
 # last-level cache.
 TILE = 1024
+# Columns of dL/dS in bfloat16 side by side: 16 MiB.
+LOW_SPAN = 8192
 
 
-def tile_shape(num_rows: int, num_cols: int) -> tuple[int, int]:
-    """Rows and columns of a tile, a pure function of the problem's shape."""
-    return max(min(num_rows, TILE), 1), max(min(num_cols, TILE), 1)
-
-
-def contrastive_fwd(a: Tensor, b: Tensor, scale: Tensor, offset: int) -> Stats:
-    """Row and column log-sum-exp and the positives of `scale * a b^T`, then the two sums' rounding errors."""
-    a, b, alpha = widen(a), widen(b), float(scale)
-    (num_rows, _), num_cols = a.shape, b.shape[0]
-    row_max, row_sum = _empty_sums(a, num_rows)
-    col_max, col_sum = _empty_sums(a, num_cols)
-    positive = a.new_empty(num_rows)
-    rows, cols = tile_shape(num_rows, num_cols)
-    buffer = a.new_empty(rows * cols)
-    for r in range(0, num_rows, rows):
-        a_tile = a[r : r + rows]
-        for c in range(0, num_cols, cols):
-            b_tile = b[c : c + cols]
-            logits = matmul_nt(a_tile, b_tile).mul_(alpha)
-            work = _view(buffer, len(a_tile), len(b_tile))
-            _add_tile(row_max[r : r + rows], row_sum[r : r + rows], logits, work, dim=1)
-            _add_tile(col_max[c : c + cols], col_sum[c : c + cols], logits, work, dim=0)
-            first, diagonal = _positives(logits, r + offset - c)
-            positive[r + first : r + first + len(diagonal)] = diagonal
-    row_lse, row_rest = log_sum_exp(row_max, row_sum)
-    col_lse, col_rest = log_sum_exp(col_max, col_sum)
-    return row_lse, col_lse, positive, row_rest, col_rest
+def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
+    """Log-sum-exps, positives and the teacher's expectations of `scale * a b^T`, tile by tile."""
+    problem = _widened(problem)
+    a, b, scale = problem.a, problem.b, float(problem.scale)
+    row, col = _Sums(a, len(a)), _Sums(a, len(b) if problem.symmetric else 0)
+    teacher_row = _Sums(a, len(a) if problem.teacher else 0)
+    teacher_col = _Sums(a, len(b) if problem.teacher and problem.symmetric else 0)
+    positive = a.new_zeros(0 if problem.positives is None else len(a))
+    shift = float(shift_of(problem.scale)) if normalized else None
+    for of_rows, of_cols in _tiles(len(a), len(b), TILE):
+        cosines = matmul_nt(a[of_rows], b[of_cols])
+        if problem.positives is not None:
+            _take_positives(cosines, problem.positives[of_rows] - of_cols.start, scale, positive[of_rows])
+        if problem.teacher is not None:
+            teacher_logits = matmul_nt(problem.teacher[0][of_rows], problem.teacher[1][of_cols]).mul_(scale)
+            logits = cosines * scale
+            _add_cross(teacher_row, of_rows, teacher_logits, logits, dim=1)
+            if problem.symmetric:
+                _add_cross(teacher_col, of_cols, teacher_logits, logits, dim=0)
+        if shift is not None:
+            _add_shifted(row, col if problem.symmetric else None, of_rows, of_cols, cosines, scale, shift)
+        elif problem.symmetric:
+            fold_tile(cosines, scale, row.max[of_rows], row.sum[of_rows], col.max[of_cols], col.sum[of_cols])
+        else:
+            fold_tile(cosines, scale, row.max[of_rows], row.sum[of_rows])
+    (row_lse, row_rest), (col_lse, col_rest) = log_sum_exp(row.max, row.sum), log_sum_exp(col.max, col.sum)
+    return ContrastiveStats(
+        row_lse,
+        col_lse,
+        positive,
+        teacher_row.cross / teacher_row.sum,
+        teacher_col.cross / teacher_col.sum,
+        row_rest,
+        col_rest,
+        teacher_row.max + teacher_row.sum.log(),
+        teacher_col.max + teacher_col.sum.log(),
+    )
 
 
 def contrastive_bwd(
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    stats: tuple[Tensor, ...],
-    grads: tuple[Tensor, ...],
-    offset: int,
-    needs: Sequence[bool],
+    problem: Problem, stats: ContrastiveStats, grads: list[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `a`, `b` and `scale`, those that `needs` asks for; the tiles of logits are recomputed."""
-    a, b, alpha = widen(a), widen(b), float(scale)
-    row_lse, col_lse = stats[:2]
-    row_coef, col_coef, positive_coef = coefficients(stats, grads, offset)
-    (num_rows, _), num_cols = a.shape, b.shape[0]
+    """Gradients of `a`, `b` and `scale`, those that `needs` asks for; the tiles of logits are recomputed.
+
+    dL/dS is rounded to bfloat16 where the operands are that and its products are the faster ones: what the
+    GPU's path does. The positives' share never passes through it.
+    """
+    low = problem.a.dtype == torch.bfloat16 and FAST_BFLOAT16 and problem.teacher is None
+    factors = (problem.a, problem.b) if low else (widen(problem.a), widen(problem.b))
+    problem, scale = _widened(problem), float(problem.scale)
+    a, b = problem.a, problem.b
+    coefs = coefficients(problem, stats, grads)
     needs_a, needs_b, needs_scale = needs
     da = torch.zeros_like(a) if needs_a else None
     db = torch.zeros_like(b) if needs_b else None
-    center, dscale = mean_cosine(a, b), grad_total(grads) if needs_scale else None
-    if dscale is not None:
-        dscale *= center
-    rows, cols = tile_shape(num_rows, num_cols)
-    buffers = a.new_empty(2, rows * cols)
-    for r in range(0, num_rows, rows):
-        a_tile, of_rows = a[r : r + rows], slice(r, r + rows)
-        for c in range(0, num_cols, cols):
-            b_tile, of_cols = b[c : c + cols], slice(c, c + cols)
-            cosines = matmul_nt(a_tile, b_tile)
-            grad, work = (_view(x, len(a_tile), len(b_tile)) for x in buffers)
-            torch.mul(cosines, alpha, out=grad)  # the forward pass's logits, to the bit
-            torch.sub(grad, col_lse[of_cols], out=work)
-            grad.sub_(row_lse[of_rows, None]).exp_().mul_(row_coef[of_rows, None])
-            grad.addcmul_(work.exp_(), col_coef[of_cols])
-            first, diagonal = _positives(grad, r + offset - c)
-            of_diagonal = slice(r + first, r + first + len(diagonal))
-            if dscale is not None:
-                diagonal.copy_(positive_coef[of_diagonal])
-                dscale += (
-                    cosines.sub_(center).mul_(grad).sum()
-                )  # summed pairwise, where a dot product would drift
-            diagonal.zero_()
-            if da is not None:
-                da[of_rows] += matmul_nt(grad, b_tile.T)
-            if db is not None:
-                db[of_cols] += matmul_nt(grad.T, a_tile.T)
-    coef = positive_coef[:, None]
-    of_positives = slice(offset, offset + num_rows)
-    if da is not None:
-        da.addcmul_(b[of_positives], coef).mul_(alpha)
-    if db is not None:
-        db[of_positives].addcmul_(a, coef)
-        db.mul_(alpha)
-    return da, db, dscale
+    center = mean_cosine(problem)
+    of_tiles = a.new_zeros((), dtype=torch.float64)
+    # in bfloat16 some tiles side by side: each product is rounded, so it had better be a long sum
+    span = LOW_SPAN if low else TILE
+    buffer = factors[0].new_empty(min(len(a), TILE), min(len(b), span))
+    for of_rows, of_span in _tiles(len(a), len(b), span):
+        grad = buffer[: of_rows.stop - of_rows.start, : of_span.stop - of_span.start]
+        for first in range(of_span.start, of_span.stop, TILE):
+            of_cols = slice(first, min(first + TILE, of_span.stop))
+            out = grad[:, first - of_span.start :][:, : of_cols.stop - first]
+            of_tiles += _grad_tile(problem, stats, coefs, (of_rows, of_cols), center, out)
+        if da is not None:
+            da[of_rows] += matmul(grad, factors[1][of_span])
+        if db is not None:
+            db[of_span] += matmul(grad.T, factors[0][of_rows])
+    of_positives = add_positives(problem, coefs, da, db, center)
+    for dx in (da, db):
+        if dx is not None:
+            dx.mul_(scale)
+    return da, db, of_tiles + of_positives + center * grad_total(grads) if needs_scale else None
 
 
-def coefficients(
-    stats: tuple[Tensor, ...], grads: tuple[Tensor, ...], offset: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of exp(S - row_lse) [M] and of exp(S - col_lse) [N] in dL/dS, and dL/dS of each row's positive
-    [M].
-
-    The positive's is applied apart from the tiles, so that no rounding of a tile touches it.
-    """
-    row_lse, col_lse, positive, row_rest, col_rest = stats
-    d_row, d_col, d_pos = grads
-    row_coef = d_row * torch.exp(-row_rest)
-    col_coef = d_col * torch.exp(-col_rest)
-    of_positives = slice(offset, offset + len(positive))
-    from_rows = (positive - row_lse).exp_().mul_(row_coef)
-    from_cols = (positive - col_lse[of_positives]).exp_().mul_(col_coef[of_positives])
-    return row_coef, col_coef, from_rows.add_(from_cols).add_(d_pos)
-
-
-def mean_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The mean of `a b^T`, float32 or float64, a scalar; of none, zero.
-
-    The scale's gradient is the sum of dL/dS * (a b^T - mean) plus mean * sum of dL/dS: in a cone of features,
-    where all cosines are near .9 and dL/dS sums to zero, the first sum alone would be all cancellation.
-    """
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    if not len(a):
-        return a.new_zeros((), dtype=dtype)
-    return a.mean(0, dtype=dtype).dot(b.mean(0, dtype=dtype))
-
-
-def grad_total(grads: tuple[Tensor, ...]) -> Tensor:
-    """The sum of dL/dS in float64: each row's and each column's probabilities sum to one."""
-    return torch.stack([d.sum(dtype=torch.float64) for d in grads]).sum()
-
-
-def _empty_sums(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return like.new_full((size,), -torch.inf), like.new_zeros(size)
+def _grad_tile(
+    problem: Problem,
+    stats: ContrastiveStats,
+    coefs: Coefficients,
+    place: tuple[slice, slice],
+    center: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Write a tile of dL/dS, zero at the positives; returns its share of the scale's gradient."""
+    of_rows, of_cols = place
+    cosines = matmul_nt(problem.a[of_rows], problem.b[of_cols])
+    total = grad_tile(
+        cosines,
+        float(problem.scale),
+        (stats.row_lse[of_rows], coefs.row[of_rows]),
+        (stats.col_lse[of_cols], coefs.col[of_cols]) if problem.symmetric else None,
+        None if problem.positives is None else problem.positives[of_rows] - of_cols.start,
+        center,
+        out,
+    )
+    if problem.teacher is None:
+        return total
+    of_teacher = matmul_nt(problem.teacher[0][of_rows], problem.teacher[1][of_cols])
+    grad_tile(
+        of_teacher,
+        float(problem.scale),
+        (stats.teacher_row_lse[of_rows], coefs.teacher_row[of_rows]),
+        (stats.teacher_col_lse[of_cols], coefs.teacher_col[of_cols]) if problem.symmetric else None,
+        None,
+        None,
+        of_teacher,
+    )
+    out.add_(of_teacher)
+    return total + cosines.sub_(center).mul_(of_teacher).sum(dtype=torch.float64)
 
 
-def _view(buffer: Tensor, rows: int, cols: int) -> Tensor:
-    return buffer[: rows * cols].view(rows, cols)
+class _Sums:
+    """Online `sum exp(x - max)` and `sum exp(x - max) y` of `size` rows or columns."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self.max = like.new_full((size,), -torch.inf)
+        self.sum, self.cross = like.new_zeros(2, size)
 
 
-def _add_tile(running_max: Tensor, running_sum: Tensor, logits: Tensor, work: Tensor, dim: int) -> None:
-    """Fold a tile into `sum exp(logits - max)` along `dim`, online."""
-    new_max = torch.maximum(running_max, logits.amax(dim))
-    torch.sub(logits, new_max.unsqueeze(dim), out=work)
-    running_sum.mul_(running_max.sub_(new_max).exp_()).add_(work.exp_().sum(dim))
-    running_max.copy_(new_max)
+def _tiles(num_rows: int, num_cols: int, width: int) -> Iterator[tuple[slice, slice]]:
+    for r in range(0, num_rows, TILE):
+        for c in range(0, num_cols, width):
+            yield slice(r, min(r + TILE, num_rows)), slice(c, min(c + width, num_cols))
 
 
-def _positives(tile: Tensor, shift: int) -> tuple[int, Tensor]:
-    """The tile's entries with column = row + shift, a view, and the first such row."""
-    rows, cols = tile.shape
-    if not -rows < shift < cols:
-        return 0, tile[0, :0]
-    return max(-shift, 0), tile.diagonal(shift)
+def _widened(problem: Problem) -> Problem:
+    teacher_a, teacher_b = (None if x is None else widen(x) for x in (problem.teacher_a, problem.teacher_b))
+    return replace(problem, a=widen(problem.a), b=widen(problem.b), teacher_a=teacher_a, teacher_b=teacher_b)
+
+
+def _take_positives(cosines: Tensor, place: Tensor, scale: float, out: Tensor) -> None:
+    """Write the logits at column `place[i]` of row i of the tile, where there is such a column."""
+    inside = (place >= 0) & (place < cosines.shape[1])
+    found = cosines.gather(1, place.clamp(0, cosines.shape[1] - 1)[:, None])[:, 0]
+    torch.where(inside, found * scale, out, out=out)
+
+
+def _add_shifted(
+    row: _Sums, col: _Sums | None, of_rows: slice, of_cols: slice, cosines: Tensor, scale: float, shift: float
+) -> None:
+    """Add `exp(S - shift)` to the sums of rows and columns: one exponential for both."""
+    exponentials = cosines.mul_(scale).sub_(shift).exp_()
+    row.max[of_rows] = shift
+    row.sum[of_rows] += exponentials.sum(1)
+    if col is not None:
+        col.max[of_cols] = shift
+        col.sum[of_cols] += exponentials.sum(0)
+
+
+def _add_cross(sums: _Sums, place: slice, teacher_logits: Tensor, logits: Tensor, dim: int) -> None:
+    """Fold a tile into `sum exp(x - max)` and `sum exp(x - max) logits` along `dim`, online."""
+    old_max, total, cross = sums.max[place], sums.sum[place], sums.cross[place]
+    new_max = torch.maximum(old_max, teacher_logits.amax(dim))
+    exponentials = torch.sub(teacher_logits, new_max.unsqueeze(dim)).exp_()
+    shrink = (old_max - new_max).exp_()
+    total.mul_(shrink).add_(exponentials.sum(dim))
+    cross.mul_(shrink).add_(exponentials.mul_(logits).sum(dim))
+    old_max.copy_(new_max)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels._spec import Cost, Inputs, OpSpec, Shape
-from mmkernels.contrastive.op import contrastive_loss, contrastive_stats
-from mmkernels.contrastive.reference import contrastive_loss_ref, contrastive_stats_ref
+from mmkernels.contrastive.loss import contrastive_loss
+from mmkernels.contrastive.op import contrastive_lse, contrastive_stats
+from mmkernels.contrastive.reference import contrastive_loss_ref, contrastive_lse_ref, contrastive_stats_ref
 
 CASES = ("random", "cone", "trained", "duplicates", "negative_row")
 
@@ -41,26 +42,113 @@ def make_features(num_rows: int, num_cols: int, width: int, offset: int, case: s
     return a, b, 100.0
 
 
-def _make_stats_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
-    a, b, scale = make_features(shape["M"], shape["N"], shape["D"], shape["offset"], case, seed)
-    return {
-        "a": a.to(dtype),
-        "b": b.to(dtype),
-        "logit_scale": _scale(scale, dtype),
-        "offset": shape["offset"],
-    }
-
-
-def _make_loss_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
-    a, b, scale = make_features(shape["B"], shape["B"], shape["D"], 0, case, seed)
-    return {"a": a.to(dtype), "b": b.to(dtype), "logit_scale": _scale(scale, dtype)}
-
-
 def _scale(scale: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _cost(num_rows: int, num_cols: int, width: int, element_size: int) -> tuple[Cost, Cost]:
+def _make_lse_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+    a, b, scale = make_features(shape["M"], shape["N"], shape["D"], shape.get("offset", 0), case, seed)
+    return {"a": a.to(dtype), "b": b.to(dtype), "logit_scale": _scale(scale, dtype)}
+
+
+def _make_stats_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+    """The positives a rank's: on a diagonal that begins at the offset; the teacher's features noisy copies."""
+    inputs = _make_lse_inputs(shape, case, dtype, seed)
+    positives = torch.arange(shape["M"]) + shape["offset"]
+    return {**inputs, "positives": positives, "teacher": _teacher(inputs, seed)}
+
+
+def _make_loss_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+    return _make_lse_inputs({"M": shape["B"], "N": shape["B"], "D": shape["D"]}, case, dtype, seed)
+
+
+def _teacher(inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def beside(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        return F.normalize(F.normalize(x.double(), dim=1) + 0.3 * F.normalize(noise, dim=1), dim=1).to(
+            x.dtype
+        )
+
+    return beside(inputs["a"]), beside(inputs["b"])
+
+
+def _shuffled(inputs: Inputs, shape: Shape, seed: int) -> Inputs:
+    """Positives anywhere, two rows to a column now and then (several captions an image)."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    return {"positives": torch.randint(shape["N"], (shape["M"],), generator=generator)}
+
+
+def _labels(inputs: Inputs, shape: Shape, seed: int) -> Inputs:
+    """About three rows and columns a label, some without a partner."""
+    generator = torch.Generator().manual_seed(3000 + seed)
+    num = max(shape["M"], shape["N"]) // 3 + 1
+    return {"labels": tuple(torch.randint(num, (shape[axis],), generator=generator) for axis in "MN")}
+
+
+def _negatives(inputs: Inputs, shape: Shape, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(4000 + seed)
+    queue = torch.randn(2 * shape["N"] + 5, shape["D"], generator=generator, dtype=torch.float64)
+    return {"negatives": F.normalize(queue, dim=1).to(inputs["b"].dtype)}
+
+
+def _momentum(inputs: Inputs, shape: Shape, seed: int) -> Inputs:
+    return {"teacher": _teacher(inputs, seed), "alpha": 0.4}
+
+
+def _rectangle(draw: Callable[[int, int], int]) -> Shape:
+    """Not of one row or column, where gradients that cancel to zero would make the bound zero."""
+    rows = draw(2, 70)
+    return {"M": rows, "N": max(rows + draw(0, 70), 4), "D": draw(4, 70)}
+
+
+def _wide_rectangle(draw: Callable[[int, int], int]) -> Shape:
+    """So that no column of unit vectors at scale 100 has but cosines far below zero."""
+    rows = draw(24, 70)
+    return {"M": rows, "N": rows + draw(0, 70), "D": draw(24, 70)}
+
+
+Extra = Callable[[Inputs, Shape, int], Inputs]
+
+
+def _variant(
+    name: str,
+    *extras: Extra,
+    cases: tuple[str, ...] = ("random", "trained"),
+    shapes: tuple[Shape, ...] = ({"M": 5, "N": 40, "D": 17}, {"M": 33, "N": 65, "D": 33}),
+    draw_shape: Callable[[Callable[[int, int], int]], Shape] = _rectangle,
+    **options: object,
+) -> OpSpec:
+    """contrastive_loss with some of its arguments, on rectangular features."""
+
+    def make_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+        inputs = _make_lse_inputs(shape, case, dtype, seed)
+        for extra in extras:
+            inputs |= extra(inputs, shape, seed)
+        return inputs | options
+
+    return OpSpec(
+        name=f"contrastive_loss[{name}]",
+        op=contrastive_loss,
+        ref=contrastive_loss_ref,
+        make_inputs=make_inputs,
+        shapes=shapes,
+        draw_shape=draw_shape,
+        cases=cases,
+        differentiable=("a", "b", "logit_scale"),
+        cost=lambda shape, size: contrastive_cost(shape["M"], shape["N"], shape["D"], size),
+        bench_shapes={},
+    )
+
+
+def _draw_stats_shape(draw: Callable[[int, int], int]) -> Shape:
+    shape = _rectangle(draw)
+    return {**shape, "offset": draw(0, shape["N"] - shape["M"])}
+
+
+def contrastive_cost(num_rows: int, num_cols: int, width: int, element_size: int) -> tuple[Cost, Cost]:
+    """Of forward, and of backward with every gradient: 1u and 3u of products, two exponentials a logit each."""
     logits = num_rows * num_cols
     features = (num_rows + num_cols) * width * element_size
     stats = 4 * (2 * num_rows + num_cols)
@@ -68,14 +156,9 @@ def _cost(num_rows: int, num_cols: int, width: int, element_size: int) -> tuple[
     return forward, Cost(3 * forward.flops, 2 * (features + stats), 2 * logits)
 
 
-def _draw_stats_shape(draw: Callable[[int, int], int]) -> Shape:
-    rows, extra = draw(1, 70), draw(0, 70)
-    return {"M": rows, "N": rows + extra, "D": draw(1, 70), "offset": draw(0, extra)}
-
-
 STATS = OpSpec(
     name="contrastive_stats",
-    op=contrastive_stats,
+    op=lambda *args, **kwargs: contrastive_stats(*args, **kwargs)[:5],
     ref=contrastive_stats_ref,
     make_inputs=_make_stats_inputs,
     shapes=(
@@ -86,11 +169,21 @@ STATS = OpSpec(
     draw_shape=_draw_stats_shape,
     cases=CASES,
     differentiable=("a", "b", "logit_scale"),
-    cost=lambda shape, size: _cost(shape["M"], shape["N"], shape["D"], size),
-    bench_shapes={
-        "cpu": ({"M": 1024, "N": 8192, "D": 512, "offset": 1024},),
-        "cuda": ({"M": 4096, "N": 65536, "D": 768, "offset": 4096},),
-    },
+    cost=lambda shape, size: contrastive_cost(shape["M"], shape["N"], shape["D"], size),
+    bench_shapes={},
+)
+
+LSE = OpSpec(
+    name="contrastive_lse",
+    op=contrastive_lse,
+    ref=contrastive_lse_ref,
+    make_inputs=_make_lse_inputs,
+    shapes=({"M": 1, "N": 1, "D": 1}, {"M": 7, "N": 70, "D": 3}, {"M": 33, "N": 65, "D": 33}),
+    draw_shape=_rectangle,
+    cases=("random", "trained"),
+    differentiable=("a", "b", "logit_scale"),
+    cost=lambda shape, size: contrastive_cost(shape["M"], shape["N"], shape["D"], size),
+    bench_shapes={},
 )
 
 LOSS = OpSpec(
@@ -102,7 +195,7 @@ LOSS = OpSpec(
     draw_shape=lambda draw: {"B": draw(1, 70), "D": draw(1, 70)},
     cases=CASES,
     differentiable=("a", "b", "logit_scale"),
-    cost=lambda shape, size: _cost(shape["B"], shape["B"], shape["D"], size),
+    cost=lambda shape, size: contrastive_cost(shape["B"], shape["B"], shape["D"], size),
     bench_shapes={
         "cpu": tuple({"B": size, "D": 512} for size in (64, 256, 1024, 4096, 8192)),
         "cuda": tuple(
@@ -113,4 +206,23 @@ LOSS = OpSpec(
     },
 )
 
-SPECS = (STATS, LOSS)
+VARIANTS = (
+    _variant("positives", _shuffled, reduction="none"),
+    _variant("rows", _shuffled, symmetric=False, reduction="sum"),
+    _variant("labels", _labels, cases=("random", "trained", "duplicates")),
+    _variant("queue", _shuffled, _negatives, symmetric=False),
+    _variant("teacher", _shuffled, _momentum),
+    _variant("smoothing", _shuffled, _negatives, label_smoothing=0.1),
+    _variant("everything", _labels, _negatives, _momentum, label_smoothing=0.1),
+    _variant(
+        "normalized",
+        _shuffled,
+        _momentum,
+        normalized=True,
+        cases=("trained", "cone"),
+        shapes=({"M": 33, "N": 65, "D": 33},),
+        draw_shape=_wide_rectangle,
+    ),
+)
+
+SPECS = (STATS, LSE, LOSS, *VARIANTS)

@@ -137,13 +137,13 @@ def _of_pairs(stats: TokenContrastiveStats, positives: Tensor, options: _Options
     """Of one positive to a row."""
     num_rows, num_cols = len(stats.row_lse), len(stats.col_lse)
     smoothing, losses = options.label_smoothing, (stats.row_lse, stats.row_rest)
-    rows = _cross_entropy(*losses, stats.positive, stats.row_total, num_cols, smoothing)
+    rows = cross_entropy(*losses, stats.positive, stats.row_total, num_cols, smoothing)
     if not options.symmetric:
         return _reduce(rows, num_rows, options.reduction)
     col_positive = stats.col_positive if len(stats.col_positive) else stats.positive
     col_total = stats.col_total[positives] if smoothing > 0 else stats.col_total
     losses = stats.col_lse[positives], stats.col_rest[positives]
-    cols = _cross_entropy(*losses, col_positive, col_total, num_rows, smoothing)
+    cols = cross_entropy(*losses, col_positive, col_total, num_rows, smoothing)
     return _reduce((rows + cols) / 2, num_rows, options.reduction)
 
 
@@ -153,19 +153,19 @@ def _of_labels(stats: TokenContrastiveStats, labels: Labels, options: _Options) 
     row_count, col_count = label_counts(*labels), label_counts(*reversed(labels))
     target = stats.row_matched / row_count.clamp(min=1)
     smoothing, losses = options.label_smoothing, (stats.row_lse, stats.row_rest)
-    rows = _cross_entropy(*losses, target, stats.row_total, num_cols, smoothing).where(row_count > 0, 0)
+    rows = cross_entropy(*losses, target, stats.row_total, num_cols, smoothing).where(row_count > 0, 0)
     if not options.symmetric:
         return _reduce(rows, (row_count > 0).sum(), options.reduction)
     target = stats.col_matched / col_count.clamp(min=1)
     losses = stats.col_lse, stats.col_rest
-    cols = _cross_entropy(*losses, target, stats.col_total, num_rows, smoothing).where(col_count > 0, 0)
+    cols = cross_entropy(*losses, target, stats.col_total, num_rows, smoothing).where(col_count > 0, 0)
     if options.reduction == "none":
         return (rows + cols) / 2
     of_rows = _reduce(rows, (row_count > 0).sum(), options.reduction)
     return (of_rows + _reduce(cols, (col_count > 0).sum(), options.reduction)) / 2
 
 
-def _cross_entropy(
+def cross_entropy(
     lse: Tensor, rest: Tensor, target: Tensor, total: Tensor, size: int, smoothing: float
 ) -> Tensor:
     """`lse` less the expected logit; `total / size` is the mean logit, not wanted without smoothing."""

@@ -1,6 +1,15 @@
 """Every op's planted bugs."""
 
 from tests.kernels.plants.contrastive import PLANTS as CONTRASTIVE
+from tests.kernels.plants.distill import PLANTS as DISTILL
+from tests.kernels.plants.linear_cross_entropy import PLANTS as LINEAR_CROSS_ENTROPY
+from tests.kernels.plants.sigmoid import PLANTS as SIGMOID
 from tests.kernels.plants.token_contrastive import PLANTS as TOKEN_CONTRASTIVE
 
-ALL = {"contrastive": CONTRASTIVE, "token_contrastive": TOKEN_CONTRASTIVE}
+ALL = {
+    "contrastive": CONTRASTIVE,
+    "distill": DISTILL,
+    "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
+    "sigmoid": SIGMOID,
+    "token_contrastive": TOKEN_CONTRASTIVE,
+}

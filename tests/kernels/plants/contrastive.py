@@ -1,30 +1,46 @@
 """Bugs to plant in the contrastive paths: each is one edit of a path's source, which the contract must see."""
 
 from mmkernels.contrastive import blockwise, kernel, op
-from mmkernels.contrastive.spec import LOSS, STATS
+from mmkernels.contrastive.spec import LOSS, STATS, VARIANTS
 from tests.kernels.plants.plant import Plants
 
 BLOCKWISE = {
-    "wrong factor on da": (
-        "da.addcmul_(b[of_positives], coef).mul_(alpha)",
-        "da.addcmul_(b[of_positives], coef)",
+    "wrong factor on da": ("            dx.mul_(scale)", "            dx.mul_(1.001 * scale)"),
+    "wrong factor on logits": ("fold_tile(cosines, scale,", "fold_tile(cosines, 1.001 * scale,"),
+    "unwritten column": ("for c in range(0, num_cols, width)", "for c in range(0, num_cols - 1, width)"),
+    # in the accumulator's dtype: an operand that is not widened has no such tile
+    "missing cast": (
+        "        cosines = matmul_nt(a[of_rows], b[of_cols])\n        if",
+        "        cosines = matmul_nt(a[of_rows], b[of_cols]).half().to(a.dtype)\n        if",
     ),
-    "wrong factor on logits": ("matmul_nt(a_tile, b_tile).mul_(alpha)", "matmul_nt(a_tile, b_tile)"),
-    "unwritten column": ("for c in range(0, num_cols, cols)", "for c in range(0, num_cols - 1, cols)"),
-    "missing cast": ("    a, b, alpha = widen(a), widen(b), float(scale)\n", "    alpha = float(scale)\n"),
-    "sums not rescaled to the new maximum": ("mul_(running_max.sub_(new_max).exp_())", "mul_(1)"),
-    "positive counted twice": ("            diagonal.zero_()\n", ""),
-    "column share of the positive lost": ("from_rows.add_(from_cols)", "from_rows"),
-    "upstream gradient of columns ignored": ("col_coef = d_col *", "col_coef = 0 * d_col *"),
-    "offset ignored in db": ("db[of_positives].addcmul_", "db[:num_rows].addcmul_"),
-    "mean of the scale's gradient lost": ("dscale *= center", "dscale *= 0"),
+    "teacher's sums not rescaled to the new maximum": ("total.mul_(shrink)", "total.mul_(1)"),
+    "positive counted twice": (
+        "None if problem.positives is None else problem.positives[of_rows] - of_cols.start,",
+        "None,",
+    ),
+    "positives of the first tile taken for all": (
+        "problem.positives[of_rows] - of_cols.start, scale",
+        "problem.positives[of_rows], scale",
+    ),
+    "teacher's share of dL/dS lost": ("    out.add_(of_teacher)\n", ""),
+    "teacher's share of the scale's gradient lost": ("return total + cosines", "return total + 0 * cosines"),
+    "positives' gradient of b lost": (
+        "add_positives(problem, coefs, da, db, center)",
+        "add_positives(problem, coefs, da, None, center)",
+    ),
+    "mean of the scale's gradient lost": ("+ center * grad_total(grads)", ""),
+    "shift forgotten": ("mul_(scale).sub_(shift).exp_()", "mul_(scale).exp_()"),
+    "columns left out of shifted sums": ("col.sum[of_cols] += exponentials.sum(0)", "pass"),
 }
 KERNEL = {
-    "wrong factor on da": ("da[rows] = product.mul_(scale)", "da[rows] = product"),
+    "wrong factor on da": (
+        "            dx.mul_(problem.scale)",
+        "            dx.mul_(1.001 * problem.scale)",
+    ),
     "wrong factor on logits": ("            logits = acc * scale\n", "            logits = acc\n"),
     "unwritten column": (
-        "tl.store(col_sum_ptr + col_base + offs_n, col_sum, mask=mask_n)",
-        "tl.store(col_sum_ptr + col_base + offs_n, col_sum, mask=offs_n < N - 1)",
+        "tl.store(col_ptrs + stride_plane, col_sum, mask=mask_n)",
+        "tl.store(col_ptrs + stride_plane, col_sum, mask=mask_n & (tl.arange(0, 32) < 31))",
     ),
     # rounding the logits stands for an accumulator of the operands' dtype, which the interpreter ignores
     "missing cast": (
@@ -32,25 +48,42 @@ KERNEL = {
         "            logits = (acc * scale).to(tl.float16).to(tl.float32)\n",
     ),
     "rows outside counted in column sums": (
-        "tl.where(mask_m[:, None], logits, float",
-        "tl.where(True, logits, float",
+        "logits = tl.where(inside, logits,",
+        "logits = tl.where(mask_n[None, :], logits,",
     ),
     "columns outside counted in row sums": (
-        "tl.where(mask_n[None, :], logits, float",
-        "tl.where(True, logits, float",
+        "logits = tl.where(inside, logits,",
+        "logits = tl.where(mask_m[:, None], logits,",
     ),
-    "sums not rescaled to the new maximum": ("row_sum * tl.exp(row_max - new_max)", "row_sum"),
-    "positive counted twice": ("tl.where(is_positive, 0.0, grad)", "grad"),
-    "gradient's unit not taken back": ("matmul_fp32(part, b).div_(unit)", "matmul_fp32(part, b)"),
-    "second chunk's offset forgotten": ("                first + offset,\n", "                offset,\n"),
+    "sums not rescaled to the new maximum": ("new_sum = old_sum * shrink", "new_sum = old_sum"),
+    "expectation not rescaled to the new maximum": (
+        "new_cross = old_cross * shrink",
+        "new_cross = old_cross",
+    ),
+    "positive counted twice": ("tl.where(offs_n[None, :] == place[:, None], 0.0, grad)", "grad"),
+    "gradient's unit not taken back": (
+        "torch.div(matmul_fp32(part, b), unit,",
+        "torch.div(matmul_fp32(part, b), 1,",
+    ),
+    "second chunk's rows those of the first": (
+        "part = problem.of_rows(rows)",
+        "part = problem.of_rows(slice(0, rows.stop - rows.start))",
+    ),
     "one split's columns skipped": (
         "first_n = pid_n * cols_per_split",
         "first_n = pid_n * cols_per_split + pid_n",
     ),
+    "teacher's share of dL/dS lost": ("        grad += _softmaxes(", "        _softmaxes("),
+    "shift forgotten": ("tl.exp(logits - tl.load(shift_ptr))", "tl.exp(logits)"),
 }
 PLANTS = Plants(
     op=op,
     paths={"blockwise": blockwise, "kernel": kernel},
     bugs={"blockwise": BLOCKWISE, "kernel": KERNEL},
-    checks=((STATS, STATS.shapes[1]), (STATS, STATS.shapes[-1]), (LOSS, LOSS.shapes[-1])),
+    checks=(
+        (STATS, STATS.shapes[1]),
+        (STATS, STATS.shapes[-1]),
+        (LOSS, LOSS.shapes[-1]),
+        (VARIANTS[-1], VARIANTS[-1].shapes[-1]),
+    ),
 )

@@ -1,0 +1,145 @@
+"""What a contrastive call is given and gives, and the vector arithmetic that both paths share."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmkernels._checks import accumulator
+
+# Rows whose positives are gathered at a time: some MiB.
+POSITIVES_CHUNK = 4096
+# A shifted sum below exp(this) may have lost terms to underflow: of 65,536 terms, more than 1e-7 of the sum.
+LOWEST_SHIFTED = -60.0
+# Up to this scale no logit of unit vectors underflows under the shift.
+NO_UNDERFLOW_SCALE = 75.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Checked operands; `positives` int64 `[M]` with -1 for none; the teacher of the shapes of a and b."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    positives: Tensor | None
+    teacher_a: Tensor | None
+    teacher_b: Tensor | None
+    symmetric: bool
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.teacher_a is None or self.teacher_b is None else (self.teacher_a, self.teacher_b)
+
+    def of_rows(self, rows: slice) -> "Problem":
+        """The same columns against some of the rows."""
+        positives = None if self.positives is None else self.positives[rows]
+        teacher_a = None if self.teacher_a is None else self.teacher_a[rows]
+        return replace(self, a=self.a[rows], positives=positives, teacher_a=teacher_a)
+
+
+class ContrastiveStats(NamedTuple):
+    """What a contrastive loss is made of; fields that were not asked for are empty, `[0]`.
+
+    The first five are differentiable. `row_rest` and `col_rest` are what rounding took from the log-sum-exps:
+    add them to small differences of those. The last two are the teacher's.
+    """
+
+    row_lse: Tensor  # [M]
+    col_lse: Tensor  # [N]
+    positive: Tensor  # [M]
+    row_cross: Tensor  # [M]
+    col_cross: Tensor  # [N]
+    row_rest: Tensor  # [M]
+    col_rest: Tensor  # [N]
+    teacher_row_lse: Tensor  # [M]
+    teacher_col_lse: Tensor  # [N]
+
+
+class Coefficients(NamedTuple):
+    """Weights in dL/dS: of exp(S - row_lse), of exp(S - col_lse), of each row's positive (applied apart from
+    the tiles, so that no rounding of a tile touches it), and of the teacher's two softmaxes."""
+
+    row: Tensor  # [M]
+    col: Tensor  # [N]
+    positive: Tensor  # [M]
+    teacher_row: Tensor  # [M]
+    teacher_col: Tensor  # [N]
+
+
+def coefficients(problem: Problem, stats: ContrastiveStats, grads: list[Tensor]) -> Coefficients:
+    d_row, d_col, d_positive, d_row_cross, d_col_cross = grads
+    row, col = d_row * torch.exp(-stats.row_rest), d_col * torch.exp(-stats.col_rest)
+    if problem.positives is None or not len(problem.b):
+        positive = torch.zeros_like(row)
+    else:
+        place = _places(problem)
+        positive = (stats.positive - stats.row_lse).exp_().mul_(row)
+        if problem.symmetric:
+            positive += (stats.positive - stats.col_lse[place]).exp_().mul_(col[place])
+        positive = torch.where(problem.positives < 0, 0.0, positive.add_(d_positive))
+    return Coefficients(row, col, positive, d_row_cross, d_col_cross)
+
+
+def mean_cosine(problem: Problem) -> Tensor:
+    """The mean of `a b^T`, float32 or float64, a scalar; of none, zero.
+
+    The scale's gradient is the sum of dL/dS * (a b^T - mean) plus mean * sum of dL/dS: in a cone of features,
+    where all cosines are near .9 and dL/dS sums to zero, the first sum alone would be all cancellation.
+    """
+    a, b, dtype = problem.a, problem.b, accumulator(problem.a.dtype)
+    if not len(a) or not len(b):
+        return a.new_zeros((), dtype=dtype)
+    return a.mean(0, dtype=dtype).dot(b.mean(0, dtype=dtype))
+
+
+def add_positives(
+    problem: Problem, coefs: Coefficients, da: Tensor | None, db: Tensor | None, center: Tensor
+) -> Tensor:
+    """Add the positives' share to the gradients `da` and `db`, not yet times the scale.
+
+    Returns their share of the sum of dL/dS * (a b^T - center), float64.
+    """
+    total = center.new_zeros((), dtype=torch.float64)
+    if problem.positives is None or not len(problem.b):
+        return total
+    places, dtype = _places(problem), accumulator(problem.a.dtype)
+    for first in range(0, len(places), POSITIVES_CHUNK):
+        rows = slice(first, first + POSITIVES_CHUNK)
+        place, weight = places[rows], coefs.positive[rows, None]
+        a, b = problem.a[rows].to(dtype), problem.b[place].to(dtype)
+        total += (weight * ((a * b).sum(1, keepdim=True) - center)).sum(dtype=torch.float64)
+        if da is not None:
+            da[rows].addcmul_(b, weight)
+        if db is not None and db.is_cuda:
+            db.index_put_((place,), a * weight, accumulate=True)  # sorts: the same bits each time
+        elif db is not None:
+            db.index_add_(0, place, a * weight)
+    return total
+
+
+def grad_total(grads: list[Tensor]) -> Tensor:
+    """The sum of dL/dS in float64: each row's and each column's probabilities sum to one."""
+    return torch.stack([d.sum(dtype=torch.float64) for d in grads]).sum()
+
+
+def shift_of(scale: Tensor) -> Tensor:
+    """What `normalized=True` subtracts from every logit: exp stays finite, and exact for sums that matter."""
+    return (scale.reshape(()).float() - 64.0).clamp(min=0.0)
+
+
+def poisoned(stats: ContrastiveStats, scale: Tensor, broken: Tensor | None) -> ContrastiveStats:
+    """NaN where shifted sums have lost terms to underflow, and everywhere after a broken claim."""
+
+    def poison(lse: Tensor) -> Tensor:
+        lost = (lse < shift_of(scale) + LOWEST_SHIFTED) & (scale > NO_UNDERFLOW_SCALE)
+        return torch.where(lost if broken is None else lost | broken, torch.nan, lse)
+
+    return stats._replace(row_lse=poison(stats.row_lse), col_lse=poison(stats.col_lse))
+
+
+def _places(problem: Problem) -> Tensor:
+    """The positives, with some column in the place of none and of any that is out of range."""
+    assert problem.positives is not None
+    return problem.positives.clamp(0, max(problem.b.shape[0] - 1, 0))

@@ -1,0 +1,145 @@
+"""Linear cross-entropy by tiles of plain ATen calls: what a CPU runs, and float64 on any device.
+
+The logits of a chunk of rows are kept as a list of tiles, each computed once: folded into the rows' sums,
+then overwritten by dL/dlogits for the two products. Low-precision operands are widened a tile at a time: the
+logits are accumulated and kept in float32.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mmkernels._gemm import matmul_nt
+from mmkernels._numerics import log_sum_exp, widen
+from mmkernels._tile import fold_tile, grad_tile
+
+# each row's log-sum-exp, its rounding error, and the target's logit
+Stats: TypeAlias = tuple[Tensor, Tensor, Tensor]
+# of hidden, weight and bias; None where nobody asked
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# Timed on two Zen 5 cores: products of 512 x 1024 run at full speed, of 64 rows at three quarters of it.
+ROWS, MIN_ROWS, COLS = 512, 64, 1024
+BUFFER_BYTES = 64 << 20
+
+
+def tile_shape(num_rows: int, vocab: int, element_size: int) -> tuple[int, int]:
+    """Rows of a chunk and columns of a tile, a pure function of the problem's shape."""
+    fitting = BUFFER_BYTES // (vocab * element_size) // MIN_ROWS * MIN_ROWS
+    return min(max(fitting, MIN_ROWS), ROWS, max(num_rows, 1)), min(vocab, COLS)
+
+
+def linear_cross_entropy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    coef: Tensor,
+    mean_logit: Tensor | None,
+    terms: Sequence[float],
+    grads: Grads,
+) -> Tensor:
+    """The loss of each row; the gradients of `sum coef * loss` are written into `grads`.
+
+    `terms` are the label smoothing and the weight of the z-loss. The smoothing's part of the gradients, alike
+    in every column, is the caller's.
+    """
+    dh, dw, db = grads
+    num_rows, vocab = hidden.shape[0], weight.shape[0]
+    rows, cols = tile_shape(num_rows, vocab, coef.element_size())
+    loss = torch.empty_like(coef)
+    keep = any(dx is not None for dx in grads)
+    tiles: list[Tensor] = []
+    for r in range(0, num_rows, rows):
+        part = slice(r, r + rows)
+        h, of_rows = widen(hidden[part]), targets[part]
+        stats = _fold(h, weight, bias, of_rows, cols, tiles if keep else None)
+        loss[part] = row_loss(stats, None if mean_logit is None else mean_logit[part], terms)
+        if not keep:
+            continue
+        row_coef, target_coef = coefficients(stats, coef[part], terms)
+        dh_part = None if dh is None else dh[part].zero_()
+        for c, tile in zip(range(0, vocab, cols), tiles):
+            of_cols = slice(c, c + cols)
+            grad_tile(tile, 1.0, (stats[0], row_coef), None, of_rows - c, None, tile)
+            if dh_part is not None:
+                dh_part += matmul_nt(tile, widen(weight[of_cols]).T)
+            if dw is not None:
+                _accumulate(dw[of_cols], matmul_nt(tile.T, h.T), r)
+            if db is not None:
+                _accumulate(db[of_cols], tile.sum(0), r)
+        add_targets((dh_part, dw, db), h, weight, of_rows, target_coef)
+    return loss
+
+
+def row_loss(stats: Stats, mean_logit: Tensor | None, terms: Sequence[float]) -> Tensor:
+    """`lse - (1 - eps) target logit - eps mean logit + z lse^2`; the rest keeps a small loss exact."""
+    lse, rest, target_logit = stats
+    label_smoothing, z_loss = terms
+    loss = (lse - target_logit) + rest
+    if mean_logit is not None:
+        loss += label_smoothing * (target_logit - mean_logit)
+    return loss.add_(lse.square(), alpha=z_loss) if z_loss else loss
+
+
+def coefficients(stats: Stats, coef: Tensor, terms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The weight of exp(logit - lse) in dL/dlogits, and dL/dlogit of the target without the smoothing's part.
+
+    The target's is applied apart from the tiles, so that no rounding of a tile touches it.
+    """
+    lse, rest, target_logit = stats
+    label_smoothing, z_loss = terms
+    scale = torch.exp(-rest)
+    of_z = 2 * z_loss * lse
+    probability = (target_logit - lse).exp_().mul_(scale)
+    # the 1 is taken off first, and exactly
+    target_coef = (probability - 1).add_(label_smoothing).addcmul_(probability, of_z).mul_(coef)
+    return of_z.add_(1).mul_(scale).mul_(coef), target_coef
+
+
+def add_targets(grads: Grads, hidden: Tensor, weight: Tensor, targets: Tensor, coef: Tensor) -> None:
+    """Add the gradients of `sum coef * target logit` for the rows `hidden`."""
+    dh, dw, db = grads
+    if dh is not None:
+        dh.addcmul_(widen(weight[targets]), coef[:, None])
+    if dw is not None:
+        _add_rows(dw, targets, widen(hidden) * coef[:, None])
+    if db is not None:
+        _add_rows(db, targets, coef)
+
+
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`out[index] += rows`, always in the same order: each device has one call that uses no atomics."""
+    if out.is_cuda:
+        out.index_put_((index,), rows, accumulate=True)
+    else:
+        out.index_add_(0, index, rows)
+
+
+def _accumulate(out: Tensor, part: Tensor, first_row: int) -> None:
+    """The first chunk's part is written: adding to zeros would fill [V, D] once more."""
+    out.add_(part) if first_row else out.copy_(part)
+
+
+def _fold(
+    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cols: int, tiles: list[Tensor] | None
+) -> Stats:
+    """The statistics of the rows `h`; the tiles of their logits replace those in `tiles`."""
+    row_max, row_sum = h.new_full((len(h),), -torch.inf), h.new_zeros(len(h))
+    target_logit = torch.empty_like(row_sum)
+    for i, c in enumerate(range(0, len(weight), cols)):
+        of_cols = slice(c, c + cols)
+        tile = matmul_nt(h, widen(weight[of_cols]))
+        if bias is not None:
+            tile += widen(bias[of_cols])
+        fold_tile(tile, 1.0, row_max, row_sum)
+        at = targets - c
+        last = tile.shape[1] - 1
+        found = tile.gather(1, at.clamp(0, last)[:, None])[:, 0]
+        target_logit = torch.where((at >= 0) & (at <= last), found, target_logit)
+        if tiles is not None:
+            # one at a time: memory that is freed whole goes back to the system, and costs page faults again
+            tiles[i : i + 1] = [tile]
+    return (*log_sum_exp(row_max, row_sum), target_logit)

@@ -1,0 +1,179 @@
+"""Linear cross-entropy on a GPU: the products are the GEMM library's, one Triton kernel does all between them.
+
+The float32 logits of a chunk of rows become dL/dlogits in the same memory, in the operands' dtype.
+"""
+
+# triton types no launch
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels._launch import Launch, launch_config
+from mmkernels._numerics import log_sum_exp
+from mmkernels._tl import pitched
+from mmkernels.linear_cross_entropy.blockwise import Grads, Stats, add_targets, coefficients, row_loss
+from mmkernels.linear_cross_entropy.launch import TABLE, chunk_rows
+
+# dL/dlogits is stored in the operands' dtype, entries of 1 moved here: float16 then keeps 28 binades below.
+GRAD_CEILING = 2.0**14
+# the largest log-sum-exp that the z-loss's factor leaves room for below the ceiling
+LSE_CEILING = 1024
+
+
+@triton.jit
+def _linear_cross_entropy_fwd_kernel(
+    logits_ptr,  # [M, V]
+    grad_ptr,  # [M, V], in the memory of the logits
+    bias_ptr,  # [V]
+    targets_ptr,  # [M]
+    coef_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    target_logit_ptr,
+    stride_lm,
+    stride_gm,
+    M,
+    V,
+    z_loss,
+    HAS_BIAS: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    rows = tl.minimum(offs_m, M - 1).to(tl.int64)  # beyond the last row, that row again
+    target = tl.load(targets_ptr + rows)
+    target_logit = tl.load(logits_ptr + rows * stride_lm + target)
+    if HAS_BIAS:
+        target_logit += tl.load(bias_ptr + target).to(tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    shift = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for start in range(0, V, BLOCK_N):
+        offs_v = start + tl.arange(0, BLOCK_N)
+        mask_v = offs_v < V
+        logits_ptrs = logits_ptr + rows[:, None] * stride_lm + offs_v[None, :]
+        logits = tl.load(logits_ptrs, mask=mask_v[None, :], other=float("-inf"))
+        if HAS_BIAS:
+            logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+        row_max = tl.maximum(row_max, tl.max(logits, 1))
+        old_shift = shift
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # -inf - -inf would be NaN
+        row_sum = row_sum * tl.exp(old_shift - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+    tl.store(row_max_ptr + rows, row_max, mask=mask_m)
+    tl.store(row_sum_ptr + rows, row_sum, mask=mask_m)
+    tl.store(target_logit_ptr + rows, target_logit, mask=mask_m)
+    if HAS_GRAD:
+        lse = row_max + tl.log(row_sum)
+        row_coef = tl.load(coef_ptr + rows) * (1 + 2 * z_loss * lse) / row_sum
+        for start in range(0, V, BLOCK_N):
+            offs_v = start + tl.arange(0, BLOCK_N)
+            mask_v = offs_v < V
+            logits_ptrs = logits_ptr + rows[:, None] * stride_lm + offs_v[None, :]
+            logits = tl.load(logits_ptrs, mask=mask_v[None, :], other=float("-inf"))
+            if HAS_BIAS:
+                logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+            grad = tl.exp(logits - shift[:, None]) * row_coef[:, None]
+            # the target's share is added in float32 by the caller
+            grad = tl.where(offs_v[None, :] == target[:, None], 0.0, grad)
+            grad_ptrs = grad_ptr + rows[:, None] * stride_gm + offs_v[None, :]
+            # a gradient of half the size lands on logits that other threads have still to read
+            tl.debug_barrier()
+            tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_v[None, :])
+
+
+def linear_cross_entropy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    coef: Tensor,
+    mean_logit: Tensor | None,
+    terms: Sequence[float],
+    grads: Grads,
+) -> Tensor:
+    """The loss of each row; the gradients of `sum coef * loss` are written into `grads`.
+
+    `terms` are the label smoothing and the weight of the z-loss. The smoothing's part of the gradients, alike
+    in every column, is the caller's; `coef` is at most 1.
+    """
+    dh, dw, db = grads
+    num_rows, vocab = hidden.shape[0], weight.shape[0]
+    unit = GRAD_CEILING / 2.0 ** math.ceil(math.log2(1 + 2 * terms[1] * LSE_CEILING))
+    config = launch_config(TABLE, "fwd", hidden)
+    loss = torch.empty_like(coef)
+    chunk = chunk_rows(vocab)
+    buffer = pitched(coef, min(chunk, num_rows), vocab)
+    for first in range(0, num_rows, chunk):
+        rows = slice(first, first + chunk)
+        h, of_rows = hidden[rows], targets[rows]
+        logits = buffer[: len(h)]
+        grad = logits.view(hidden.dtype)[:, :vocab] if any(dx is not None for dx in grads) else None
+        _multiply(h, weight.T, out=logits, beta=0.0)
+        stats = _softmax(logits, bias, of_rows, coef[rows] * unit, terms[1], grad, config)
+        loss[rows] = row_loss(stats, None if mean_logit is None else mean_logit[rows], terms)
+        if grad is None:
+            continue
+        dh_part = None if dh is None else dh[rows]
+        if dh_part is not None:
+            _multiply(grad, weight, out=dh_part, beta=0.0, alpha=1 / unit)
+        if dw is not None:
+            _multiply(grad.T, h, out=dw, beta=float(first > 0), alpha=1 / unit)
+        if db is not None:
+            of_chunk = grad.sum(0, dtype=db.dtype).div_(unit)
+            db.add_(of_chunk) if first else db.copy_(of_chunk)
+        _, target_coef = coefficients(stats, coef[rows], terms)
+        add_targets((dh_part, dw, db), h, weight, of_rows, target_coef)
+    return loss
+
+
+def _softmax(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    coef: Tensor,
+    z_loss: float,
+    grad: Tensor | None,
+    config: Launch,
+) -> Stats:
+    """The statistics of the rows; dL/dlogits, zero at the targets, goes into `grad`."""
+    num_rows, vocab = logits.shape
+    row_max, row_sum, target_logit = coef.new_empty(3, num_rows)
+    out = logits if grad is None else grad
+    _linear_cross_entropy_fwd_kernel[(triton.cdiv(num_rows, config.block_m),)](
+        logits,
+        out,
+        logits if bias is None else bias.contiguous(),
+        targets,
+        coef,
+        row_max,
+        row_sum,
+        target_logit,
+        logits.stride(0),
+        out.stride(0),
+        num_rows,
+        vocab,
+        z_loss,
+        HAS_BIAS=bias is not None,
+        HAS_GRAD=grad is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (*log_sum_exp(row_max, row_sum), target_logit)
+
+
+def _multiply(x: Tensor, y: Tensor, *, out: Tensor, beta: float, alpha: float = 1.0) -> None:
+    """`out = beta * out + alpha * x y` in float32, whatever the operands are."""
+    if x.is_cuda and x.dtype != torch.float32:
+        torch.addmm(out, x, y, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, x.float(), y.float(), beta=beta, alpha=alpha, out=out)

@@ -1,0 +1,67 @@
+"""The sigmoid loss by tiles: what a CPU runs, and float64 on any device.
+
+Each tile of logits is computed once and overwritten by dL/dx, so that memory stays O(M + N). Low-precision
+operands are widened first: the logits are accumulated and kept in float32.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mmkernels._gemm import matmul_nt
+from mmkernels._numerics import widen
+from mmkernels._tile import sigmoid_tile
+
+# of a, b, the scale and the bias; None where nobody asked
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+# 4 MiB of float32 a tile: large enough for GEMM's full speed, small enough to stay in a last-level cache.
+TILE = 1024
+
+
+def sigmoid_fwd(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    coef: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Grads]:
+    """Each row's loss `[M]` in float64, and the gradients of `sum coef * loss` that `needs` asks for.
+
+    `coef` is `[M]`, None for ones. Gradients of features are accumulated in float32 (float64), those of the
+    scale and the bias in float64.
+    """
+    a, b, alpha, beta = widen(a), widen(b), float(scale), float(bias)
+    diagonal = torch.arange(len(a), device=a.device)
+    row_label, col_label = (x.contiguous() for x in labels or (diagonal, diagonal))
+    loss = a.new_zeros(len(a), dtype=torch.float64)
+    da, db = (torch.zeros_like(x) if needed else None for x, needed in zip((a, b), needs))
+    dbias, dscale = (loss.new_zeros(()) for _ in range(2))
+    for r in range(0, len(a), TILE):
+        of_rows = slice(r, min(r + TILE, len(a)))
+        for c in range(0, len(b), TILE):
+            of_cols = slice(c, min(c + TILE, len(b)))
+            tile = matmul_nt(a[of_rows], b[of_cols])
+            cosines = tile if coef is None else tile.clone()
+            row_loss = loss.new_zeros(len(tile), dtype=a.dtype)
+            out = tile if any(needs) else None
+            sums = sigmoid_tile(cosines, alpha, beta, row_label[of_rows], col_label[of_cols], row_loss, out)
+            loss[of_rows] += row_loss
+            if coef is not None:
+                tile.mul_(coef[of_rows, None])
+                weighted = tile.sum(1), cosines.mul_(tile).sum(1)
+                sums = torch.stack([row_loss, *weighted]).sum(1, dtype=torch.float64)
+            dbias += sums[1]
+            dscale += sums[2]
+            if da is not None:
+                da[of_rows] += matmul_nt(tile, b[of_cols].T)
+            if db is not None:
+                db[of_cols] += matmul_nt(tile.T, a[of_rows].T)
+    for dx in (da, db):
+        if dx is not None:
+            dx.mul_(alpha)
+    return loss, (da, db, dscale if needs[2] else None, dbias if needs[3] else None)

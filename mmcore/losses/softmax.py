@@ -1,0 +1,69 @@
+"""Softmaxes put together from parts, of blocks of columns and of ranks; float64, so that no small loss is lost in
+the rounding of large log-sum-exps."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmcore.losses.ranks import Group
+from mmcore.ops import log_sum_exp
+
+
+class Softmax(NamedTuple):
+    """Log-sum-exps of rows or of columns with what rounding took from them; a teacher's with its expectations."""
+
+    lse: Tensor
+    rest: Tensor
+    teacher_lse: Tensor
+    cross: Tensor
+
+
+def merged(parts: list[Softmax], group: Group | None = None, over_ranks: bool = False) -> Softmax:
+    """The softmax over all parts, which are parts of the same rows or columns; `over_ranks`, over theirs too."""
+    lse, rest, teacher_lse, cross = (torch.stack(x) for x in zip(*parts, strict=True))  # [parts, n]
+    logs = torch.cat([lse, teacher_lse], 1)
+    top = logs.amax(0).clamp_(min=torch.finfo(logs.dtype).min)
+    if over_ranks:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    shares = torch.cat([lse - top[: lse.shape[1]] + rest, teacher_lse - top[lse.shape[1] :]], 1).exp_()
+    of_teacher = shares[:, lse.shape[1] :]
+    # nothing of an empty part, whose expectation is not a number
+    crosses = torch.where(of_teacher > 0, of_teacher * cross, 0.0)
+    sums = torch.cat([shares.sum(0), crosses.sum(0)])
+    if over_ranks:
+        dist.all_reduce(sums, group=group)
+    total, teacher_total, cross_total = sums.split([lse.shape[1], *[teacher_lse.shape[1]] * 2])
+    top, teacher_top = top.split([lse.shape[1], teacher_lse.shape[1]])
+    lse, rest = log_sum_exp(top, total)
+    return Softmax(lse, rest, teacher_top + teacher_total.log(), cross_total / teacher_total)
+
+
+def rounded(lse: Tensor, rest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """In `dtype`, the rest taking up what that loses."""
+    lost = ((lse - lse.to(dtype)) + rest).nan_to_num(0.0, 0.0, 0.0)
+    return lse.to(dtype), lost.to(dtype)
+
+
+def excess(*of_lse: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What the sum of dL/dS over a block of `S` has beyond that of all gradients of log-sum-exps, float64.
+
+    Each triple is such a gradient, with the log-sum-exps of the block alone and of the whole. An op's backward
+    takes it that the probabilities in its block sum to one; those of the whole sum to exp(block - whole).
+    """
+    sums = []
+    for d, of_block, of_whole in of_lse:
+        # a row without columns has no gradient, and no share
+        sums.append(torch.where(d != 0, d.double() * (of_block - of_whole).expm1(), 0.0).sum())
+    return torch.stack(sums).sum()
+
+
+def own_excess(
+    of_rows: Sequence[Tensor], own_cols: Sequence[Tensor], all_cols: Sequence[Tensor], num_blocks: int
+) -> Tensor:
+    """The `excess` of all blocks of a rank: summed over the ranks, exactly, since all shares of a row and of a
+    column sum to one. `own_cols` are the gradients of the columns before their sum over the ranks, `all_cols`."""
+    rows, own, whole = (torch.stack([d.sum() for d in ds]).sum() for ds in (of_rows, own_cols, all_cols))
+    return (1 - num_blocks) * rows + own - whole

@@ -1,0 +1,221 @@
+"""The contrastive statistics of the global batch: each rank's rows against all columns, every tile of logits
+computed once, and the columns' statistics reduced over the ranks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmcore.losses.ranks import Group, Layout
+from mmcore.losses.shards import Shards
+from mmcore.losses.softmax import Softmax, excess, merged, own_excess, rounded
+from mmcore.ops import (
+    NO_UNDERFLOW_SCALE,
+    ContrastiveProblem,
+    ContrastiveStats,
+    accumulator,
+    label_sums,
+    mean_cosine,
+    poisoned,
+)
+
+COLUMN_FIELDS = ("col_lse", "col_cross", "col_rest", "teacher_col_lse")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What this rank's rows are held against.
+
+    `positives`: int64 `[m]`, the global column of a row's first positive, -1 if none. `labels`: of this rank's
+    rows `[m]` and of all columns `[N]`; times `weights` `[N]`, the sum of b over a row's positives is their mean
+    less the first one. `broken`: on a GPU, whether the claim of unit norm is (bool).
+    """
+
+    layout: Layout
+    shards: Shards
+    positives: Tensor
+    labels: tuple[Tensor, Tensor] | None
+    weights: Tensor | None
+    negatives: Tensor | None
+    teacher_a: Tensor | None
+    symmetric: bool
+    normalized: bool
+    broken: Tensor | None
+
+    def blocks(self, a: Tensor, scale: Tensor) -> Iterator[tuple[slice | None, ContrastiveProblem]]:
+        """Which columns of the batch, and the rows against them; the negatives, which are none, last."""
+        for cols, (b, *of_teacher) in self.shards.blocks():
+            place = self.positives - cols.start
+            place = torch.where((place >= 0) & (place < len(b)), place, -1)
+            teacher_b = of_teacher[0] if of_teacher else None
+            yield cols, ContrastiveProblem(a, b, scale, place, self.teacher_a, teacher_b, self.symmetric)
+        if self.negatives is not None:
+            none = torch.full_like(self.positives, -1)
+            teacher_b = None if self.teacher_a is None else self.negatives
+            yield None, ContrastiveProblem(a, self.negatives, scale, none, self.teacher_a, teacher_b, False)
+
+
+class GlobalStats(torch.autograd.Function):
+    """`ContrastiveStats` in float64, of this rank's rows against all columns (and the negatives) and of all
+    columns against all rows; and for each row the mean of its positives less the first, `[m, D]`, if labelled.
+
+    Every rank has the same statistics of the columns; their gradient is the sum of what the ranks' losses give.
+    The backward computes each block again from the log-sum-exps of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, scale: Tensor, columns: Columns):
+        a, scale = a.detach(), scale.detach()
+        parts: list[ContrastiveStats] = []
+        centers: list[Tensor] = []
+        positive = a.new_zeros(len(a), dtype=torch.float64)
+        target = a.new_zeros(a.shape if columns.labels else 0, dtype=accumulator(a.dtype))
+        of_cols = _no_columns(a, columns)
+        for cols, problem in columns.blocks(a, scale):
+            stats = _block_stats(problem, columns.normalized)
+            parts.append(stats)
+            centers.append(mean_cosine(problem))
+            if cols is None:
+                continue
+            positive += stats.positive
+            for whole, part in zip(of_cols, _cols_of(stats), strict=True):
+                whole[cols] = part
+            if columns.labels is not None and columns.weights is not None:
+                weighted = problem.b.to(target.dtype) * columns.weights[cols, None]
+                target += label_sums(weighted, columns.labels[1][cols], columns.labels[0])
+        of_rows = merged([_rows_of(part) for part in parts])
+        if columns.symmetric:
+            of_cols = merged([of_cols], columns.layout.group, over_ranks=True)
+        stats = _stats_of(of_rows, of_cols, positive)
+        if columns.normalized:
+            stats = poisoned(stats, scale, columns.broken)
+        ctx.columns, ctx.parts, ctx.centers = columns, parts, centers
+        ctx.save_for_backward(a, scale, *stats)
+        ctx.mark_non_differentiable(*stats[5:])
+        return *stats, target
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, scale, *saved = ctx.saved_tensors
+        columns, stats, needs = ctx.columns, ContrastiveStats(*saved), list(ctx.needs_input_grad[:3])
+        dtype, group = accumulator(a.dtype), columns.layout.group
+        d_stats, center = _reduced(grads[:5], torch.stack(ctx.centers).mean(), group)
+        of_rows, own_cols, all_cols = (grads[0], grads[3]), (grads[1], grads[4]), (d_stats[1], d_stats[4])
+        in_dtype = _rounded(stats, dtype)
+        da = torch.zeros_like(a, dtype=dtype)
+        ds = center * own_excess(of_rows, own_cols, all_cols, len(ctx.parts))
+        for (cols, problem), part, part_center in zip(
+            columns.blocks(a, scale), ctx.parts, ctx.centers, strict=True
+        ):
+            of_block = [x.to(dtype) for x in _at_columns(d_stats, cols)]
+            # the op takes each of these for a part of its dL/dS
+            assert problem.positives is not None
+            of_block[2] = of_block[2].where(problem.positives >= 0, 0.0)
+            da_part, db, ds_part = torch.ops.mmkernels.contrastive_bwd(
+                *_operands(problem),
+                _at_columns(in_dtype, cols),
+                of_block,
+                [needs[0], needs[1] and cols is not None, needs[2]],
+            )
+            if needs[0]:
+                da += da_part
+            if needs[2]:
+                whole = ContrastiveStats(*_at_columns(stats, cols))
+                ds += ds_part + (part_center - center) * _excess(part, whole, of_block)
+            if needs[1] and cols is not None:
+                db = db.to(dtype)
+                if columns.labels is not None and columns.weights is not None:
+                    of_positives = label_sums(grads[9], columns.labels[0], columns.labels[1][cols])
+                    db += of_positives * columns.weights[cols, None]
+                columns.shards.add_grad(db)
+        return (
+            da.to(a.dtype) if needs[0] else None,
+            columns.shards.own_grad().to(a.dtype) if needs[1] else None,
+            ds.to(scale.dtype) if needs[2] else None,
+            None,
+        )
+
+
+def _rows_of(stats: ContrastiveStats) -> Softmax:
+    return Softmax(stats.row_lse, stats.row_rest, stats.teacher_row_lse, stats.row_cross)
+
+
+def _cols_of(stats: ContrastiveStats) -> Softmax:
+    return Softmax(stats.col_lse, stats.col_rest, stats.teacher_col_lse, stats.col_cross)
+
+
+def _stats_of(rows: Softmax, cols: Softmax, positive: Tensor) -> ContrastiveStats:
+    return ContrastiveStats(
+        row_lse=rows.lse,
+        col_lse=cols.lse,
+        positive=positive,
+        row_cross=rows.cross,
+        col_cross=cols.cross,
+        row_rest=rows.rest,
+        col_rest=cols.rest,
+        teacher_row_lse=rows.teacher_lse,
+        teacher_col_lse=cols.teacher_lse,
+    )
+
+
+def _no_columns(a: Tensor, columns: Columns) -> Softmax:
+    """Room for every column of the batch, `[N]`, or for none."""
+    num_cols = sum(columns.layout.cols) if columns.symmetric else 0
+    of_teacher = 0 if columns.teacher_a is None else num_cols
+    return Softmax(
+        *(a.new_zeros(n, dtype=torch.float64) for n in (num_cols, num_cols, of_teacher, of_teacher))
+    )
+
+
+def _operands(problem: ContrastiveProblem) -> tuple[Tensor | bool | None, ...]:
+    p = problem
+    return p.a, p.b, p.scale, p.positives, p.teacher_a, p.teacher_b, p.symmetric
+
+
+def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveStats:
+    stats = torch.ops.mmkernels.contrastive_fwd(*_operands(problem), normalized)
+    stats = ContrastiveStats(*(x.double() for x in stats))
+    if not normalized:
+        return stats
+
+    def revived(lse: Tensor) -> Tensor:
+        """A sum that lost its terms to underflow adds nothing here; the whole is judged when it is complete."""
+        return torch.where(lse.isnan() & (problem.scale > NO_UNDERFLOW_SCALE), -torch.inf, lse)
+
+    return stats._replace(row_lse=revived(stats.row_lse), col_lse=revived(stats.col_lse))
+
+
+def _rounded(stats: ContrastiveStats, dtype: torch.dtype) -> ContrastiveStats:
+    row_lse, row_rest = rounded(stats.row_lse, stats.row_rest, dtype)
+    col_lse, col_rest = rounded(stats.col_lse, stats.col_rest, dtype)
+    others = ContrastiveStats(*(x.to(dtype) for x in stats))
+    return others._replace(row_lse=row_lse, col_lse=col_lse, row_rest=row_rest, col_rest=col_rest)
+
+
+def _excess(part: ContrastiveStats, whole: ContrastiveStats, grads: Sequence[Tensor]) -> Tensor:
+    d_row, d_col, _, d_row_cross, d_col_cross = grads
+    return excess(
+        (d_row, part.row_lse + part.row_rest, whole.row_lse + whole.row_rest),
+        (d_col, part.col_lse + part.col_rest, whole.col_lse + whole.col_rest),
+        (d_row_cross, part.teacher_row_lse, whole.teacher_row_lse),
+        (d_col_cross, part.teacher_col_lse, whole.teacher_col_lse),
+    )
+
+
+def _at_columns(fields: Sequence[Tensor], cols: slice | None) -> list[Tensor]:
+    """Statistics, or their gradients, with those of columns cut to a block's; of None to none."""
+    cut = cols or slice(0)
+    return [x[cut] if name in COLUMN_FIELDS else x for name, x in zip(ContrastiveStats._fields, fields)]
+
+
+def _reduced(grads: Sequence[Tensor], center: Tensor, group: Group) -> tuple[list[Tensor], Tensor]:
+    """The gradients with those of the columns' statistics summed over the ranks; the mean of their centers."""
+    d_row, d_col, d_positive, d_row_cross, d_col_cross = grads
+    packed = torch.cat([d_col, d_col_cross, center.double().reshape(1)])
+    dist.all_reduce(packed, group=group)
+    d_col, d_col_cross, centers = packed.split([len(d_col), len(d_col_cross), 1])
+    return [d_row, d_col, d_positive, d_row_cross, d_col_cross], centers[0] / dist.get_world_size(group)
