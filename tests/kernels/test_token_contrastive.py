@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from mmkernels import (
 )
 from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
-from mmkernels.token_contrastive import blockwise
+from mmkernels.token_contrastive import blockwise, late, op
 from mmkernels.token_contrastive import loss as loss_module
 from mmkernels.token_contrastive.launch import CHUNK_BYTES, MIN_CHUNK_TOKENS, chunk_rows
 from mmkernels.token_contrastive.problem import Problem, weights_of
-from mmkernels.token_contrastive.spec import LEAST_GAP, LOSS, SPECS, gaps
+from mmkernels.token_contrastive.spec import LATE_STATS, LEAST_GAP, LOSS, SPECS, gaps
+from tests.kernels.plants.plant import plant
+from tests.kernels.plants.token_contrastive import LATE_BUGS
 
 pytestmark = pytest.mark.usefixtures("streamed")
 
@@ -64,6 +67,46 @@ def test_loss_and_gradients_are_those_of_lavis(by_image_id: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+def filip(tokens: Tensor, b: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """FILIP's equations 4 to 6 and 1 to 3, pair by pair."""
+    size = len(tokens)
+    of_images, of_texts = torch.zeros(size, size), torch.zeros(size, size)
+    for i in range(size):
+        for j in range(size):
+            products = tokens[i] @ b[j][mask[j]].T
+            of_images[i, j], of_texts[i, j] = products.amax(1).mean(), products.amax(0).mean()
+    target = torch.arange(size)
+    of_rows = F.cross_entropy(scale * of_images, target)
+    return (of_rows + F.cross_entropy(scale * of_texts.T, target)) / 2
+
+
+def test_late_interaction_is_filip() -> None:
+    tokens, _ = features(7, 7)
+    b = torch.randn(7, 4, 12, requires_grad=True)
+    mask = torch.rand(7, 4) > 0.4
+    mask[:, 0] = True
+    loss, gold = token_contrastive_loss(tokens, b, 1.3, masks=(None, mask)), filip(tokens, b, mask, 1.3)
+    torch.testing.assert_close(loss, gold)
+    for got, expected in zip(torch.autograd.grad(loss, (tokens, b)), torch.autograd.grad(gold, (tokens, b))):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bug", LATE_BUGS)
+def test_the_contract_of_late_interaction_turns_red_for(
+    bug: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(op, "late", plant(late, *LATE_BUGS[bug], tmp_path))
+    with pytest.raises(AssertionError, match=r"bound|shape"):
+        for case in LATE_STATS.cases:
+            check(LATE_STATS, LATE_STATS.shapes[0], case, torch.float32, seeds=range(2))
+
+
+def test_of_one_token_on_both_sides_it_is_the_contrastive_loss() -> None:
+    tokens, b = features(17, 17, 1)
+    loss = token_contrastive_loss(tokens, b[:, None], 2.0)
+    torch.testing.assert_close(loss, contrastive_loss(tokens[:, 0], b, 2.0))
+
+
 def test_of_one_token_it_is_the_contrastive_loss() -> None:
     tokens, b = features(17, 17, 1)
     torch.testing.assert_close(token_contrastive_loss(tokens, b, 2.0), contrastive_loss(tokens[:, 0], b, 2.0))
@@ -74,12 +117,13 @@ def test_the_data_of_the_contract_keep_the_best_token_ahead_of_rounding() -> Non
     for spec, dtype in itertools.product(SPECS, spec_dtypes()):
         for shape, case in itertools.product(spec.shapes, spec.cases):
             inputs = spec.make_inputs(shape, case, dtype, 0)
-            ahead = gaps(inputs["tokens"], inputs["b"])
-            if case == "ties":
-                assert shape["Q"] == 1 or (ahead == 0).any()
-                assert (inputs["b"] == inputs["b"].round()).all()
-            else:
-                assert ahead.min() >= LEAST_GAP, (spec.name, case)
+            sides = [(inputs["tokens"], inputs["b"])] + [(inputs["b"], inputs["tokens"])] * ("T" in shape)
+            for side in sides:
+                if case == "ties":
+                    assert shape["D"] == 1 or shape["Q"] == 1 or (gaps(*side) == 0).any()
+                    assert all((x == x.round()).all() for x in side)
+                else:
+                    assert gaps(*side).min() >= LEAST_GAP, (spec.name, case)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's path has no eager form")
@@ -297,8 +341,12 @@ ROW, COL = torch.arange(3), torch.arange(3)
     [
         ((B, B, 1.0), {}, r"tokens must be \[M, Q, D\], Q and D at least one, got shape \[3, 4\]"),
         ((T[:, :0], B, 1.0), {}, r"tokens must be \[M, Q, D\], Q and D .* got shape \[3, 0, 4\]"),
-        ((T, B[:, :2], 1.0), {}, r"b must be \[N, 4\], as wide as tokens, got shape \[3, 2\]"),
-        ((T, B[0], 1.0), {}, r"b must be \[N, 4\], as wide as tokens, got shape \[4\]"),
+        (
+            (T, B[:, :2], 1.0),
+            {},
+            r"b must be \[N, 4\] or \[N, T, 4\], as wide as tokens, .* got shape \[3, 2\]",
+        ),
+        ((T, B[0], 1.0), {}, r"b must be \[N, 4\] or \[N, T, 4\], .* got shape \[4\]"),
         ((T, B.to("meta"), 1.0), {}, "b must be on the device of tokens, cpu, got meta"),
         ((T, B.half(), 1.0), {}, "b must have the dtype of tokens, torch.float32, got torch.float16"),
         ((T.int(), B, 1.0), {}, "tokens must be float32, .* got torch.int32"),

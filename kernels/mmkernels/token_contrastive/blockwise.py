@@ -30,6 +30,8 @@ from mmkernels.token_contrastive.problem import (
 # cache; and its columns, as many as fit beside at least one row.
 TILE = 1 << 20
 TILE_COLS = 1024
+# 256 MiB, where a launch costs as much as a thousand products
+CUDA_TILE = 1 << 26
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -41,10 +43,10 @@ def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
     for of_rows, of_cols in tiles(problem):
         block = problem.block(of_rows, of_cols)
         _, cosines = best_tokens(block)
-        sums.fold(cosines, float(problem.scale), of_rows, of_cols)
+        fold_tile(cosines, float(problem.scale), *sums.of_rows(of_rows), *sums.of_cols(of_cols))
         logits = cosines.mul_(float(problem.scale))
         sums.add_rows(block, logits, of_rows)
-        sums.add_cols(block, logits, of_cols)
+        sums.add_cols(block, logits, of_rows, of_cols)
     return sums.stats()
 
 
@@ -71,15 +73,11 @@ def token_contrastive_bwd(
         if block.tokens_mask is not None:
             grad.masked_fill_(~block.tokens_mask.any(1, keepdim=True), 0)
         if dtokens is not None or db is not None:
-            winner = first_best(products, cosines)
-            winner += (
-                torch.arange(len(winner), dtype=torch.int32, device=winner.device)[:, None]
-                * products.shape[1]
-            )
+            index = places(first_best(products, cosines, 1), products.shape[1], 0)
             if dtokens is not None:
-                scatter_sums(dtokens[of_rows].flatten(0, 1), winner, grad, block.b)
+                scatter_sums(dtokens[of_rows].flatten(0, 1), index, grad, block.b)
             if db is not None:
-                gather_sums(db[of_cols], winner.T, grad.T, block.tokens.flatten(0, 1))
+                gather_sums(db[of_cols], index.T, grad.T, block.tokens.flatten(0, 1))
     for dx in (dtokens, db):
         if dx is not None:
             dx.mul_(scale)
@@ -98,25 +96,29 @@ class Sums:
         if problem.b.ndim == 3:
             self.linear = self.linear._replace(col_positive=empty_positives(problem))
 
-    def fold(self, cosines: Tensor, scale: float, rows: slice, cols: slice) -> None:
-        row, col = (self.row_max[rows], self.row_sum[rows]), (self.col_max[cols], self.col_sum[cols])
-        fold_tile(cosines, scale, *row, *col)
+    def of_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.row_max[rows], self.row_sum[rows]
+
+    def of_cols(self, cols: slice) -> tuple[Tensor, Tensor]:
+        return self.col_max[cols], self.col_sum[cols]
 
     def add_rows(self, block: Problem, logits: Tensor, rows: slice) -> None:
         """Add what is linear in a tile of the rows' S `[r, c]`."""
         if block.positives is not None:
-            take_positives(logits, block.positives, self.linear.positive[rows])
+            _take_positives(logits, block.positives, self.linear.positive[rows])
         if block.with_totals:
             self.linear.row_total[rows] += logits.sum(1)
         if block.row_labels is not None:
-            self.linear.row_matched[rows] += torch.where(equal_labels(block), logits, 0).sum(1)
+            self.linear.row_matched[rows] += torch.where(_equal_labels(block), logits, 0).sum(1)
 
-    def add_cols(self, block: Problem, logits: Tensor, cols: slice) -> None:
-        """Add what is linear in a tile of the columns' S `[r, c]`."""
+    def add_cols(self, block: Problem, logits: Tensor, rows: slice, cols: slice) -> None:
+        """Add what is linear in a tile of the columns' S `[r, c]`; of late interaction the positives too."""
+        if block.positives is not None and block.b.ndim == 3:
+            _take_positives(logits, block.positives, self.linear.col_positive[rows])
         if block.with_totals:
             self.linear.col_total[cols] += logits.sum(0)
         if block.row_labels is not None:
-            self.linear.col_matched[cols] += torch.where(equal_labels(block), logits, 0).sum(0)
+            self.linear.col_matched[cols] += torch.where(_equal_labels(block), logits, 0).sum(0)
 
     def stats(self) -> TokenContrastiveStats:
         row_lse, row_rest = log_sum_exp(self.row_max, self.row_sum)
@@ -129,10 +131,12 @@ def widened(problem: Problem) -> Problem:
 
 
 def tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each tile, a pure function of the problem's shape."""
-    (num_rows, num_cols), per_pair = problem.shape, problem.tokens.shape[1] * problem.b[:1, ..., 0].numel()
-    cols = max(min(num_cols, TILE_COLS, TILE // max(per_pair, 1)), 1)
-    rows = max(min(num_rows, TILE // max(per_pair * cols, 1)), 1)
+    """Rows and columns of each tile, a pure function of the problem's shape and device."""
+    (num_rows, num_cols), num_tokens = problem.shape, problem.tokens.shape[1]
+    per_col = problem.b.shape[1] if problem.b.ndim == 3 else 1
+    size = CUDA_TILE if problem.tokens.is_cuda else TILE
+    cols = max(min(num_cols, TILE_COLS // per_col, size // (num_tokens * per_col)), 1)
+    rows = max(min(num_rows, size // (num_tokens * per_col * cols)), 1)
     for r in range(0, num_rows, rows):
         for c in range(0, num_cols, cols):
             yield slice(r, min(r + rows, num_rows)), slice(c, min(c + cols, num_cols))
@@ -148,18 +152,26 @@ def best_tokens(block: Problem) -> tuple[Tensor, Tensor]:
     return products, products.amax(1).masked_fill_(~block.tokens_mask.any(1, keepdim=True), 0)
 
 
-def first_best(products: Tensor, best: Tensor) -> Tensor:
-    """int32 `[r, c]`: the lowest q at which `products` `[r, q, c]` is `best`; the last one where none is.
+def first_best(products: Tensor, best: Tensor, dim: int) -> Tensor:
+    """int32, the shape of `best`: the lowest place along `dim` at which `products` equal it; the last where none
+    do.
 
     By vectorised comparisons and a maximum over small integers: ATen's own search for an index is as slow as
     the matrix product.
     """
-    size = products.shape[1]
+    size = products.shape[dim]
     dtype = torch.uint8 if size < 256 else torch.int32
-    from_end = torch.arange(size, 0, -1, dtype=dtype, device=products.device)[:, None]
-    hits = products == best[:, None]
+    from_end = torch.arange(size, 0, -1, dtype=dtype, device=products.device)
+    from_end = from_end.view(-1, *(1,) * (products.ndim - 1 - dim))
+    hits = products == best.unsqueeze(dim)
     hits = hits.view(torch.uint8).mul_(from_end) if dtype == torch.uint8 else hits * from_end
-    return (size - hits.amax(1).int()).clamp_(max=size - 1)
+    return (size - hits.amax(dim).int()).clamp_(max=size - 1)
+
+
+def places(winner: Tensor, stride: int, dim: int) -> Tensor:
+    """`winner` in place, plus `stride` times the index along `dim`: rows of the flattened tokens."""
+    index = torch.arange(winner.shape[dim], dtype=torch.int32, device=winner.device)
+    return winner.add_(index.view(-1, *(1,) * (winner.ndim - 1 - dim)), alpha=stride)
 
 
 def gather_sums(out: Tensor, index: Tensor, weight: Tensor, features: Tensor) -> None:
@@ -184,13 +196,13 @@ def scatter_sums(out: Tensor, index: Tensor, weight: Tensor, features: Tensor) -
     )
 
 
-def take_positives(logits: Tensor, place: Tensor, out: Tensor) -> None:
+def _take_positives(logits: Tensor, place: Tensor, out: Tensor) -> None:
     """Write the logits at column `place[i]` of row i of the tile, where there is such a column."""
     inside, index = _inside(logits, place)
     torch.where(inside, logits.gather(1, index)[:, 0], out, out=out)
 
 
-def equal_labels(block: Problem) -> Tensor:
+def _equal_labels(block: Problem) -> Tensor:
     """bool `[r, c]`."""
     assert block.row_labels is not None and block.col_labels is not None
     return block.row_labels[:, None] == block.col_labels
@@ -199,22 +211,24 @@ def equal_labels(block: Problem) -> Tensor:
 def add_row_weights(block: Problem, weights: Weights, grad: Tensor) -> None:
     """Add to a tile of dL/dS `[r, c]` what the linear statistics of its rows bring."""
     if block.positives is not None:
-        add_positives(grad, block.positives, weights.positive)
+        _add_positives(grad, block.positives, weights.positive)
     if block.with_totals:
         grad += weights.row_total[:, None]
     if block.row_labels is not None:
-        grad += torch.where(equal_labels(block), weights.row_matched[:, None], 0)
+        grad += torch.where(_equal_labels(block), weights.row_matched[:, None], 0)
 
 
 def add_col_weights(block: Problem, weights: Weights, grad: Tensor) -> None:
     """Add to a tile of dL/dS `[r, c]` what the linear statistics of its columns bring."""
+    if block.positives is not None and len(weights.col_positive):
+        _add_positives(grad, block.positives, weights.col_positive)
     if block.with_totals:
         grad += weights.col_total
     if block.row_labels is not None:
-        grad += torch.where(equal_labels(block), weights.col_matched, 0)
+        grad += torch.where(_equal_labels(block), weights.col_matched, 0)
 
 
-def add_positives(grad: Tensor, place: Tensor, weight: Tensor) -> None:
+def _add_positives(grad: Tensor, place: Tensor, weight: Tensor) -> None:
     inside, index = _inside(grad, place)
     grad.scatter_add_(1, index, torch.where(inside, weight, 0)[:, None])
 

@@ -41,10 +41,13 @@ def token_contrastive_loss(
     """InfoNCE of `S_ij = logit_scale * max_q <tokens_iq, b_j>`: with positive p of row i, the mean over i of
     `(row_lse_i + col_lse_p) / 2 - S[i, p]`; S is never stored.
 
+    With tokens on both sides, late interaction: see `token_contrastive_stats`.
+
     Args:
         tokens: features `[M, Q, D]`, float32, float16, bfloat16 or float64, any strides; unit norm is not
             required.
-        b: features `[N, D]`, the dtype and device of `tokens`; M = N unless `positives` or `labels` are given.
+        b: features `[N, D]`, or `[N, T, D]` for late interaction, the dtype and device of `tokens`; M = N unless
+            `positives` or `labels` are given.
         logit_scale: the multiplier itself (already exponentiated): a finite float, or a tensor of one element,
             whose gradient comes back in its shape and dtype.
         positives: int64 `[M]`, the column of each row's positive; None = the diagonal. Columns that are
@@ -66,7 +69,7 @@ def token_contrastive_loss(
     Raises:
         ValueError: a wrong shape, dtype, device, index, scale or combination of arguments.
 
-    Reference: `token_contrastive_loss_ref`. Paper: arXiv:2301.12597.
+    Reference: `token_contrastive_loss_ref`. Papers: arXiv:2301.12597, arXiv:2111.07783.
     """
     tokens, b, scale = operands(tokens, b, logit_scale)
     options = _Options(symmetric, label_smoothing, reduction)

@@ -13,7 +13,7 @@ from mmkernels._checks import (
     scalar_tensor,
 )
 from mmkernels._device import HAS_TRITON, runs_triton
-from mmkernels.token_contrastive import blockwise
+from mmkernels.token_contrastive import blockwise, late
 from mmkernels.token_contrastive.problem import Problem, TokenContrastiveStats, field_sizes
 
 if HAS_TRITON:
@@ -39,6 +39,9 @@ def token_contrastive_stats(
     """Row and column log-sum-exp of `S_ij = logit_scale * max_q <tokens_iq, b_j>`, and sums of S; neither S nor
     the products of tokens are ever stored.
 
+    With tokens on both sides, late interaction: the rows' fields are of `S_row_ij = logit_scale * mean_q max_t
+    <tokens_iq, b_jt>`, the columns' of `S_col_ij = logit_scale * mean_t max_q <tokens_iq, b_jt>`.
+
     Any contrastive softmax loss is vector arithmetic on these, and they are differentiable in `tokens`, `b` and
     `logit_scale`; of equal products the first token takes the gradient. Under autocast the features are cast
     as a matrix product would cast them.
@@ -46,15 +49,15 @@ def token_contrastive_stats(
     Args:
         tokens: features `[M, Q, D]`, float32, float16, bfloat16 or float64, any strides; unit norm is not
             required.
-        b: features `[N, D]`, the dtype and device of `tokens`.
+        b: features `[N, D]`, or `[N, T, D]` for late interaction, the dtype and device of `tokens`.
         logit_scale: the multiplier itself (already exponentiated): a finite float, or a tensor of one element,
             whose gradient comes back in its shape and dtype. A tensor on a GPU is not checked: that would wait
             for the device.
         positives: int64 `[M]`, the column of each row's positive; -1 where a row has none. On a GPU the values
             are not read; one out of range gives NaN.
         labels: int64 `[M]` and `[N]`: the sums of S over equal labels are wanted.
-        masks: bool `[M, Q]` (and None for b), True where a token counts. A row whose every token is masked has
-            S = 0, without a gradient.
+        masks: bool `[M, Q]` and `[N, T]`, either may be None: True where a token counts. Where a row or a
+            column has none, S = 0, without a gradient.
         with_totals: whether the plain sums of S are wanted (for label smoothing).
 
     Returns:
@@ -64,7 +67,8 @@ def token_contrastive_stats(
     Raises:
         ValueError: a wrong shape, dtype, device, index or scale.
 
-    Reference: `token_contrastive_stats_ref`. The one-pass log-sum-exp follows arXiv:1805.02867.
+    Reference: `token_contrastive_stats_ref`. The one-pass log-sum-exp follows arXiv:1805.02867; late interaction
+    is FILIP's (arXiv:2111.07783).
     """
     tokens, b, scale = operands(tokens, b, logit_scale)
     if positives is not None:
@@ -90,8 +94,9 @@ def operands(tokens: Tensor, b: Tensor, logit_scale: float | Tensor) -> tuple[Te
     check_dtype(OP, "b", b)
     require(
         OP,
-        b.ndim == 2 and b.shape[-1] == shape[2],
-        "b must be [N, {}], as wide as tokens, got shape {}",
+        b.ndim in (2, 3) and b.shape[-1] == shape[2] and 0 not in b.shape[1:],
+        "b must be [N, {}] or [N, T, {}], as wide as tokens, T at least one, got shape {}",
+        shape[2],
         shape[2],
         list(b.shape),
     )
@@ -157,7 +162,7 @@ def _token_contrastive_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(tokens, b, scale, positives, row_labels, col_labels, tokens_mask, b_mask, with_totals)
     with torch.autocast(tokens.device.type, enabled=False):
-        return tuple(_path(tokens).token_contrastive_fwd(problem))  # pyright: ignore[reportReturnType]
+        return tuple(_path(problem).token_contrastive_fwd(problem))  # pyright: ignore[reportReturnType]
 
 
 @_token_contrastive_fwd.register_fake
@@ -185,7 +190,7 @@ def _token_contrastive_bwd(
     problem = Problem(tokens, b, scale, positives, row_labels, col_labels, tokens_mask, b_mask, with_totals)
     with torch.autocast(tokens.device.type, enabled=False):
         contiguous = [d.contiguous() for d in grads]
-        results = _path(tokens).token_contrastive_bwd(
+        results = _path(problem).token_contrastive_bwd(
             problem, TokenContrastiveStats(*stats), contiguous, needs
         )
     return tuple(
@@ -199,8 +204,10 @@ def _(tokens, b, scale, *rest):
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((tokens, b, scale), rest[-1]))
 
 
-def _path(x: Tensor):
-    return kernel if runs_triton(x) else blockwise
+def _path(problem: Problem):
+    if problem.b.ndim == 3:
+        return late
+    return kernel if runs_triton(problem.tokens) else blockwise
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -85,9 +85,9 @@ def _logits(
     if b.ndim == 2:
         return logit_scale * best, logit_scale * best
     late = cosines.unflatten(2, b.shape[:2])  # [M, Q, N, T]
-    of_tokens = _masked_max(late, b_mask, 3)  # [M, Q, N]
+    of_tokens = _masked_max(late, None if b_mask is None else b_mask[None, None], 3)  # [M, Q, N]
     of_rows = _masked_mean(of_tokens, None if tokens_mask is None else tokens_mask[:, :, None], 1)
-    of_cols = _masked_mean(best.view(num_rows, num_cols, -1), b_mask, 2)
+    of_cols = _masked_mean(best.view(num_rows, num_cols, -1), None if b_mask is None else b_mask[None], 2)
     return logit_scale * of_rows, logit_scale * of_cols
 
 

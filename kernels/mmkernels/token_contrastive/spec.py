@@ -25,7 +25,7 @@ LEAST_GAP = 64 * torch.finfo(torch.float32).eps
 
 
 def make_features(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens `[M, Q, D]`, b `[N, D]` and the scale at which such data is met.
+    """Tokens `[M, Q, D]`, b `[N, D]` (or `[N, T, D]`) and the scale at which such data is met.
 
     random: no unit norm. cone: mean cosine .9, as at initialisation, scale 14.3. trained: scale 100, one token of
     each row with a cosine of about .3 to its column. duplicates: trained, each row and column twice. ties:
@@ -37,7 +37,8 @@ def make_features(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> tup
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     num_rows, num_tokens, num_cols, width = (shape[axis] for axis in "MQND")
-    tokens, b, scale = normal(num_rows, num_tokens, width), normal(num_cols, width), 1.7
+    of_cols = (num_cols, shape["T"]) if "T" in shape else (num_cols,)
+    tokens, b, scale = normal(num_rows, num_tokens, width), normal(*of_cols, width), 1.7
     if case == "ties":
         tokens, b, scale = tokens.round().clamp(-1, 1), b.round().clamp(-1, 1), 1.0
         return tokens.to(dtype), b.to(dtype), _scale(scale, dtype)
@@ -48,7 +49,9 @@ def make_features(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> tup
     elif case != "random":
         tokens, b, scale = F.normalize(tokens, dim=-1), F.normalize(b, dim=-1), 100.0
         near = torch.arange(num_rows) % num_cols
-        tokens[:, 0] = F.normalize(0.3 * b[near] + (1 - 0.3**2) ** 0.5 * tokens[:, 0], dim=-1)
+        tokens[:, 0] = F.normalize(
+            0.3 * b.reshape(num_cols, -1, width)[near, 0] + (1 - 0.3**2) ** 0.5 * tokens[:, 0], dim=-1
+        )
     tokens, b = separated(tokens, b, dtype, generator)
     if case == "duplicates":
         tokens, b = (x[torch.arange(len(x)) // 2] for x in (tokens, b))
@@ -58,26 +61,29 @@ def make_features(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> tup
 def separated(
     tokens: Tensor, b: Tensor, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Both in the dtype, the rows of `tokens` moved by some percent until `gaps` are wide enough."""
+    """Both in the dtype, their rows moved by some percent until `gaps` are wide enough."""
     tokens, b = tokens.to(dtype), b.to(dtype)
     for _ in range(100):
-        close = (gaps(tokens, b) < LEAST_GAP).any(1)
-        if not close.any():
+        any_close = False
+        for x, other in ((tokens, b), (b, tokens)) if b.ndim == 3 else ((tokens, b),):
+            close = (gaps(x, other) < LEAST_GAP).any(1)
+            near = x[close].double()
+            noise = torch.randn(near.shape, generator=generator, dtype=torch.float64)
+            x[close] = (near + 0.03 * near.norm(dim=-1, keepdim=True) * noise).to(dtype)
+            any_close |= bool(close.any())
+        if not any_close:
             return tokens, b
-        near = tokens[close].double()
-        noise = torch.randn(near.shape, generator=generator, dtype=torch.float64)
-        moved = near + 0.03 * near.norm(dim=-1, keepdim=True) * noise
-        tokens[close] = (F.normalize(moved, dim=-1) * near.norm(dim=-1, keepdim=True)).to(dtype)
     raise AssertionError("no tokens found whose products keep apart")
 
 
-def gaps(tokens: Tensor, b: Tensor) -> Tensor:
-    """`[M, N]`: how far the best token is ahead of the second, as a share of the largest |token| |b|."""
-    tokens, b = tokens.double(), b.double()
-    if tokens.shape[1] == 1:
-        return tokens.new_full((len(tokens), len(b)), torch.inf)
-    best = (tokens @ b.T).topk(2, dim=1).values  # [M, 2, N]
-    largest = tokens.norm(dim=-1).amax(1)[:, None] * b.norm(dim=-1)
+def gaps(x: Tensor, other: Tensor) -> Tensor:
+    """How far the best token of each row of `x` `[M, Q, D]` is ahead of the second, for each feature of `other`,
+    as a share of the largest |x| |other|."""
+    x, other = x.double(), other.double().flatten(0, -2)
+    if x.shape[1] == 1:
+        return x.new_full((len(x), len(other)), torch.inf)
+    best = (x @ other.T).topk(2, dim=1).values  # [M, 2, ...]
+    largest = x.norm(dim=-1).amax(1)[:, None] * other.norm(dim=-1)
     return (best[:, 0] - best[:, 1]) / largest
 
 
@@ -108,14 +114,20 @@ def _masks(shape: Shape, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(3000 + seed)
     mask = torch.rand(shape["M"], shape["Q"], generator=generator) > 0.3
     mask[0] = shape["M"] == 1
-    return {"masks": (mask, None)}
+    of_cols = None
+    if "T" in shape:
+        of_cols = torch.rand(shape["N"], shape["T"], generator=generator) > 0.3
+        of_cols[-1] = False
+    return {"masks": (mask, of_cols)}
 
 
 def _cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
     num_rows, num_tokens, num_cols, width = (shape[axis] for axis in "MQND")
-    logits = num_rows * num_cols
-    features = (num_rows * num_tokens + num_cols) * width * element_size
-    forward = Cost(2 * logits * num_tokens * width, features + 8 * (num_rows + num_cols), 2 * logits)
+    logits, per_col = num_rows * num_cols, shape.get("T", 1)
+    features = (num_rows * num_tokens + num_cols * per_col) * width * element_size
+    forward = Cost(
+        2 * logits * num_tokens * per_col * width, features + 8 * (num_rows + num_cols), 2 * logits
+    )
     return forward, Cost(3 * forward.flops, 2 * features, 2 * logits)
 
 
@@ -126,6 +138,10 @@ def _square(draw: Callable[[int, int], int]) -> Shape:
 
 def _rectangle(draw: Callable[[int, int], int]) -> Shape:
     return {"M": draw(1, 8), "Q": draw(1, 40), "N": draw(3, 40), "D": draw(2, 40)}
+
+
+def _late(draw: Callable[[int, int], int]) -> Shape:
+    return {"M": draw(2, 8), "Q": draw(1, 12), "N": draw(3, 12), "T": draw(1, 12), "D": draw(2, 20)}
 
 
 Extra = Callable[[Shape, int], Inputs]
@@ -209,5 +225,22 @@ STATS = _spec(
     cases=CASES,
     with_totals=True,
 )
+LATE = _spec(
+    "late",
+    ({"M": 9, "Q": 5, "N": 9, "T": 4, "D": 17},),
+    cases=("random", "trained", "ties"),
+    draw_shape=lambda draw: {**(shape := _late(draw)), "M": shape["N"]},
+)
+LATE_STATS = _spec(
+    "late",
+    ({"M": 7, "Q": 5, "N": 10, "T": 3, "D": 9}, {"M": 1, "Q": 1, "N": 3, "T": 2, "D": 1}),
+    _some_positives,
+    _labels,
+    _masks,
+    loss=False,
+    cases=("random", "cone", "ties"),
+    draw_shape=_late,
+    with_totals=True,
+)
 
-SPECS = (LOSS, RECTANGLE, LABELS, ROWS, STATS)
+SPECS = (LOSS, RECTANGLE, LABELS, ROWS, STATS, LATE, LATE_STATS)

@@ -16,10 +16,7 @@ BLOCKWISE = {
         "torch.arange(size, 0, -1, dtype",
         "torch.arange(1, size + 1, dtype",
     ),
-    "gradient to the next row's token": (
-        "torch.arange(len(winner), dtype=torch.int32, device=winner.device)",
-        "torch.arange(len(winner), dtype=torch.int32, device=winner.device).flip(0)",
-    ),
+    "gradient to another row's token": ("alpha=stride", "alpha=0"),
     "columns' totals ignored": ("grad += weights.col_total", "grad += 0 * weights.col_total"),
     "rows' labels ignored": ("weights.row_matched[:, None], 0)", "weights.row_matched[:, None] * 0, 0)"),
     "mean of the scale's gradient lost": ("center * grad_total", "0 * grad_total"),
@@ -74,3 +71,28 @@ PLANTS = Plants(
         (LOSS, LOSS.shapes[-1]),
     ),
 )
+# of late interaction, which has one path: every device runs it
+LATE_BUGS = {
+    "wrong factor on gradients": ("dx.mul_(scale)", "dx.mul_(1)"),
+    "wrong factor on the columns' logits": (
+        "tile.col_cosines * scale\n        fold",
+        "tile.col_cosines\n        fold",
+    ),
+    "rows' maximum over the wrong tokens": (
+        "of_tokens = products.amax(3).masked",
+        "of_tokens = products.amin(3).masked",
+    ),
+    "masked tokens count in the mean": (
+        "token_share = counts_q /",
+        "token_share = 1.0 * tokens_mask[:, :, None] /",
+    ),
+    "masked tokens compete": ("masked_fill_(~(tokens_mask[:, :, None, None] & b_mask), -torch.inf)", "abs()"),
+    "columns' positives ignored": ("sums.add_cols(block, col_logits, of_rows, of_cols)", "pass"),
+    "rows' gradient of b lost": ("scatter_sums(db, index.T", "scatter_sums(0 * db, index.T"),
+    "columns' gradient of the tokens lost": (
+        "scatter_sums(dtokens, index",
+        "scatter_sums(0 * dtokens, index",
+    ),
+    "gradient to another row's token": ("tile.products.shape[1], 0)", "0, 0)"),
+    "mean of the scale's gradient lost": ("center * grad_total", "0 * grad_total"),
+}
