@@ -79,6 +79,7 @@ def global_token_contrastive_loss(
     options = _Options(symmetric, label_smoothing)
     masks = None if mask is None else (mask, None)
     if world_size_of(group) == 1:
+        _check_one_side(b)
         return token_contrastive_loss(tokens, b, logit_scale, labels=labels, masks=masks, **options._asdict())
 
     def check() -> tuple[tuple[Tensor, Tensor, Tensor], Header]:
@@ -86,6 +87,7 @@ def global_token_contrastive_loss(
             OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes
         )
         require(OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing)
+        _check_one_side(b)
         inputs = token_operands(tokens, b, logit_scale)
         check_token_masks(tokens, b, masks)
         if check_token_labels(tokens, b, labels) is None:
@@ -119,6 +121,11 @@ def global_token_contrastive_loss(
         stats = GlobalTokenStats.apply(tokens.contiguous(), b, scale.reshape(()).double(), columns)
         loss = _own_share(TokenContrastiveStats(*stats), layout, all_labels, options)  # pyright: ignore[reportGeneralTypeIssues]
         return global_mean(loss, group).to(accumulator(tokens.dtype))
+
+
+def _check_one_side(b: Tensor) -> None:
+    """Tokens on both sides, late interaction, have another S for the columns than for the rows."""
+    require(OP, b.ndim == 2, "b must be [n, D], got shape {}", list(b.shape))
 
 
 def _own_share(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcore.losses import global_contrastive_loss
+from mmcore.losses import global_contrastive_loss, global_token_contrastive_loss
 from mmkernels import contrastive_loss_ref, sigmoid_loss_ref, token_contrastive_loss_ref
 from tests.distributed import cases, tiny
 from tests.distributed.launch import run_ranks
@@ -234,3 +234,11 @@ def test_without_a_process_group_it_is_the_plain_loss():
     arguments = case.arguments(batch, WHOLE, WHOLE)
     found = global_contrastive_loss(batch["a"], batch["b"], cases.SCALE, **arguments)
     assert abs(found - contrastive_loss_ref(batch["a"], batch["b"], cases.SCALE, **arguments)) < 1e-12
+
+
+def test_the_token_loss_refuses_tokens_on_both_sides():
+    tokens = torch.ones(3, 2, 4)
+    with pytest.raises(
+        ValueError, match=r"^global_token_contrastive_loss: b must be \[n, D\], got shape \[3, 2, 4\]$"
+    ):
+        global_token_contrastive_loss(tokens, tokens, 1.0)
