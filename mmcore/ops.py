@@ -14,7 +14,7 @@ from mmkernels._checks import accumulator, require
 from mmkernels._numerics import log_sum_exp
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
-from mmkernels.contrastive.op import broken_claim
+from mmkernels.contrastive.op import broken_claim, gives_nan
 from mmkernels.contrastive.problem import NO_UNDERFLOW_SCALE, mean_cosine, poisoned
 from mmkernels.contrastive.problem import Problem as ContrastiveProblem
 from mmkernels.sigmoid.op import checked_operands as checked_sigmoid_operands
@@ -43,6 +43,7 @@ __all__ = [
     "checked_sigmoid_operands",
     "contrastive_loss",
     "first_match",
+    "gives_nan",
     "label_counts",
     "label_sums",
     "log_sum_exp",

@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -91,10 +93,40 @@ Out out_of(const Tensor& out, const Tensor& cosines) {
   return {out.mutable_data_ptr(), out.stride(0), bfloat16};
 }
 
+// Folds all rows into the online sums of the rows and, where they are not null, of the columns.
+void fold_panels(const Tile& tile, int64_t rows, float* row_max, float* row_sum, float* col_max, float* col_sum) {
+  const int64_t cols = tile.cols, panels = num_panels(rows);
+  if (!rows || !cols) return;
+  const int64_t padded = col_max ? (cols + PAD - 1) / PAD * PAD : 0;
+  const std::unique_ptr<float[]> partial(col_max ? new float[2 * panels * padded] : nullptr);
+  float *part_max = partial.get(), *part_sum = part_max + panels * padded;
+  for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
+    const int64_t at = panel * padded;
+    kernels.fold({from_row(tile, first), row_max + first, row_sum + first, part_max + at, part_sum + at}, count);
+  });
+  if (col_max) kernels.combine(part_max, part_sum, panels, padded, cols, col_max, col_sum);
+}
+
+// Writes all rows of the gradient; the sum of out * (cosine - center).
+double grad_panels(const Grad& whole, const Out& to, int64_t rows) {
+  std::vector<double> totals(num_panels(rows));
+  if (whole.tile.cols)
+    for_panels(rows, whole.tile.cols, [&](int64_t first, int64_t count, int64_t panel) {
+      Grad part = whole;
+      part.tile = from_row(whole.tile, first);
+      part.row_lse += first;
+      part.row_coef += first;
+      if (part.skip) part.skip += first;
+      part.out = to.row(first);
+      totals[panel] = kernels.grad(part, count);
+    });
+  return std::accumulate(totals.begin(), totals.end(), 0.0);
+}
+
 void fold_tile(const Tensor& cosines, double scale, const Tensor& row_max, const Tensor& row_sum,
                const std::optional<Tensor>& col_max, const std::optional<Tensor>& col_sum) {
   const Tile tile = tile_of(cosines, scale);
-  const int64_t rows = cosines.size(0), cols = tile.cols, panels = num_panels(rows);
+  const int64_t rows = cosines.size(0), cols = tile.cols;
   check_vector(row_max, rows, ScalarType::Float, "row_max");
   check_vector(row_sum, rows, ScalarType::Float, "row_sum");
   STD_TORCH_CHECK(col_max.has_value() == col_sum.has_value(), "col_max and col_sum come together");
@@ -103,20 +135,9 @@ void fold_tile(const Tensor& cosines, double scale, const Tensor& row_max, const
     check_vector(*col_max, cols, ScalarType::Float, "col_max");
     check_vector(*col_sum, cols, ScalarType::Float, "col_sum");
   }
-  if (!rows || !cols) return;
-
-  const int64_t padded = has_cols ? (cols + PAD - 1) / PAD * PAD : 0;
-  const std::unique_ptr<float[]> partial(has_cols ? new float[2 * panels * padded] : nullptr);
-  float *part_max = partial.get(), *part_sum = part_max + panels * padded;
-  float *row_max_ptr = row_max.mutable_data_ptr<float>(), *row_sum_ptr = row_sum.mutable_data_ptr<float>();
-  for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
-    const int64_t at = panel * padded;
-    kernels.fold({from_row(tile, first), row_max_ptr + first, row_sum_ptr + first, part_max + at, part_sum + at},
-                 count);
-  });
-  if (has_cols)
-    kernels.combine(part_max, part_sum, panels, padded, cols, col_max->mutable_data_ptr<float>(),
-                    col_sum->mutable_data_ptr<float>());
+  fold_panels(tile, rows, row_max.mutable_data_ptr<float>(), row_sum.mutable_data_ptr<float>(),
+              has_cols ? col_max->mutable_data_ptr<float>() : nullptr,
+              has_cols ? col_sum->mutable_data_ptr<float>() : nullptr);
 }
 
 Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, const Tensor& row_coef,
@@ -143,20 +164,45 @@ Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, con
                       to.data,
                       to.stride,
                       to.bfloat16};
-  std::vector<double> totals(num_panels(rows));
-  if (cols)
-    for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
-      Grad part = whole;
-      part.tile = from_row(tile, first);
-      part.row_lse += first;
-      part.row_coef += first;
-      if (part.skip) part.skip += first;
-      part.out = to.row(first);
-      totals[panel] = kernels.grad(part, count);
-    });
+  const double sum = grad_panels(whole, to, rows);
   Tensor total = torch::stable::empty({}, ScalarType::Double);
-  *total.mutable_data_ptr<double>() = center ? std::accumulate(totals.begin(), totals.end(), 0.0) : 0.0;
+  *total.mutable_data_ptr<double>() = center ? sum : 0.0;
   return total;
+}
+
+Tensor info_nce_tile(const Tensor& cosines, double scale, std::optional<double> center) {
+  const Tile tile = tile_of(cosines, scale);
+  const int64_t size = tile.cols;
+  STD_TORCH_CHECK(size && cosines.size(0) == size, "cosines must be square");
+  std::vector<float> vectors(4 * size);
+  float *row_max = vectors.data(), *col_max = row_max + size, *row_sum = col_max + size, *col_sum = row_sum + size;
+  std::fill_n(row_max, 2 * size, -std::numeric_limits<float>::infinity());
+  fold_panels(tile, size, row_max, row_sum, col_max, col_sum);
+
+  float* entries = cosines.mutable_data_ptr<float>();
+  const float offset = static_cast<float>(center.value_or(0));
+  double loss = 0, of_positives = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const float cosine = entries[i * (tile.stride + 1)];
+    const double logit = tile.scale * cosine;
+    loss += (row_max[i] - logit) + std::log(double(row_sum[i])) + (col_max[i] - logit) + std::log(double(col_sum[i]));
+    of_positives += cosine - offset;
+  }
+  Tensor sums = torch::stable::empty({2}, ScalarType::Double);
+  double* to = sums.mutable_data_ptr<double>();
+  to[0] = loss / (2 * size);
+  to[1] = 0;
+  if (!center) return sums;
+
+  // relative to the maxima, not to a rounded log-sum-exp
+  for (int64_t i = 0; i < size; ++i) {
+    row_sum[i] = 1 / (2 * size * row_sum[i]);
+    col_sum[i] = 1 / (2 * size * col_sum[i]);
+  }
+  const Grad whole = {tile, row_max, row_sum, col_max, col_sum, nullptr, offset, entries, tile.stride, false};
+  to[1] = grad_panels(whole, {entries, tile.stride}, size) - of_positives / size;
+  for (int64_t i = 0; i < size; ++i) entries[i * (tile.stride + 1)] -= 1.0f / size;
+  return sums;
 }
 
 Tensor sigmoid_tile(const Tensor& cosines, double scale, double bias, const Tensor& row_label,
@@ -261,6 +307,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "grad_tile(Tensor cosines, float scale, Tensor row_lse, Tensor row_coef, Tensor? col_lse, "
       "Tensor? col_coef, Tensor? skip, float? center, Tensor(a!) out) -> Tensor");
+  m.def("info_nce_tile(Tensor(a!) cosines, float scale, float? center) -> Tensor");
   m.def(
       "sigmoid_tile(Tensor cosines, float scale, float bias, Tensor row_label, Tensor col_label, "
       "Tensor(a!) row_loss, Tensor(b!)? out) -> Tensor");
@@ -275,6 +322,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("fold_tile", TORCH_BOX(&mmkernels::fold_tile));
   m.impl("grad_tile", TORCH_BOX(&mmkernels::grad_tile));
+  m.impl("info_nce_tile", TORCH_BOX(&mmkernels::info_nce_tile));
   m.impl("sigmoid_tile", TORCH_BOX(&mmkernels::sigmoid_tile));
   m.impl("distill_fwd", TORCH_BOX(&mmkernels::distill_fwd));
   m.impl("distill_bwd", TORCH_BOX(&mmkernels::distill_bwd));

@@ -97,6 +97,33 @@ def grad_tile(
     return torch.stack(totals).sum()
 
 
+def info_nce_tile(cosines: Tensor, scale: float, center: float | Tensor | None) -> Tensor:
+    """Symmetric InfoNCE of `S = scale * cosines` with its positives on the diagonal, `cosines` taking dloss/dS.
+
+    Args:
+        cosines: [n, n], n at least 1, float32 or float64, any device; unit column stride. Overwritten.
+        center: any number near the cosines' mean, for precision; None leaves the gradient out.
+
+    Returns:
+        The loss and `sum dloss/dS * cosines`, its gradient in `scale` (zero without a center), float64 [2].
+    """
+    if _runs_native(cosines):
+        number = None if center is None else float(center)
+        return torch.ops.mmkernels.info_nce_tile(cosines, scale, number)
+    size = len(cosines)
+    maxima, sums = cosines.new_full((2, size), -torch.inf), cosines.new_zeros(2, size)
+    fold_tile(cosines, scale, maxima[0], sums[0], maxima[1], sums[1])
+    of_pairs = cosines.diagonal().clone()
+    loss = ((maxima - scale * of_pairs).double() + sums.double().log()).sum() / (2 * size)
+    if center is None:
+        return torch.stack([loss, torch.zeros_like(loss)])
+    # relative to the maxima, not to a rounded log-sum-exp
+    coef = sums.reciprocal_().div_(2 * size)
+    total = grad_tile(cosines, scale, (maxima[0], coef[0]), (maxima[1], coef[1]), None, center, cosines)
+    cosines.diagonal().sub_(1 / size)
+    return torch.stack([loss, total - (of_pairs - center).sum(dtype=torch.float64) / size])
+
+
 def sigmoid_tile(
     cosines: Tensor,
     scale: float,

@@ -31,6 +31,7 @@ from mmcore.ops import (
     checked_inputs,
     contrastive_loss,
     first_match,
+    gives_nan,
     pair_losses,
     reduce,
     require,
@@ -203,7 +204,7 @@ def _columns(
         inputs.negatives,
         teacher_a,
         options.symmetric,
-        options.normalized,
+        options.normalized and gives_nan(inputs.a),
         broken,
     )
 

@@ -31,7 +31,8 @@ class Columns:
 
     `positives`: int64 `[m]`, the global column of a row's first positive, -1 if none. `labels`: of this rank's
     rows `[m]` and of all columns `[N]`; times `weights` `[N]`, the sum of b over a row's positives is their mean
-    less the first one. `broken`: on a GPU, whether the claim of unit norm is (bool).
+    less the first one. `normalized`: whether the kernels go by that claim; `broken`: on a GPU, whether it is
+    broken (bool).
     """
 
     layout: Layout

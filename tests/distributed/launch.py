@@ -37,13 +37,19 @@ def finish(folder: Path, result: dict[str, Any]) -> NoReturn:
     os._exit(0)
 
 
-def run_ranks(worker: str, num_ranks: int, folder: Path, **arguments: Any) -> list[dict[str, Any]]:
-    """Runs `tests.distributed.<worker>` on `num_ranks` ranks; returns what each wrote to its result file."""
+def run_ranks(
+    worker: str, num_ranks: int, folder: Path, interpret: bool = False, **arguments: Any
+) -> list[dict[str, Any]]:
+    """Runs `tests.distributed.<worker>` on `num_ranks` ranks; returns what each wrote to its result file.
+
+    `interpret`: the Triton kernels run, by their interpreter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     command += ["-m", f"tests.distributed.{worker}", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    env = environment() | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{worker} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(num_ranks)]

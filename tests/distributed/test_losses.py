@@ -55,17 +55,17 @@ def together(results: list[dict], key: str, name: str) -> list[Tensor]:
     return [loss, da, db, *(torch.stack(ds).mean(0).reshape(1) for ds in scales)]
 
 
-@pytest.mark.parametrize(
-    ("key", "named", "reference", "first", "scales"),
-    [
-        ("variants", cases.CASES, contrastive_loss_ref, "a", (cases.SCALE,)),
-        ("sigmoid", cases.SIGMOID_CASES, sigmoid_loss_ref, "a", (cases.SCALE, cases.BIAS)),
-        ("token", cases.TOKEN_CASES, token_contrastive_loss_ref, "tokens", (cases.SCALE,)),
-    ],
-)
-def test_every_variant_has_the_loss_and_the_gradients_of_one_process(
-    results, key, named, reference, first, scales
-):
+# by the key of their results: the cases, the reference, the first features and the scales
+LOSSES = {
+    "variants": (cases.CASES, contrastive_loss_ref, "a", (cases.SCALE,)),
+    "sigmoid": (cases.SIGMOID_CASES, sigmoid_loss_ref, "a", (cases.SCALE, cases.BIAS)),
+    "token": (cases.TOKEN_CASES, token_contrastive_loss_ref, "tokens", (cases.SCALE,)),
+}
+
+
+@pytest.mark.parametrize("key", LOSSES)
+def test_every_variant_has_the_loss_and_the_gradients_of_one_process(results, key):
+    named, reference, first, scales = LOSSES[key]
     for run in results[0][key]:
         truth = on_one_process(reference, named[run.split("; ")[0]], cases.batch(), first, scales)
         for found, expected in zip(together(results, key, run), truth, strict=True):
@@ -74,17 +74,39 @@ def test_every_variant_has_the_loss_and_the_gradients_of_one_process(
             assert (found - expected).abs().max() < 1e-10 * expected.abs().max(), run
 
 
-def test_float32_is_within_the_contract_of_the_reference(results):
-    for run in results[0]["float32"]:
-        case = cases.CASES[run.split("; ")[0]]
+def check_float32(results, key, named, loss, first, scales):
+    for run in results[0][key]:
+        case = named[run.split("; ")[0]]
         batch = cases.batch(torch.float32)
         widened = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
-        gold = on_one_process(contrastive_loss_ref, case, widened)
-        reference = on_one_process(contrastive_loss_ref, case, batch)
-        assert results[0]["float32"][run]["dtype"] == "torch.float32"
-        for found, ref, exact in zip(together(results, "float32", run), reference, gold, strict=True):
+        gold = on_one_process(loss, case, widened, first, scales)
+        reference = on_one_process(loss, case, batch, first, scales)
+        assert results[0][key][run]["dtype"] == "torch.float32"
+        for found, ref, exact in zip(together(results, key, run), reference, gold, strict=True):
             bound = 2 * (ref - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
             assert (found - exact).abs().max() <= bound, run
+
+
+def test_float32_is_within_the_contract_of_the_reference(results):
+    check_float32(results, "float32", *LOSSES["variants"])
+
+
+@pytest.fixture(scope="module")
+def by_triton(tmp_path_factory):
+    return run_ranks("worker_triton", 2, tmp_path_factory.mktemp("triton"), interpret=True)
+
+
+@pytest.mark.parametrize("key", LOSSES)
+def test_the_kernels_are_within_the_contract_of_the_reference(by_triton, key):
+    check_float32(by_triton, key, *LOSSES[key])
+
+
+@pytest.mark.parametrize("exchange", cases.EXCHANGES)
+def test_blocks_of_which_no_logit_survives_the_shift_add_nothing(by_triton, exchange):
+    x = cases.apart()
+    expected = contrastive_loss_ref(x, x, 100.0).item()
+    for result in by_triton:
+        assert abs(result["apart"][exchange] - expected) < 1e-5 * expected
 
 
 def test_a_model_gets_the_gradient_of_the_global_batch(results):

@@ -76,7 +76,7 @@ def test_float16_gradients_of_a_huge_batch_do_not_underflow() -> None:
     tiny, none = torch.full((40,), 1e-8), torch.zeros(0)
     problem = Problem(a, b, torch.tensor(0.1), torch.arange(40), None, None, True)
     for path in (blockwise, kernel) if kernel_runs() else (blockwise,):
-        stats = path.contrastive_fwd(problem, False)
+        stats = path.contrastive_fwd(problem)
         grads = [tiny, tiny, tiny * 0, none, none]
         _, db, _ = path.contrastive_bwd(problem, stats, grads, (False, True, False))
         p, q = (torch.softmax(0.1 * a.double() @ b.double().T, dim) for dim in (1, 0))
@@ -195,7 +195,7 @@ def test_a_gradient_that_nobody_asked_for_costs_no_product(
     a, b = (x.detach() for x in features(40, 40))
     ones, none = torch.ones(40), torch.zeros(0)
     problem = Problem(a, b, torch.tensor(1.0), torch.arange(40), None, None, True)
-    stats = blockwise.contrastive_fwd(problem, False)
+    stats = blockwise.contrastive_fwd(problem)
     with ProductCounter() as counter:
         results = blockwise.contrastive_bwd(problem, stats, [ones, ones, ones, none, none], needs)
     assert counter.products == products

@@ -22,7 +22,6 @@ from mmkernels.contrastive.problem import (
     coefficients,
     grad_total,
     mean_cosine,
-    shift_of,
 )
 
 # 4 MiB of float32 a tile: large enough for GEMM's full speed, small enough that two of them stay in a
@@ -32,7 +31,7 @@ TILE = 1024
 LOW_SPAN = 8192
 
 
-def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
+def contrastive_fwd(problem: Problem) -> ContrastiveStats:
     """Log-sum-exps, positives and the teacher's expectations of `scale * a b^T`, tile by tile."""
     problem = _widened(problem)
     a, b, scale = problem.a, problem.b, float(problem.scale)
@@ -40,7 +39,6 @@ def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
     teacher_row = _Sums(a, len(a) if problem.teacher else 0)
     teacher_col = _Sums(a, len(b) if problem.teacher and problem.symmetric else 0)
     positive = a.new_zeros(0 if problem.positives is None else len(a))
-    shift = float(shift_of(problem.scale)) if normalized else None
     for of_rows, of_cols in _tiles(len(a), len(b), TILE):
         cosines = matmul_nt(a[of_rows], b[of_cols])
         if problem.positives is not None:
@@ -51,9 +49,7 @@ def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
             _add_cross(teacher_row, of_rows, teacher_logits, logits, dim=1)
             if problem.symmetric:
                 _add_cross(teacher_col, of_cols, teacher_logits, logits, dim=0)
-        if shift is not None:
-            _add_shifted(row, col if problem.symmetric else None, of_rows, of_cols, cosines, scale, shift)
-        elif problem.symmetric:
+        if problem.symmetric:
             fold_tile(cosines, scale, row.max[of_rows], row.sum[of_rows], col.max[of_cols], col.sum[of_cols])
         else:
             fold_tile(cosines, scale, row.max[of_rows], row.sum[of_rows])
@@ -169,18 +165,6 @@ def _take_positives(cosines: Tensor, place: Tensor, scale: float, out: Tensor) -
     inside = (place >= 0) & (place < cosines.shape[1])
     found = cosines.gather(1, place.clamp(0, cosines.shape[1] - 1)[:, None])[:, 0]
     torch.where(inside, found * scale, out, out=out)
-
-
-def _add_shifted(
-    row: _Sums, col: _Sums | None, of_rows: slice, of_cols: slice, cosines: Tensor, scale: float, shift: float
-) -> None:
-    """Add `exp(S - shift)` to the sums of rows and columns: one exponential for both."""
-    exponentials = cosines.mul_(scale).sub_(shift).exp_()
-    row.max[of_rows] = shift
-    row.sum[of_rows] += exponentials.sum(1)
-    if col is not None:
-        col.max[of_cols] = shift
-        col.sum[of_cols] += exponentials.sum(0)
 
 
 def _add_cross(sums: _Sums, place: slice, teacher_logits: Tensor, logits: Tensor, dim: int) -> None:

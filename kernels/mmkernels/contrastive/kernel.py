@@ -33,7 +33,7 @@ GRAD_CEILING = 2.0**14
 MAX, SUM, TEACHER_MAX, TEACHER_SUM, TEACHER_CROSS = range(5)
 
 
-def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
+def contrastive_fwd(problem: Problem) -> ContrastiveStats:
     """Log-sum-exps, positives and the teacher's expectations of `scale * a b^T`."""
     a, b, positives = problem.a, problem.b, problem.positives
     num_rows, num_cols = a.shape[0], b.shape[0]
@@ -72,10 +72,10 @@ def contrastive_fwd(problem: Problem, normalized: bool) -> ContrastiveStats:
             SYMMETRIC=problem.symmetric,
             HAS_POSITIVES=positives is not None,
             HAS_TEACHER=problem.teacher is not None,
-            SHIFTED=normalized,
+            SHIFTED=problem.normalized,
             **_tiling(config),
         )
-    if normalized:
+    if problem.normalized:
         of_rows[MAX], of_cols[MAX] = shift, shift
     row_lse, row_rest = combine_sums(of_rows[MAX], of_rows[SUM])
     col_lse, col_rest = combine_sums(of_cols[MAX], of_cols[SUM])

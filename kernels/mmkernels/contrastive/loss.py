@@ -1,6 +1,6 @@
 """InfoNCE and what the field has made of it: vector arithmetic on `contrastive_stats`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,14 @@ from mmkernels._checks import accumulator, check_index, require
 from mmkernels._device import runs_triton
 from mmkernels._numerics import widen
 from mmkernels.contrastive.labels import first_match, label_sums
-from mmkernels.contrastive.op import check_features, check_positives, contrastive_stats, operands
-from mmkernels.contrastive.problem import ContrastiveStats
+from mmkernels.contrastive.op import (
+    broken_claim,
+    check_features,
+    check_positives,
+    contrastive_stats,
+    operands,
+)
+from mmkernels.contrastive.problem import ContrastiveStats, Problem
 from mmkernels.contrastive.reference import contrastive_loss_ref
 from mmkernels.contrastive.stored import StoredLoss
 
@@ -76,8 +82,11 @@ def contrastive_loss(
         a, b, logit_scale, positives, labels, negatives, teacher, options
     )
     if _logits_are_kept(a, b, negatives, normalized):
+        if normalized:
+            broken_claim(Problem(a, b, scale, None, *(teacher or (None, None)), symmetric))
         with torch.autocast(a.device.type, enabled=False):
-            if options == Options() and positives is labels is negatives is None and not is_compiling():
+            plain = replace(options, normalized=False) == Options()
+            if plain and positives is labels is negatives is None and not is_compiling():
                 return StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
             return contrastive_loss_ref(
                 widen(a),
@@ -323,4 +332,6 @@ def _check_pairing(
 def _logits_are_kept(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool) -> bool:
     """A pure function of shape: logits that stay in a CPU's cache are cheaper kept than recomputed."""
     num_logits = a.shape[0] * (b.shape[0] + (0 if negatives is None else negatives.shape[0]))
-    return not (a.is_cuda or runs_triton(a) or normalized) and 0 < num_logits < STORED_LOGITS
+    # a compiled graph cannot raise
+    checked = normalized and is_compiling()
+    return not (a.is_cuda or runs_triton(a) or checked) and 0 < num_logits < STORED_LOGITS

@@ -53,8 +53,8 @@ def contrastive_stats(
         teacher: features `[M, D]` and `[N, D]`, constants, whose similarities `logit_scale * ta tb^T` are
             softmaxed along rows and along columns to T and T'.
         normalized: the caller's word that every row of `a`, `b` and the teacher has unit norm, within 1 %,
-            and that `logit_scale` is at most 128. It spares the search for maxima. A wrong claim raises on a
-            CPU and gives NaN on a GPU; so is, on both, a row or column whose log-sum-exp lies below
+            and that `logit_scale` is at most 128. It spares a GPU the search for maxima. A wrong claim raises
+            on a CPU and gives NaN on a GPU; so does, there, a row or column whose log-sum-exp lies below
             `scale - 124` (at scale 100: all cosines under -.3).
 
     Returns:
@@ -170,12 +170,12 @@ def _contrastive_fwd(
     symmetric: bool,
     normalized: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric)
+    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized)
+    path = kernel if runs_triton(a) else blockwise
     with torch.autocast(a.device.type, enabled=False):
         broken = broken_claim(problem) if normalized else None
-        path = kernel if runs_triton(a) else blockwise
-        stats = path.contrastive_fwd(problem, normalized)
-        if normalized:
+        stats = path.contrastive_fwd(problem)
+        if normalized and gives_nan(a):
             stats = poisoned(stats, scale, broken)
     return tuple(stats)  # pyright: ignore[reportReturnType]
 
@@ -237,11 +237,16 @@ def _backward(ctx, *grads: Tensor):
 _contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+def gives_nan(a: Tensor) -> bool:
+    """Whether `normalized=True` is acted on where `a` lies: a CPU has the maxima for nothing, and raises."""
+    return a.is_cuda or runs_triton(a)
+
+
 def broken_claim(problem: Problem) -> Tensor | None:
     """On a CPU raises if the features are not of unit norm or the scale is too large; on a GPU a bool tensor."""
     named = {"a": problem.a, "b": problem.b, "teacher[0]": problem.teacher_a, "teacher[1]": problem.teacher_b}
     norms = {
-        name: torch.linalg.vector_norm(x, dim=1, dtype=accumulator(x.dtype))
+        name: torch.linalg.vector_norm(x.detach(), dim=1, dtype=accumulator(x.dtype))
         for name, x in named.items()
         if x is not None
     }

@@ -18,7 +18,10 @@ NO_UNDERFLOW_SCALE = 75.0
 
 @dataclass(frozen=True)
 class Problem:
-    """Checked operands; `positives` int64 `[M]` with -1 for none; the teacher of the shapes of a and b."""
+    """Checked operands; `positives` int64 `[M]` with -1 for none; the teacher of the shapes of a and b.
+
+    `normalized`: the claim that no logit is above the scale, which a path may go by.
+    """
 
     a: Tensor
     b: Tensor
@@ -27,6 +30,7 @@ class Problem:
     teacher_a: Tensor | None
     teacher_b: Tensor | None
     symmetric: bool
+    normalized: bool = False
 
     @property
     def teacher(self) -> tuple[Tensor, Tensor] | None:

@@ -29,8 +29,6 @@ BLOCKWISE = {
         "add_positives(problem, coefs, da, None, center)",
     ),
     "mean of the scale's gradient lost": ("+ center * grad_total(grads)", ""),
-    "shift forgotten": ("mul_(scale).sub_(shift).exp_()", "mul_(scale).exp_()"),
-    "columns left out of shifted sums": ("col.sum[of_cols] += exponentials.sum(0)", "pass"),
 }
 KERNEL = {
     "wrong factor on da": (
