@@ -100,5 +100,5 @@ def test_on_a_cpu_it_is_twice_as_fast_as_eager(shape):
     }
     medians = paired_medians(runs, 7, device)
     ratio = medians["eager"] / medians["mmkernels"]
-    print(f"eager {medians['eager']:.4f} s, mmkernels {medians['ours']:.4f} s: {ratio:.2f}x")
+    print(f"eager {medians['eager']:.4f} s, mmkernels {medians['mmkernels']:.4f} s: {ratio:.2f}x")
     assert ratio >= 2.0

@@ -1,5 +1,7 @@
 """Fused operations for vision-language models: Triton kernels, blockwise ATen twins and eager references."""
 
+from mmkernels import masks
+from mmkernels.attention import QKNorm, attention, attention_ref
 from mmkernels.contrastive import (
     ContrastiveStats,
     contrastive_loss,
@@ -22,7 +24,10 @@ from mmkernels.token_contrastive import (
 
 __all__ = [
     "ContrastiveStats",
+    "QKNorm",
     "TokenContrastiveStats",
+    "attention",
+    "attention_ref",
     "contrastive_loss",
     "contrastive_loss_ref",
     "contrastive_lse",
@@ -33,6 +38,7 @@ __all__ = [
     "distillation_loss_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
+    "masks",
     "sigmoid_loss",
     "sigmoid_loss_ref",
     "token_contrastive_loss",

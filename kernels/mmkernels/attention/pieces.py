@@ -1,0 +1,142 @@
+"""An attention matrix cut into the pieces that have to be computed: what a mask leaves out is in none of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmkernels.attention.problem import Problem, alibi_tile, seen_tile
+
+# Rows whose intervals jump are cut apart, but not into fewer than this: a call has its price.
+MIN_ROWS = 32
+# Keys that only some rows of a block see: so few are masked beside those that all see, more are a piece of their own.
+MIN_COLS = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows against some keys of one segment. `cols` number the keys of all segments, `inside` those of its
+    own; `kind`: "full", "causal" (row i sees the keys up to i, both counted from the piece's corner) or "masked".
+    """
+
+    batch: slice
+    rows: slice
+    cols: slice
+    segment: int
+    inside: slice
+    kind: str
+
+
+def blocks(problem: Problem, max_rows: int, max_cols: int) -> Iterator[tuple[slice, slice, list[Piece]]]:
+    """Batches and rows, and their pieces, which are none where the rows see nothing.
+
+    Args:
+        max_rows, max_cols: what a piece has at most.
+    """
+    batch, num_queries = problem.q.shape[:2]
+    if not problem.ends:
+        for rows in _cut(0, num_queries, max_rows):
+            kind = "masked" if problem.bias is not None else "full"
+            whole = slice(0, batch)
+            yield whole, rows, _of_cols(problem, whole, rows, 0, problem.num_keys, kind, max_cols)
+        return
+    ends = torch.stack([x.expand(problem.ends[0].shape) for x in problem.ends]).cpu()  # [2 or 4, B or 1, Lq]
+    for i in range(ends.shape[1]):
+        batches = slice(0, batch) if ends.shape[1] == 1 else slice(i, i + 1)
+        for rows in _row_blocks(ends[:, i], max_rows):
+            pieces = []
+            for first, last, kind in _col_blocks(ends[:, i, rows], rows):
+                kind = "masked" if problem.bias is not None else kind
+                pieces += _of_cols(problem, batches, rows, first, last, kind, max_cols)
+            yield batches, rows, pieces
+
+
+def bias_of(problem: Problem, piece: Piece) -> Tensor | None:
+    """What is added to the logits of a piece, float `[b or 1, H or 1, r, c]`, -inf where a key is not seen."""
+    batch, rows, cols = piece.batch, piece.rows, piece.cols
+    bias = alibi_tile(problem, batch, rows, cols)
+    if piece.kind != "masked":
+        return bias
+    dtype = problem.q.dtype if problem.q.dtype == torch.float64 else torch.float32
+    if problem.bias is not None:
+        values = problem.bias if problem.bias.shape[0] == 1 else problem.bias[batch]
+        values = (values if values.shape[2] == 1 else values[:, :, rows])[..., cols]
+        values = values.to(dtype) if values.is_floating_point() else _infinite(~values, dtype)
+        bias = values if bias is None else bias + values
+    seen = seen_tile(problem, batch, rows, cols)
+    if seen is not None:
+        hidden = _infinite(~seen[:, None], dtype)
+        bias = hidden if bias is None else bias + hidden
+    return bias
+
+
+def _infinite(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _cut(first: int, last: int, most: int) -> Iterator[slice]:
+    for start in range(first, last, most):
+        yield slice(start, min(start + most, last))
+
+
+def _row_blocks(ends: Tensor, max_rows: int) -> Iterator[slice]:
+    """Blocks of rows, cut where an interval jumps."""
+    steps = ends.diff(dim=1)
+    jumps = ((steps != 0) & (steps != 1)).any(0).nonzero()[:, 0].add(1).tolist()
+    num_rows, start = ends.shape[1], 0
+    for cut in [*jumps, num_rows]:
+        if cut - start >= MIN_ROWS or cut == num_rows:
+            yield from _cut(start, cut, max_rows)
+            start = cut
+
+
+def _col_blocks(ends: Tensor, rows: slice) -> Iterator[tuple[int, int, str]]:
+    """First and last key and kind of the pieces that the rows' intervals `[2 or 4, r]` need."""
+    spans = []
+    for lo, hi in zip(ends[0::2], ends[1::2], strict=True):
+        some = lo < hi
+        if some.any():
+            spans.append((lo, hi, int(lo[some].min()), int(hi[some].max())))
+    if len(spans) == 2 and spans[0][2] < spans[1][3] and spans[1][2] < spans[0][3]:
+        # they may overlap: a key counts once
+        yield min(spans[0][2], spans[1][2]), max(spans[0][3], spans[1][3]), "masked"
+        return
+    for lo, hi, first, last in spans:
+        yield from _interval_blocks(lo, hi, first, last)
+
+
+def _interval_blocks(lo: Tensor, hi: Tensor, first: int, last: int) -> Iterator[tuple[int, int, str]]:
+    common_first, common_last = int(lo.max()), int(hi.min())
+    corner, last_kind = last - len(lo), "masked"
+    if corner >= common_first and torch.equal(hi - corner, torch.arange(1, len(hi) + 1, dtype=hi.dtype)):
+        common_last, last_kind = corner, "causal"
+    elif common_last - common_first < MIN_COLS:
+        yield first, last, "full" if (common_first, common_last) == (first, last) else "masked"
+        return
+    edges = (
+        (first, common_first, "masked"),
+        (common_first, common_last, "full"),
+        (common_last, last, last_kind),
+    )
+    yield from (edge for edge in edges if edge[0] < edge[1])
+
+
+def _of_cols(
+    problem: Problem, batch: slice, rows: slice, first: int, last: int, kind: str, max_cols: int
+) -> list[Piece]:
+    """The pieces of a run of keys, cut where a segment ends."""
+    pieces, start = [], 0
+    for segment, (k, _) in enumerate(problem.segments):
+        inside = max(first - start, 0), min(last - start, k.shape[1])
+        # a causal piece that is cut is one no more
+        cut_kind = (
+            "masked"
+            if kind == "causal" and (inside[1] - inside[0], max_cols) < (last - first, last - first)
+            else kind
+        )
+        for part in _cut(*inside, max_cols):
+            cols = slice(part.start + start, part.stop + start)
+            pieces.append(Piece(batch, rows, cols, segment, part, cut_kind))
+        start += k.shape[1]
+    return pieces

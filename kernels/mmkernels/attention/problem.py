@@ -1,0 +1,98 @@
+"""What an attention call is given, and what all paths read of it in the same way."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmkernels._checks import accumulator
+
+Segment = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Checked operands.
+
+    `segments`: keys and values `[B, Lk_s, Hkv, K]` of each segment, which lie behind one another. `ends`: lo and
+    hi of the intervals, int32 `[B or 1, Lq]`, two or four of them, or none. `bias`: bool or float
+    `[B or 1, H or 1, Lq or 1, Lk]`. `alibi_slopes`: float32 `[B or 1, H]`. `seed`: int64 `[]`, with a dropout.
+    """
+
+    q: Tensor  # [B, Lq, H, K]
+    segments: tuple[Segment, ...]
+    ends: tuple[Tensor, ...]
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    seed: Tensor | None
+    scale: float
+    dropout_p: float
+
+    @property
+    def num_keys(self) -> int:
+        return sum(k.shape[1] for k, _ in self.segments)
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads to a key head."""
+        return self.q.shape[2] // self.segments[0][0].shape[2]
+
+    @property
+    def offset(self) -> int:
+        """The key that lies beside query 0, bottom-right."""
+        return self.num_keys - self.q.shape[1]
+
+    def widened(self) -> "Problem":
+        """The same in the accumulator's dtype."""
+        dtype = accumulator(self.q.dtype)
+        segments = tuple((k.to(dtype), v.to(dtype)) for k, v in self.segments)
+        return replace(self, q=self.q.to(dtype), segments=segments)
+
+
+def seen_tile(problem: Problem, batch: slice, rows: slice, cols: slice) -> Tensor | None:
+    """Which keys of `cols` the queries of `rows` see by their intervals, bool `[b, r, c]`; None for all."""
+    if not problem.ends:
+        return None
+    keys = torch.arange(cols.start, cols.stop, device=problem.q.device)
+    ends = [(x if x.shape[0] == 1 else x[batch])[:, rows, None] for x in problem.ends]
+    seen = (ends[0] <= keys) & (keys < ends[1])
+    if len(ends) == 4:
+        seen |= (ends[2] <= keys) & (keys < ends[3])
+    return seen
+
+
+def alibi_tile(problem: Problem, batch: slice, rows: slice, cols: slice) -> Tensor | None:
+    """`-slope |i + Lk - Lq - j|`, in the accumulator's dtype, `[b, H, r, c]`."""
+    if problem.alibi_slopes is None:
+        return None
+    device = problem.q.device
+    places = torch.arange(rows.start, rows.stop, device=device)[:, None] + problem.offset
+    distance = (places - torch.arange(cols.start, cols.stop, device=device)).abs()
+    slopes = problem.alibi_slopes.to(accumulator(problem.q.dtype))
+    return -(slopes if slopes.shape[0] == 1 else slopes[batch])[..., None, None] * distance
+
+
+def empty_rows(problem: Problem) -> Tensor | None:
+    """The rows that see no key, bool `[B or 1, H or 1, Lq]`; None where there can be none."""
+    empty = None
+    if problem.ends:
+        empty = problem.ends[0] >= problem.ends[1]
+        if len(problem.ends) == 4:
+            empty = empty & (problem.ends[2] >= problem.ends[3])
+        empty = empty[:, None]
+    if problem.bias is not None:
+        seen = problem.bias if problem.bias.dtype == torch.bool else problem.bias > -torch.inf
+        empty = ~seen.any(3)
+    return empty
+
+
+def with_uniform_rows(problem: Problem, empty: Tensor) -> Problem:
+    """The rows that see no key made to see all, with logits of zero."""
+    q = problem.q.masked_fill(empty.transpose(1, 2)[..., None], 0)
+    bias, ends = problem.bias, problem.ends
+    if bias is not None:
+        bias = bias.masked_fill(empty[..., None], True if bias.dtype == torch.bool else 0.0)
+    if ends:
+        lo, hi = ends[0].masked_fill(empty[:, 0], 0), ends[1].masked_fill(empty[:, 0], problem.num_keys)
+        ends = (lo, hi, *ends[2:])
+    return replace(problem, q=q, bias=bias, ends=ends)
