@@ -39,6 +39,18 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     )
 
 
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Without each round's time, which is most of the file: the percentiles are kept."""
+    slim(output_json)
+
+
+def slim(document: dict[str, Any]) -> None:
+    commit = document["commit_info"]
+    document["commit_info"] = {key: commit[key] for key in ("id", "time", "dirty") if key in commit}
+    for case in document["benchmarks"]:
+        case["stats"].pop("data", None)
+
+
 def row(case: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table, of one benchmark as pytest-benchmark's JSON has it."""
     info, median = case["extra_info"], 1e3 * case["stats"]["median"]

@@ -36,8 +36,8 @@ def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(document: dict[str, Any], *, mode: str = "both", ops: tuple[str, ...] = ()) -> str:
-    """One Markdown table of the cases of a mode, of all ops or of those named, under a line that says on what
-    they ran."""
+    """One Markdown table of the cases of a mode, under a line that says on what they ran: of all ops or of those
+    named, `op[]` being the variants of `op`."""
     info = document["machine_info"]
     lines = [
         f"{info['device']} ({info['cpu']}), torch {info['torch']}, {document['datetime'][:10]}",
@@ -46,13 +46,13 @@ def markdown(document: dict[str, Any], *, mode: str = "both", ops: tuple[str, ..
         "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2),
     ]
     for case in cases(document):
-        op = case["group"].split()[0].split("[")[0]
+        op = re.sub(r"\[.*\]", "[]", case["group"].split()[0])
         if case["group"].endswith(f" {mode}") and (not ops or op in ops):
             lines.append("| " + " | ".join(row(case)) + " |")
     return "\n".join(lines)
 
 
-TABLE = re.compile(r"(<!-- bench: (\S+)((?: \w+)*) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- bench: (\S+)((?: [\w\[\]]+)*) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
 
 
 def fill(page: Path) -> None:

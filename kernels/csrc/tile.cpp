@@ -199,9 +199,9 @@ Tensor info_nce_tile(const Tensor& cosines, double scale, std::optional<double> 
     row_sum[i] = 1 / (2 * size * row_sum[i]);
     col_sum[i] = 1 / (2 * size * col_sum[i]);
   }
-  const Grad whole = {tile, row_max, row_sum, col_max, col_sum, nullptr, offset, entries, tile.stride, false};
+  const Grad whole = {tile, row_max, row_sum, col_max, col_sum, nullptr, offset, entries, tile.stride, false, tile.scale};
   to[1] = grad_panels(whole, {entries, tile.stride}, size) - of_positives / size;
-  for (int64_t i = 0; i < size; ++i) entries[i * (tile.stride + 1)] -= 1.0f / size;
+  for (int64_t i = 0; i < size; ++i) entries[i * (tile.stride + 1)] -= tile.scale / size;
   return sums;
 }
 

@@ -109,7 +109,7 @@ INLINE double grad_row(const Grad& grad, const float* cosines, int64_t i, Out* o
         g = kept ? g : Vec{};
         product = kept ? product : Vec{};
       }
-      store(out + j, g, lanes);
+      store(out + j, g * grad.factor, lanes);
       part += inside(product, 0, lanes);
     });
     total += sum(part);

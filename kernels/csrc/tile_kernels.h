@@ -34,6 +34,7 @@ struct Grad {
   void* out;
   int64_t out_stride;
   bool out_bfloat16;
+  float factor = 1;  // of what is written, not of the sum
 };
 
 struct Sigmoid {

@@ -98,14 +98,14 @@ def grad_tile(
 
 
 def info_nce_tile(cosines: Tensor, scale: float, center: float | Tensor | None) -> Tensor:
-    """Symmetric InfoNCE of `S = scale * cosines` with its positives on the diagonal, `cosines` taking dloss/dS.
+    """Symmetric InfoNCE of `S = scale * cosines`, its positives on the diagonal; `cosines` takes its own gradient.
 
     Args:
         cosines: [n, n], n at least 1, float32 or float64, any device; unit column stride. Overwritten.
         center: any number near the cosines' mean, for precision; None leaves the gradient out.
 
     Returns:
-        The loss and `sum dloss/dS * cosines`, its gradient in `scale` (zero without a center), float64 [2].
+        The loss and its gradient in `scale` (zero without a center), float64 [2].
     """
     if _runs_native(cosines):
         number = None if center is None else float(center)
@@ -121,6 +121,7 @@ def info_nce_tile(cosines: Tensor, scale: float, center: float | Tensor | None) 
     coef = sums.reciprocal_().div_(2 * size)
     total = grad_tile(cosines, scale, (maxima[0], coef[0]), (maxima[1], coef[1]), None, center, cosines)
     cosines.diagonal().sub_(1 / size)
+    cosines.mul_(scale)
     return torch.stack([loss, total - (of_pairs - center).sum(dtype=torch.float64) / size])
 
 

@@ -11,14 +11,15 @@ CASES = ["random", "negative", "far apart"]
 
 
 def eager(cosines: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, dloss/dS and dloss/dscale as the field writes them, in the dtype of `cosines`."""
+    """The loss and its gradients in the cosines and in scale as the field writes them, in their dtype."""
     factor = torch.tensor(scale, dtype=cosines.dtype, requires_grad=True)
+    cosines = cosines.detach().requires_grad_()
     logits = cosines * factor
     targets = torch.arange(len(cosines))
     cross_entropy = torch.nn.functional.cross_entropy
     loss = (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
-    dlogits, dfactor = torch.autograd.grad(loss, (logits, factor))
-    return loss.detach(), dlogits, dfactor
+    dcosines, dfactor = torch.autograd.grad(loss, (cosines, factor))
+    return loss.detach(), dcosines, dfactor
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, -7.0, 0.0])

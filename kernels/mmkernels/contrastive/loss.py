@@ -1,6 +1,6 @@
 """InfoNCE and what the field has made of it: vector arithmetic on `contrastive_stats`."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -84,9 +84,9 @@ def contrastive_loss(
     if _logits_are_kept(a, b, negatives, normalized):
         if normalized:
             broken_claim(Problem(a, b, scale, None, *(teacher or (None, None)), symmetric))
+        is_plain = options in PLAIN and positives is labels is negatives is None
         with torch.autocast(a.device.type, enabled=False):
-            plain = replace(options, normalized=False) == Options()
-            if plain and positives is labels is negatives is None and not is_compiling():
+            if is_plain and not is_compiling():
                 return StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
             return contrastive_loss_ref(
                 widen(a),
@@ -149,6 +149,9 @@ class Options:
             "reduction must be 'mean' or 'sum' with labels and symmetric=True, got {!r}",
             self.reduction,
         )
+
+
+PLAIN = (Options(), Options(normalized=True))
 
 
 class Inputs(NamedTuple):

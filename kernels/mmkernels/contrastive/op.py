@@ -263,7 +263,7 @@ def broken_claim(problem: Problem) -> Tensor | None:
             name,
             worst,
         )
-    scale = float(problem.scale)
+    scale = problem.scale.item()
     require(
         "contrastive",
         not scale > MAX_SHIFTED_SCALE,

@@ -10,16 +10,16 @@ from mmkernels._tile import info_nce_tile
 
 
 class StoredLoss(torch.autograd.Function):
-    """Symmetric InfoNCE of `[B, D]` features on a CPU; dL/dS takes the logits' place in the forward pass."""
+    """Symmetric InfoNCE of `[B, D]` features on a CPU; the cosines' gradient takes their place in the forward."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        ctx.dtypes, ctx.alpha = (a.dtype, b.dtype), float(scale)
+        ctx.dtypes = (a.dtype, b.dtype, scale.dtype)
         a, b = widen(a), widen(b)
         cosines = matmul_nt(a, b)  # [B, B]
         # in a cone of features all cosines are near their mean: see mean_cosine
         center = cosines.mean() if ctx.needs_input_grad[2] else 0.0
-        sums = info_nce_tile(cosines, ctx.alpha, center if any(ctx.needs_input_grad) else None)
+        sums = info_nce_tile(cosines, scale.item(), center if any(ctx.needs_input_grad) else None)
         ctx.save_for_backward(cosines, a, b, scale, sums)
         return sums[0].to(a.dtype)
 
@@ -28,8 +28,12 @@ class StoredLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad, a, b, scale, sums = ctx.saved_tensors
         needs_a, needs_b, needs_scale = ctx.needs_input_grad
-        factor = ctx.alpha * upstream
-        da = matmul(grad, b).mul_(factor).to(ctx.dtypes[0]) if needs_a else None
-        db = matmul(grad.T, a).mul_(factor).to(ctx.dtypes[1]) if needs_b else None
-        dscale = (sums[1] * upstream).to(scale.dtype).view(scale.shape) if needs_scale else None
-        return da, db, dscale
+        da = matmul(grad, b) if needs_a else None
+        db = matmul(grad.T, a) if needs_b else None
+        dscale = sums[1].view(scale.shape) if needs_scale else None
+        grads = (da, db, dscale)
+        if upstream.item() != 1:
+            grads = (None if dx is None else dx * upstream for dx in grads)
+        return tuple(
+            None if dx is None else dx.to(dtype) for dx, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
