@@ -1,9 +1,9 @@
 """The bound that every path of every op obeys: no further from float64 than the eager reference, within
 rounding.
 
-`max|op - gold| <= 2 * max|ref - gold| + 4 * eps(dtype) * max|gold|`, gold being the reference in float64. An
-output wider than the inputs (float32 from bfloat16) is held to the reference of the same inputs in that wider
-dtype.
+`max|op - gold| <= 2 * max|ref - gold| + 4 * eps(dtype) * max|gold|`, gold being the reference in float64; with the
+cancelling `terms` that a spec declares, four of their roundings besides. An output wider than the inputs (float32
+from bfloat16) is held to the reference of the same inputs in that wider dtype.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mmkernels._spec import Inputs, OpSpec, Shape
+from mmkernels._checks import accumulator
+from mmkernels._spec import Inputs, OpSpec, Shape, Terms
+
+NONE = Terms(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Error:
 
     of_op: float
     of_ref: float
-    rounding: float
+    rounding: float  # of the terms that cancel too
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
@@ -60,7 +63,9 @@ def evaluate(fn: Callable[..., Any], inputs: Inputs, wrt: Iterable[str], seed: i
 def errors(spec: OpSpec, inputs: Inputs, seed: int = 0) -> dict[str, Error]:
     """For each output and gradient, the errors that the bound is made of."""
     got = evaluate(spec.op, inputs, spec.differentiable, seed)
-    gold = evaluate(spec.ref, cast_inputs(inputs, torch.float64), spec.differentiable, seed)
+    wide = cast_inputs(inputs, torch.float64)
+    gold = evaluate(spec.ref, wide, spec.differentiable, seed)
+    terms = {} if spec.terms is None else spec.terms(wide, gold)
     # float64 has no better judge than itself: the reference's error there is inferred from its float32 one,
     # and doubled because the judge errs as well
     judged = {name: torch.float32 if x.dtype == torch.float64 else x.dtype for name, x in got.items()}
@@ -77,7 +82,8 @@ def errors(spec: OpSpec, inputs: Inputs, seed: int = 0) -> dict[str, Error]:
                 if value.dtype == torch.float64
                 else 1
             ),
-            rounding=torch.finfo(value.dtype).eps * _largest(gold[name]),
+            rounding=torch.finfo(value.dtype).eps * (_largest(gold[name]) + terms.get(name, NONE).stored)
+            + torch.finfo(accumulator(value.dtype)).eps * terms.get(name, NONE).summed,
         )
         for name, value in got.items()
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,16 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes_moved + other.bytes_moved, self.exps + other.exps)
 
 
+class Terms(NamedTuple):
+    """The size of what cancels in a formula, and is rounded before by any algorithm that stores no matrix.
+
+    `summed`: terms in the accumulator's dtype, whatever the inputs' is; `stored`: in the result's.
+    """
+
+    summed: float
+    stored: float = 0.0
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """An op's entry in the contract test and in bench.
@@ -46,6 +56,7 @@ class OpSpec:
         bench_shapes: by device type, smallest first.
         dtypes: what the contract runs.
         casts_under_autocast: whether its tensors are cast there, as a matrix product's are.
+        terms: from the inputs and the results in float64, by result, where its formula cancels.
     """
 
     name: str
@@ -60,6 +71,7 @@ class OpSpec:
     bench_shapes: Mapping[str, tuple[Shape, ...]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     casts_under_autocast: bool = True
+    terms: Callable[[Inputs, Mapping[str, torch.Tensor]], Mapping[str, Terms]] | None = None
 
 
 def shape_id(shape: Shape) -> str:

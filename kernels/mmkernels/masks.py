@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from mmkernels._checks import require
 
@@ -241,7 +242,7 @@ def media(locations: Tensor, num_media: int, tokens_per_media: int, *, latest: b
     require(op, locations.ndim == 2, "locations must be [B, Lq], got shape {}", list(locations.shape))
     require(op, locations.dtype == torch.bool, "locations must be bool, got {}", locations.dtype)
     time = locations.cumsum(1)
-    if not time.is_cuda and time.numel():
+    if not time.is_cuda and not is_compiling() and time.numel():
         most = int(time.max())
         require(
             op, most <= num_media, "num_media must be at least the {} of locations, got {}", most, num_media
@@ -353,7 +354,7 @@ def _qformer(op: str, num_queries: int, num_text: Tensor, max_text: int) -> tupl
 def _lengths(op: str, name: str, x: Tensor, most: int) -> Tensor:
     require(op, x.ndim == 1, "{} must be [B], got shape {}", name, list(x.shape))
     _check_integers(op, name, x)
-    if not x.is_cuda and x.numel():
+    if not x.is_cuda and not is_compiling() and x.numel():
         low, high = (int(end) for end in x.aminmax())
         require(op, low >= 0 and high <= most, "{} must be from 0 to {}, got {} to {}", name, most, low, high)
     return x.int()
@@ -365,7 +366,7 @@ def _check_integers(op: str, name: str, x: Tensor) -> None:
 
 
 def _check_ends(op: str, num_keys: int, lo: Tensor, hi: Tensor) -> None:
-    if lo.is_cuda or not lo.numel():
+    if lo.is_cuda or is_compiling() or not lo.numel():
         return
     low, high = int(lo.min()), int(hi.max())
     require(op, low >= 0 and high <= num_keys, "ends must be from 0 to {}, got {} to {}", num_keys, low, high)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mmkernels import _tile, native
+from mmkernels.attention import blockwise as attention_blockwise
+from mmkernels.attention import pieces
 from mmkernels.contrastive import blockwise, kernel, loss, problem
 from mmkernels.distill import blockwise as distill_blockwise
 from mmkernels.distill import kernel as distill_kernel
@@ -20,6 +22,8 @@ from mmkernels.token_contrastive import loss as token_loss
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
+    attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "MASKED_ROWS": 16},
+    pieces: {"MIN_ROWS": 4, "MIN_COLS": 4},
     blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     loss: {"STORED_LOGITS": 0},

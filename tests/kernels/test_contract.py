@@ -33,7 +33,7 @@ def last_shape(spec: OpSpec) -> Shape:
 
 
 def every_other(x: torch.Tensor) -> torch.Tensor:
-    between = torch.nan if x.is_floating_point() else 1 << 40
+    between = torch.nan if x.is_floating_point() else 1 << 30
     return torch.stack([x, x.new_full(x.shape, between)], -1)[..., 0]
 
 
@@ -84,8 +84,8 @@ def test_shapes_of_any_size_obey_the_bound(spec: OpSpec, data: st.DataObject) ->
 def test_any_strides_obey_the_bound(
     spec: OpSpec, layout: Callable[[torch.Tensor], torch.Tensor], device: str
 ) -> None:
-    if layout is broadcast and "normalized" in spec.name:
-        pytest.skip("columns made equal have no unit norm")
+    if layout is broadcast and ("normalized" in spec.name or "gated" in spec.name):
+        pytest.skip("columns made equal have no unit norm, and no gradient through one")
     check(spec, last_shape(spec), spec.cases[0], torch.float32, device, layout=layout)
 
 
@@ -151,5 +151,5 @@ def test_autocast_casts_features_and_returns_gradients_in_their_own_dtype(spec: 
     with torch.autocast(device, torch.bfloat16):
         got = evaluate(spec.op, inputs, spec.differentiable)
     for name, value in got.items():
-        assert value.dtype == torch.float32
-        assert torch.equal(value, expected[name].float()), name
+        assert value.dtype == (expected[name].dtype if name.startswith("out") else torch.float32)
+        assert torch.equal(value.float(), expected[name].float()), name

@@ -73,7 +73,8 @@ def attention_bwd(
 ) -> list[Tensor | None]:
     """Gradients of q, of keys and values of two segments, and of the bias, those that `needs` asks for."""
     dtype = accumulator(problem.q.dtype)
-    fused = _is_fused(problem) and d_lse is None and not needs[5]
+    # a bias has the same weights whether or not its gradient is wanted
+    fused = _is_fused(problem) and d_lse is None and not _has_float(problem)
     empty = empty_rows(problem)
     if empty is not None:
         # the weights of such a row, exp(S - lse), are zero
@@ -105,8 +106,11 @@ def _is_fused(problem: Problem) -> bool:
 
 def _is_widened(problem: Problem, fused: bool) -> bool:
     """ATen's kernel takes low precision, and then a mask of it, in which a bias would be rounded."""
-    has_float = problem.bias is not None and problem.bias.is_floating_point()
-    return not fused or has_float or problem.alibi_slopes is not None
+    return not fused or _has_float(problem) or problem.alibi_slopes is not None
+
+
+def _has_float(problem: Problem) -> bool:
+    return problem.bias is not None and problem.bias.is_floating_point()
 
 
 def _sizes(problem: Problem, fused: bool) -> tuple[int, int]:
@@ -120,7 +124,8 @@ def _views(problem: Problem, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
     """`[b, H, r, K]`, `[b, Hkv, c, K]` twice."""
     k, v = problem.segments[piece.segment]
     parts = (problem.q[piece.batch, piece.rows], k[piece.batch, piece.inside], v[piece.batch, piece.inside])
-    q, k, v = (x.transpose(1, 2) for x in parts)
+    # ATen's kernel reads along K without asking for the stride
+    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in parts)
     return q, k, v
 
 

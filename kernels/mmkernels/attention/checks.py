@@ -157,10 +157,10 @@ def checked_slopes(slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | Non
     require(
         OP, shape in known, "alibi_slopes must be [{}] or [{}, {0}], got shape {}", num_heads, batch, shape
     )
-    require(OP, slopes.dtype == torch.float32, "alibi_slopes must be float32, got {}", slopes.dtype)
+    check_dtype(OP, "alibi_slopes", slopes)
     require(OP, not slopes.requires_grad, "alibi_slopes must be constants, got {}", "some with a gradient")
     check_beside(OP, "alibi_slopes", slopes, "q", q)
-    return slopes.reshape(-1, num_heads)
+    return slopes.float().reshape(-1, num_heads)
 
 
 def checked_seed(seed: int | Tensor | None, q: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def attention(
         mask: of `mmkernels.masks`, for Lq queries and Lk keys in all; None = every query sees every key. A float
             mask is added to the logits; float32 or the dtype of `q`, and may want a gradient.
         scale: of the products; None = `K ** -0.5`.
-        alibi_slopes: float32 `[H]` or `[B, H]`, constants: `-slope |i + Lk - Lq - j|` is added to the logits
+        alibi_slopes: `[H]` or `[B, H]`, constants: `-slope |i + Lk - Lq - j|` is added to the logits
             (arXiv:2108.12409).
         dropout_p: from 0, below 1: the share of weights that is dropped, the others are divided by 1 - p.
         seed: of the dropout, an int or an int64 tensor `[]` on the device of `q`; None draws one from torch's
@@ -82,7 +82,12 @@ def attention(
     Reference: `attention_ref`. Papers: arXiv:1706.03762, arXiv:2205.14135.
     """
     segments = checked_segments(q, k, v, gate, qk_norm)
-    q, *flat = autocast_operands(q, *(x for segment in segments for x in segment))
+    bias = mask.values if isinstance(mask, Dense) else None
+    operands = (q, *(x for segment in segments for x in segment))
+    if bias is None or bias.dtype == torch.bool:
+        q, *flat = autocast_operands(*operands)
+    else:
+        q, *flat, bias = autocast_operands(*operands, bias)
     segments = tuple(zip(flat[::2], flat[1::2], strict=True))
     batch, head_dim = segments[0][0].shape[0], q.shape[3]
     require(OP, empty_rows in EMPTY_ROWS, "empty_rows must be one of {}, got {!r}", EMPTY_ROWS, empty_rows)
@@ -100,7 +105,7 @@ def attention(
         q.expand(batch, -1, -1, -1),
         segments,
         interval_ends(mask),
-        mask.values if isinstance(mask, Dense) else None,
+        bias,
         checked_slopes(alibi_slopes, q, batch),
         checked_seed(seed, q) if dropout_p > 0 else None,
         head_dim**-0.5 if scale is None else scale,
@@ -111,7 +116,11 @@ def attention(
     call = Call.of(problem, mask, return_lse, empty is not None)
     name = pick(call, backend)
     if name == "mmkernels":
+        if return_lse and q.is_cpu:
+            # in low precision ATen's kernel takes its exponentials to four digits
+            problem = problem.widened()
         out, lse = _call(problem if empty is None else with_uniform_rows(problem, empty))
+        out = out.to(q.dtype)
         lse = lse if empty is None else lse.masked_fill(empty, -torch.inf)
     else:
         out, lse = run_backend(name, problem, mask), q.new_empty(0)

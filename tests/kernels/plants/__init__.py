@@ -1,5 +1,6 @@
 """Every op's planted bugs."""
 
+from tests.kernels.plants.attention import PLANTS as ATTENTION
 from tests.kernels.plants.contrastive import PLANTS as CONTRASTIVE
 from tests.kernels.plants.distill import PLANTS as DISTILL
 from tests.kernels.plants.linear_cross_entropy import PLANTS as LINEAR_CROSS_ENTROPY
@@ -7,6 +8,7 @@ from tests.kernels.plants.sigmoid import PLANTS as SIGMOID
 from tests.kernels.plants.token_contrastive import PLANTS as TOKEN_CONTRASTIVE
 
 ALL = {
+    "attention": ATTENTION,
     "contrastive": CONTRASTIVE,
     "distill": DISTILL,
     "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
