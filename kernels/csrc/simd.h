@@ -7,7 +7,11 @@
 #include <cstdint>
 
 #if defined(__AVX512F__) || defined(__FMA__)
+// g++ 12 calls the undefined operands of its own intrinsics uninitialized
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -143,6 +147,24 @@ INLINE Vec log1p(Vec t) {
   p = fma(p, t, splat(0x1.5535dap-2f));
   p = fma(p, t, splat(-0x1.ffff14p-2f));
   return fma(p, t, splat(1)) * t;
+}
+
+// The upper 32 bits of products of 32-bit numbers.
+INLINE Bits upper(Bits x, uint32_t factor) {
+#if defined(__AVX512F__)
+  const __m512i f = _mm512_set1_epi32((int32_t)factor), v = (__m512i)x;
+  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(v, f), 32);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), f);
+  return (Bits)_mm512_mask_blend_epi32(0xaaaa, even, odd);
+#elif defined(__AVX2__)
+  const __m256i f = _mm256_set1_epi32((int32_t)factor), v = (__m256i)x;
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(v, f), 32);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), f);
+  return (Bits)_mm256_blend_epi32(even, odd, 0xaa);
+#else
+  for (int i = 0; i < W; ++i) x[i] = (uint32_t)((uint64_t)x[i] * factor >> 32);
+  return x;
+#endif
 }
 
 INLINE float maximum(Vec x) {

@@ -1,4 +1,4 @@
-// The native ops on a CPU: mmkernels/_tile.py and mmkernels/distill/blockwise.py say what they compute.
+// The native ops on a CPU: mmkernels/_tile.py, distill/blockwise.py and attention/philox.py say what they compute.
 //
 // A tile is cut into panels of PANEL rows whatever the number of threads: each row belongs to one panel, each
 // panel has its own column sums, and those are combined in order. No bit depends on the threads.
@@ -297,6 +297,26 @@ void distill_bwd(const Tensor& student, const Tensor& teacher, double student_te
   });
 }
 
+void dropout_tile(const Tensor& weights, const Tensor& heads, int64_t first_row, int64_t first_col, const Tensor& seed,
+                  double threshold, double scale) {
+  STD_TORCH_CHECK(weights.is_cpu() && weights.dim() == 3 && weights.is_contiguous() &&
+                      weights.scalar_type() == ScalarType::Float,
+                  "weights must be contiguous float32 [n, m, k] on the CPU");
+  const int64_t tiles = weights.size(0), rows = weights.size(1), cols = weights.size(2);
+  check_vector(heads, tiles, ScalarType::Long, "heads");
+  STD_TORCH_CHECK(seed.is_cpu() && seed.dim() == 0 && seed.scalar_type() == ScalarType::Long, "seed must be int64 []");
+  const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  const int64_t* head = heads.const_data_ptr<int64_t>();
+  float* data = weights.mutable_data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, cols));
+  torch::stable::parallel_for(0, tiles * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.dropout({data + i * cols, first_col, cols, static_cast<uint32_t>(first_row + i % rows),
+                       static_cast<uint32_t>(head[i / rows]), static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32),
+                       static_cast<uint32_t>(threshold), static_cast<float>(scale)});
+  });
+}
+
 }  // namespace
 }  // namespace mmkernels
 
@@ -312,6 +332,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
       "sigmoid_tile(Tensor cosines, float scale, float bias, Tensor row_label, Tensor col_label, "
       "Tensor(a!) row_loss, Tensor(b!)? out) -> Tensor");
   m.def(
+      "dropout_tile(Tensor(a!) weights, Tensor heads, int first_row, int first_col, Tensor seed, float threshold, "
+      "float scale) -> ()");
+  m.def(
       "distill_fwd(Tensor student, Tensor teacher, float student_temp, float teacher_temp, Tensor? center, "
       "Tensor(a!) losses, Tensor(b!) stats) -> ()");
   m.def(
@@ -324,6 +347,7 @@ STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("grad_tile", TORCH_BOX(&mmkernels::grad_tile));
   m.impl("info_nce_tile", TORCH_BOX(&mmkernels::info_nce_tile));
   m.impl("sigmoid_tile", TORCH_BOX(&mmkernels::sigmoid_tile));
+  m.impl("dropout_tile", TORCH_BOX(&mmkernels::dropout_tile));
   m.impl("distill_fwd", TORCH_BOX(&mmkernels::distill_fwd));
   m.impl("distill_bwd", TORCH_BOX(&mmkernels::distill_bwd));
 }

@@ -58,6 +58,15 @@ struct Distill {
   int64_t stats_stride;
 };
 
+// A row of attention weights: those of the keys from `first` on, of which dropout zeroes some.
+struct Dropout {
+  float* weights;
+  int64_t first, cols;
+  uint32_t row, head, key0, key1;
+  uint32_t threshold;  // of 32 random bits, from which on a weight is kept
+  float scale;         // of what is kept
+};
+
 struct Kernels {
   // Fold `rows` rows into the online sums of the rows, and into the panel's partial sums of the columns.
   void (*fold)(const Fold&, int64_t rows);
@@ -72,6 +81,8 @@ struct Kernels {
   float (*distill)(const Distill&);
   // One row of the student's gradient, from the statistics.
   void (*distill_grad)(const Distill&, float upstream, float* out);
+  // One row in place, by the bits that mmkernels/attention/philox.py defines.
+  void (*dropout)(const Dropout&);
 };
 
 extern const Kernels kernels_baseline;

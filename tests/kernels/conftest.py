@@ -22,7 +22,7 @@ from mmkernels.token_contrastive import loss as token_loss
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
-    attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "MASKED_ROWS": 16},
+    attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "TILE_WEIGHTS": 512, "MASKED_ROWS": 16},
     pieces: {"MIN_ROWS": 4, "MIN_COLS": 4},
     blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},

@@ -81,7 +81,8 @@ def test_native_code_refuses_what_it_would_read_beyond(bad: str) -> None:
 def test_lesser_instruction_sets_keep_every_promise(capability: str) -> None:
     """The native tests once more in a process that is told, as torch is, to use a lesser instruction set."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native and not lesser"]
-    command += map(str, Path(__file__).parent.glob("test_tile*.py"))
+    folder = Path(__file__).parent
+    command += map(str, [*folder.glob("test_tile*.py"), folder / "test_attention.py"])
     done = subprocess.run(
         command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True
     )

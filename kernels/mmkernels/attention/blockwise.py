@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import accumulator
-from mmkernels.attention.philox import kept
-from mmkernels.attention.pieces import Piece, bias_of, blocks
+from mmkernels.attention.philox import drop_
+from mmkernels.attention.pieces import Limits, Piece, bias_of, blocks
 from mmkernels.attention.problem import Problem, empty_rows
 
 FUSED_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Rows and keys of a tile of plain ATen calls, and rows of a masked piece of ATen's kernel, whose mask has to be made.
-TILE_ROWS, TILE_COLS, MASKED_ROWS = 256, 1024, 512
+# Rows and keys of a tile of plain ATen calls, and its weights over all heads: 4 MiB of float32.
+TILE_ROWS, TILE_COLS, TILE_WEIGHTS = 256, 1024, 1 << 20
+# Rows of a masked piece of ATen's kernel, whose mask has to be made.
+MASKED_ROWS = 512
 UNBOUNDED = 1 << 30
 
 
@@ -57,7 +59,7 @@ def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
     fused = _is_fused(problem)
     if _is_widened(problem, fused):
         problem = problem.widened()
-    for batch, rows, pieces in blocks(problem, *_sizes(problem, fused)):
+    for batch, rows, pieces in blocks(problem, _limits(problem, fused)):
         part = None
         for piece in pieces:
             found = (_fused_forward if fused else _tile_forward)(problem, piece)
@@ -86,7 +88,7 @@ def attention_bwd(
         problem, out, d_out = problem.widened(), out.to(dtype), d_out.to(dtype)
     dq = torch.zeros(problem.q.shape, dtype=dtype, device=out.device)
     dkv = [[torch.zeros_like(x, dtype=dtype) for x in segment] for segment in problem.segments]
-    for batch, rows, pieces in blocks(problem, *_sizes(problem, fused)):
+    for batch, rows, pieces in blocks(problem, _limits(problem, fused)):
         o, do = (x[batch, rows].transpose(1, 2) for x in (out, d_out))
         row = Rows(o, do, lse[batch, :, rows], None if d_lse is None else d_lse[batch, :, rows])
         for piece in pieces:
@@ -113,11 +115,14 @@ def _has_float(problem: Problem) -> bool:
     return problem.bias is not None and problem.bias.is_floating_point()
 
 
-def _sizes(problem: Problem, fused: bool) -> tuple[int, int]:
-    if not fused:
-        return TILE_ROWS, TILE_COLS
-    is_masked = problem.bias is not None or problem.alibi_slopes is not None or bool(problem.ends)
-    return MASKED_ROWS if is_masked else UNBOUNDED, UNBOUNDED
+def _limits(problem: Problem, fused: bool) -> Limits:
+    num_queries, num_heads = problem.q.shape[1:3]
+    if fused:
+        is_masked = problem.bias is not None or problem.alibi_slopes is not None or bool(problem.ends)
+        return Limits(UNBOUNDED, MASKED_ROWS if is_masked else UNBOUNDED, UNBOUNDED)
+    cols = min(TILE_COLS, max(problem.num_keys, 1))
+    rows = min(TILE_ROWS, max(num_queries, 1), max(TILE_WEIGHTS // (num_heads * cols), 16))
+    return Limits(max(TILE_WEIGHTS // (num_heads * rows * cols), 1), rows, cols)
 
 
 def _views(problem: Problem, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,15 +188,13 @@ def _group_sum(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[1] == num_heads else x.unflatten(1, (num_heads, -1)).sum(2)
 
 
-def _dropped(problem: Problem, piece: Piece, x: Tensor) -> Tensor:
-    """`x / (1 - p)` where dropout keeps it, zero elsewhere."""
+def _drop_(problem: Problem, piece: Piece, x: Tensor) -> Tensor:
+    """`x / (1 - p)` where dropout keeps it, zero elsewhere, in place."""
     if problem.seed is None:
         return x
     num_heads = problem.q.shape[2]
     heads = torch.arange(problem.q.shape[0] * num_heads, device=x.device).view(-1, num_heads)[piece.batch]
-    rows, cols = (torch.arange(s.start, s.stop, device=x.device) for s in (piece.rows, piece.cols))
-    keep = kept(problem.seed, problem.dropout_p, heads, rows, cols)
-    return torch.where(keep, x / (1 - problem.dropout_p), 0)
+    return drop_(x, problem.seed, problem.dropout_p, heads, piece.rows, piece.cols)
 
 
 def _tile_forward(problem: Problem, piece: Piece) -> Part:
@@ -200,19 +203,19 @@ def _tile_forward(problem: Problem, piece: Piece) -> Part:
     shift = logits.amax(3).clamp_min_(torch.finfo(q.dtype).min)  # -inf - -inf would be NaN
     weights = logits.sub_(shift[..., None]).exp_()
     sums = weights.sum(3)
-    out = _product(_dropped(problem, piece, weights), v)
+    out = _product(_drop_(problem, piece, weights), v)
     return Part(out / sums.masked_fill(sums == 0, 1)[..., None], shift + sums.log())
 
 
 def _tile_backward(problem: Problem, piece: Piece, row: Rows) -> Grads:
     q, k, v = _views(problem, piece)
     weights = (_logits(problem, piece, q, k) - row.lse[..., None]).exp_()
-    of_weights = _dropped(problem, piece, _product(row.d_out, v.mT))
+    of_weights = _drop_(problem, piece, _product(row.d_out, v.mT).contiguous())
     excess = (row.d_out * row.out).sum(3)
     if row.d_lse is not None:
         excess -= row.d_lse
-    d_logits = (of_weights - excess[..., None]).mul_(weights)
-    dv = _dropped(problem, piece, weights).mT @ row.d_out
+    d_logits = of_weights.sub_(excess[..., None]).mul_(weights)
+    dv = _drop_(problem, piece, weights).mT @ row.d_out
     dq = _product(d_logits, k).mul_(problem.scale)
     dk = (d_logits.mT @ q).mul_(problem.scale)
     num_heads = k.shape[1]

@@ -43,7 +43,8 @@ def checked_segments(
         require(
             OP,
             list(value.shape) == shape,
-            "v{} must be of the shape of k{0}, {}, got {}",
+            "v{} must be of the shape of k{}, {}, got {}",
+            at,
             at,
             shape,
             list(value.shape),
@@ -154,9 +155,7 @@ def checked_slopes(slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | Non
         return None
     num_heads, shape = q.shape[2], list(slopes.shape)
     known = ([num_heads], [batch, num_heads])
-    require(
-        OP, shape in known, "alibi_slopes must be [{}] or [{}, {0}], got shape {}", num_heads, batch, shape
-    )
+    require(OP, shape in known, "alibi_slopes must be {} or {}, got shape {}", *known, shape)
     check_dtype(OP, "alibi_slopes", slopes)
     require(OP, not slopes.requires_grad, "alibi_slopes must be constants, got {}", "some with a gradient")
     check_beside(OP, "alibi_slopes", slopes, "q", q)

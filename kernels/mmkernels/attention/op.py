@@ -1,5 +1,7 @@
 """Attention under structured masks: arguments checked, a backend picked, ours registered with torch."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,44 @@ else:
     kernel = blockwise
 
 EMPTY_ROWS = ("zero", "uniform")
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Keys,
+    v: Keys,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    gate: Tensor | None = None,
+    qk_norm: QKNorm | None = None,
+    empty_rows: str = "zero",
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Keys,
+    v: Keys,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    gate: Tensor | None = None,
+    qk_norm: QKNorm | None = None,
+    empty_rows: str = "zero",
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(

@@ -7,6 +7,8 @@ counter `(j // 4, i, b * H + h, 0)`.
 import torch
 from torch import Tensor
 
+from mmkernels import native
+
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -30,6 +32,23 @@ def kept(seed: Tensor, dropout_p: float, heads: Tensor, rows: Tensor, cols: Tens
     bits = torch.stack(words, -1).flatten(-2)  # [..., r, 4 quads]
     start = int(cols[0]) - 4 * first if len(cols) else 0
     return bits[..., start : start + len(cols)] >= threshold(dropout_p)
+
+
+def drop_(weights: Tensor, seed: Tensor, dropout_p: float, heads: Tensor, rows: slice, cols: slice) -> Tensor:
+    """`weights / (1 - dropout_p)` where `kept`, zero elsewhere, in place.
+
+    Args:
+        weights: `[b, H, r, c]`, contiguous.
+        heads: int64 `[b, H]`.
+        rows, cols: the queries and the keys.
+    """
+    scale = 1 / (1 - dropout_p)
+    if native.AVAILABLE and weights.is_cpu and weights.dtype == torch.float32:
+        tiles, limit = weights.flatten(0, 1), float(threshold(dropout_p))
+        torch.ops.mmkernels.dropout_tile(tiles, heads.flatten(), rows.start, cols.start, seed, limit, scale)
+        return weights
+    places = (torch.arange(s.start, s.stop, device=weights.device) for s in (rows, cols))
+    return weights.mul_(scale).masked_fill_(~kept(seed, dropout_p, heads, *places), 0)
 
 
 def threshold(dropout_p: float) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,27 +29,31 @@ class Piece:
     kind: str
 
 
-def blocks(problem: Problem, max_rows: int, max_cols: int) -> Iterator[tuple[slice, slice, list[Piece]]]:
-    """Batches and rows, and their pieces, which are none where the rows see nothing.
+class Limits(NamedTuple):
+    """What a piece has at most."""
 
-    Args:
-        max_rows, max_cols: what a piece has at most.
-    """
+    batches: int
+    rows: int
+    cols: int
+
+
+def blocks(problem: Problem, limits: Limits) -> Iterator[tuple[slice, slice, list[Piece]]]:
+    """Batches and rows, and their pieces, which are none where the rows see nothing."""
     batch, num_queries = problem.q.shape[:2]
     if not problem.ends:
-        for rows in _cut(0, num_queries, max_rows):
-            kind = "masked" if problem.bias is not None else "full"
-            whole = slice(0, batch)
-            yield whole, rows, _of_cols(problem, whole, rows, 0, problem.num_keys, kind, max_cols)
+        kind = "masked" if problem.bias is not None else "full"
+        for batches in _cut(0, batch, limits.batches):
+            for rows in _cut(0, num_queries, limits.rows):
+                yield batches, rows, _of_cols(problem, batches, rows, 0, problem.num_keys, kind, limits.cols)
         return
     ends = torch.stack([x.expand(problem.ends[0].shape) for x in problem.ends]).cpu()  # [2 or 4, B or 1, Lq]
-    for i in range(ends.shape[1]):
-        batches = slice(0, batch) if ends.shape[1] == 1 else slice(i, i + 1)
-        for rows in _row_blocks(ends[:, i], max_rows):
+    shared = ends.shape[1] == 1
+    for batches in _cut(0, batch, limits.batches if shared else 1):
+        of_batch = ends[:, 0 if shared else batches.start]
+        for rows in _row_blocks(of_batch, limits.rows):
             pieces = []
-            for first, last, kind in _col_blocks(ends[:, i, rows], rows):
-                kind = "masked" if problem.bias is not None else kind
-                pieces += _of_cols(problem, batches, rows, first, last, kind, max_cols)
+            for first, last, kind in _col_blocks(of_batch[:, rows]):
+                pieces += _of_cols(problem, batches, rows, first, last, kind, limits.cols)
             yield batches, rows, pieces
 
 
@@ -81,17 +86,22 @@ def _cut(first: int, last: int, most: int) -> Iterator[slice]:
 
 
 def _row_blocks(ends: Tensor, max_rows: int) -> Iterator[slice]:
-    """Blocks of rows, cut where an interval jumps."""
+    """Blocks of rows, cut where an interval jumps, or begins to grow from row to row, or ceases to."""
     steps = ends.diff(dim=1)
-    jumps = ((steps != 0) & (steps != 1)).any(0).nonzero()[:, 0].add(1).tolist()
+    smooth = (steps == 0) | (steps == 1)
+    some = (ends[0::2] < ends[1::2]).any(0)
+    changes = torch.zeros_like(some)
+    changes[1:] = (~smooth).any(0) | (some[1:] != some[:-1])
+    bends = (steps.diff(dim=1) != 0) & smooth[:, 1:] & smooth[:, :-1]
+    changes[1:-1] |= bends.any(0) & some[1:-1]
     num_rows, start = ends.shape[1], 0
-    for cut in [*jumps, num_rows]:
+    for cut in [*changes.nonzero()[:, 0].tolist(), num_rows]:
         if cut - start >= MIN_ROWS or cut == num_rows:
             yield from _cut(start, cut, max_rows)
             start = cut
 
 
-def _col_blocks(ends: Tensor, rows: slice) -> Iterator[tuple[int, int, str]]:
+def _col_blocks(ends: Tensor) -> Iterator[tuple[int, int, str]]:
     """First and last key and kind of the pieces that the rows' intervals `[2 or 4, r]` need."""
     spans = []
     for lo, hi in zip(ends[0::2], ends[1::2], strict=True):

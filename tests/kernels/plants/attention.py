@@ -21,11 +21,8 @@ BLOCKWISE = {
         "logits = logits.half().to(logits.dtype)\n    return logits if bias is None",
     ),
     "gradient of the log-sum-exp lost": ("excess -= row.d_lse", "pass"),
-    "another dropout in dv": ("dv = _dropped(problem, piece, weights).mT", "dv = weights.mT"),
-    "dropped weights not made up for": (
-        "torch.where(keep, x / (1 - problem.dropout_p), 0)",
-        "torch.where(keep, x, 0)",
-    ),
+    "another dropout in dv": ("dv = _drop_(problem, piece, weights).mT", "dv = weights.mT"),
+    "another share dropped": ("problem.seed, problem.dropout_p", "problem.seed, 0.9 * problem.dropout_p"),
     "causal corner left open": ("device=q.device).triu_(1)", "device=q.device).triu_(2)"),
     "a group's heads not summed": (
         "x.unflatten(1, (num_heads, -1)).sum(2)",

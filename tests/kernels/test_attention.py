@@ -1,0 +1,334 @@
+"""What attention promises beyond the contract that every op obeys."""
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mmkernels import QKNorm, attention, attention_ref, masks
+from mmkernels._device import INTERPRETED
+from mmkernels.attention import blockwise
+from mmkernels.attention.philox import drop_, kept
+
+
+def operands(
+    batch: int = 2, num_queries: int = 9, num_keys: int = 20, heads: tuple[int, int] = (4, 2), width: int = 16
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((num_queries, heads[0]), (num_keys, heads[1]), (num_keys, heads[1]))
+    return [torch.randn(batch, n, h, width, generator=generator).requires_grad_() for n, h in sizes]
+
+
+ours = partial(attention, backend="mmkernels")
+
+
+class TestRowsThatSeeNothing:
+    q, k, v = operands()
+    mask = masks.lengths(torch.tensor([0, 20]), 9, 20)
+
+    def test_are_zero_and_so_are_their_gradients(self) -> None:
+        out, lse = ours(self.q, self.k, self.v, mask=self.mask, return_lse=True)
+        assert not out[0].any() and out[1].all()
+        assert (lse[0] == -torch.inf).all() and lse[1].isfinite().all()
+        for dx in torch.autograd.grad(out.sum(), (self.q, self.k, self.v)):
+            assert not dx[0].any() and dx[1].isfinite().all()
+
+    def test_are_the_mean_of_all_values_where_they_are_asked_to_be(self) -> None:
+        out = ours(self.q, self.k, self.v, mask=self.mask, empty_rows="uniform")
+        mean = self.v[0].mean(0).repeat_interleave(2, 0).expand(9, -1, -1)
+        torch.testing.assert_close(out[0], mean)
+        dq, dv = torch.autograd.grad(out[0].sum(), (self.q, self.v))
+        assert not dq.any()
+        torch.testing.assert_close(dv[0], torch.full_like(dv[0], 9 * 2 / 20))
+
+    def test_mask_or_none_a_call_without_keys_gives_zeros(self) -> None:
+        q, k, v = operands(num_keys=0)
+        out = ours(q, k, v)
+        assert out.shape == q.shape and not out.any()
+        assert all(not dx.any() for dx in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7)], ids=str)
+def test_an_empty_batch_has_gradients_of_its_shape(sizes: tuple[int, int, int]) -> None:
+    q, k, v = operands(*sizes)
+    out = ours(q, k, v)
+    assert out.shape == q.shape
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(dx.shape == x.shape and not dx.any() for dx, x in zip(grads, (q, k, v), strict=True))
+
+
+def test_a_nan_reaches_every_row_that_sees_it() -> None:
+    q, k, v = (x.detach() for x in operands(batch=1))
+    v[0, 12, :, 3] = torch.nan
+    out = ours(q, k, v, mask=masks.causal(9, 20))
+    seen = torch.arange(9) + 11 >= 12
+    assert out[0, seen, :, 3].isnan().all()
+    k[0, 12] = torch.nan
+    assert ours(q, k, v, mask=masks.causal(9, 20))[0, seen].isnan().all()
+
+
+def test_queries_of_a_batch_of_one_serve_every_batch() -> None:
+    q, k, v = operands()
+    shared = q[:1].detach().requires_grad_()
+    out, repeated = ours(shared, k, v), shared.expand(2, -1, -1, -1).detach().requires_grad_()
+    expected = ours(repeated, k, v)
+    assert torch.equal(out, expected)
+    (dq,), (of_each,) = (torch.autograd.grad(x.sum(), y) for x, y in ((out, shared), (expected, repeated)))
+    torch.testing.assert_close(dq, of_each.sum(0, keepdim=True))
+
+
+def test_two_segments_are_their_concatenation() -> None:
+    q, k, v = operands()
+    mask = masks.prefix_causal(torch.tensor([3, 15]), 9, 20)
+    pairs = (k[:, :7], k[:, 7:]), (v[:, :7], v[:, 7:])
+    torch.testing.assert_close(ours(q, *pairs, mask=mask), ours(q, k, v, mask=mask))
+
+
+def test_a_gate_of_zero_still_has_a_gradient() -> None:
+    q, k, v = operands()
+    gate = torch.zeros(1, requires_grad=True)
+    out = ours(q, k, v, gate=gate)
+    assert not out.any()
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), gate)[0], ours(q, k, v).sum().reshape(1))
+
+
+def test_a_norm_of_queries_and_keys_is_transformers() -> None:
+    q, k, v = operands()
+    norm = QKNorm(torch.rand(16) + 0.5, torch.rand(16) + 0.5, 1e-5)
+
+    def by_hand(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+
+    expected = ours(by_hand(q, norm.q_weight), by_hand(k, norm.k_weight), v)
+    torch.testing.assert_close(ours(q, k, v, qk_norm=norm), expected)
+
+
+def test_alibi_is_relative_to_the_last_key() -> None:
+    q, k, v = operands(batch=1, heads=(2, 2))
+    slopes = torch.tensor([0.5, 0.25])
+    distance = (torch.arange(9)[:, None] + 11 - torch.arange(20)).abs()
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=-slopes[:, None, None] * distance
+    ).transpose(1, 2)
+    torch.testing.assert_close(ours(q, k, v, alibi_slopes=slopes), expected)
+
+
+class TestDropout:
+    q, k, v = operands(num_queries=40, num_keys=50)
+
+    def test_the_same_seed_drops_the_same_weights(self) -> None:
+        one, other, another = (ours(self.q, self.k, self.v, dropout_p=0.5, seed=s) for s in (3, 3, 4))
+        assert torch.equal(one, other) and not torch.equal(one, another)
+
+    def test_a_seed_is_drawn_from_torchs_generator(self) -> None:
+        found = []
+        for _ in range(2):
+            torch.manual_seed(7)
+            found.append([ours(self.q, self.k, self.v, dropout_p=0.5) for _ in range(2)])
+        assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[0][1])
+
+    def test_the_mean_over_seeds_is_attention_without_it(self) -> None:
+        q, k, v = (x.detach() for x in operands(batch=1, num_queries=5, num_keys=6))
+        draws = torch.stack([ours(q, k, v, dropout_p=0.3, seed=seed) for seed in range(400)])
+        off = (draws.mean(0) - ours(q, k, v)) / (draws.std(0) / math.sqrt(400))
+        assert off.abs().max() < 5
+
+    def test_it_drops_its_share(self) -> None:
+        places = torch.arange(300), torch.arange(400)
+        keep = kept(torch.tensor(1), 0.1, torch.arange(8).view(2, 4), *places)
+        share = 1 - keep.double().mean()
+        assert abs(share - 0.1) < 5 * math.sqrt(0.09 / keep.numel())
+
+    def test_its_bits_are_philoxs(self) -> None:
+        """The known answers of Random123 for counters and keys of all zeros and of all ones."""
+        from_zeros = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+        for bits, expected in zip(from_zeros, kept_from(0, 4), strict=True):
+            assert (bits >= 2**31) == expected
+
+    @pytest.mark.parametrize("cols", [(0, 1), (0, 64), (3, 70), (1, 2), (5, 5)], ids=str)
+    def test_any_part_of_the_weights_has_the_bits_of_the_whole(
+        self, path: str, cols: tuple[int, int]
+    ) -> None:
+        heads = torch.arange(6).view(2, 3)
+        weights = torch.rand(2, 3, 7, 80)
+        seed = torch.tensor(-(2**61) + 12345)
+        whole = drop_(weights.clone(), seed, 0.4, heads, slice(2, 9), slice(0, 80))
+        part = weights[..., slice(*cols)].contiguous()
+        drop_(part, seed, 0.4, heads, slice(2, 9), slice(*cols))
+        assert torch.equal(part, whole[..., slice(*cols)])
+        keep = kept(seed, 0.4, heads, torch.arange(2, 9), torch.arange(80))
+        assert torch.equal(whole == 0, ~keep)
+
+
+def kept_from(seed: int, num: int) -> list[bool]:
+    return kept(
+        torch.tensor(seed), 0.5, torch.zeros((), dtype=torch.int64), torch.arange(1), torch.arange(num)
+    )[0].tolist()
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
+@pytest.mark.parametrize("kind", ["causal", "documents", "media", "dropout", "dense"])
+def test_nothing_of_the_size_of_the_weights_is_ever_made(kind: str) -> None:
+    length = 2048
+    q, k, v = operands(1, length, length, (2, 2), 8)
+    options: dict[str, Any] = {
+        "causal": {"mask": masks.causal(length)},
+        "documents": {"mask": masks.documents((torch.arange(length) // 500)[None])},
+        "media": {"mask": masks.media(torch.arange(length)[None] % 512 == 0, 4, length // 4)},
+        "dropout": {"dropout_p": 0.1, "seed": 0},
+        "dense": {"mask": masks.key_padding(torch.arange(length)[None] % 3 > 0, length)},
+    }[kind]
+    with Largest() as largest:
+        out: Any = ours(q, k, v, **options)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    assert largest.numel <= length * length // 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
+def test_tiles_that_nobody_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    forward = blockwise._fused_forward
+    monkeypatch.setattr(
+        blockwise,
+        "_fused_forward",
+        lambda problem, piece: done.append(piece) or forward(problem, piece),
+    )
+    q, k, v = operands(1, 512, 1024, (1, 1), 8)
+    ours(q, k, v, mask=masks.media(torch.arange(512)[None] % 128 == 0, 4, 256))
+    assert sum((p.rows.stop - p.rows.start) * (p.cols.stop - p.cols.start) for p in done) == 512 * 256
+    assert {piece.kind for piece in done} == {"full"}
+
+
+def test_the_registered_ops_pass_opcheck() -> None:
+    q, k, v = operands()
+    lo, hi = masks.prefix_causal(torch.tensor([3, 15]), 9, 20).pairs[0]
+    arguments = (q, k, v, None, None, None, lo, hi, None, None, None, None, 0.25, 0.0)
+    torch.library.opcheck(torch.ops.mmkernels.attention_fwd, arguments)
+
+
+def test_activation_checkpointing_changes_no_bit() -> None:
+    q, k, v = operands()
+    plain, again = (
+        torch.autograd.grad(call().sum(), (q, k, v))
+        for call in (
+            lambda: ours(q, k, v, dropout_p=0.3, seed=5),
+            lambda: checkpoint(lambda *x: ours(*x, dropout_p=0.3, seed=5), q, k, v, use_reentrant=False),
+        )
+    )
+    assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "rank of q": ({"q": torch.ones(2, 9, 16)}, r"q must be \[B, Lq, H, K\], got shape \[2, 9, 16\]"),
+    "head dim": (
+        {name: torch.ones(2, 3, 4, 257) for name in "qkv"},
+        "q must have K from 1 to 256, got 257",
+    ),
+    "dtype": ({"q": torch.ones(2, 9, 4, 16, dtype=torch.int32)}, "q must be float32, .*, got torch.int32"),
+    "mixed dtypes": (
+        {"k": torch.ones(2, 20, 2, 16).half()},
+        "k must have the dtype of q, torch.float32, got",
+    ),
+    "K of keys": ({"k": torch.ones(2, 20, 2, 8)}, "k must have q's K of 16, got 8"),
+    "batch": ({"q": torch.ones(3, 9, 4, 16)}, "q must have a batch of 1 or 2 like k, got 3"),
+    "heads": ({"q": torch.ones(2, 9, 3, 16)}, "q must have a multiple of k's 2 heads, got 3"),
+    "values": ({"v": torch.ones(2, 21, 2, 16)}, r"v must be of the shape of k, \[2, 20, 2, 16\], got"),
+    "one pair": ({"k": (torch.ones(2, 20, 2, 16),) * 2}, "v must be a pair like k, or neither, got Tensor"),
+    "keys of the mask": ({"mask": masks.causal(9, 21)}, "mask must be of Lk = 20 keys, got 21"),
+    "queries of the mask": ({"mask": masks.causal(8, 20)}, "mask must be of Lq = 9 queries, got 8"),
+    "batch of the mask": (
+        {"mask": masks.lengths(torch.ones(3, dtype=torch.int64), 9, 20)},
+        "mask must be of a batch of 1 or 2, got 3",
+    ),
+    "heads of the mask": (
+        {"mask": masks.dense(torch.ones(1, 3, 9, 20, dtype=torch.bool))},
+        "mask must be of 1 or 4 heads, got 3",
+    ),
+    "dtype of the mask": (
+        {"mask": masks.dense(torch.ones(9, 20, dtype=torch.float16))},
+        "mask must be one of .*, got torch.float16",
+    ),
+    "dropout": ({"dropout_p": 1.0}, "dropout_p must be from 0, below 1, got 1.0"),
+    "negative dropout": ({"dropout_p": -0.1}, "dropout_p must be from 0, below 1, got -0.1"),
+    "seed": (
+        {"dropout_p": 0.1, "seed": torch.ones(2)},
+        r"seed must be an int or int64 \[\], got torch.float32",
+    ),
+    "gate": ({"gate": torch.ones(3)}, r"gate must be \[\], \[1\] or \[4\], got shape \[3\]"),
+    "norm": ({"qk_norm": QKNorm(torch.ones(16), torch.ones(8))}, r"qk_norm.k_weight must be \[16\], got"),
+    "slopes": ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \[4\] or \[2, 4\], got shape \[3\]"),
+    "learned slopes": (
+        {"alibi_slopes": torch.ones(4, requires_grad=True)},
+        "alibi_slopes must be constants, got some with a gradient",
+    ),
+    "empty rows": ({"empty_rows": "nan"}, r"empty_rows must be one of \('zero', 'uniform'\), got 'nan'"),
+    "uniform rows with slopes": (
+        {"empty_rows": "uniform", "alibi_slopes": torch.ones(4)},
+        "empty_rows must be 'zero' with alibi_slopes, got 'uniform'",
+    ),
+    "backend": ({"backend": "magic"}, r"backend must be one of \(.*\), got 'magic'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_by_name(case: str) -> None:
+    changed, message = REFUSED[case]
+    arguments: dict[str, Any] = dict(zip("qkv", operands(), strict=True)) | changed
+    with pytest.raises(ValueError, match=f"^attention: {message}"):
+        attention(**arguments)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_it() -> None:
+    q, k, v = (x.detach().cuda().half() for x in operands(num_queries=130, num_keys=257, width=64))
+    mask = masks.lengths(torch.tensor([0, 200], device="cuda"), 130, 257)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = ours(q, k, v, mask=mask)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ours(q, k, v, mask=mask)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_it_never_waits_for_the_device() -> None:
+    q, k, v = (x.detach().cuda().requires_grad_() for x in operands(num_queries=130, num_keys=257, width=64))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask = masks.causal(130, 257, device="cuda")
+        ours(q, k, v, mask=mask, dropout_p=0.1).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_dropout_has_the_bits_of_the_cpu() -> None:
+    q, k, v = (x.detach() for x in operands())
+    found = ours(*(x.cuda() for x in (q, k, v)), dropout_p=0.4, seed=11)
+    gold: Any = attention_ref(q.double(), k.double(), v.double(), dropout_p=0.4, seed=torch.tensor(11))
+    torch.testing.assert_close(found.cpu(), gold.float())
