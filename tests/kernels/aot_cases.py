@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmkernels._launch import Table
+from mmkernels.attention import device as attention
+from mmkernels.attention import device_bwd as attention_bwd
+from mmkernels.attention import launch as attention_launch
 from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive import launch as contrastive_launch
 from mmkernels.distill import kernel as distill
@@ -29,9 +32,11 @@ class Case:
         constants: its flags and its inner strides.
         operands: pointers to the inputs' dtype.
         pointers: types of pointers that are neither that nor float32.
-        odd: sizes that need not be multiples of 16.
+        odd: sizes that need not be multiples of 16; if none, that is not compiled.
         floats: scalars that are floats.
         products: whether it multiplies matrices.
+        product_rows: which side of the tile is the rows of its products.
+        elements: the operands' dtypes; bfloat16 and float16 differ in nothing that costs.
     """
 
     name: str
@@ -44,6 +49,8 @@ class Case:
     odd: tuple[str, ...] = ("M", "N")
     floats: tuple[str, ...] = ()
     products: bool = True
+    product_rows: str = "block_m"
+    elements: tuple[str, ...] = ("bf16", "fp16", "fp32")
 
     def rows(self) -> list[tuple[str, int, int]]:
         return [row for row in self.table if row[0] == self.row]
@@ -98,8 +105,45 @@ def sigmoid_case(has_labels: bool, wants_gradients: bool) -> Case:
     )
 
 
+def attention_case(kernel: Any, row: str, size: int, **flags: Any) -> Case:
+    """An attention kernel at the largest head dimension of a row."""
+    plain = {"NUM_ENDS": 2, "BIAS": "none"} | dict.fromkeys(
+        ("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS"), False
+    )
+    rich = "_rich" if flags.keys() - {"NUM_ENDS"} else ""
+    return Case(
+        name="attention" + "".join(f"-{flag}={value}" for flag, value in flags.items()),
+        kernel=kernel,
+        row=f"{row}{rich}_{size}",
+        table=attention_launch.TABLE,
+        constants={**plain, **flags, "BLOCK_K": size},
+        operands=tuple(f"{name}_ptr" for name in "q k v k2 v2 out d_out dq dk dv dk2 dv2".split()),
+        pointers={
+            **dict.fromkeys(("lo_ptr", "hi_ptr", "lo2_ptr", "hi2_ptr", "queries_ptr"), "*i32"),
+            "seed_ptr": "*i64",
+            "bias_ptr": "*u8",
+        },
+        product_rows="block_n" if row == "bwd_k" else "block_m",
+        odd=() if rich else ("M", "N", "N1", "K", "H", "groups", "threshold"),
+        floats=("scale", "keep_scale"),
+        elements=("bf16", "fp32"),
+    )
+
+
+EVERYTHING = {"NUM_ENDS": 4, "BIAS": "bool", "HAS_SLOPES": True, "HAS_DROPOUT": True, "HAS_SEGMENTS": True}
+ATTENTION = tuple(
+    attention_case(kernel, row, size, **flags)
+    for kernel, row in (
+        (attention._attention_fwd_kernel, "fwd"),
+        (attention_bwd._attention_bwd_q_kernel, "bwd_q"),
+        (attention_bwd._attention_bwd_k_kernel, "bwd_k"),
+    )
+    for size in (64, 128, 256)
+    for flags in ({}, EVERYTHING)
+)
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
+    *ATTENTION,
     contrastive_case("fwd", FWD),
     contrastive_case("fwd", FWD, SHIFTED=True),
     contrastive_case("fwd", FWD, SYMMETRIC=False),

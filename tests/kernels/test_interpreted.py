@@ -10,6 +10,7 @@ import pytest
 from mmkernels._device import INTERPRETED
 
 FILES = (
+    "test_attention.py",
     "test_contract.py",
     "test_contract_detects.py",
     "test_contrastive.py",

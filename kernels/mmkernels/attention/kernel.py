@@ -1,3 +1,232 @@
-from mmkernels.attention.blockwise import attention_bwd, attention_fwd
+"""Launchers of the Triton kernels of attention.
 
-__all__ = ["attention_bwd", "attention_fwd"]
+Tiles of keys that none of a tile's queries see are skipped, in forward and, for either side, in backward; where there
+are few programs the keys are cut among more of them. Every gradient is written by one program: no atomics.
+"""
+
+# triton types neither a launch nor cdiv
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mmkernels._launch import Launch, input_precision
+from mmkernels.attention.device import _attention_fwd_kernel
+from mmkernels.attention.device_bwd import (
+    _attention_bwd_k_kernel,
+    _attention_bwd_q_kernel,
+    _attention_delta_kernel,
+)
+from mmkernels.attention.launch import config_of, split_keys
+from mmkernels.attention.philox import threshold
+from mmkernels.attention.problem import Problem
+
+# What no pointer is read from.
+FAR = 1 << 30
+# Queries of a program of the kernel that only reads the result and its gradient.
+DELTA_ROWS = 32
+
+
+def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The result `[B, Lq, H, K]`, and the log-sum-exps `[B, H, Lq]`, float32."""
+    config = config_of("fwd", problem)
+    batch, num_queries, num_heads, width = problem.q.shape
+    arguments, strides, flags = _arguments(problem, config)
+    q = arguments[0]
+    blocks = triton.cdiv(num_queries, config.block_m)
+    per_split = split_keys(blocks * batch * num_heads, problem.num_keys, config.block_n, q)
+    splits = max(triton.cdiv(problem.num_keys, per_split), 1)
+    kind = q.dtype if splits == 1 else torch.float32
+    out = q.new_empty(splits, batch, num_queries, num_heads, width, dtype=kind)
+    lse = q.new_empty(splits, batch, num_heads, num_queries, dtype=torch.float32)
+    if out.numel():
+        _attention_fwd_kernel[(blocks, batch * num_heads, splits)](
+            *arguments, out, lse, *strides, *_sizes(problem), per_split, *_numbers(problem), **flags
+        )
+    return _combined(out, lse, problem.q.dtype)
+
+
+def attention_bwd(
+    problem: Problem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of q and of keys and values of two segments, those that `needs` asks for; none of a bias."""
+    d_out = _operand(d_out)
+    rows = (d_out, lse.contiguous(), _delta(problem, out, d_out, d_lse))
+    dq = _query_gradient(problem, rows) if needs[0] else None
+    dkv = _key_gradients(problem, rows) if any(needs[1:5]) else [None] * 4
+    return [dq, *dkv, None]
+
+
+def _query_gradient(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    config = config_of("bwd_q", problem)
+    arguments, strides, flags = _arguments(problem, config)
+    batch, num_queries, num_heads, width = problem.q.shape
+    q = arguments[0]
+    blocks = triton.cdiv(num_queries, config.block_m)
+    per_split = split_keys(blocks * batch * num_heads, problem.num_keys, config.block_n, q)
+    splits = max(triton.cdiv(problem.num_keys, per_split), 1)
+    kind = q.dtype if splits == 1 else torch.float32
+    dq = q.new_empty(splits, batch, num_queries, num_heads, width, dtype=kind)
+    if dq.numel():
+        _attention_bwd_q_kernel[(blocks, batch * num_heads, splits)](
+            *arguments,
+            *rows,
+            dq,
+            *strides,
+            *rows[0].stride()[:3],
+            *_sizes(problem),
+            per_split,
+            *_numbers(problem),
+            **flags,
+        )
+    return dq[0] if splits == 1 else dq.sum(0)
+
+
+def _key_gradients(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> list[Tensor | None]:
+    """dk, dv, dk2, dv2."""
+    config = config_of("bwd_k", problem)
+    arguments, strides, flags = _arguments(problem, config)
+    q, batch = arguments[0], problem.q.shape[0]
+    num_key_heads = problem.segments[0][0].shape[2]
+    grads = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for s in problem.segments for x in s]
+    blocks = triton.cdiv(problem.num_keys, config.block_n)
+    if blocks and batch:
+        queries = _query_ranges(problem, config) if problem.ends else q.new_empty(1, 1, dtype=torch.int32)
+        stride = 0 if queries.shape[0] == 1 else queries.stride(0)
+        pointers = (*grads, *(q,) * (4 - len(grads)))
+        _attention_bwd_k_kernel[(blocks, batch * num_key_heads)](
+            *arguments,
+            *rows,
+            queries,
+            *pointers,
+            *strides,
+            *rows[0].stride()[:3],
+            stride,
+            *_sizes(problem),
+            *_numbers(problem),
+            **flags,
+        )
+    return [*grads, *(None,) * (4 - len(grads))]
+
+
+def _query_ranges(problem: Problem, config: Launch) -> Tensor:
+    """For each block of keys the first query, and the end of those, that may see it, int32 `[b, blocks, 2]`."""
+    num_queries = problem.q.shape[1]
+    blocks, device = triton.cdiv(num_queries, config.block_m), problem.q.device
+    keys = torch.arange(0, problem.num_keys, config.block_n, device=device)[:, None]
+    hits = None
+    for lo, hi in zip(problem.ends[0::2], problem.ends[1::2], strict=True):
+        some = lo < hi
+        padding = (0, blocks * config.block_m - num_queries)
+        lo = torch.nn.functional.pad(torch.where(some, lo, FAR), padding, value=FAR)
+        hi = torch.nn.functional.pad(torch.where(some, hi, 0), padding)
+        first, last = lo.unflatten(1, (blocks, -1)).amin(2), hi.unflatten(1, (blocks, -1)).amax(2)
+        hit = (first[:, None] < keys + config.block_n) & (
+            keys < last[:, None]
+        )  # [b, blocks of keys, of queries]
+        hits = hit if hits is None else hits | hit
+    assert hits is not None
+    places = torch.arange(blocks, device=device)
+    begin = torch.where(hits, places, blocks).amin(2) * config.block_m
+    end = torch.where(hits, places + 1, 0).amax(2) * config.block_m
+    return torch.stack([begin, end.clamp(max=num_queries)], 2).int()
+
+
+def _delta(problem: Problem, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """`sum_k d_out out - d_lse`, float32 `[B, H, Lq]`."""
+    batch, num_queries, num_heads, width = problem.q.shape
+    delta = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=out.device)
+    if delta.numel():
+        _attention_delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), batch * num_heads)](
+            _operand(out).contiguous(),
+            d_out,
+            delta if d_lse is None else d_lse.contiguous(),
+            delta,
+            *d_out.stride()[:3],
+            num_queries,
+            width,
+            num_heads,
+            HAS_DLSE=d_lse is not None,
+            BLOCK_M=DELTA_ROWS,
+            BLOCK_K=_block_k(problem),
+        )
+    return delta
+
+
+def _combined(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The splits' results `[S, B, Lq, H, K]` by their log-sum-exps `[S, B, H, Lq]`."""
+    if out.shape[0] == 1:
+        return out[0].to(dtype), lse[0]
+    whole = lse.logsumexp(0)
+    weights = (lse - whole.masked_fill(whole == -torch.inf, 0)).exp().transpose(2, 3)
+    return (out * weights[..., None]).sum(0).to(dtype), whole
+
+
+def _operand(x: Tensor) -> Tensor:
+    """With unit stride along K. The interpreter would multiply bfloat16 as raw bits: there it is widened."""
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        x = x.float()
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _block_k(problem: Problem) -> int:
+    return max(triton.next_power_of_2(problem.q.shape[3]), 16)
+
+
+def _arguments(problem: Problem, config: Launch) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    """Pointers that all kernels begin with, their strides, and the flags."""
+    q = _operand(problem.q)
+    keys = [_operand(x) for segment in problem.segments for x in segment]
+    keys += [q] * (4 - len(keys))
+    ends = [x.contiguous() for x in problem.ends]
+    bias, slopes = problem.bias, problem.alibi_slopes
+    kind = "none"
+    of_bias = [0] * 4
+    if bias is not None:
+        kind = "bool" if bias.dtype == torch.bool else "float"
+        of_bias = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+        bias = bias.view(torch.uint8) if kind == "bool" else _widened_bias(bias)
+    of_ends = [0, 0] if not ends else [0 if ends[0].shape[0] == 1 else ends[0].stride(0), ends[0].stride(1)]
+    of_slopes = 0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1]
+    pointers = (
+        q,
+        *keys,
+        *ends,
+        *(q,) * (4 - len(ends)),
+        q if bias is None else bias,
+        q if slopes is None else slopes.contiguous(),
+        q if problem.seed is None else problem.seed,
+    )
+    of_keys = (stride for x in keys for stride in x.stride()[:3])
+    strides = (*q.stride()[:3], *of_keys, *of_ends, *of_bias, of_slopes)
+    flags = {
+        "NUM_ENDS": len(ends),
+        "BIAS": kind,
+        "HAS_SLOPES": slopes is not None,
+        "HAS_DROPOUT": problem.seed is not None,
+        "HAS_SEGMENTS": len(problem.segments) == 2,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": _block_k(problem),
+        "INPUT_PRECISION": input_precision(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return pointers, strides, flags
+
+
+def _widened_bias(bias: Tensor) -> Tensor:
+    return bias.float() if bias.dtype == torch.bfloat16 and not bias.is_cuda else bias
+
+
+def _sizes(problem: Problem) -> tuple[int, ...]:
+    first = problem.segments[0][0].shape[1]
+    num_heads, width = problem.q.shape[2:]
+    return problem.q.shape[1], problem.num_keys, first, width, num_heads, problem.num_groups
+
+
+def _numbers(problem: Problem) -> tuple[float, int, float]:
+    return problem.scale, threshold(problem.dropout_p), 1 / (1 - problem.dropout_p)

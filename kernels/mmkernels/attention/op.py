@@ -18,7 +18,7 @@ from mmkernels.attention.checks import (
     checked_slopes,
     interval_ends,
 )
-from mmkernels.attention.problem import Problem, with_uniform_rows
+from mmkernels.attention.problem import Problem, has_kernel_backward, with_uniform_rows
 from mmkernels.attention.problem import empty_rows as find_empty_rows
 from mmkernels.attention.reference import QKNorm
 from mmkernels.masks import Dense, Mask
@@ -261,8 +261,7 @@ def _attention_bwd(
     needs: list[bool],
 ) -> list[Tensor]:
     problem = _problem(q, k, v, k2, v2, bias, lo, hi, lo2, hi2, alibi_slopes, seed, scale, dropout_p)
-    # float64 and gradients of a bias have no kernel
-    path = kernel if runs_triton(q) and not needs[-1] else blockwise
+    path = kernel if runs_triton(q) and has_kernel_backward(problem) else blockwise
     with torch.autocast(q.device.type, enabled=False):
         results = path.attention_bwd(problem, out, lse, d_out, d_lse, needs)
     inputs = (q, k, v, k2, v2, bias)

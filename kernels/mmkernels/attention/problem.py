@@ -96,3 +96,17 @@ def with_uniform_rows(problem: Problem, empty: Tensor) -> Problem:
         lo, hi = ends[0].masked_fill(empty[:, 0], 0), ends[1].masked_fill(empty[:, 0], problem.num_keys)
         ends = (lo, hi, *ends[2:])
     return replace(problem, q=q, bias=bias, ends=ends)
+
+
+def is_rich(problem: Problem) -> bool:
+    """Whether a call has more than one interval a query: what costs registers."""
+    extras = (problem.bias, problem.alibi_slopes, problem.seed)
+    return len(problem.ends) > 2 or len(problem.segments) > 1 or any(x is not None for x in extras)
+
+
+def has_kernel_backward(problem: Problem) -> bool:
+    """ATen does a float bias, whose gradient may be wanted, and float32 of more than 128 per head, or 64 with
+    extras, which spills somewhere at any tile size."""
+    if problem.bias is not None and problem.bias.is_floating_point():
+        return False
+    return problem.q.dtype != torch.float32 or problem.q.shape[3] <= (64 if is_rich(problem) else 128)

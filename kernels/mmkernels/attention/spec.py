@@ -179,18 +179,18 @@ def _draw(draw: Callable[[int, int], int]) -> Shape:
     num_key_heads = draw(1, 2)
     return {
         "B": draw(1, 2),
-        "H": num_key_heads * draw(1, 3),
+        "H": num_key_heads * draw(1, 2),
         "Hkv": num_key_heads,
-        "Lq": draw(1, 40),
-        "Lk": draw(1, 70),
+        "Lq": draw(1, 24),
+        "Lk": draw(1, 50),
         "K": draw(1, 40),
     }
 
 
 SHAPES = (
     {"B": 1, "H": 1, "Hkv": 1, "Lq": 1, "Lk": 1, "K": 1},
-    {"B": 2, "H": 3, "Hkv": 3, "Lq": 17, "Lk": 33, "K": 40},
-    {"B": 2, "H": 4, "Hkv": 2, "Lq": 33, "Lk": 65, "K": 16},
+    {"B": 2, "H": 1, "Hkv": 1, "Lq": 17, "Lk": 33, "K": 40},
+    {"B": 1, "H": 2, "Hkv": 1, "Lq": 33, "Lk": 65, "K": 16},
 )
 TENSORS = ("q", "k", "v")
 

@@ -34,12 +34,27 @@ BLOCKWISE = {
     ),
     "a bias of the first tile's rows": ("d_logits)\n\n\ndef _add", "2 * d_logits)\n\n\ndef _add"),
 }
+KERNEL = {
+    "wrong factor on dk": ("(dk * scale).to(dk_ptr", "(dk * scale * 1.001).to(dk_ptr"),
+    "a split's log-sum-exp not weighed": ("weights = (lse - whole", "weights = (0 * lse - whole"),
+    "one split alone": ("return (out * weights[..., None]).sum(0)", "return (out * weights[..., None])[0]"),
+    "dq of one split alone": ("else dq.sum(0)", "else dq[0]"),
+    "queries of the first block alone": ("end.clamp(max=num_queries)", "end.clamp(max=1)"),
+    "delta lost": ("_delta(problem, out, d_out, d_lse))", "0 * _delta(problem, out, d_out, d_lse))"),
+    "gradient of the log-sum-exp lost": ("HAS_DLSE=d_lse is not None", "HAS_DLSE=False"),
+    "second interval lost": ('"NUM_ENDS": len(ends)', '"NUM_ENDS": min(len(ends), 2)'),
+    "second segment lost": ('"HAS_SEGMENTS": len(problem.segments) == 2', '"HAS_SEGMENTS": False'),
+    "slopes lost": ('"HAS_SLOPES": slopes is not None', '"HAS_SLOPES": False'),
+    "another dropout": ("threshold(problem.dropout_p), 1 /", "threshold(0.9 * problem.dropout_p), 1 /"),
+    "dropped weights not made up for": ("1 / (1 - problem.dropout_p)", "1.0"),
+    "missing cast": ("return x if x.stride(3) == 1", "return x.half().to(x.dtype) if x.stride(3) == 1"),
+}
 PLANTS = Plants(
     op=op,
     paths={"blockwise": blockwise, "kernel": kernel},
-    bugs={"blockwise": BLOCKWISE, "kernel": {}},
+    bugs={"blockwise": BLOCKWISE, "kernel": KERNEL},
     checks=tuple(
-        (spec, {"B": 2, "H": 4, "Hkv": 2, "Lq": 33, "Lk": 65, "K": 16})
+        (spec, {"B": 2, "H": 2, "Hkv": 1, "Lq": 36, "Lk": 65, "K": 16})
         for spec in (PLAIN, CAUSAL, INTERVALS, BLOCKS, BIAS, DROPOUT, SEGMENTS)
     ),
 )

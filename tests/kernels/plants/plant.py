@@ -4,10 +4,14 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 from mmkernels._spec import OpSpec, Shape
+
+# the files of an op that may hold kernels
+DEVICE = ("device", "device_bwd")
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,13 @@ class Plants:
 
 def plant(path: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     """The path's module again, with `old` replaced by `new` in its source, or in that of the module that holds
-    its kernels (`device.py`); its own values otherwise, the small tiles too."""
+    its kernels (`DEVICE`); its own values otherwise, the small tiles too."""
     if old in _source(path):
         return _again(path, old, new, folder)
     package = str(path.__package__)
-    device = import_module(f"{package}.device")
-    assert old in _source(device), "the planted bug has lost its place in the source"
+    modules = [import_module(f"{package}.{name}") for name in DEVICE if find_spec(f"{package}.{name}")]
+    device = next((module for module in modules if old in _source(module)), None)
+    assert device is not None, "the planted bug has lost its place in the source"
     planted, module = _again(device, old, new, folder), _again(path, "", "", folder)
     for name, value in vars(device).items():
         if name.endswith("_kernel") and vars(path).get(name) is value:
