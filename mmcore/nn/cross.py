@@ -18,6 +18,14 @@ class KeyValues(NamedTuple):
     v: Tensor  # [B, Lk, Hkv, K]
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head, in the dtype of x under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, H, K] to [B, L, H, K]."""
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens to an encoder's states, softmax(Q K^T / sqrt(K)) V (arXiv:1706.03762).
 
@@ -60,8 +68,8 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(width, num_heads * head_dim, bias=bias)
         self.kv = nn.Linear(width if key_width is None else key_width, 2 * key_heads * head_dim, bias=bias)
         self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
 
     def forward(
         self,
