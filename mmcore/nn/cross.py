@@ -19,7 +19,7 @@ class KeyValues(NamedTuple):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm of each head, in the dtype of x under autocast too."""
+    """RMSNorm of each head; autocast leaves the weight in float32, and torch's fused kernel wants one dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, H, K] to [B, L, H, K]."""
@@ -116,7 +116,8 @@ class CrossAttention(nn.Module):
 def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list[KeyValues]:
     """`[layer.keys_values(states) for layer in layers]`, with one matrix product for all layers.
 
-    The weights are read outside the forward of their layers: ZeRO-3 must be told to gather them.
+    For a GPU that one layer's product leaves idle; on a CPU the copy of all weights into one matrix costs more than
+    it saves. The weights are read outside the forward of their layers: ZeRO-3 must be told to gather them.
 
     Args:
         states: [B, Lk, D_k].
