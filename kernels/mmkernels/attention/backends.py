@@ -127,8 +127,8 @@ def _faster(call: Call) -> Sequence[str]:
     """Libraries that beat ours on the call, wherever they serve it, the fastest first."""
     if call.architecture == 0:
         # for a gradient of the bias it would store the weights
-        is_dense = call.mask in ("none", "bool", "float") and "a bias with a gradient" not in call.features
-        return ("sdpa",) if is_dense else ()
+        wants_bias = "a bias with a gradient" in call.features
+        return ("sdpa",) if call.mask != "intervals" and not wants_bias else ()
     if call.mask not in ("none", "causal") or call.num_queries <= FEW_QUERIES:
         return ()
     return WITH_GRADIENT[call.architecture] if call.has_gradient else ("sdpa",)
