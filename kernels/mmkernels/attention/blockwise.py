@@ -54,8 +54,8 @@ class Grads(NamedTuple):
 def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
     """The result `[B, Lq, H, K]`, and the log-sum-exps `[B, H, Lq]`."""
     q, dtype = problem.q, accumulator(problem.q.dtype)
-    out = q.new_zeros(q.shape)
-    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
     fused = _is_fused(problem)
     if _is_widened(problem, fused):
         problem = problem.widened()
@@ -64,9 +64,8 @@ def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
         for piece in pieces:
             found = (_fused_forward if fused else _tile_forward)(problem, piece)
             part = found if part is None else _combined(part, found)
-        if part is not None:
-            out[batch, rows] = part.out.transpose(1, 2).to(out.dtype)
-            lse[batch, :, rows] = part.lse
+        out[batch, rows] = 0 if part is None else part.out.transpose(1, 2)
+        lse[batch, :, rows] = -torch.inf if part is None else part.lse
     return out, lse
 
 
