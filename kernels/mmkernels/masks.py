@@ -325,9 +325,8 @@ def from_dense(values: Tensor) -> Mask:
     if mask.values.shape[1] != 1:
         return mask
     seen = mask.values[:, 0].to(torch.int8)
-    steps = torch.diff(
-        seen, dim=2, prepend=torch.zeros_like(seen[..., :1]), append=torch.zeros_like(seen[..., :1])
-    )
+    outside = seen.new_zeros(*seen.shape[:2], 1)
+    steps = torch.diff(seen, dim=2, prepend=outside, append=outside)
     starts, ends = steps == 1, steps == -1
     num_runs = int(starts.sum(2).max()) if starts.numel() else 0
     if num_runs > 2:
