@@ -60,6 +60,11 @@ class Intervals:
 
     def __and__(self, other: "Intervals") -> "Intervals":
         """The keys that both see; of two intervals each there could be three, which is refused."""
+        known = isinstance(other, Intervals)
+        require("masks", known, "& must join masks of intervals, got {}", type(other).__name__)
+        batches = self.num_batches, other.num_batches
+        fit = 1 in batches or batches[0] == batches[1]
+        require("masks", fit, "& must join masks of one batch or of equal batches, got {} and {}", *batches)
         require(
             "masks",
             (self.num_queries, self.num_keys) == (other.num_queries, other.num_keys),
