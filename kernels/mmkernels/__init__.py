@@ -1,7 +1,7 @@
 """Fused operations for vision-language models: Triton kernels, blockwise ATen twins and eager references."""
 
 from mmkernels import masks
-from mmkernels.attention import QKNorm, attention, attention_ref
+from mmkernels.attention import QKNorm, alibi_slopes, attention, attention_ref, rotary, xpos
 from mmkernels.contrastive import (
     ContrastiveStats,
     contrastive_loss,
@@ -26,6 +26,7 @@ __all__ = [
     "ContrastiveStats",
     "QKNorm",
     "TokenContrastiveStats",
+    "alibi_slopes",
     "attention",
     "attention_ref",
     "contrastive_loss",
@@ -39,10 +40,12 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "masks",
+    "rotary",
     "sigmoid_loss",
     "sigmoid_loss_ref",
     "token_contrastive_loss",
     "token_contrastive_loss_ref",
     "token_contrastive_stats",
     "token_contrastive_stats_ref",
+    "xpos",
 ]

@@ -61,6 +61,11 @@ class Intervals:
 
     def __and__(self, other: "Intervals") -> "Intervals":
         """The keys that both see; of two intervals each there could be three, which is refused."""
+        known = isinstance(other, Intervals)
+        require("masks", known, "& must join masks of intervals, got {}", type(other).__name__)
+        batches = self.num_batches, other.num_batches
+        fit = 1 in batches or batches[0] == batches[1]
+        require("masks", fit, "& must join masks of one batch or of equal batches, got {} and {}", *batches)
         require(
             "masks",
             (self.num_queries, self.num_keys) == (other.num_queries, other.num_keys),
@@ -326,9 +331,8 @@ def from_dense(values: Tensor) -> Mask:
     if mask.values.shape[1] != 1:
         return mask
     seen = mask.values[:, 0].to(torch.int8)
-    steps = torch.diff(
-        seen, dim=2, prepend=torch.zeros_like(seen[..., :1]), append=torch.zeros_like(seen[..., :1])
-    )
+    outside = seen.new_zeros(*seen.shape[:2], 1)
+    steps = torch.diff(seen, dim=2, prepend=outside, append=outside)
     starts, ends = steps == 1, steps == -1
     num_runs = int(starts.sum(2).max()) if starts.numel() else 0
     if num_runs > 2:

@@ -1,0 +1,270 @@
+"""Rotary, xPos and ALiBi against their formulas in complex numbers of double precision."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from mmkernels import alibi_slopes, attention, masks, rotary, xpos
+
+EPS16, EPS32 = (torch.finfo(dtype).eps for dtype in (torch.float16, torch.float32))
+
+
+def tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def as_pairs(x: Tensor, interleaved: bool) -> Tensor:
+    """Pairs of dimensions as complex128."""
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.tensor_split(2, -1)
+    return torch.complex(a.double(), b.double())
+
+
+def frequencies(num_pairs: int, theta: float) -> Tensor:
+    return torch.tensor([theta ** (-d / num_pairs) for d in range(num_pairs)], dtype=torch.float64)
+
+
+def turned(x: Tensor, positions: Tensor, theta: float, interleaved: bool, dims: int) -> Tensor:
+    """The definition of rotary."""
+    angles = positions.double()[..., None, None] * frequencies(dims // 2, theta)
+    pairs = as_pairs(x[..., :dims], interleaved) * torch.polar(torch.ones_like(angles), angles)
+    parts = (
+        torch.view_as_real(pairs).flatten(-2) if interleaved else torch.cat([pairs.real, pairs.imag], -1),
+        x[..., dims:].double(),
+    )
+    return torch.cat(parts, -1)
+
+
+def of_distance(q: Tensor, k: Tensor, distance: Tensor, zeta: Tensor | float) -> Tensor:
+    """What a query [pair] and a key [pair] have for a product at each distance."""
+    distance = distance[..., None]
+    waves = torch.polar(torch.ones(()).double(), distance * frequencies(len(q), 10000.0))
+    return (zeta**distance * (q * k.conj() * waves).real).sum(-1)
+
+
+def at_all(x: Tensor, length: int) -> Tensor:
+    """The same vector at each position, `[1, L, 1, K]`."""
+    return x.expand(1, length, 1, -1)
+
+
+class TestRotary:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("interleaved", [False, True])
+    @pytest.mark.parametrize("dims", [None, 2, 6])
+    def test_is_a_complex_product(self, dtype: torch.dtype, interleaved: bool, dims: int | None) -> None:
+        x = tensor(2, 5, 3, 10, dtype=dtype)
+        for positions in (
+            torch.arange(5),
+            torch.tensor([[7, 0, 3, 3, -9], [90, 91, 92, 5, 6]]),
+            tensor(2, 5, dtype=torch.float32) * 50,
+        ):
+            found = rotary(x, positions, theta=500.0, interleaved=interleaved, dims=dims)
+            gold = turned(x, positions, 500.0, interleaved, dims or 10)
+            assert found.dtype == dtype and found.shape == x.shape
+            # an angle is as inexact as the float32 that holds it
+            angle = 0 if dtype == torch.float64 else 2 * EPS32 * float(positions.abs().max())
+            bound = (4 * torch.finfo(dtype).eps + angle) * gold.abs().max()
+            assert (found.double() - gold).abs().max() <= bound
+
+    @pytest.mark.parametrize("options", [{}, {"interleaved": True}, {"dims": 8}], ids=str)
+    def test_products_depend_on_the_distance_alone(self, options: dict[str, Any]) -> None:
+        q, k, places = tensor(12), tensor(12, seed=1), torch.arange(40)
+        rows, cols = (rotary(at_all(x, 40), places + 1000, **options)[0, :, 0] for x in (q, k))
+        dims = options.get("dims", 12)
+        a, b = (as_pairs(x[:dims], options.get("interleaved", False)) for x in (q, k))
+        expected = of_distance(a, b, places[:, None] - places, 1.0) + q[dims:] @ k[dims:]
+        assert_close(rows @ cols.T, expected)
+
+    def test_of_rows_and_columns_makes_products_of_their_distances(self) -> None:
+        q, k = tensor(12), tensor(12, seed=1)
+        rows, cols = torch.arange(12) // 4, torch.arange(12) % 4
+
+        def in_an_image(x: Tensor) -> Tensor:
+            first, second = at_all(x, 12).chunk(2, -1)
+            return torch.cat([rotary(first, rows), rotary(second, cols)], -1)[0, :, 0]
+
+        logits = (in_an_image(q) @ in_an_image(k).T).view(3, 4, 3, 4)
+        assert_close(logits[1:, 1:, 1:, 1:], logits[:-1, :-1, :-1, :-1])
+
+    def test_has_the_bits_of_llama_in_transformers(self) -> None:
+        llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+        config = llama.LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+        q, k = tensor(2, 9, 4, 16, dtype=torch.float32), tensor(2, 9, 2, 16, seed=1, dtype=torch.float32)
+        positions = torch.stack([torch.arange(9), torch.arange(9) + 2000])
+        waves = llama.LlamaRotaryEmbedding(config)(q, positions)
+        for x, expected in zip(
+            (q, k), llama.apply_rotary_pos_emb(q, k, *waves, unsqueeze_dim=2), strict=True
+        ):
+            assert torch.equal(rotary(x, positions), expected)
+
+    @pytest.mark.parametrize("options", [{}, {"interleaved": True}, {"dims": 4}], ids=str)
+    def test_turns_its_gradient_back(self, options: dict[str, Any]) -> None:
+        x, d_out, places = tensor(2, 5, 3, 8).requires_grad_(), tensor(2, 5, 3, 8, seed=1), torch.arange(5)
+        (dx,) = torch.autograd.grad(rotary(x, places, **options), x, d_out)
+        assert_close(dx, rotary(d_out, -places, **options))
+
+    def test_takes_any_strides(self) -> None:
+        x = tensor(2, 3, 5, 16).transpose(1, 2)[..., ::2]
+        assert torch.equal(rotary(x, torch.arange(5)), rotary(x.contiguous(), torch.arange(5)))
+
+
+class TestXPos:
+    zeta = torch.tensor([(2 * d / 12 + 0.4) / 1.4 for d in range(6)], dtype=torch.float64)
+
+    @pytest.mark.parametrize("scale_base", [512.0, 16.0])
+    def test_products_decay_with_the_distance_and_depend_on_it_alone(self, scale_base: float) -> None:
+        q, k, at_q, at_k = tensor(12), tensor(12, seed=1), torch.arange(30, 50), torch.arange(50)
+        rows, cols = xpos(at_all(q, 20), at_all(k, 50), at_q, at_k, scale_base=scale_base)
+        expected = of_distance(
+            as_pairs(q, True), as_pairs(k, True), at_q[:, None] - at_k, self.zeta ** (1 / scale_base)
+        )
+        assert_close(rows[0, :, 0] @ cols[0, :, 0].T, expected)
+
+    def test_queries_and_keys_have_batches_heads_and_positions_of_their_own(self) -> None:
+        q, k, theta = tensor(1, 4, 6, 8), tensor(2, 7, 3, 8, seed=1), 500.0
+        at_q, at_k = torch.tensor([[3.5, 4.0, 9.0, 11.25]]), torch.arange(14).view(2, 7)
+        rows, cols = xpos(q, k, at_q, at_k, theta=theta)
+        assert rows.shape == q.shape and cols.shape == k.shape
+        # the middle lies between the first and the last position of all
+        middle = (min(3.5, int(at_k.min())) + max(11.25, int(at_k.max()))) / 2
+        zeta = torch.tensor([(d // 2 * 2 / 8 + 0.4) / 1.4 for d in range(8)], dtype=torch.float64)
+        for x, found, at, sign in ((q, rows, at_q, 1), (k, cols, at_k, -1)):
+            scale = zeta ** (sign * (at.double()[..., None, None] - middle) / 512)
+            assert_close(found, scale * turned(x, at, theta, True, 8))
+
+    def test_late_positions_do_not_overflow(self) -> None:
+        """Half precision ends at 3.5^8.8; of positions as they come, it would have to hold 3.5^23."""
+        q, k = tensor(1, 6, 1, 64, dtype=torch.float16), tensor(1, 6, 1, 64, seed=1, dtype=torch.float16)
+        early = torch.arange(0, 2400, 400)
+        for found, expected in zip(xpos(q, k, early + 10_000, early + 10_000), xpos(q, k, early, early)):
+            sizes = as_pairs(found, True).abs()
+            # each number is rounded once, by half an eps
+            assert_close(sizes, as_pairs(expected, True).abs(), rtol=EPS16, atol=0)
+
+    def test_has_the_gradient_of_its_formula(self) -> None:
+        q, k, at = tensor(1, 3, 2, 4).requires_grad_(), tensor(2, 3, 1, 4).requires_grad_(), torch.arange(3)
+        assert torch.autograd.gradcheck(lambda q, k: xpos(q, k, at, at, scale_base=4.0), (q, k))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 8), (0, 4, 3, 8)], ids=str)
+def test_nothing_stays_nothing(shape: tuple[int, ...]) -> None:
+    x, at = torch.ones(shape), torch.arange(shape[1]).expand(shape[:2])
+    assert all(y.shape == shape for y in (rotary(x, at), *xpos(x, x, at, at)))
+
+
+COMPILED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rotary": rotary,
+    "interleaved": lambda x, at: rotary(x, at, interleaved=True, dims=4),
+    "xpos": lambda x, at: torch.cat(xpos(x, 2 * x, at, at)),
+    "alibi_slopes": lambda x, at: x * alibi_slopes(3, device=x.device)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_whole_it_is_the_same(name: str) -> None:
+    x, at = tensor(2, 5, 3, 8).requires_grad_(), torch.arange(5)
+    compiled = torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")
+    found, expected = compiled(x, at), COMPILED[name](x, at)
+    assert_close(found, expected)
+    d_out = torch.randn_like(expected)
+    assert_close(torch.autograd.grad(found, x, d_out), torch.autograd.grad(expected, x, d_out))
+
+
+class TestAlibiSlopes:
+    def test_of_eight_heads_are_the_papers(self) -> None:
+        assert alibi_slopes(8).tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+
+    def test_of_twelve_heads_are_those_of_eight_and_every_other_of_sixteen(self) -> None:
+        expected = torch.cat([alibi_slopes(8), alibi_slopes(16)[:8:2]])
+        assert torch.equal(alibi_slopes(12), expected)
+        assert_close(alibi_slopes(12)[8:], torch.tensor([0.5**0.5, 0.5**1.5, 0.5**2.5, 0.5**3.5]))
+
+    @pytest.mark.parametrize("num_heads", [1, 2, 3, 5, 6, 7, 16, 20, 25, 32, 33, 71])
+    def test_follow_the_papers_rule(self, num_heads: int) -> None:
+        def rule(n: int) -> list[float]:
+            below = 1
+            while 2 * below <= n:
+                below *= 2
+            if n == below:
+                return [(2 ** (-8 / n)) ** h for h in range(1, n + 1)]
+            return rule(below) + rule(2 * below)[::2][: n - below]
+
+        found = alibi_slopes(num_heads)
+        assert found.dtype == torch.float32 and found.shape == (num_heads,)
+        assert_close(found, torch.tensor(rule(num_heads)))
+
+    @pytest.mark.parametrize("num_heads", [8, 12])
+    def test_in_a_causal_call_are_a_dense_mask_of_distances(self, num_heads: int) -> None:
+        q, k = tensor(2, 5, num_heads, 16), tensor(2, 9, num_heads, 16, seed=1)
+        slopes = alibi_slopes(num_heads)
+        behind = torch.arange(5)[:, None] + 4 - torch.arange(9)  # [Lq, Lk]
+        values = torch.where(behind >= 0, -slopes[:, None, None] * behind, -torch.inf)
+        expected = attention(q, k, k, mask=masks.dense(values[None]))
+        assert_close(attention(q, k, k, mask=masks.causal(5, 9), alibi_slopes=slopes), expected)
+
+
+x, at = torch.ones(2, 5, 3, 8), torch.arange(5)
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "rank": (lambda: rotary(x[0], at), r"rotary: x must be \[B, L, H, K\], got shape \[5, 3, 8\]"),
+    "dtype": (lambda: rotary(x.int(), at), "rotary: x must be float32, .*, got torch.int32"),
+    "odd dims": (lambda: rotary(x, at, dims=3), "rotary: dims must be even, from 2 to K = 8, got 3"),
+    "no dims": (lambda: rotary(x, at, dims=0), "rotary: dims must be even, from 2 to K = 8, got 0"),
+    "dims above K": (lambda: rotary(x, at, dims=10), "rotary: dims must be even, from 2 to K = 8, got 10"),
+    "odd K": (lambda: rotary(x[..., :7], at), "rotary: dims must be even, from 2 to K = 7, got 7"),
+    "theta": (lambda: rotary(x, at, theta=0.0), "rotary: theta must be above 0, got 0.0"),
+    "length of positions": (
+        lambda: rotary(x, at[:4]),
+        r"rotary: positions must be \[5\] or \[2, 5\], got shape \[4\]",
+    ),
+    "batch of positions": (
+        lambda: rotary(x, at.expand(3, 5)),
+        r"rotary: positions must be \[5\] or \[2, 5\], got shape \[3, 5\]",
+    ),
+    "bool positions": (
+        lambda: rotary(x, at > 0),
+        "rotary: positions must be integers or floating point, got torch.bool",
+    ),
+    "device of positions": (
+        lambda: rotary(x, at.to("meta")),
+        "rotary: positions must be on the device of x, cpu, got meta",
+    ),
+    "rank of q": (lambda: xpos(x[0], x, at, at), r"xpos: q must be \[B, Lq, H, K\], got shape \[5, 3, 8\]"),
+    "rank of k": (lambda: xpos(x, x[0], at, at), r"xpos: k must be \[B, Lk, Hkv, K\], got shape \[5, 3, 8\]"),
+    "odd K of q": (lambda: xpos(x[..., :7], x, at, at), "xpos: q must have an even K, got 7"),
+    "K of k": (lambda: xpos(x, x[..., :6], at, at), "xpos: k must have q's K of 8, got 6"),
+    "dtype of k": (
+        lambda: xpos(x, x.half(), at, at),
+        "xpos: k must have the dtype of q, torch.float32, got torch.float16",
+    ),
+    "device of k": (
+        lambda: xpos(x, x.to("meta"), at, at),
+        "xpos: k must be on the device of q, cpu, got meta",
+    ),
+    "positions of q": (
+        lambda: xpos(x, x, at[:4], at),
+        r"xpos: q_positions must be \[5\] or \[2, 5\], got shape \[4\]",
+    ),
+    "positions of k": (
+        lambda: xpos(x, x[:, :4], at, at),
+        r"xpos: k_positions must be \[4\] or \[2, 4\], got shape \[5\]",
+    ),
+    "theta of xpos": (
+        lambda: xpos(x, x, at, at, theta=-1.0),
+        "xpos: theta must be above 0, got -1.0",
+    ),
+    "scale_base": (
+        lambda: xpos(x, x, at, at, scale_base=0.0),
+        "xpos: scale_base must be above 0, got 0.0",
+    ),
+    "no heads": (lambda: alibi_slopes(0), "alibi_slopes: num_heads must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_by_name(case: str) -> None:
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        call()
