@@ -6,7 +6,9 @@ Beside the public ones stand the pieces of the losses that their distributed for
 from mmkernels import (
     ContrastiveStats,
     TokenContrastiveStats,
+    attention,
     contrastive_loss,
+    masks,
     sigmoid_loss,
     token_contrastive_loss,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "TokenContrastiveStats",
     "TokenProblem",
     "accumulator",
+    "attention",
     "broken_claim",
     "check_token_labels",
     "check_token_masks",
@@ -47,6 +50,7 @@ __all__ = [
     "label_counts",
     "label_sums",
     "log_sum_exp",
+    "masks",
     "mean_cosine",
     "pair_losses",
     "poisoned",
