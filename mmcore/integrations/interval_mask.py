@@ -89,7 +89,9 @@ def _find(mask: Tensor, num_queries: int) -> Seen:
 def _bias(mask: Tensor) -> masks.Dense:
     if mask.dtype == torch.bool:
         return masks.dense(mask)
-    return masks.dense(mask.masked_fill(mask <= _least(mask), -torch.inf))
+    values = mask.masked_fill(mask <= _least(mask), -torch.inf)
+    # half precision may not be that of the queries, single always does
+    return masks.dense(values.to(torch.promote_types(mask.dtype, torch.float32)))
 
 
 def _least(mask: Tensor) -> float:

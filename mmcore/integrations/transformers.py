@@ -1,4 +1,7 @@
-"""transformers' models on `mmkernels.attention`: `attn_implementation="mmkernels"`."""
+"""transformers' models on `mmkernels.attention`: `attn_implementation="mmkernels"`.
+
+"eager" is what it is held to: the same mask, the same result. Written for the mask functions of transformers 5.23.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
+from transformers.utils.output_capturing import _active_collector
 
 from mmcore.integrations.interval_mask import IntervalMask, Seen, seen_by
 from mmcore.ops import attention, masks, require
@@ -69,8 +73,8 @@ def attention_forward(
         )
     require(
         NAME,
-        not kwargs.get("output_attentions"),
-        "output_attentions must be False (the weights are never stored; attn_implementation='eager' has them), got {}",
+        not (kwargs.get("output_attentions") or _weights_are_awaited()),
+        "output_attentions must be False, since weights are never stored (eager has them), got {}",
         True,
     )
     seen = None if attention_mask is None else seen_by(attention_mask, query.shape[2])
@@ -86,6 +90,11 @@ def attention_forward(
         empty_rows="zero" if seen is None else seen.empty_rows,
     )
     return out.contiguous(), None
+
+
+def _weights_are_awaited() -> bool:
+    """Whether transformers records weights: some models keep that from their attention, and return none in silence."""
+    return not is_compiling() and any("attentions" in key for key in _active_collector.get() or ())
 
 
 def _with_bias(bias: Tensor, seen: Seen | None) -> Seen:
