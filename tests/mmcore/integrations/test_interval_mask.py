@@ -66,8 +66,7 @@ def test_a_causal_mask_with_padding_stores_two_ends_a_query() -> None:
     assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
     ends = [x for pair in mask.seen.mask.pairs for x in pair]
     assert sum(x.numel() for x in ends) == 2 * 2 * 1000
-    with pytest.raises(RuntimeError, match="storage"):
-        mask.data_ptr()
+    assert mask.data_ptr() == 0  # it has no matrix
 
 
 def test_whatever_is_done_to_a_mask_is_done_to_its_matrix() -> None:
@@ -125,8 +124,7 @@ def test_a_mask_is_examined_once_for_all_layers_and_again_when_it_changed(
     first = seen_by(mask, 2)
     assert seen_by(mask, 2) is first and len(examined) == 1
     mask[..., 0] = LEAST
-    again = seen_by(mask, 2)
-    assert again.mask.to_dense()[..., 0].any() == False and len(examined) == 2  # noqa: E712
+    assert not seen_by(mask, 2).mask.to_dense()[..., 0].any() and len(examined) == 2
     examined.clear()
     with torch.inference_mode():
         mask = torch.zeros(1, 1, 2, 3)

@@ -317,7 +317,7 @@ def test_a_compiled_model_gives_the_same(part: str) -> None:
 
 def test_a_model_that_reshapes_its_mask_itself_gives_the_same() -> None:
     """SigLIP 2's pooling head repeats it for the heads of a torch module, whose attention is not ours to run."""
-    vision = models.BLIP_VISION | {"num_patches": 9}
+    vision: dict[str, Any] = models.BLIP_VISION | {"num_patches": 9}
     model = scrambled(Siglip2VisionModel(Siglip2VisionConfig(**vision)))
     inputs = (models.noise(3, 9, 48), padded(3, 9, "right"), torch.tensor([[3, 3]] * 3))
     results = {}
@@ -347,6 +347,6 @@ def test_weights_asked_for_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", integration.REFUSED)
 def test_what_attention_has_no_counterpart_of_is_refused(name: str) -> None:
-    q = torch.randn(1, 2, 3, 8)
+    q, options = torch.randn(1, 2, 3, 8), dict[str, Any]({name: 1.0})
     with pytest.raises(ValueError, match=f"mmkernels: {name} must be None, got float"):
-        integration.attention_forward(nn.Module(), q, q, q, None, **{name: 1.0})
+        integration.attention_forward(nn.Module(), q, q, q, None, **options)
