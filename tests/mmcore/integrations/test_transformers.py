@@ -266,14 +266,12 @@ def test_the_same_torch_seed_drops_the_same_weights() -> None:
     assert not torch.equal(results[0][0][0], results[2][0][0])
 
 
-def llama(**options: Any) -> LlamaForCausalLM:
-    return scrambled(LlamaForCausalLM(LlamaConfig(**LLAMA | options | {"model_type": "llama"})))
+def llama() -> LlamaForCausalLM:
+    return scrambled(LlamaForCausalLM(LlamaConfig(**LLAMA)))
 
 
 def sliding() -> MistralForCausalLM:
-    return scrambled(
-        MistralForCausalLM(MistralConfig(**LLAMA | {"sliding_window": 4, "model_type": "mistral"}))
-    )
+    return scrambled(MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=4)))
 
 
 @pytest.mark.parametrize(
