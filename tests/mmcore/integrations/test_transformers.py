@@ -22,6 +22,7 @@ from transformers import (
     VisualBertModel,
 )
 from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
+from transformers.models.t5.modeling_t5 import eager_attention_forward as t5_attention_forward
 
 from mmcore.integrations import transformers as integration
 from mmkernels import masks
@@ -42,6 +43,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "idefics with a resampler": partial(models.idefics, use_resampler=True),
 }
 GENERATING = [name for name in CASES if name not in ("qformer", "qformer with text", "clip")]
+LEAST = torch.finfo(torch.float32).min
 Result = tuple[list[Tensor], dict[str, Tensor]]
 
 
@@ -297,6 +299,23 @@ def test_every_pattern_of_transformers_masks_is_eagers(
         model.set_attn_implementation(attn)
         results[attn] = model(words(3, 12), **options(model)).logits
     torch.testing.assert_close(results["mmkernels"], results["eager"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("numbers", [None, [0.0, LEAST], [0.0, -1.0, LEAST]])
+def test_a_position_bias_is_added_to_any_mask(numbers: list[float] | None) -> None:
+    q, k, v = (torch.randn(2, 4, n, 8) for n in (5, 7, 7))
+    mask = (
+        None
+        if numbers is None
+        else torch.tensor(numbers)[torch.arange(2 * 5 * 7) % len(numbers)].view(2, 1, 5, 7)
+    )
+    results, grads = [], []
+    bias = torch.randn(1, 4, 5, 7, requires_grad=True)
+    for forward in (integration.attention_forward, t5_attention_forward):
+        results.append(forward(nn.Module(), q, k, v, mask, scaling=1.0, position_bias=bias)[0])
+        grads += torch.autograd.grad(results[-1].square().sum(), bias)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["model", "layers"])
