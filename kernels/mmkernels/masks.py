@@ -5,7 +5,7 @@ Shapes: B batch, Lq queries, Lk keys; a batch dimension of 1 serves every batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Intervals:
     hi: Tensor
     lo2: Tensor | None = None
     hi2: Tensor | None = None
+    is_causal: bool = field(default=False, kw_only=True)  # exactly `causal`, which libraries have a name for
 
     @property
     def pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -50,7 +51,7 @@ class Intervals:
 
     def to(self, device: torch.device | str) -> "Intervals":
         moved = [None if x is None else x.to(device) for x in (self.lo, self.hi, self.lo2, self.hi2)]
-        return Intervals(self.num_keys, *moved)  # pyright: ignore[reportArgumentType]
+        return Intervals(self.num_keys, *moved, is_causal=self.is_causal)  # pyright: ignore[reportArgumentType]
 
     def to_dense(self) -> Tensor:
         """The matrix, bool `[B or 1, 1, Lq, Lk]`."""
@@ -159,7 +160,7 @@ def causal(num_queries: int, num_keys: int | None = None, *, device: Device = No
     """
     num_keys = num_queries if num_keys is None else num_keys
     last = torch.arange(num_queries, device=device, dtype=torch.int32)[None] + (num_keys - num_queries + 1)
-    return Intervals(num_keys, torch.zeros_like(last), last.clamp(min=0))
+    return Intervals(num_keys, torch.zeros_like(last), last.clamp(min=0), is_causal=True)
 
 
 def key_padding(keys: Tensor, num_queries: int) -> Mask:

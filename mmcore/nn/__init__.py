@@ -1,14 +1,30 @@
-"""Building blocks of the models: transformer blocks, patch embedding, position embeddings."""
+"""Building blocks of the models: attention of every kind, transformer blocks, position embeddings."""
 
+from mmcore.nn.attention import Attention
+from mmcore.nn.cross import CrossAttention, KeyValues, shared_keys_values
+from mmcore.nn.gated import GatedCrossAttentionBlock
+from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
+from mmcore.nn.multiway import MultiwayBlock
+from mmcore.nn.pooler import AttentionalPooler
 from mmcore.nn.positions import interpolate_positions
-from mmcore.nn.transformer import ACTIVATIONS, MLP, Attention, Block, Transformer, quick_gelu
+from mmcore.nn.qformer import QFormerBlock
+from mmcore.nn.resampler import PerceiverResampler
+from mmcore.nn.transformer import Block, Transformer
 
 __all__ = [
     "ACTIVATIONS",
     "MLP",
     "Attention",
+    "AttentionalPooler",
     "Block",
+    "CrossAttention",
+    "GatedCrossAttentionBlock",
+    "KeyValues",
+    "MultiwayBlock",
+    "PerceiverResampler",
+    "QFormerBlock",
     "Transformer",
     "interpolate_positions",
     "quick_gelu",
+    "shared_keys_values",
 ]

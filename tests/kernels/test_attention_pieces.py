@@ -30,7 +30,9 @@ def counted(problem: Problem, limits: Limits) -> Tensor:
             assert (piece.batch, piece.rows) == (batches, rows)
             assert piece.inside.stop <= problem.segments[piece.segment][0].shape[1]
             size = [s.stop - s.start for s in (batches, rows, piece.cols)]
-            assert all(0 < n <= most for n, most in zip(size, limits, strict=True))
+            rows_allowed = limits.masked_rows if piece.kind == "masked" else limits.rows
+            most = (limits.batches, rows_allowed, limits.cols)
+            assert all(0 < n <= m for n, m in zip(size, most, strict=True))
             seen = torch.ones(size, dtype=torch.bool)
             if piece.kind == "causal":
                 seen = seen.tril()
@@ -56,7 +58,8 @@ def test_every_weight_that_a_mask_leaves_is_computed_once(data: st.DataObject) -
         ends = ends[:, :, torch.arange(num_queries) // 37]
     ends = torch.cat([pair.sort(0).values for pair in ends.split(2)])
     mask = masks.intervals(num_keys, *ends)
-    limits = Limits(*(data.draw(st.sampled_from([1, 7, 40, 1 << 30])) for _ in range(3)))
+    batches, rows, masked_rows, cols = (data.draw(st.sampled_from([1, 7, 40, 1 << 30])) for _ in range(4))
+    limits = Limits(batches, rows, min(masked_rows, rows), cols)
     counts = counted(problem_of(mask, batch, num_queries, lengths), limits)
     assert torch.equal(counts, mask.to_dense()[:, 0].long().expand_as(counts))
 
@@ -75,7 +78,7 @@ CAUSAL: dict[str, tuple[masks.Intervals, set[str]]] = {
 def test_a_causal_corner_needs_no_mask(case: str, rows: int) -> None:
     mask, allowed = CAUSAL[case]
     problem = problem_of(mask, 1, mask.num_queries, (mask.num_keys,))
-    limits = Limits(1, rows, 1 << 30)
+    limits = Limits(1, rows, rows, 1 << 30)
     kinds = [piece.kind for _, _, found in blocks(problem, limits) for piece in found]
     assert "causal" in kinds and set(kinds) <= allowed | {"full"}
     assert torch.equal(counted(problem, limits), mask.to_dense()[:, 0].long())
@@ -83,12 +86,21 @@ def test_a_causal_corner_needs_no_mask(case: str, rows: int) -> None:
 
 def test_rows_that_see_nothing_have_no_pieces() -> None:
     mask = masks.lengths(torch.tensor([0]), 50, 60)
-    assert not any(found for _, _, found in blocks(problem_of(mask, 1, 50, (60,)), Limits(1, 8, 8)))
+    assert not any(found for _, _, found in blocks(problem_of(mask, 1, 50, (60,)), Limits(1, 8, 8, 8)))
+
+
+def test_only_rows_that_need_a_mask_are_cut_for_it() -> None:
+    lo = torch.cat([torch.zeros(40), torch.arange(31)])[None].int()  # row 39 is the first that grows
+    mask = masks.intervals(90, lo, torch.full_like(lo, 90))
+    found = [rows for _, rows, _ in blocks(problem_of(mask, 1, 71, (90,)), Limits(1, 999, 8, 999))]
+    assert found[0] == slice(0, 40) and all(rows.stop - rows.start <= 8 for rows in found[1:])
 
 
 def test_rows_with_equal_intervals_are_one_full_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "MIN_ROWS", 4)
     mask = masks.media(torch.arange(60)[None] % 20 == 0, 3, 50)
-    found = [p for _, _, some in blocks(problem_of(mask, 1, 60, (150,)), Limits(1, 999, 999)) for p in some]
+    found = [
+        p for _, _, some in blocks(problem_of(mask, 1, 60, (150,)), Limits(1, 999, 999, 999)) for p in some
+    ]
     places: Any = [(p.rows.start, p.cols.start, p.cols.stop, p.kind) for p in found]
     assert places == [(0, 0, 50, "full"), (20, 50, 100, "full"), (40, 100, 150, "full")]

@@ -1,38 +1,49 @@
 """Who computes an attention call: ours, or a library that is faster on it; a pure function of the call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels._checks import require
+from mmkernels._launch import architecture
+from mmkernels.attention.libraries import LIBRARIES
 from mmkernels.attention.problem import Problem
 from mmkernels.masks import Dense, Intervals, Mask
+
+OURS = "mmkernels"
+NAMES = (OURS, *LIBRARIES)
+# Plain attention of more queries than this goes to a library on a GPU: what our kernels are made for is fewer, or
+# structure.
+FEW_QUERIES = 128
+# By architecture, fastest first; each adds a gradient in a fixed order, as ours does.
+WITH_GRADIENT = {
+    80: ("flash_attn_2",),
+    90: ("flash_attn_3", "flash_attn_4", "flash_attn_2"),
+    100: ("flash_attn_4",),
+}
 
 
 @dataclass(frozen=True)
 class Call:
     """What a backend is picked by."""
 
-    batch: int
     num_queries: int
     num_keys: int
-    num_heads: int
-    num_key_heads: int
+    num_groups: int
     head_dim: int
     dtype: torch.dtype
-    device: str
-    mask: str  # "none", "intervals", "bool", "float"
+    architecture: int  # 0 for a CPU
+    mask: str  # "none", "causal", "intervals", "bool", "float"
+    has_gradient: bool
     features: frozenset[str]  # what a library may lack
 
     @classmethod
     def of(cls, problem: Problem, mask: Mask | None, return_lse: bool, uniform: bool) -> "Call":
-        batch, num_queries, num_heads, head_dim = problem.q.shape
-        kind = "none"
+        kind, q = "none", problem.q
         if isinstance(mask, Intervals):
-            kind = "intervals"
+            kind = "causal" if mask.is_causal else "intervals"
         elif isinstance(mask, Dense):
             kind = "bool" if mask.values.dtype == torch.bool else "float"
         features = {
@@ -42,18 +53,19 @@ class Call:
             "empty_rows='uniform'": uniform,
             "return_lse": return_lse,
             "a bias with a gradient": problem.bias is not None and problem.bias.requires_grad,
-            "an empty batch or no keys": not problem.q.numel() or not problem.num_keys,
+            "a bias wider than q": kind == "float" and mask is not None and _is_wider(mask, q),
+            "an empty batch or no keys": not q.numel() or not problem.num_keys,
         }
+        operands = (q, *(x for segment in problem.segments for x in segment))
         return cls(
-            batch,
-            num_queries,
+            q.shape[1],
             problem.num_keys,
-            num_heads,
-            num_heads // problem.num_groups,
-            head_dim,
-            problem.q.dtype,
-            problem.q.device.type,
+            problem.num_groups,
+            q.shape[3],
+            q.dtype,
+            architecture(q.device) if q.is_cuda else 0,
             kind,
+            torch.is_grad_enabled() and any(x.requires_grad for x in operands),
             frozenset(name for name, wanted in features.items() if wanted),
         )
 
@@ -61,53 +73,62 @@ class Call:
 def pick(call: Call, backend: str | None) -> str:
     """The backend that is asked for, if it serves the call, or the fastest that does."""
     if backend is None:
-        return "sdpa" if _sdpa_is_faster(call) else "mmkernels"
-    require("attention", backend in REFUSALS, "backend must be one of {}, got {!r}", tuple(REFUSALS), backend)
-    refusal = REFUSALS[backend](call)
+        return next((name for name in _faster(call) if refusal(name, call) is None), OURS)
+    require("attention", backend in NAMES, "backend must be one of {}, got {!r}", NAMES, backend)
+    reason = refusal(backend, call)
     require(
         "attention",
-        refusal is None,
+        reason is None,
         "backend must be one that serves the call, got {!r}, which does not: {}",
         backend,
-        refusal,
+        reason,
     )
     return backend
 
 
-def run_backend(name: str, problem: Problem, mask: Mask | None) -> Tensor:
+def refusal(name: str, call: Call) -> str | None:
+    """Why the backend does not serve the call; None where it does."""
+    if name == OURS:
+        return None
+    library = LIBRARIES[name]
+    lacking = sorted(call.features - library.features)
+    limits = {
+        f"it has no {', '.join(lacking)}": bool(lacking),
+        f"it has no {call.mask} mask": call.mask not in library.masks and call.mask != "intervals",
+        "it would store the mask as a matrix; mmkernels.masks.dense(mask.to_dense()) does": (
+            call.mask not in library.masks and call.mask == "intervals"
+        ),
+        "its causal mask needs as many queries as keys": (
+            call.mask == "causal" and not library.is_bottom_right and call.num_queries != call.num_keys
+        ),
+        f"it has no {call.dtype}": call.dtype not in library.dtypes,
+        f"K must be a multiple of {library.multiple} up to {library.max_head_dim}": (
+            call.head_dim % library.multiple > 0 or call.head_dim > library.max_head_dim
+        ),
+        "it has no groups of heads": call.num_groups > 1 and not library.has_groups,
+        "it needs a GPU" + (f" of sm_{library.only}" if library.only else ""): (
+            library.only is not None and call.architecture not in library.only
+        ),
+    }
+    reason = next((reason for reason, applies in limits.items() if applies), None)
+    return library.missing() if reason is None else reason
+
+
+def run_backend(name: str, problem: Problem, call: Call) -> Tensor:
     """`[B, Lq, H, K]` of a call that `pick` gave to the library."""
-    return RUN[name](problem, mask)
+    return LIBRARIES[name].run(problem, call.mask == "causal")
 
 
-def _sdpa_is_faster(call: Call) -> bool:
-    return call.mask == "none" and _refused_by_sdpa(call) is None
+def _is_wider(mask: Mask, x: Tensor) -> bool:
+    return isinstance(mask, Dense) and mask.values.element_size() > x.element_size()
 
 
-def _refused_by_sdpa(call: Call) -> str | None:
-    lacking = call.features - {"a bias with a gradient"}
-    if lacking:
-        return f"it has no {', '.join(sorted(lacking))}"
-    if call.mask == "intervals":
-        return "it would store the mask as a matrix; mmkernels.masks.dense(mask.to_dense()) does"
-    return None
-
-
-def _run_sdpa(problem: Problem, mask: Mask | None) -> Tensor:
-    (k, v), *_ = problem.segments
-    values = None if mask is None else mask.to_dense()
-    if values is not None and values.dtype != torch.bool:
-        values = values.to(problem.q.dtype)
-    out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (problem.q, k, v)),
-        attn_mask=values,
-        scale=problem.scale,
-        enable_gqa=problem.num_groups > 1,
-    )
-    return out.transpose(1, 2)
-
-
-REFUSALS: Mapping[str, Callable[[Call], str | None]] = {
-    "mmkernels": lambda call: None,
-    "sdpa": _refused_by_sdpa,
-}
-RUN: Mapping[str, Callable[[Problem, Mask | None], Tensor]] = {"sdpa": _run_sdpa}
+def _faster(call: Call) -> Sequence[str]:
+    """Libraries that beat ours on the call, wherever they serve it, the fastest first."""
+    if call.architecture == 0:
+        # for a gradient of the bias it would store the weights
+        wants_bias = "a bias with a gradient" in call.features
+        return ("sdpa",) if call.mask != "intervals" and not wants_bias else ()
+    if call.mask not in ("none", "causal") or call.num_queries <= FEW_QUERIES:
+        return ()
+    return WITH_GRADIENT[call.architecture] if call.has_gradient else ("sdpa",)

@@ -54,8 +54,8 @@ class Grads(NamedTuple):
 def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
     """The result `[B, Lq, H, K]`, and the log-sum-exps `[B, H, Lq]`."""
     q, dtype = problem.q, accumulator(problem.q.dtype)
-    out = q.new_zeros(q.shape)
-    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
     fused = _is_fused(problem)
     if _is_widened(problem, fused):
         problem = problem.widened()
@@ -64,9 +64,8 @@ def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
         for piece in pieces:
             found = (_fused_forward if fused else _tile_forward)(problem, piece)
             part = found if part is None else _combined(part, found)
-        if part is not None:
-            out[batch, rows] = part.out.transpose(1, 2).to(out.dtype)
-            lse[batch, :, rows] = part.lse
+        out[batch, rows] = 0 if part is None else part.out.transpose(1, 2)
+        lse[batch, :, rows] = -torch.inf if part is None else part.lse
     return out, lse
 
 
@@ -118,11 +117,11 @@ def _has_float(problem: Problem) -> bool:
 def _limits(problem: Problem, fused: bool) -> Limits:
     num_queries, num_heads = problem.q.shape[1:3]
     if fused:
-        is_masked = problem.bias is not None or problem.alibi_slopes is not None or bool(problem.ends)
-        return Limits(UNBOUNDED, MASKED_ROWS if is_masked else UNBOUNDED, UNBOUNDED)
+        rows = UNBOUNDED if problem.alibi_slopes is None else MASKED_ROWS
+        return Limits(UNBOUNDED, rows, MASKED_ROWS, UNBOUNDED)
     cols = min(TILE_COLS, max(problem.num_keys, 1))
     rows = min(TILE_ROWS, max(num_queries, 1), max(TILE_WEIGHTS // (num_heads * cols), 16))
-    return Limits(max(TILE_WEIGHTS // (num_heads * rows * cols), 1), rows, cols)
+    return Limits(max(TILE_WEIGHTS // (num_heads * rows * cols), 1), rows, rows, cols)
 
 
 def _views(problem: Problem, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,10 +158,15 @@ def _fused_forward(problem: Problem, piece: Piece) -> Part:
 
 def _fused_backward(problem: Problem, piece: Piece, row: Rows) -> Grads:
     bias, causal = _fused_bias(problem, piece), piece.kind == "causal"
+    q, k, v = _views(problem, piece)
+    num_heads = k.shape[1]
+    if k.shape[0] * num_heads == 1:
+        # ATen gives each thread key heads of its own
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     dq, dk, dv = FUSED_BACKWARD(
-        row.d_out, *_views(problem, piece), row.out, row.lse, 0.0, causal, attn_mask=bias, scale=problem.scale
+        row.d_out, q, k, v, row.out, row.lse, 0.0, causal, attn_mask=bias, scale=problem.scale
     )
-    return Grads(dq, dk, dv, None)
+    return Grads(dq, _group_sum(dk, num_heads), _group_sum(dv, num_heads), None)
 
 
 def _logits(problem: Problem, piece: Piece, q: Tensor, k: Tensor) -> Tensor:

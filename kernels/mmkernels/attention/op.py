@@ -108,8 +108,9 @@ def attention(
         empty_rows: what a query that sees nothing gets: "zero", or "uniform", the mean of all values, as models
             that add a large negative number to the logits have it.
         return_lse: also return the log-sum-exp of each row's logits, differentiable; -inf for an empty row.
-        backend: "mmkernels", "sdpa", "flash_attn" or "xformers"; None picks by shape, mask, dtype, device and
-            what is installed.
+        backend: who computes it: "mmkernels", "sdpa" (torch chooses), "sdpa_flash", "sdpa_cudnn",
+            "sdpa_efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4" or "xformers"; None picks by shape,
+            mask, dtype, device and what is installed, on a GPU none whose backward adds in no fixed order.
 
     Returns:
         `[B, Lq, H, K]` in the dtype of `q`, accumulated in float32 (float64 for float64); with `return_lse` also
@@ -163,7 +164,7 @@ def attention(
         out = out.to(q.dtype)
         lse = lse if empty is None else lse.masked_fill(empty, -torch.inf)
     else:
-        out, lse = run_backend(name, problem, mask), q.new_empty(0)
+        out, lse = run_backend(name, problem, call), q.new_empty(0)
     if gate is not None:
         out = out * gate.to(out.dtype).tanh().reshape(-1, 1)
     return (out, lse) if return_lse else out

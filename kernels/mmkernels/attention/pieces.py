@@ -30,10 +30,11 @@ class Piece:
 
 
 class Limits(NamedTuple):
-    """What a piece has at most."""
+    """What a piece has at most; beside one for which a mask has to be made, `masked_rows`."""
 
     batches: int
     rows: int
+    masked_rows: int
     cols: int
 
 
@@ -42,19 +43,24 @@ def blocks(problem: Problem, limits: Limits) -> Iterator[tuple[slice, slice, lis
     batch, num_queries = problem.q.shape[:2]
     if not problem.ends:
         kind = "masked" if problem.bias is not None else "full"
+        most = limits.rows if problem.bias is None else limits.masked_rows
         for batches in _cut(0, batch, limits.batches):
-            for rows in _cut(0, num_queries, limits.rows):
+            for rows in _cut(0, num_queries, most):
                 yield batches, rows, _of_cols(problem, batches, rows, 0, problem.num_keys, kind, limits.cols)
         return
     ends = torch.stack([x.expand(problem.ends[0].shape) for x in problem.ends]).cpu()  # [2 or 4, B or 1, Lq]
     shared = ends.shape[1] == 1
     for batches in _cut(0, batch, limits.batches if shared else 1):
         of_batch = ends[:, 0 if shared else batches.start]
-        for rows in _row_blocks(of_batch, limits.rows):
-            pieces = []
-            for first, last, kind in _col_blocks(of_batch[:, rows]):
-                pieces += _of_cols(problem, batches, rows, first, last, kind, limits.cols)
-            yield batches, rows, pieces
+        for run in _row_runs(of_batch):
+            pieces = _of_rows(problem, batches, run, of_batch, limits.cols)
+            has_mask = any(piece.kind == "masked" for piece in pieces)
+            most = limits.masked_rows if has_mask else limits.rows
+            if run.stop - run.start <= most:
+                yield batches, run, pieces
+                continue
+            for rows in _cut(run.start, run.stop, most):
+                yield batches, rows, _of_rows(problem, batches, rows, of_batch, limits.cols)
 
 
 def bias_of(problem: Problem, piece: Piece) -> Tensor | None:
@@ -85,8 +91,8 @@ def _cut(first: int, last: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + most, last))
 
 
-def _row_blocks(ends: Tensor, max_rows: int) -> Iterator[slice]:
-    """Blocks of rows, cut where an interval jumps, or begins to grow from row to row, or ceases to."""
+def _row_runs(ends: Tensor) -> Iterator[slice]:
+    """Runs of rows, cut where an interval jumps, or begins to grow from row to row, or ceases to."""
     steps = ends.diff(dim=1)
     smooth = (steps == 0) | (steps == 1)
     some = (ends[0::2] < ends[1::2]).any(0)
@@ -97,7 +103,7 @@ def _row_blocks(ends: Tensor, max_rows: int) -> Iterator[slice]:
     num_rows, start = ends.shape[1], 0
     for cut in [*changes.nonzero()[:, 0].tolist(), num_rows]:
         if cut - start >= MIN_ROWS or cut == num_rows:
-            yield from _cut(start, cut, max_rows)
+            yield slice(start, cut)
             start = cut
 
 
@@ -130,6 +136,13 @@ def _interval_blocks(lo: Tensor, hi: Tensor, first: int, last: int) -> Iterator[
         (common_last, last, last_kind),
     )
     yield from (edge for edge in edges if edge[0] < edge[1])
+
+
+def _of_rows(problem: Problem, batch: slice, rows: slice, ends: Tensor, max_cols: int) -> list[Piece]:
+    pieces = []
+    for first, last, kind in _col_blocks(ends[:, rows]):
+        pieces += _of_cols(problem, batch, rows, first, last, kind, max_cols)
+    return pieces
 
 
 def _of_cols(

@@ -110,6 +110,7 @@ def _call(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     is_causal: bool = False,
+    backend: str = "mmkernels",
     **options: Any,
 ) -> Any:
     """`fn` with the mask and the pairs that the tensors stand for."""
@@ -123,7 +124,7 @@ def _call(
         mask = causal(q.shape[1], num_keys, device=q.device)
     keys = (k, v) if k2 is None else ((k, k2), (v, v2))
     norm = None if q_weight is None or k_weight is None else QKNorm(q_weight, k_weight)
-    result = fn(q, *keys, mask=mask, qk_norm=norm, backend="mmkernels", **options)
+    result = fn(q, *keys, mask=mask, qk_norm=norm, backend=backend, **options)
     if not options.get("return_lse"):
         return result
     out, lse = result

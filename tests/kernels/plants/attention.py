@@ -5,7 +5,7 @@ from mmkernels.attention.spec import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, P
 from tests.kernels.plants.plant import Plants
 
 BLOCKWISE = {
-    "unwritten rows": ("out[batch, rows] = part.out", "out[batch, rows] = 0 * part.out"),
+    "unwritten rows": ("else part.out.transpose", "else 0 * part.out.transpose"),
     "log-sum-exp of the first piece alone": ("lse = torch.logaddexp(one.lse, other.lse)", "lse = one.lse"),
     "pieces added without their weights": ("for part in (one, other))\n", "for part in (one, one))\n"),
     "wrong factor on dq": ("dq = _product(d_logits, k).mul_(", "dq = _product(d_logits, k).mul_(1.001 * "),

@@ -1,0 +1,67 @@
+"""Self-attention, and what every attention module checks."""
+
+from torch import Tensor, nn
+
+from mmcore.ops import attention, masks, require
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(Q K^T / sqrt(K)) V, with one fused projection (arXiv:1706.03762).
+
+    `qkv` holds the rows of q, then k, then v: the order of torch's and open_clip's `in_proj_weight`.
+
+    Args:
+        width: D, a multiple of `num_heads`.
+        is_causal: each token sees itself and those before it.
+        dropout: share of the attention weights that training drops, from 0, below 1.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, is_causal: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        divides = num_heads >= 1 and width % num_heads == 0
+        require("Attention", divides, "num_heads must divide width {}, got {}", width, num_heads)
+        check_dropout("Attention", dropout)
+        self.num_heads = num_heads
+        self.is_causal = is_causal
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: masks.Mask | None = None) -> Tensor:
+        """Attention among the tokens of a row.
+
+        Args:
+            x: [B, T, D].
+            mask: of `mmkernels.masks`, for T queries and T keys; with `is_causal` it narrows the causal one, and
+                must be intervals (`masks.lengths` for padding). A token that sees nothing gets `out`'s bias.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            ValueError: a wrong shape or mask.
+        """
+        check_tokens("Attention", "x", x, self.qkv.in_features)
+        if self.is_causal:
+            mask = self._causal(x, mask)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, T, H, K]
+        y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.flatten(2))
+
+    @staticmethod
+    def _causal(x: Tensor, mask: masks.Mask | None) -> masks.Intervals:
+        causal = masks.causal(x.shape[1], device=x.device)
+        if mask is None:
+            return causal
+        if isinstance(mask, masks.Dense):
+            raise ValueError("Attention: mask must be intervals where is_causal, got a dense one")
+        return causal & mask
+
+
+def check_tokens(op: str, name: str, x: Tensor, width: int) -> None:
+    fits = x.ndim == 3 and x.shape[2] == width
+    require(op, fits, "{} must be [B, L, {}], got shape {}", name, width, list(x.shape))
+
+
+def check_dropout(op: str, dropout: float) -> None:
+    require(op, 0 <= dropout < 1, "dropout must be from 0, below 1, got {}", dropout)

@@ -1,0 +1,138 @@
+"""Attention to the states of an encoder, whose keys and values can be computed once for many calls and layers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcore.nn.attention import check_dropout, check_tokens
+from mmcore.ops import attention, masks, require
+
+
+class KeyValues(NamedTuple):
+    """Projected states."""
+
+    k: Tensor  # [B, Lk, Hkv, K]
+    v: Tensor  # [B, Lk, Hkv, K]
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head; autocast leaves the weight in float32, and torch's fused kernel wants one dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, H, K] to [B, L, H, K]."""
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to an encoder's states, softmax(Q K^T / sqrt(K)) V (arXiv:1706.03762).
+
+    `kv` holds the rows of k, then v, each head by head.
+
+    Args:
+        width: D of the tokens.
+        key_width: D of the states; None = `width`.
+        head_dim: K; None = `width / num_heads`.
+        num_key_heads: Hkv, divides `num_heads` (grouped-query attention); None = `num_heads`.
+        qk_norm: RMSNorm of each head's q and k, as Llama-3.2-Vision.
+        bias: of all projections.
+        dropout: share of the attention weights that training drops, from 0, below 1.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        key_width: int | None = None,
+        head_dim: int | None = None,
+        num_key_heads: int | None = None,
+        qk_norm: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        op = "CrossAttention"
+        divides = num_heads >= 1 and (head_dim is not None or width % num_heads == 0)
+        require(op, divides, "num_heads must divide width {}, got {}", width, num_heads)
+        head_dim = width // num_heads if head_dim is None else head_dim
+        key_heads = num_heads if num_key_heads is None else num_key_heads
+        divides = key_heads >= 1 and num_heads % key_heads == 0
+        require(op, divides, "num_key_heads must divide num_heads {}, got {}", num_heads, key_heads)
+        check_dropout(op, dropout)
+        self.num_heads = num_heads
+        self.num_key_heads = key_heads
+        self.dropout = dropout
+        self.q = nn.Linear(width, num_heads * head_dim, bias=bias)
+        self.kv = nn.Linear(width if key_width is None else key_width, 2 * key_heads * head_dim, bias=bias)
+        self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
+        self.q_norm = HeadNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        states: Tensor | KeyValues | tuple[KeyValues, KeyValues],
+        mask: masks.Mask | None = None,
+    ) -> Tensor:
+        """What each token reads from the states.
+
+        Args:
+            x: [B, Lq, D], or [1, Lq, D] for tokens that all rows share.
+            states: [B, Lk, D_k], or the `keys_values` of them, a pair of which stands for their concatenation.
+            mask: of `mmkernels.masks`, for Lq queries and Lk keys. A token that sees nothing gets `out`'s bias.
+
+        Returns:
+            [B, Lq, D].
+
+        Raises:
+            ValueError: a wrong shape or mask.
+        """
+        check_tokens("CrossAttention", "x", x, self.q.in_features)
+        if isinstance(states, Tensor):
+            states = self.keys_values(states)
+        if isinstance(states, KeyValues):
+            k, v = states
+        else:
+            (k1, v1), (k2, v2) = states
+            k, v = (k1, k2), (v1, v2)
+        q = self.q_norm(self.q(x).unflatten(2, (self.num_heads, -1)))  # [B, Lq, H, K]
+        y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.flatten(2))
+
+    def keys_values(self, states: Tensor) -> KeyValues:
+        """The keys, normed, and the values of states `[B, Lk, D_k]`, for as many calls as read them."""
+        check_tokens("CrossAttention", "states", states, self.kv.in_features)
+        return self.split_heads(self.kv(states))
+
+    def split_heads(self, kv: Tensor) -> KeyValues:
+        """`[B, Lk, 2 Hkv K]`, as `kv` projects the states, to keys, normed, and values."""
+        k, v = kv.unflatten(2, (2, self.num_key_heads, -1)).unbind(2)
+        return KeyValues(self.k_norm(k), v)
+
+
+def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list[KeyValues]:
+    """`[layer.keys_values(states) for layer in layers]`, with one matrix product for all layers.
+
+    For a GPU that one layer's product leaves idle; on a CPU the copy of all weights into one matrix costs more than
+    it saves. The weights are read outside the forward of their layers: ZeRO-3 must be told to gather them.
+
+    Args:
+        states: [B, Lk, D_k].
+        layers: at least one, all of the same `key_width` and `bias`.
+
+    Raises:
+        ValueError: a wrong shape; layers that differ.
+    """
+    op = "shared_keys_values"
+    projections = [layer.kv for layer in layers]
+    kinds = {(kv.in_features, kv.bias is not None) for kv in projections}
+    alike = len(kinds) == 1
+    require(op, alike, "layers must be of one key_width and bias, got {}", sorted(kinds))
+    check_tokens(op, "states", states, projections[0].in_features)
+    weight = torch.cat([kv.weight for kv in projections])
+    bias = None if projections[0].bias is None else torch.cat([kv.bias for kv in projections])
+    parts = F.linear(states, weight, bias).split([kv.out_features for kv in projections], 2)
+    return [layer.split_heads(kv) for layer, kv in zip(layers, parts, strict=True)]

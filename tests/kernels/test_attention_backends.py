@@ -1,0 +1,294 @@
+"""Who computes an attention call, and that each who may is held to the same contract."""
+
+import sys
+from dataclasses import replace
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmkernels import attention, attention_ref, masks
+from mmkernels._contract import check
+from mmkernels._device import INTERPRETED
+from mmkernels._spec import OpSpec
+from mmkernels.attention import backends, libraries, op
+from mmkernels.attention.backends import NAMES, Call, pick, refusal
+from mmkernels.attention.libraries import LIBRARIES
+from mmkernels.attention.spec import BIAS, CAUSAL, DENSE, PLAIN
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel of ours runs here")
+
+CALL = Call(
+    num_queries=2048,
+    num_keys=2048,
+    num_groups=1,
+    head_dim=64,
+    dtype=torch.bfloat16,
+    architecture=90,
+    mask="none",
+    has_gradient=False,
+    features=frozenset(),
+)
+CPU = replace(CALL, architecture=0, dtype=torch.float32)
+TRAINED = replace(CALL, has_gradient=True)
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, slopes: Tensor | None = None) -> Any:
+    mask = masks.causal(q.shape[1], k.shape[1]) if causal else None
+    return attention_ref(q, k, v, mask=mask, scale=scale, alibi_slopes=slopes)
+
+
+def flash_attn_2(  # flash-attn 2.8.3
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    assert deterministic and dropout_p == 0.0
+    assert alibi_slopes is None or alibi_slopes.dtype == torch.float32
+    return _math(q, k, v, softmax_scale, causal, alibi_slopes)
+
+
+def flash_attn_3(  # flash-attn's hopper folder, August 2026
+    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+    sm_margin=0, return_attn_probs=False,
+):  # fmt: skip
+    assert deterministic
+    return _math(q, k, v, softmax_scale, causal)
+
+
+def flash_attn_4(  # flash-attn-4, August 2026
+    q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
+    learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
+    score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
+    block_sparse_tensors_bwd=None, return_lse=False,
+):  # fmt: skip
+    assert deterministic
+    return _math(q, k, v, softmax_scale, causal), None
+
+
+class LowerTriangularFromBottomRightMask:
+    pass
+
+
+def memory_efficient_attention(  # xformers 0.0.35
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+):
+    assert p == 0.0 and query.shape[2] == key.shape[2]
+    return _math(query, key, value, scale, isinstance(attn_bias, LowerTriangularFromBottomRightMask))
+
+
+# what is not installed, with the signatures of the releases named
+FAKES: dict[str, dict[str, Any]] = {
+    "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn_2},
+    "flash_attn_interface": {"flash_attn_func": flash_attn_3},
+    "flash_attn.cute": {"flash_attn_func": flash_attn_4},
+    "xformers.ops": {
+        "memory_efficient_attention": memory_efficient_attention,
+        "fmha": SimpleNamespace(
+            attn_bias=SimpleNamespace(LowerTriangularFromBottomRightMask=LowerTriangularFromBottomRightMask)
+        ),
+    },
+}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All libraries, as fakes that run anywhere in any dtype."""
+    found = {}
+    for name, members in FAKES.items():
+        found[name] = ModuleType(name)
+        vars(found[name]).update(members)
+    monkeypatch.setattr(libraries, "_FOUND", found)
+    anywhere = {
+        name: replace(library, only=None, dtypes=libraries.SINGLE) if library.module else library
+        for name, library in LIBRARIES.items()
+    }
+    monkeypatch.setattr(backends, "LIBRARIES", anywhere)
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "_FOUND", {})
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
+
+
+def asking(spec: OpSpec, backend: str) -> OpSpec:
+    return replace(spec, op=partial(spec.op, backend=backend))
+
+
+SHAPE = {"B": 2, "H": 2, "Hkv": 2, "Lq": 33, "Lk": 65, "K": 16}
+SQUARE = SHAPE | {"Lq": 65}
+
+
+def square_causal(spec: OpSpec) -> OpSpec:
+    """The causal variant without its slopes."""
+
+    def make_inputs(*arguments: Any) -> dict[str, Any]:
+        return {n: x for n, x in spec.make_inputs(*arguments).items() if n != "alibi_slopes"}
+
+    return replace(spec, name="attention[square causal]", make_inputs=make_inputs)
+
+
+class TestEachIsHeldToTheContract:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("spec", [PLAIN, square_causal(CAUSAL), DENSE, BIAS], ids=lambda spec: spec.name)
+    def test_torchs_own(self, spec: OpSpec, dtype: torch.dtype) -> None:
+        check(asking(spec, "sdpa"), SQUARE, "random", dtype, seeds=range(4))
+
+    @pytest.mark.parametrize("name", [name for name in NAMES if name[:4] in ("flas", "xfor")])
+    def test_those_of_others_by_their_signatures(self, name: str, installed: None) -> None:
+        for spec in (PLAIN, square_causal(CAUSAL)):
+            check(asking(spec, name), SHAPE, "random", torch.float32, seeds=range(2))
+
+    def test_slopes_are_flash_attn_2s_too(self, installed: None) -> None:
+        check(asking(CAUSAL, "flash_attn_2"), SHAPE, "random", torch.float32, seeds=range(2))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("mmkernels", "sdpa")])
+    def test_those_that_this_gpu_has(self, name: str) -> None:
+        major = torch.cuda.get_device_capability()[0]
+        call = replace(CALL, architecture=80 if major <= 8 else 90 if major == 9 else 100)
+        if (reason := refusal(name, call)) is not None:
+            pytest.skip(reason)
+        shape = SQUARE | {"K": 64}
+        for spec in (PLAIN, square_causal(CAUSAL)):
+            check(asking(spec, name), shape, "random", torch.bfloat16, "cuda", seeds=range(4))
+
+
+class TestWhoIsPicked:
+    @pytest.mark.parametrize(
+        ("call", "expected"),
+        [
+            (CPU, "sdpa"),
+            (replace(CPU, mask="bool"), "sdpa"),
+            (replace(CPU, mask="float"), "sdpa"),
+            (replace(CPU, mask="float", features=frozenset({"a bias with a gradient"})), "mmkernels"),
+            (replace(CPU, mask="float", features=frozenset({"a bias wider than q"})), "mmkernels"),
+            (replace(CPU, mask="causal"), "sdpa"),
+            (replace(CPU, mask="causal", num_keys=4096), "mmkernels"),
+            (replace(CPU, mask="intervals"), "mmkernels"),
+            (replace(CPU, features=frozenset({"dropout_p"})), "mmkernels"),
+            (replace(CPU, features=frozenset({"return_lse"})), "mmkernels"),
+            (CALL, "sdpa"),
+            (replace(CALL, mask="causal"), "sdpa"),
+            (replace(CALL, mask="causal", num_keys=4096), "mmkernels"),
+            (replace(CALL, num_queries=32), "mmkernels"),
+            (replace(CALL, mask="intervals"), "mmkernels"),
+            (replace(CALL, mask="bool"), "mmkernels"),
+            (TRAINED, "mmkernels"),
+        ],
+        ids=repr,
+    )
+    def test_alone(self, call: Call, expected: str, nothing_installed: None) -> None:
+        assert pick(call, None) == expected
+
+    @pytest.mark.parametrize(
+        ("architecture", "expected"), [(80, "flash_attn_2"), (90, "flash_attn_3"), (100, "flash_attn_4")]
+    )
+    def test_for_a_gradient_the_flash_attention_of_the_gpu(
+        self, architecture: int, expected: str, installed: None
+    ) -> None:
+        assert pick(replace(TRAINED, architecture=architecture), None) == expected
+        assert pick(replace(TRAINED, architecture=architecture, mask="bool"), None) == "mmkernels"
+
+    def test_of_the_tensors_of_a_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = []
+        monkeypatch.setattr(op, "pick", lambda call, name: found.append(call) or pick(call, name))
+        q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 7, 2, 8)
+        attention(q, k, k, mask=masks.causal(5, 7), dropout_p=0.5)
+        attention(q.detach(), (k, k), (k, k), mask=masks.lengths(torch.tensor([3, 4]), 5, 14))
+        with torch.no_grad():
+            attention(q, k, k, mask=masks.dense(torch.zeros(5, 7)), return_lse=True)
+        attention(q[:, :0], k, k, mask=masks.dense(torch.ones(1, 7, dtype=torch.bool)), empty_rows="uniform")
+        first = Call(5, 7, 2, 8, torch.float32, 0, "causal", True, frozenset({"dropout_p"}))
+        assert found == [
+            first,
+            replace(
+                first,
+                num_keys=14,
+                mask="intervals",
+                has_gradient=False,
+                features=frozenset({"two segments of keys"}),
+            ),
+            replace(first, mask="float", has_gradient=False, features=frozenset({"return_lse"})),
+            replace(
+                first,
+                num_queries=0,
+                mask="bool",
+                features=frozenset({"empty_rows='uniform'", "an empty batch or no keys"}),
+            ),
+        ]
+
+    def test_a_mask_that_is_narrowed_is_not_causal(self) -> None:
+        both = masks.causal(5) & masks.lengths(torch.tensor([3]), 5, 5)
+        assert masks.causal(5).is_causal and masks.causal(5).to("cpu").is_causal and not both.is_causal
+
+
+REFUSED = {
+    "slopes": ("sdpa", replace(CPU, features=frozenset({"alibi_slopes"})), "it has no alibi_slopes"),
+    "two things": (
+        "flash_attn_2",
+        replace(CALL, features=frozenset({"return_lse", "dropout_p"})),
+        "it has no dropout_p, return_lse",
+    ),
+    "intervals": ("sdpa", replace(CPU, mask="intervals"), "it would store the mask as a matrix"),
+    "bool": ("flash_attn_3", replace(CALL, mask="bool"), "it has no bool mask"),
+    "a mask of cuDNN": ("sdpa_cudnn", replace(CALL, mask="bool"), "it has no bool mask"),
+    "lengths": (
+        "sdpa",
+        replace(CPU, mask="causal", num_keys=9),
+        "its causal mask needs as many queries as keys",
+    ),
+    "dtype": ("flash_attn_2", replace(CALL, dtype=torch.float32), "it has no torch.float32"),
+    "head dim": ("sdpa_cudnn", replace(CALL, head_dim=160), "K must be a multiple of 8 up to 128"),
+    "odd head dim": ("flash_attn_3", replace(CALL, head_dim=36), "K must be a multiple of 8 up to 256"),
+    "groups": ("xformers", replace(CALL, num_groups=2), "it has no groups of heads"),
+    "a CPU": ("sdpa_flash", replace(CALL, architecture=0), r"it needs a GPU of sm_\(80, 90, 100\)"),
+    "another GPU": ("flash_attn_3", replace(CALL, architecture=80), r"it needs a GPU of sm_\(90,\)"),
+    "nothing there": ("flash_attn_2", CALL, "flash_attn is not installed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_backend_that_cannot_serve_says_why(case: str, nothing_installed: None) -> None:
+    name, call, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=f"^attention: backend must be .*, got '{name}', .*: {reason}"):
+        pick(call, name)
+
+
+def test_an_installation_that_is_broken_is_warned_of_once_and_not_picked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c104')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(libraries, "_FOUND", {})
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    call = replace(TRAINED, architecture=80)
+    with pytest.warns(UserWarning, match="cannot be imported: undefined symbol"):
+        assert pick(call, None) == "mmkernels"
+    assert pick(call, None) == "mmkernels"
+    with pytest.raises(ValueError, match="cannot be imported: undefined symbol: _ZN3c104"):
+        pick(call, "flash_attn_2")
+
+
+def test_a_part_that_a_release_lacks_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(libraries, "_FOUND", {})
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert refusal("flash_attn_4", CALL) == "flash_attn.cute is not installed"
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_attn_2"])
+def test_a_library_compiles_into_the_one_graph(name: str, installed: None) -> None:
+    q, k, v = (torch.randn(2, 9, 2, 8) for _ in range(3))
+    torch._dynamo.reset()
+    call = partial(attention, backend=name)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), call(q, k, v))
