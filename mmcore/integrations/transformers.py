@@ -123,8 +123,7 @@ def attention_mask(**request: Any) -> Tensor | None:
     found = None if is_compiling() else _intervals(**request)
     if found is None:
         return eager_mask(**request)
-    num_seen = torch.stack([hi - lo for lo, hi in found.pairs]).sum(0)
-    fewest, _ = num_seen.aminmax()
+    fewest = int(torch.stack([hi - lo for lo, hi in found.pairs]).sum(0).min())
     may_skip = request.get("allow_is_causal_skip", True) or request.get("allow_is_bidirectional_skip", False)
     if may_skip and fewest == found.num_keys:
         return None
@@ -135,26 +134,30 @@ def attention_mask(**request: Any) -> Tensor | None:
 def _intervals(
     q_length: int,
     kv_length: int,
-    mask_function: Callable,
-    attention_mask: Tensor | None,
     q_offset: int | Tensor,
     kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None,
     device: torch.device,
     **_: object,
 ) -> masks.Intervals | None:
     """The pattern and the padding, if the pattern is plain and the padding of each sample at most two runs."""
-    if mask_function is causal_mask_function:
-        first = q_offset - kv_offset + 1
-    elif mask_function is bidirectional_mask_function:
-        first = kv_length
-    else:
+    if mask_function is bidirectional_mask_function:
+        pattern = masks.lengths(torch.full((1,), kv_length, device=device), q_length, kv_length)
+    elif mask_function is not causal_mask_function:
         return None
-    hi = (torch.arange(q_length, device=device)[None] + first).clamp(0, kv_length)
-    pattern = masks.intervals(kv_length, torch.zeros_like(hi), hi)
+    elif q_offset + q_length == kv_offset + kv_length:
+        pattern = masks.causal(q_length, kv_length, device=device)
+    else:
+        # keys of a static cache that are yet to come
+        hi = (torch.arange(1, q_length + 1, device=device)[None] + q_offset - kv_offset).clamp(0, kv_length)
+        pattern = masks.intervals(kv_length, torch.zeros_like(hi), hi)
     if attention_mask is None:
         return pattern
     missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
     keys = F.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
+    if keys.all():
+        return pattern
     runs = masks.from_dense(keys[:, None, None])
     if not isinstance(runs, masks.Intervals):
         return None

@@ -45,7 +45,7 @@ def test_a_mask_holds_what_eagers_does(data: st.DataObject) -> None:
         assert mask.dtype == expected.dtype and torch.equal(mask + 0, expected)
 
 
-def plain(num_queries: int, num_keys: int, **options: Tensor) -> Tensor:
+def plain(num_queries: int, num_keys: int, keys: Tensor | None = None) -> Tensor:
     mask = attention_mask(
         batch_size=2,
         q_length=num_queries,
@@ -53,7 +53,7 @@ def plain(num_queries: int, num_keys: int, **options: Tensor) -> Tensor:
         q_offset=num_keys - num_queries,
         kv_offset=0,
         mask_function=causal_mask_function,
-        attention_mask=options.get("attention_mask"),
+        attention_mask=keys,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -62,11 +62,18 @@ def plain(num_queries: int, num_keys: int, **options: Tensor) -> Tensor:
 
 
 def test_a_causal_mask_with_padding_stores_two_ends_a_query() -> None:
-    mask = plain(1000, 4000, attention_mask=torch.arange(4000)[None].expand(2, -1) > 5)
+    mask = plain(1000, 4000, torch.arange(4000)[None].expand(2, -1) > 5)
     assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
     ends = [x for pair in mask.seen.mask.pairs for x in pair]
     assert sum(x.numel() for x in ends) == 2 * 2 * 1000
     assert mask.data_ptr() == 0  # it has no matrix
+
+
+def test_a_causal_mask_without_padding_keeps_its_name_for_the_libraries_that_know_it() -> None:
+    for keys in (None, torch.ones(2, 5, dtype=torch.bool)):
+        mask = plain(3, 5, keys)
+        assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
+        assert mask.seen.mask.is_causal and mask.seen.empty_rows == "zero"
 
 
 def test_whatever_is_done_to_a_mask_is_done_to_its_matrix() -> None:

@@ -66,13 +66,11 @@ def run(case: Case, attn: str) -> Result:
     return [x.detach() for x in outputs], copy.deepcopy(grads)
 
 
-def in_double(case: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
-    """The same in float64; eager's softmax too, which is float32 in most models."""
-    softmax = F.softmax
-    monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
-    case.model.double()
-    floats = {k: v.double() for k, v in case.inputs.items() if torch.is_tensor(v) and v.is_floating_point()}
-    return Case(case.model, case.inputs | floats, case.outputs, case.rows)
+def cast(case: Case, dtype: torch.dtype) -> Case:
+    """The same in another dtype, floating-point inputs too."""
+    model: Any = case.model
+    floats = {k: v.to(dtype) for k, v in case.inputs.items() if torch.is_tensor(v) and v.is_floating_point()}
+    return Case(model.to(dtype), case.inputs | floats, case.outputs, case.rows)
 
 
 def assert_equal(ours: Result, theirs: Result, tolerance: float) -> None:
@@ -90,9 +88,28 @@ def assert_equal(ours: Result, theirs: Result, tolerance: float) -> None:
 def test_outputs_and_gradients_of_all_parameters_equal_eagers(
     name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = CASES[name]()
-    case = in_double(case, monkeypatch) if dtype == torch.float64 else case
+    softmax = F.softmax
+    if dtype == torch.float64:  # eager's softmax too, which is float32 in most models
+        monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
+    case = cast(CASES[name](), dtype)
     assert_equal(run(case, "mmkernels"), run(case, "eager"), tolerance)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_by_autocast_or_in_the_weights_is_as_close_as_eager(name: str, weights: torch.dtype) -> None:
+    case = CASES[name]()
+    gold = outputs_of(case, "eager")
+    case.model.to(weights)
+    floats = {
+        k: v.to(weights) for k, v in case.inputs.items() if torch.is_tensor(v) and v.is_floating_point()
+    }
+    case = Case(case.model, case.inputs | floats, case.outputs, case.rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        ours, eager = (outputs_of(case, attn) for attn in ("mmkernels", "eager"))
+    for x, mine, other in zip(gold, ours, eager, strict=True):
+        allowed = 2 * (other - x).abs().max() + 4 * torch.finfo(torch.bfloat16).eps * x.abs().max()
+        assert (mine - x).abs().max() <= allowed
 
 
 @pytest.mark.parametrize(
