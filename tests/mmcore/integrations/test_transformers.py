@@ -100,11 +100,7 @@ def test_outputs_and_gradients_of_all_parameters_equal_eagers(
 def test_bfloat16_by_autocast_or_in_the_weights_is_as_close_as_eager(name: str, weights: torch.dtype) -> None:
     case = CASES[name]()
     gold = outputs_of(case, "eager")
-    case.model.to(weights)
-    floats = {
-        k: v.to(weights) for k, v in case.inputs.items() if torch.is_tensor(v) and v.is_floating_point()
-    }
-    case = Case(case.model, case.inputs | floats, case.outputs, case.rows)
+    case = cast(case, weights)
     with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
         ours, eager = (outputs_of(case, attn) for attn in ("mmkernels", "eager"))
     for x, mine, other in zip(gold, ours, eager, strict=True):
