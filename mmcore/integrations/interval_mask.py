@@ -21,8 +21,8 @@ class Seen(NamedTuple):
 class IntervalMask(Tensor):
     """The float mask `[B, 1, Lq, Lk]` of an eager model, 0 or the least number, of which intervals alone are stored.
 
-    Attention reads `seen`. Whoever else touches it, to slice, to add or to print, gets the matrix: what a model of
-    transformers does to the mask of its eager attention stays right.
+    Attention reads `seen`. Whoever else touches it gets the matrix, so that it is safe in models that slice their mask
+    (Doge), repeat it for the heads of a torch module (SigLIP 2) or add it to logits of their own (FLAVA, ViLT).
     """
 
     seen: Seen
