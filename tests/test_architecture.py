@@ -14,6 +14,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mmcore.checkpoint": (),
     "mmcore.errors": (),
     "mmcore.nn": ("mmcore.ops",),
+    "mmcore.integrations": ("mmcore.ops",),
     "mmcore.losses": ("mmcore.ops", "mmcore.nn"),
     "mmcore.models": ("mmcore.ops", "mmcore.nn", "mmcore.checkpoint"),
     "mmcore.data": ("mmcore.models",),

@@ -92,6 +92,15 @@ def test_two_segments_are_their_concatenation() -> None:
     torch.testing.assert_close(ours(q, *pairs, mask=mask), ours(q, k, v, mask=mask))
 
 
+def test_autocast_brings_operands_of_different_dtypes_to_its_own() -> None:
+    q, k, v = (torch.randn(2, 5, 3, 32) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v.bfloat16())
+        with pytest.raises(ValueError, match="attention: v must have the dtype of q"):
+            attention(q, k, v.double())
+    assert torch.equal(out, attention(*(x.bfloat16() for x in (q, k, v))))
+
+
 def test_a_gate_of_zero_still_has_a_gradient() -> None:
     q, k, v = operands()
     gate = torch.zeros(1, requires_grad=True)

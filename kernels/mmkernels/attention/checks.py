@@ -10,6 +10,7 @@ from mmkernels.masks import Dense, Intervals, Mask
 
 OP = "attention"
 MAX_HEAD_DIM = 256
+AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 Keys = Tensor | tuple[Tensor, Tensor]
 
 
@@ -96,7 +97,10 @@ def _check_keys(name: str, x: Tensor, q: Tensor, like: Tensor) -> None:
         x.shape[0],
         x.shape[2],
     )
-    require(OP, x.dtype == q.dtype, "{} must have the dtype of q, {}, got {}", name, q.dtype, x.dtype)
+    # under autocast a LayerNorm of queries and keys is float32 and values are not; it brings all to one dtype
+    is_cast = torch.is_autocast_enabled(q.device.type) and {x.dtype, q.dtype} <= AUTOCAST
+    same = x.dtype == q.dtype or is_cast
+    require(OP, same, "{} must have the dtype of q, {}, got {}", name, q.dtype, x.dtype)
     check_beside(OP, name, x, "q", q)
 
 

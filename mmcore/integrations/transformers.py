@@ -1,0 +1,165 @@
+"""transformers' models on `mmkernels.attention`: `attn_implementation="mmkernels"`.
+
+"eager" is what it is held to: the same mask, the same result. Written for the mask functions of transformers 5.23.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
+from transformers.utils.output_capturing import _active_collector
+
+from mmcore.integrations.interval_mask import IntervalMask, Seen, seen_by
+from mmcore.ops import attention, masks, require
+
+NAME = "mmkernels"
+# what transformers hands to some models' attention and `mmkernels.attention` has no counterpart of
+REFUSED = ("softcap", "s_aux", "sinks", "head_mask", "indices", "block_indices", "cache")
+
+
+def register() -> None:
+    """Make `attn_implementation="mmkernels"` known to transformers.
+
+    `from_pretrained` and `from_config` take it as that argument, a model as
+    `model.set_attn_implementation("mmkernels")`. It gives what "eager" does, by the same masks: a query sees what the
+    mask says, and all keys where there is none. transformers' "sdpa" reads `is_causal` there, which is True unless a
+    module says otherwise, and runs some cross-attention causally.
+
+    A model that does not look its attention up in transformers' `AttentionInterface` computes its own:
+    `set_attn_implementation` warns of it, `from_config` does not.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """`softmax(scaling q k^T + mask) v`, called by transformers.
+
+    Args:
+        module: whose attention it is; drops weights in training only.
+        query: `[B or 1, H, Lq, K]`.
+        key, value: `[B, Hkv, Lk, K]`; H is a multiple of Hkv.
+        attention_mask: see `seen_by`; None lets every query see every key, whatever `is_causal` says: the models
+            that are causal have a mask from `attention_mask`, which leaves none out.
+        dropout: the share of weights to drop.
+        scaling: of the products; None = `K ** -0.5`.
+        position_bias: `[B or 1, H, Lq, Lk]`, added to the logits (T5).
+        kwargs: what else a model hands on; ignored, as by transformers' own, unless it would change the result.
+
+    Returns:
+        `[B, Lq, H, K]`, and None for the weights.
+
+    Raises:
+        ValueError: the weights, or what `mmkernels.attention` does not have, are asked for; see there for the rest.
+    """
+    for name in REFUSED:
+        require(
+            NAME, kwargs.get(name) is None, "{} must be None, got {}", name, type(kwargs.get(name)).__name__
+        )
+    require(
+        NAME,
+        not (kwargs.get("output_attentions") or _weights_are_awaited()),
+        "output_attentions must be False, since weights are never stored (eager has them), got {}",
+        True,
+    )
+    seen = None if attention_mask is None else seen_by(attention_mask, query.shape[2])
+    if position_bias is not None:
+        seen = _with_bias(position_bias, seen)
+    out = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask=None if seen is None else seen.mask,
+        scale=scaling,
+        dropout_p=dropout if module.training else 0.0,
+        empty_rows="zero" if seen is None else seen.empty_rows,
+    )
+    return out.contiguous(), None
+
+
+def _weights_are_awaited() -> bool:
+    """Whether transformers records weights: some models keep that from their attention, and return none in silence."""
+    return not is_compiling() and any("attentions" in key for key in _active_collector.get() or ())
+
+
+def _with_bias(bias: Tensor, seen: Seen | None) -> Seen:
+    if seen is None:
+        return Seen(masks.dense(bias), "zero")
+    values = seen.mask.to_dense()
+    if values.dtype == torch.bool:
+        return Seen(masks.dense(bias.masked_fill(~values, -torch.inf)), seen.empty_rows)
+    return Seen(masks.dense(bias + values), seen.empty_rows)
+
+
+def attention_mask(**request: Any) -> Tensor | None:
+    """transformers' `eager_mask`, of which, if it is causal or bidirectional, intervals alone are stored.
+
+    Called by transformers once per forward. It has the eager values rather than bool ones: what a model does to its
+    eager mask stays right, and so does a model that adds it to its logits itself. Other patterns (windows, chunks,
+    packed samples) are the matrix that transformers makes, and `seen_by` finds their intervals; so are all in a graph
+    that is compiled, which cannot ask how much is hidden.
+
+    Args:
+        request: the arguments of `eager_mask`.
+
+    Returns:
+        `[B, 1, Lq, Lk]`, 0 or the least number of the dtype; None where nothing is hidden.
+    """
+    found = None if is_compiling() else _intervals(**request)
+    if found is None:
+        return eager_mask(**request)
+    fewest = int(torch.stack([hi - lo for lo, hi in found.pairs]).sum(0).min())
+    may_skip = request.get("allow_is_causal_skip", True) or request.get("allow_is_bidirectional_skip", False)
+    if may_skip and fewest == found.num_keys:
+        return None
+    seen = Seen(found, "uniform" if fewest == 0 else "zero")
+    return IntervalMask(seen, request["batch_size"], request["dtype"])
+
+
+def _intervals(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None,
+    device: torch.device,
+    **_: object,
+) -> masks.Intervals | None:
+    """The pattern and the padding, if the pattern is plain and the padding of each sample at most two runs."""
+    if mask_function is bidirectional_mask_function:
+        pattern = masks.lengths(torch.full((1,), kv_length, device=device), q_length, kv_length)
+    elif mask_function is not causal_mask_function:
+        return None
+    elif q_offset + q_length == kv_offset + kv_length:
+        pattern = masks.causal(q_length, kv_length, device=device)
+    else:
+        # keys of a static cache that are yet to come
+        hi = (torch.arange(1, q_length + 1, device=device)[None] + q_offset - kv_offset).clamp(0, kv_length)
+        pattern = masks.intervals(kv_length, torch.zeros_like(hi), hi)
+    if attention_mask is None:
+        return pattern
+    missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
+    keys = F.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
+    if keys.all():
+        return pattern
+    runs = masks.from_dense(keys[:, None, None])
+    if not isinstance(runs, masks.Intervals):
+        return None
+    ends = (x.expand(-1, q_length) for pair in runs.pairs for x in pair)
+    return pattern & masks.Intervals(kv_length, *ends)

@@ -1,0 +1,152 @@
+"""Masks of transformers' models as intervals: the same matrix, stored and examined once."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
+
+from mmcore.integrations import interval_mask
+from mmcore.integrations.interval_mask import IntervalMask, seen_by
+from mmcore.integrations.transformers import attention_mask
+from mmkernels import masks
+
+LEAST = torch.finfo(torch.float32).min
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_mask_holds_what_eagers_does(data: st.DataObject) -> None:
+    def number(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    batch_size, q_length, kv_length, kv_offset = number(1, 3), number(1, 6), number(1, 9), number(0, 3)
+    seed = torch.Generator().manual_seed(number(0, 1000))
+    keys = torch.randint(0, 3, (batch_size, number(1, kv_length + kv_offset)), generator=seed) > 0
+    request = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": number(0, 4),
+        "kv_offset": kv_offset,
+        "mask_function": data.draw(st.sampled_from([causal_mask_function, bidirectional_mask_function])),
+        "attention_mask": data.draw(st.sampled_from([None, keys])),
+        "allow_is_causal_skip": data.draw(st.booleans()),
+        "dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        "device": torch.device("cpu"),
+    }
+    mask, expected = attention_mask(**request), eager_mask(**request)
+    if mask is None:
+        assert request["allow_is_causal_skip"] and not expected.any()
+    else:
+        assert mask.dtype == expected.dtype and torch.equal(mask + 0, expected)
+
+
+def plain(num_queries: int, num_keys: int, keys: Tensor | None = None) -> Tensor:
+    mask = attention_mask(
+        batch_size=2,
+        q_length=num_queries,
+        kv_length=num_keys,
+        q_offset=num_keys - num_queries,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=keys,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert mask is not None
+    return mask
+
+
+def test_a_causal_mask_with_padding_stores_two_ends_a_query() -> None:
+    mask = plain(1000, 4000, torch.arange(4000)[None].expand(2, -1) > 5)
+    assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
+    ends = [x for pair in mask.seen.mask.pairs for x in pair]
+    assert sum(x.numel() for x in ends) == 2 * 2 * 1000
+    assert mask.data_ptr() == 0  # it has no matrix
+
+
+def test_a_causal_mask_without_padding_keeps_its_name_for_the_libraries_that_know_it() -> None:
+    for keys in (None, torch.ones(2, 5, dtype=torch.bool)):
+        mask = plain(3, 5, keys)
+        assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
+        assert mask.seen.mask.is_causal and mask.seen.empty_rows == "zero"
+
+
+def test_whatever_is_done_to_a_mask_is_done_to_its_matrix() -> None:
+    mask = plain(3, 5)
+    matrix = mask + 0
+    assert not isinstance(matrix, IntervalMask)
+    assert mask.shape == (2, 1, 3, 5) and matrix.unique().tolist() == [LEAST, 0]
+    assert torch.equal(mask[:, :, :, :4], matrix[:, :, :, :4])
+    assert torch.equal(torch.cat([matrix, mask]), torch.cat([matrix, matrix]))
+    assert torch.equal(mask.to(torch.float16), matrix.to(torch.float16))
+    assert torch.equal(mask.repeat(1, 4, 1, 1) == 0, matrix.repeat(1, 4, 1, 1) == 0)
+    assert "-3.4028e+38" in repr(mask)
+
+
+def test_a_float_mask_of_0_and_the_least_number_is_intervals() -> None:
+    seen = torch.zeros(2, 1, 3, 6, dtype=torch.bool)
+    seen[0, 0, :, 2:4] = True
+    seen[1, 0, 0, 1] = seen[1, 0, 0, 4:] = True
+    # a model may have added to the least number
+    for mask in (seen, *(torch.where(seen, 0.0, x) for x in (LEAST, -torch.inf, 0.9 * LEAST))):
+        found = seen_by(mask, 3)
+        assert isinstance(found.mask, masks.Intervals) and torch.equal(found.mask.to_dense(), seen)
+        assert found.empty_rows == "uniform"  # queries 1 and 2 of sample 1 see nothing
+    assert seen_by(torch.where(seen, 0.0, LEAST)[:1], 3).empty_rows == "zero"
+
+
+def test_one_row_for_all_queries_is_expanded_to_them() -> None:
+    row = torch.tensor([0.0, 0.0, LEAST])[None, None, None]
+    for num_queries in (4, 2):
+        found = seen_by(row, num_queries).mask
+        assert isinstance(found, masks.Intervals) and found.num_queries == num_queries
+
+
+def test_a_mask_with_other_numbers_is_added_and_hides_what_the_least_number_does() -> None:
+    mask = torch.tensor([0.0, -2.0, LEAST, -1e4], dtype=torch.bfloat16)[None, None, None]
+    found = seen_by(mask, 1)
+    assert isinstance(found.mask, masks.Dense) and found.mask.values.dtype == torch.float32
+    assert torch.equal(found.mask.values, mask.float().masked_fill(mask < -1e30, -torch.inf))
+
+
+def test_a_mask_that_wants_a_gradient_gets_it() -> None:
+    mask = torch.tensor([0.0, -2.0, LEAST])[None, None, None].requires_grad_()
+    found = seen_by(mask, 1).mask
+    assert isinstance(found, masks.Dense)
+    (gradient,) = torch.autograd.grad(found.values[..., :2].sum(), mask)
+    assert gradient.flatten().tolist() == [1, 1, 0]
+
+
+def test_a_mask_is_examined_once_for_all_layers_and_again_when_it_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    examined = []
+    find = interval_mask._find
+    monkeypatch.setattr(interval_mask, "_find", lambda *args: examined.append(args) or find(*args))
+    mask = torch.zeros(1, 1, 2, 3)
+    first = seen_by(mask, 2)
+    assert seen_by(mask, 2) is first and len(examined) == 1
+    mask[..., 0] = LEAST
+    assert not seen_by(mask, 2).mask.to_dense()[..., 0].any() and len(examined) == 2
+    examined.clear()
+    with torch.inference_mode():
+        mask = torch.zeros(1, 1, 2, 3)
+        assert seen_by(mask, 2) is seen_by(mask, 2) and len(examined) == 1
+
+
+@pytest.mark.parametrize("kind", ["intervals", "bool", "float"])
+def test_what_was_found_of_a_mask_goes_with_it(kind: str) -> None:
+    known = len(interval_mask._FOUND)
+    mask = torch.zeros(1, 1, 2, 9)
+    mask[..., ::2] = {"intervals": 0.0, "bool": LEAST, "float": -1.0}[kind]
+    mask = mask == 0 if kind == "bool" else mask
+    seen_by(mask, 2)
+    assert len(interval_mask._FOUND) == known + 1
+    del mask
+    gc.collect()
+    assert len(interval_mask._FOUND) == known
