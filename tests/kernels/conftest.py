@@ -5,6 +5,7 @@ import torch
 
 from mmkernels import _tile, native
 from mmkernels.attention import blockwise as attention_blockwise
+from mmkernels.attention import op as attention_op
 from mmkernels.attention import pieces
 from mmkernels.contrastive import blockwise, kernel, loss, problem
 from mmkernels.distill import blockwise as distill_blockwise
@@ -23,7 +24,8 @@ from mmkernels.token_contrastive import loss as token_loss
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
     attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "TILE_WEIGHTS": 512, "MASKED_ROWS": 16},
-    pieces: {"MIN_ROWS": 4, "MIN_COLS": 4},
+    attention_op: {"FEW_WEIGHTS": 0},
+    pieces: {"MIN_ROWS": 4, "MIN_COLS": 4, "MASK_ENTRIES": 256},
     blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
     loss: {"STORED_LOGITS": 0},

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels import QKNorm, attention, attention_ref, masks
+from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
 from mmkernels.attention import blockwise
 from mmkernels.attention.philox import drop_, kept
+from mmkernels.attention.spec import INTERVALS, PLAIN
 
 
 def operands(
@@ -118,6 +120,13 @@ def test_a_norm_of_queries_and_keys_is_transformers() -> None:
 
     expected = ours(by_hand(q, norm.q_weight), by_hand(k, norm.k_weight), v)
     torch.testing.assert_close(ours(q, k, v, qk_norm=norm), expected)
+
+
+@pytest.mark.parametrize("width", [32, 40, 72, 80, 96, 160, 256])
+def test_any_head_dimension_is_as_near_as_the_reference(width: int) -> None:
+    shape = {"B": 1, "H": 2, "Hkv": 1, "Lq": 18, "Lk": 35, "K": width}
+    for spec in (PLAIN, INTERVALS):
+        check(spec, shape, "random", torch.float32, seeds=range(2))
 
 
 def test_alibi_is_relative_to_the_last_key() -> None:

@@ -196,6 +196,7 @@ class TestWhoIsPicked:
 
     def test_of_the_tensors_of_a_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
+        monkeypatch.setattr(op, "FEW_WEIGHTS", 0)
         monkeypatch.setattr(op, "pick", lambda call, name: found.append(call) or pick(call, name))
         q, k = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(2, 7, 2, 8)
         attention(q, k, k, mask=masks.causal(5, 7), dropout_p=0.5)
@@ -211,7 +212,7 @@ class TestWhoIsPicked:
                 num_keys=14,
                 mask="intervals",
                 has_gradient=False,
-                features=frozenset({"two segments of keys"}),
+                features=frozenset(),  # a CPU joins two segments
             ),
             replace(first, mask="float", has_gradient=False, features=frozenset({"return_lse"})),
             replace(
@@ -221,6 +222,17 @@ class TestWhoIsPicked:
                 features=frozenset({"empty_rows='uniform'", "an empty batch or no keys"}),
             ),
         ]
+
+    def test_of_few_weights_the_mask_is_made_unless_it_has_a_name(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = []
+        monkeypatch.setattr(op, "pick", lambda call, name: found.append(call.mask) or pick(call, name))
+        q, k = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8)
+        for mask in (masks.causal(7), masks.lengths(torch.tensor([3, 4]), 7, 7)):
+            torch.testing.assert_close(attention(q, k, k, mask=mask), attention_ref(q, k, k, mask=mask))
+        attention(q, (k, k), (k, k), mask=masks.causal(7, 14))
+        assert found == ["causal", "bool", "bool"]
 
     def test_a_mask_that_is_narrowed_is_not_causal(self) -> None:
         both = masks.causal(5) & masks.lengths(torch.tensor([3]), 5, 5)

@@ -10,7 +10,6 @@ from mmkernels._checks import require
 from mmkernels._launch import architecture
 from mmkernels.attention.libraries import LIBRARIES
 from mmkernels.attention.problem import Problem
-from mmkernels.masks import Dense, Intervals, Mask
 
 OURS = "mmkernels"
 NAMES = (OURS, *LIBRARIES)
@@ -40,20 +39,20 @@ class Call:
     features: frozenset[str]  # what a library may lack
 
     @classmethod
-    def of(cls, problem: Problem, mask: Mask | None, return_lse: bool, uniform: bool) -> "Call":
-        kind, q = "none", problem.q
-        if isinstance(mask, Intervals):
-            kind = "causal" if mask.is_causal else "intervals"
-        elif isinstance(mask, Dense):
-            kind = "bool" if mask.values.dtype == torch.bool else "float"
+    def of(cls, problem: Problem, is_causal: bool, return_lse: bool, uniform: bool) -> "Call":
+        kind, q, bias = "none", problem.q, problem.bias
+        if problem.ends:
+            kind = "causal" if is_causal else "intervals"
+        elif bias is not None:
+            kind = "bool" if bias.dtype == torch.bool else "float"
         features = {
             "two segments of keys": len(problem.segments) > 1,
             "alibi_slopes": problem.alibi_slopes is not None,
             "dropout_p": problem.dropout_p > 0,
             "empty_rows='uniform'": uniform,
             "return_lse": return_lse,
-            "a bias with a gradient": problem.bias is not None and problem.bias.requires_grad,
-            "a bias wider than q": kind == "float" and mask is not None and _is_wider(mask, q),
+            "a bias with a gradient": bias is not None and bias.requires_grad,
+            "a bias wider than q": bias is not None and bias.element_size() > q.element_size(),
             "an empty batch or no keys": not q.numel() or not problem.num_keys,
         }
         operands = (q, *(x for segment in problem.segments for x in segment))
@@ -117,10 +116,6 @@ def refusal(name: str, call: Call) -> str | None:
 def run_backend(name: str, problem: Problem, call: Call) -> Tensor:
     """`[B, Lq, H, K]` of a call that `pick` gave to the library."""
     return LIBRARIES[name].run(problem, call.mask == "causal")
-
-
-def _is_wider(mask: Mask, x: Tensor) -> bool:
-    return isinstance(mask, Dense) and mask.values.element_size() > x.element_size()
 
 
 def _faster(call: Call) -> Sequence[str]:

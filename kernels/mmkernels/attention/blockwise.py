@@ -72,7 +72,7 @@ def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
 def attention_bwd(
     problem: Problem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of q, of keys and values of two segments, and of the bias, those that `needs` asks for."""
+    """Gradients of q, k, v, of no second segment, and of the bias, those that `needs` asks for."""
     dtype = accumulator(problem.q.dtype)
     # a bias has the same weights whether or not its gradient is wanted
     fused = _is_fused(problem) and d_lse is None and not _has_float(problem)
@@ -86,19 +86,18 @@ def attention_bwd(
     if _is_widened(problem, fused):
         problem, out, d_out = problem.widened(), out.to(dtype), d_out.to(dtype)
     dq = torch.zeros(problem.q.shape, dtype=dtype, device=out.device)
-    dkv = [[torch.zeros_like(x, dtype=dtype) for x in segment] for segment in problem.segments]
+    dkv = [torch.zeros_like(x, dtype=dtype) for x in problem.segments[0]]
     for batch, rows, pieces in blocks(problem, _limits(problem, fused)):
         o, do = (x[batch, rows].transpose(1, 2) for x in (out, d_out))
         row = Rows(o, do, lse[batch, :, rows], None if d_lse is None else d_lse[batch, :, rows])
         for piece in pieces:
             found = (_fused_backward if fused else _tile_backward)(problem, piece, row)
             dq[batch, rows] += found.q.transpose(1, 2)
-            for dx, part in zip(dkv[piece.segment], (found.k, found.v), strict=True):
-                dx[batch, piece.inside] += part.transpose(1, 2)
+            for dx, part in zip(dkv, (found.k, found.v), strict=True):
+                dx[batch, piece.cols] += part.transpose(1, 2)
             if dbias is not None and found.bias is not None:
                 _add_reduced(dbias, piece, found.bias)
-    flat = [dx for segment in dkv for dx in segment]
-    return [dq, *flat, *(None,) * (4 - len(flat)), dbias]
+    return [dq, *dkv, None, None, dbias]
 
 
 def _is_fused(problem: Problem) -> bool:
@@ -126,8 +125,8 @@ def _limits(problem: Problem, fused: bool) -> Limits:
 
 def _views(problem: Problem, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
     """`[b, H, r, K]`, `[b, Hkv, c, K]` twice."""
-    k, v = problem.segments[piece.segment]
-    parts = (problem.q[piece.batch, piece.rows], k[piece.batch, piece.inside], v[piece.batch, piece.inside])
+    k, v = problem.segments[0]
+    parts = (problem.q[piece.batch, piece.rows], k[piece.batch, piece.cols], v[piece.batch, piece.cols])
     # ATen's kernel reads along K without asking for the stride
     q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in parts)
     return q, k, v
@@ -194,8 +193,7 @@ def _group_sum(x: Tensor, num_heads: int) -> Tensor:
 
 def _drop_(problem: Problem, piece: Piece, x: Tensor) -> Tensor:
     """`x / (1 - p)` where dropout keeps it, zero elsewhere, in place."""
-    if problem.seed is None:
-        return x
+    assert problem.seed is not None
     num_heads = problem.q.shape[2]
     heads = torch.arange(problem.q.shape[0] * num_heads, device=x.device).view(-1, num_heads)[piece.batch]
     return drop_(x, problem.seed, problem.dropout_p, heads, piece.rows, piece.cols)
@@ -207,23 +205,24 @@ def _tile_forward(problem: Problem, piece: Piece) -> Part:
     shift = logits.amax(3).clamp_min_(torch.finfo(q.dtype).min)  # -inf - -inf would be NaN
     weights = logits.sub_(shift[..., None]).exp_()
     sums = weights.sum(3)
-    out = _product(_drop_(problem, piece, weights), v)
+    out = _product(weights if problem.seed is None else _drop_(problem, piece, weights), v)
     return Part(out / sums.masked_fill(sums == 0, 1)[..., None], shift + sums.log())
 
 
 def _tile_backward(problem: Problem, piece: Piece, row: Rows) -> Grads:
-    q, k, v = _views(problem, piece)
+    # each is in two products, for which it would be copied twice
+    q, k, v = (x.contiguous() for x in _views(problem, piece))
+    d_out = row.d_out.contiguous()
     weights = (_logits(problem, piece, q, k) - row.lse[..., None]).exp_()
-    of_weights = _drop_(problem, piece, _product(row.d_out, v.mT).contiguous())
-    excess = (row.d_out * row.out).sum(3)
+    dropped = weights if problem.seed is None else _drop_(problem, piece, weights.clone())
+    excess = (d_out * row.out).sum(3)
     if row.d_lse is not None:
         excess -= row.d_lse
-    d_logits = of_weights.sub_(excess[..., None]).mul_(weights)
-    dv = _drop_(problem, piece, weights).mT @ row.d_out
+    d_logits = _product(d_out, v.mT).mul_(dropped).addcmul_(weights, excess[..., None], value=-1)
     dq = _product(d_logits, k).mul_(problem.scale)
     dk = (d_logits.mT @ q).mul_(problem.scale)
     num_heads = k.shape[1]
-    return Grads(dq, _group_sum(dk, num_heads), _group_sum(dv, num_heads), d_logits)
+    return Grads(dq, _group_sum(dk, num_heads), _group_sum(dropped.mT @ d_out, num_heads), d_logits)
 
 
 def _add_reduced(dbias: Tensor, piece: Piece, part: Tensor) -> None:

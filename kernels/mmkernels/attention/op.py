@@ -8,7 +8,7 @@ from torch import Tensor
 from mmkernels._checks import accumulator, autocast_operands, require
 from mmkernels._device import HAS_TRITON, runs_triton
 from mmkernels.attention import blockwise
-from mmkernels.attention.backends import Call, pick, run_backend
+from mmkernels.attention.backends import OURS, Call, pick, run_backend
 from mmkernels.attention.checks import (
     OP,
     Keys,
@@ -18,10 +18,10 @@ from mmkernels.attention.checks import (
     checked_slopes,
     interval_ends,
 )
-from mmkernels.attention.problem import Problem, has_kernel_backward, with_uniform_rows
+from mmkernels.attention.problem import Problem, densified, has_kernel_backward, joined, with_uniform_rows
 from mmkernels.attention.problem import empty_rows as find_empty_rows
 from mmkernels.attention.reference import QKNorm
-from mmkernels.masks import Dense, Mask
+from mmkernels.masks import Dense, Intervals, Mask
 
 if HAS_TRITON:
     from mmkernels.attention import kernel
@@ -29,6 +29,8 @@ else:
     kernel = blockwise
 
 EMPTY_ROWS = ("zero", "uniform")
+# Weights of a sample, over all heads, up to which a mask is made.
+FEW_WEIGHTS = 1 << 17
 
 
 @overload
@@ -93,7 +95,8 @@ def attention(
         q: queries `[B, Lq, H, K]`, float32, float16, bfloat16 or float64, any strides; K up to 256. A batch of 1
             is shared by every batch of keys (learned queries).
         k: keys `[B, Lk, Hkv, K]`, the dtype and device of `q`; H is a multiple of Hkv (grouped-query
-            attention). A pair of them stands for their concatenation along Lk, which is not made.
+            attention). A pair of them stands for their concatenation along Lk, which a GPU's kernels do not need
+            to have made.
         v: values, of the shape of `k`.
         mask: of `mmkernels.masks`, for Lq queries and Lk keys in all; None = every query sees every key. A float
             mask is added to the logits; float32 or the dtype of `q`, and may want a gradient.
@@ -153,10 +156,15 @@ def attention(
         dropout_p,
     )
     check_mask(mask, problem)
+    if len(segments) > 1 and not (runs_triton(q) and has_kernel_backward(problem)):
+        problem = joined(problem)
+    is_causal = isinstance(mask, Intervals) and mask.is_causal
+    if backend in (None, OURS) and _skips_little(problem) and not (is_causal and problem.offset == 0):
+        problem = densified(problem)
     empty = find_empty_rows(problem) if empty_rows == "uniform" else None
-    call = Call.of(problem, mask, return_lse, empty is not None)
+    call = Call.of(problem, is_causal, return_lse, empty is not None)
     name = pick(call, backend)
-    if name == "mmkernels":
+    if name == OURS:
         if return_lse and q.is_cpu:
             # in low precision ATen's kernel takes its exponentials to four digits
             problem = problem.widened()
@@ -168,6 +176,12 @@ def attention(
     if gate is not None:
         out = out * gate.to(out.dtype).tanh().reshape(-1, 1)
     return (out, lse) if return_lse else out
+
+
+def _skips_little(problem: Problem) -> bool:
+    """Whether finding the tiles that nobody sees would take longer than computing them."""
+    num_queries, num_heads = problem.q.shape[1:3]
+    return not runs_triton(problem.q) and num_queries * problem.num_keys * num_heads <= FEW_WEIGHTS
 
 
 def _call(problem: Problem) -> tuple[Tensor, Tensor]:

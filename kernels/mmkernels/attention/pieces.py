@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mmkernels.attention.problem import Problem, alibi_tile, seen_tile
 
+# Entries of a mask that are made at a time: 8 MiB of float32.
+MASK_ENTRIES = 1 << 21
 # Rows whose intervals jump are cut apart, but not into fewer than this: a call has its price.
 MIN_ROWS = 32
 # Keys that only some rows of a block see: so few are masked beside those that all see, more are a piece of their own.
@@ -17,15 +19,12 @@ MIN_COLS = 64
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows against some keys of one segment. `cols` number the keys of all segments, `inside` those of its
-    own; `kind`: "full", "causal" (row i sees the keys up to i, both counted from the piece's corner) or "masked".
-    """
+    """Some rows against some keys. `kind`: "full", "causal" (row i sees the keys up to i, both counted from the
+    piece's corner) or "masked"."""
 
     batch: slice
     rows: slice
     cols: slice
-    segment: int
-    inside: slice
     kind: str
 
 
@@ -42,25 +41,24 @@ def blocks(problem: Problem, limits: Limits) -> Iterator[tuple[slice, slice, lis
     """Batches and rows, and their pieces, which are none where the rows see nothing."""
     batch, num_queries = problem.q.shape[:2]
     if not problem.ends:
-        kind = "masked" if problem.bias is not None else "full"
-        most = limits.rows if problem.bias is None else limits.masked_rows
-        for batches in _cut(0, batch, limits.batches):
+        kind, most = ("full", limits.rows) if problem.bias is None else ("masked", limits.masked_rows)
+        for batches in _cut(0, batch, min(limits.batches, _mask_batches(problem, most))):
             for rows in _cut(0, num_queries, most):
-                yield batches, rows, _of_cols(problem, batches, rows, 0, problem.num_keys, kind, limits.cols)
+                yield batches, rows, _of_cols(batches, rows, 0, problem.num_keys, kind, limits.cols)
         return
     ends = torch.stack([x.expand(problem.ends[0].shape) for x in problem.ends]).cpu()  # [2 or 4, B or 1, Lq]
     shared = ends.shape[1] == 1
     for batches in _cut(0, batch, limits.batches if shared else 1):
         of_batch = ends[:, 0 if shared else batches.start]
         for run in _row_runs(of_batch):
-            pieces = _of_rows(problem, batches, run, of_batch, limits.cols)
+            pieces = _of_rows(batches, run, of_batch, limits.cols)
             has_mask = any(piece.kind == "masked" for piece in pieces)
             most = limits.masked_rows if has_mask else limits.rows
             if run.stop - run.start <= most:
                 yield batches, run, pieces
                 continue
             for rows in _cut(run.start, run.stop, most):
-                yield batches, rows, _of_rows(problem, batches, rows, of_batch, limits.cols)
+                yield batches, rows, _of_rows(batches, rows, of_batch, limits.cols)
 
 
 def bias_of(problem: Problem, piece: Piece) -> Tensor | None:
@@ -138,28 +136,25 @@ def _interval_blocks(lo: Tensor, hi: Tensor, first: int, last: int) -> Iterator[
     yield from (edge for edge in edges if edge[0] < edge[1])
 
 
-def _of_rows(problem: Problem, batch: slice, rows: slice, ends: Tensor, max_cols: int) -> list[Piece]:
+def _of_rows(batch: slice, rows: slice, ends: Tensor, max_cols: int) -> list[Piece]:
     pieces = []
     for first, last, kind in _col_blocks(ends[:, rows]):
-        pieces += _of_cols(problem, batch, rows, first, last, kind, max_cols)
+        pieces += _of_cols(batch, rows, first, last, kind, max_cols)
     return pieces
 
 
-def _of_cols(
-    problem: Problem, batch: slice, rows: slice, first: int, last: int, kind: str, max_cols: int
-) -> list[Piece]:
-    """The pieces of a run of keys, cut where a segment ends."""
-    pieces, start = [], 0
-    for segment, (k, _) in enumerate(problem.segments):
-        inside = max(first - start, 0), min(last - start, k.shape[1])
-        # a causal piece that is cut is one no more
-        cut_kind = (
-            "masked"
-            if kind == "causal" and (inside[1] - inside[0], max_cols) < (last - first, last - first)
-            else kind
-        )
-        for part in _cut(*inside, max_cols):
-            cols = slice(part.start + start, part.stop + start)
-            pieces.append(Piece(batch, rows, cols, segment, part, cut_kind))
-        start += k.shape[1]
-    return pieces
+def _of_cols(batch: slice, rows: slice, first: int, last: int, kind: str, max_cols: int) -> list[Piece]:
+    # a causal piece that is cut is one no more
+    kind = "masked" if kind == "causal" and last - first > max_cols else kind
+    return [Piece(batch, rows, cols, kind) for cols in _cut(first, last, max_cols)]
+
+
+def _mask_batches(problem: Problem, max_rows: int) -> int:
+    """For how many samples a mask is made at a time."""
+    given = [x for x in (problem.bias, problem.alibi_slopes) if x is not None]
+    if all(x.shape[0] == 1 for x in given):
+        return problem.q.shape[0] or 1
+    rows = min(problem.q.shape[1], max_rows)
+    heads = 1 if problem.alibi_slopes is None else problem.q.shape[2]
+    heads = heads if problem.bias is None else max(heads, problem.bias.shape[1])
+    return max(MASK_ENTRIES // max(heads * rows * problem.num_keys, 1), 1)

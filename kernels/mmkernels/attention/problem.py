@@ -98,6 +98,18 @@ def with_uniform_rows(problem: Problem, empty: Tensor) -> Problem:
     return replace(problem, q=q, bias=bias, ends=ends)
 
 
+def joined(problem: Problem) -> Problem:
+    """The same with one segment of keys."""
+    keys, values = zip(*problem.segments, strict=True)
+    return replace(problem, segments=((torch.cat(keys, 1), torch.cat(values, 1)),))
+
+
+def densified(problem: Problem) -> Problem:
+    """The same with its intervals as a matrix."""
+    seen = seen_tile(problem, slice(None), slice(0, problem.q.shape[1]), slice(0, problem.num_keys))
+    return problem if seen is None else replace(problem, ends=(), bias=seen[:, None])
+
+
 def is_rich(problem: Problem) -> bool:
     """Whether a call has more than one interval a query: what costs registers."""
     extras = (problem.bias, problem.alibi_slopes, problem.seed)

@@ -163,7 +163,12 @@ def _terms(inputs: Inputs, gold: Mapping[str, Tensor]) -> dict[str, Terms]:
     # half a unit in the last place, where the bound counts four
     stored = upstream * float(gold["out0"].abs().sum(3).max()) / 8
     of_dq = Terms(scale * of_k * d_logits, scale * of_k * stored)
-    of_dk, of_dv = scale * of_q * of_key, (1 + logits) * float(gold["d_v"].abs().max())
+    of_dk = scale * of_q * of_key
+    of_values = {
+        x: Terms((1 + logits) * float(gold[x].abs().max()))
+        for x in ("d_v", "d_v2")
+        if x in gold and gold[x].numel()
+    }
     return {
         "out1": Terms(1 + logits),
         "d_q": of_dq,
@@ -171,7 +176,7 @@ def _terms(inputs: Inputs, gold: Mapping[str, Tensor]) -> dict[str, Terms]:
         "d_k": Terms(of_dk * d_logits, of_dk * stored),
         "d_k2": Terms(of_dk * d_logits, of_dk * stored),
         "d_k_weight": Terms(of_dk * d_logits, of_dk * stored),
-        "d_v": Terms(of_dv),
+        **of_values,
         "d_bias": Terms(d_logits, stored),
     }
 

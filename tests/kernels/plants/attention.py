@@ -10,18 +10,14 @@ BLOCKWISE = {
     "pieces added without their weights": ("for part in (one, other))\n", "for part in (one, one))\n"),
     "wrong factor on dq": ("dq = _product(d_logits, k).mul_(", "dq = _product(d_logits, k).mul_(1.001 * "),
     "wrong factor on dk": ("dk = (d_logits.mT @ q).mul_(", "dk = (d_logits.mT @ q).mul_(1.001 * "),
-    "dk of the last piece alone": ("dx[batch, piece.inside] += part", "dx[batch, piece.inside] = part"),
+    "dk of the last piece alone": ("dx[batch, piece.cols] += part", "dx[batch, piece.cols] = part"),
     "dq of the last piece alone": ("dq[batch, rows] += found", "dq[batch, rows] = found"),
-    "second segment's gradient to the first": (
-        "zip(dkv[piece.segment], (found",
-        "zip(dkv[0], (found",
-    ),
     "missing cast": (
         "return logits if bias is None",
         "logits = logits.half().to(logits.dtype)\n    return logits if bias is None",
     ),
     "gradient of the log-sum-exp lost": ("excess -= row.d_lse", "pass"),
-    "another dropout in dv": ("dv = _drop_(problem, piece, weights).mT", "dv = weights.mT"),
+    "another dropout in dv": ("_group_sum(dropped.mT", "_group_sum(weights.mT"),
     "another share dropped": ("problem.seed, problem.dropout_p", "problem.seed, 0.9 * problem.dropout_p"),
     "causal corner left open": ("device=q.device).triu_(1)", "device=q.device).triu_(2)"),
     "a group's heads not summed": (
