@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mmkernels import attention, masks
@@ -14,6 +16,8 @@ from mmkernels._spec import Cost, Shape
 from mmkernels.masks import Intervals, Mask
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+# on a GPU an error says that none of them serves a call, where SDPA would go over to eager's products in silence
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,10 @@ def contenders(workload: Workload, shape: Shape, device: torch.device) -> dict[s
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, *_joined(k, v, workload)))
         groups = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, dropout_p=dropout_p, enable_gqa=groups)
+        with sdpa_kernel(FUSED) if q.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=dense, dropout_p=dropout_p, enable_gqa=groups
+            )
         return out.transpose(1, 2)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ def contenders(workload: Workload, shape: Shape, device: torch.device) -> dict[s
         return (weights @ v).transpose(1, 2)
 
     found: dict[str, Call] = {"mmkernels": ours, "sdpa": sdpa, "eager": eager}
-    found["compile"] = torch.compile(eager, dynamic=False)
+    found["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
     if device.type == "cuda" and dropout_p == 0:
         found["flex"] = _flex(workload, shape, mask, device)
     return found
@@ -172,7 +179,7 @@ def _joined(k: Tensor, v: Tensor, workload: Workload) -> tuple[Tensor, Tensor]:
 
 def _flex(workload: Workload, shape: Shape, mask: Mask | None, device: torch.device) -> Call:
     """FlexAttention, its blocks found beforehand."""
-    call, block_mask = torch.compile(flex_attention, dynamic=False), None
+    call, block_mask = torch.compile(flex_attention, dynamic=False, fullgraph=True), None
     if isinstance(mask, Intervals):
         ends = [[x.expand(shape["B"], -1) for x in pair] for pair in mask.pairs]
 
