@@ -66,7 +66,7 @@ def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
         synchronize(device)
 
     # the first calls of a process find the allocator cold
-    began, calls = time.perf_counter(), 0
+    began, calls, seconds = time.perf_counter(), 0, 0.0
     while calls < 2 or time.perf_counter() - began < WARM_UP_S:
         call_began = time.perf_counter()
         timed()
