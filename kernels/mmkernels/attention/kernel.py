@@ -33,17 +33,12 @@ DELTA_ROWS = 32
 def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
     """The result `[B, Lq, H, K]`, and the log-sum-exps `[B, H, Lq]`, float32."""
     config = config_of("fwd", problem)
-    batch, num_queries, num_heads, width = problem.q.shape
     arguments, strides, flags = _arguments(problem, config)
-    q = arguments[0]
-    blocks = triton.cdiv(num_queries, config.block_m)
-    per_split = split_keys(blocks * batch * num_heads, problem.num_keys, config.block_n, q)
-    splits = max(triton.cdiv(problem.num_keys, per_split), 1)
-    kind = q.dtype if splits == 1 else torch.float32
-    out = q.new_empty(splits, batch, num_queries, num_heads, width, dtype=kind)
-    lse = q.new_empty(splits, batch, num_heads, num_queries, dtype=torch.float32)
+    grid, per_split, out = _of_queries(problem, config, arguments[0])
+    splits, batch, num_queries, num_heads, _ = out.shape
+    lse = out.new_empty(splits, batch, num_heads, num_queries, dtype=torch.float32)
     if out.numel():
-        _attention_fwd_kernel[(blocks, batch * num_heads, splits)](
+        _attention_fwd_kernel[grid](
             *arguments, out, lse, *strides, *_sizes(problem), per_split, *_numbers(problem), **flags
         )
     return _combined(out, lse, problem.q.dtype)
@@ -63,15 +58,9 @@ def attention_bwd(
 def _query_gradient(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     config = config_of("bwd_q", problem)
     arguments, strides, flags = _arguments(problem, config)
-    batch, num_queries, num_heads, width = problem.q.shape
-    q = arguments[0]
-    blocks = triton.cdiv(num_queries, config.block_m)
-    per_split = split_keys(blocks * batch * num_heads, problem.num_keys, config.block_n, q)
-    splits = max(triton.cdiv(problem.num_keys, per_split), 1)
-    kind = q.dtype if splits == 1 else torch.float32
-    dq = q.new_empty(splits, batch, num_queries, num_heads, width, dtype=kind)
+    grid, per_split, dq = _of_queries(problem, config, arguments[0])
     if dq.numel():
-        _attention_bwd_q_kernel[(blocks, batch * num_heads, splits)](
+        _attention_bwd_q_kernel[grid](
             *arguments,
             *rows,
             dq,
@@ -82,7 +71,19 @@ def _query_gradient(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> Te
             *_numbers(problem),
             **flags,
         )
-    return dq[0] if splits == 1 else dq.sum(0)
+    return dq[0] if len(dq) == 1 else dq.sum(0)
+
+
+def _of_queries(problem: Problem, config: Launch, q: Tensor) -> tuple[tuple[int, int, int], int, Tensor]:
+    """The programs of a kernel over blocks of queries, the keys of a split, and room for its results
+    `[splits, B, Lq, H, K]`, in float32 where they are still to be put together."""
+    batch, num_queries, num_heads, width = problem.q.shape
+    blocks = triton.cdiv(num_queries, config.block_m)
+    per_split = split_keys(blocks * batch * num_heads, problem.num_keys, config.block_n, q)
+    splits = max(triton.cdiv(problem.num_keys, per_split), 1)
+    kind = q.dtype if splits == 1 else torch.float32
+    room = q.new_empty(splits, batch, num_queries, num_heads, width, dtype=kind)
+    return (blocks, batch * num_heads, splits), per_split, room
 
 
 def _key_gradients(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> list[Tensor | None]:
