@@ -6,6 +6,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 DEMO   ?= runs/demo
 GPU    ?= gpu
+JOBS   ?= 2
 
 .PHONY: demo test check bench docs-tables gpu clean
 .DELETE_ON_ERROR:
@@ -20,9 +21,9 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 demo: $(VENV)/installed
 	$(VENV)/bin/mmcore train clip --data digits --model tiny --epochs 45 --lr 1e-3 --ema 0.99 --out $(DEMO)
 
-# One thread: the tests are many small calls.
+# One thread a process: the tests are many small calls.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 check: $(VENV)/installed
 	$(RUN) -m ruff check .

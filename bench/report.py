@@ -35,9 +35,9 @@ def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [case for case in document["benchmarks"] if "contender" in case["extra_info"]]
 
 
-def markdown(document: dict[str, Any], *, mode: str = "both", ops: tuple[str, ...] = ()) -> str:
-    """One Markdown table of the cases of a mode, under a line that says on what they ran: of all ops or of those
-    named, `op[]` being the variants of `op`."""
+def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
+    """One Markdown table of the cases of forward and backward, or of updates, under a line that says on what they ran:
+    of all ops or of those named, `op[]` being the variants of `op`."""
     info = document["machine_info"]
     lines = [
         f"{info['device']} ({info['cpu']}), torch {info['torch']}, {document['datetime'][:10]}",
@@ -47,7 +47,7 @@ def markdown(document: dict[str, Any], *, mode: str = "both", ops: tuple[str, ..
     ]
     for case in cases(document):
         op = re.sub(r"\[.*\]", "[]", case["group"].split()[0])
-        if case["group"].endswith(f" {mode}") and (not ops or op in ops):
+        if case["group"].endswith((" both", " update")) and (not ops or op in ops):
             lines.append("| " + " | ".join(row(case)) + " |")
     return "\n".join(lines)
 

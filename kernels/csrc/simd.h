@@ -86,6 +86,54 @@ INLINE void store(uint16_t* to, Vec x, auto lanes) {
   put(to, __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Halves), lanes);
 }
 
+struct BFloat {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+INLINE Halves load_bits(const void* from, All) { return load<Halves>(from); }
+INLINE Halves load_bits(const void* from, First lanes) { return load<Halves>(from, lanes.count * sizeof(uint16_t)); }
+
+INLINE Vec load(const BFloat* from, auto lanes) {
+  return (Vec)(__builtin_convertvector(load_bits(from, lanes), Bits) << 16);
+}
+
+INLINE void store(BFloat* to, Vec x, auto lanes) { store((uint16_t*)to, x, lanes); }
+
+INLINE Vec load(const Half* from, auto lanes) {
+  const Halves halves = load_bits(from, lanes);
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)halves);
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps((__m128i)halves);
+#else
+  const Bits bits = __builtin_convertvector(halves, Bits);
+  const Bits size = (bits & 0x7fff) << 13;
+  const Bits finite = (Bits)((Vec)size * 0x1p112f);
+  return (Vec)(((bits & 0x8000) << 16) | (size >= 0x7c00u << 13 ? size | 0x7f800000 : finite));
+#endif
+}
+
+// float16, rounded to nearest even.
+INLINE void store(Half* to, Vec x, auto lanes) {
+#if defined(__AVX512F__)
+  const Halves halves = (Halves)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  const Halves halves = (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Bits sign = ((Bits)x >> 16) & 0x8000, size = (Bits)x & 0x7fffffff;
+  const Bits normal = ((size + 0xfff + ((size >> 13) & 1)) >> 13) - (112 << 10);
+  // of less than 2^-14 the last place is 2^-24, which is that of a sum with a half
+  const Bits faint = (Bits)((Vec)size + 0.5f) - 0x3f000000;
+  Bits bits = size < 0x38800000u ? faint : normal;
+  bits = size >= 0x477ff000u ? (size > 0x7f800000u ? Bits{} + 0x7e00 : Bits{} + 0x7c00) : bits;
+  const Halves halves = __builtin_convertvector(sign | bits, Halves);
+#endif
+  put((uint16_t*)to, halves, lanes);
+}
+
 // `x`, and `fill` outside of the tile.
 INLINE Vec inside(Vec x, float, All) { return x; }
 INLINE Vec inside(Vec x, float fill, First lanes) { return iota() < (int32_t)lanes.count ? x : splat(fill); }
@@ -165,6 +213,26 @@ INLINE Bits upper(Bits x, uint32_t factor) {
   for (int i = 0; i < W; ++i) x[i] = (uint32_t)((uint64_t)x[i] * factor >> 32);
   return x;
 #endif
+}
+
+// Philox-4x32-10 of W counters, `first` and up: words[w][i] is word w of counter (first + i, c1, c2, 0).
+INLINE void philox(uint32_t first, uint32_t second, uint32_t third, uint64_t key, uint32_t (*words)[W]) {
+  Bits c0 = (Bits)iota() + first, c1 = second + Bits{}, c2 = third + Bits{}, c3{};
+  uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Bits high0 = upper(c0, 0xD2511F53), high1 = upper(c2, 0xCD9E8D57);
+    const Bits low0 = c0 * 0xD2511F53u, low1 = c2 * 0xCD9E8D57u;
+    c0 = high1 ^ c1 ^ key0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ key1;
+    c3 = low0;
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  put(words[0], c0, All{});
+  put(words[1], c1, All{});
+  put(words[2], c2, All{});
+  put(words[3], c3, All{});
 }
 
 INLINE float maximum(Vec x) {

@@ -1,4 +1,4 @@
-// The native ops on a CPU: mmkernels/_tile.py, distill/blockwise.py and attention/philox.py say what they compute.
+// The native ops on a CPU: mmkernels/_tile.py, distill/blockwise.py and _philox.py say what they compute.
 //
 // A tile is cut into panels of PANEL rows whatever the number of threads: each row belongs to one panel, each
 // panel has its own column sums, and those are combined in order. No bit depends on the threads.
@@ -8,14 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <numeric>
 #include <optional>
-#include <string_view>
 #include <vector>
 
+#include "pick.h"
 #include "tile_kernels.h"
 
 namespace mmkernels {
@@ -24,22 +23,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// below this many entries a thread costs more than it saves
-constexpr int64_t GRAIN = 32768;
-
-// The best instruction set of this machine, or a lesser one that ATEN_CPU_CAPABILITY names, as for torch.
-const Kernels& pick_kernels() {
 #ifdef MMKERNELS_X86
-  const char* named = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view most = named ? named : "";
-  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (fma && __builtin_cpu_supports("avx512f") && most != "avx2" && most != "default") return kernels_avx512;
-  if (fma && most != "default") return kernels_avx2;
+const Kernels& kernels = pick(kernels_avx512, kernels_avx2, kernels_baseline);
+#else
+const Kernels& kernels = kernels_baseline;
 #endif
-  return kernels_baseline;
-}
-
-const Kernels& kernels = pick_kernels();
 
 int64_t num_panels(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
@@ -312,8 +300,7 @@ void dropout_tile(const Tensor& weights, const Tensor& heads, int64_t first_row,
   torch::stable::parallel_for(0, tiles * rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       kernels.dropout({data + i * cols, first_col, cols, static_cast<uint32_t>(first_row + i % rows),
-                       static_cast<uint32_t>(head[i / rows]), static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32),
-                       static_cast<uint32_t>(threshold), static_cast<float>(scale)});
+                       static_cast<uint32_t>(head[i / rows]), key, static_cast<uint32_t>(threshold), static_cast<float>(scale)});
   });
 }
 

@@ -222,31 +222,11 @@ void distill_grad(const Distill& work, float upstream, float* out) {
   });
 }
 
-// Philox-4x32-10 of W counters, the first `quad` and up: words[w][i] is word w of counter i.
-INLINE void philox(const Dropout& work, int64_t quad, uint32_t (*words)[W]) {
-  Bits c0 = (Bits)iota() + (uint32_t)quad, c1 = work.row + Bits{}, c2 = work.head + Bits{}, c3{};
-  uint32_t key0 = work.key0, key1 = work.key1;
-  for (int round = 0; round < 10; ++round) {
-    const Bits high0 = upper(c0, 0xD2511F53), high1 = upper(c2, 0xCD9E8D57);
-    const Bits low0 = c0 * 0xD2511F53u, low1 = c2 * 0xCD9E8D57u;
-    c0 = high1 ^ c1 ^ key0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ key1;
-    c3 = low0;
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
-  }
-  put(words[0], c0, All{});
-  put(words[1], c1, All{});
-  put(words[2], c2, All{});
-  put(words[3], c3, All{});
-}
-
 void dropout(const Dropout& work) {
   const int64_t last = work.first + work.cols;
   uint32_t words[4][W];
   for (int64_t quad = work.first / 4; 4 * quad < last; quad += W) {
-    philox(work, quad, words);
+    philox((uint32_t)quad, work.row, work.head, work.key, words);
     const int64_t from = 4 * quad < work.first ? work.first : 4 * quad;
     const int64_t to = 4 * (quad + W) < last ? 4 * (quad + W) : last;
     for (int64_t j = from; j < to; ++j) {

@@ -62,7 +62,8 @@ struct Distill {
 struct Dropout {
   float* weights;
   int64_t first, cols;
-  uint32_t row, head, key0, key1;
+  uint32_t row, head;
+  uint64_t key;
   uint32_t threshold;  // of 32 random bits, from which on a weight is kept
   float scale;         // of what is kept
 };
@@ -81,7 +82,7 @@ struct Kernels {
   float (*distill)(const Distill&);
   // One row of the student's gradient, from the statistics.
   void (*distill_grad)(const Distill&, float upstream, float* out);
-  // One row in place, by the bits that mmkernels/attention/philox.py defines.
+  // One row in place, by the bits that mmkernels/_philox.py defines.
   void (*dropout)(const Dropout&);
 };
 

@@ -13,6 +13,7 @@ from mmkernels.contrastive import (
 )
 from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from mmkernels.multi_tensor import ema_update_, ema_update_ref_
 from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 from mmkernels.token_contrastive import (
     TokenContrastiveStats,
@@ -37,6 +38,8 @@ __all__ = [
     "contrastive_stats_ref",
     "distillation_loss",
     "distillation_loss_ref",
+    "ema_update_",
+    "ema_update_ref_",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "masks",

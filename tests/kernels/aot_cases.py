@@ -14,6 +14,8 @@ from mmkernels.distill import kernel as distill
 from mmkernels.distill import launch as distill_launch
 from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
 from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
+from mmkernels.multi_tensor import device as multi_tensor
+from mmkernels.multi_tensor import launch as multi_tensor_launch
 from mmkernels.sigmoid import kernel as sigmoid
 from mmkernels.sigmoid import launch as sigmoid_launch
 from mmkernels.token_contrastive import device as token_contrastive
@@ -141,9 +143,33 @@ ATTENTION = tuple(
     for size in (64, 128, 256)
     for flags in ({}, EVERYTHING)
 )
+# every pair of dtypes, and copies in each
+KINDS = tuple(
+    target | source << 2 | shadow << 4 for target in (1, 3) for source in (1, 2, 3) for shadow in (0, 3)
+)
+MULTI_TENSOR = tuple(
+    Case(
+        name=f"ema_update-STOCHASTIC={stochastic}",
+        kernel=multi_tensor._ema_update_kernel,
+        row="ema_update",
+        table=multi_tensor_launch.TABLE,
+        constants={
+            "NUM_LISTS": 3,
+            "KINDS": tuple(kind for kind in KINDS if kind & 3 == 3) if stochastic else KINDS,
+            "STOCHASTIC": stochastic,
+            "BLOCK": multi_tensor_launch.CHUNK,
+        },
+        operands=(),
+        pointers={"rows_ptr": "*i64", "seed_ptr": "*i64"},
+        odd=(),
+        products=False,
+    )
+    for stochastic in (False, True)
+)
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
     *ATTENTION,
+    *MULTI_TENSOR,
     contrastive_case("fwd", FWD),
     contrastive_case("fwd", FWD, SHIFTED=True),
     contrastive_case("fwd", FWD, SYMMETRIC=False),

@@ -14,6 +14,7 @@ from mmkernels.distill import op as distill_op
 from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
 from mmkernels.linear_cross_entropy import kernel as lce_kernel
 from mmkernels.linear_cross_entropy import op as lce_op
+from mmkernels.multi_tensor import blockwise as multi_tensor_blockwise
 from mmkernels.sigmoid import blockwise as sigmoid_blockwise
 from mmkernels.sigmoid import kernel as sigmoid_kernel
 from mmkernels.sigmoid import op as sigmoid_op
@@ -33,6 +34,7 @@ SMALL = {
     distill_blockwise: {"BLOCK": 256},
     distill_kernel: {"MIN_PROGRAMS": 6},
     distill_op: {"EAGER_LOGITS": 0},
+    multi_tensor_blockwise: {"PART": 64},
     sigmoid_blockwise: {"TILE": 32},
     sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32},
     sigmoid_op: {"EAGER_LOGITS": 0},

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import Launch
-from tests.kernels.aot_cases import CASES, FWD, Case, contrastive_case
+from tests.kernels.aot_cases import CASES, FWD, MULTI_TENSOR, Case, contrastive_case
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -117,6 +117,14 @@ def test_float32_products_are_exact_unless_tf32_was_asked_for(
     assert "fma.rn.f32" in exact
     assert "tf32" not in exact
     assert "tf32" in fast
+
+
+@pytest.mark.parametrize("case", MULTI_TENSOR, ids=lambda case: case.name)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_whole_chunks_are_read_and_written_by_16_bytes(case: Case, arch: int) -> None:
+    ptx = compiled_row(case, (case.row, 4, arch), "fp32").asm["ptx"]
+    assert ptx.count("ld.global.v4") >= 2 * len(case.constants["KINDS"])
+    assert "st.global.v4" in ptx
 
 
 def test_the_resource_reader_sees_a_spill(tmp_path: Path) -> None:

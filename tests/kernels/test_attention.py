@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels import QKNorm, attention, attention_ref, masks
 from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
+from mmkernels._philox import drop_, kept
 from mmkernels.attention import blockwise
-from mmkernels.attention.philox import drop_, kept
 from mmkernels.attention.spec import INTERVALS, PLAIN
 
 

@@ -29,7 +29,7 @@ def test_the_contract_is_green_without_a_plant(
 ) -> None:
     """Through the same machinery, so that red below is the plant's doing; in small chunks and tiles."""
     plants = ALL[op]
-    monkeypatch.setattr(plants.op, PATH, plant(plants.paths[PATH], "import torch", "import torch", tmp_path))
+    monkeypatch.setattr(plants.op, PATH, plant(plants.paths[PATH], "import ", "import ", tmp_path))
     contract(plants)
 
 

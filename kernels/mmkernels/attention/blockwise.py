@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import accumulator
-from mmkernels.attention.philox import drop_
+from mmkernels._philox import drop_
 from mmkernels.attention.pieces import Limits, Piece, bias_of, blocks
 from mmkernels.attention.problem import Problem, empty_rows
 

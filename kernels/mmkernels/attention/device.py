@@ -142,7 +142,7 @@ def _biased(
 
 @triton.jit
 def _kept(seed, threshold, head, offs_m, tile_first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of a tile dropout keeps: the bits of `mmkernels.attention.philox`."""
+    """Which weights of a tile dropout keeps: the bits of `mmkernels._philox`."""
     quads = (tile_first // 4 + tl.arange(0, BLOCK_N // 4))[None, :].to(tl.uint32)
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], dtype=tl.uint32)
     rows = offs_m[:, None].to(tl.uint32)

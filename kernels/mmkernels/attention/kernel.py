@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from mmkernels._launch import Launch, input_precision
+from mmkernels._philox import threshold
 from mmkernels.attention.device import _attention_fwd_kernel
 from mmkernels.attention.device_bwd import (
     _attention_bwd_k_kernel,
@@ -21,7 +22,6 @@ from mmkernels.attention.device_bwd import (
     _attention_delta_kernel,
 )
 from mmkernels.attention.launch import config_of, split_keys
-from mmkernels.attention.philox import threshold
 from mmkernels.attention.problem import Problem
 
 # What no pointer is read from.

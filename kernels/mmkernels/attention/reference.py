@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels._checks import accumulator
-from mmkernels.attention.philox import kept
+from mmkernels._philox import kept
 from mmkernels.masks import Mask
 
 

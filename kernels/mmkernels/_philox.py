@@ -1,7 +1,8 @@
 """Philox-4x32-10 (Salmon et al., SC 2011): random bits as a function of a seed and a place, on any device.
 
-The Triton kernels draw the same bits by `tl.philox`: for query i, key j and head h of batch b, word `j % 4` of the
-counter `(j // 4, i, b * H + h, 0)`.
+The Triton kernels draw the same bits by `tl.philox`. Of attention's dropout: for query i, key j and head h of batch b,
+word `j % 4` of the counter `(j // 4, i, b * H + h, 0)`. Of stochastic rounding: for element e of tensor n, word `e % 4`
+of the counter `(e // 4, n, 0, 0)`.
 """
 
 import torch
@@ -54,6 +55,13 @@ def drop_(weights: Tensor, seed: Tensor, dropout_p: float, heads: Tensor, rows: 
 def threshold(dropout_p: float) -> int:
     """The number of 32 bits from which a weight is kept."""
     return min(round(dropout_p * 2**32), MASK)
+
+
+def element_bits(seed: Tensor, number: int, first: int, count: int) -> Tensor:
+    """32 random bits, int64 `[count]`, for the elements from `first`, a multiple of 4, of tensor `number`."""
+    quads = torch.arange(first // 4, -(-(first + count) // 4), device=seed.device)
+    words = _philox(seed, quads, torch.full_like(quads, number), torch.zeros_like(quads))
+    return torch.stack(words, -1).flatten()[:count]
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,12 @@
+"""Launch configurations of the multi-tensor kernels: the same for all dtypes, which a launch may mix.
+
+GPU: none; compiled ahead of time for each architecture on 2026-11-21, not yet timed.
+"""
+
+from mmkernels._launch import Launch, Table
+from mmkernels.multi_tensor.table import CHUNK
+
+# A program takes a chunk, a thread 16 elements of it: of float32 four accesses of 16 bytes a list.
+TABLE: Table = {
+    ("ema_update", 4, architecture): Launch(CHUNK, 16, 16, 8, 1) for architecture in (80, 90, 100)
+}
