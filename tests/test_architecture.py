@@ -13,6 +13,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mmcore.ops": ("mmkernels",),
     "mmcore.checkpoint": (),
     "mmcore.errors": (),
+    "mmcore.ema": ("mmcore.ops",),
     "mmcore.nn": ("mmcore.ops",),
     "mmcore.integrations": ("mmcore.ops",),
     "mmcore.losses": ("mmcore.ops", "mmcore.nn"),

@@ -1,0 +1,206 @@
+"""The average of a model's weights: its formula, schedules, swapping, buffers, state and wrappers."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from mmcore.ema import EMA, Schedule, cosine, unwrapped, warmed_up
+
+
+def small(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).to(dtype)
+
+
+def trained(model: nn.Module, steps: int, ema: EMA, first: int = 0) -> list[dict[str, Tensor]]:
+    """The weights after each of some noisy steps."""
+    seen = []
+    for step in range(first, first + steps):
+        torch.manual_seed(step)
+        model(torch.randn(8, 3, dtype=next(model.parameters()).dtype))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        ema.update()
+        seen.append({name: p.detach().clone() for name, p in unwrapped(model).named_parameters()})
+    return seen
+
+
+@pytest.mark.parametrize(
+    "decay", [0.9, warmed_up(0.9), cosine(0.5, 1.0, 4)], ids=["constant", "warmed up", "cosine"]
+)
+def test_it_is_the_recurrence_in_float64(decay: float | Schedule) -> None:
+    model = small()
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    ema = EMA(model, decay)
+    for t, weights in enumerate(trained(model, 6, ema)):
+        by = decay(t) if callable(decay) else decay
+        expected = {name: by * x + (1 - by) * weights[name].double() for name, x in expected.items()}
+    assert ema.num_updates == 6
+    for name, x in expected.items():
+        torch.testing.assert_close(ema.averages[name], x.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_schedules_are_the_published_ones() -> None:
+    warm = warmed_up(0.999)
+    assert [warm(0), warm(8)] == [0.1, 0.5] and warm(10**6) == 0.999
+    dino = cosine(0.996, 1.0, 100)
+    assert dino(0) == pytest.approx(0.996) and dino(100) == dino(500) == 1.0
+    assert dino(50) == pytest.approx(0.998)
+    assert dino(10) == pytest.approx(1 - 0.004 * (math.cos(math.pi / 10) + 1) / 2)
+
+
+def test_bfloat16_weights_have_float32_averages_that_do_not_stall() -> None:
+    model = nn.Linear(4, 4, bias=False).bfloat16()
+    ema = EMA(model, 0.9999)
+    start = ema.averages["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for _ in range(100):
+        ema.update()
+    moved = (ema.averages["weight"] - start) / (model.weight.float() - start)
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - 0.9999**100), rtol=1e-3, atol=0)
+    with ema.swapped():
+        assert torch.equal(model.weight, ema.averages["weight"].bfloat16())
+
+
+class TestSwapping:
+    def test_it_puts_the_averages_in_place_and_brings_all_back_even_after_an_error(self) -> None:
+        model = small()
+        ema = EMA(model, 0.5)
+        trained(model, 3, ema)
+        before, places = copy.deepcopy(model.state_dict()), [p.data_ptr() for p in model.parameters()]
+        with pytest.raises(KeyError), ema.swapped():
+            for name, p in model.named_parameters():
+                assert torch.equal(p, ema.averages[name])
+            assert [p.data_ptr() for p in model.parameters()] == places
+            raise KeyError
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+    def test_a_compiled_model_runs_on_the_averages_without_a_new_graph(self) -> None:
+        model = nn.Linear(3, 2)
+        graphs: list[Any] = []
+
+        def backend(graph: Any, _: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, backend=backend)
+        x, ema = torch.randn(4, 3), EMA(compiled, 0.0)
+        with torch.no_grad():
+            compiled(x)
+            model.weight.add_(1.0)
+            ema.update()
+            model.weight.add_(1.0)
+            expected = nn.functional.linear(x, model.weight - 1.0, model.bias)
+            with ema.swapped():
+                torch.testing.assert_close(compiled(x), expected)
+        assert len(graphs) == 1 and set(ema.averages) == {"weight", "bias"}
+
+    def test_copy_to_writes_another_model(self) -> None:
+        model, other = small(), small().double()
+        ema = EMA(model, 0.5)
+        trained(model, 2, ema)
+        ema.copy_to(other)
+        for name, p in other.named_parameters():
+            assert torch.equal(p, ema.averages[name].double())
+        assert torch.equal(other[1].running_mean, model[1].running_mean.double())  # pyright: ignore
+
+
+class TestBuffers:
+    def test_are_copied(self) -> None:
+        model = small()
+        ema = EMA(model, 0.9)
+        trained(model, 3, ema)
+        for name, x in model.named_buffers():
+            assert torch.equal(ema.buffer_averages[name], x)
+
+    def test_or_averaged_where_they_are_floating_point(self) -> None:
+        model = small()
+        ema = EMA(model, 0.9, buffers="average")
+        expected = model[1].running_mean.clone()  # pyright: ignore
+        for _ in range(3):
+            model(torch.randn(8, 3))
+            ema.update()
+            expected = 0.9 * expected + 0.1 * model[1].running_mean  # pyright: ignore
+        torch.testing.assert_close(ema.buffer_averages["1.running_mean"], expected)
+        assert ema.buffer_averages["1.num_batches_tracked"] == 3
+
+
+def test_frozen_weights_have_no_average() -> None:
+    model = small()
+    model[0].requires_grad_(False)
+    assert set(EMA(model).averages) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+
+
+def test_a_run_that_is_resumed_goes_on_to_the_bit() -> None:
+    models = [small(), small()]
+    whole, first = EMA(models[0], warmed_up(0.9)), EMA(models[1], warmed_up(0.9))
+    trained(models[0], 5, whole)
+    trained(models[1], 3, first)
+    state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(models[1].state_dict())
+    model = small()
+    model.load_state_dict(weights)
+    again = EMA(model, warmed_up(0.9))
+    again.load_state_dict(state)
+    trained(model, 2, again, first=3)
+    assert again.num_updates == 5
+    assert all(torch.equal(x, whole.averages[name]) for name, x in again.averages.items())
+
+
+def test_a_model_of_transformers_is_averaged() -> None:
+    config = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = CLIPTextModel(config)
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    ema.update()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ema.averages[name], p - 0.5)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "decay": (lambda: EMA(small(), 1.5), "EMA: decay must be from 0 to 1, got 1.5"),
+    "buffers": (lambda: EMA(small(), buffers="skip"), "EMA: buffers must be 'copy' or 'average', got 'skip'"),  # pyright: ignore
+    "warm-up": (lambda: warmed_up(-0.1), "warmed_up: decay must be from 0 to 1, got -0.1"),
+    "cosine": (lambda: cosine(0.9, 1.0, 0), "cosine: num_updates must be at least 1, got 0"),
+    "a schedule that strays": (
+        lambda: EMA(small(), lambda t: 2.0).update(),
+        "ema_update_: decay must be from 0 to 1, got 2.0",
+    ),
+    "state": (
+        lambda: EMA(nn.Linear(2, 2)).load_state_dict(EMA(small()).state_dict()),
+        "EMA.load_state_dict: state must have this model's averages, got .*'0.bias', '0.weight'",
+    ),
+    "shape": (
+        lambda: EMA(nn.Linear(2, 2)).load_state_dict(EMA(nn.Linear(2, 3)).state_dict()),
+        r"EMA: weight must be \[3, 2\], got \[2, 2\]",
+    ),
+    "another model": (
+        lambda: EMA(small()).copy_to(nn.Linear(2, 2)),
+        "EMA: model must have 0.weight, got none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_by_name(case: str) -> None:
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()
+
+
+def test_weights_cut_up_by_zero_3_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.ds_id = 0  # pyright: ignore
+    with pytest.raises(
+        ValueError, match=r"EMA: model must hold its weights, got \['weight'\] cut up by ZeRO-3"
+    ):
+        EMA(model)
