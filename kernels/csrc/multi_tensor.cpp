@@ -22,48 +22,71 @@ const MultiTensorKernels& kernels = multi_tensor_baseline;
 #endif
 
 constexpr int64_t CHUNK = 4096;
-// elements, whole, kind, number, first; then the addresses
-constexpr int64_t COLUMNS = 5;
+// of a chunk: number of its tensor, first element, elements
+constexpr int64_t CHUNK_COLUMNS = 3;
+// of a tensor: kind, 1 where all addresses are aligned; then the addresses
+constexpr int64_t TENSOR_COLUMNS = 2;
+constexpr int64_t WIDTHS[] = {0, 4, 2, 2, 1};
 
-void check_scalar(const Tensor& x, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.numel() == 1 && x.scalar_type() == dtype, name,
-                  " must be one number on the CPU, of the right dtype");
-}
-
-// Calls run(row) for each chunk, in parallel: each element is written by one thread.
-template <class Run>
-void for_chunks(const Tensor& rows, int64_t lists, const Run& run) {
-  STD_TORCH_CHECK(rows.is_cpu() && rows.dim() == 2 && rows.size(1) == COLUMNS + lists && rows.is_contiguous() &&
-                      rows.scalar_type() == ScalarType::Long,
-                  "rows must be a table of ", lists, " lists on the CPU");
-  const int64_t* table = rows.const_data_ptr<int64_t>();
-  torch::stable::parallel_for(0, rows.size(0), std::max<int64_t>(1, GRAIN / CHUNK), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(table + i * (COLUMNS + lists));
-  });
+void check_table(const Tensor& x, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == columns && x.is_contiguous() &&
+                      x.scalar_type() == ScalarType::Long,
+                  name, " must be a table of ", columns, " columns on the CPU");
 }
 
 template <class T>
-T* address(const int64_t* row, int64_t list) {
-  return reinterpret_cast<T*>(row[COLUMNS + list]);
+const T* numbers(const Tensor& x, ScalarType dtype, int64_t count, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.numel() == count && x.scalar_type() == dtype && x.is_contiguous(), name,
+                  " must be ", count, " numbers on the CPU, of the right dtype");
+  return x.const_data_ptr<T>();
 }
 
-void ema_update_table(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& seed) {
-  check_scalar(weight, ScalarType::Float, "weight");
-  if (seed) check_scalar(*seed, ScalarType::Long, "seed");
-  const float by = *weight.const_data_ptr<float>();
-  const uint64_t key = seed ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
-  for_chunks(rows, 3, [&](const int64_t* row) {
-    kernels.ema({row[0], row[2], address<void>(row, 0), address<const void>(row, 1), address<void>(row, 2), by,
-                 seed.has_value(), static_cast<uint32_t>(row[3]), row[4], key});
+// Calls run(chunk, its index) for each, in parallel: each element is written by one thread.
+template <class Run>
+void for_chunks(const Tensor& chunks, const Tensor& tensors, int64_t lists, const Run& run) {
+  check_table(chunks, CHUNK_COLUMNS, "chunks");
+  check_table(tensors, TENSOR_COLUMNS + lists, "tensors");
+  const int64_t* chunk_rows = chunks.const_data_ptr<int64_t>();
+  const int64_t* tensor_rows = tensors.const_data_ptr<int64_t>();
+  torch::stable::parallel_for(0, chunks.size(0), std::max<int64_t>(1, GRAIN / CHUNK), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t* row = chunk_rows + i * CHUNK_COLUMNS;
+      const int64_t* tensor = tensor_rows + row[0] * (TENSOR_COLUMNS + lists);
+      Chunk chunk{row[2], tensor[0], row[0], row[1], {}};
+      for (int64_t list = 0; list < lists; ++list) {
+        const int64_t width = WIDTHS[chunk.kind >> (3 * list) & 7];
+        chunk.lists[list] = reinterpret_cast<void*>(tensor[TENSOR_COLUMNS + list] + row[1] * width);
+      }
+      run(chunk, i);
+    }
   });
+}
+
+void ema_update_table(const Tensor& chunks, const Tensor& tensors, const Tensor& weight,
+                      const std::optional<Tensor>& seed) {
+  Ema by{*numbers<float>(weight, ScalarType::Float, 1, "weight"), seed.has_value(), 0};
+  if (seed) by.key = static_cast<uint64_t>(*numbers<int64_t>(*seed, ScalarType::Long, 1, "seed"));
+  for_chunks(chunks, tensors, 3, [&](const Chunk& chunk, int64_t) { kernels.ema(chunk, by); });
+}
+
+void adamw_update_table(const Tensor& chunks, const Tensor& tensors, const Tensor& factors) {
+  const double* f = numbers<double>(factors, ScalarType::Double, 10, "factors");
+  float by[10];
+  std::copy(f, f + 10, by);
+  const AdamW step{by[0], by[1], by[2], by[3], by[4], by[5], by[6], by[7], by[8], by[9]};
+  for_chunks(chunks, tensors, 7, [&](const Chunk& chunk, int64_t) { kernels.adamw(chunk, step); });
 }
 
 }  // namespace
 }  // namespace mmkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
-  // it writes through the addresses that the rows hold
-  m.def("ema_update_table(Tensor rows, Tensor weight, Tensor? seed) -> ()");
+  // they write through the addresses that the tables hold
+  m.def("ema_update_table(Tensor chunks, Tensor tensors, Tensor weight, Tensor? seed) -> ()");
+  m.def("adamw_update_table(Tensor chunks, Tensor tensors, Tensor factors) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) { m.impl("ema_update_table", TORCH_BOX(&mmkernels::ema_update_table)); }
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("ema_update_table", TORCH_BOX(&mmkernels::ema_update_table));
+  m.impl("adamw_update_table", TORCH_BOX(&mmkernels::adamw_update_table));
+}

@@ -8,15 +8,42 @@ namespace {
 
 // Elements that one call of philox has words for.
 constexpr int64_t DRAWN = 4 * W;
+// Elements of a list that are held as float32 at a time, where they are stored as something else.
+constexpr int64_t BLOCK = 512;
 
-struct Nowhere {};
-
-INLINE void store(Nowhere*, Vec, auto) {}
-
-INLINE Nowhere* operator_plus(Nowhere* to, int64_t) { return to; }
 template <class T>
-INLINE T* operator_plus(T* to, int64_t j) {
-  return to + j;
+INLINE void widen(const void* from, int64_t first, float* to, int64_t n) {
+  for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE { store(to + j, load((const T*)from + first + j, lanes), lanes); });
+}
+
+template <class T>
+INLINE void narrow(const float* from, void* to, int64_t first, int64_t n) {
+  for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE { store((T*)to + first + j, load(from + j, lanes), lanes); });
+}
+
+// Calls body(lists, first, n) for each block, with float32 pointers to the lists' parts, null where there is no list.
+// What is not float32 is widened before, if it is read, and narrowed after, if it is written: bits of `reads`, `writes`.
+template <int LISTS, class Body>
+INLINE void for_blocks(const Chunk& chunk, int reads, int writes, Body&& body) {
+  float held[LISTS][BLOCK];
+  for (int64_t first = 0; first < chunk.elements; first += BLOCK) {
+    const int64_t n = chunk.elements - first < BLOCK ? chunk.elements - first : BLOCK;
+    float* lists[LISTS];
+    for (int i = 0; i < LISTS; ++i) {
+      const int64_t dtype = chunk.kind >> (3 * i) & 7;
+      lists[i] = dtype == NONE ? nullptr : dtype == FLOAT ? (float*)chunk.lists[i] + first : held[i];
+      if (!(reads >> i & 1)) continue;
+      if (dtype == HALF) widen<Half>(chunk.lists[i], first, held[i], n);
+      if (dtype == BFLOAT) widen<BFloat>(chunk.lists[i], first, held[i], n);
+    }
+    body(lists, first, n);
+    for (int i = 0; i < LISTS; ++i) {
+      const int64_t dtype = chunk.kind >> (3 * i) & 7;
+      if (!(writes >> i & 1)) continue;
+      if (dtype == HALF) narrow<Half>(held[i], chunk.lists[i], first, n);
+      if (dtype == BFLOAT) narrow<BFloat>(held[i], chunk.lists[i], first, n);
+    }
+  }
 }
 
 INLINE Vec mean_of(Vec target, Vec source, float weight) {
@@ -30,66 +57,54 @@ INLINE Vec stochastic(Vec x, Bits random) {
   return x - x == 0 ? up : x;
 }
 
-template <class Target, class Source, class Shadow>
-void ema_nearest(const Ema& work) {
-  auto* target = (Target*)work.target;
-  auto* source = (const Source*)work.source;
-  auto* shadow = (Shadow*)work.shadow;
-  for_vectors(0, work.elements, [&](int64_t j, auto lanes) ALWAYS_INLINE {
-    const Vec mean = mean_of(load(target + j, lanes), load(source + j, lanes), work.weight);
-    store(target + j, mean, lanes);
-    store(operator_plus(shadow, j), mean, lanes);
-  });
-}
-
-template <class Source, class Shadow>
-void ema_stochastic(const Ema& work) {
-  auto* target = (BFloat*)work.target;
-  auto* source = (const Source*)work.source;
-  auto* shadow = (Shadow*)work.shadow;
+void round_stochastically(float* x, int64_t n, uint64_t key, int64_t number, int64_t first) {
   uint32_t words[4][W], random[DRAWN];
-  for (int64_t begin = 0; begin < work.elements; begin += DRAWN) {
-    philox((uint32_t)((work.first + begin) / 4), work.number, 0, work.key, words);
+  for (int64_t begin = 0; begin < n; begin += DRAWN) {
+    philox((uint32_t)((first + begin) / 4), (uint32_t)number, 0, key, words);
     for (int64_t i = 0; i < W; ++i)
       for (int64_t w = 0; w < 4; ++w) random[4 * i + w] = words[w][i];
-    const int64_t end = begin + DRAWN < work.elements ? begin + DRAWN : work.elements;
-    for_vectors(begin, end, [&](int64_t j, auto lanes) ALWAYS_INLINE {
-      const Vec mean = mean_of(load(target + j, lanes), load(source + j, lanes), work.weight);
-      store(target + j, stochastic(mean, load<Bits>(random + (j - begin))), lanes);
-      store(operator_plus(shadow, j), mean, lanes);
+    for_vectors(begin, begin + DRAWN < n ? begin + DRAWN : n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      store(x + j, stochastic(load(x + j, lanes), load<Bits>(random + (j - begin))), lanes);
     });
   }
 }
 
-// Calls run with a null pointer of the type that the kind has for a list.
-template <class Run>
-void with_type(int64_t kind, int place, const Run& run) {
-  switch (kind >> (2 * place) & 3) {
-    case FLOAT: return run((float*)nullptr);
-    case HALF: return run((Half*)nullptr);
-    case BFLOAT: return run((BFloat*)nullptr);
-    default: return run((Nowhere*)nullptr);
-  }
+void ema(const Chunk& chunk, const Ema& by) {
+  for_blocks<3>(chunk, 0b011, 0b101, [&](float** lists, int64_t first, int64_t n) ALWAYS_INLINE {
+    auto [target, source, shadow] = (float* (&)[3])*lists;
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec mean = mean_of(load(target + j, lanes), load(source + j, lanes), by.weight);
+      store(target + j, mean, lanes);
+      if (shadow) store(shadow + j, mean, lanes);
+    });
+    if (by.stochastic) round_stochastically(target, n, by.key, chunk.number, chunk.first + first);
+  });
 }
 
-template <class T>
-constexpr bool is_nowhere = __is_same(T, Nowhere);
-
-void ema(const Ema& work) {
-  with_type(work.kind, 1, [&]<class Source>(Source*) {
-    with_type(work.kind, 2, [&]<class Shadow>(Shadow*) {
-      if constexpr (!is_nowhere<Source>) {
-        if (work.stochastic) return ema_stochastic<Source, Shadow>(work);
-        with_type(work.kind, 0, [&]<class Target>(Target*) {
-          if constexpr (!is_nowhere<Target>) ema_nearest<Target, Source, Shadow>(work);
-        });
-      }
+void adamw(const Chunk& chunk, const AdamW& by) {
+  for_blocks<7>(chunk, 0b0011111, 0b1111101, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    auto [param, grad, exp_avg, exp_avg_sq, average, copy, shadow] = (float* (&)[7])*lists;
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec g = load(grad + j, lanes);
+      const Vec m = mean_of(load(exp_avg + j, lanes), g, by.rise);
+      const Vec v = by.beta2 * load(exp_avg_sq + j, lanes) + by.fall * g * g;
+      Vec p = by.keep * load(param + j, lanes) - by.step * m / (by.root * sqrt(v) + by.eps);
+      // comparisons that a NaN passes
+      p = p < by.low ? splat(by.low) : p > by.high ? splat(by.high) : p;
+      store(exp_avg + j, m, lanes);
+      store(exp_avg_sq + j, v, lanes);
+      store(param + j, p, lanes);
+      if (copy) store(copy + j, p, lanes);
+      if (!average) return;
+      const Vec mean = mean_of(load(average + j, lanes), p, by.weight);
+      store(average + j, mean, lanes);
+      if (shadow) store(shadow + j, mean, lanes);
     });
   });
 }
 
 }  // namespace
 
-extern const MultiTensorKernels MULTI_TENSOR = {ema};
+extern const MultiTensorKernels MULTI_TENSOR = {ema, adamw};
 
 }  // namespace mmkernels

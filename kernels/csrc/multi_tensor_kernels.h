@@ -5,25 +5,35 @@
 
 namespace mmkernels {
 
-// Dtypes of a list: two bits of a chunk's kind, the first list's the lowest.
-enum Dtype : int64_t { NONE, FLOAT, HALF, BFLOAT };
+// Dtypes of a list: three bits of a tensor's kind, the first list's the lowest.
+enum Dtype : int64_t { NONE, FLOAT, HALF, BFLOAT, BYTE };
 
+constexpr int MAX_LISTS = 7;
+
+// The same elements of the n-th tensor of each list.
+struct Chunk {
+  int64_t elements, kind, number, first;
+  void* lists[MAX_LISTS];
+};
+
+// target + weight (source - target), and a copy; rounded stochastically by the bits of a key.
 struct Ema {
-  int64_t elements, kind;
-  void* target;
-  const void* source;
-  void* shadow;
   float weight;
-  // of stochastic rounding
   bool stochastic;
-  uint32_t number;
-  int64_t first;
   uint64_t key;
 };
 
+// What a step of AdamW makes of its settings: param *= keep, m += rise (grad - m), v = beta2 v + fall grad^2,
+// param -= step m / (root sqrt(v) + eps), and then between low and high.
+struct AdamW {
+  float keep, rise, beta2, fall, step, root, eps, low, high, weight;
+};
+
 struct MultiTensorKernels {
-  // target + weight (source - target), and a copy of it.
-  void (*ema)(const Ema&);
+  // targets, sources, shadows
+  void (*ema)(const Chunk&, const Ema&);
+  // params, grads, exp_avgs, exp_avg_sqs, averages, copies, shadows
+  void (*adamw)(const Chunk&, const AdamW&);
 };
 
 extern const MultiTensorKernels multi_tensor_baseline;

@@ -157,6 +157,19 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+INLINE Vec sqrt(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#elif defined(__aarch64__)
+  return vsqrtq_f32(x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // The larger; `m` where `x` is NaN: the sums catch that.
 INLINE Vec larger(Vec x, Vec m) { return x > m ? x : m; }
 

@@ -13,7 +13,7 @@ from mmkernels.contrastive import (
 )
 from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from mmkernels.multi_tensor import ema_update_, ema_update_ref_
+from mmkernels.multi_tensor import adamw_update_, adamw_update_ref_, ema_update_, ema_update_ref_
 from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 from mmkernels.token_contrastive import (
     TokenContrastiveStats,
@@ -27,6 +27,8 @@ __all__ = [
     "ContrastiveStats",
     "QKNorm",
     "TokenContrastiveStats",
+    "adamw_update_",
+    "adamw_update_ref_",
     "alibi_slopes",
     "attention",
     "attention_ref",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from mmkernels._launch import Table
@@ -16,6 +17,7 @@ from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
 from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
 from mmkernels.multi_tensor import device as multi_tensor
 from mmkernels.multi_tensor import launch as multi_tensor_launch
+from mmkernels.multi_tensor import table as multi_tensor_table
 from mmkernels.sigmoid import kernel as sigmoid
 from mmkernels.sigmoid import launch as sigmoid_launch
 from mmkernels.token_contrastive import device as token_contrastive
@@ -52,7 +54,7 @@ class Case:
     floats: tuple[str, ...] = ()
     products: bool = True
     product_rows: str = "block_m"
-    elements: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    elements: tuple[str, ...] = ("bf16", "fp16", "fp32", "i64")
 
     def rows(self) -> list[tuple[str, int, int]]:
         return [row for row in self.table if row[0] == self.row]
@@ -143,28 +145,43 @@ ATTENTION = tuple(
     for size in (64, 128, 256)
     for flags in ({}, EVERYTHING)
 )
-# every pair of dtypes, and copies in each
-KINDS = tuple(
-    target | source << 2 | shadow << 4 for target in (1, 3) for source in (1, 2, 3) for shadow in (0, 3)
-)
-MULTI_TENSOR = tuple(
-    Case(
-        name=f"ema_update-STOCHASTIC={stochastic}",
-        kernel=multi_tensor._ema_update_kernel,
-        row="ema_update",
+
+
+def multi_tensor_case(
+    row: str, kernel: Any, dtypes: tuple[tuple[int, ...], ...], name: str = "", **constants: Any
+) -> Case:
+    """Of all combinations of the lists' dtypes: 0 for none, 1 float32, 2 float16, 3 bfloat16, 4 bytes."""
+    bits = multi_tensor_table.DIGIT_BITS
+    kinds = tuple(sum(d << (bits * i) for i, d in enumerate(combination)) for combination in product(*dtypes))
+    return Case(
+        name=f"{row}{name}",
+        kernel=kernel,
+        row=row,
         table=multi_tensor_launch.TABLE,
-        constants={
-            "NUM_LISTS": 3,
-            "KINDS": tuple(kind for kind in KINDS if kind & 3 == 3) if stochastic else KINDS,
-            "STOCHASTIC": stochastic,
-            "BLOCK": multi_tensor_launch.CHUNK,
-        },
+        constants={"KINDS": kinds, "BLOCK": multi_tensor_launch.CHUNK, **constants},
         operands=(),
-        pointers={"rows_ptr": "*i64", "seed_ptr": "*i64"},
+        pointers={"chunks_ptr": "*i64", "tensors_ptr": "*i64", "seed_ptr": "*i64", "factors_ptr": "*fp64"},
         odd=(),
         products=False,
     )
-    for stochastic in (False, True)
+
+
+MULTI_TENSOR = (
+    multi_tensor_case(
+        "ema_update", multi_tensor._ema_update_kernel, ((1, 3), (1, 2, 3), (0, 3)), STOCHASTIC=False
+    ),
+    multi_tensor_case(
+        "ema_update", multi_tensor._ema_update_kernel, ((3,), (1, 3), (0, 3)), "-stochastic", STOCHASTIC=True
+    ),
+    multi_tensor_case(
+        "adamw_update", multi_tensor._adamw_update_kernel, ((1,), (1, 3), (1,), (1,), (0, 1), (0,), (0,))
+    ),
+    multi_tensor_case(
+        "adamw_update",
+        multi_tensor._adamw_update_kernel,
+        ((1,), (3,), (1,), (1,), (1,), (3,), (0, 3)),
+        "-copies",
+    ),
 )
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # bytes a block may use, from the CUDA C++ Programming Guide's table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-ELEMENT = {2: ("bf16", "fp16"), 4: ("fp32",)}
+ELEMENT = {8: ("i64",), 2: ("bf16", "fp16"), 4: ("fp32",)}
 ROWS = [
     (case, row, element)
     for case in CASES
@@ -122,7 +122,7 @@ def test_float32_products_are_exact_unless_tf32_was_asked_for(
 @pytest.mark.parametrize("case", MULTI_TENSOR, ids=lambda case: case.name)
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_whole_chunks_are_read_and_written_by_16_bytes(case: Case, arch: int) -> None:
-    ptx = compiled_row(case, (case.row, 4, arch), "fp32").asm["ptx"]
+    ptx = compiled_row(case, (case.row, 8, arch), "i64").asm["ptx"]
     assert ptx.count("ld.global.v4") >= 2 * len(case.constants["KINDS"])
     assert "st.global.v4" in ptx
 

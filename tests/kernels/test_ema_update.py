@@ -191,14 +191,15 @@ class TestTable:
     @given(sizes=st.lists(st.integers(0, 3 * table.CHUNK), min_size=1, max_size=5))
     def test_its_chunks_cover_each_element_once(self, sizes: list[int]) -> None:
         lists = [tensors(sizes, torch.float32, 0), tensors(sizes, torch.bfloat16, 1)]
-        rows = table.table_of((*lists, [])).rows
+        found = table.table_of((*lists, []))
         counts = [torch.zeros(n, dtype=torch.int64) for n in sizes]
-        for elements, whole, kind, number, first, *addresses in rows.tolist():
+        for number, first, elements in found.chunks.tolist():
             counts[number][first : first + elements] += 1
-            assert kind == 1 + (3 << 2)
-            for x, address in zip((t[number] for t in lists), addresses, strict=False):
-                assert address == x.data_ptr() + first * x.element_size()
-            assert whole == (elements == table.CHUNK and all(a % 16 == 0 for a in addresses))
+        for number, (kind, is_aligned, *addresses) in enumerate(found.tensors.tolist()):
+            assert kind == 1 + (3 << table.DIGIT_BITS)
+            places = [tensors[number].data_ptr() for tensors in lists]
+            assert addresses == [*places, 0]
+            assert is_aligned == all(place % 16 == 0 for place in places)
         assert all((count == 1).all() for count in counts)
 
 
@@ -236,20 +237,43 @@ def test_a_tensor_whose_memory_was_freed_is_refused() -> None:
         ema_update_([torch.ones(4)], [freed], 0.5)
 
 
+def test_sources_may_share_memory() -> None:
+    targets, source = [torch.zeros(3), torch.zeros(3)], torch.ones(3)
+    ema_update_(targets, [source, source], 0.5)
+    assert all(torch.equal(x, torch.full((3,), 0.5)) for x in targets)
+
+
 def test_no_list_is_no_work() -> None:
     ema_update_([], [], 0.5)
     ema_update_([torch.ones(0)], [torch.ones(0)], 0.5)
 
 
 ONE = torch.ones(4)
+LONG = torch.ones(8)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"sources": []}, "sources must be 1 tensors like targets, got 0"),
     "shadows": ({"shadows": []}, "shadows must be 1 tensors like targets, got 0"),
     "shape": ({"sources": [torch.ones(5)]}, r"sources\[0\] must be \[4\], got \[5\]"),
     "dtype": ({"sources": [torch.ones(4).int()]}, r"sources\[0\] must be float32, .*, got torch.int32"),
     "twice": (
-        {"targets": [ONE, ONE], "sources": [ONE, ONE]},
-        "targets must be distinct tensors, got some twice",
+        {"targets": [ONE, ONE], "sources": [torch.ones(4), torch.ones(4)]},
+        r"targets\[1\] must share no memory with targets\[0\], got tensors that overlap",
+    ),
+    "a source in its target": (
+        {"targets": [ONE], "sources": [ONE]},
+        r"targets\[0\] must share no memory with sources\[0\], got tensors that overlap",
+    ),
+    "a source over another's target": (
+        {"targets": [ONE[:2], torch.ones(2)], "sources": [torch.ones(2), ONE[1:3]]},
+        r"sources\[1\] must share no memory with targets\[0\], got tensors that overlap",
+    ),
+    "a shadow over a source behind a long one": (
+        {
+            "targets": [torch.ones(6), torch.ones(1)],
+            "sources": [LONG[:6], LONG[1:2]],
+            "shadows": [torch.ones(6), LONG[5:6]],
+        },
+        r"shadows\[1\] must share no memory with sources\[0\], got tensors that overlap",
     ),
     "layout": (
         {"targets": [torch.ones(8)[::2]]},

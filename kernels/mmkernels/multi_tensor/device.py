@@ -2,18 +2,52 @@
 
 # triton types neither a constexpr nor a jitted function as what it is
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportCallIssue=false
 import triton
 import triton.language as tl
 
-NUM_COLUMNS = tl.constexpr(5)
+NUM_COLUMNS = tl.constexpr(2)
 
 
 @triton.jit
-def _address(row_ptr, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr):
+def _walk(
+    chunks_ptr,
+    tensors_ptr,
+    args,
+    CHUNK: tl.constexpr,
+    NUM_LISTS: tl.constexpr,
+    KINDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Calls CHUNK(row_ptr, number, first, n, args, KIND, WHOLE, BLOCK) for this program's chunk, in a branch of its
+    kind: `row_ptr` is where the addresses begin, WHOLE says that all lists' parts are aligned and of BLOCK elements."""
+    chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
+    number, first, n = tl.load(chunk_ptr), tl.load(chunk_ptr + 1), tl.load(chunk_ptr + 2)
+    row_ptr = tensors_ptr + number * (NUM_COLUMNS + NUM_LISTS)
+    kind, is_aligned = tl.load(row_ptr), tl.load(row_ptr + 1)
+    row_ptr += NUM_COLUMNS
+    for i in tl.static_range(len(KINDS)):
+        if kind == KINDS[i]:
+            if (n == BLOCK) & (is_aligned != 0):
+                CHUNK(row_ptr, number, first, n, args, KINDS[i], True, BLOCK)
+            else:
+                CHUNK(row_ptr, number, first, n, args, KINDS[i], False, BLOCK)
+
+
+@triton.jit
+def _there(PLACE: tl.constexpr, KIND: tl.constexpr):
+    """Whether a list is there."""
+    return KIND >> (3 * PLACE) & 7 != 0
+
+
+@triton.jit
+def _address(row_ptr, first, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr):
     """Where the chunk's part of a list begins, a pointer to its dtype."""
-    digit: tl.constexpr = KIND >> (2 * PLACE) & 3
-    dtype: tl.constexpr = tl.float32 if digit == 1 else tl.float16 if digit == 2 else tl.bfloat16
-    ptr = tl.load(row_ptr + NUM_COLUMNS + PLACE).to(tl.pointer_type(dtype))
+    digit: tl.constexpr = KIND >> (3 * PLACE) & 7
+    dtype: tl.constexpr = (
+        tl.float32 if digit == 1 else tl.float16 if digit == 2 else tl.bfloat16 if digit == 3 else tl.uint8
+    )
+    ptr = tl.load(row_ptr + PLACE).to(tl.pointer_type(dtype)) + first
     if WHOLE:
         # said here, since an argument of a function would forget it
         ptr = tl.multiple_of(ptr, 16)
@@ -21,15 +55,17 @@ def _address(row_ptr, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constex
 
 
 @triton.jit
-def _load(ptr, offs, n, WHOLE: tl.constexpr):
-    """Elements of a chunk in float32; of a whole one by 16 bytes at a time."""
+def _load(row_ptr, first, offs, n, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr):
+    """A list's elements of the chunk in float32; of a whole one by 16 bytes at a time."""
+    ptr = _address(row_ptr, first, PLACE, KIND, WHOLE)
     if WHOLE:
         return tl.load(ptr + offs).to(tl.float32)
     return tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(ptr, x, offs, n, WHOLE: tl.constexpr):
+def _store(row_ptr, first, x, offs, n, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr):
+    ptr = _address(row_ptr, first, PLACE, KIND, WHOLE)
     if WHOLE:
         tl.store(ptr + offs, x.to(ptr.dtype.element_ty))
     else:
@@ -49,47 +85,104 @@ def _stochastic(x, seed, number, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _mean(target, source, weight):
+    step = source - target
+    return tl.where(weight < 0.5, target + weight * step, source - (1 - weight) * step)
+
+
+@triton.jit
 def _ema_chunk(
     row_ptr,
-    weight,
-    seed,
+    number,
+    first,
+    n,
+    args,
     KIND: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, offs = tl.load(row_ptr), tl.arange(0, BLOCK)
-    target_ptr = _address(row_ptr, 0, KIND, WHOLE)
-    target = _load(target_ptr, offs, n, WHOLE)
-    source = _load(_address(row_ptr, 1, KIND, WHOLE), offs, n, WHOLE)
-    step = source - target
-    mean = tl.where(weight < 0.5, target + weight * step, source - (1 - weight) * step)
+    weight_ptr, seed_ptr, STOCHASTIC = args
+    offs = tl.arange(0, BLOCK)
+    target = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
+    source = _load(row_ptr, first, offs, n, 1, KIND, WHOLE)
+    mean = _mean(target, source, tl.load(weight_ptr))
     rounded = mean
     if STOCHASTIC:
-        rounded = _stochastic(mean, seed, tl.load(row_ptr + 3), tl.load(row_ptr + 4), BLOCK)
-    _store(target_ptr, rounded, offs, n, WHOLE)
-    if KIND >> 4 & 3 != 0:
-        _store(_address(row_ptr, 2, KIND, WHOLE), mean, offs, n, WHOLE)
+        rounded = _stochastic(mean, tl.load(seed_ptr), number, first, BLOCK)
+    _store(row_ptr, first, rounded, offs, n, 0, KIND, WHOLE)
+    if _there(2, KIND):
+        _store(row_ptr, first, mean, offs, n, 2, KIND, WHOLE)
 
 
 @triton.jit
 def _ema_update_kernel(
-    rows_ptr,
+    chunks_ptr,
+    tensors_ptr,
     weight_ptr,
     seed_ptr,
-    NUM_LISTS: tl.constexpr,
-    KINDS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """`target + weight (source - target)` of one chunk, and a copy in the dtype of its shadow."""
-    row_ptr = rows_ptr + tl.program_id(0).to(tl.int64) * (NUM_COLUMNS + NUM_LISTS)
-    weight = tl.load(weight_ptr)
-    seed = tl.load(seed_ptr)
-    whole, kind = tl.load(row_ptr + 1), tl.load(row_ptr + 2)
-    for i in tl.static_range(len(KINDS)):
-        if kind == KINDS[i]:
-            if whole != 0:
-                _ema_chunk(row_ptr, weight, seed, KINDS[i], STOCHASTIC, True, BLOCK)
-            else:
-                _ema_chunk(row_ptr, weight, seed, KINDS[i], STOCHASTIC, False, BLOCK)
+    _walk(chunks_ptr, tensors_ptr, (weight_ptr, seed_ptr, STOCHASTIC), _ema_chunk, 3, KINDS, BLOCK)
+
+
+@triton.jit
+def _adamw_chunk(
+    row_ptr,
+    number,
+    first,
+    n,
+    args,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    keep, rise, beta2, fall, size, root, eps, low, high, weight = args
+    offs = tl.arange(0, BLOCK)
+    # all loads are on their way before the first store, which none could pass
+    p = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
+    g = _load(row_ptr, first, offs, n, 1, KIND, WHOLE)
+    m = _load(row_ptr, first, offs, n, 2, KIND, WHOLE)
+    v = _load(row_ptr, first, offs, n, 3, KIND, WHOLE)
+    if _there(4, KIND):
+        average = _load(row_ptr, first, offs, n, 4, KIND, WHOLE)
+    m = _mean(m, g, rise)
+    v = beta2 * v + fall * g * g
+    p = keep * p - tl.div_rn(size * m, root * tl.sqrt_rn(v) + eps)
+    # comparisons that a NaN passes
+    p = tl.where(p < low, low, tl.where(p > high, high, p))
+    _store(row_ptr, first, p, offs, n, 0, KIND, WHOLE)
+    _store(row_ptr, first, m, offs, n, 2, KIND, WHOLE)
+    _store(row_ptr, first, v, offs, n, 3, KIND, WHOLE)
+    if _there(5, KIND):
+        _store(row_ptr, first, p, offs, n, 5, KIND, WHOLE)
+    if _there(4, KIND):
+        mean = _mean(average, p, weight)
+        _store(row_ptr, first, mean, offs, n, 4, KIND, WHOLE)
+        if _there(6, KIND):
+            _store(row_ptr, first, mean, offs, n, 6, KIND, WHOLE)
+
+
+@triton.jit
+def _factor(factors_ptr, PLACE: tl.constexpr):
+    return tl.load(factors_ptr + PLACE).to(tl.float32)
+
+
+@triton.jit
+def _adamw_update_kernel(chunks_ptr, tensors_ptr, factors_ptr, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+    """A step of AdamW of one chunk, and of its average."""
+    args = (
+        _factor(factors_ptr, 0),
+        _factor(factors_ptr, 1),
+        _factor(factors_ptr, 2),
+        _factor(factors_ptr, 3),
+        _factor(factors_ptr, 4),
+        _factor(factors_ptr, 5),
+        _factor(factors_ptr, 6),
+        _factor(factors_ptr, 7),
+        _factor(factors_ptr, 8),
+        _factor(factors_ptr, 9),
+    )
+    _walk(chunks_ptr, tensors_ptr, args, _adamw_chunk, 7, KINDS, BLOCK)

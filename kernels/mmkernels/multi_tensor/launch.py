@@ -6,7 +6,11 @@ GPU: none; compiled ahead of time for each architecture on 2026-11-21, not yet t
 from mmkernels._launch import Launch, Table
 from mmkernels.multi_tensor.table import CHUNK
 
-# A program takes a chunk, a thread 16 elements of it: of float32 four accesses of 16 bytes a list.
+# A program takes a chunk, a thread 16 elements of it: of float32 four accesses of 16 bytes a list. Rows are of the
+# table's int64, since a launch may mix dtypes.
+KERNELS = ("ema_update", "adamw_update")
 TABLE: Table = {
-    ("ema_update", 4, architecture): Launch(CHUNK, 16, 16, 8, 1) for architecture in (80, 90, 100)
+    (kernel, 8, architecture): Launch(CHUNK, 16, 16, 8, 1)
+    for kernel in KERNELS
+    for architecture in (80, 90, 100)
 }

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mmkernels._spec import Cost, Inputs, OpSpec, Shape
-from mmkernels.multi_tensor.op import ema_update_
-from mmkernels.multi_tensor.reference import ema_update_ref_
+from mmkernels.multi_tensor.adamw import adamw_update_
+from mmkernels.multi_tensor.ema import ema_update_
+from mmkernels.multi_tensor.reference import adamw_update_ref_, ema_update_ref_
 from mmkernels.multi_tensor.table import CHUNK
 
-CASES = ("near", "far")
 Tensors = tuple[Tensor, ...]
 
 
@@ -21,13 +21,18 @@ def _sizes(shape: Shape) -> list[int]:
     return [shape["L"] * (i + 1) // shape["N"] for i in range(shape["N"])] + [0]
 
 
-def _make_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
-    """near: a source a hundredth from its average; far: another tensor."""
+def _normal(shape: Shape, seed: int) -> Callable[[], list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
+    return lambda: [torch.randn(n, generator=generator, dtype=torch.float64) for n in _sizes(shape)]
 
-    def normal() -> list[Tensor]:
-        return [torch.randn(n, generator=generator, dtype=torch.float64) for n in _sizes(shape)]
 
+def _cat(tensors: Tensors) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def _ema_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+    """near: a source a hundredth from its average; far: another tensor."""
+    normal = _normal(shape, seed)
     targets, noise = normal(), normal()
     sources = [t + 0.01 * n if case == "near" else n for t, n in zip(targets, noise, strict=True)]
     return {
@@ -37,19 +42,61 @@ def _make_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inpu
     }
 
 
-def _updated(
+def _averaged(
     fn: Callable[..., None], targets: Tensors, sources: Tensors, decay: float, *, shadowed: bool
 ) -> Any:
     """New averages, and their copies, each as one tensor."""
     targets = tuple(x.clone() for x in targets)
     shadows = [torch.empty_like(x) for x in targets] if shadowed else None
     fn(targets, sources, decay, shadows=shadows)
-    found = (torch.cat([x.flatten() for x in targets]),)
-    return found if shadows is None else (*found, torch.cat([x.flatten() for x in shadows]))
+    return (_cat(targets),) if shadows is None else (_cat(targets), _cat(tuple(shadows)))
 
 
-def _cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
-    return Cost(bytes_moved=3 * sum(_sizes(shape)) * element_size), Cost()
+def _adamw_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+    """first: moments of zero, as before the first step; later: those of a run."""
+    normal = _normal(shape, seed)
+    params, grads, exp_avgs, exp_avg_sqs, averages = (normal() for _ in range(5))
+    begun = float(case == "later")
+    found: Inputs = {
+        "params": tuple(x.to(dtype) for x in params),
+        "grads": tuple(x.to(dtype) for x in grads),
+        "exp_avgs": tuple((0.1 * begun * x).to(dtype) for x in exp_avgs),
+        "exp_avg_sqs": tuple((begun * x * x).to(dtype) for x in exp_avg_sqs),
+        "averages": tuple(x.to(torch.promote_types(dtype, torch.float32)) for x in averages),
+    }
+    return found | {"lr": 1e-2, "step": 7 if begun else 1}
+
+
+def _stepped(
+    fn: Callable[..., None],
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    averages: Tensors,
+    lr: float,
+    step: int,
+    *,
+    averaged: bool,
+) -> Any:
+    """New parameters, moments, averages and the copies of two of them, each as one tensor."""
+    lists = [tuple(x.clone() for x in part) for part in (params, exp_avgs, exp_avg_sqs, averages)]
+    copies = [tuple(torch.empty_like(x) for x in part) for part in (params, params)]
+    optional = {"averages": lists[3], "decay": 0.9, "copies": copies[0], "shadows": copies[1]}
+    settings = {
+        "lr": lr,
+        "step": step,
+        "betas": (0.9, 0.95),
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "clamp": (-2, 2),
+    }
+    fn(lists[0], grads, *lists[1:3], **settings, **(optional if averaged else {}))
+    return (
+        tuple(_cat(part) for part in (*lists, *copies))
+        if averaged
+        else tuple(_cat(part) for part in lists[:3])
+    )
 
 
 def _draw(draw: Callable[[int, int], int]) -> Shape:
@@ -59,22 +106,37 @@ def _draw(draw: Callable[[int, int], int]) -> Shape:
 SHAPES = ({"N": 1, "L": 1}, {"N": 3, "L": 37}, {"N": 2, "L": CHUNK}, {"N": 3, "L": 2 * CHUNK + 5})
 
 
-def _spec(variant: str, *, shadowed: bool) -> OpSpec:
+def _spec(name: str, op: Any, ref: Any, inputs: Any, cases: tuple[str, ...], accesses: int) -> OpSpec:
+    """`accesses`: reads and writes of an element."""
+
+    def cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
+        return Cost(bytes_moved=accesses * sum(_sizes(shape)) * element_size), Cost()
+
     return OpSpec(
-        name=f"ema_update_{variant}",
-        op=partial(_updated, ema_update_, shadowed=shadowed),
-        ref=partial(_updated, ema_update_ref_, shadowed=shadowed),
-        make_inputs=_make_inputs,
+        name=name,
+        op=op,
+        ref=ref,
+        make_inputs=inputs,
         shapes=SHAPES,
         draw_shape=_draw,
-        cases=CASES,
+        cases=cases,
         differentiable=(),
-        cost=_cost,
+        cost=cost,
         bench_shapes={"cpu": (), "cuda": ()},
         casts_under_autocast=False,
     )
 
 
-EMA = _spec("", shadowed=False)
-SHADOWED = _spec("[shadows]", shadowed=True)
-SPECS = (EMA, SHADOWED)
+def _ema(variant: str, accesses: int, *, shadowed: bool) -> OpSpec:
+    op, ref = (partial(_averaged, fn, shadowed=shadowed) for fn in (ema_update_, ema_update_ref_))
+    return _spec(f"ema_update_{variant}", op, ref, _ema_inputs, ("near", "far"), accesses)
+
+
+def _adamw(variant: str, accesses: int, *, averaged: bool) -> OpSpec:
+    op, ref = (partial(_stepped, fn, averaged=averaged) for fn in (adamw_update_, adamw_update_ref_))
+    return _spec(f"adamw_update_{variant}", op, ref, _adamw_inputs, ("later", "first"), accesses)
+
+
+EMA, SHADOWED = _ema("", 3, shadowed=False), _ema("[shadows]", 4, shadowed=True)
+ADAMW, AVERAGED = _adamw("", 7, averaged=False), _adamw("[averages]", 11, averaged=True)
+SPECS = (EMA, SHADOWED, ADAMW, AVERAGED)

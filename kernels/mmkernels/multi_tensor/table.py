@@ -1,4 +1,4 @@
-"""Lists of tensors as one table of chunks, which a kernel walks in one launch."""
+"""Lists of tensors as two small tables, which a kernel walks in one launch."""
 
 import weakref
 from collections.abc import Sequence
@@ -9,23 +9,26 @@ from torch import Tensor
 
 # Elements of a chunk: what one program, or one turn of a thread, takes.
 CHUNK = 4096
-# Columns of a row before the addresses.
-NUM_COLUMNS = 5
-# A dtype's digit in a row's `kind`, the first list's in the lowest two bits; 0 for a list that is not there.
-DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+# Columns of a tensor's row before the addresses.
+NUM_COLUMNS = 2
+# Bits of a dtype's digit in `kind`, the first list's the lowest; digit 0 for a list that is not there.
+DIGIT_BITS = 3
+DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 # Tables kept, those made last; of a model's lists there is one.
 MAX_TABLES = 32
 
 
 class Table(NamedTuple):
-    """Chunks of lists of tensors, whose n-th tensors have the same elements in the same places.
+    """Lists of tensors, whose n-th tensors have the same elements in the same places, cut into chunks.
 
-    `rows`: int64 `[chunks, 5 + lists]` on their device: elements, 1 where they are a whole chunk of which every list's
-    part is aligned to 16 bytes, kind, number of the tensor, first element, and the address of each list's part.
+    `chunks`: int64 `[chunks, 3]` on their device: number of the tensor, first element, elements.
+    `tensors`: int64 `[tensors, 2 + lists]`: kind, 1 where those of all lists are aligned to 16 bytes, and the
+    address in each list.
     `kinds`: those that occur.
     """
 
-    rows: Tensor
+    chunks: Tensor
+    tensors: Tensor
     kinds: tuple[int, ...]
 
 
@@ -45,7 +48,7 @@ def known(lists: Sequence[Sequence[Tensor]]) -> Table | None:
 
 def dtypes_of(table: Table, place: int) -> set[torch.dtype | None]:
     """Those in a list."""
-    return {DTYPES[kind >> (2 * place) & 3] for kind in table.kinds}
+    return {DTYPES[kind >> (DIGIT_BITS * place) & 7] for kind in table.kinds}
 
 
 def table_of(lists: Sequence[Sequence[Tensor]]) -> Table:
@@ -78,23 +81,33 @@ def flat(x: Tensor) -> Tensor:
 
 def _make(lists: Sequence[Sequence[Tensor]]) -> Table:
     """Vectorised over chunks: a model has a hundred thousand."""
-    num_tensors = len(lists[0])
+    device, num_tensors = lists[0][0].device, len(lists[0])
     sizes = torch.tensor([x.numel() for x in lists[0]], dtype=torch.int64)
     num_chunks = (sizes + CHUNK - 1) // CHUNK
     number = torch.repeat_interleave(torch.arange(num_tensors), num_chunks)
     first_chunk = num_chunks.cumsum(0) - num_chunks
     first = (torch.arange(len(number)) - first_chunk[number]) * CHUNK
     elements = (sizes[number] - first).clamp(max=CHUNK)
-    kind, is_whole, addresses = torch.zeros_like(number), elements == CHUNK, []
+    kind, is_aligned, addresses = torch.zeros_like(sizes), torch.ones_like(sizes), []
     for place, tensors in enumerate(lists):
         if not tensors:
-            addresses.append(torch.zeros_like(number))
+            addresses.append(torch.zeros_like(sizes))
             continue
-        digits = torch.tensor([DTYPES.index(x.dtype) for x in tensors], dtype=torch.int64)
-        widths = torch.tensor([x.element_size() for x in tensors], dtype=torch.int64)
-        begins = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
-        kind += digits[number] << (2 * place)
-        addresses.append(begins[number] + first * widths[number])
-        is_whole &= addresses[-1] % 16 == 0
-    rows = torch.stack([elements, is_whole.long(), kind, number, first, *addresses], 1)
-    return Table(rows.to(lists[0][0].device), tuple(sorted(set(kind.tolist()))))
+        digits = torch.tensor([DTYPES.index(_stored(x.dtype)) for x in tensors], dtype=torch.int64)
+        addresses.append(torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64))
+        kind += digits << (DIGIT_BITS * place)
+        is_aligned &= addresses[-1] % 16 == 0
+    return Table(
+        _upload(torch.stack([number, first, elements], 1), device),
+        _upload(torch.stack([kind, is_aligned, *addresses], 1), device),
+        tuple(sorted(set(kind[sizes > 0].tolist()))),
+    )
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.bool else dtype
+
+
+def _upload(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for a GPU: gradients may lie elsewhere at every step."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

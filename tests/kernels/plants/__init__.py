@@ -4,7 +4,7 @@ from tests.kernels.plants.attention import PLANTS as ATTENTION
 from tests.kernels.plants.contrastive import PLANTS as CONTRASTIVE
 from tests.kernels.plants.distill import PLANTS as DISTILL
 from tests.kernels.plants.linear_cross_entropy import PLANTS as LINEAR_CROSS_ENTROPY
-from tests.kernels.plants.multi_tensor import PLANTS as MULTI_TENSOR
+from tests.kernels.plants.multi_tensor import ADAMW_PLANTS, EMA_PLANTS
 from tests.kernels.plants.sigmoid import PLANTS as SIGMOID
 from tests.kernels.plants.token_contrastive import PLANTS as TOKEN_CONTRASTIVE
 
@@ -13,7 +13,8 @@ ALL = {
     "contrastive": CONTRASTIVE,
     "distill": DISTILL,
     "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
-    "multi_tensor": MULTI_TENSOR,
+    "adamw_update": ADAMW_PLANTS,
+    "ema_update": EMA_PLANTS,
     "sigmoid": SIGMOID,
     "token_contrastive": TOKEN_CONTRASTIVE,
 }

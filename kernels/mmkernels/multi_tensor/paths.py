@@ -1,0 +1,133 @@
+"""What every multi-tensor op checks of its lists, and which path serves them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels import native
+from mmkernels._checks import DTYPE_NAMES, DTYPES, require
+from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels.multi_tensor import blockwise
+from mmkernels.multi_tensor.table import Table, known, table_of
+
+if HAS_TRITON:
+    from mmkernels.multi_tensor import kernel
+else:
+    kernel = blockwise
+
+Given = Mapping[str, Sequence[Tensor] | None]
+# of `op`, by the name of a list, where its dtypes are not `DTYPES`
+Dtypes = Mapping[str, tuple[tuple[torch.dtype, ...], str]]
+
+
+def path_of(x: Tensor) -> Any:
+    """The module whose kernels walk a table on the device of `x`."""
+    return kernel if runs_triton(x) else blockwise
+
+
+def prepared(
+    op: str, given: Given, written: Sequence[str], dtypes: Dtypes | None = None
+) -> tuple[list[list[Tensor]], Table | None]:
+    """Lists in the order given, none as an empty one, checked and laid out alike; with their table where a kernel
+    walks them.
+
+    Args:
+        op: whose they are.
+        given: by name; the n-th tensors of all must have equal shapes. The first is written.
+        written: names of those written: dense, in equal strides, sharing no memory with any other.
+        dtypes: of a list, and their names, where others than floating point are allowed.
+    """
+    lists = [list(tensors or ()) for tensors in given.values()]
+    is_eager = not torch.compiler.is_compiling()
+    is_walked = is_eager and any(walks(x) for x in lists[0][:1])
+    found = known(lists) if is_walked else None
+    if found is None:
+        named = {
+            name: x for (name, given_x), x in zip(given.items(), lists, strict=True) if given_x is not None
+        }
+        _check_lists(op, named, written, dtypes or {})
+        lists = [[laid_out(x, like) for x, like in zip(part, lists[0], strict=False)] for part in lists]
+        found = table_of(lists) if is_walked and lists[0] and has_dtypes(lists) else None
+    return lists, found
+
+
+def walks(x: Tensor) -> bool:
+    """Whether a kernel walks lists on the device of `x`: on a GPU Triton's, on a CPU the native one."""
+    return runs_triton(x) or (x.is_cpu and native.AVAILABLE)
+
+
+def has_dtypes(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the kernels know the dtypes: all but float64."""
+    return all(x.dtype != torch.float64 for tensors in lists for x in tensors)
+
+
+def table_in_op(lists: Sequence[Sequence[Tensor]]) -> Table | None:
+    """That of lists which a registered op was handed, where a kernel walks them."""
+    return table_of(lists) if walks(lists[0][0]) and has_dtypes(lists) else None
+
+
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """`x` with each element where `like`, which is dense, has it; a copy where it must be."""
+    if x.stride() == like.stride() or (x.is_contiguous() and like.is_contiguous()):
+        return x
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory, each in a place of its own."""
+    expected = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _check_lists(op: str, lists: Mapping[str, list[Tensor]], written: Sequence[str], dtypes: Dtypes) -> None:
+    (first_name, first), *_ = lists.items()
+    for name, tensors in lists.items():
+        same = len(tensors) == len(first)
+        require(op, same, "{} must be {} tensors like {}, got {}", name, len(first), first_name, len(tensors))
+    for name, tensors in lists.items():
+        allowed, names = dtypes.get(name, (DTYPES, DTYPE_NAMES))
+        for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
+            require(op, x.dtype in allowed, "{}[{}] must be {}, got {}", name, i, names, x.dtype)
+            same = x.device == first[0].device
+            require(op, same, "{}[{}] must be on {}, got {}", name, i, first[0].device, x.device)
+            same = x.shape == like.shape
+            require(op, same, "{}[{}] must be {}, got {}", name, i, list(like.shape), list(x.shape))
+            if name in written and not (x.is_contiguous() and like.is_contiguous()):
+                same, want = x.stride() == like.stride() and is_dense(x), list(like.stride())
+                require(
+                    op, same, "{}[{}] must be dense in strides {}, got {}", name, i, want, list(x.stride())
+                )
+    if not torch.compiler.is_compiling():
+        _check_places(op, lists, written)
+
+
+def _check_places(op: str, lists: Mapping[str, list[Tensor]], written: Sequence[str]) -> None:
+    """Every tensor holds its elements, and what is written shares none of them with anything else."""
+    spans = []
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            begin = x.data_ptr()
+            holds = x.numel() == 0 or begin != 0
+            require(op, holds, "{}[{}] must hold its elements, got {}", name, i, "a tensor that was freed")
+            if x.numel():
+                elements = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+                spans.append((begin, begin + elements * x.element_size(), name in written, name, i))
+    # what reaches furthest so far, of what is written and of all
+    reach_written = reach = (0, 0, False, "", 0)
+    for span in sorted(spans):
+        begin, _, is_written, name, i = span
+        other = reach if is_written else reach_written
+        apart = begin >= other[1]
+        sentence = "{}[{}] must share no memory with {}[{}], got {}"
+        require(op, apart, sentence, name, i, other[3], other[4], "tensors that overlap")
+        reach = max(reach, span, key=lambda s: s[1])
+        if is_written:
+            reach_written = max(reach_written, span, key=lambda s: s[1])
