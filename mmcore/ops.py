@@ -6,6 +6,7 @@ Beside the public ones stand the pieces of the losses that their distributed for
 from mmkernels import (
     ContrastiveStats,
     TokenContrastiveStats,
+    adamw_update_,
     attention,
     contrastive_loss,
     ema_update_,
@@ -39,6 +40,7 @@ __all__ = [
     "TokenContrastiveStats",
     "TokenProblem",
     "accumulator",
+    "adamw_update_",
     "attention",
     "broken_claim",
     "check_token_labels",

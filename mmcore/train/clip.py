@@ -20,7 +20,7 @@ from mmcore.models.clip_configs import clip_config
 from mmcore.models.clip_weights import load_clip
 from mmcore.train.engine import Engine, EngineConfig, Precision, deepspeed_config, init_distributed
 from mmcore.train.gradcache import contrastive_backward
-from mmcore.train.optim import AdamW, OptimConfig, clip_param_groups, cosine_lr
+from mmcore.train.optim import OptimConfig, clip_param_groups, cosine_lr, make_optimizer
 from mmcore.train.run import Metrics, RunConfig, Start, check_settings, open_run, peak_memory
 from mmcore.train.state import read_loader, read_state, restore_engine, save_state
 
@@ -141,7 +141,7 @@ def _resolve(config: ClipConfig, world_size: int) -> tuple[dict[str, Any], Preci
 
 
 def _make_engine(config: ClipConfig, start: Start, model: CLIP, world_size: int) -> Engine:
-    optimizer = AdamW(clip_param_groups(model, config.optim.weight_decay), config.optim)
+    optimizer = make_optimizer(clip_param_groups(model, config.optim.weight_decay), config.optim)
     resolved, precision = _resolve(config, world_size)
     if dist.get_rank() == 0:
         checkpoint.write_json(start.folder / "deepspeed.json", resolved)

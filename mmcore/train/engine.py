@@ -17,7 +17,8 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from mmcore.train.optim import AdamW, OptimConfig
+from mmcore.optim import AdamWEMA
+from mmcore.train.optim import OptimConfig
 
 deepspeed_logger.setLevel(logging.ERROR)  # it warns of a client optimizer, which is what is meant here
 
@@ -204,7 +205,7 @@ class Engine:
     """A model under ZeRO: forward, backward, step, and its state by full parameter names in fp32."""
 
     def __init__(
-        self, model: nn.Module, optimizer: AdamW, config: dict[str, Any], precision: Precision = "fp32"
+        self, model: nn.Module, optimizer: AdamWEMA, config: dict[str, Any], precision: Precision = "fp32"
     ) -> None:
         self.precision = precision
         self.stage: int = config["zero_optimization"]["stage"]

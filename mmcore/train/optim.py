@@ -1,12 +1,13 @@
-"""AdamW with an EMA of the weights, and CLIP's parameter groups and schedule."""
+"""The settings of AdamW and its average, CLIP's parameter groups and schedule."""
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
+
+from mmcore.ema import warmed_up
+from mmcore.optim import AdamWEMA
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -39,57 +40,16 @@ class OptimConfig:
             raise ValueError(f"--warmup must be a number of steps >= 0, got {self.warmup}")
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, plus per-group `ema` (decay or None) and `clamp` (low, high) of the weights.
-
-    Both work on whatever tensors they are handed: parameters, or the flat partitions that ZeRO makes of a
-    group. The EMA lives in `state[p]["ema"]`, so it is sharded exactly like the moments. Its decay is
-    min(ema, (1 + t) / (10 + t)) at step t, which forgets the initial weights quickly.
-    """
-
-    def __init__(self, params: Iterable[dict[str, Any]], config: OptimConfig) -> None:
-        super().__init__(
-            params,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        for group in self.param_groups:
-            group.setdefault("clamp", None)
-            group.setdefault("ema", config.ema)
-
-    @property
-    def state_keys(self) -> list[str]:
-        """Names of the per-element states that a checkpoint has to keep."""
-        averaged = any(group["ema"] is not None for group in self.param_groups)
-        return ["exp_avg", "exp_avg_sq", *(["ema"] if averaged else [])]
-
-    def init_state(self, p: torch.Tensor, step: int) -> None:
-        """Zero moments and an EMA equal to the weights, as they are before step `step`."""
-        state = self.state[p]
-        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
-        state["exp_avg"] = torch.zeros_like(p)
-        state["exp_avg_sq"] = torch.zeros_like(p)
-        if "ema" in self.state_keys:
-            state["ema"] = p.detach().clone()
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        stepped = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, p in stepped:
-            if not self.state[p]:
-                self.init_state(p, step=0)
-        loss = super().step(closure)  # pyright: ignore[reportArgumentType]
-        for group, p in stepped:
-            if group["clamp"] is not None:
-                p.clamp_(*group["clamp"])
-            if group["ema"] is not None:
-                t = self.state[p]["step"]
-                rate = 1 - torch.clamp((1 + t) / (10 + t), max=group["ema"])
-                self.state[p]["ema"].lerp_(p, rate.to(p.dtype))
-        return loss
+def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamWEMA:
+    """The recipe's optimizer of parameter groups; its average is warmed up."""
+    return AdamWEMA(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        ema=None if config.ema is None else warmed_up(config.ema),
+    )
 
 
 def clip_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from mmkernels._device import INTERPRETED
 
 # files, and which of their tests, so that no process takes more than minutes
 RUNS = (
+    ("test_adamw_update.py", ""),
     ("test_attention.py", ""),
     ("test_contract.py", "attention"),
     ("test_contract.py", "not attention and not loss"),

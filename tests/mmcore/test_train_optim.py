@@ -6,44 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from mmcore.train.optim import MAX_LOG_SCALE, AdamW, OptimConfig, clip_param_groups, cosine_lr
+from mmcore.ema import warmed_up
+from mmcore.train.optim import MAX_LOG_SCALE, OptimConfig, clip_param_groups, cosine_lr, make_optimizer
 
 
-def test_steps_are_torchs_adamw():
-    torch.manual_seed(0)
-    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
-    config = OptimConfig(lr=1e-2, ema=0.9)
-    optimizer = AdamW([{"params": [ours], "weight_decay": 0.2}], config)
-    reference = torch.optim.AdamW(
-        [theirs], lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, fused=True
-    )
-    for _ in range(5):
-        ours.grad = torch.randn(7)
-        theirs.grad = ours.grad.clone()
-        optimizer.step()
-        reference.step()
-    assert torch.equal(ours, theirs)
-
-
-def test_ema_follows_its_formula_with_warm_up():
-    p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    optimizer = AdamW([{"params": [p]}], OptimConfig(lr=0.1, ema=0.5, weight_decay=0.0))
-    expected = p.detach().clone()
-    for t in range(1, 12):
-        p.grad = torch.ones(3, dtype=torch.float64) * t
-        optimizer.step()
-        decay = min(0.5, (1 + t) / (10 + t))
-        expected = decay * expected + (1 - decay) * p.detach()
-        assert (optimizer.state[p]["ema"] - expected).abs().max() < 1e-7  # the rate is computed in float32
-
-
-def test_without_ema_no_average_is_kept():
+def test_the_recipe_is_warmed_up_and_none_is_kept_without() -> None:
     p = nn.Parameter(torch.zeros(3))
-    optimizer = AdamW([{"params": [p]}], OptimConfig())
-    p.grad = torch.ones(3)
-    optimizer.step()
-    assert "ema" not in optimizer.state[p]
-    assert optimizer.state_keys == ["exp_avg", "exp_avg_sq"]
+    optimizer = make_optimizer([{"params": [p]}], OptimConfig(ema=0.5))
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.98), 1e-6)
+    seen = []
+    for _ in range(12):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        seen.append(optimizer.param_groups[0]["ema"])
+    assert seen == [warmed_up(0.5)(t) for t in range(12)] and seen[-1] == 0.5
+    assert make_optimizer([{"params": [p]}], OptimConfig()).state_keys == ["exp_avg", "exp_avg_sq"]
 
 
 class Tower(nn.Module):
@@ -56,7 +33,7 @@ class Tower(nn.Module):
 def test_logit_scale_is_clamped_after_the_step_on_both_sides():
     for grad, bound in ((-1.0, MAX_LOG_SCALE), (1.0, 0.0)):
         model = Tower()
-        optimizer = AdamW(clip_param_groups(model, 0.2), OptimConfig(lr=10.0))
+        optimizer = make_optimizer(clip_param_groups(model, 0.2), OptimConfig(lr=10.0))
         model.logit_scale.grad = torch.tensor([grad])
         optimizer.step()
         assert model.logit_scale.item() == pytest.approx(bound, abs=1e-6)

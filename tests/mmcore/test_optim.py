@@ -1,0 +1,211 @@
+"""AdamW with its average: torch's steps, the average's recurrence, half precision, state, swapping."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmcore.ema import EMA, cosine, warmed_up
+from mmcore.optim import AdamWEMA
+
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 30), nn.GELU(), nn.Linear(30, 3)).to(dtype)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, num: int, first: int = 0) -> None:
+    for step in range(first, first + num):
+        torch.manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_its_steps_are_torchs_and_its_average_that_of_ema(fused: bool) -> None:
+    ours, theirs = model_of(), model_of()
+    optimizer = AdamWEMA(ours.parameters(), **SETTINGS, ema=warmed_up(0.9))
+    reference = torch.optim.AdamW(theirs.parameters(), **SETTINGS, fused=fused)
+    ema = EMA(theirs, warmed_up(0.9))
+    for step in range(20):
+        steps(ours, optimizer, 1, step)
+        steps(theirs, reference, 1, step)
+        ema.update()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        close(p, q)
+        close(optimizer.state[p]["ema"], ema.averages[name])
+        assert optimizer.state[p]["step"] == 20
+
+
+def test_it_is_the_published_recurrence_in_float64() -> None:
+    p = nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+    optimizer = AdamWEMA([p], **SETTINGS, ema=cosine(0.5, 1.0, 4))
+    weight, m, v, average = p.detach().clone(), 0.0, 0.0, p.detach().clone()
+    for t in range(1, 7):
+        p.grad = torch.linspace(t, -1, 7, dtype=torch.float64)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * p.grad, 0.98 * v + 0.02 * p.grad**2
+        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.98**t)).sqrt() + 1e-6)
+        weight = weight - 1e-2 * (step + 0.2 * weight)
+        decay = cosine(0.5, 1.0, 4)(t - 1)
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(p.detach(), weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(optimizer.state[p]["ema"], average, rtol=1e-12, atol=1e-12)
+
+
+def test_groups_have_settings_of_their_own_and_a_scheduler_sets_their_rates() -> None:
+    models = model_of(), model_of()
+    optimizers = [
+        make([{"params": m[0].parameters()}, {"params": m[2].parameters(), "lr": 0.1, "weight_decay": 0.0}])
+        for m, make in zip(models, (AdamWEMA, torch.optim.AdamW), strict=True)
+    ]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
+    for step in range(5):
+        for model, optimizer, scheduler in zip(models, optimizers, schedulers, strict=True):
+            steps(model, optimizer, 1, step)
+            scheduler.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        close(p, q)
+
+
+def test_a_parameter_without_a_gradient_waits_and_counts_its_own_steps() -> None:
+    ours, theirs = model_of(), model_of()
+    optimizers = AdamWEMA(ours.parameters(), **SETTINGS), torch.optim.AdamW(theirs.parameters(), **SETTINGS)
+    for step in range(6):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            torch.manual_seed(step)
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn_like(p) if i != 1 or step % 2 else None
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        close(p, q)
+    assert [int(s["step"]) for s in optimizers[0].state.values()] == [6, 6, 6, 3]
+
+
+class TestHalfPrecision:
+    def test_weights_are_copies_of_a_float32_master_that_small_steps_move(self) -> None:
+        """At a rate of 1e-5 a step is below half of bfloat16's last place: torch's AdamW stands still."""
+        ours, plain, exact = (
+            nn.Parameter(torch.ones(64, dtype=d)) for d in (torch.bfloat16, torch.bfloat16, torch.float32)
+        )
+        optimizer = AdamWEMA([ours], lr=1e-5, weight_decay=0.0, ema=0.99)
+        others = [torch.optim.AdamW([p], lr=1e-5, weight_decay=0.0) for p in (plain, exact)]
+        for _ in range(1000):
+            for p in (ours, plain, exact):
+                p.grad = torch.ones_like(p)
+            for each in (optimizer, *others):
+                each.step()
+        state = optimizer.state[ours]
+        assert torch.equal(plain, torch.ones_like(plain))
+        torch.testing.assert_close(state["master"], exact.detach(), rtol=1e-5, atol=0)
+        assert torch.equal(ours, state["master"].bfloat16())
+        assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq", "ema")} == {torch.float32}
+
+    def test_a_state_that_is_saved_and_loaded_stays_in_float32_and_goes_on_to_the_bit(self) -> None:
+        whole, first, again = (model_of(torch.bfloat16) for _ in range(3))
+        optimizers = [AdamWEMA(m.parameters(), **SETTINGS, ema=warmed_up(0.9)) for m in (whole, first, again)]
+        steps(whole, optimizers[0], 5)
+        steps(first, optimizers[1], 3)
+        again.load_state_dict(first.state_dict())
+        optimizers[2].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+        steps(again, optimizers[2], 2, first=3)
+        for p, q in zip(whole.parameters(), again.parameters(), strict=True):
+            assert torch.equal(p, q)
+            for key, value in optimizers[0].state[p].items():
+                assert torch.equal(value, optimizers[2].state[q][key]) and value.dtype == torch.float32
+
+
+def test_it_takes_over_from_torchs_adamw() -> None:
+    ours, theirs = model_of(), model_of()
+    reference = torch.optim.AdamW(theirs.parameters(), **SETTINGS)
+    steps(theirs, reference, 4)
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = AdamWEMA(ours.parameters(), **SETTINGS, ema=0.5)
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    start = [p.detach().clone() for p in ours.parameters()]
+    steps(ours, optimizer, 1, 4)
+    steps(theirs, reference, 1, 4)
+    for p, q, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
+        close(p, q)
+        close(optimizer.state[p]["ema"], (before + p) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapping_shows_the_averages_in_place_and_brings_all_back_to_the_bit(dtype: torch.dtype) -> None:
+    model = model_of(dtype)
+    optimizer = AdamWEMA(model.parameters(), **SETTINGS, ema=0.5)
+    steps(model, optimizer, 3)
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    averages = [optimizer.state[p]["ema"].to(dtype, copy=True) for p in model.parameters()]
+    with pytest.raises(KeyError), optimizer.swapped():
+        assert all(torch.equal(p, x) for p, x in zip(model.parameters(), averages, strict=True))
+        raise KeyError
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    for number, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state["state"][number][key]) for key, value in values.items())
+
+
+def test_weights_are_clamped_and_the_average_is_of_the_clamped() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = AdamWEMA([p], lr=10.0, ema=0.0, clamp=(-1.0, 2.0))
+    p.grad = torch.tensor([1.0, -1.0, torch.nan])
+    optimizer.step()
+    for x in (p, optimizer.state[p]["ema"]):
+        assert x[:2].tolist() == [-1.0, 2.0] and x[2].isnan()
+
+
+def test_without_a_decay_no_average_is_kept() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = AdamWEMA([p], ema=None)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdamWEMA([p])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0 and (p < 1).all()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "lr": ({"lr": -1.0}, "AdamWEMA: lr must be at least 0, got -1.0"),
+    "ema": ({"ema": 1.5}, "AdamWEMA: ema must be from 0 to 1, a schedule or None, got 1.5"),
+    "betas": ({"betas": (0.9, 1.0)}, r"adamw_update_: betas must be from 0 to less than 1, got \(0.9, 1.0\)"),
+    "eps": ({"eps": -1e-8}, "adamw_update_: eps must be at least 0, got -1e-08"),
+    "weight decay": ({"weight_decay": -0.1}, "adamw_update_: weight_decay must be at least 0, got -0.1"),
+    "clamp": ({"clamp": (1.0, 0.0)}, r"adamw_update_: clamp must be \(low, high\), got \(1.0, 0.0\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_settings_are_refused_by_name_before_a_weight_moves(case: str) -> None:
+    settings, message = REFUSED[case]
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        AdamWEMA([p], **settings).step()
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_a_sparse_gradient_is_refused() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="AdamWEMA: gradients must be dense, got a sparse one"):
+        AdamWEMA(table.parameters()).step()
