@@ -1,0 +1,132 @@
+"""Where ZeRO keeps a model's weights: each rank's fp32 parts, by full names. DeepSpeed itself is not imported."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmcore.ops import require
+
+# Of float32 that is gathered at a time: neither device nor host holds a whole model.
+PIECE_BYTES = 2 << 30
+
+
+class _Place(NamedTuple):
+    """A rank's part of a parameter: which of the flat tensors, where in it, where in the parameter, how long."""
+
+    group: int
+    offset: int
+    start: int
+    numel: int
+
+
+class Shards:
+    """This rank's fp32 parts of the trainable weights of a DeepSpeed engine, ZeRO stages 0 to 3.
+
+    Methods take tensors laid out like `flats` (weights, moments, averages) and what they return is by parameter.
+    Those said to be collective are called on every rank with the same names.
+
+    Args:
+        engine: of `deepspeed.initialize`.
+        module: of the engine, without wrappers.
+
+    Attributes:
+        params: the trainable parameters, by name.
+        flats: what the client optimizer is handed: a flat fp32 tensor a parameter group, in stage 3 a sub-group;
+            in stage 0 the parameters themselves.
+    """
+
+    def __init__(self, engine: Any, module: nn.Module) -> None:
+        self.stage: int = engine.zero_optimization_stage()
+        self.module = module
+        self.device: torch.device = engine.device
+        self.params: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._zero: Any = engine.optimizer
+        self.flats: list[Tensor] = self._flats()
+        for name, p in self.params.items():
+            known = self.stage == 0 or hasattr(p, "_hp_mapping" if self.stage < 3 else "_z3_optimizer")
+            require(
+                "Shards", known, "{} must be in the optimizer, got {}", name, "a trainable weight that is not"
+            )
+        self._places = {name: self._place(name) for name in self.params}
+        for name, place in self._places.items():
+            held = place is None or place.offset + place.numel <= self.flats[place.group].numel()
+            require("Shards", held, "{} must be in memory, got {}", name, "weights offloaded to NVMe")
+
+    def _flats(self) -> list[Tensor]:
+        if self.stage == 0:
+            return list(self.params.values())
+        if self.stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        # the second is of bf16 weights with gradients accumulated in fp32, under stage 1
+        groups = getattr(self._zero, "single_partition_of_fp32_groups", None)
+        return list(self._zero.fp32_groups_flat_partition if groups is None else groups)
+
+    def _place(self, name: str) -> _Place | None:
+        p = self.params[name]
+        if self.stage == 0:
+            return _Place(list(self.params).index(name), 0, 0, p.numel())
+        if self.stage == 3:
+            group, offset, numel = self._zero.grad_position[self._zero.get_param_id(p)]
+            start = dist.get_rank(self._zero.dp_process_group) * p.ds_tensor.ds_numel
+            numel = min(numel, p.ds_numel - start)  # the last ranks' partitions are padded
+            return _Place(group, offset, start, numel) if numel > 0 else None
+        mapping = p._hp_mapping
+        if mapping is None:
+            return None
+        held, of = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return _Place(mapping.param_group_index, held.start, of.start, held.numel)
+
+    def fragment(self, name: str, of: Sequence[Tensor]) -> tuple[Tensor, int] | None:
+        """This rank's part of a parameter in `of`, flat, and the number of its first element; None = it has none."""
+        place = self._places[name]
+        if place is None:
+            return None
+        return of[place.group].detach().view(-1).narrow(0, place.offset, place.numel), place.start
+
+    def numel(self, name: str) -> int:
+        """Number of elements of a whole parameter (under ZeRO-3 the tensor itself is empty)."""
+        p = self.params[name]
+        return p.ds_numel if self.stage == 3 else p.numel()
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a whole parameter."""
+        p = self.params[name]
+        return p.ds_shape if self.stage == 3 else p.shape
+
+    def pieces(self) -> list[list[str]]:
+        """All names, in order, in lists of at most `PIECE_BYTES` of fp32 (or one parameter)."""
+        pieces: list[list[str]] = [[]]
+        size = 0
+        for name in self.params:
+            num_bytes = 4 * self.numel(name)
+            if pieces[-1] and size + num_bytes > PIECE_BYTES:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(name)
+            size += num_bytes
+        return pieces
+
+    def gather(self, names: Sequence[str], of: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whole fp32 tensors on every rank. Collective: one all-reduce."""
+        sizes = [self.numel(name) for name in names]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        parts = flat.split(sizes)
+        for name, part in zip(names, parts, strict=True):
+            fragment = self.fragment(name, of)
+            if fragment is not None:
+                source, start = fragment
+                part.narrow(0, start, source.numel()).copy_(source)
+        if self.stage > 0:
+            dist.all_reduce(flat, group=self._zero.dp_process_group)
+        return {n: part.view(self.shape(n)) for n, part in zip(names, parts, strict=True)}
+
+    def scatter(self, tensors: Mapping[str, Tensor], into: Sequence[Tensor]) -> None:
+        """Writes whole tensors into this rank's parts; no communication."""
+        for name, value in tensors.items():
+            fragment = self.fragment(name, into)
+            if fragment is not None:
+                target, start = fragment
+                target.copy_(value.reshape(-1).narrow(0, start, target.numel()))
