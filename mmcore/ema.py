@@ -1,15 +1,24 @@
 """The exponential moving average of a model's weights, kept in float32 beside it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from mmcore.checkpoint import write_tensors
 from mmcore.ops import ema_update_, require
+from mmcore.teacher import Teacher
+from mmcore.weights import Whole, is_engine, unwrapped, weights_of
+from mmcore.zero import Layout
+
+# Of a saved file: the number of updates, which is also what tells it from others.
+_COUNT = "mmcore.ema.num_updates"
 
 # The decay of update t, counted from 0.
 Schedule = Callable[[int], float]
@@ -46,73 +55,115 @@ class EMA:
         evaluate(model)
     ```
 
+    Under ZeRO each rank averages its own fp32 weights, without communication. `swapped`, `copy_to`, `gathered` and
+    `save`, and with a teacher `update`, are then collective: every rank calls them.
+
+    In a CUDA graph capture `apply`, and call `advance` before each replay.
+
     Args:
-        model: a module, on its device, compiled or under DistributedDataParallel or not. Weights that want no
-            gradient when this is made are not averaged: they stay what they are. Under ZeRO the weights are the
-            optimizer's, and `mmcore.train.optim.AdamW` averages them.
+        model: a module, on its device, compiled or under DistributedDataParallel or not; or the engine of
+            `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made are not averaged:
+            they stay what they are.
         decay: from 0 to 1, or its schedule: `warmed_up`, `cosine`, or any function of the number of updates.
         buffers: "copy" takes them as they are (BatchNorm's statistics are averages already), "average" averages
-            those in floating point.
+            those in floating point; each rank its own.
+        teacher: a copy of the model, of any floating point dtype, whose weights and buffers are the averages from
+            now on, rounded to its dtypes; it is frozen. MoCo's and DINO's, which run forward (arXiv:1911.05722,
+            arXiv:2104.14294). Under ZeRO stages 0 to 2.
 
     Attributes:
-        averages: float32 (float64 of float64), by the parameter's name.
+        averages: float32 (float64 of float64), by the parameter's name; under ZeRO this rank's parts, flat.
+        buffer_averages: by the buffer's name.
         num_updates: so far.
+
+    Raises:
+        ValueError: a decay out of range, weights that ZeRO-3 cut up without their engine, a teacher unlike the model.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         decay: float | Schedule = 0.9999,
         *,
         buffers: Literal["copy", "average"] = "copy",
+        teacher: nn.Module | None = None,
     ) -> None:
         op = "EMA"
         if not callable(decay):
             _check_decay(op, "decay", decay)
         require(op, buffers in ("copy", "average"), "buffers must be 'copy' or 'average', got {!r}", buffers)
-        self.model = unwrapped(model)
-        parts = [name for name, p in self.model.named_parameters() if hasattr(p, "ds_id")]
-        require(op, not parts, "model must hold its weights, got {} cut up by ZeRO-3", parts[:1])
+        self._is_collective = is_engine(model)
+        self._weights = weights_of(model)
+        self.model = self._weights.module
         self.decay = decay
         self.buffers = buffers
         self.num_updates = 0
-        self.averages: dict[str, Tensor] = {
-            name: _widened(p) for name, p in self.model.named_parameters() if p.requires_grad
-        }
-        self.buffer_averages: dict[str, Tensor] = {
-            name: _widened(x) if self._is_averaged(x) else x.detach().clone()
-            for name, x in self.model.named_buffers()
-        }
+        flats, held = self._weights.flats, dict(self.model.named_buffers())
+        self._averaged = [name for name, x in held.items() if buffers == "average" and x.is_floating_point()]
+        # of the weights, as they are laid out, then of buffers
+        self._targets = [_widened(x) for x in (*flats, *(held[name] for name in self._averaged))]
+        self._copies = {name: x.detach().clone() for name, x in held.items() if name not in self._averaged}
+        self._decay = torch.zeros((), dtype=torch.float64, device=flats[0].device if flats else "cpu")
+        self._shadows: list[Tensor] | None = None
+        self._teacher: Teacher | None = None
+        if teacher is not None:
+            self._teach(unwrapped(teacher))
+        num_flats = len(flats)
+        self.averages = self._weights.parts(self._targets[:num_flats])
+        means = dict(zip(self._averaged, self._targets[num_flats:], strict=True))
+        self.buffer_averages: dict[str, Tensor] = {name: (self._copies | means)[name] for name in held}
+        self._collect()
 
-    @torch.no_grad()
     def update(self) -> None:
         """Averages the model's weights of now; call it after each optimizer step.
 
         Raises:
-            ValueError: a model that was moved, or whose weights have other names or shapes than before.
+            ValueError: a model that was moved, or whose weights have other names or shapes than before, or that
+                trains weights which were frozen.
         """
+        self.advance()
+        self.apply()
+
+    def advance(self) -> None:
+        """The host's half of `update`: sees that the model is what it was, and sets the decay that `apply` reads.
+
+        Raises:
+            ValueError: as `update`.
+        """
+        if self._weights.refresh():
+            self._collect()
+        if self._teacher is not None:
+            self._teacher.check()
         decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
-        weights = dict(self.model.named_parameters())
-        buffers = dict(self.model.named_buffers())
-        averaged = [name for name, x in buffers.items() if self._is_averaged(x)]
-        targets = [*self.averages.values(), *(self.buffer_averages[name] for name in averaged)]
-        sources = [*(weights[name] for name in self.averages), *(buffers[name] for name in averaged)]
-        ema_update_(targets, sources, decay)
-        for name in buffers.keys() - set(averaged):
-            self.buffer_averages[name].copy_(buffers[name])
+        _check_decay("EMA", f"decay of update {self.num_updates}", decay)
+        self._decay.fill_(decay)
         self.num_updates += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The device's half of `update`, which a CUDA graph may capture: it reads the decay from the device."""
+        ema_update_(self._targets, self._sources, self._decay, shadows=self._shadows)
+        for name, x in self._copied.items():
+            self._copies[name].copy_(x)
+        if self._teacher is not None:
+            self._teacher.finish(self._copies)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The averages in the model's weights and buffers, in place and in their dtypes, for as long as the block
         lasts; what was there comes back however it ends."""
-        held = self._held()
-        before = {name: x.detach().clone() for name, x in held.items()}
-        self.copy_to(self.model)
-        try:
-            yield
-        finally:
-            _copy(before, held)
+        held = dict(self.model.named_buffers())
+        before = {name: x.clone() for name, x in held.items()}
+        with self._weights.shown(self._of_weights()):
+            _copy(self.buffer_averages, held)
+            try:
+                yield
+            finally:
+                _copy(before, held)
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole average of each weight; under ZeRO at most 2 GiB of them at a time."""
+        return self._weights.whole(self._of_weights())
 
     def copy_to(self, model: nn.Module) -> None:
         """Writes the averages into a model of the same names and shapes.
@@ -122,10 +173,72 @@ class EMA:
         """
         model = unwrapped(model)
         into = dict(model.named_parameters()) | dict(model.named_buffers())
-        _copy(self.averages | self.buffer_averages, into)
+        _check_shapes({name: shape for name, (_, shape) in self._layout().items()}, into)
+        for name, x in self._everything():
+            into[name].detach().copy_(x)
+
+    def save(self, path: Path) -> None:
+        """Writes averages, buffers and the number of updates as a safetensors file, by full names, atomically.
+
+        Of an engine rank 0 writes, its own buffers; of another module, whoever calls it. The file does not depend on
+        the number of ranks or the stage.
+
+        Raises:
+            OSError: it cannot be written; on every rank.
+        """
+        tensors, error = self._everything(), None
+        if not self._is_collective or dist.get_rank() == 0:
+            try:
+                write_tensors(path, self._layout(), tensors, {_COUNT: str(self.num_updates)})
+            except OSError as caught:
+                error = caught
+        for _ in tensors:
+            pass  # what is gathered and not written here
+        if self._is_collective:
+            errors = [error]
+            dist.broadcast_object_list(errors)
+            error = errors[0]
+        if error is not None:
+            raise error
+
+    def load(self, path: Path) -> None:
+        """Goes on from a file of `save`, at any number of ranks, of any stage or of a plain module. Not collective.
+
+        Raises:
+            ValueError: another file, or names or shapes other than this model's.
+        """
+        layout = self._layout()
+        with safe_open(path, framework="pt") as file:
+            count = (file.metadata() or {}).get(_COUNT)
+            require("EMA.load", count is not None, "path must be a file of EMA.save, got {}", path)
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            differ = sorted(found.keys() ^ layout.keys())
+            require(
+                "EMA.load",
+                not differ,
+                "{} must hold this model's averages, got a difference in {}",
+                path,
+                differ[:3],
+            )
+            for name, (_, shape) in layout.items():
+                shapes = list(shape), found[name].get_shape()
+                require("EMA.load", shapes[0] == shapes[1], "{} must be {}, got {}", name, *shapes)
+            for name in layout:
+                x = file.get_tensor(name)
+                if name in self.buffer_averages:
+                    self.buffer_averages[name].copy_(x)
+                else:
+                    self._weights.scatter({name: x}, self._targets)
+            self.num_updates = int(count or 0)
+        self._show()
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name, and the number of updates."""
+        """The averages by name, and the number of updates.
+
+        Raises:
+            ValueError: under ZeRO-1 to 3, where they are one rank's: use `save`.
+        """
+        self._check_whole("state_dict", "save")
         return {
             "num_updates": self.num_updates,
             "averages": dict(self.averages),
@@ -136,8 +249,9 @@ class EMA:
         """Goes on from a `state_dict`, on whatever device it lies.
 
         Raises:
-            ValueError: names or shapes other than this model's.
+            ValueError: names or shapes other than this model's; under ZeRO-1 to 3, use `load`.
         """
+        self._check_whole("load_state_dict", "load")
         for kind, held in (("averages", self.averages), ("buffers", self.buffer_averages)):
             differ = sorted(held.keys() ^ state[kind].keys())
             require(
@@ -145,39 +259,82 @@ class EMA:
             )
             _copy(state[kind], held)
         self.num_updates = state["num_updates"]
+        self._show()
 
-    def _held(self) -> dict[str, Tensor]:
-        """The model's weights and buffers that have averages."""
-        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return {name: everything[name] for name in self.averages | self.buffer_averages}
+    def _teach(self, module: nn.Module) -> None:
+        """Has `module` follow; where its dtypes are the averages', its weights are the averages themselves."""
+        self._teacher = Teacher(module, self._weights, self._averaged)
+        shadows = self._teacher.shadows
+        if all(x.dtype == y.dtype for x, y in zip(shadows, self._targets, strict=True)):
+            _overwrite(shadows, self._targets)
+            self._targets = shadows
+        else:
+            self._shadows = shadows
+        self._show()
 
-    def _is_averaged(self, buffer: Tensor) -> bool:
-        return self.buffers == "average" and buffer.is_floating_point()
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Writes what the averages are into the teacher."""
+        if self._teacher is not None:
+            if self._shadows is not None:
+                _overwrite(self._shadows, self._targets)
+            self._teacher.finish(self._copies)
 
+    def _collect(self) -> None:
+        """What an update reads of the model."""
+        held = dict(self.model.named_buffers())
+        self._sources = [*self._weights.flats, *(held[name] for name in self._averaged)]
+        self._copied = {name: held[name] for name in self._copies}
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module itself, without torch.compile's and DistributedDataParallel's wrappers."""
-    while True:
-        inner = (
-            model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+    def _of_weights(self) -> list[Tensor]:
+        return self._targets[: len(self._weights.flats)]
+
+    def _everything(self) -> Iterator[tuple[str, Tensor]]:
+        """Averages and buffers, wider dtypes first."""
+        wide, narrow = self._sorted_buffers()
+        yield from wide.items()
+        yield from self.gathered()
+        yield from narrow.items()
+
+    def _layout(self) -> Layout:
+        """Dtype and shape of `_everything`."""
+        wide, narrow = (
+            {name: (x.dtype, x.shape) for name, x in part.items()} for part in self._sorted_buffers()
         )
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+        return wide | self._weights.layout(self._of_weights()) | narrow
+
+    def _sorted_buffers(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Those that come before float64 and float32, and those behind."""
+        ordered = sorted(self.buffer_averages.items(), key=lambda item: -item[1].itemsize)
+        wide = {name: x for name, x in ordered if x.itemsize > 4}
+        return wide, {name: x for name, x in ordered if name not in wide}
+
+    def _check_whole(self, method: str, instead: str) -> None:
+        whole = isinstance(self._weights, Whole)
+        require(f"EMA.{method}", whole, "model must hold its weights, got parts of ZeRO: use EMA.{}", instead)
 
 
 def _widened(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
+def _overwrite(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for x, y in zip(targets, sources, strict=True):
+        x.copy_(y)
+
+
 @torch.no_grad()
 def _copy(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    for name, x in tensors.items():
-        require("EMA", name in into, "model must have {}, got {}", name, "none")
-        same = into[name].shape == x.shape
-        require("EMA", same, "{} must be {}, got {}", name, list(x.shape), list(into[name].shape))
+    _check_shapes({name: x.shape for name, x in tensors.items()}, into)
     for name, x in tensors.items():
         into[name].copy_(x)
+
+
+def _check_shapes(shapes: Mapping[str, torch.Size], into: Mapping[str, Tensor]) -> None:
+    for name, shape in shapes.items():
+        require("EMA", name in into, "model must have {}, got {}", name, "none")
+        same = into[name].shape == shape
+        require("EMA", same, "{} must be {}, got {}", name, list(shape), list(into[name].shape))
 
 
 def _check_decay(op: str, name: str, decay: float) -> None:

@@ -1,6 +1,7 @@
 """Where ZeRO keeps a model's weights: each rank's fp32 parts, by full names. DeepSpeed itself is not imported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.ops import require
+from mmcore.watch import Watch, check_teacher
 
 # Of float32 that is gathered at a time: neither device nor host holds a whole model.
 PIECE_BYTES = 2 << 30
@@ -20,6 +22,17 @@ class _Place(NamedTuple):
     offset: int
     start: int
     numel: int
+
+
+# Dtype and shape of whole tensors, by name.
+Layout = dict[str, tuple[torch.dtype, torch.Size]]
+
+
+class Follower(NamedTuple):
+    """What keeps a teacher's weights: `shadows`, laid out like what they are copies of, then `finish`, collective."""
+
+    shadows: list[Tensor]
+    finish: Callable[[], None]
 
 
 class Shards:
@@ -54,6 +67,18 @@ class Shards:
         for name, place in self._places.items():
             held = place is None or place.offset + place.numel <= self.flats[place.group].numel()
             require("Shards", held, "{} must be in memory, got {}", name, "weights offloaded to NVMe")
+
+        self._stamp, self._watch = _stamp(self.flats), Watch(module)
+
+    def refresh(self) -> bool:
+        """Sees that the engine holds what it held; whether a buffer or parameter was put in another's place.
+
+        Raises:
+            ValueError: another model, by its name, or other flat tensors.
+        """
+        same = _stamp(self._flats()) == self._stamp
+        require("EMA", same, "engine must keep its fp32 weights where they were, got {}", "others")
+        return self._watch.has_replaced()
 
     def _flats(self) -> list[Tensor]:
         if self.stage == 0:
@@ -130,3 +155,105 @@ class Shards:
             if fragment is not None:
                 target, start = fragment
                 target.copy_(value.reshape(-1).narrow(0, start, target.numel()))
+
+    def parts(self, of: Sequence[Tensor]) -> dict[str, Tensor]:
+        """This rank's part of each parameter that it has one of, flat."""
+        fragments = {name: self.fragment(name, of) for name in self.params}
+        return {name: fragment[0] for name, fragment in fragments.items() if fragment is not None}
+
+    def layout(self, of: Sequence[Tensor]) -> Layout:
+        """Dtype and shape by name, in the order of `whole`."""
+        return {name: (torch.float32, self.shape(name)) for name in self.params}
+
+    def whole(self, of: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of each parameter, in order. Collective: gathered piece by piece."""
+        for names in self.pieces():
+            yield from self.gather(names, of).items()
+
+    @contextmanager
+    def shown(self, of: Sequence[Tensor]) -> Iterator[None]:
+        """`of` in the module's weights, in their dtypes, for as long as the block lasts. Collective."""
+        held = [p.ds_tensor for p in self.params.values()] if self.stage == 3 else self._flat_weights()
+        before = [x.clone() for x in held]
+        try:
+            with self._partitioned():
+                if self.stage == 3:
+                    for name, part in self.parts(of).items():
+                        self.params[name].ds_tensor.narrow(0, 0, part.numel()).copy_(part)
+                else:
+                    for flat, x, group in zip(held, of, self._zero.real_dp_process_group, strict=True):
+                        _segment(flat, group).copy_(x)
+                        _all_gather(flat, group)
+            yield
+        finally:
+            with self._partitioned():
+                for x, y in zip(held, before, strict=True):
+                    x.copy_(y)
+
+    @contextmanager
+    def _partitioned(self) -> Iterator[None]:
+        """In stage 3 no parameter is whole inside the block, and those that persist are gathered anew behind it, as
+        around DeepSpeed's own steps."""
+        if self.stage < 3:
+            yield
+            return
+        self._zero.parameter_offload.partition_all_parameters()
+        yield
+        self._zero.invalidate_secondary_tensor()
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    def _flat_weights(self) -> list[Tensor]:
+        """What the module computes with in stages 1 and 2: a flat tensor a group, of which the parameters are views."""
+        groups = getattr(self._zero, "bit16_groups_flat", None)
+        return list(self._zero.bf16_groups_flat if groups is None else groups)
+
+    def follow(self, teacher: nn.Module) -> Follower:
+        """Makes the teacher's parameters views of flat tensors in its dtypes, laid out as ZeRO lays out the module's:
+        a rank writes its segment, and `finish` gathers the others'.
+
+        Raises:
+            ValueError: stage 3, or a teacher unlike the module.
+        """
+        fits, why = (
+            self.stage < 3,
+            "stage 3: its weights are never whole; use stage 1 or 2, or average without teacher",
+        )
+        require("EMA", fits, "teacher must be of ZeRO stages 0 to 2, got {}", why)
+        theirs = check_teacher(teacher, self.module, self.flats[0].device)
+        flats, groups = [], self._zero.real_dp_process_group
+        for flat in self._flat_weights():
+            begin, size = flat.data_ptr(), flat.element_size()
+            offsets = {
+                name: (p.data_ptr() - begin) // size for name, p in self.params.items() if _is_within(p, flat)
+            }
+            dtypes = {theirs[name].dtype for name in offsets}
+            require("EMA", len(dtypes) == 1, "teacher must have one dtype a parameter group, got {}", dtypes)
+            flats.append(torch.zeros_like(flat, dtype=dtypes.pop()))
+            for name, offset in offsets.items():
+                p = theirs[name]
+                p.data = flats[-1].narrow(0, offset, p.numel()).view(p.shape)
+
+        def finish() -> None:
+            for flat, group in zip(flats, groups, strict=True):
+                _all_gather(flat, group)
+
+        return Follower([_segment(flat, group) for flat, group in zip(flats, groups, strict=True)], finish)
+
+
+def _stamp(flats: Sequence[Tensor]) -> list[object]:
+    return [(id(x), x.shape, x.device) for x in flats]
+
+
+def _is_within(p: Tensor, flat: Tensor) -> bool:
+    begin = flat.data_ptr()
+    return begin <= p.data_ptr() < begin + flat.numel() * flat.element_size()
+
+
+def _segment(flat: Tensor, group: Any) -> Tensor:
+    """This rank's part of a flat tensor that is cut evenly."""
+    return flat.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+
+
+def _all_gather(flat: Tensor, group: Any) -> None:
+    dist.all_gather_into_tensor(flat, _segment(flat, group), group=group)

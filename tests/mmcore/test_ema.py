@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cosine": (lambda: cosine(0.9, 1.0, 0), "cosine: num_updates must be at least 1, got 0"),
     "a schedule that strays": (
         lambda: EMA(small(), lambda t: 2.0).update(),
-        "ema_update_: decay must be from 0 to 1, got 2.0",
+        "EMA: decay of update 0 must be from 0 to 1, got 2.0",
     ),
     "state": (
         lambda: EMA(nn.Linear(2, 2)).load_state_dict(EMA(small()).state_dict()),
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another model": (
         lambda: EMA(small()).copy_to(nn.Linear(2, 2)),
-        "EMA: model must have 0.weight, got none",
+        "EMA: model must have 1.num_batches_tracked, got none",
     ),
 }
 
@@ -201,6 +201,7 @@ def test_weights_cut_up_by_zero_3_are_refused() -> None:
     model = nn.Linear(2, 2)
     model.weight.ds_id = 0  # pyright: ignore
     with pytest.raises(
-        ValueError, match=r"EMA: model must hold its weights, got \['weight'\] cut up by ZeRO-3"
+        ValueError,
+        match=r"EMA: model must be DeepSpeed's engine, got a module with \['weight'\] cut up by ZeRO-3",
     ):
         EMA(model)

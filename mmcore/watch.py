@@ -1,0 +1,92 @@
+"""Models that must stay what they were when something was made of them."""
+
+import torch
+from torch import Tensor, nn
+
+from mmcore.ops import require
+
+
+class Watch:
+    """Sees that a module's weights and buffers stay what they were: names, shapes, devices, frozen or not."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._expected = _described(module)
+        self._seen = _look(module)
+
+    def has_replaced(self) -> bool:
+        """Whether another tensor, that serves as well, stands in the place of one since the last call.
+
+        Raises:
+            ValueError: one does not serve, by name.
+        """
+        now = _look(self._module)
+        if _same(self._seen, now):
+            return False
+        found = _described(self._module)
+        for name in self._expected.keys() | found.keys():
+            word = "none by that name" if name in self._expected else "it, new"
+            same = (name in self._expected) == (name in found)
+            require(
+                "EMA", same, "model must have the weights it had when this was made, {}: got {}", name, word
+            )
+        for name, (shape, device, is_trained) in self._expected.items():
+            got_shape, got_device, got_trained = found[name]
+            require(
+                "EMA", got_shape == shape, "model's {} must be {}, got {}", name, list(shape), list(got_shape)
+            )
+            require("EMA", got_device == device, "model's {} must be on {}, got {}", name, device, got_device)
+            frozen = is_trained or not got_trained
+            require(
+                "EMA",
+                frozen,
+                "model's {} must be frozen as it was, got {}",
+                name,
+                "one that wants a gradient",
+            )
+        self._seen = now
+        return True
+
+
+def check_teacher(teacher: nn.Module, student: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
+    """The teacher's parameters by name: the student's shapes, on the device of what is averaged, not the student's own.
+
+    Raises:
+        ValueError: they are not.
+    """
+    held, wanted = dict(teacher.named_parameters()), dict(student.named_parameters())
+    differ = sorted(held.keys() ^ wanted.keys())
+    require("EMA", not differ, "teacher must have the model's weights, got a difference in {}", differ[:3])
+    for name, p in wanted.items():
+        x = held[name]
+        require(
+            "EMA", x.shape == p.shape, "teacher's {} must be {}, got {}", name, list(p.shape), list(x.shape)
+        )
+        require("EMA", x.device == device, "teacher's {} must be on {}, got {}", name, device, x.device)
+        own = x is not p and (x.numel() == 0 or x.data_ptr() != p.data_ptr())
+        require("EMA", own, "teacher's {} must be a copy, got {}", name, "the model's own")
+    return held
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers, tied ones as often as they occur; faster than with their names."""
+    found = []
+    for part in module.modules():
+        found += [x for x in part._parameters.values() if x is not None]
+        found += [x for x in part._buffers.values() if x is not None]
+    return found
+
+
+def _look(module: nn.Module) -> tuple[list[Tensor], list[object]]:
+    tensors = tensors_of(module)
+    return tensors, [(x.shape, x.device, x.requires_grad) for x in tensors]
+
+
+def _same(one: tuple[list[Tensor], list[object]], other: tuple[list[Tensor], list[object]]) -> bool:
+    return one[1] == other[1] and all(x is y for x, y in zip(one[0], other[0], strict=True))
+
+
+def _described(module: nn.Module) -> dict[str, tuple[torch.Size, torch.device, bool]]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    # under ZeRO-3 a parameter itself is empty
+    return {name: (getattr(x, "ds_shape", x.shape), x.device, x.requires_grad) for name, x in named}
