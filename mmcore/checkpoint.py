@@ -82,7 +82,7 @@ def write_tensors(
         file.write(len(written).to_bytes(8, "little") + written)
         for (name, x), (expected, (dtype, shape)) in zip(tensors, layout.items(), strict=True):
             assert (name, x.dtype, x.shape) == (expected, dtype, shape)
-            file.write(memoryview(x.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+            file.write(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -184,13 +184,13 @@ class EMA:
         the number of ranks or the stage.
 
         Raises:
-            OSError: it cannot be written; on every rank.
+            OSError, ValueError: it cannot be written, or a buffer is of a dtype that safetensors lacks; on every rank.
         """
         tensors, error = self._everything(), None
         if not self._is_collective or dist.get_rank() == 0:
             try:
                 write_tensors(path, self._layout(), tensors, {_COUNT: str(self.num_updates)})
-            except OSError as caught:
+            except (OSError, ValueError) as caught:
                 error = caught
         for _ in tensors:
             pass  # what is gathered and not written here

@@ -58,16 +58,7 @@ class Shards:
         self.params: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._zero: Any = engine.optimizer
         self.flats: list[Tensor] = self._flats()
-        for name, p in self.params.items():
-            known = self.stage == 0 or hasattr(p, "_hp_mapping" if self.stage < 3 else "_z3_optimizer")
-            require(
-                "Shards", known, "{} must be in the optimizer, got {}", name, "a trainable weight that is not"
-            )
         self._places = {name: self._place(name) for name in self.params}
-        for name, place in self._places.items():
-            held = place is None or place.offset + place.numel <= self.flats[place.group].numel()
-            require("Shards", held, "{} must be in memory, got {}", name, "weights offloaded to NVMe")
-
         self._stamp, self._watch = _stamp(self.flats), Watch(module)
 
     def refresh(self) -> bool:
@@ -93,16 +84,27 @@ class Shards:
         p = self.params[name]
         if self.stage == 0:
             return _Place(list(self.params).index(name), 0, 0, p.numel())
+        missing = "a trainable weight that is not"
         if self.stage == 3:
+            require(
+                "Shards", hasattr(p, "_z3_optimizer"), "{} must be in the optimizer, got {}", name, missing
+            )
             group, offset, numel = self._zero.grad_position[self._zero.get_param_id(p)]
             start = dist.get_rank(self._zero.dp_process_group) * p.ds_tensor.ds_numel
             numel = min(numel, p.ds_numel - start)  # the last ranks' partitions are padded
+            held = self.flats[group].numel() >= offset + max(numel, 0)
+            require("Shards", held, "{} must be in memory, got weights offloaded to {}", name, "NVMe")
             return _Place(group, offset, start, numel) if numel > 0 else None
-        mapping = p._hp_mapping
-        if mapping is None:
-            return None
-        held, of = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return _Place(mapping.param_group_index, held.start, of.start, held.numel)
+        # not by p._hp_mapping, which DeepSpeed 0.19.8 gets wrong under round_robin_gradients
+        groups = enumerate(self._flat_weights())
+        found = [(i, _offset(p, flat)) for i, flat in groups if _is_within(p, flat)]
+        require("Shards", bool(found) or not p.numel(), "{} must be in the optimizer, got {}", name, missing)
+        for group, offset in found:
+            first = dist.get_rank(self._zero.real_dp_process_group[group]) * self.flats[group].numel()
+            start, end = max(offset, first), min(offset + p.numel(), first + self.flats[group].numel())
+            if start < end:
+                return _Place(group, start - first, start - offset, end - start)
+        return None
 
     def fragment(self, name: str, of: Sequence[Tensor]) -> tuple[Tensor, int] | None:
         """This rank's part of a parameter in `of`, flat, and the number of its first element; None = it has none."""
@@ -206,7 +208,7 @@ class Shards:
     def _flat_weights(self) -> list[Tensor]:
         """What the module computes with in stages 1 and 2: a flat tensor a group, of which the parameters are views."""
         groups = getattr(self._zero, "bit16_groups_flat", None)
-        return list(self._zero.bf16_groups_flat if groups is None else groups)
+        return [flat.detach() for flat in (self._zero.bf16_groups_flat if groups is None else groups)]
 
     def follow(self, teacher: nn.Module) -> Follower:
         """Makes the teacher's parameters views of flat tensors in its dtypes, laid out as ZeRO lays out the module's:
@@ -250,9 +252,14 @@ def _is_within(p: Tensor, flat: Tensor) -> bool:
     return begin <= p.data_ptr() < begin + flat.numel() * flat.element_size()
 
 
+def _offset(p: Tensor, flat: Tensor) -> int:
+    return (p.data_ptr() - flat.data_ptr()) // p.itemsize
+
+
 def _segment(flat: Tensor, group: Any) -> Tensor:
     """This rank's part of a flat tensor that is cut evenly."""
-    return flat.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+    size = flat.numel() // dist.get_world_size(group)
+    return flat.narrow(0, dist.get_rank(group) * size, size)
 
 
 def _all_gather(flat: Tensor, group: Any) -> None:

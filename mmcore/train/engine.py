@@ -216,6 +216,11 @@ class Engine:
         self.shards = Shards(self._engine, self.module)
         self.params = self.shards.params
 
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, such as `mmcore.ema.EMA` takes."""
+        return self._engine
+
     def __call__(self, images: Tensor | None, *inputs: Tensor | None) -> Any:
         """The model's forward; images are cast to bf16 where the weights are bf16."""
         if images is not None and self.precision == "bf16":
