@@ -24,12 +24,9 @@ class Watch:
         if _same(self._seen, now):
             return False
         found = _described(self._module)
-        for name in self._expected.keys() | found.keys():
-            word = "none by that name" if name in self._expected else "it, new"
-            same = (name in self._expected) == (name in found)
-            require(
-                "EMA", same, "model must have the weights it had when this was made, {}: got {}", name, word
-            )
+        new, gone = sorted(found.keys() - self._expected.keys()), sorted(self._expected.keys() - found.keys())
+        require("EMA", not new, "model must have the weights it had, got new ones, {}", new[:3])
+        require("EMA", not gone, "model must have the weights it had, got it without {}", gone[:3])
         for name, (shape, device, is_trained) in self._expected.items():
             got_shape, got_device, got_trained = found[name]
             require(
