@@ -5,47 +5,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mmcore.tensor_file import replacing
+
 MANIFEST = "manifest.json"
-# As safetensors names them.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.complex64: "C64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _STEP = re.compile(r"step-(\d{8})")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path` where the block ends well: a reader sees the old one or the new one, whatever is
-    killed when."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_file(path: Path, data: bytes) -> None:
-    """Writes `path` atomically."""
+    """Writes `path` atomically: a reader sees the old file or the new one, whatever is killed when."""
     with replacing(path) as file:
         file.write(data)
 
@@ -53,36 +27,6 @@ def write_file(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def write_tensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, torch.Size]],
-    tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes a safetensors file atomically, tensor by tensor: no more of them is held than `tensors` yields at once.
-
-    Args:
-        path: of the file.
-        layout: dtype and shape by name; wider dtypes first, so that each tensor is aligned.
-        tensors: in the order of `layout`, on any device.
-        metadata: of the file.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        begin, end = end, end + shape.numel() * dtype.itemsize
-        if dtype not in _DTYPES:
-            raise ValueError(f"write_tensors: {name} must be of a dtype that safetensors has, got {dtype}")
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    written = json.dumps(header).encode()
-    written += b" " * (-len(written) % 8)
-    with replacing(path) as file:
-        file.write(len(written).to_bytes(8, "little") + written)
-        for (name, x), (expected, (dtype, shape)) in zip(tensors, layout.items(), strict=True):
-            assert (name, x.dtype, x.shape) == (expected, dtype, shape)
-            file.write(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from mmcore.checkpoint import write_tensors
 from mmcore.ops import ema_update_, require
 from mmcore.teacher import Teacher
+from mmcore.tensor_file import Layout, read_layout, read_tensors, write_tensors
 from mmcore.weights import Whole, is_engine, unwrapped, weights_of
-from mmcore.zero import Layout
 
 # Of a saved file: the number of updates, which is also what tells it from others.
 _COUNT = "mmcore.ema.num_updates"
@@ -207,29 +205,19 @@ class EMA:
         Raises:
             ValueError: another file, or names or shapes other than this model's.
         """
-        layout = self._layout()
-        with safe_open(path, framework="pt") as file:
-            count = (file.metadata() or {}).get(_COUNT)
-            require("EMA.load", count is not None, "path must be a file of EMA.save, got {}", path)
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            differ = sorted(found.keys() ^ layout.keys())
-            require(
-                "EMA.load",
-                not differ,
-                "{} must hold this model's averages, got a difference in {}",
-                path,
-                differ[:3],
-            )
-            for name, (_, shape) in layout.items():
-                shapes = list(shape), found[name].get_shape()
-                require("EMA.load", shapes[0] == shapes[1], "{} must be {}, got {}", name, *shapes)
-            for name in layout:
-                x = file.get_tensor(name)
-                if name in self.buffer_averages:
-                    self.buffer_averages[name].copy_(x)
-                else:
-                    self._weights.scatter({name: x}, self._targets)
-            self.num_updates = int(count or 0)
+        layout, (found, metadata) = self._layout(), read_layout(path)
+        require("EMA.load", _COUNT in metadata, "path must be a file of EMA.save, got {}", path)
+        differ = sorted(found.keys() ^ layout.keys())[:3]
+        require("EMA.load", not differ, "{} must be of this model, got a difference in {}", path, differ)
+        for name, (_, shape) in layout.items():
+            got = found[name][1]
+            require("EMA.load", got == shape, "{} must be {}, got {}", name, list(shape), list(got))
+        for name, x in read_tensors(path):
+            if name in self.buffer_averages:
+                self.buffer_averages[name].copy_(x)
+            else:
+                self._weights.scatter({name: x}, self._targets)
+        self.num_updates = int(metadata[_COUNT])
         self._show()
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcore.ops import require
+from mmcore.tensor_file import Layout
 from mmcore.watch import Watch, check_teacher
-from mmcore.zero import Follower, Layout, Shards
+from mmcore.zero import Follower, Shards
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

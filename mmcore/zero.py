@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.ops import require
+from mmcore.tensor_file import Layout
 from mmcore.watch import Watch, check_teacher
 
 # Of float32 that is gathered at a time: neither device nor host holds a whole model.
@@ -22,10 +23,6 @@ class _Place(NamedTuple):
     offset: int
     start: int
     numel: int
-
-
-# Dtype and shape of whole tensors, by name.
-Layout = dict[str, tuple[torch.dtype, torch.Size]]
 
 
 class Follower(NamedTuple):

@@ -57,7 +57,7 @@ def test_a_file_of_another_model_or_another_kind_is_refused(tmp_path: Path) -> N
     EMA(nn.Linear(2, 3)).save(path)
     with pytest.raises(ValueError, match=r"EMA.load: weight must be \[2, 2\], got \[3, 2\]"):
         EMA(nn.Linear(2, 2)).load(path)
-    with pytest.raises(ValueError, match=r"must hold this model's averages, got a difference in \['bias'\]"):
+    with pytest.raises(ValueError, match=r"must be of this model, got a difference in \['bias'\]"):
         EMA(nn.Linear(2, 3, bias=False)).load(path)
     save_file({"weight": torch.zeros(3, 2)}, path)
     with pytest.raises(ValueError, match=r"EMA.load: path must be a file of EMA.save, got .*ema.safetensors"):
@@ -68,3 +68,16 @@ def test_a_file_of_another_model_or_another_kind_is_refused(tmp_path: Path) -> N
         ValueError, match=r"angles must be of a dtype that safetensors has, got torch.complex128"
     ):
         EMA(model).save(path)
+
+
+def test_a_file_that_was_cut_or_is_another_is_refused(tmp_path: Path) -> None:
+    path, ema = tmp_path / "ema.safetensors", EMA(small())
+    ema.save(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(
+        ValueError, match=r"path must be a whole file of \d+ bytes, got \d+ in .*ema.safetensors"
+    ):
+        ema.load(path)
+    path.write_bytes(b"PK not a file of tensors")
+    with pytest.raises(ValueError, match=r"path must be a safetensors file, got .*ema.safetensors"):
+        ema.load(path)
