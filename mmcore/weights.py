@@ -30,16 +30,20 @@ def is_engine(model: Any) -> bool:
     return callable(getattr(model, "zero_optimization_stage", None))
 
 
+def module_of(model: Any) -> nn.Module:
+    """The module itself, of an engine or within wrappers."""
+    return unwrapped(model.module if is_engine(model) else model)
+
+
 def weights_of(model: Any) -> "Whole | Shards":
     """The trainable weights of a module, or of DeepSpeed's engine.
 
     Raises:
         ValueError: a module that ZeRO-3 cut up, without its engine.
     """
+    module = module_of(model)
     if is_engine(model):
-        module = unwrapped(model.module)
         return Whole(module) if model.zero_optimization_stage() == 0 else Shards(model, module)
-    module = unwrapped(model)
     parts = [name for name, p in module.named_parameters() if hasattr(p, "ds_id")]
     require(
         "EMA", not parts, "model must be DeepSpeed's engine, got a module with {} cut up by ZeRO-3", parts[:1]
