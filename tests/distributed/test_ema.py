@@ -133,3 +133,15 @@ def test_what_cannot_be_is_refused_on_every_rank(runs: Runs, run: dict[str, Any]
             assert "EMA: engine must keep its fp32 weights" in refused["flats"]
         if run["zero"] == 3:
             assert "EMA: teacher must be of ZeRO stages 0 to 2, got stage 3" in refused["teacher"]
+
+
+def test_a_momentum_encoder_of_an_engine_is_the_single_process_one_to_the_bit(runs: Runs) -> None:
+    for result in runs[1]:
+        assert result["momentum"]["teacher"] == []
+        assert result["momentum"]["state"].endswith("use EMA.save")
+
+
+def test_ranks_share_a_queue(runs: Runs) -> None:
+    for result in runs[1]:
+        # 0 1 10 11 2, then 3 12 13 in the places of the oldest
+        assert result["momentum"]["queue"] == [3.0, 12.0, 13.0, 11.0, 2.0]

@@ -3,7 +3,7 @@
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore import zero
 from mmcore.ema import EMA, warmed_up
+from mmcore.nn import FeatureQueue, MomentumEncoder
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
 from mmcore.train.optim import AdamW, OptimConfig
 from tests.distributed.launch import finish
@@ -58,7 +59,7 @@ def full(p: Any, stage: int) -> Tensor:
     return value.detach().clone()
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
     """Names of what is not the same to the bit."""
     same = {n for n in one.keys() & other.keys() if bits(one[n]) == bits(other[n])}
     return sorted((one.keys() | other.keys()) - same)
@@ -132,7 +133,7 @@ class Case:
         self.ema = EMA(self.engine, warmed_up(0.9), buffers=buffers, teacher=self.teacher)
         self.true_ema = EMA(self.truth, warmed_up(0.9), buffers=buffers, teacher=self.true_teacher)
 
-    def train(self, first: int) -> None:
+    def train(self, first: int, also: Callable[[], None] = lambda: None) -> None:
         for step in range(first, first + STEPS):
             loss = self.engine(averaged_batch(step, dist.get_rank()).to(self.dtype)).float().square().mean()
             self.engine.backward(loss)
@@ -147,6 +148,7 @@ class Case:
             with Collectives() as self.collectives:
                 self.ema.update()
             self.true_ema.update()
+            also()
 
     def shown(self) -> dict[str, Any]:
         """Inside `swapped` the engine computes with the averages; behind it all is as it was, even after an error."""
@@ -225,6 +227,24 @@ class Case:
         return found
 
 
+def momentum() -> dict[str, Any]:
+    """A momentum encoder of an engine, and a queue that the ranks share."""
+    case = Case({"zero": 2, "precision": "bf16", "teacher": "bf16"})
+    encoder = MomentumEncoder(case.engine, warmed_up(0.9))
+    case.train(0, also=encoder.update)
+    found: dict[str, Any] = {"state": refusal(encoder.state_dict)}
+    theirs, ours = (
+        dict(model.named_parameters()) for model in (case.true_teacher or case.truth, encoder.teacher)
+    )
+    found["teacher"] = differing(theirs, ours)
+    queue = FeatureQueue(5, 2)
+    for first in (0, 2):
+        rows = torch.arange(2.0)[:, None].expand(2, 2) + 10 * dist.get_rank() + first
+        queue.enqueue(rows, group=dist.group.WORLD)
+    found["queue"] = queue.features[:, 0].tolist()
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     arguments = json.loads((folder / "arguments.json").read_text())
@@ -238,6 +258,7 @@ def main() -> None:
         result["loaded"] = case.loads(folder / f"{last}.safetensors", expected)
         results[run["id"]], last = result, run["id"]
         case.engine.destroy()
+    results["momentum"] = momentum()
     finish(folder, results)
 
 
