@@ -1,5 +1,7 @@
 """Models that must stay what they were when something was made of them."""
 
+from operator import attrgetter, is_
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class Watch:
             ValueError: one does not serve, by name.
         """
         now = _look(self._module)
-        if _same(self._seen, now):
+        if now[1:] == self._seen[1:] and all(map(is_, now[0], self._seen[0])):
             return False
         found = _described(self._module)
         new, gone = sorted(found.keys() - self._expected.keys()), sorted(self._expected.keys() - found.keys())
@@ -66,21 +68,23 @@ def check_teacher(teacher: nn.Module, student: nn.Module, device: torch.device) 
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers, tied ones as often as they occur; faster than with their names."""
-    found = []
-    for part in module.modules():
-        found += [x for x in part._parameters.values() if x is not None]
-        found += [x for x in part._buffers.values() if x is not None]
-    return found
+    """All parameters and buffers, shared ones as often as they occur: of ten thousand in a millisecond or two."""
+    found: list[Tensor | None] = []
+    parts: list[nn.Module | None] = [module]
+    while parts:
+        part = parts.pop()
+        if part is not None:
+            found += part._parameters.values()
+            found += part._buffers.values()
+            parts += part._modules.values()
+    return [x for x in found if x is not None]
 
 
-def _look(module: nn.Module) -> tuple[list[Tensor], list[object]]:
+def _look(module: nn.Module) -> tuple[list[Tensor], list[int], list[int], list[bool]]:
+    """What is others where a tensor was replaced, moved, resized or thawed."""
     tensors = tensors_of(module)
-    return tensors, [(x.shape, x.device, x.requires_grad) for x in tensors]
-
-
-def _same(one: tuple[list[Tensor], list[object]], other: tuple[list[Tensor], list[object]]) -> bool:
-    return one[1] == other[1] and all(x is y for x, y in zip(one[0], other[0], strict=True))
+    trained = list(map(attrgetter("requires_grad"), tensors))
+    return tensors, list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors)), trained
 
 
 def _described(module: nn.Module) -> dict[str, tuple[torch.Size, torch.device, bool]]:
