@@ -1,6 +1,7 @@
 """Files of averages: whole, by full names, written or not at all."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from tests.mmcore.ema_fixtures import small
 
 
 def test_a_file_holds_all_by_full_names_and_goes_on_to_the_bit(tmp_path: Path) -> None:
-    path, model = tmp_path / "ema.safetensors", nn.Sequential(*small(), nn.Linear(2, 3).double())
+    path, model = (
+        tmp_path / "ema.safetensors",
+        nn.Sequential(*small(), nn.Linear(1, 1, bias=False), nn.Linear(2, 3).double()),
+    )
     model.register_buffer("flag", torch.tensor(True))
+    model.register_buffer("narrow", torch.ones(3, dtype=torch.float16))
     model.register_buffer("wide", torch.ones(3, dtype=torch.float64))
     ema = EMA(model, 0.9)
     ema.num_updates = 7
@@ -24,6 +29,12 @@ def test_a_file_holds_all_by_full_names_and_goes_on_to_the_bit(tmp_path: Path) -
     expected = ema.averages | ema.buffer_averages
     assert stored.keys() == expected.keys()
     assert all(torch.equal(x, expected[n]) and x.dtype == expected[n].dtype for n, x in stored.items())
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    # who maps the file has each tensor aligned
+    for name, x in stored.items():
+        assert (begin + header[name]["data_offsets"][0]) % x.itemsize == 0
     other = copy.deepcopy(model)
     with torch.no_grad():
         for x in (*other.parameters(), *other.buffers()):

@@ -41,7 +41,7 @@ class TestMomentumEncoder:
                     p.copy_(p * 0.9 + q * 0.1)
                 for p, q in zip(expected.buffers(), model.buffers(), strict=True):
                     p.copy_(q)
-        y = momentum(x)
+        y = momentum(x.requires_grad_())
         torch.testing.assert_close(y, expected(x))
         assert not y.requires_grad and not any(p.requires_grad for p in momentum.parameters())
         assert {name.split(".")[0] for name in momentum.state_dict()} == {"teacher", "_extra_state"}
