@@ -43,6 +43,21 @@ RUNS: list[dict[str, Any]] = [
         "precision": "bf16",
         "zero_optimization": {"stage3_param_persistence_threshold": 0},
     },
+    {
+        "id": "zero2-bf16-offloaded",
+        "zero": 2,
+        "precision": "bf16",
+        "teacher": "bf16",
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+        "config": {"zero_force_ds_cpu_optimizer": False},
+    },
+    {
+        "id": "zero3-offloaded",
+        "zero": 3,
+        "precision": "fp32",
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+        "config": {"zero_force_ds_cpu_optimizer": False},
+    },
     {"id": "zero2-bf16-ours", "zero": 2, "precision": "bf16", "teacher": "bf16", "ours": True},
     {"id": "zero3-bf16-persistent", "zero": 3, "precision": "bf16", "buffers": "average"},
 ]
