@@ -54,7 +54,7 @@ class EMA:
     ```
 
     Under ZeRO each rank averages its own fp32 weights, without communication. `swapped`, `copy_to`, `gathered` and
-    `save`, and with a teacher `update`, are then collective: every rank calls them.
+    `save` are then collective: every rank calls them. With a teacher all else is too, and `update` gathers it.
 
     In a CUDA graph capture `apply`, and call `advance` before each replay.
 
@@ -102,6 +102,7 @@ class EMA:
         self._targets = [_widened(x) for x in (*flats, *(held[name] for name in self._averaged))]
         self._copies = {name: x.detach().clone() for name, x in held.items() if name not in self._averaged}
         self._decay = torch.zeros((), dtype=torch.float64, device=flats[0].device if flats else "cpu")
+        self._is_swapped = False
         self._shadows: list[Tensor] | None = None
         self._teacher: Teacher | None = None
         if teacher is not None:
@@ -117,7 +118,7 @@ class EMA:
 
         Raises:
             ValueError: a model that was moved, or whose weights have other names or shapes than before, or that
-                trains weights which were frozen.
+                trains weights which were frozen; or a call within `swapped`.
         """
         self.advance()
         self.apply()
@@ -128,6 +129,9 @@ class EMA:
         Raises:
             ValueError: as `update`.
         """
+        require(
+            "EMA", not self._is_swapped, "update must be outside of {}, got {}", "swapped()", "a call within"
+        )
         if self._weights.refresh():
             self._collect()
         if self._teacher is not None:
@@ -154,9 +158,11 @@ class EMA:
         before = {name: x.clone() for name, x in held.items()}
         with self._weights.shown(self._of_weights()):
             _copy(self.buffer_averages, held)
+            self._is_swapped = True
             try:
                 yield
             finally:
+                self._is_swapped = False
                 _copy(before, held)
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
@@ -175,7 +181,7 @@ class EMA:
         for name, x in self._everything():
             into[name].detach().copy_(x)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Writes averages, buffers and the number of updates as a safetensors file, by full names, atomically.
 
         Of an engine rank 0 writes, its own buffers; of another module, whoever calls it. The file does not depend on
@@ -187,7 +193,7 @@ class EMA:
         tensors, error = self._everything(), None
         if not self._is_collective or dist.get_rank() == 0:
             try:
-                write_tensors(path, self._layout(), tensors, {_COUNT: str(self.num_updates)})
+                write_tensors(Path(path), self._layout(), tensors, {_COUNT: str(self.num_updates)})
             except (OSError, ValueError) as caught:
                 error = caught
         for _ in tensors:
@@ -199,20 +205,20 @@ class EMA:
         if error is not None:
             raise error
 
-    def load(self, path: Path) -> None:
-        """Goes on from a file of `save`, at any number of ranks, of any stage or of a plain module. Not collective.
+    def load(self, path: Path | str) -> None:
+        """Goes on from a file of `save`, at any number of ranks, of any stage or of a plain module; without communication.
 
         Raises:
             ValueError: another file, or names or shapes other than this model's.
         """
-        layout, (found, metadata) = self._layout(), read_layout(path)
+        layout, (found, metadata) = self._layout(), read_layout(Path(path))
         require("EMA.load", _COUNT in metadata, "path must be a file of EMA.save, got {}", path)
         differ = sorted(found.keys() ^ layout.keys())[:3]
         require("EMA.load", not differ, "{} must be of this model, got a difference in {}", path, differ)
         for name, (_, shape) in layout.items():
             got = found[name][1]
             require("EMA.load", got == shape, "{} must be {}, got {}", name, list(shape), list(got))
-        for name, x in read_tensors(path):
+        for name, x in read_tensors(Path(path)):
             if name in self.buffer_averages:
                 self.buffer_averages[name].copy_(x)
             else:

@@ -24,8 +24,7 @@ class Teacher:
     """
 
     def __init__(self, module: nn.Module, weights: Whole | Shards, averaged: Sequence[str]) -> None:
-        self._module = module.requires_grad_(False)
-        self._buffers = dict(module.named_buffers())
+        self._module, self._buffers = module, dict(module.named_buffers())
         shapes = {name: x.shape for name, x in self._buffers.items()}
         same = shapes == {name: x.shape for name, x in weights.module.named_buffers()}
         require("EMA", same, "teacher must have the model's buffers, got {}", sorted(shapes))
@@ -37,6 +36,7 @@ class Teacher:
             for name, p in weights.module.named_parameters():
                 if name not in weights.params:
                     theirs[name].copy_(p)
+        module.requires_grad_(False)
         self._places = _places(module)
 
     def check(self) -> None:

@@ -29,20 +29,12 @@ class Watch:
         new, gone = sorted(found.keys() - self._expected.keys()), sorted(self._expected.keys() - found.keys())
         require("EMA", not new, "model must have the weights it had, got new ones, {}", new[:3])
         require("EMA", not gone, "model must have the weights it had, got it without {}", gone[:3])
-        for name, (shape, device, is_trained) in self._expected.items():
-            got_shape, got_device, got_trained = found[name]
-            require(
-                "EMA", got_shape == shape, "model's {} must be {}, got {}", name, list(shape), list(got_shape)
-            )
-            require("EMA", got_device == device, "model's {} must be on {}, got {}", name, device, got_device)
-            frozen = is_trained or not got_trained
-            require(
-                "EMA",
-                frozen,
-                "model's {} must be frozen as it was, got {}",
-                name,
-                "one that wants a gradient",
-            )
+        for name, (shape, device, was_trained) in self._expected.items():
+            now_shape, now_device, is_trained = found[name]
+            same, thawed = now_shape == shape, is_trained and not was_trained
+            require("EMA", same, "model's {} must be {}, got {}", name, list(shape), list(now_shape))
+            require("EMA", now_device == device, "model's {} must be on {}, got {}", name, device, now_device)
+            require("EMA", not thawed, "model's {} must be frozen as it was, got {}", name, "it trained")
         self._seen = now
         return True
 

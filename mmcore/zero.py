@@ -83,9 +83,8 @@ class Shards:
             return _Place(list(self.params).index(name), 0, 0, p.numel())
         missing = "a trainable weight that is not"
         if self.stage == 3:
-            require(
-                "Shards", hasattr(p, "_z3_optimizer"), "{} must be in the optimizer, got {}", name, missing
-            )
+            known = hasattr(p, "_z3_optimizer")
+            require("Shards", known, "{} must be in the optimizer, got {}", name, missing)
             group, offset, numel = self._zero.grad_position[self._zero.get_param_id(p)]
             start = dist.get_rank(self._zero.dp_process_group) * p.ds_tensor.ds_numel
             numel = min(numel, p.ds_numel - start)  # the last ranks' partitions are padded
@@ -214,18 +213,12 @@ class Shards:
         Raises:
             ValueError: stage 3, or a teacher unlike the module.
         """
-        fits, why = (
-            self.stage < 3,
-            "stage 3: its weights are never whole; use stage 1 or 2, or average without teacher",
-        )
-        require("EMA", fits, "teacher must be of ZeRO stages 0 to 2, got {}", why)
+        instead = "3, whose weights are never whole: use stage 1 or 2, or average without a teacher"
+        require("EMA", self.stage < 3, "teacher must be under ZeRO stage 0, 1 or 2, got {}", instead)
         theirs = check_teacher(teacher, self.module, self.flats[0].device)
         flats, groups = [], self._zero.real_dp_process_group
         for flat in self._flat_weights():
-            begin, size = flat.data_ptr(), flat.element_size()
-            offsets = {
-                name: (p.data_ptr() - begin) // size for name, p in self.params.items() if _is_within(p, flat)
-            }
+            offsets = {name: _offset(p, flat) for name, p in self.params.items() if _is_within(p, flat)}
             dtypes = {theirs[name].dtype for name in offsets}
             require("EMA", len(dtypes) == 1, "teacher must have one dtype a parameter group, got {}", dtypes)
             flats.append(torch.zeros_like(flat, dtype=dtypes.pop()))

@@ -64,6 +64,13 @@ class TestSwapping:
             raise KeyError
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
+    def test_an_update_within_is_an_error_and_one_behind_is_not(self) -> None:
+        ema = EMA(small(), 0.5)
+        with pytest.raises(ValueError, match=r"EMA: update must be outside of swapped\(\)"), ema.swapped():
+            ema.update()
+        ema.update()
+        assert ema.num_updates == 1
+
     def test_a_compiled_model_runs_on_the_averages_without_a_new_graph(self) -> None:
         model = nn.Linear(3, 2)
         graphs: list[Any] = []
@@ -167,7 +174,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
     ),
     "another shape": (reshape, r"model's 2.weight must be \[2, 5\], got \[3, 5\]"),
     "moved": (lambda model: model.to("meta"), "model's .* must be on cpu, got meta"),
-    "unfrozen": (unfreeze, "model's 0.weight must be frozen as it was, got one that wants a gradient"),
+    "unfrozen": (unfreeze, "model's 0.weight must be frozen as it was, got it trained"),
     "a buffer removed": (
         lambda model: setattr(model, "1", nn.Identity()),
         r"got it without \['1.bias', ",

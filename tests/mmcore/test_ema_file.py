@@ -24,7 +24,7 @@ def test_a_file_holds_all_by_full_names_and_goes_on_to_the_bit(tmp_path: Path) -
     model.register_buffer("wide", torch.ones(3, dtype=torch.float64))
     ema = EMA(model, 0.9)
     ema.num_updates = 7
-    ema.save(path)
+    ema.save(str(path))
     stored = load_file(path)
     expected = ema.averages | ema.buffer_averages
     assert stored.keys() == expected.keys()
@@ -40,7 +40,7 @@ def test_a_file_holds_all_by_full_names_and_goes_on_to_the_bit(tmp_path: Path) -
         for x in (*other.parameters(), *other.buffers()):
             x.zero_()
     again = EMA(other, 0.9)
-    again.load(path)
+    again.load(str(path))
     assert again.num_updates == 7
     loaded = again.averages | again.buffer_averages
     assert all(torch.equal(x, expected[n]) for n, x in loaded.items())

@@ -63,6 +63,13 @@ def test_a_teacher_that_changed_is_an_error() -> None:
         ema.update()
 
 
+def test_a_teacher_that_is_refused_is_left_as_it_was() -> None:
+    model = small()
+    with pytest.raises(ValueError, match="must be a copy, got the model's own"):
+        EMA(model, teacher=model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_captures_apply() -> None:
     models = [small().cuda(), small().cuda()]
