@@ -206,7 +206,7 @@ class EMA:
             raise error
 
     def load(self, path: Path | str) -> None:
-        """Goes on from a file of `save`, at any number of ranks, of any stage or of a plain module; without communication.
+        """Goes on from a file of `save`, at any number of ranks, of any stage, or of a plain module; alone.
 
         Raises:
             ValueError: another file, or names or shapes other than this model's.
