@@ -12,18 +12,16 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from mmcore.tensor_file import replacing
+
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes `path` atomically: a reader sees the old file or the new one, whatever is killed when."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

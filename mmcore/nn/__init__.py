@@ -1,9 +1,10 @@
-"""Building blocks of the models: attention of every kind, transformer blocks, position embeddings."""
+"""Building blocks of the models: attention of every kind, transformer blocks, position embeddings, momentum."""
 
 from mmcore.nn.attention import Attention
 from mmcore.nn.cross import CrossAttention, KeyValues, shared_keys_values
 from mmcore.nn.gated import GatedCrossAttentionBlock
 from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
+from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.multiway import MultiwayBlock
 from mmcore.nn.pooler import AttentionalPooler
 from mmcore.nn.positions import interpolate_positions
@@ -18,8 +19,10 @@ __all__ = [
     "AttentionalPooler",
     "Block",
     "CrossAttention",
+    "FeatureQueue",
     "GatedCrossAttentionBlock",
     "KeyValues",
+    "MomentumEncoder",
     "MultiwayBlock",
     "PerceiverResampler",
     "QFormerBlock",

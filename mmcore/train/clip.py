@@ -250,7 +250,7 @@ def train_clip(config: ClipConfig) -> Path:
     with Metrics(start.folder, total, first, **options) as metrics:
         run = _Run(config, start.folder, engine, data, loader, tokenizer, metrics, total)
         metrics.say(
-            f"training {config.model} ({sum(engine.numel(n) for n in engine.params) / 1e6:.1f} M parameters) on "
+            f"training {config.model} ({sum(engine.shards.numel(n) for n in engine.params) / 1e6:.1f} M parameters) on "
             f"{data.name}: {data.num_train} pairs, {total - first} steps of {loader.spec.global_batch} pairs, "
             f"ZeRO {engine.stage}, {engine.precision}, {world_size} rank{'s' * (world_size > 1)}"
         )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from mmcore.ema.zero import Shards
 from mmcore.optim import AdamWEMA
 from mmcore.train.optim import OptimConfig
 
@@ -213,7 +214,13 @@ class Engine:
         self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
-        self.params: dict[str, Any] = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.shards = Shards(self._engine, self.module)
+        self.params = self.shards.params
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, such as `mmcore.ema.EMA` takes."""
+        return self._engine
 
     def __call__(self, images: Tensor | None, *inputs: Tensor | None) -> Any:
         """The model's forward; images are cast to bf16 where the weights are bf16."""
@@ -259,65 +266,21 @@ class Engine:
             raise FloatingPointError(f"the gradient norm is {norm}")
         return norm
 
-    def _fragment(self, name: str, key: str) -> tuple[Tensor, int] | None:
-        """This rank's part of the fp32 weight (key "weight") or state `key` of a parameter, and where it starts."""
-        p, zero = self.params[name], self._engine.optimizer
-        if self.stage == 0:
-            return (p.detach() if key == "weight" else self.optimizer.state[p][key]).view(-1), 0
-        if self.stage == 3:
-            group, offset, numel = zero.grad_position[zero.get_param_id(p)]
-            flat, start = zero.fp32_partitioned_groups_flat[group], dist.get_rank() * p.ds_tensor.ds_numel
-            numel = min(numel, p.ds_numel - start)
-        else:
-            mapping = getattr(p, "_hp_mapping", None)
-            if mapping is None:
-                return None
-            flat, start = (
-                zero.single_partition_of_fp32_groups[mapping.param_group_index],
-                mapping.lp_fragment_address.start,
-            )
-            offset, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-        if numel <= 0:
-            return None
-        source = flat.detach() if key == "weight" else self.optimizer.state[flat][key]
-        return source.narrow(0, offset, numel), start
-
-    def numel(self, name: str) -> int:
-        """Number of elements of a whole parameter (under ZeRO-3 the tensor itself is empty)."""
-        p = self.params[name]
-        return p.ds_numel if self.stage == 3 else p.numel()
-
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a whole parameter."""
-        p = self.params[name]
-        return p.ds_shape if self.stage == 3 else p.shape
+    def _tensors(self, key: str) -> list[Tensor]:
+        """The fp32 weights (key "weight") or an optimizer state, as ZeRO lays them out."""
+        flats = self.shards.flats
+        return flats if key == "weight" else [self.optimizer.state[flat][key] for flat in flats]
 
     def gather(self, key: str, names: list[str]) -> dict[str, Tensor]:
         """Whole fp32 tensors of the weights (key "weight") or of an optimizer state, on every rank.
 
         A collective: every rank calls it with the same arguments. One all-reduce for all of `names`.
         """
-        sizes = [self.numel(name) for name in names]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
-        parts = flat.split(sizes)
-        for name, part in zip(names, parts, strict=True):
-            fragment = self._fragment(name, key)
-            if fragment is not None:
-                source, start = fragment
-                part.narrow(0, start, source.numel()).copy_(source)
-        if self.stage > 0:
-            dist.all_reduce(flat)
-        return {n: part.view(self.shape(n)) for n, part in zip(names, parts, strict=True)}
-
-    def _flat_tensors(self) -> list[Tensor]:
-        zero = self._engine.optimizer
-        if self.stage == 0:
-            return list(self.params.values())
-        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        return self.shards.gather(names, self._tensors(key))
 
     def init_state(self, step: int) -> None:
         """Optimizer state as of step `step`, zero moments, to be filled by `scatter`."""
-        for tensor in self._flat_tensors():
+        for tensor in self.shards.flats:
             self.optimizer.init_state(tensor, step)
 
     def scatter(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -325,11 +288,7 @@ class Engine:
 
         Under bf16, key "weight" sets the fp32 master; the bf16 weights are the module's, set before.
         """
-        for name, value in tensors.items():
-            fragment = self._fragment(name, key)
-            if fragment is not None:
-                target, start = fragment
-                target.copy_(value.reshape(-1).narrow(0, start, target.numel()))
+        self.shards.scatter(tensors, self._tensors(key))
 
     def close(self) -> None:
         """Frees the engine's hooks and buffers."""

@@ -1,6 +1,6 @@
 """The whole state of a run, saved and restored: independent of ZeRO stage and of the number of ranks.
 
-Weights, moments and EMA are stored in fp32 by full parameter names. A shard of at most `SHARD_BYTES` is gathered
+Weights, moments and EMA are stored in fp32 by full parameter names. A piece of at most `PIECE_BYTES` is gathered
 by one all-reduce and written by one rank, the ranks taking turns, so that neither memory nor one disk writer
 bounds the model. DeepSpeed's own format is not used: it pickles, it ties a checkpoint to the number of ranks and
 the stage, and its universal form drops the EMA.
@@ -15,21 +15,6 @@ from safetensors.torch import save_file
 
 from mmcore import checkpoint
 from mmcore.train.engine import Engine
-
-SHARD_BYTES = 2 << 30
-
-
-def _shards(engine: Engine) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in engine.params:
-        num_bytes = 4 * engine.numel(name)
-        if shards[-1] and size + num_bytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += num_bytes
-    return shards
 
 
 def save_state(
@@ -57,7 +42,7 @@ def save_state(
     folder = Path(staged[0] or "")
     files: dict[str, dict[str, Any]] = {}
     for key in ["weight", *(engine.optimizer.state_keys if step else [])]:
-        for i, names in enumerate(_shards(engine)):
+        for i, names in enumerate(engine.shards.pieces()):
             gathered = engine.gather(key, names)
             if not all(t.isfinite().all() for t in gathered.values()):
                 raise FloatingPointError(f"the {key} tensors to save are not finite")

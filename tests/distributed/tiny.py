@@ -44,3 +44,34 @@ def eager_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     logits = scale * image @ text.T
     target = torch.arange(len(image))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class Averaged(nn.Module):
+    """x [B, 6] to [B, 5], of odd sizes, so that ranks cut through its weights; a frozen tower and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.frozen = nn.Linear(6, 7)
+        self.body = nn.Sequential(nn.Linear(7, 13), nn.GELU(), nn.LayerNorm(13), nn.Linear(13, 5))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.mean: Tensor
+        self.count: Tensor
+        self.register_buffer("mean", torch.zeros(7))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.frozen(x)
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(h.mean(0).to(self.mean.dtype), 0.25)  # stays float32
+                self.count.add_(1)
+        return self.body(h - self.mean.to(h.dtype)) * self.scale
+
+
+def averaged_batch(step: int, rank: int = 0) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(1000 * rank + step))

@@ -6,29 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from mmcore.ema import EMA, Schedule, cosine, unwrapped, warmed_up
-
-
-def small(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).to(dtype)
-
-
-def trained(model: nn.Module, steps: int, ema: EMA, first: int = 0) -> list[dict[str, Tensor]]:
-    """The weights after each of some noisy steps."""
-    seen = []
-    for step in range(first, first + steps):
-        torch.manual_seed(step)
-        model(torch.randn(8, 3, dtype=next(model.parameters()).dtype))
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.1 * torch.randn_like(p))
-        ema.update()
-        seen.append({name: p.detach().clone() for name, p in unwrapped(model).named_parameters()})
-    return seen
+from mmcore.ema import EMA, Schedule, cosine, warmed_up
+from tests.mmcore.ema_fixtures import small, trained
 
 
 @pytest.mark.parametrize(
@@ -81,6 +63,13 @@ class TestSwapping:
             assert [p.data_ptr() for p in model.parameters()] == places
             raise KeyError
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+    def test_an_update_within_is_an_error_and_one_behind_is_not(self) -> None:
+        ema = EMA(small(), 0.5)
+        with pytest.raises(ValueError, match=r"EMA: update must be outside of swapped\(\)"), ema.swapped():
+            ema.update()
+        ema.update()
+        assert ema.num_updates == 1
 
     def test_a_compiled_model_runs_on_the_averages_without_a_new_graph(self) -> None:
         model = nn.Linear(3, 2)
@@ -166,6 +155,82 @@ def test_a_model_of_transformers_is_averaged() -> None:
         torch.testing.assert_close(ema.averages[name], p - 0.5)
 
 
+def unfreeze(model: nn.Sequential) -> None:
+    model[0].weight.requires_grad_(True)  # pyright: ignore
+
+
+def reshape(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(5, 3)
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "added": (
+        lambda model: model.append(nn.Linear(2, 2)),
+        r"got new ones, \['3.bias', '3.weight'\]",
+    ),
+    "removed": (
+        lambda model: setattr(model[2], "bias", None),
+        r"got it without \['2.bias'\]",
+    ),
+    "another shape": (reshape, r"model's 2.weight must be \[2, 5\], got \[3, 5\]"),
+    "moved": (lambda model: model.to("meta"), "model's .* must be on cpu, got meta"),
+    "unfrozen": (unfreeze, "model's 0.weight must be frozen as it was, got it trained"),
+    "a buffer removed": (
+        lambda model: setattr(model, "1", nn.Identity()),
+        r"got it without \['1.bias', ",
+    ),
+}
+
+
+class TestAModelThatChanged:
+    """Is an error before anything is averaged or counted, never a silent miss."""
+
+    @pytest.mark.parametrize("case", CHANGES)
+    def test_is_an_error_by_name(self, case: str) -> None:
+        change, message = CHANGES[case]
+        model = small()
+        model[0].requires_grad_(False)
+        ema = EMA(model, 0.5)
+        before = {name: x.clone() for name, x in ema.averages.items()}
+        change(model)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                ema.update()
+        assert ema.num_updates == 0
+        assert all(torch.equal(x, before[name]) for name, x in ema.averages.items())
+
+    def test_is_followed_where_the_new_tensors_serve_as_well(self) -> None:
+        model = small()
+        ema = EMA(model, 0.5)
+        ema.update()
+        with torch.no_grad():
+            model[2].weight = nn.Parameter(model[2].weight + 2.0)  # pyright: ignore
+        model[1].running_mean = model[1].running_mean + 1.0  # pyright: ignore
+        ema.update()
+        torch.testing.assert_close(ema.averages["2.weight"], model[2].weight - 1.0)
+        assert torch.equal(ema.buffer_averages["1.running_mean"], torch.ones(5))
+        model.double()
+        ema.update()
+        assert ema.averages["2.weight"].dtype == torch.float32
+
+
+def test_apply_reads_anew_the_decay_that_advance_wrote() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    ema, decays = EMA(model, cosine(0.0, 0.5, 1)), []
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        ema.advance()
+        ema.averages["weight"].zero_()
+        ema.apply()
+        decays.append(1 - ema.averages["weight"][0, 0].item())
+        ema.advance()
+        for _ in range(2):  # a graph that is replayed
+            ema.averages["weight"].zero_()
+            ema.apply()
+            decays.append(1 - ema.averages["weight"][0, 0].item())
+    assert decays == [0.0, 0.5, 0.5] and ema.num_updates == 2
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "decay": (lambda: EMA(small(), 1.5), "EMA: decay must be from 0 to 1, got 1.5"),
     "buffers": (lambda: EMA(small(), buffers="skip"), "EMA: buffers must be 'copy' or 'average', got 'skip'"),  # pyright: ignore
@@ -173,7 +238,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "cosine": (lambda: cosine(0.9, 1.0, 0), "cosine: num_updates must be at least 1, got 0"),
     "a schedule that strays": (
         lambda: EMA(small(), lambda t: 2.0).update(),
-        "ema_update_: decay must be from 0 to 1, got 2.0",
+        "EMA: decay of update 0 must be from 0 to 1, got 2.0",
     ),
     "state": (
         lambda: EMA(nn.Linear(2, 2)).load_state_dict(EMA(small()).state_dict()),
@@ -183,9 +248,29 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: EMA(nn.Linear(2, 2)).load_state_dict(EMA(nn.Linear(2, 3)).state_dict()),
         r"EMA: weight must be \[3, 2\], got \[2, 2\]",
     ),
+    "a teacher of another shape": (
+        lambda: EMA(nn.Linear(2, 2), teacher=nn.Linear(2, 3)),
+        r"EMA: teacher's weight must be \[2, 2\], got \[3, 2\]",
+    ),
+    "a teacher of other names": (
+        lambda: EMA(nn.Linear(2, 2), teacher=nn.Linear(2, 2, bias=False)),
+        r"EMA: teacher must have the model's weights, got a difference in \['bias'\]",
+    ),
+    "a teacher of other buffers": (
+        lambda: EMA(nn.BatchNorm1d(2), teacher=nn.BatchNorm1d(2, track_running_stats=False)),
+        r"EMA: teacher must have the model's buffers, got \[\]",
+    ),
+    "a teacher elsewhere": (
+        lambda: EMA(nn.Linear(2, 2), teacher=nn.Linear(2, 2, device="meta")),
+        "EMA: teacher's weight must be on cpu, got meta",
+    ),
+    "the model itself": (
+        lambda: (model := nn.Linear(2, 2), EMA(model, teacher=model)),
+        "EMA: teacher's weight must be a copy, got the model's own",
+    ),
     "another model": (
         lambda: EMA(small()).copy_to(nn.Linear(2, 2)),
-        "EMA: model must have 0.weight, got none",
+        "EMA: model must have 1.num_batches_tracked, got none",
     ),
 }
 
@@ -201,6 +286,7 @@ def test_weights_cut_up_by_zero_3_are_refused() -> None:
     model = nn.Linear(2, 2)
     model.weight.ds_id = 0  # pyright: ignore
     with pytest.raises(
-        ValueError, match=r"EMA: model must hold its weights, got \['weight'\] cut up by ZeRO-3"
+        ValueError,
+        match=r"EMA: model must be DeepSpeed's engine, got a module with \['weight'\] cut up by ZeRO-3",
     ):
         EMA(model)

@@ -1,0 +1,310 @@
+"""The exponential moving average of a model's weights, kept in float32 beside it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmcore.ema.schedules import Schedule, check_decay
+from mmcore.ema.teacher import Teacher
+from mmcore.ema.weights import Whole, is_engine, unwrapped, weights_of
+from mmcore.ops import ema_update_, require
+from mmcore.tensor_file import Layout, read_layout, read_tensors, write_tensors
+
+# Of a saved file: the number of updates, which is also what tells it from others.
+_COUNT = "mmcore.ema.num_updates"
+
+
+class EMA:
+    """`average = decay average + (1 - decay) weight` of all trainable weights, in one launch an update.
+
+    ```
+    ema = EMA(model, 0.9999)
+    for batch in batches:
+        ...
+        optimizer.step()
+        ema.update()
+    with ema.swapped():
+        evaluate(model)
+    ```
+
+    Under ZeRO each rank averages its own fp32 weights, without communication. `swapped`, `copy_to`, `gathered` and
+    `save` are then collective: every rank calls them. With a teacher all else is too, and `update` gathers it.
+
+    In a CUDA graph capture `apply`, and call `advance` before each replay.
+
+    Args:
+        model: a module, on its device, compiled or under DistributedDataParallel or not; or the engine of
+            `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made are not averaged:
+            they stay what they are.
+        decay: from 0 to 1, or its schedule: `warmed_up`, `cosine`, or any function of the number of updates.
+        buffers: "copy" takes them as they are (BatchNorm's statistics are averages already), "average" averages
+            those in floating point; each rank its own.
+        teacher: a copy of the model, of any floating point dtype, whose weights and buffers are the averages from
+            now on, rounded to its dtypes; it is frozen. MoCo's and DINO's, which run forward (arXiv:1911.05722,
+            arXiv:2104.14294). Under ZeRO stages 0 to 2.
+
+    Attributes:
+        averages: float32 (float64 of float64), by the parameter's name; under ZeRO this rank's parts, flat.
+        buffer_averages: by the buffer's name.
+        num_updates: so far.
+
+    Raises:
+        ValueError: a decay out of range, weights that ZeRO-3 cut up without their engine, a teacher unlike the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decay: float | Schedule = 0.9999,
+        *,
+        buffers: Literal["copy", "average"] = "copy",
+        teacher: nn.Module | None = None,
+    ) -> None:
+        op = "EMA"
+        if not callable(decay):
+            check_decay(op, "decay", decay)
+        require(op, buffers in ("copy", "average"), "buffers must be 'copy' or 'average', got {!r}", buffers)
+        self._is_collective = is_engine(model)
+        self._weights = weights_of(model)
+        self.model = self._weights.module
+        self.decay = decay
+        self.buffers = buffers
+        self.num_updates = 0
+        flats, held = self._weights.flats, dict(self.model.named_buffers())
+        self._averaged = [name for name, x in held.items() if buffers == "average" and x.is_floating_point()]
+        # of the weights, as they are laid out, then of buffers
+        self._targets = [_widened(x) for x in (*flats, *(held[name] for name in self._averaged))]
+        self._copies = {name: x.detach().clone() for name, x in held.items() if name not in self._averaged}
+        self._decay = torch.zeros((), dtype=torch.float64, device=flats[0].device if flats else "cpu")
+        self._is_swapped = False
+        self._shadows: list[Tensor] | None = None
+        self._teacher: Teacher | None = None
+        if teacher is not None:
+            self._teach(unwrapped(teacher))
+        num_flats = len(flats)
+        self.averages = self._weights.parts(self._targets[:num_flats])
+        means = dict(zip(self._averaged, self._targets[num_flats:], strict=True))
+        self.buffer_averages: dict[str, Tensor] = {name: (self._copies | means)[name] for name in held}
+        self._collect()
+
+    def update(self) -> None:
+        """Averages the model's weights of now; call it after each optimizer step.
+
+        Raises:
+            ValueError: a model that was moved, or whose weights have other names or shapes than before, or that
+                trains weights which were frozen; or a call within `swapped`.
+        """
+        self.advance()
+        self.apply()
+
+    def advance(self) -> None:
+        """The host's half of `update`: sees that the model is what it was, and sets the decay that `apply` reads.
+
+        Raises:
+            ValueError: as `update`.
+        """
+        require(
+            "EMA", not self._is_swapped, "update must be outside of {}, got {}", "swapped()", "a call within"
+        )
+        if self._weights.refresh():
+            self._collect()
+        if self._teacher is not None:
+            self._teacher.check()
+        decay = self.decay(self.num_updates) if callable(self.decay) else self.decay
+        check_decay("EMA", f"decay of update {self.num_updates}", decay)
+        self._decay.fill_(decay)
+        self.num_updates += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The device's half of `update`, which a CUDA graph may capture: it reads the decay from the device."""
+        ema_update_(self._targets, self._sources, self._decay, shadows=self._shadows)
+        for name, x in self._copied.items():
+            self._copies[name].copy_(x)
+        if self._teacher is not None:
+            self._teacher.finish(self._copies)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The averages in the model's weights and buffers, in place and in their dtypes, for as long as the block
+        lasts; what was there comes back however it ends."""
+        held = dict(self.model.named_buffers())
+        before = {name: x.clone() for name, x in held.items()}
+        with self._weights.shown(self._of_weights()):
+            _copy(self.buffer_averages, held)
+            self._is_swapped = True
+            try:
+                yield
+            finally:
+                self._is_swapped = False
+                _copy(before, held)
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole average of each weight; under ZeRO at most 2 GiB of them at a time."""
+        return self._weights.whole(self._of_weights())
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Writes the averages into a model of the same names and shapes.
+
+        Raises:
+            ValueError: a name that it lacks, or another shape.
+        """
+        model = unwrapped(model)
+        into = dict(model.named_parameters()) | dict(model.named_buffers())
+        _check_shapes({name: shape for name, (_, shape) in self._layout().items()}, into)
+        for name, x in self._everything():
+            into[name].detach().copy_(x)
+
+    def save(self, path: Path | str) -> None:
+        """Writes averages, buffers and the number of updates as a safetensors file, by full names, atomically.
+
+        Of an engine rank 0 writes, its own buffers; of another module, whoever calls it. The file does not depend on
+        the number of ranks or the stage.
+
+        Raises:
+            OSError, ValueError: it cannot be written, or a buffer is of a dtype that safetensors lacks; on every rank.
+        """
+        tensors, error = self._everything(), None
+        if not self._is_collective or dist.get_rank() == 0:
+            try:
+                write_tensors(Path(path), self._layout(), tensors, {_COUNT: str(self.num_updates)})
+            except (OSError, ValueError) as caught:
+                error = caught
+        for _ in tensors:
+            pass  # what is gathered and not written here
+        if self._is_collective:
+            errors = [error]
+            dist.broadcast_object_list(errors)
+            error = errors[0]
+        if error is not None:
+            raise error
+
+    def load(self, path: Path | str) -> None:
+        """Goes on from a file of `save`, at any number of ranks, of any stage, or of a plain module; alone.
+
+        Raises:
+            ValueError: another file, or names or shapes other than this model's.
+        """
+        layout, (found, metadata) = self._layout(), read_layout(Path(path))
+        require("EMA.load", _COUNT in metadata, "path must be a file of EMA.save, got {}", path)
+        differ = sorted(found.keys() ^ layout.keys())[:3]
+        require("EMA.load", not differ, "{} must be of this model, got a difference in {}", path, differ)
+        for name, (_, shape) in layout.items():
+            got = found[name][1]
+            require("EMA.load", got == shape, "{} must be {}, got {}", name, list(shape), list(got))
+        for name, x in read_tensors(Path(path)):
+            if name in self.buffer_averages:
+                self.buffer_averages[name].copy_(x)
+            else:
+                self._weights.scatter({name: x}, self._targets)
+        self.num_updates = int(metadata[_COUNT])
+        self._show()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by name, and the number of updates.
+
+        Raises:
+            ValueError: under ZeRO-1 to 3, where they are one rank's: use `save`.
+        """
+        self._check_whole("state_dict", "save")
+        return {
+            "num_updates": self.num_updates,
+            "averages": dict(self.averages),
+            "buffers": dict(self.buffer_averages),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`, on whatever device it lies.
+
+        Raises:
+            ValueError: names or shapes other than this model's; under ZeRO-1 to 3, use `load`.
+        """
+        self._check_whole("load_state_dict", "load")
+        for kind, held in (("averages", self.averages), ("buffers", self.buffer_averages)):
+            differ = sorted(held.keys() ^ state[kind].keys())
+            require(
+                "EMA.load_state_dict", not differ, "state must have this model's {}, got {}", kind, differ[:3]
+            )
+            _copy(state[kind], held)
+        self.num_updates = state["num_updates"]
+        self._show()
+
+    def _teach(self, module: nn.Module) -> None:
+        """Has `module` follow; where its dtypes are the averages', its weights are the averages themselves."""
+        self._teacher = Teacher(module, self._weights, self._averaged)
+        shadows = self._teacher.shadows
+        if all(x.dtype == y.dtype for x, y in zip(shadows, self._targets, strict=True)):
+            _overwrite(shadows, self._targets)
+            self._targets = shadows
+        else:
+            self._shadows = shadows
+        self._show()
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Writes what the averages are into the teacher."""
+        if self._teacher is not None:
+            if self._shadows is not None:
+                _overwrite(self._shadows, self._targets)
+            self._teacher.finish(self._copies)
+
+    def _collect(self) -> None:
+        """What an update reads of the model."""
+        held = dict(self.model.named_buffers())
+        self._sources = [*self._weights.flats, *(held[name] for name in self._averaged)]
+        self._copied = {name: held[name] for name in self._copies}
+
+    def _of_weights(self) -> list[Tensor]:
+        return self._targets[: len(self._weights.flats)]
+
+    def _everything(self) -> Iterator[tuple[str, Tensor]]:
+        """Averages and buffers, wider dtypes first."""
+        wide, narrow = self._sorted_buffers()
+        yield from wide.items()
+        yield from self.gathered()
+        yield from narrow.items()
+
+    def _layout(self) -> Layout:
+        """Dtype and shape of `_everything`."""
+        wide, narrow = (
+            {name: (x.dtype, x.shape) for name, x in part.items()} for part in self._sorted_buffers()
+        )
+        return wide | self._weights.layout(self._of_weights()) | narrow
+
+    def _sorted_buffers(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Those that come before float64 and float32, and those behind."""
+        ordered = sorted(self.buffer_averages.items(), key=lambda item: -item[1].itemsize)
+        wide = {name: x for name, x in ordered if x.itemsize > 4}
+        return wide, {name: x for name, x in ordered if name not in wide}
+
+    def _check_whole(self, method: str, instead: str) -> None:
+        whole = isinstance(self._weights, Whole)
+        require(f"EMA.{method}", whole, "model must hold its weights, got parts of ZeRO: use EMA.{}", instead)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _overwrite(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for x, y in zip(targets, sources, strict=True):
+        x.copy_(y)
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    _check_shapes({name: x.shape for name, x in tensors.items()}, into)
+    for name, x in tensors.items():
+        into[name].copy_(x)
+
+
+def _check_shapes(shapes: Mapping[str, torch.Size], into: Mapping[str, Tensor]) -> None:
+    for name, shape in shapes.items():
+        require("EMA", name in into, "model must have {}, got {}", name, "none")
+        same = into[name].shape == shape
+        require("EMA", same, "{} must be {}, got {}", name, list(shape), list(into[name].shape))

@@ -1,0 +1,121 @@
+"""Where a model holds what is averaged: whole in a module, or cut up by ZeRO."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmcore.ema.watch import Watch, check_teacher
+from mmcore.ema.zero import Follower, Shards
+from mmcore.ops import require
+from mmcore.tensor_file import Layout
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, without torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        inner = (
+            model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        )
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_engine(model: Any) -> bool:
+    """Whether this is what `deepspeed.initialize` returns."""
+    return callable(getattr(model, "zero_optimization_stage", None))
+
+
+def module_of(model: Any) -> nn.Module:
+    """The module itself, of an engine or within wrappers."""
+    return unwrapped(model.module if is_engine(model) else model)
+
+
+def weights_of(model: Any) -> "Whole | Shards":
+    """The trainable weights of a module, or of DeepSpeed's engine.
+
+    Raises:
+        ValueError: a module that ZeRO-3 cut up, without its engine.
+    """
+    module = module_of(model)
+    if is_engine(model):
+        return Whole(module) if model.zero_optimization_stage() == 0 else Shards(model, module)
+    parts = [name for name, p in module.named_parameters() if hasattr(p, "ds_id")]
+    require(
+        "EMA", not parts, "model must be DeepSpeed's engine, got a module with {} cut up by ZeRO-3", parts[:1]
+    )
+    return Whole(module)
+
+
+class Whole:
+    """The trainable weights of a module that holds them whole, with the methods of `mmcore.ema.zero.Shards`.
+
+    Attributes:
+        flats: the parameters themselves.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.flats: list[Tensor] = list(self.params.values())
+        devices = [x.device for x in (*self.flats, *module.buffers())]
+        self.device = devices[0] if devices else torch.device("cpu")
+        self._watch = Watch(module)
+
+    def refresh(self) -> bool:
+        """Takes what was put in a parameter's or buffer's place; whether anything was.
+
+        Raises:
+            ValueError: another model, by its name.
+        """
+        if not self._watch.has_replaced():
+            return False
+        held = dict(self.module.named_parameters())
+        self.params = {name: held[name] for name in self.params}
+        self.flats = list(self.params.values())
+        return True
+
+    def layout(self, of: Sequence[Tensor]) -> Layout:
+        """Dtype and shape by name, in the order of `whole`."""
+        return {name: (x.dtype, x.shape) for name, x in self.whole(of)}
+
+    def parts(self, of: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is held here, by name."""
+        return dict(zip(self.params, of, strict=True))
+
+    def whole(self, of: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, wider dtypes first."""
+        yield from sorted(zip(self.params, of, strict=True), key=lambda item: -item[1].itemsize)
+
+    def scatter(self, tensors: Mapping[str, Tensor], into: Sequence[Tensor]) -> None:
+        """Writes whole tensors in their places."""
+        held = self.parts(into)
+        for name, x in tensors.items():
+            held[name].detach().copy_(x)
+
+    @contextmanager
+    def shown(self, of: Sequence[Tensor]) -> Iterator[None]:
+        """`of` in the parameters for as long as the block lasts."""
+        held = [p.detach() for p in self.flats]
+        before = [x.clone() for x in held]
+        try:
+            for x, y in zip(held, of, strict=True):
+                x.copy_(y)
+            yield
+        finally:
+            for x, y in zip(held, before, strict=True):
+                x.copy_(y)
+
+    def follow(self, teacher: nn.Module) -> Follower:
+        """The teacher's parameters, to be written beside what they follow."""
+        held = check_teacher(teacher, self.module, self.device)
+        for name, p in self.params.items():
+            dense, strides = held[name].stride() == p.stride(), list(p.stride())
+            require(
+                "EMA", dense, "teacher's {} must have strides {}, got {}", name, strides, held[name].stride()
+            )
+        return Follower([held[name].detach() for name in self.params], lambda: None)

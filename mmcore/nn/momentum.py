@@ -1,0 +1,136 @@
+"""An encoder that follows another, and a queue of what it has seen (MoCo, arXiv:1911.05722; DINO, arXiv:2104.14294)."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmcore.ema import EMA, Schedule
+from mmcore.ema.weights import module_of
+from mmcore.ops import require
+
+
+class MomentumEncoder(nn.Module):
+    """The student's moving average as a frozen module of its own, which runs without gradients.
+
+    ```
+    momentum = MomentumEncoder(student, cosine(0.996, 1.0, num_steps))
+    loss = contrastive_loss(student(x), momentum(y), scale, negatives=queue.filled)
+    ...
+    optimizer.step()
+    momentum.update()
+    ```
+
+    Its state is the teacher's, the averages behind it and the number of updates. The student is not part of it.
+
+    Args:
+        student: a module, or DeepSpeed's engine of one (stages 0 to 2; its state is then saved by `ema.save`).
+        decay: from 0 to 1, or a schedule of `mmcore.ema`.
+
+    Attributes:
+        teacher: a copy of the student, of its dtypes.
+        ema: averages into it, in float32.
+    """
+
+    def __init__(self, student: Any, decay: float | Schedule = 0.996) -> None:
+        super().__init__()
+        module = module_of(student)
+        parts = [name for name, p in module.named_parameters() if hasattr(p, "ds_id")]
+        require(
+            "MomentumEncoder", not parts, "student must hold its weights, got {} cut up by ZeRO-3", parts[:1]
+        )
+        self.teacher = copy.deepcopy(module)
+        self.ema = EMA(student, decay, teacher=self.teacher)
+        self._followed = student, decay  # a tuple, so that it is no part of this module
+        self._has_moved = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the teacher makes of them, without gradients."""
+        with torch.no_grad():
+            return self.teacher(*args, **kwargs)
+
+    def update(self) -> None:
+        """Averages the student of now; call it after each optimizer step.
+
+        Raises:
+            ValueError: a student that changed, see `mmcore.ema.EMA.update`.
+        """
+        self._follow_moves()
+        self.ema.update()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.ema.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._follow_moves()
+        self.ema.load_state_dict(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MomentumEncoder":
+        self._has_moved = True
+        return super()._apply(fn, recurse)
+
+    def _follow_moves(self) -> None:
+        """After `to` and its like the averages go on beside the teacher; the student may have moved later than it."""
+        if self._has_moved:
+            state = self.ema.state_dict()
+            student, decay = self._followed
+            self.ema = EMA(student, decay, teacher=self.teacher)
+            self.ema.load_state_dict(state)
+            self._has_moved = False
+
+
+class FeatureQueue(nn.Module):
+    """The last `num_features` features that were enqueued, for `mmkernels.contrastive_loss(..., negatives=)`.
+
+    Args:
+        num_features: N that it holds.
+        dim: D of each.
+    """
+
+    features: Tensor
+
+    def __init__(self, num_features: int, dim: int) -> None:
+        super().__init__()
+        op = "FeatureQueue"
+        require(op, num_features >= 1, "num_features must be at least 1, got {}", num_features)
+        require(op, dim >= 1, "dim must be at least 1, got {}", dim)
+        self.register_buffer("features", torch.zeros(num_features, dim))
+        self.num_enqueued = 0
+
+    @property
+    def filled(self) -> Tensor:
+        """[n, D]: those there are, in no order; a copy, so that `enqueue` may come before `backward`."""
+        return self.features[: self.num_enqueued].clone()
+
+    @torch.no_grad()
+    def enqueue(self, features: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
+        """Takes the place of the oldest.
+
+        Args:
+            features: [B, D], of any dtype; of more than N the last.
+            group: of ranks whose features are taken too, in the order of ranks, the same B on each, so that all
+                hold one queue; None = this rank's alone.
+
+        Raises:
+            ValueError: a wrong shape.
+        """
+        size, dim = self.features.shape
+        is_like = features.ndim == 2 and features.shape[1] == dim
+        require("FeatureQueue", is_like, "features must be [B, {}], got {}", dim, list(features.shape))
+        if group is not None:
+            parts = [torch.empty_like(features) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, features.contiguous(), group=group)
+            features = torch.cat(parts)
+        end = self.num_enqueued + len(features)
+        places = torch.arange(max(end - size, self.num_enqueued), end, device=self.features.device) % size
+        self.features[places] = features[len(features) - len(places) :].to(self.features)
+        self.num_enqueued = end
+
+    def get_extra_state(self) -> int:
+        return self.num_enqueued
+
+    def set_extra_state(self, state: int) -> None:
+        self.num_enqueued = state
