@@ -103,8 +103,77 @@ void adamw(const Chunk& chunk, const AdamW& by) {
   });
 }
 
+double squares(const Chunk& chunk) {
+  Doubles total{};
+  for_blocks<1>(chunk, 0b1, 0b0, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Doubles x = widened(load(lists[0] + j, lanes));
+      total += x * x;
+    });
+  });
+  return sum(total);
+}
+
+void scale(const Chunk& chunk, float by) {
+  for_blocks<1>(chunk, 0b1, 0b1, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      store(lists[0] + j, by * load(lists[0] + j, lanes), lanes);
+    });
+  });
+}
+
+void fisher(const Chunk& chunk, const Fisher& by) {
+  for_blocks<2>(chunk, 0b11, 0b01, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec g = load(lists[1] + j, lanes);
+      store(lists[0] + j, by.decay * load(lists[0] + j, lanes) + by.weight * g * g, lanes);
+    });
+  });
+}
+
+double ewc(const Chunk& chunk) {
+  Doubles total{};
+  for_blocks<3>(chunk, 0b111, 0b000, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Doubles step = widened(load(lists[0] + j, lanes) - load(lists[1] + j, lanes));
+      total += widened(load(lists[2] + j, lanes)) * step * step;
+    });
+  });
+  return sum(total);
+}
+
+void ewc_grad(const Chunk& chunk, float factor) {
+  for_blocks<4>(chunk, 0b0111, 0b1000, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec step = load(lists[0] + j, lanes) - load(lists[1] + j, lanes);
+      store(lists[3] + j, factor * load(lists[2] + j, lanes) * step, lanes);
+    });
+  });
+}
+
+// Bits, so that what is kept is the same whatever it is; a block that is kept whole is not touched.
+template <class T>
+INLINE void keep(T* bits, const uint8_t* mask, int64_t n, const Owners& by) {
+  const uint8_t span = by.last - by.first;
+  for (int64_t first = 0; first < n; first += BLOCK) {
+    const int64_t end = n - first < BLOCK ? n : first + BLOCK;
+    uint8_t any = 0;
+    for (int64_t j = first; j < end; ++j) any |= (uint8_t)(mask[j] - by.first) > span;
+    if (!any) continue;
+    for (int64_t j = first; j < end; ++j) bits[j] = (uint8_t)(mask[j] - by.first) > span ? 0 : bits[j];
+  }
+}
+
+void masks(const Chunk& chunk, const Owners& by) {
+  const uint8_t* mask = (const uint8_t*)chunk.lists[1];
+  if ((chunk.kind & 7) == FLOAT)
+    keep((uint32_t*)chunk.lists[0], mask, chunk.elements, by);
+  else
+    keep((uint16_t*)chunk.lists[0], mask, chunk.elements, by);
+}
+
 }  // namespace
 
-extern const MultiTensorKernels MULTI_TENSOR = {ema, adamw};
+extern const MultiTensorKernels MULTI_TENSOR = {ema, adamw, squares, scale, fisher, ewc, ewc_grad, masks};
 
 }  // namespace mmkernels

@@ -160,8 +160,9 @@ def multi_tensor_case(
         table=multi_tensor_launch.TABLE,
         constants={"KINDS": kinds, "BLOCK": multi_tensor_launch.CHUNK, **constants},
         operands=(),
-        pointers={"chunks_ptr": "*i64", "tensors_ptr": "*i64", "seed_ptr": "*i64", "factors_ptr": "*fp64"},
-        odd=(),
+        pointers={"chunks_ptr": "*i64", "tensors_ptr": "*i64", "seed_ptr": "*i64", "factors_ptr": "*fp64", "sums_ptr": "*fp64"},
+        odd=("first_owner", "last_owner"),
+        floats=("max_norm", "weight", "decay"),
         products=False,
     )
 
