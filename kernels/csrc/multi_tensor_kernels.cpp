@@ -10,6 +10,10 @@ namespace {
 constexpr int64_t DRAWN = 4 * W;
 // Elements of a list that are held as float32 at a time, where they are stored as something else.
 constexpr int64_t BLOCK = 512;
+// Floats between one that is read and one that is asked for: a quarter less time than without, where one list is read.
+constexpr int64_t AHEAD = 1024;
+// A sum of a chunk's squares above which those that vanish in float32 do not count.
+constexpr double LEAST_SQUARES = 1e-26;
 
 template <class T>
 INLINE void widen(const void* from, int64_t first, float* to, int64_t n) {
@@ -103,12 +107,26 @@ void adamw(const Chunk& chunk, const AdamW& by) {
   });
 }
 
+// In float32 by blocks, unless a square overflows or those that count vanish.
 double squares(const Chunk& chunk) {
   Doubles total{};
   for_blocks<1>(chunk, 0b1, 0b0, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    const float* x = lists[0];
+    // four in turn, since each waits for its last
+    Vec sums[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * W <= n; j += 4 * W) {
+      for (int64_t i = 0; i < 4 * W; i += 16) __builtin_prefetch(x + j + i + AHEAD);
+      for (int64_t i = 0; i < 4; ++i) sums[i] += load(x + j + i * W, All{}) * load(x + j + i * W, All{});
+    }
+    for_vectors(j, n, [&](int64_t j, auto lanes) ALWAYS_INLINE { sums[0] += load(x + j, lanes) * load(x + j, lanes); });
+    total += widened((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  });
+  if (sum(total) > LEAST_SQUARES && sum(total) < INF) return sum(total);
+  total = Doubles{};
+  for_blocks<1>(chunk, 0b1, 0b0, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
     for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
-      const Doubles x = widened(load(lists[0] + j, lanes));
-      total += x * x;
+      total += widened(load(lists[0] + j, lanes)) * widened(load(lists[0] + j, lanes));
     });
   });
   return sum(total);

@@ -96,12 +96,12 @@ class TestClip:
     def test_it_does_what_torch_does_to_gradients(
         self, max_norm: float, special: float | None, walk: str
     ) -> None:
-        params = [torch.nn.Parameter(torch.empty(n)) for n in SIZES]
-        for param, grad in zip(params, tensors(SIZES, torch.float32, 3), strict=True):
-            param.grad = grad
+        grads = tensors(SIZES, torch.float32, 3)
         if special is not None:
-            params[2].grad[7] = special
-        grads = [param.grad.clone() for param in params]
+            grads[2][7] = special
+        params = [torch.nn.Parameter(torch.empty(n)) for n in SIZES]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
         expected = torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=True)
         found = clip_(grads, max_norm)
         torch.testing.assert_close(found, expected, equal_nan=True)
