@@ -43,11 +43,11 @@ def test_norms(benchmark: Any, device: torch.device, name: str, op: str, contend
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a claim about CPUs")
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", MODELS)
-def test_on_a_cpu_none_is_slower_than_what_torch_has(name: str, op: str) -> None:
+def test_on_a_clip_on_a_cpu_none_is_slower_than_what_torch_has(op: str) -> None:
     device = torch.device("cpu")
-    runs = {who: step(case_of(op, who, name, device, 1.0)) for who in OPS[op].contenders}
+    runs = {who: step(case_of(op, who, "ViT-B-16", device, 1.0)) for who in OPS[op].contenders}
     medians = paired_medians(runs, 15, device)
     best = min(time for who, time in medians.items() if who != "mmkernels")
-    print(f"{op} {name}: {medians}: {best / medians['mmkernels']:.2f}x")
+    print(f"{op}: {medians}: {best / medians['mmkernels']:.2f}x")
+    # a twentieth is what the noise of a pair comes to
     assert medians["mmkernels"] <= 1.05 * best

@@ -29,7 +29,7 @@ class TestNorm:
         assert found.dtype == torch.float64
         assert float(found) == pytest.approx(norm64([*mixed, torch.ones(7)]), rel=1e-12)
 
-    @pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-25, 1e-19, 1.0, 1e19, 1e25, 3e36])
+    @pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-25, 3e-22, 1e-19, 1.0, 1e19, 1e25, 3e36])
     def test_squares_neither_overflow_nor_vanish(self, size: float, walk: str) -> None:
         x = [torch.full((n,), size) for n in (5000, 3)]
         assert float(global_norm(x)) == pytest.approx(float(x[0][0]) * 5003**0.5, rel=1e-6, abs=1e-45)
@@ -117,6 +117,11 @@ class TestClip:
             torch.testing.assert_close(
                 x.double(), y.double() * (2.0 / (norm + 1e-6)), rtol=2 * eps, atol=1e-7
             )
+
+    def test_a_small_norm_is_held_away_from_zero_as_torch_does(self, walk: str) -> None:
+        x = [torch.full((4,), 1e-6)]
+        clip_(x, 1e-6)
+        torch.testing.assert_close(x[0], torch.full((4,), 1e-6 / 3), rtol=1e-6, atol=0)
 
     def test_below_the_bound_no_bit_is_touched(self, walk: str) -> None:
         # a multiplication would make this NaN a quiet one

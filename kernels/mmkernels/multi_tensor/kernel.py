@@ -40,12 +40,12 @@ def squares_table(table: Table) -> Tensor:
 
 def clip_table(table: Table, norm: Tensor, max_norm: float) -> None:
     """Each tensor times `min(1, max_norm / (norm + 1e-6))`."""
-    _launch(_clip_kernel, "clip", table, norm, max_norm)
+    _launch(_clip_kernel, "clip", table, norm, float(max_norm))
 
 
 def fisher_accumulate_table(table: Table, weight: float, decay: float) -> None:
     """`decay fisher + weight grad^2`."""
-    _launch(_fisher_accumulate_kernel, "fisher_accumulate", table, weight, decay)
+    _launch(_fisher_accumulate_kernel, "fisher_accumulate", table, float(weight), float(decay))
 
 
 def ewc_penalty_fwd_table(table: Table) -> Tensor:

@@ -24,8 +24,8 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
         tensors: of one device, float32, float16, bfloat16 or float64, any shapes and strides; may mix them.
 
     Returns:
-        `[]` on their device, summed in float64, of each chunk on a GPU in float32; float32, or float64 where a
-        tensor is. Zero of no tensors. Without a gradient.
+        `[]` on their device, float32, or float64 where a tensor is; squares are added in float32 by up to 4,096, and
+        those sums in float64. Zero of no tensors. Without a gradient.
 
     Raises:
         ValueError: a dtype, or tensors on several devices.
@@ -54,7 +54,8 @@ def clip_(
         max_norm: at least 0.
         norm: that of all tensors, where these are a part of them: one which was reduced across ranks, a float or a
             tensor of one element on the device (on a GPU it is not checked); None = `global_norm(tensors)`.
-        error_if_nonfinite: refuse a norm that is NaN or infinite, before anything is written; it waits for a GPU.
+        error_if_nonfinite: refuse a norm that is NaN or infinite, before anything is written; it waits for a GPU, and
+            no graph can be compiled or captured with it.
 
     Returns:
         The norm before, `[]` on their device, of `global_norm`'s dtype.
@@ -103,10 +104,8 @@ def _norm_of(tensors: list[Tensor], table: Table | None) -> Tensor:
 
 def _norm(tensors: list[Tensor], table: Table | None) -> Tensor:
     if table is None:
-        squares = paths.blockwise.squares([tensors])
-    else:
-        squares = path_of(tensors[0]).squares_table(table)
-    return squares.sqrt().to(total_dtype([tensors]))
+        return paths.blockwise.squares([tensors]).sqrt().to(total_dtype([tensors]))
+    return path_of(tensors[0]).squares_table(table).sqrt().float()
 
 
 @torch.library.custom_op("mmkernels::global_norm", mutates_args=())

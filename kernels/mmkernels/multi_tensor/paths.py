@@ -62,7 +62,7 @@ def walks(x: Tensor) -> bool:
 
 def has_dtypes(lists: Sequence[Sequence[Tensor]]) -> bool:
     """Whether the kernels know the dtypes: all but float64."""
-    return all(x.dtype != torch.float64 for tensors in lists for x in tensors)
+    return all(torch.float64 not in {x.dtype for x in tensors} for tensors in lists)
 
 
 def total_dtype(lists: Sequence[Sequence[Tensor]]) -> torch.dtype:
