@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
+#include <vector>
 
 #include "multi_tensor_kernels.h"
 #include "pick.h"
@@ -77,6 +79,43 @@ void adamw_update_table(const Tensor& chunks, const Tensor& tensors, const Tenso
   for_chunks(chunks, tensors, 7, [&](const Chunk& chunk, int64_t) { kernels.adamw(chunk, step); });
 }
 
+// The sum of what run(chunk) gives, in the order of the chunks: the same bits on any number of threads.
+template <class Run>
+double sum_chunks(const Tensor& chunks, const Tensor& tensors, int64_t lists, const Run& run) {
+  std::vector<double> sums(chunks.size(0));
+  for_chunks(chunks, tensors, lists, [&](const Chunk& chunk, int64_t i) { sums[i] = run(chunk); });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+double squares_table(const Tensor& chunks, const Tensor& tensors) {
+  return sum_chunks(chunks, tensors, 1, kernels.squares);
+}
+
+void clip_table(const Tensor& chunks, const Tensor& tensors, const Tensor& norm, double max_norm) {
+  const float room = static_cast<float>(max_norm) / (*numbers<float>(norm, ScalarType::Float, 1, "norm") + 1e-6f);
+  const float factor = room > 1 ? 1 : room;
+  if (factor != 1) for_chunks(chunks, tensors, 1, [&](const Chunk& chunk, int64_t) { kernels.scale(chunk, factor); });
+}
+
+void fisher_accumulate_table(const Tensor& chunks, const Tensor& tensors, double weight, double decay) {
+  const Fisher by{static_cast<float>(decay), static_cast<float>(weight)};
+  for_chunks(chunks, tensors, 2, [&](const Chunk& chunk, int64_t) { kernels.fisher(chunk, by); });
+}
+
+double ewc_penalty_fwd_table(const Tensor& chunks, const Tensor& tensors) {
+  return sum_chunks(chunks, tensors, 3, kernels.ewc);
+}
+
+void ewc_penalty_bwd_table(const Tensor& chunks, const Tensor& tensors, const Tensor& factor) {
+  const float by = *numbers<float>(factor, ScalarType::Float, 1, "factor");
+  for_chunks(chunks, tensors, 4, [&](const Chunk& chunk, int64_t) { kernels.ewc_grad(chunk, by); });
+}
+
+void apply_masks_table(const Tensor& chunks, const Tensor& tensors, int64_t first, int64_t last) {
+  const Owners by{static_cast<uint8_t>(first), static_cast<uint8_t>(last)};
+  for_chunks(chunks, tensors, 2, [&](const Chunk& chunk, int64_t) { kernels.masks(chunk, by); });
+}
+
 }  // namespace
 }  // namespace mmkernels
 
@@ -84,9 +123,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   // they write through the addresses that the tables hold
   m.def("ema_update_table(Tensor chunks, Tensor tensors, Tensor weight, Tensor? seed) -> ()");
   m.def("adamw_update_table(Tensor chunks, Tensor tensors, Tensor factors) -> ()");
+  m.def("squares_table(Tensor chunks, Tensor tensors) -> float");
+  m.def("clip_table(Tensor chunks, Tensor tensors, Tensor norm, float max_norm) -> ()");
+  m.def("fisher_accumulate_table(Tensor chunks, Tensor tensors, float weight, float decay) -> ()");
+  m.def("ewc_penalty_fwd_table(Tensor chunks, Tensor tensors) -> float");
+  m.def("ewc_penalty_bwd_table(Tensor chunks, Tensor tensors, Tensor factor) -> ()");
+  m.def("apply_masks_table(Tensor chunks, Tensor tensors, int first, int last) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("ema_update_table", TORCH_BOX(&mmkernels::ema_update_table));
   m.impl("adamw_update_table", TORCH_BOX(&mmkernels::adamw_update_table));
+  m.impl("squares_table", TORCH_BOX(&mmkernels::squares_table));
+  m.impl("clip_table", TORCH_BOX(&mmkernels::clip_table));
+  m.impl("fisher_accumulate_table", TORCH_BOX(&mmkernels::fisher_accumulate_table));
+  m.impl("ewc_penalty_fwd_table", TORCH_BOX(&mmkernels::ewc_penalty_fwd_table));
+  m.impl("ewc_penalty_bwd_table", TORCH_BOX(&mmkernels::ewc_penalty_bwd_table));
+  m.impl("apply_masks_table", TORCH_BOX(&mmkernels::apply_masks_table));
 }

@@ -10,6 +10,10 @@ namespace {
 constexpr int64_t DRAWN = 4 * W;
 // Elements of a list that are held as float32 at a time, where they are stored as something else.
 constexpr int64_t BLOCK = 512;
+// Floats between one that is read and one that is asked for: a quarter less time than without, where one list is read.
+constexpr int64_t AHEAD = 1024;
+// A sum of a chunk's squares above which those that vanish in float32 do not count.
+constexpr double LEAST_SQUARES = 1e-26;
 
 template <class T>
 INLINE void widen(const void* from, int64_t first, float* to, int64_t n) {
@@ -103,8 +107,91 @@ void adamw(const Chunk& chunk, const AdamW& by) {
   });
 }
 
+// In float32 by blocks, unless a square overflows or those that count vanish.
+double squares(const Chunk& chunk) {
+  Doubles total{};
+  for_blocks<1>(chunk, 0b1, 0b0, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    const float* x = lists[0];
+    // four in turn, since each waits for its last
+    Vec sums[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * W <= n; j += 4 * W) {
+      for (int64_t i = 0; i < 4 * W; i += 16) __builtin_prefetch(x + j + i + AHEAD);
+      for (int64_t i = 0; i < 4; ++i) sums[i] += load(x + j + i * W, All{}) * load(x + j + i * W, All{});
+    }
+    for_vectors(j, n, [&](int64_t j, auto lanes) ALWAYS_INLINE { sums[0] += load(x + j, lanes) * load(x + j, lanes); });
+    total += widened((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  });
+  if (sum(total) > LEAST_SQUARES && sum(total) < INF) return sum(total);
+  total = Doubles{};
+  for_blocks<1>(chunk, 0b1, 0b0, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      total += widened(load(lists[0] + j, lanes)) * widened(load(lists[0] + j, lanes));
+    });
+  });
+  return sum(total);
+}
+
+void scale(const Chunk& chunk, float by) {
+  for_blocks<1>(chunk, 0b1, 0b1, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      store(lists[0] + j, by * load(lists[0] + j, lanes), lanes);
+    });
+  });
+}
+
+void fisher(const Chunk& chunk, const Fisher& by) {
+  for_blocks<2>(chunk, 0b11, 0b01, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec g = load(lists[1] + j, lanes);
+      store(lists[0] + j, by.decay * load(lists[0] + j, lanes) + by.weight * g * g, lanes);
+    });
+  });
+}
+
+double ewc(const Chunk& chunk) {
+  Doubles total{};
+  for_blocks<3>(chunk, 0b111, 0b000, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Doubles step = widened(load(lists[0] + j, lanes) - load(lists[1] + j, lanes));
+      total += widened(load(lists[2] + j, lanes)) * step * step;
+    });
+  });
+  return sum(total);
+}
+
+void ewc_grad(const Chunk& chunk, float factor) {
+  for_blocks<4>(chunk, 0b0111, 0b1000, [&](float** lists, int64_t, int64_t n) ALWAYS_INLINE {
+    for_vectors(0, n, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      const Vec step = load(lists[0] + j, lanes) - load(lists[1] + j, lanes);
+      store(lists[3] + j, factor * load(lists[2] + j, lanes) * step, lanes);
+    });
+  });
+}
+
+// Bits, so that what is kept is the same whatever it is; a block that is kept whole is not touched.
+template <class T>
+INLINE void keep(T* bits, const uint8_t* mask, int64_t n, const Owners& by) {
+  const uint8_t span = by.last - by.first;
+  for (int64_t first = 0; first < n; first += BLOCK) {
+    const int64_t end = n - first < BLOCK ? n : first + BLOCK;
+    uint8_t any = 0;
+    for (int64_t j = first; j < end; ++j) any |= (uint8_t)(mask[j] - by.first) > span;
+    if (!any) continue;
+    for (int64_t j = first; j < end; ++j) bits[j] = (uint8_t)(mask[j] - by.first) > span ? 0 : bits[j];
+  }
+}
+
+void masks(const Chunk& chunk, const Owners& by) {
+  const uint8_t* mask = (const uint8_t*)chunk.lists[1];
+  if ((chunk.kind & 7) == FLOAT)
+    keep((uint32_t*)chunk.lists[0], mask, chunk.elements, by);
+  else
+    keep((uint16_t*)chunk.lists[0], mask, chunk.elements, by);
+}
+
 }  // namespace
 
-extern const MultiTensorKernels MULTI_TENSOR = {ema, adamw};
+extern const MultiTensorKernels MULTI_TENSOR = {ema, adamw, squares, scale, fisher, ewc, ewc_grad, masks};
 
 }  // namespace mmkernels

@@ -29,11 +29,32 @@ struct AdamW {
   float keep, rise, beta2, fall, step, root, eps, low, high, weight;
 };
 
+// Fisher = decay Fisher + weight grad^2.
+struct Fisher {
+  float decay, weight;
+};
+
+// What a task owns: where a byte of the mask lies between these two, both included.
+struct Owners {
+  uint8_t first, last;
+};
+
 struct MultiTensorKernels {
   // targets, sources, shadows
   void (*ema)(const Chunk&, const Ema&);
   // params, grads, exp_avgs, exp_avg_sqs, averages, copies, shadows
   void (*adamw)(const Chunk&, const AdamW&);
+  // tensors: the sum of their squares, and their product with a number
+  double (*squares)(const Chunk&);
+  void (*scale)(const Chunk&, float);
+  // fishers, grads
+  void (*fisher)(const Chunk&, const Fisher&);
+  // params, anchors, fishers: the sum of Fisher (param - anchor)^2
+  double (*ewc)(const Chunk&);
+  // params, anchors, fishers, grads: factor Fisher (param - anchor)
+  void (*ewc_grad)(const Chunk&, float factor);
+  // tensors, masks
+  void (*masks)(const Chunk&, const Owners&);
 };
 
 extern const MultiTensorKernels multi_tensor_baseline;

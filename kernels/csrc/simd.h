@@ -256,12 +256,13 @@ INLINE float maximum(Vec x) {
 
 INLINE Doubles widened(Vec x) { return __builtin_convertvector(x, Doubles); }
 
-INLINE double sum(Vec x) {
-  Doubles wide = widened(x);
+INLINE double sum(Doubles x) {
   for (int64_t half = W / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; ++i) wide[i] += wide[i + half];
-  return wide[0];
+    for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
 }
+
+INLINE double sum(Vec x) { return sum(widened(x)); }
 
 }  // namespace
 }  // namespace mmkernels

@@ -13,7 +13,22 @@ from mmkernels.contrastive import (
 )
 from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from mmkernels.multi_tensor import adamw_update_, adamw_update_ref_, ema_update_, ema_update_ref_
+from mmkernels.multi_tensor import (
+    adamw_update_,
+    adamw_update_ref_,
+    apply_masks_,
+    apply_masks_ref_,
+    clip_,
+    clip_ref_,
+    ema_update_,
+    ema_update_ref_,
+    ewc_penalty,
+    ewc_penalty_ref,
+    fisher_accumulate_,
+    fisher_accumulate_ref_,
+    global_norm,
+    global_norm_ref,
+)
 from mmkernels.sigmoid import sigmoid_loss, sigmoid_loss_ref
 from mmkernels.token_contrastive import (
     TokenContrastiveStats,
@@ -30,8 +45,12 @@ __all__ = [
     "adamw_update_",
     "adamw_update_ref_",
     "alibi_slopes",
+    "apply_masks_",
+    "apply_masks_ref_",
     "attention",
     "attention_ref",
+    "clip_",
+    "clip_ref_",
     "contrastive_loss",
     "contrastive_loss_ref",
     "contrastive_lse",
@@ -42,6 +61,12 @@ __all__ = [
     "distillation_loss_ref",
     "ema_update_",
     "ema_update_ref_",
+    "ewc_penalty",
+    "ewc_penalty_ref",
+    "fisher_accumulate_",
+    "fisher_accumulate_ref_",
+    "global_norm",
+    "global_norm_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "masks",

@@ -160,8 +160,15 @@ def multi_tensor_case(
         table=multi_tensor_launch.TABLE,
         constants={"KINDS": kinds, "BLOCK": multi_tensor_launch.CHUNK, **constants},
         operands=(),
-        pointers={"chunks_ptr": "*i64", "tensors_ptr": "*i64", "seed_ptr": "*i64", "factors_ptr": "*fp64"},
-        odd=(),
+        pointers={
+            "chunks_ptr": "*i64",
+            "tensors_ptr": "*i64",
+            "seed_ptr": "*i64",
+            "factors_ptr": "*fp64",
+            "sums_ptr": "*fp64",
+        },
+        odd=("first_owner", "last_owner"),
+        floats=("max_norm", "weight", "decay"),
         products=False,
     )
 
@@ -182,6 +189,15 @@ MULTI_TENSOR = (
         ((1,), (3,), (1,), (1,), (1,), (3,), (0, 3)),
         "-copies",
     ),
+    multi_tensor_case("squares", multi_tensor._squares_kernel, ((1, 2, 3),)),
+    multi_tensor_case("clip", multi_tensor._clip_kernel, ((1, 2, 3),)),
+    multi_tensor_case("fisher_accumulate", multi_tensor._fisher_accumulate_kernel, ((1,), (1, 2, 3))),
+    multi_tensor_case("ewc_penalty_fwd", multi_tensor._ewc_penalty_fwd_kernel, ((1, 3), (1, 3), (1,))),
+    multi_tensor_case("ewc_penalty_bwd", multi_tensor._ewc_penalty_bwd_kernel, ((1,), (1,), (1,), (1,))),
+    multi_tensor_case(
+        "ewc_penalty_bwd", multi_tensor._ewc_penalty_bwd_kernel, ((3,), (1, 3), (1,), (3,)), "-bfloat16"
+    ),
+    multi_tensor_case("apply_masks", multi_tensor._apply_masks_kernel, ((1, 2, 3), (4,))),
 )
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmkernels import _tile, native
+from mmkernels._device import INTERPRETED
 from mmkernels.attention import blockwise as attention_blockwise
 from mmkernels.attention import op as attention_op
 from mmkernels.attention import pieces
@@ -68,6 +69,18 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "aten":
         monkeypatch.setattr(native, "AVAILABLE", False)
         monkeypatch.setattr(_tile, "BLOCK", 200)  # so that small tiles are several blocks
+    elif not native.AVAILABLE:
+        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
+    return request.param
+
+
+@pytest.fixture(params=["aten", "native"])
+def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the ways in which this process walks lists of tensors: under the interpreter Triton's alone."""
+    if request.param == "aten":
+        monkeypatch.setattr(native, "AVAILABLE", False)
+    elif INTERPRETED:
+        pytest.skip("Triton serves this process")
     elif not native.AVAILABLE:
         pytest.skip("the native step is not built: python setup.py build_ext --inplace")
     return request.param

@@ -124,7 +124,8 @@ def test_float32_products_are_exact_unless_tf32_was_asked_for(
 def test_whole_chunks_are_read_and_written_by_16_bytes(case: Case, arch: int) -> None:
     ptx = compiled_row(case, (case.row, 8, arch), "i64").asm["ptx"]
     assert ptx.count("ld.global.v4") >= 2 * len(case.constants["KINDS"])
-    assert "st.global.v4" in ptx
+    # a sum is one number a chunk
+    assert "st.global.v4" in ptx or "sums_ptr" in case.kernel.arg_names
 
 
 def test_the_resource_reader_sees_a_spill(tmp_path: Path) -> None:

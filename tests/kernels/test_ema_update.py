@@ -9,32 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmkernels import ema_update_, ema_update_ref_, native
+from mmkernels import ema_update_, ema_update_ref_
 from mmkernels._device import INTERPRETED
 from mmkernels.multi_tensor import table
-
-HALVES = (torch.bfloat16, torch.float16)
-ALL = (torch.float32, *HALVES)
-
-
-def tensors(sizes: list[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, generator=generator).to(dtype) for n in sizes]
-
-
-@pytest.fixture(params=["aten", "native"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "aten":
-        monkeypatch.setattr(native, "AVAILABLE", False)
-    elif INTERPRETED:
-        pytest.skip("Triton serves this process")
-    elif not native.AVAILABLE:
-        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
-    return request.param
+from tests.kernels.tensor_lists import ALL, HALVES, tensors
 
 
 @pytest.mark.parametrize("dtypes", itertools.product(ALL, ALL, (None, *ALL)), ids=str)
-def test_any_dtypes_are_averaged_in_float32(dtypes: tuple[Any, ...], path: str) -> None:
+def test_any_dtypes_are_averaged_in_float32(dtypes: tuple[Any, ...], walk: str) -> None:
     sizes = [1, 4096, 300, 0, 4103]
     targets, sources = (tensors(sizes, dtype, i) for i, dtype in enumerate(dtypes[:2]))
     means = [torch.lerp(t.float(), s.float(), 0.1) for t, s in zip(targets, sources, strict=True)]
@@ -49,7 +31,7 @@ def test_any_dtypes_are_averaged_in_float32(dtypes: tuple[Any, ...], path: str) 
         )
 
 
-def test_one_call_takes_tensors_of_several_dtypes_and_sizes(path: str) -> None:
+def test_one_call_takes_tensors_of_several_dtypes_and_sizes(walk: str) -> None:
     targets = [torch.randn(5000), torch.randn(7).bfloat16(), torch.randn(2, 3), torch.randn(70, 70).half()]
     sources = [torch.randn_like(x).to(d) for x, d in zip(targets, (*HALVES, *HALVES), strict=True)]
     expected = [x.clone() for x in targets]
@@ -60,7 +42,7 @@ def test_one_call_takes_tensors_of_several_dtypes_and_sizes(path: str) -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
-def test_at_its_ends_a_decay_copies_and_keeps_every_bit(decay: float, path: str) -> None:
+def test_at_its_ends_a_decay_copies_and_keeps_every_bit(decay: float, walk: str) -> None:
     targets, sources = tensors([100, 5000], torch.float32, 0), tensors([100, 5000], torch.float32, 1)
     before = [x.clone() for x in targets]
     ema_update_(targets, sources, decay)
@@ -68,7 +50,7 @@ def test_at_its_ends_a_decay_copies_and_keeps_every_bit(decay: float, path: str)
     assert expected is None or all(torch.equal(x, y) for x, y in zip(targets, expected, strict=True))
 
 
-def test_a_decay_of_one_element_is_that_number(path: str) -> None:
+def test_a_decay_of_one_element_is_that_number(walk: str) -> None:
     found = [tensors([50], torch.float32, 0) for _ in range(2)]
     sources = tensors([50], torch.float32, 1)
     ema_update_(found[0], sources, 0.75)
@@ -76,7 +58,7 @@ def test_a_decay_of_one_element_is_that_number(path: str) -> None:
     assert torch.equal(found[0][0], found[1][0])
 
 
-def test_dense_tensors_of_any_strides_are_averaged_in_place(path: str) -> None:
+def test_dense_tensors_of_any_strides_are_averaged_in_place(walk: str) -> None:
     target = torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last)
     for source in (
         torch.randn_like(target),
@@ -88,7 +70,7 @@ def test_dense_tensors_of_any_strides_are_averaged_in_place(path: str) -> None:
         torch.testing.assert_close(target, expected)
 
 
-def test_parts_of_a_tensor_at_odd_addresses_are_averaged_and_nothing_beside_them(path: str) -> None:
+def test_parts_of_a_tensor_at_odd_addresses_are_averaged_and_nothing_beside_them(walk: str) -> None:
     for dtype in ALL:
         whole, source = torch.randn(9000).to(dtype), torch.randn(9000).to(dtype)
         before = whole.clone()
@@ -128,7 +110,7 @@ class TestBfloat16:
         last_place = 2**-8 if INTERPRETED else 0.0
         torch.testing.assert_close(shadow[0], mean[0].bfloat16(), rtol=0, atol=last_place)
 
-    def test_the_bits_are_those_of_the_reference_on_every_path(self, path: str) -> None:
+    def test_the_bits_are_those_of_the_reference_on_every_path(self, walk: str) -> None:
         sizes = [4096, 3, 5001]
         found, gold = ([x * 100 for x in tensors(sizes, torch.bfloat16, 0)] for _ in range(2))
         sources = tensors(sizes, torch.float32, 1)

@@ -25,6 +25,38 @@ def adamw_update_table(table: Table, factors: Tensor) -> None:
     torch.ops.mmkernels.adamw_update_table(table.chunks, table.tensors, factors)
 
 
+def squares_table(table: Table) -> Tensor:
+    """The sum of squares, float64 `[]`."""
+    total = torch.ops.mmkernels.squares_table(table.chunks, table.tensors)
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def clip_table(table: Table, norm: Tensor, max_norm: float) -> None:
+    """Each tensor times `min(1, max_norm / (norm + 1e-6))`."""
+    torch.ops.mmkernels.clip_table(table.chunks, table.tensors, norm, max_norm)
+
+
+def fisher_accumulate_table(table: Table, weight: float, decay: float) -> None:
+    """`decay fisher + weight grad^2`."""
+    torch.ops.mmkernels.fisher_accumulate_table(table.chunks, table.tensors, weight, decay)
+
+
+def ewc_penalty_fwd_table(table: Table) -> Tensor:
+    """The sum of `fisher (param - anchor)^2`, float64 `[]`."""
+    total = torch.ops.mmkernels.ewc_penalty_fwd_table(table.chunks, table.tensors)
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def ewc_penalty_bwd_table(table: Table, factor: Tensor) -> None:
+    """Into the fourth list, `factor fisher (param - anchor)`."""
+    torch.ops.mmkernels.ewc_penalty_bwd_table(table.chunks, table.tensors, factor)
+
+
+def apply_masks_table(table: Table, first: int, last: int) -> None:
+    """Zero where the mask is not between the two."""
+    torch.ops.mmkernels.apply_masks_table(table.chunks, table.tensors, first, last)
+
+
 def ema_update_(lists: Sequence[Sequence[Tensor]], weight: Tensor, seed: Tensor | None) -> None:
     """`target + weight (source - target)` of targets, sources and maybe shadows, rounded by the bits of `seed`."""
     for number, first, (target, source, shadow) in parts_of(lists):
@@ -54,6 +86,53 @@ def adamw_update_(lists: Sequence[Sequence[Tensor]], factors: Tensor) -> None:
             average.copy_(mean)
             if shadow is not None:
                 shadow.copy_(mean)
+
+
+def squares(lists: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The sum of squares, float64 `[]`."""
+    total = torch.zeros((), dtype=torch.float64, device=lists[0][0].device)
+    for _, _, (x,) in parts_of(lists):
+        total += x.double().square().sum()
+    return total
+
+
+def clip_(lists: Sequence[Sequence[Tensor]], norm: Tensor, max_norm: float) -> None:
+    """Each tensor times `min(1, max_norm / (norm + 1e-6))`."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    if factor.is_cpu and factor == 1:
+        return
+    for _, _, (x,) in parts_of(lists):
+        wide = accumulator(x.dtype)
+        x.copy_(factor.to(wide) * x.to(wide))
+
+
+def fisher_accumulate_(lists: Sequence[Sequence[Tensor]], weight: float, decay: float) -> None:
+    """`decay fisher + weight grad^2` of fishers and grads."""
+    for _, _, (fisher, grad) in parts_of(lists):
+        g = grad.to(fisher.dtype)
+        fisher.mul_(decay).add_(weight * g * g)
+
+
+def ewc_penalty_fwd(lists: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The sum of `fisher (param - anchor)^2` of params, anchors and fishers, float64 `[]`."""
+    total = torch.zeros((), dtype=torch.float64, device=lists[0][0].device)
+    for _, _, (param, anchor, fisher) in parts_of(lists):
+        step = param.double() - anchor.double()
+        total += (fisher.double() * step * step).sum()
+    return total
+
+
+def ewc_penalty_bwd(lists: Sequence[Sequence[Tensor]], factor: Tensor) -> None:
+    """`factor fisher (param - anchor)` of params, anchors and fishers into grads."""
+    for _, _, (param, anchor, fisher, grad) in parts_of(lists):
+        wide = accumulator(grad.dtype)
+        grad.copy_(factor.to(wide) * fisher.to(wide) * (param.to(wide) - anchor.to(wide)))
+
+
+def apply_masks_(lists: Sequence[Sequence[Tensor]], first: int, last: int) -> None:
+    """Zero where the mask is not between the two, of tensors and masks."""
+    for _, _, (x, mask) in parts_of(lists):
+        x.masked_fill_((mask < first) | (mask > last), 0)
 
 
 def parts_of(lists: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, int, list[Any]]]:

@@ -55,12 +55,17 @@ def _address(row_ptr, first, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.
 
 
 @triton.jit
-def _load(row_ptr, first, offs, n, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr):
-    """A list's elements of the chunk in float32; of a whole one by 16 bytes at a time."""
+def _load_stored(row_ptr, first, offs, n, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr):
+    """A list's elements of the chunk as they are stored; of a whole one by 16 bytes at a time."""
     ptr = _address(row_ptr, first, PLACE, KIND, WHOLE)
     if WHOLE:
-        return tl.load(ptr + offs).to(tl.float32)
-    return tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        return tl.load(ptr + offs)
+    return tl.load(ptr + offs, mask=offs < n, other=0)
+
+
+@triton.jit
+def _load(row_ptr, first, offs, n, PLACE: tl.constexpr, KIND: tl.constexpr, WHOLE: tl.constexpr):
+    return _load_stored(row_ptr, first, offs, n, PLACE, KIND, WHOLE).to(tl.float32)
 
 
 @triton.jit
@@ -186,3 +191,160 @@ def _adamw_update_kernel(chunks_ptr, tensors_ptr, factors_ptr, KINDS: tl.constex
         _factor(factors_ptr, 9),
     )
     _walk(chunks_ptr, tensors_ptr, args, _adamw_chunk, 7, KINDS, BLOCK)
+
+
+@triton.jit
+def _squares_chunk(
+    row_ptr,
+    number,
+    first,
+    n,
+    sums_ptr,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    x = _load(row_ptr, first, tl.arange(0, BLOCK), n, 0, KIND, WHOLE)
+    # by the largest's power of two, so that no square overflows and none that counts is lost; not in float64, of which
+    # most GPUs do a sixty-fourth as much
+    exponent = tl.max(tl.abs(x)).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    size = (exponent << 23).to(tl.float32, bitcast=True).to(tl.float64)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(x * x).to(tl.float64) * size * size)
+
+
+@triton.jit
+def _squares_kernel(chunks_ptr, tensors_ptr, sums_ptr, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of squares of one chunk."""
+    _walk(chunks_ptr, tensors_ptr, sums_ptr, _squares_chunk, 1, KINDS, BLOCK)
+
+
+@triton.jit
+def _clip_chunk(
+    row_ptr,
+    number,
+    first,
+    n,
+    factor,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    x = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
+    _store(row_ptr, first, factor * x, offs, n, 0, KIND, WHOLE)
+
+
+@triton.jit
+def _clip_kernel(chunks_ptr, tensors_ptr, norm_ptr, max_norm, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+    """One chunk times `min(1, max_norm / (norm + 1e-6))`, if that is not 1."""
+    factor = tl.div_rn(max_norm, tl.load(norm_ptr) + 1e-6)
+    # a comparison that a NaN passes
+    factor = tl.where(factor > 1, 1.0, factor)
+    if factor != 1:
+        _walk(chunks_ptr, tensors_ptr, factor, _clip_chunk, 1, KINDS, BLOCK)
+
+
+@triton.jit
+def _fisher_accumulate_chunk(
+    row_ptr,
+    number,
+    first,
+    n,
+    args,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    weight, decay = args
+    offs = tl.arange(0, BLOCK)
+    fisher = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
+    grad = _load(row_ptr, first, offs, n, 1, KIND, WHOLE)
+    _store(row_ptr, first, decay * fisher + weight * grad * grad, offs, n, 0, KIND, WHOLE)
+
+
+@triton.jit
+def _fisher_accumulate_kernel(
+    chunks_ptr, tensors_ptr, weight, decay, KINDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`decay fisher + weight grad^2` of one chunk."""
+    _walk(chunks_ptr, tensors_ptr, (weight, decay), _fisher_accumulate_chunk, 2, KINDS, BLOCK)
+
+
+@triton.jit
+def _ewc_penalty_fwd_chunk(
+    row_ptr,
+    number,
+    first,
+    n,
+    sums_ptr,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    param = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
+    anchor = _load(row_ptr, first, offs, n, 1, KIND, WHOLE)
+    fisher = _load(row_ptr, first, offs, n, 2, KIND, WHOLE)
+    step = param - anchor
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(fisher * step * step).to(tl.float64))
+
+
+@triton.jit
+def _ewc_penalty_fwd_kernel(chunks_ptr, tensors_ptr, sums_ptr, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of `fisher (param - anchor)^2` of one chunk."""
+    _walk(chunks_ptr, tensors_ptr, sums_ptr, _ewc_penalty_fwd_chunk, 3, KINDS, BLOCK)
+
+
+@triton.jit
+def _ewc_penalty_bwd_chunk(
+    row_ptr,
+    number,
+    first,
+    n,
+    factor,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    param = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
+    anchor = _load(row_ptr, first, offs, n, 1, KIND, WHOLE)
+    fisher = _load(row_ptr, first, offs, n, 2, KIND, WHOLE)
+    _store(row_ptr, first, factor * fisher * (param - anchor), offs, n, 3, KIND, WHOLE)
+
+
+@triton.jit
+def _ewc_penalty_bwd_kernel(chunks_ptr, tensors_ptr, factor_ptr, KINDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The penalty's gradient of one chunk."""
+    _walk(chunks_ptr, tensors_ptr, tl.load(factor_ptr), _ewc_penalty_bwd_chunk, 4, KINDS, BLOCK)
+
+
+@triton.jit
+def _apply_masks_chunk(
+    row_ptr,
+    number,
+    first,
+    n,
+    args,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first_owner, last_owner = args
+    offs = tl.arange(0, BLOCK)
+    owner = _load_stored(row_ptr, first, offs, n, 1, KIND, WHOLE).to(tl.int32)
+    goes = ((owner < first_owner) | (owner > last_owner)) & (offs < n)
+    # a chunk that is kept whole is neither read nor written
+    if tl.max(goes.to(tl.int32)) != 0:
+        x = _load_stored(row_ptr, first, offs, n, 0, KIND, WHOLE)
+        _store(row_ptr, first, tl.where(goes, 0, x), offs, n, 0, KIND, WHOLE)
+
+
+@triton.jit(do_not_specialize=["first_owner", "last_owner"])
+def _apply_masks_kernel(
+    chunks_ptr, tensors_ptr, first_owner, last_owner, KINDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Zero in one chunk where the mask is not between the two."""
+    _walk(chunks_ptr, tensors_ptr, (first_owner, last_owner), _apply_masks_chunk, 2, KINDS, BLOCK)

@@ -8,7 +8,16 @@ from mmkernels.multi_tensor.table import CHUNK
 
 # A program takes a chunk, a thread 16 elements of it: of float32 four accesses of 16 bytes a list. Rows are of the
 # table's int64, since a launch may mix dtypes.
-KERNELS = ("ema_update", "adamw_update")
+KERNELS = (
+    "ema_update",
+    "adamw_update",
+    "squares",
+    "clip",
+    "fisher_accumulate",
+    "ewc_penalty_fwd",
+    "ewc_penalty_bwd",
+    "apply_masks",
+)
 TABLE: Table = {
     (kernel, 8, architecture): Launch(CHUNK, 16, 16, 8, 1)
     for kernel in KERNELS

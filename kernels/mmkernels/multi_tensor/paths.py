@@ -35,21 +35,23 @@ def prepared(
 
     Args:
         op: whose they are.
-        given: by name; the n-th tensors of all must have equal shapes. The first is written.
+        given: by name; the n-th tensors of all must have equal shapes, and are laid out like the first's.
         written: names of those written: dense, in equal strides, sharing no memory with any other.
         dtypes: of a list, and their names, where others than floating point are allowed.
     """
     lists = [list(tensors or ()) for tensors in given.values()]
     is_eager = not torch.compiler.is_compiling()
     is_walked = is_eager and any(walks(x) for x in lists[0][:1])
-    found = known(lists) if is_walked else None
+    contract = (op, *(dtypes or {}).items())
+    found = known(lists, contract) if is_walked else None
     if found is None:
         named = {
             name: x for (name, given_x), x in zip(given.items(), lists, strict=True) if given_x is not None
         }
         _check_lists(op, named, written, dtypes or {})
-        lists = [[laid_out(x, like) for x, like in zip(part, lists[0], strict=False)] for part in lists]
-        found = table_of(lists) if is_walked and lists[0] and has_dtypes(lists) else None
+        likes = [x if x.is_contiguous() or is_dense(x) else x.contiguous() for x in lists[0]]
+        lists = [likes, *([laid_out(x, like) for x, like in zip(part, likes)] for part in lists[1:])]
+        found = table_of(lists, contract) if is_walked and likes and has_dtypes(lists) else None
     return lists, found
 
 
@@ -60,19 +62,26 @@ def walks(x: Tensor) -> bool:
 
 def has_dtypes(lists: Sequence[Sequence[Tensor]]) -> bool:
     """Whether the kernels know the dtypes: all but float64."""
-    return all(x.dtype != torch.float64 for tensors in lists for x in tensors)
+    return all(torch.float64 not in {x.dtype for x in tensors} for tensors in lists)
 
 
-def table_in_op(lists: Sequence[Sequence[Tensor]]) -> Table | None:
-    """That of lists which a registered op was handed, where a kernel walks them."""
-    return table_of(lists) if walks(lists[0][0]) and has_dtypes(lists) else None
+def total_dtype(lists: Sequence[Sequence[Tensor]]) -> torch.dtype:
+    """That of a number for all tensors."""
+    return torch.float32 if has_dtypes(lists) else torch.float64
+
+
+def table_in_op(lists: Sequence[Sequence[Tensor]], op: str | None = None) -> Table | None:
+    """That of lists which a registered op was handed, where a kernel walks them; `op` has maybe prepared them."""
+    contract = None if op is None else (op,)
+    return table_of(lists, contract) if walks(lists[0][0]) and has_dtypes(lists) else None
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
     """`x` with each element where `like`, which is dense, has it; a copy where it must be."""
     if x.stride() == like.stride() or (x.is_contiguous() and like.is_contiguous()):
         return x
-    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+    with torch.no_grad():
+        return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -71,6 +71,52 @@ def adamw_update_ref_(
         ema_update_ref_(averages, new, decay, shadows=shadows)
 
 
+def global_norm_ref(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of the norms, as `torch.nn.utils.get_total_norm` has it, see `mmkernels.global_norm`."""
+    norms = [torch.linalg.vector_norm(x.to(accumulator(x.dtype))) for x in tensors]
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in norms) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([x.to(wide) for x in norms])) if norms else torch.zeros(())
+
+
+def clip_ref_(tensors: Sequence[Tensor], max_norm: float, *, norm: float | Tensor | None = None) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` on gradients, see `mmkernels.clip_`."""
+    total = global_norm_ref(tensors)
+    total = total if norm is None else torch.as_tensor(norm).to(total)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1)
+    for x in tensors:
+        wide = accumulator(x.dtype)
+        x.copy_(x.to(wide) * factor.to(wide))
+    return total
+
+
+def fisher_accumulate_ref_(
+    fishers: Sequence[Tensor], grads: Sequence[Tensor], *, weight: float = 1.0, decay: float = 1.0
+) -> None:
+    """`fisher = decay fisher + weight grad^2`, see `mmkernels.fisher_accumulate_`."""
+    for fisher, grad in zip(fishers, grads, strict=True):
+        fisher.copy_(decay * fisher + weight * grad.to(fisher.dtype).square())
+
+
+def ewc_penalty_ref(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], fishers: Sequence[Tensor], strength: float
+) -> Tensor:
+    """`strength / 2 sum fisher (param - anchor)^2`, see `mmkernels.ewc_penalty`."""
+    total = torch.zeros(())
+    for param, anchor, fisher in zip(params, anchors, fishers, strict=True):
+        p, a, f = (x.to(accumulator(x.dtype)) for x in (param, anchor, fisher))
+        total = total.to(p.device) + (f * (p - a).square()).sum()
+    return strength / 2 * total
+
+
+def apply_masks_ref_(
+    tensors: Sequence[Tensor], masks: Sequence[Tensor], *, owners: tuple[int, int] | None = None
+) -> None:
+    """`x = x if mask else 0`, see `mmkernels.apply_masks_`."""
+    first, last = owners or (1, 255)
+    for x, mask in zip(tensors, masks, strict=True):
+        x.copy_(torch.where((first <= mask) & (mask <= last), x, 0))
+
+
 def rounded_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     """Float32 rounded up with the probability of what would be cut off, by the lower 16 of the random `bits`."""
     words = x.contiguous().view(torch.int32).to(torch.int64)

@@ -1,7 +1,7 @@
 """Lists of tensors as two small tables, which a kernel walks in one launch."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,12 +37,12 @@ class _Entry(NamedTuple):
     watched: list[weakref.ref[Tensor]]  # each of which drops the entry when its tensor goes
 
 
-_TABLES: dict[object, _Entry] = {}
+_TABLES: dict[Hashable, _Entry] = {}
 
 
-def known(lists: Sequence[Sequence[Tensor]]) -> Table | None:
-    """The table of these very tensors, if one was made and none has moved since."""
-    entry = _TABLES.get(_key(lists))
+def known(lists: Sequence[Sequence[Tensor]], contract: Hashable = None) -> Table | None:
+    """The table of these very tensors, if one was made under this contract and none has moved since."""
+    entry = _TABLES.get(_key(lists, contract))
     return None if entry is None else entry.table
 
 
@@ -51,11 +51,12 @@ def dtypes_of(table: Table, place: int) -> set[torch.dtype | None]:
     return {DTYPES[kind >> (DIGIT_BITS * place) & 7] for kind in table.kinds}
 
 
-def table_of(lists: Sequence[Sequence[Tensor]]) -> Table:
-    """The table of checked lists, of which an empty one is not there; made once for these tensors where they are."""
-    table = known(lists)
+def table_of(lists: Sequence[Sequence[Tensor]], contract: Hashable = None) -> Table:
+    """The table of lists that were checked against a contract, of which an empty one is not there; made once for these
+    tensors where they are."""
+    table = known(lists, contract)
     if table is None:
-        table, key = _make(lists), _key(lists)
+        table, key = _make(lists), _key(lists, contract)
 
         def drop(_: object) -> None:
             _TABLES.pop(key, None)
@@ -66,12 +67,12 @@ def table_of(lists: Sequence[Sequence[Tensor]]) -> Table:
     return table
 
 
-def _key(lists: Sequence[Sequence[Tensor]]) -> object:
+def _key(lists: Sequence[Sequence[Tensor]], contract: Hashable) -> Hashable:
     """Of ten thousand tensors in milliseconds: what else a living tensor could change, it cannot in its place."""
     tensors = [x for part in lists for x in part]
     places = tuple(map(Tensor.data_ptr, tensors))
     dense = tuple(map(Tensor.is_contiguous, tensors))
-    return tuple(map(len, lists)), tuple(map(id, tensors)), places, dense
+    return contract, tuple(map(len, lists)), tuple(map(id, tensors)), places, dense
 
 
 def flat(x: Tensor) -> Tensor:

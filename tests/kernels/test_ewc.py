@@ -1,0 +1,231 @@
+"""What fisher_accumulate_ and ewc_penalty promise beyond the contract that every op obeys."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmkernels import ewc_penalty, ewc_penalty_ref, fisher_accumulate_
+from mmkernels.multi_tensor.table import CHUNK
+from tests.kernels.tensor_lists import ALL, tensors
+
+SIZES = [1, CHUNK, 300, 0, 4103]
+
+
+class TestFisher:
+    @pytest.mark.parametrize("dtype", ALL, ids=str)
+    @pytest.mark.parametrize(("weight", "decay"), [(1.0, 1.0), (0.25, 0.9), (1.0, 0.0), (0.0, 0.5)])
+    def test_squares_are_added_in_float32(
+        self, dtype: torch.dtype, weight: float, decay: float, walk: str
+    ) -> None:
+        fishers, grads = tensors(SIZES, torch.float32, 0), tensors(SIZES, dtype, 1)
+        expected = [decay * f + weight * g.float() ** 2 for f, g in zip(fishers, grads, strict=True)]
+        fisher_accumulate_(fishers, grads, weight=weight, decay=decay)
+        for found, gold in zip(fishers, expected, strict=True):
+            torch.testing.assert_close(found, gold, rtol=1e-6, atol=1e-6)
+
+    def test_batches_add_up_to_the_mean_of_their_squares(self, walk: str) -> None:
+        fishers, batches = [torch.zeros(500)], [torch.randn(500) for _ in range(10)]
+        for grad in batches:
+            fisher_accumulate_(fishers, [grad], weight=0.1)
+        torch.testing.assert_close(fishers[0], torch.stack(batches).square().mean(0))
+
+    def test_gradients_of_other_strides_and_of_float64_are_taken(self, walk: str) -> None:
+        fisher, grad = torch.zeros(4, 6), torch.randn(6, 4).T
+        fisher_accumulate_([fisher], [grad])
+        torch.testing.assert_close(fisher, grad.square())
+        fisher_accumulate_([fisher], [torch.ones(1, 6, dtype=torch.float64).expand(4, 6)])
+        torch.testing.assert_close(fisher, grad.square() + 1)
+
+    def test_no_list_is_no_work(self) -> None:
+        fisher_accumulate_([], [])
+        fisher_accumulate_([torch.ones(0)], [torch.ones(0)])
+
+    def test_it_is_seen_by_what_was_saved_for_a_backward(self) -> None:
+        fisher = torch.ones(3)
+        loss = (torch.ones(3, requires_grad=True) * fisher).sum()
+        fisher_accumulate_([fisher], [torch.ones(3)])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_it_compiles_into_a_graph_that_adds_in_place(self) -> None:
+        def step(fishers: list[Tensor], grads: list[Tensor]) -> Tensor:
+            fisher_accumulate_(fishers, grads, weight=0.5, decay=0.9)
+            return fishers[0] + 1
+
+        torch._dynamo.reset()
+        found, expected = (tensors([5, 3], torch.float32, 0) for _ in range(2))
+        grads = tensors([5, 3], torch.bfloat16, 1)
+        result = torch.compile(step, fullgraph=True, backend="aot_eager")(found, grads)
+        assert torch.equal(result, step(expected, grads))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+ONE = torch.ones(4)
+FISHER_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "length": ({"grads": []}, "grads must be 1 tensors like fishers, got 0"),
+    "shape": ({"grads": [torch.ones(5)]}, r"grads\[0\] must be \[4\], got \[5\]"),
+    "dtype": (
+        {"fishers": [ONE.bfloat16()]},
+        r"fishers\[0\] must be float32 or float64, got torch.bfloat16",
+    ),
+    "dtype of a gradient": (
+        {"grads": [ONE.int()]},
+        r"grads\[0\] must be float32, .*, got torch.int32",
+    ),
+    "a gradient in its Fisher": (
+        {"fishers": [ONE], "grads": [ONE]},
+        r"fishers\[0\] must share no memory with grads\[0\], got tensors that overlap",
+    ),
+    "layout": (
+        {"fishers": [torch.ones(8)[::2]]},
+        r"fishers\[0\] must be dense in strides \[2\], got \[2\]",
+    ),
+    "weight": ({"weight": -0.5}, "weight must be at least 0, got -0.5"),
+    "no weight": ({"weight": float("inf")}, "weight must be at least 0, got inf"),
+    "decay": ({"decay": 1.5}, "decay must be from 0 to 1, got 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", FISHER_REFUSED)
+def test_bad_input_of_fisher_is_refused_by_name(case: str) -> None:
+    changed, message = FISHER_REFUSED[case]
+    arguments: dict[str, Any] = {"fishers": [torch.ones(4)], "grads": [torch.ones(4)]} | changed
+    with pytest.raises(ValueError, match=f"^fisher_accumulate_: {message}"):
+        fisher_accumulate_(**arguments)
+
+
+Problem = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def problem(dtypes: tuple[torch.dtype, ...], sizes: list[int] = SIZES) -> Problem:
+    params, anchors, fishers = (tensors(sizes, dtype, i) for i, dtype in enumerate(dtypes))
+    return [x.requires_grad_() for x in params], anchors, [x.square() for x in fishers]
+
+
+class TestPenalty:
+    @pytest.mark.parametrize("dtypes", itertools.product(ALL, repeat=3), ids=str)
+    def test_value_and_gradients_of_any_dtypes_are_those_of_float64(
+        self, dtypes: tuple[torch.dtype, ...], walk: str
+    ) -> None:
+        lists = problem(dtypes)
+        params, anchors, fishers = ([x.detach().double() for x in part] for part in lists)
+        params = [x.requires_grad_() for x in params]
+        found, gold = ewc_penalty(*lists, 3.0), ewc_penalty_ref(params, anchors, fishers, 3.0)
+        torch.testing.assert_close(found.double(), gold, rtol=1e-6, atol=0)
+        assert found.dtype == torch.float32
+        grads = torch.autograd.grad(2 * found, lists[0])
+        for x, y in zip(grads, torch.autograd.grad(2 * gold, params), strict=True):
+            # the interpreter cuts where a GPU rounds
+            eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
+            torch.testing.assert_close(x.double(), y, rtol=2 * eps, atol=tiny)
+        assert [x.dtype for x in grads] == [x.dtype for x in lists[0]]
+
+    def test_float64_has_its_own_gradients(self) -> None:
+        params, anchors, fishers = problem((torch.float64,) * 3, [3, 4])
+        assert torch.autograd.gradcheck(lambda *x: ewc_penalty(x, anchors, fishers, 0.5), params)
+
+    def test_what_needs_no_gradient_gets_none(self, walk: str) -> None:
+        params, anchors, fishers = problem((torch.float32,) * 3)
+        for i in (0, 2, 4):
+            params[i].requires_grad_(False)
+        ewc_penalty(params, anchors, fishers, 0.5).backward()
+        assert [x.grad is None for x in params] == [True, False, True, False, True]
+        expected = 0.5 * fishers[1] * (params[1].detach() - anchors[1])
+        torch.testing.assert_close(params[1].grad, expected)
+        frozen = [x.detach() for x in params]
+        assert not ewc_penalty(frozen, anchors, fishers, 0.5).requires_grad
+
+    def test_anchors_and_fishers_are_constants(self, walk: str) -> None:
+        param, *constants = (torch.randn(4, 6, requires_grad=True) for _ in range(3))
+        # the second is copied into the first's strides
+        ewc_penalty([param], [constants[0] * 1], [constants[1].T.contiguous().T], 1.0).backward()
+        assert param.grad is not None and all(x.grad is None for x in constants)
+
+    def test_any_strides_are_read_and_gradients_follow(self, walk: str) -> None:
+        whole = torch.randn(2, 6, 8, requires_grad=True)
+        anchors = [torch.randn(8, 6).T, torch.randn(1, 4).expand(6, 4)]
+        fishers = [torch.rand(6, 8), torch.rand(6, 8)[:, ::2]]
+
+        def params() -> list[Tensor]:
+            return [whole[0], whole[1, :, ::2]]
+
+        gold = torch.autograd.grad(ewc_penalty_ref(params(), anchors, fishers, 2.0), whole)
+        found = torch.autograd.grad(ewc_penalty(params(), anchors, fishers, 2.0), whole)
+        torch.testing.assert_close(found, gold)
+
+    def test_the_same_parameter_in_two_places_counts_twice(self, walk: str) -> None:
+        param = torch.ones(5, requires_grad=True)
+        value = ewc_penalty([param, param], [torch.zeros(5)] * 2, [torch.ones(5)] * 2, 1.0)
+        assert torch.equal(torch.autograd.grad(value, param)[0], torch.full((5,), 2.0))
+
+    def test_reruns_give_the_same_bits(self, walk: str) -> None:
+        params, anchors, fishers = problem((torch.float32,) * 3, [50_000, 7])
+        runs = []
+        for _ in range(2):
+            value = ewc_penalty(params, anchors, fishers, 0.3)
+            runs.append((value, *torch.autograd.grad(value, params)))
+        assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+    def test_no_strength_and_no_list_are_no_penalty(self, walk: str) -> None:
+        params, anchors, fishers = problem((torch.float32,) * 3)
+        value = ewc_penalty(params, anchors, fishers, 0.0)
+        assert value == 0 and not any(x.any() for x in torch.autograd.grad(value, params))
+        assert ewc_penalty([], [], [], 1.0) == 0
+        empty = torch.ones(0, requires_grad=True)
+        value = ewc_penalty([empty], [torch.ones(0)], [torch.ones(0)], 1.0)
+        assert torch.autograd.grad(value, empty)[0].shape == (0,)
+
+    def test_a_step_before_its_backward_is_an_error(self) -> None:
+        params, anchors, fishers = problem((torch.float32,) * 3)
+        value = ewc_penalty(params, anchors, fishers, 1.0)
+        with torch.no_grad():
+            params[1].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+
+    def test_it_compiles_to_one_graph_forward_and_backward(self) -> None:
+        def step(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor]) -> Tensor:
+            return ewc_penalty(params, anchors, fishers, 0.5) + params[0].sum()
+
+        torch._dynamo.reset()
+        params, anchors, fishers = problem((torch.float32,) * 3, [5, 3])
+        params[1].requires_grad_(False)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        runs = [run(params, anchors, fishers) for run in (compiled, step)]
+        assert torch.equal(*runs)
+        grads = [torch.autograd.grad(value, params[0])[0] for value in runs]
+        assert torch.equal(*grads)
+
+    def test_the_registered_ops_pass_opcheck(self) -> None:
+        ops, lists = torch.ops.mmkernels, problem((torch.float32, torch.bfloat16, torch.float32), [5, 0, 7])
+        torch.library.opcheck(ops.ewc_penalty_fwd.default, (*lists, 0.5))
+        lists = [[x.detach() for x in part] for part in lists]
+        torch.library.opcheck(ops.ewc_penalty_bwd.default, (*lists, torch.tensor(1.0), 0.5))
+        torch.library.opcheck(ops.fisher_accumulate.default, (lists[2], lists[1], 0.5, 0.9))
+
+
+PENALTY_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "length": ({"anchors": []}, "anchors must be 1 tensors like params, got 0"),
+    "shape": ({"fishers": [torch.ones(5)]}, r"fishers\[0\] must be \[4\], got \[5\]"),
+    "dtype": ({"fishers": [torch.ones(4).int()]}, r"fishers\[0\] must be float32, .*, got torch.int32"),
+    "device": (
+        {"anchors": [torch.ones(4, device="meta")]},
+        r"anchors\[0\] must be on cpu, got meta",
+    ),
+    "strength": ({"strength": -1.0}, "strength must be at least 0, got -1.0"),
+    "no strength": ({"strength": float("nan")}, "strength must be at least 0, got nan"),
+}
+
+
+@pytest.mark.parametrize("case", PENALTY_REFUSED)
+def test_bad_input_of_penalty_is_refused_by_name(case: str) -> None:
+    changed, message = PENALTY_REFUSED[case]
+    arguments: dict[str, Any] = {
+        **{name: [torch.ones(4)] for name in ("params", "anchors", "fishers")},
+        "strength": 1.0,
+    } | changed
+    with pytest.raises(ValueError, match=f"^ewc_penalty: {message}"):
+        ewc_penalty(**arguments)
