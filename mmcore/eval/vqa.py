@@ -30,7 +30,7 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
     word: str(n) for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)
 }
 _ARTICLES = frozenset(("a", "an", "the"))
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_GROUPS = re.compile(r"[0-9],[0-9]")
 _PERIOD = re.compile(r"\.(?![0-9])")
 # the challenge hands a flag of that value to the argument that counts replacements
