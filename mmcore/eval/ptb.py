@@ -5,19 +5,13 @@ import re
 # the evaluation looks for upper-case brackets after lower-casing, so that -lrb- and its kin stay
 _REMOVED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
 _PARENTHESES = str.maketrans({"(": "-lrb-", ")": "-rrb-"})
-_REPLACED = (
+_REPLACED: dict[str, str] = (
     {"[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "€": "$", "£": "#", "¢": "cents"}
     | {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
     | dict.fromkeys('"“”«»‘’', "'")
     | dict.fromkeys("–—―…", "-")
 )
-_ENTITIES = {
-    "amp": "&",
-    "lt": "<",
-    "gt": ">",
-    "quot": '"',
-    "apos": "'",
-    "nbsp": " ",
+_ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'", "nbsp": " "} | {
     "ndash": "-",
     "mdash": "-",
 }
@@ -37,8 +31,13 @@ _CAPITALIZED = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
 _NUMBERED = "art ca fig figs no nos op pp prop"
 # apart from o'clock, d'or, l'eau and their like
 _WITH_APOSTROPHE = (
-    "ma'am s'mores ne'er e'er hallowe'en hawai'i d' c'mon c'est n'est li'l ol' 'em 'cause 'till? 'n"
+    "ma'am s'mores ne'er e'er hallowe'en hawai'i c'mon c'est n'est li'l ol' 'em 'cause 'till? 'n"
 )
+# after these a letter's period ends a sentence
+_OPENING = """
+A About According Additionally After An As At But He Her Here However If In It Last Many Mr. Ms. More Now Once One Other
+Our She Since So Some Such That The Their Then There These They This We What When While Yet You
+"""
 # one word as written, two as counted
 _TWO_WORDS = "can|not gon|na got|ta wan|na gim|me lem|me 't|is 't|was"
 
@@ -50,21 +49,25 @@ def _any(words: str) -> str:
 # a letter, and a letter or digit; to Python fractions and superscripts are such too
 _L, _A = r"[^\W\d_²³¹¼-¾⅐-⅞]", r"[^\W_²³¹¼-¾⅐-⅞]"
 _FIRST_OF_TWO = _any(re.sub(r"\|(\S+)", r"(?=\1(?![-_']?\\w))", _TWO_WORDS))
+_TWO_IN_ONE = _any(_TWO_WORDS.replace("|", ""))
+_OPENERS = _any(_OPENING.replace(".", r"\.")) + "|" + _any(_OPENING.upper().replace(".", r"\."))
 _SLASH_PART = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 _HYPHENED = r"(?:-(?:(?:[A-Za-z]\.){2,}|[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*))"
 # the first that matches wins, so an alternative stands before those that match less
 _TOKEN = re.compile(
     rf"""
-      https?://[^\s<>"|(){{}}]+ | www\.[^\s<>"|(){{}},]+ | [\w.]+@[\w-]+(?:\.[\w-]+)*       # addresses
+      (?!(?i:{_TWO_IN_ONE})\s)[A-Za-z]+(?=\s)                         # most words: not needed, but twice as fast
+    | https?://[^\s<>"|(){{}}]+ | www\.[^\s<>"|(){{}},]+ | [\w.]+@[\w-]+(?:\.[\w-]+)*       # addresses
     | </?[A-Za-z!][^<>]*> | &\#[0-9]+;                                                      # tags, entities
     | [<>]?[:;=][-o*']?[)(](?!\w) | [<>]?[:;=]-?[DdPp\]\[@|{{](?!\w) | [-^>]_[-^<]          # smileys
     | @[A-Za-z_]\w* | \#{_L}+ | [A-Z]+\$ | [cC](?:\+\+|\#) | [A-Z]+(?:[&+][A-Z]+)+          # @us #us US$ c++ R&B
     | (?<!['\w])'[0-9]0[sS] | '[0-9][0-9](?!\S)                                             # '90s '99
     | (?i:{_FIRST_OF_TWO}) | [yYjJ]['’](?={_L})                                             # can|not y'|all
-    | '[nN]' | (?i:{_any(_WITH_APOSTROPHE)})(?!\w) | (?i:[dlo]|qu)['’](?![sS]\b){_L}+       # ma'am o'clock
+    | '[nN]' | (?i:{_any(_WITH_APOSTROPHE)})(?!\w) | (?i:[dlo]|qu)['’](?![sS]\b){_L}{{2,}} | [dD]'(?!s\b)    # ma'am o'clock
     | {_A}+?(?=[nN]['`][tT]) | [nN]['`][tT] | (?<!')'(?i:s|m|d|re|ve|ll)(?!{_L})            # do|n't it|'s
     | [0-9]+-[0-9]+/[0-9]+ | {_SLASH_PART}(?:/{_SLASH_PART}){{1,2}}                         # 1-1/2 and/or
-    | [A-Za-z0-9][A-Za-z0-9.,]*{_HYPHENED}+(?:\.(?=[,;:]))?                                 # 1,000-pound
+    | [A-Za-z0-9][A-Za-z0-9.,]*{_HYPHENED}+(?!-?{_A})(?:\.(?=[,;:]))?                                 # 1,000-pound
+    | (?<!\.){_L}(?=\.(?:\s*\Z|\s+(?:{_OPENERS})(?![\w-])))                                        # vitamin c|. The
     | (?:{_L}\.)+(?!{_L}) | (?i:ph|ed)\.[dD]\.                                              # p.m. ph.d.
     | (?:(?i:{_any(_ABBREVIATIONS)})|{_any(_CAPITALIZED)}|{_any(_CAPITALIZED.upper())})\.(?!{_L})
     | (?i:{_any(_NUMBERED)})\.(?=\s?[0-9]) | {_A}+\.(?=[,;:])                               # no. 5
@@ -85,9 +88,9 @@ def caption_tokens(caption: str) -> list[str]:
     punctuation. Contractions come apart (do n't, it 's), abbreviations keep their period (st., p.m.), numbers,
     hyphenated words and and/or stay whole; brackets count (-lrb-), and so do !! and &.
 
-    The original sees all captions as one text, and drops the period of "c." where the next caption starts with "The";
-    here a caption stands alone. Beyond that they differ where captions seldom go: a letter and period before a
-    capitalized word that opens sentences ("C. The"), "don'ts" and "'tisn't", telephone numbers with brackets, accents
+    The original sees all captions as one text: whether "the letter R." keeps its period depends on the first word of
+    the next caption. Here a caption stands alone, and the period goes, as before captions that start with "A" or "The".
+    Beyond that they differ where captions seldom go: "don'ts" and "'tisn't", telephone numbers with brackets, accents
     and vowel signs that are code points of their own, apostrophes inside unusual words, words glued by an @.
 
     Args:
@@ -98,5 +101,5 @@ def caption_tokens(caption: str) -> list[str]:
     """
     text = _CURLY.sub("'", caption)
     text = _ENTITY.sub(lambda found: _ENTITIES[found[1]], text).replace("\u00ad", "")
-    tokens = (_REPLACED.get(token, token).translate(_PARENTHESES) for token in _TOKEN.findall(text))
+    tokens = (_REPLACED.get(token, token.translate(_PARENTHESES)) for token in _TOKEN.findall(text))
     return [word for token in tokens for word in token.lower().split() if word not in _REMOVED]
