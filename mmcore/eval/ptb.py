@@ -63,11 +63,12 @@ _TOKEN = re.compile(
     | @[A-Za-z_]\w* | \#{_L}+ | [A-Z]+\$ | [cC](?:\+\+|\#) | [A-Z]+(?:[&+][A-Z]+)+          # @us #us US$ c++ R&B
     | (?<!['\w])'[0-9]0[sS] | '[0-9][0-9](?!\S)                                             # '90s '99
     | (?i:{_FIRST_OF_TWO}) | [yYjJ]['’](?={_L})                                             # can|not y'|all
-    | '[nN]' | (?i:{_any(_WITH_APOSTROPHE)})(?!\w) | (?i:[dlo]|qu)['’](?![sS]\b){_L}{{2,}} | [dD]'(?!s\b)    # ma'am o'clock
+    | '[nN]' | (?i:{_any(_WITH_APOSTROPHE)})(?!\w) | (?i:[dlo]|qu)['’](?![sS]\b){_L}{{2,}}
+    | [dD]'(?!s\b)                                                                        # d'|1
     | {_A}+?(?=[nN]['`][tT]) | [nN]['`][tT] | (?<!')'(?i:s|m|d|re|ve|ll)(?!{_L})            # do|n't it|'s
     | [0-9]+-[0-9]+/[0-9]+ | {_SLASH_PART}(?:/{_SLASH_PART}){{1,2}}                         # 1-1/2 and/or
     | [A-Za-z0-9][A-Za-z0-9.,]*{_HYPHENED}+(?!-?{_A})(?:\.(?=[,;:]))?                                 # 1,000-pound
-    | (?<!\.){_L}(?=\.(?:\s*\Z|\s+(?:{_OPENERS})(?![\w-])))                                        # vitamin c|. The
+    | {_L}(?=\.(?:\s*\Z|\s+(?:{_OPENERS})(?!\S)))                                        # vitamin c|. The
     | (?:{_L}\.)+(?!{_L}) | (?i:ph|ed)\.[dD]\.                                              # p.m. ph.d.
     | (?:(?i:{_any(_ABBREVIATIONS)})|{_any(_CAPITALIZED)}|{_any(_CAPITALIZED.upper())})\.(?!{_L})
     | (?i:{_any(_NUMBERED)})\.(?=\s?[0-9]) | {_A}+\.(?=[,;:])                               # no. 5
@@ -101,5 +102,6 @@ def caption_tokens(caption: str) -> list[str]:
     """
     text = _CURLY.sub("'", caption)
     text = _ENTITY.sub(lambda found: _ENTITIES[found[1]], text).replace("\u00ad", "")
-    tokens = (_REPLACED.get(token, token.translate(_PARENTHESES)) for token in _TOKEN.findall(text))
-    return [word for token in tokens for word in token.lower().split() if word not in _REMOVED]
+    found: list[str] = _TOKEN.findall(text)
+    tokens = " ".join(_REPLACED.get(token, token.translate(_PARENTHESES)) for token in found)
+    return [token for token in tokens.lower().split() if token not in _REMOVED]
