@@ -56,7 +56,7 @@ _HYPHENED = r"(?:-(?:(?:[A-Za-z]\.){2,}|[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*))"
 # the first that matches wins, so an alternative stands before those that match less
 _TOKEN = re.compile(
     rf"""
-      (?!(?i:{_TWO_IN_ONE})\s)[A-Za-z]+(?=\s)                         # most words: not needed, but twice as fast
+      (?!(?i:{_TWO_IN_ONE})\s)[A-Za-z]+(?=\s)                                               # most words; for speed
     | https?://[^\s<>"|(){{}}]+ | www\.[^\s<>"|(){{}},]+ | [\w.]+@[\w-]+(?:\.[\w-]+)*       # addresses
     | </?[A-Za-z!][^<>]*> | &\#[0-9]+;                                                      # tags, entities
     | [<>]?[:;=][-o*']?[)(](?!\w) | [<>]?[:;=]-?[DdPp\]\[@|{{](?!\w) | [-^>]_[-^<]          # smileys
@@ -64,11 +64,11 @@ _TOKEN = re.compile(
     | (?<!['\w])'[0-9]0[sS] | '[0-9][0-9](?!\S)                                             # '90s '99
     | (?i:{_FIRST_OF_TWO}) | [yYjJ]['’](?={_L})                                             # can|not y'|all
     | '[nN]' | (?i:{_any(_WITH_APOSTROPHE)})(?!\w) | (?i:[dlo]|qu)['’](?![sS]\b){_L}{{2,}}
-    | [dD]'(?!s\b)                                                                        # d'|1
+    | [dD]'(?!s\b)                                                                          # d'|1
     | {_A}+?(?=[nN]['`][tT]) | [nN]['`][tT] | (?<!')'(?i:s|m|d|re|ve|ll)(?!{_L})            # do|n't it|'s
     | [0-9]+-[0-9]+/[0-9]+ | {_SLASH_PART}(?:/{_SLASH_PART}){{1,2}}                         # 1-1/2 and/or
-    | [A-Za-z0-9][A-Za-z0-9.,]*{_HYPHENED}+(?!-?{_A})(?:\.(?=[,;:]))?                                 # 1,000-pound
-    | {_L}(?=\.(?:\s*\Z|\s+(?:{_OPENERS})(?!\S)))                                        # vitamin c|. The
+    | [A-Za-z0-9][A-Za-z0-9.,]*{_HYPHENED}+(?!-?{_A})(?:\.(?=[,;:]))?                       # 1,000-pound
+    | {_L}(?=\.(?:\s*\Z|\s+(?:{_OPENERS})(?!\S)))                                           # vitamin c|. The
     | (?:{_L}\.)+(?!{_L}) | (?i:ph|ed)\.[dD]\.                                              # p.m. ph.d.
     | (?:(?i:{_any(_ABBREVIATIONS)})|{_any(_CAPITALIZED)}|{_any(_CAPITALIZED.upper())})\.(?!{_L})
     | (?i:{_any(_NUMBERED)})\.(?=\s?[0-9]) | {_A}+\.(?=[,;:])                               # no. 5
