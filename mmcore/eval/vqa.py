@@ -1,0 +1,132 @@
+"""The accuracy of visual question answering as the VQA challenge computes it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# the right forms; the challenge's table has each without its apostrophe
+_ONE_APOSTROPHE = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
+it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
+somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
+they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've
+who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+""".split()
+# likewise with either one of its two apostrophes missing
+_TWO_APOSTROPHES = """
+couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+there'd've they'd've we'd've who'd've wouldn't've you'd've
+""".split()
+_CONTRACTIONS = {word.replace("'", ""): word for word in _ONE_APOSTROPHE}
+for _word in _TWO_APOSTROPHES:
+    _start, _middle, _end = _word.split("'")
+    _CONTRACTIONS |= {f"{_start}{_middle}'{_end}": _word, f"{_start}'{_middle}{_end}": _word}
+# the table's irregular entries; its slip (somebodyd) is kept because scores depend on it
+_CONTRACTIONS |= dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at")
+_CONTRACTIONS |= {"somebody'd": "somebodyd", "yall'll": "y'all'll", "y'allll": "y'all'll"}
+_CONTRACTIONS |= dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've")
+
+_NUMBERS = {"none": "0", "zero": "0"} | {
+    word: str(n) for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)
+}
+_ARTICLES = frozenset(("a", "an", "the"))
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_GROUPS = re.compile(r"[0-9],[0-9]")
+_PERIOD = re.compile(r"\.(?![0-9])")
+# the challenge hands a flag of that value to the argument that counts replacements
+_MAX_PERIODS = 32
+
+
+@dataclass(frozen=True)
+class VQAAccuracy:
+    """Mean accuracy in [0, 1] over all questions and, where types are given, over the questions of each type."""
+
+    overall: float
+    by_type: dict[str, float]
+
+
+def normalize_answer(answer: str) -> str:
+    """The challenge's normal form of an answer: lower case, digits, no articles, little punctuation.
+
+    A mark of punctuation goes without trace if the answer has it beside a space or has a digit group ("1,000"), and
+    becomes a space otherwise; a period stays before a digit; numbers up to ten become digits, "none" becomes 0;
+    contractions get their apostrophes back.
+
+    Args:
+        answer: as given by a person or a model.
+
+    Returns:
+        The normal form, words one space apart.
+    """
+    text, out = answer, answer
+    has_groups = _DIGIT_GROUPS.search(text) is not None
+    for mark in _PUNCTUATION:
+        vanishes = has_groups or f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if vanishes else " ")
+    out = _PERIOD.sub("", out, count=_MAX_PERIODS)
+    words = [_NUMBERS.get(word, word) for word in out.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]], *, types: Sequence[str] | None = None
+) -> VQAAccuracy:
+    """Mean over questions of the mean over people left out of min(1, n / 3), n the others who agree.
+
+    Answers are compared in their normal form, except where all people wrote the same: there as they stand, as the
+    challenge does. Leaving one out, a question with k < 4 answers scores at most (k - 1) / 3.
+
+    Args:
+        predictions: [N], one answer a question.
+        answers: [N], people's answers to each question, at least one (ten in VQAv2).
+        types: [N], the type of each question (or of its answer), for the accuracies by type.
+
+    Returns:
+        Accuracies in [0, 1], not rounded; the challenge's own tool prints percentages with two digits.
+
+    Raises:
+        ValueError: no questions, lengths that differ, a question without answers, something else than strings.
+
+    Reference: vqaEval.py of github.com/GT-Vision-Lab/VQA. Paper: arXiv:1505.00468.
+    """
+    _check_strings("predictions", predictions)
+    if not predictions:
+        raise ValueError("vqa_accuracy: predictions must hold at least one answer, got none")
+    if len(answers) != len(predictions):
+        raise ValueError(
+            f"vqa_accuracy: answers must be {len(predictions)} lists, one a prediction, got {len(answers)}"
+        )
+    for people in answers:
+        _check_strings("answers", people)
+        if not people:
+            raise ValueError("vqa_accuracy: answers must hold at least one answer a question, got none")
+    scores = [_score(prediction, people) for prediction, people in zip(predictions, answers)]
+    by_type: dict[str, list[float]] = {}
+    if types is not None:
+        _check_strings("types", types)
+        if len(types) != len(predictions):
+            raise ValueError(f"vqa_accuracy: types must be {len(predictions)} strings, got {len(types)}")
+        for kind, score in zip(types, scores):
+            by_type.setdefault(kind, []).append(score)
+    return VQAAccuracy(
+        overall=sum(scores) / len(scores), by_type={kind: sum(of) / len(of) for kind, of in by_type.items()}
+    )
+
+
+def _score(prediction: str, people: Sequence[str]) -> float:
+    prediction, people = _one_line(prediction), [_one_line(answer) for answer in people]
+    if len(set(people)) > 1:
+        prediction, people = normalize_answer(prediction), [normalize_answer(answer) for answer in people]
+    agree = people.count(prediction)
+    left_out_agrees, left_out_differs = min(1, (agree - 1) / 3), min(1, agree / 3)
+    return (agree * left_out_agrees + (len(people) - agree) * left_out_differs) / len(people)
+
+
+def _one_line(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _check_strings(name: str, values: Sequence[str]) -> None:
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    if not listed or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"vqa_accuracy: {name} must be lists of strings, got {values!r}")
