@@ -13,7 +13,8 @@ from mmkernels._device import INTERPRETED
 RUNS = (
     ("test_adamw_update.py", ""),
     ("test_attention.py", ""),
-    ("test_contract.py", "attention"),
+    ("test_contract.py", "attention and (bound or reference)"),
+    ("test_contract.py", "attention and not bound and not reference"),
     ("test_contract.py", "not attention and not loss"),
     ("test_contract.py", "not attention and loss"),
     ("test_contract_detects.py", "attention"),
@@ -31,6 +32,7 @@ RUNS = (
 )
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED, reason="this process runs the interpreter already")
 @pytest.mark.parametrize(("file", "chosen"), RUNS)
 def test_the_kernels_pass_under_the_interpreter(file: str, chosen: str) -> None:
