@@ -33,7 +33,13 @@ class Table(NamedTuple):
 
 
 class _Entry(NamedTuple):
+    """A table, and what it was made of: the addresses, and of the tensors that could be turned, by their numbers,
+    whether they were contiguous."""
+
     table: Table
+    places: list[int]
+    turnable: list[int]
+    dense: list[bool]
     watched: list[weakref.ref[Tensor]]  # each of which drops the entry when its tensor goes
 
 
@@ -42,8 +48,15 @@ _TABLES: dict[Hashable, _Entry] = {}
 
 def known(lists: Sequence[Sequence[Tensor]], contract: Hashable = None) -> Table | None:
     """The table of these very tensors, if one was made under this contract and none has moved since."""
-    entry = _TABLES.get(_key(lists, contract))
-    return None if entry is None else entry.table
+    tensors = [x for part in lists for x in part]
+    entry = _TABLES.get(_key(lists, tensors, contract))
+    if entry is None or list(map(Tensor.data_ptr, tensors)) != entry.places:
+        return None
+    # what else a living tensor could change, it cannot in its place
+    same = all(
+        tensors[i].is_contiguous() == dense for i, dense in zip(entry.turnable, entry.dense, strict=True)
+    )
+    return entry.table if same else None
 
 
 def dtypes_of(table: Table, place: int) -> set[torch.dtype | None]:
@@ -56,23 +69,24 @@ def table_of(lists: Sequence[Sequence[Tensor]], contract: Hashable = None) -> Ta
     tensors where they are."""
     table = known(lists, contract)
     if table is None:
-        table, key = _make(lists), _key(lists, contract)
+        table, tensors = _make(lists), [x for part in lists for x in part]
+        key = _key(lists, tensors, contract)
 
         def drop(_: object) -> None:
             _TABLES.pop(key, None)
 
-        _TABLES[key] = _Entry(table, [weakref.ref(x, drop) for tensors in lists for x in tensors])
+        turnable = [i for i, x in enumerate(tensors) if x.ndim > 1]
+        dense = [tensors[i].is_contiguous() for i in turnable]
+        watched = [weakref.ref(x, drop) for x in tensors]
+        _TABLES[key] = _Entry(table, list(map(Tensor.data_ptr, tensors)), turnable, dense, watched)
         if len(_TABLES) > MAX_TABLES:
             del _TABLES[next(iter(_TABLES))]
     return table
 
 
-def _key(lists: Sequence[Sequence[Tensor]], contract: Hashable) -> Hashable:
-    """Of ten thousand tensors in milliseconds: what else a living tensor could change, it cannot in its place."""
-    tensors = [x for part in lists for x in part]
-    places = tuple(map(Tensor.data_ptr, tensors))
-    dense = tuple(map(Tensor.is_contiguous, tensors))
-    return contract, tuple(map(len, lists)), tuple(map(id, tensors)), places, dense
+def _key(lists: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor], contract: Hashable) -> Hashable:
+    """Which tensors, without a look at them: ten thousand are not in the cache."""
+    return contract, tuple(map(len, lists)), tuple(map(id, tensors))
 
 
 def flat(x: Tensor) -> Tensor:
