@@ -7,23 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import adamw_update_, adamw_update_ref_, native
+from mmkernels import adamw_update_, adamw_update_ref_
 from mmkernels._device import INTERPRETED
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
 SIZES = [1, 4096, 300, 0, 4103]
 SETTINGS: dict[str, Any] = {"lr": 0.01, "step": 3, "clamp": (-1.5, 1.5), "decay": 0.9}
-
-
-@pytest.fixture(params=["aten", "native"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "aten":
-        monkeypatch.setattr(native, "AVAILABLE", False)
-    elif INTERPRETED:
-        pytest.skip("Triton serves this process")
-    elif not native.AVAILABLE:
-        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
-    return request.param
 
 
 def lists(sizes: list[int], **dtypes: torch.dtype) -> dict[str, list[Tensor]]:
@@ -42,7 +31,7 @@ def stepped(fn: Any, found: dict[str, list[Tensor]], **settings: Any) -> dict[st
 
 
 @pytest.mark.parametrize(("param", "grad"), itertools.product((FLOAT, BFLOAT, HALF), repeat=2), ids=str)
-def test_any_dtypes_are_stepped_in_float32(param: torch.dtype, grad: torch.dtype, path: str) -> None:
+def test_any_dtypes_are_stepped_in_float32(param: torch.dtype, grad: torch.dtype, walk: str) -> None:
     given = lists(SIZES, params=param, grads=grad, averages=FLOAT, copies=BFLOAT, shadows=HALF)
     found, gold = stepped(adamw_update_, given), stepped(adamw_update_ref_, given)
     for name, tensors in found.items():
@@ -52,14 +41,14 @@ def test_any_dtypes_are_stepped_in_float32(param: torch.dtype, grad: torch.dtype
             torch.testing.assert_close(x, expected, rtol=places * torch.finfo(x.dtype).eps, atol=1e-6)
 
 
-def test_moments_may_be_in_half_precision_too(path: str) -> None:
+def test_moments_may_be_in_half_precision_too(walk: str) -> None:
     given = lists(SIZES, exp_avgs=BFLOAT, exp_avg_sqs=HALF)
     found, gold = stepped(adamw_update_, given), stepped(adamw_update_ref_, given)
     for x, expected in zip(found["params"], gold["params"], strict=True):
         torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_settings_as_tensors_are_those_numbers(path: str) -> None:
+def test_settings_as_tensors_are_those_numbers(walk: str) -> None:
     given = lists([500], averages=FLOAT)
     found = stepped(adamw_update_, given)
     as_tensors = {name: torch.tensor(SETTINGS[name], dtype=torch.float64) for name in ("lr", "step", "decay")}
@@ -67,7 +56,7 @@ def test_settings_as_tensors_are_those_numbers(path: str) -> None:
     assert all(torch.equal(x, y) for name in found for x, y in zip(found[name], again[name], strict=True))
 
 
-def test_the_first_steps_are_corrected_for_moments_of_zero(path: str) -> None:
+def test_the_first_steps_are_corrected_for_moments_of_zero(walk: str) -> None:
     """Each is a sign step of size lr, whatever the gradient's size."""
     for size in (1e-12, 1.0, 1e12):
         p, g, m, v = [torch.zeros(3)], [torch.full((3,), size)], [torch.zeros(3)], [torch.zeros(3)]
@@ -75,7 +64,7 @@ def test_the_first_steps_are_corrected_for_moments_of_zero(path: str) -> None:
         torch.testing.assert_close(p[0], torch.full((3,), -0.1))
 
 
-def test_what_is_not_finite_is_not_hidden_by_the_clamp(path: str) -> None:
+def test_what_is_not_finite_is_not_hidden_by_the_clamp(walk: str) -> None:
     given = lists([6])
     given["grads"] = [torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 2.0, 3.0])]
     found, gold = stepped(adamw_update_, given), stepped(adamw_update_ref_, given)
@@ -84,7 +73,7 @@ def test_what_is_not_finite_is_not_hidden_by_the_clamp(path: str) -> None:
     )
 
 
-def test_dense_parameters_of_any_strides_are_stepped_in_place(path: str) -> None:
+def test_dense_parameters_of_any_strides_are_stepped_in_place(walk: str) -> None:
     param = torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last)
     moments = [torch.zeros_like(param) for _ in range(2)]
     grad = torch.randn(3, 4, 5, 6)
@@ -94,7 +83,7 @@ def test_dense_parameters_of_any_strides_are_stepped_in_place(path: str) -> None
     torch.testing.assert_close(param, expected[0])
 
 
-def test_gradients_that_lie_elsewhere_at_each_step_are_found(path: str) -> None:
+def test_gradients_that_lie_elsewhere_at_each_step_are_found(walk: str) -> None:
     p, m, v, gold = ([torch.zeros(5000)] for _ in range(4))
     moments = [torch.zeros(5000)], [torch.zeros(5000)]
     for step in range(1, 6):

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import path_of, prepared, table_in_op
+from mmkernels.multi_tensor.paths import WIDE, path_of, prepared, table_in_op
 from mmkernels.multi_tensor.table import Table
 
-# An average in less would stall, see `mmkernels.ema_update_`.
-WIDE = (torch.float32, torch.float64), "float32 or float64"
 WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "averages", "copies", "shadows")
 
 

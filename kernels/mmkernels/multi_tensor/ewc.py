@@ -9,11 +9,8 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import path_of, prepared, table_in_op, total_dtype
+from mmkernels.multi_tensor.paths import WIDE, path_of, prepared, table_in_op, total_dtype
 from mmkernels.multi_tensor.table import Table
-
-# What is added would be lost in less.
-WIDE = (torch.float32, torch.float64), "float32 or float64"
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ Given = Mapping[str, Sequence[Tensor] | None]
 # of `op`, by the name of a list, where its dtypes are not `DTYPES`
 Dtypes = Mapping[str, tuple[tuple[torch.dtype, ...], str]]
 
+# of an average or a sum, to which what is added would be lost in less
+WIDE = (torch.float32, torch.float64), "float32 or float64"
+
 
 def path_of(x: Tensor) -> Any:
     """The module whose kernels walk a table on the device of `x`."""
