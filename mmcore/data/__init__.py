@@ -1,10 +1,11 @@
-"""Image-caption pairs: built-in real data, webdataset shards and tables, resumable to the exact sample."""
+"""Images with captions or questions: built-in real data, shards, tables, JSON; resumable to the exact sample."""
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.config import Batch, DataConfig, LoaderSpec
 from mmcore.data.images import IMAGE_MEAN, IMAGE_STD
 from mmcore.data.loader import TrainLoader
 from mmcore.data.pairs import PairData, open_data
+from mmcore.data.questions import Question, QuestionSet
 from mmcore.data.sources import EvalSet
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "EvalSet",
     "LoaderSpec",
     "PairData",
+    "Question",
+    "QuestionSet",
     "TrainLoader",
     "open_data",
 ]

@@ -9,12 +9,15 @@ from typing import Literal
 
 from torch import Tensor
 
-SourceKind = Literal["digits", "stamps", "shards", "csv"]
+SourceKind = Literal["digits", "stamps", "shards", "csv", "json"]
 
 # A field here has no effect on the other sources, so setting it there is an error.
 _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
-    "val_data": ("shards", "csv"),
-    "val_fraction": ("digits", "stamps", "csv"),
+    "val_data": ("shards", "csv", "json"),
+    "val_fraction": ("digits", "stamps", "csv", "json"),
+    "annotations": ("json",),
+    "val_annotations": ("json",),
+    "image_root": ("json",),
     "language": ("stamps",),
     "stamps_dir": ("stamps",),
     "csv_separator": ("csv",),
@@ -29,11 +32,12 @@ class DataConfig:
     """Which image-caption pairs to train on."""
 
     data: str = "digits"
-    """Training pairs: 'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps),
-    webdataset shards
-    such as 'shards/{000..009}.tar', or a table such as 'pairs.csv'."""
+    """Training pairs: 'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps), webdataset
+    shards such as 'shards/{000..009}.tar', a table such as 'pairs.csv', or a JSON file: captions as LAVIS or COCO
+    write them, questions as LAVIS or VQAv2 do."""
     val_data: str | None = None
-    """Held-out shards or table; none: a share of --val-fraction is split off where the source is finite."""
+    """Held-out shards, table or JSON file, of the same kind as --data; none: a share of --val-fraction is split off
+    where the source is finite."""
     val_fraction: float = 0.2
     """Share of a finite source that is held out when --val-data is not given; 0 holds out nothing."""
     language: Literal["en", "zh_CN"] = "en"
@@ -44,6 +48,13 @@ class DataConfig:
     """Column with the image's path, absolute or relative to the table's folder."""
     csv_caption_key: str = "title"
     """Column with the caption."""
+    image_root: str | None = None
+    """Folder of the images that JSON files name, or of folders of them (train2014, val2014); none: the folder of the
+    JSON file."""
+    annotations: str | None = None
+    """VQAv2's annotations, the JSON file with the answers to the questions of --data."""
+    val_annotations: str | None = None
+    """VQAv2's annotations for the questions of --val-data."""
     num_samples: int | None = None
     """Samples in an epoch of shards; none: counted once from the tar headers."""
     workers: int = 0
@@ -121,11 +132,14 @@ class Batch:
 
     Args:
         images: float32 [B, 3, S, S], normalised with CLIP's mean and standard deviation.
-        tokens: int64 [B, T], what the tokenizer made of the captions.
+        tokens: int64 [B, T], what the tokenizer made of the captions; T = 0 without a tokenizer.
         labels: int64 [B]; equal labels (the same class, or the same caption) are positives of each other, on
             all ranks.
         epoch: epoch that the step belongs to, from 0.
         ids: B names of the samples, for logs and tests.
+        image_ids: int64 [B]; equal for samples of the same image, on all ranks and in all epochs.
+        captions: B captions as text; answers to `questions` where there are some.
+        questions: B questions as text, or None where captions stand alone.
     """
 
     images: Tensor
@@ -133,3 +147,6 @@ class Batch:
     labels: Tensor
     epoch: int
     ids: list[str]
+    image_ids: Tensor
+    captions: list[str]
+    questions: list[str] | None = None

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from mmcore.data.questions import NUM_ANNOTATORS, Question, QuestionSet
 from mmcore.data.sources import EvalSet
 from mmcore.data.split import split_stratified
 
@@ -48,6 +49,13 @@ class Digits:
         """Scan `i`, RGB 8 x 8."""
         return Image.fromarray(self.pixels[i]).convert("RGB")
 
+    def image_id(self, i: int) -> int:
+        """Position of scan `i` in scikit-learn's order."""
+        return self.numbers[i]
+
+    def question(self, i: int) -> None:
+        """Captions stand alone."""
+
     def caption(self, i: int, rng: np.random.Generator) -> str:
         """Caption of scan `i` by a template drawn."""
         return DIGIT_TEMPLATES[int(rng.integers(len(DIGIT_TEMPLATES)))].format(DIGIT_NAMES[self.classes[i]])
@@ -77,7 +85,7 @@ class Digits:
         )
 
 
-def open_digits(val_fraction: float, seed: int) -> tuple[Digits, EvalSet | None]:
+def open_digits(val_fraction: float, seed: int) -> tuple[Digits, Digits | None]:
     """Training scans and held-out scans, split within each class.
 
     Args:
@@ -89,8 +97,25 @@ def open_digits(val_fraction: float, seed: int) -> tuple[Digits, EvalSet | None]
     classes = [int(c) for c in targets]
     scans = Digits(pixels, classes, list(range(len(classes))))
     train, val = split_stratified(classes, val_fraction, seed)
-    if not val:
-        return scans, None
-    held_out = scans.take(val)
-    captions = [[DIGIT_TEMPLATES[0].format(DIGIT_NAMES[c])] for c in held_out.classes]
-    return scans.take(train), EvalSet(held_out, range(len(val)), captions, labels=held_out.classes)
+    return (scans.take(train), scans.take(val)) if val else (scans, None)
+
+
+def digit_captions(scans: Digits) -> EvalSet:
+    """Held-out scans with the caption of the first template, and their classes."""
+    captions = [[DIGIT_TEMPLATES[0].format(DIGIT_NAMES[c])] for c in scans.classes]
+    return EvalSet(scans, range(len(scans)), captions, labels=scans.classes)
+
+
+def digit_questions(scans: Digits) -> QuestionSet:
+    """Two questions about each scan, derived from its class: which digit it is, and whether that is even."""
+    questions: list[Question] = []
+    for digit, number in zip(scans.classes, scans.numbers, strict=True):
+        for question, (answer, question_type, answer_type) in {
+            "which digit is written here?": (DIGIT_NAMES[digit], "which digit", "number"),
+            "is this digit even or odd?": (("even", "odd")[digit % 2], "is this", "other"),
+        }.items():
+            answers = (answer,) * NUM_ANNOTATORS
+            question_id = f"{number}/{question_type}"
+            questions.append(Question(question_id, question, answers, question_type, answer_type))
+    twice = scans.take([i for i in range(len(scans)) for _ in range(2)])
+    return QuestionSet("digits (derived questions)", twice, questions, derived=True)

@@ -29,6 +29,9 @@ class Payload:
         images: float32 [B, 3, S, S].
         tokens: int64 [B, T].
         labels: int64 [B].
+        image_ids: int64 [B].
+        captions: B captions.
+        questions: B questions, or None where captions stand alone.
         ids: B sample names.
         seen: records read for this batch, broken ones included.
         broken: (id, reason) of each broken record among them.
@@ -39,6 +42,9 @@ class Payload:
     images: Tensor | None = None
     tokens: Tensor | None = None
     labels: Tensor | None = None
+    image_ids: Tensor | None = None
+    captions: list[str] | None = None
+    questions: list[str] | None = None
     ids: list[str] | None = None
     seen: int = 0
     broken: list[tuple[str, str]] | None = None
@@ -52,26 +58,46 @@ class PairAccumulator:
     def __init__(self) -> None:
         self.images: list[Tensor] = []
         self.captions: list[str] = []
+        self.questions: list[str] = []
         self.labels: list[int] = []
+        self.image_ids: list[int] = []
         self.ids: list[str] = []
         self.broken: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def add(self, image: Tensor, caption: str, label: int, sample_id: str) -> None:
-        """Take one good pair: image float32 [3, S, S]."""
+    def add(
+        self,
+        image: Tensor,
+        caption: str,
+        *,
+        label: int,
+        image_id: int,
+        sample_id: str,
+        question: str | None = None,
+    ) -> None:
+        """Take one good pair: image float32 [3, S, S]; all pairs have a question, or none has."""
         self.images.append(image)
         self.captions.append(caption)
         self.labels.append(label)
+        self.image_ids.append(image_id)
         self.ids.append(sample_id)
+        if question is not None:
+            self.questions.append(question)
 
-    def payload(self, tokenizer: Tokenize, cursor: list[int] | None = None) -> Payload:
+    def payload(self, tokenizer: Tokenize | None, cursor: list[int] | None = None) -> Payload:
         """The collected pairs as tensors."""
+        tokens = torch.zeros(len(self), 0, dtype=torch.int64)
+        if tokenizer is not None:
+            tokens = check_tokens(tokenizer(self.captions), len(self))
         return Payload(
             images=torch.stack(self.images),
-            tokens=check_tokens(tokenizer(self.captions), len(self.captions)),
+            tokens=tokens,
             labels=torch.tensor(self.labels),
+            image_ids=torch.tensor(self.image_ids),
+            captions=self.captions,
+            questions=self.questions or None,
             ids=self.ids,
             seen=len(self.images) + len(self.broken),
             broken=self.broken,
@@ -129,7 +155,17 @@ class TrainLoader(ABC):
         self._tally.check(final=self.step % self.steps_per_epoch == 0)
         assert payload.images is not None and payload.tokens is not None
         assert payload.labels is not None and payload.ids is not None
-        return Batch(payload.images, payload.tokens, payload.labels, epoch, payload.ids)
+        assert payload.image_ids is not None and payload.captions is not None
+        return Batch(
+            payload.images,
+            payload.tokens,
+            payload.labels,
+            epoch,
+            payload.ids,
+            payload.image_ids,
+            payload.captions,
+            payload.questions,
+        )
 
     def state_dict(self) -> dict:
         """Position after the latest batch, JSON-serialisable; whose it is, see `state_is_per_rank`."""
@@ -202,7 +238,7 @@ class MapBatches(Dataset):
     own.
     """
 
-    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize) -> None:
+    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize | None) -> None:
         self.source = source
         self.spec = spec
         self.tokenizer = tokenizer
@@ -257,7 +293,14 @@ class MapBatches(Dataset):
         caption = source.caption(index, rng)
         image = source.raw_image(index)
         view = source.augment(image, size, rng) if self.spec.augment else resize_center_crop(image, size)
-        batch.add(to_tensor(view), caption, source.label(index, caption), source.sample_id(index))
+        batch.add(
+            to_tensor(view),
+            caption,
+            label=source.label(index, caption),
+            image_id=source.image_id(index),
+            sample_id=source.sample_id(index),
+            question=source.question(index),
+        )
 
 
 class MapLoader(TrainLoader):
@@ -267,14 +310,16 @@ class MapLoader(TrainLoader):
     Args:
         source: the training pairs.
         spec: how to read them.
-        tokenizer: captions to int64 [B, T].
+        tokenizer: captions to int64 [B, T], or None.
         tally: counts broken records.
 
     Raises:
         ValueError: the global batch is larger than the training set.
     """
 
-    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize, tally: BrokenTally) -> None:
+    def __init__(
+        self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize | None, tally: BrokenTally
+    ) -> None:
         if spec.global_batch > len(source):
             raise ValueError(
                 f"data: the global batch (batch_size {spec.batch_size} x {spec.world_size} ranks) must be "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from mmcore.data.annotations import open_json
 from mmcore.data.broken import BrokenTally
 from mmcore.data.config import DataConfig, LoaderSpec, SourceKind
-from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, open_digits
+from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
 from mmcore.data.loader import MapLoader, TrainLoader
+from mmcore.data.questions import QuestionSet
 from mmcore.data.shards import ShardSource, open_shards
 from mmcore.data.sources import EvalSet, PairSource, Tokenize
 from mmcore.data.stamps import open_stamps
@@ -26,45 +28,78 @@ class PairData:
 
     Args:
         name: what was asked for as `DataConfig.data`.
-        num_train: training pairs.
-        source: the training pairs, in random access or as shards.
+        num_train: training pairs; of a source without captions, training questions.
+        source: the training pairs, in random access or as shards; None where there are questions alone.
         val: the held-out pairs, or None.
         max_broken: share of broken records above which a loader raises.
         class_names: names of the classes for zero-shot classification, or None.
         templates: captions with '{}' in place of the class name, or None.
         broken: broken records found on opening, by reason.
+        questions: questions about training images, or None; derived ones of the built-in sources say so.
+        val_questions: questions about held-out images, or None.
     """
 
     name: str
     num_train: int
-    source: PairSource | ShardSource
+    source: PairSource | ShardSource | None
     val: EvalSet | None
     max_broken: float
     class_names: list[str] | None = None
     templates: list[str] | None = None
     broken: Counter[str] = field(default_factory=Counter)
+    questions: QuestionSet | None = None
+    val_questions: QuestionSet | None = None
 
     def captions(self) -> Iterator[str]:
-        """Training captions, every variant of each, in a fixed order: what a tokenizer is trained on."""
-        if isinstance(self.source, ShardSource):
-            return self.source.captions()
-        source = self.source
+        """Training captions, every variant of each, in a fixed order: what a tokenizer is trained on.
+
+        Raises:
+            ValueError: the source has questions alone.
+        """
+        source = self._captioned()
+        if isinstance(source, ShardSource):
+            return source.captions()
         return (caption for i in range(len(source)) for caption in source.all_captions(i))
 
-    def train_loader(self, spec: LoaderSpec, tokenizer: Tokenize) -> TrainLoader:
+    def train_loader(self, spec: LoaderSpec, tokenizer: Tokenize | None) -> TrainLoader:
         """Endless batches for one rank.
 
         Args:
             spec: batch size, rank, seed and so on.
-            tokenizer: called with list[str], returns int64 [B, T]; picklable if `spec.workers` > 0.
+            tokenizer: called with list[str], returns int64 [B, T]; picklable if `spec.workers` > 0. None leaves
+                the captions as text.
 
         Raises:
-            ValueError: a batch larger than the data, or more streams than shards.
+            ValueError: a batch larger than the data, more streams than shards, or a source of questions alone.
         """
-        tally = BrokenTally(self.max_broken, f"{self.name!r}", self.broken)
-        if isinstance(self.source, ShardSource):
-            return self.source.loader(spec, tokenizer, tally)
-        return MapLoader(self.source, spec, tokenizer, tally)
+        source = self._captioned()
+        if isinstance(source, ShardSource):
+            return source.loader(spec, tokenizer, self._tally())
+        return MapLoader(source, spec, tokenizer, self._tally())
+
+    def question_loader(self, spec: LoaderSpec, tokenizer: Tokenize | None) -> TrainLoader:
+        """Endless batches of questions for one rank; the `captions` of a batch are answers to its `questions`.
+
+        An answer is drawn anew in each epoch, as likely as the share of the annotators who gave it.
+
+        Args:
+            spec: batch size, rank, seed and so on.
+            tokenizer: as for `train_loader`; called with the answers.
+
+        Raises:
+            ValueError: a source without questions, or a batch larger than their number.
+        """
+        if self.questions is None:
+            raise ValueError(f"data: {self.name!r} must have questions to train on, but has captions alone")
+        return MapLoader(self.questions, spec, tokenizer, self._tally())
+
+    def _captioned(self) -> PairSource | ShardSource:
+        if self.source is None:
+            raise ValueError(f"data: {self.name!r} must have captions to train on, but has questions alone")
+        return self.source
+
+    def _tally(self) -> BrokenTally:
+        return BrokenTally(self.max_broken, f"{self.name!r}", self.broken)
 
 
 def open_data(config: DataConfig, *, seed: int) -> PairData:
@@ -81,21 +116,36 @@ def open_data(config: DataConfig, *, seed: int) -> PairData:
     config.check(kind)
     if seed < 0:
         raise ValueError(f"data: seed must be at least 0, got {seed}")
-    class_names, templates, broken = None, None, Counter()
+    data = _open(kind, config, seed)
+    if data.num_train < 2:
+        raise ValueError(f"data: {config.data!r} must have at least 2 training pairs, got {data.num_train}")
+    return data
+
+
+def _open(kind: SourceKind, config: DataConfig, seed: int) -> PairData:
+    name, limit = config.data, config.max_broken
     if kind == "digits":
-        source, val = open_digits(config.val_fraction, seed)
-        class_names, templates = DIGIT_NAMES, DIGIT_TEMPLATES
-    elif kind == "stamps":
+        train, held_out = open_digits(config.val_fraction, seed)
+        val = None if held_out is None else digit_captions(held_out)
+        data = PairData(name, len(train), train, val, limit, DIGIT_NAMES, DIGIT_TEMPLATES)
+        val_questions = None if held_out is None else digit_questions(held_out)
+        return replace(data, questions=digit_questions(train), val_questions=val_questions)
+    if kind == "stamps":
         stamps = open_stamps(config, seed)
-        source, val, class_names, templates = stamps.train, stamps.val, stamps.class_names, stamps.templates
-    elif kind == "csv":
-        source, val, broken = open_table(config, seed)
-    else:
-        source, val = open_shards(config)
-    num_train = source.num_samples if isinstance(source, ShardSource) else len(source)
-    if num_train < 2:
-        raise ValueError(f"data: {config.data!r} must have at least 2 training pairs, got {num_train}")
-    return PairData(config.data, num_train, source, val, config.max_broken, class_names, templates, broken)
+        data = PairData(
+            name, len(stamps.train), stamps.train, stamps.val, limit, stamps.class_names, stamps.templates
+        )
+        return replace(data, questions=stamps.questions, val_questions=stamps.val_questions)
+    if kind == "csv":
+        pairs, val, broken = open_table(config, seed)
+        return PairData(name, len(pairs), pairs, val, limit, broken=broken)
+    if kind == "shards":
+        shards, val = open_shards(config)
+        return PairData(name, shards.num_samples, shards, val, limit)
+    texts = open_json(config, seed)
+    num_train = len(texts.captions or texts.questions or ())
+    data = PairData(name, num_train, texts.captions, texts.val, limit, broken=texts.broken)
+    return replace(data, questions=texts.questions, val_questions=texts.val_questions)
 
 
 def source_kind(data: str) -> SourceKind:
@@ -110,9 +160,11 @@ def source_kind(data: str) -> SourceKind:
         return "shards"
     if data.lower().endswith(_TABLE_SUFFIXES):
         return "csv"
+    if data.lower().endswith(".json"):
+        return "json"
     near = difflib.get_close_matches(data.lower(), _BUILT_IN, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         "data: data must be 'digits', 'stamps', tar shards such as 'shards/{000..009}.tar', "
-        f"or a .csv or .tsv file, got {data!r}{hint}"
+        f"or a .csv, .tsv or .json file, got {data!r}{hint}"
     )

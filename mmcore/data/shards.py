@@ -18,12 +18,14 @@ from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig, LoaderSpec
 from mmcore.data.images import decode_rgb, random_resized_crop, resize_center_crop, to_tensor
 from mmcore.data.loader import PairAccumulator, Payload, TrainLoader, start_workers
-from mmcore.data.sources import EvalSet, Tokenize, caption_label
+from mmcore.data.sources import EvalSet, Tokenize, by_image, stable_hash
 from mmcore.data.tar import (
+    METADATA_SUFFIX,
     IndexedPair,
     Sample,
     decode_caption,
     expand_shards,
+    image_identity,
     index_shard,
     is_remote,
     pair_bytes,
@@ -48,14 +50,14 @@ class ShardBatches(IterableDataset):
     Args:
         shards: all shards.
         spec: how to read them.
-        tokenizer: captions to int64 [B, T].
+        tokenizer: captions to int64 [B, T], or None.
         cursors: where each of the rank's streams starts.
         turn: the stream that gives the first batch.
     """
 
     shards: list[str]
     spec: LoaderSpec
-    tokenizer: Tokenize
+    tokenizer: Tokenize | None
     cursors: list[list[int]]
     turn: int = 0
 
@@ -97,13 +99,22 @@ class ShardBatches(IterableDataset):
 
     def _add(self, batch: PairAccumulator, sample: Sample, num_pass: int) -> None:
         image_bytes, caption = pair_bytes(sample)
+        identity = image_identity(sample)
         image, name, size = decode_rgb(image_bytes), sample_id(sample), self.spec.image_size
         if self.spec.augment:
-            rng = np.random.default_rng([self.spec.seed, _SAMPLE, num_pass, zlib.crc32(name.encode())])
+            rng = np.random.default_rng(
+                [self.spec.seed, _SAMPLE, num_pass, zlib.crc32(name.encode(errors="surrogatepass"))]
+            )
             view = random_resized_crop(image, size, rng)
         else:
             view = resize_center_crop(image, size)
-        batch.add(to_tensor(view), caption, caption_label(caption), name)
+        batch.add(
+            to_tensor(view),
+            caption,
+            label=stable_hash(caption),
+            image_id=stable_hash(identity),
+            sample_id=name,
+        )
 
     def _failure(self, batch: PairAccumulator) -> Payload:
         reason = f"; {batch.broken[0][0]}: {batch.broken[0][1]}" if batch.broken else ""
@@ -122,7 +133,7 @@ class ShardLoader(TrainLoader):
         shards: all shards.
         num_samples: pairs in an epoch, over all ranks.
         spec: how to read them.
-        tokenizer: captions to int64 [B, T].
+        tokenizer: captions to int64 [B, T], or None.
         tally: counts broken records.
 
     Raises:
@@ -132,7 +143,12 @@ class ShardLoader(TrainLoader):
     state_is_per_rank = True
 
     def __init__(
-        self, shards: list[str], num_samples: int, spec: LoaderSpec, tokenizer: Tokenize, tally: BrokenTally
+        self,
+        shards: list[str],
+        num_samples: int,
+        spec: LoaderSpec,
+        tokenizer: Tokenize | None,
+        tally: BrokenTally,
     ) -> None:
         self._num_streams = max(1, spec.workers)
         if spec.world_size * self._num_streams > len(shards):
@@ -189,7 +205,7 @@ class ShardSource:
             except BrokenRecord:
                 continue
 
-    def loader(self, spec: LoaderSpec, tokenizer: Tokenize, tally: BrokenTally) -> ShardLoader:
+    def loader(self, spec: LoaderSpec, tokenizer: Tokenize | None, tally: BrokenTally) -> ShardLoader:
         """The rank's loader."""
         return ShardLoader(self.shards, self.num_samples, spec, tokenizer, tally)
 
@@ -246,10 +262,13 @@ def _open_held_out(shards: list[str], config: DataConfig) -> EvalSet:
         raise ValueError(f"data: val_data must be local files, got {remote[0]!r}")
     tally = BrokenTally(config.max_broken, f"val_data={config.val_data!r}")
     pairs: list[IndexedPair] = []
-    captions: list[list[str]] = []
+    captions: list[str] = []
+    identities: list[str] = []
     for pair in (p for shard in shards for p in index_shard(shard)):
         try:
-            captions.append([decode_caption(read_range(pair.shard, pair.caption_offset, pair.caption_size))])
+            caption = decode_caption(read_range(pair.shard, pair.caption_offset, pair.caption_size))
+            identities.append(_identity(pair))
+            captions.append(caption)
             pairs.append(pair)
             tally.add(1)
         except BrokenRecord as error:
@@ -257,4 +276,11 @@ def _open_held_out(shards: list[str], config: DataConfig) -> EvalSet:
     tally.check(final=True)
     if not pairs:
         raise ValueError(f"data: val_data={config.val_data!r} must hold at least one pair, got none")
-    return EvalSet(IndexedShards(pairs), range(len(pairs)), captions, max_broken=config.max_broken)
+    return by_image(IndexedShards(pairs), identities, captions, config.max_broken)
+
+
+def _identity(pair: IndexedPair) -> str:
+    sample: Sample = {"__url__": pair.shard, "__key__": pair.key}
+    if pair.metadata_offset is not None:
+        sample[METADATA_SUFFIX] = read_range(pair.shard, pair.metadata_offset, pair.metadata_size)
+    return image_identity(sample)

@@ -31,10 +31,26 @@ class ImageSource(Protocol):
         ...
 
 
-class PairSource(ImageSource, Protocol):
-    """Training pairs in random access; picklable, and every method a pure function of its arguments."""
+class TrainImages(ImageSource, Protocol):
+    """Images to train on; picklable, and every method a pure function of its arguments."""
+
+    def image_id(self, i: int) -> int:
+        """Which image sample `i` shows, in 63 bits: equal for all captions of one image, in every process."""
+        ...
+
+    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+        """Training view of `size` x `size` pixels, drawn by `rng`."""
+        ...
+
+
+class PairSource(TrainImages, Protocol):
+    """Training pairs in random access."""
 
     def __len__(self) -> int: ...
+
+    def question(self, i: int) -> str | None:
+        """Question that the caption of sample `i` answers; None where captions stand alone."""
+        ...
 
     def caption(self, i: int, rng: np.random.Generator) -> str:
         """Caption of sample `i`, drawn by `rng` where it has several."""
@@ -48,14 +64,25 @@ class PairSource(ImageSource, Protocol):
         """Label of the pair; equal labels are positives of each other."""
         ...
 
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """Training view of `size` x `size` pixels, drawn by `rng`."""
-        ...
+
+def stable_hash(text: str) -> int:
+    """63 bits of the BLAKE2 hash of a caption or an image's name, the same in every process."""
+    # Names of files may hold lone surrogates, which stand for bytes that are not UTF-8.
+    data = text.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
-def caption_label(caption: str) -> int:
-    """Label of a caption, the same on every rank: 63 bits of its BLAKE2 hash."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
+def parse_image_id(value: object) -> str | None:
+    """An image_id as JSON gives it, text or a whole number, as text; None where it is absent.
+
+    Raises:
+        BrokenRecord: neither text nor a whole number.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise BrokenRecord("image_id is neither text nor a whole number")
+    return str(value)
 
 
 def check_tokens(tokens: Tensor, num_captions: int) -> Tensor:
@@ -65,6 +92,37 @@ def check_tokens(tokens: Tensor, num_captions: int) -> Tensor:
             f"data: tokenizer must return int64 [{num_captions}, T], got {tokens.dtype} {list(tokens.shape)}"
         )
     return tokens
+
+
+def image_batches(
+    source: ImageSource, indices: Sequence[int], batch_size: int, image_size: int, tally: BrokenTally
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Images of `source` at `indices` in order, as evaluation sees them, without the broken ones.
+
+    Returns:
+        Iterator of float32 [B, 3, S, S], and the positions in `indices` of its B images.
+
+    Raises:
+        ValueError: `batch_size` or `image_size` below 1.
+    """
+    if batch_size < 1 or image_size < 1:
+        raise ValueError(
+            f"data: batch_size and image_size must be at least 1, got {batch_size} and {image_size}"
+        )
+    images: list[Tensor] = []
+    positions: list[int] = []
+    for position, i in enumerate(indices):
+        try:
+            images.append(to_tensor(resize_center_crop(source.raw_image(i), image_size)))
+            positions.append(position)
+            tally.add(1)
+        except BrokenRecord as error:
+            tally.add(1, [(source.sample_id(i), error.reason)])
+        if len(images) == batch_size:
+            yield torch.stack(images), positions
+            images, positions = [], []
+    if images:
+        yield torch.stack(images), positions
 
 
 @dataclass
@@ -94,10 +152,6 @@ class EvalSet:
         """Held-out image `i` as it is, RGB, for pictures; raises BrokenRecord."""
         return self.source.raw_image(self.indices[i])
 
-    def image(self, i: int, image_size: int) -> Tensor:
-        """Held-out image `i`, centre-cropped and normalised: float32 [3, S, S]; raises BrokenRecord."""
-        return to_tensor(resize_center_crop(self.raw_image(i), image_size))
-
     def batches(self, batch_size: int, image_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All held-out images in order: float32 [B, 3, S, S], and the int64 [B] indices of the images.
 
@@ -107,25 +161,25 @@ class EvalSet:
         Raises:
             ValueError: `batch_size` or `image_size` below 1; more than `max_broken` of the images are broken.
         """
-        if batch_size < 1 or image_size < 1:
-            raise ValueError(
-                "EvalSet.batches: batch_size and image_size must be at least 1, "
-                f"got {batch_size} and {image_size}"
-            )
         tally = BrokenTally(self.max_broken, "the held-out images")
-        images: list[Tensor] = []
-        indices: list[int] = []
-        for i in range(len(self)):
-            try:
-                images.append(self.image(i, image_size))
-                indices.append(i)
-                tally.add(1)
-            except BrokenRecord as error:
-                tally.add(1, [(self.source.sample_id(self.indices[i]), error.reason)])
-            if len(images) == batch_size:
-                yield torch.stack(images), torch.tensor(indices)
-                images, indices = [], []
+        for images, positions in image_batches(self.source, self.indices, batch_size, image_size, tally):
+            yield images, torch.tensor(positions)
         self.broken = dict(tally.counts)
         tally.check(final=True)
-        if images:
-            yield torch.stack(images), torch.tensor(indices)
+
+
+def by_image(source: ImageSource, identities: list[str], texts: list[str], max_broken: float) -> EvalSet:
+    """Held-out images, each with all of its captions.
+
+    Args:
+        source: image i belongs to caption i.
+        identities: which image each caption is of.
+        texts: the captions.
+        max_broken: share of broken images above which the set raises.
+    """
+    first: dict[str, int] = {}
+    captions: dict[str, list[str]] = {}
+    for i, (identity, text) in enumerate(zip(identities, texts, strict=True)):
+        first.setdefault(identity, i)
+        captions.setdefault(identity, []).append(text)
+    return EvalSet(source, list(first.values()), list(captions.values()), max_broken=max_broken)

@@ -21,10 +21,11 @@ from PIL import Image
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig
+from mmcore.data.files import read_image_file
 from mmcore.data.images import decode_rgb, pad_to_square, random_resized_crop
-from mmcore.data.sources import EvalSet, caption_label
+from mmcore.data.questions import NUM_ANNOTATORS, Question, QuestionSet
+from mmcore.data.sources import EvalSet, stable_hash
 from mmcore.data.split import split_pairs
-from mmcore.data.table import read_image_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ STAMP_TEMPLATES = {
     "zh_CN": ["{}的图片", "{}", "关于{}的图章"],
 }
 
+_QUESTION = {"en": "which kind of thing is this?", "zh_CN": "这是哪一类东西？"}
+
 
 @dataclass(frozen=True)
 class Stamps:
@@ -88,6 +91,13 @@ class Stamps:
         """Stamp `i` on a white square, RGB, so that no crop cuts its ends off; raises BrokenRecord."""
         return pad_to_square(decode_rgb(read_image_file(str(self.root / self.names[i]))))
 
+    def image_id(self, i: int) -> int:
+        """Hash of the path of stamp `i` under the folder of the stamps."""
+        return stable_hash(self.names[i])
+
+    def question(self, i: int) -> None:
+        """Captions stand alone."""
+
     def caption(self, i: int, rng: np.random.Generator) -> str:
         """Caption of stamp `i`."""
         return self.texts[i]
@@ -98,7 +108,7 @@ class Stamps:
 
     def label(self, i: int, caption: str) -> int:
         """Equal captions are positives of each other."""
-        return caption_label(caption)
+        return stable_hash(caption)
 
     def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
         """Random resized crop."""
@@ -111,12 +121,14 @@ class Stamps:
 
 @dataclass(frozen=True)
 class OpenStamps:
-    """Training stamps, held-out stamps, and the classes by top folder (None where there are no folders)."""
+    """Training stamps, held-out stamps, and what comes of classes by top folder (None where there are no folders)."""
 
     train: Stamps
     val: EvalSet | None
     class_names: list[str] | None
     templates: list[str] | None
+    questions: QuestionSet | None
+    val_questions: QuestionSet | None
 
 
 def open_stamps(config: DataConfig, seed: int) -> OpenStamps:
@@ -155,15 +167,36 @@ def open_stamps(config: DataConfig, seed: int) -> OpenStamps:
     stamps = Stamps(root, names, texts)
     # Stamps that lie loose in the folder have no class.
     folders = sorted({name.split("/")[0] for name in names}) if all("/" in name for name in names) else []
-    class_names = [_CLASS_NAMES[config.language].get(folder, folder) for folder in folders]
-    train, val = split_pairs(names, texts, config.val_fraction, seed)
+    class_names = [_class_name(folder, config) for folder in folders]
+    train, val = (stamps.take(side) for side in split_pairs(names, texts, config.val_fraction, seed))
     held_out = None
-    if val:
-        labels = [folders.index(names[i].split("/")[0]) for i in val] if folders else None
-        captions = [[texts[i]] for i in val]
-        held_out = EvalSet(stamps.take(val), range(len(val)), captions, labels, config.max_broken)
+    if len(val):
+        labels = [folders.index(name.split("/")[0]) for name in val.names] if folders else None
+        held_out = EvalSet(val, range(len(val)), [[text] for text in val.texts], labels, config.max_broken)
+    if not folders:
+        return OpenStamps(train, held_out, None, None, None, None)
+    questions, val_questions = (
+        _stamp_questions(side, config) if len(side) else None for side in (train, val)
+    )
     templates = STAMP_TEMPLATES[config.language]
-    return OpenStamps(stamps.take(train), held_out, class_names or None, templates if class_names else None)
+    return OpenStamps(train, held_out, class_names, templates, questions, val_questions)
+
+
+def _stamp_questions(stamps: Stamps, config: DataConfig) -> QuestionSet:
+    """A question about each stamp, derived from its top folder: which kind of thing it is."""
+    questions = [
+        Question(
+            name, _QUESTION[config.language], (_class_name(name, config),) * NUM_ANNOTATORS, "which", "other"
+        )
+        for name in stamps.names
+    ]
+    return QuestionSet("stamps (derived questions)", stamps, questions, True, config.max_broken)
+
+
+def _class_name(name: str, config: DataConfig) -> str:
+    """Name of the class of a stamp, or of a top folder."""
+    folder = name.split("/")[0]
+    return _CLASS_NAMES[config.language].get(folder, folder)
 
 
 def parse_stamp_caption(data: bytes, language: str) -> str | None:

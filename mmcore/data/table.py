@@ -4,74 +4,16 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig
-from mmcore.data.images import decode_rgb, random_resized_crop
-from mmcore.data.sources import EvalSet, caption_label
+from mmcore.data.files import FilePairs
+from mmcore.data.sources import EvalSet, by_image
 from mmcore.data.split import split_pairs
 
 _SEPARATORS = {"\t": "\\t", ",": ",", ";": ";", "|": "|"}
 _NUM_PROBED = 100
-
-
-@dataclass(frozen=True)
-class FilePairs:
-    """Image files with a caption each, as a PairSource.
-
-    Args:
-        paths: image file of each pair.
-        texts: caption of each pair.
-    """
-
-    paths: list[str]
-    texts: list[str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def sample_id(self, i: int) -> str:
-        """Path of pair `i`."""
-        return self.paths[i]
-
-    def raw_image(self, i: int) -> Image.Image:
-        """RGB image of pair `i`; raises BrokenRecord."""
-        return decode_rgb(read_image_file(self.paths[i]))
-
-    def caption(self, i: int, rng: np.random.Generator) -> str:
-        """Caption of pair `i`."""
-        return self.texts[i]
-
-    def all_captions(self, i: int) -> list[str]:
-        """Caption of pair `i`, alone."""
-        return [self.texts[i]]
-
-    def label(self, i: int, caption: str) -> int:
-        """Equal captions are positives of each other."""
-        return caption_label(caption)
-
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """Random resized crop."""
-        return random_resized_crop(image, size, rng)
-
-    def take(self, indices: list[int]) -> FilePairs:
-        """The pairs at `indices`."""
-        return FilePairs([self.paths[i] for i in indices], [self.texts[i] for i in indices])
-
-
-def read_image_file(path: str) -> bytes:
-    """Bytes of an image file; raises BrokenRecord where it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise BrokenRecord("missing file") from None
-    except OSError:
-        raise BrokenRecord("unreadable file") from None
 
 
 def open_table(config: DataConfig, seed: int) -> tuple[FilePairs, EvalSet | None, Counter[str]]:
@@ -89,20 +31,14 @@ def open_table(config: DataConfig, seed: int) -> tuple[FilePairs, EvalSet | None
         if Path(config.val_data).resolve() == Path(config.data).resolve():
             raise ValueError(f"data: val_data must not be the training table, got {config.val_data!r}")
         held_out, broken_held_out = _read_table(config.val_data, "val_data", config)
-        return pairs, _by_image(held_out, config.max_broken), broken + broken_held_out
+        return pairs, _held_out(held_out, config), broken + broken_held_out
     train, val = split_pairs(pairs.paths, pairs.texts, config.val_fraction, seed)
-    held_out = _by_image(pairs.take(val), config.max_broken) if val else None
+    held_out = _held_out(pairs.take(val), config) if val else None
     return pairs.take(train), held_out, broken
 
 
-def _by_image(pairs: FilePairs, max_broken: float) -> EvalSet:
-    """Held-out images, each with all of its captions."""
-    first: dict[str, int] = {}
-    captions: dict[str, list[str]] = {}
-    for i, (path, text) in enumerate(zip(pairs.paths, pairs.texts, strict=True)):
-        first.setdefault(path, i)
-        captions.setdefault(path, []).append(text)
-    return EvalSet(pairs, list(first.values()), list(captions.values()), max_broken=max_broken)
+def _held_out(pairs: FilePairs, config: DataConfig) -> EvalSet:
+    return by_image(pairs, pairs.identities, pairs.texts, config.max_broken)
 
 
 def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs, Counter[str]]:
@@ -138,7 +74,7 @@ def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs
     if not paths:
         raise ValueError(f"data: {argument}={path!r} must hold at least one pair, got none")
     _check_some_exist(paths, f"{argument}={path!r}")
-    return FilePairs(paths, texts), tally.counts
+    return FilePairs(paths, paths, texts), tally.counts
 
 
 def _columns(header: list[str] | None, path: str, config: DataConfig) -> tuple[int, int]:

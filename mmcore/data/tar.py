@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from mmcore.data.broken import BrokenRecord
+from mmcore.data.sources import parse_image_id
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIX = "txt"
+METADATA_SUFFIX = "json"
 MAX_MEMBER_BYTES = 64 << 20
 """Larger members of a tar are refused unread."""
 
@@ -104,6 +107,24 @@ def decode_caption(data: bytes) -> str:
     if not caption:
         raise BrokenRecord("empty caption")
     return caption
+
+
+def image_identity(sample: Sample) -> str:
+    """Which image a sample shows: the "image_id" in its .json, else its shard and key.
+
+    Raises:
+        BrokenRecord: the .json is no JSON object, or its "image_id" is neither text nor a whole number.
+    """
+    own = f"{sample['__url__']}:{sample['__key__']}"
+    if METADATA_SUFFIX not in sample:
+        return own
+    try:
+        metadata = json.loads(sample[METADATA_SUFFIX])
+    except (ValueError, RecursionError):
+        raise BrokenRecord("metadata is not JSON") from None
+    if not isinstance(metadata, dict):
+        raise BrokenRecord("metadata is not JSON")
+    return parse_image_id(metadata.get("image_id")) or own
 
 
 def sample_id(sample: Sample) -> str:
@@ -198,6 +219,8 @@ class IndexedPair:
         image_size: its length in bytes.
         caption_offset: first byte of the caption.
         caption_size: its length in bytes.
+        metadata_offset: first byte of the sample's .json, or None where there is none.
+        metadata_size: its length in bytes.
     """
 
     shard: str
@@ -206,6 +229,8 @@ class IndexedPair:
     image_size: int
     caption_offset: int
     caption_size: int
+    metadata_offset: int | None = None
+    metadata_size: int = 0
 
 
 def index_shard(shard: str) -> list[IndexedPair]:
@@ -234,9 +259,11 @@ def index_shard(shard: str) -> list[IndexedPair]:
         image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
         caption = members.get(CAPTION_SUFFIX)
         if image is not None and caption is not None:
-            pairs.append(
-                IndexedPair(shard, key, image.offset_data, image.size, caption.offset_data, caption.size)
-            )
+            where = [image.offset_data, image.size, caption.offset_data, caption.size]
+            metadata = members.get(METADATA_SUFFIX)
+            if metadata is not None:
+                where += [metadata.offset_data, metadata.size]
+            pairs.append(IndexedPair(shard, key, *where))
     return pairs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -81,6 +82,67 @@ def write_pairs(folder: Path, num_pairs: int, size: tuple[int, int] = (20, 14)) 
     return write_table(folder, rows)
 
 
+def write_images(folder: Path, names: Sequence[str]) -> None:
+    """Images of these names, all different; their folders are made."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = "JPEG" if name.endswith("jpg") else "PNG"
+        (folder / name).write_bytes(image_bytes(number, kind=kind))
+
+
+def write_json(path: Path, content: object) -> str:
+    """A JSON file, and its name."""
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def write_lavis(folder: Path, num_images: int) -> str:
+    """LAVIS's captions of as many images, one each; without image_id, which is that of the image then."""
+    names = [f"val2014/COCO_val2014_{i:012d}.jpg" for i in range(num_images)]
+    write_images(folder, names)
+    records = [{"image": name, "caption": f"thing number {i}"} for i, name in enumerate(names)]
+    return write_json(folder / "karpathy.json", records)
+
+
+def write_coco(folder: Path, num_images: int, captions_each: int = 1, first: int = 0) -> str:
+    """COCO's captions of images `first` and so on, in turns: the captions of an image do not lie together."""
+    numbers = range(first, first + num_images)
+    write_images(folder, [f"{i}.jpg" for i in numbers])
+    images = [{"id": i, "file_name": f"{i}.jpg", "license": 3, "height": 14, "width": 20} for i in numbers]
+    annotations = [
+        {"image_id": i, "id": 1000 * turn + i, "caption": f"thing {i}, said {turn} times"}
+        for turn in range(captions_each)
+        for i in numbers
+    ]
+    content = {"info": {"year": 2014}, "images": images, "annotations": annotations, "licenses": []}
+    return write_json(folder / f"captions{first}.json", content)
+
+
+def write_vqa(folder: Path, num_images: int, split: str = "train", first: int = 0) -> tuple[str, str]:
+    """VQAv2's questions and annotations, two of each image `first` and so on, which lie in a folder of their own."""
+    numbers = range(first, first + num_images)
+    write_images(folder, [f"{split}2014/COCO_{split}2014_{i:012d}.jpg" for i in numbers])
+    questions, annotations = [], []
+    for i in numbers:
+        for k, (question, answers, answer_type) in enumerate(
+            (("How many?", [str(i)] * 7 + ["many"] * 3, "number"), ("Is it?", ["yes"] * 10, "yes/no"))
+        ):
+            ids = {"image_id": i, "question_id": 10 * i + k}
+            questions.append({**ids, "question": question})
+            given = [
+                {"answer": a, "answer_confidence": "maybe", "answer_id": n} for n, a in enumerate(answers, 1)
+            ]
+            types = {"question_type": question.split()[0].lower(), "answer_type": answer_type}
+            annotations.append({**ids, **types, "multiple_choice_answer": answers[0], "answers": given})
+    head = {"info": {}, "license": {}, "data_subtype": f"{split}2014"}
+    return (
+        write_json(
+            folder / f"{split}_questions.json", {**head, "task_type": "Open-Ended", "questions": questions}
+        ),
+        write_json(folder / f"{split}_annotations.json", {**head, "annotations": annotations[::-1]}),
+    )
+
+
 def write_stamps(folder: Path) -> Path:
     """13 stamps in the package's form: one caption twice, one without Chinese, and a mirrored picture."""
     for i in range(13):
@@ -120,8 +182,8 @@ def digest(loader: TrainLoader, steps: int) -> str:
     """Checksum of all that the next `steps` batches hold."""
     sha = hashlib.sha256()
     for batch in take(loader, steps):
-        sha.update(repr(batch.ids).encode())
-        for tensor in (batch.images, batch.tokens, batch.labels):
+        sha.update(repr((batch.ids, batch.captions, batch.questions)).encode())
+        for tensor in (batch.images, batch.tokens, batch.labels, batch.image_ids):
             sha.update(tensor.numpy().tobytes())
     return sha.hexdigest()
 
@@ -132,6 +194,9 @@ def assert_equal_batches(got: Sequence[Batch], want: Sequence[Batch]) -> None:
     for a, b in zip(got, want, strict=True):
         assert a.ids == b.ids
         assert a.epoch == b.epoch
+        assert a.captions == b.captions
+        assert a.questions == b.questions
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.tokens, b.tokens)
         assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.image_ids, b.image_ids)

@@ -19,14 +19,16 @@ from tests.mmcore.data_fixtures import (
     image_bytes,
     spec,
     take,
+    write_coco,
+    write_lavis,
     write_pairs,
     write_shards,
     write_stamps,
     write_table,
 )
 
-SOURCES = ("digits", "stamps", "csv", "shards")
-MAP_SOURCES = ("digits", "stamps", "csv")
+SOURCES = ("digits", "stamps", "csv", "lavis", "coco", "shards")
+MAP_SOURCES = ("digits", "stamps", "csv", "lavis", "coco")
 
 
 def _open(kind: str, folder: Path, **config) -> PairData:
@@ -36,6 +38,9 @@ def _open(kind: str, folder: Path, **config) -> PairData:
         return open_data(DataConfig(data="stamps", stamps_dir=write_stamps(folder / "st"), **config), seed=0)
     if kind == "csv":
         return open_data(DataConfig(data=write_pairs(folder, 17), **config), seed=0)
+    if kind in ("lavis", "coco"):
+        write = write_lavis if kind == "lavis" else write_coco
+        return open_data(DataConfig(data=write(folder, 17), **config), seed=0)
     return open_data(DataConfig(data=write_shards(folder, 5, 6), **config), seed=0)
 
 
@@ -82,6 +87,8 @@ def test_ranks_together_see_the_batch_of_one_rank(kind: str, tmp_path: Path) -> 
         assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
         assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
         assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+        assert torch.equal(whole.image_ids, torch.cat([part.image_ids for part in parts]))
+        assert whole.captions == [c for part in parts for c in part.captions]
 
 
 @pytest.mark.parametrize("kind", MAP_SOURCES)
@@ -126,9 +133,11 @@ def test_a_batch_is_full_and_typed(kind: str, tmp_path: Path) -> None:
     assert batch.images.shape == (5, 3, 12, 12)
     assert batch.images.dtype == torch.float32
     assert batch.tokens.shape == (5, 2)
-    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-    assert batch.labels.shape == (5,)
-    assert len(batch.ids) == 5
+    assert batch.tokens.dtype == batch.labels.dtype == batch.image_ids.dtype == torch.int64
+    assert batch.labels.shape == batch.image_ids.shape == (5,)
+    assert len(batch.ids) == len(batch.captions) == 5
+    assert torch.equal(batch.tokens, fake_tokenizer(batch.captions))
+    assert batch.questions is None
     pixels = batch.images * torch.tensor(IMAGE_STD).view(3, 1, 1) + torch.tensor(IMAGE_MEAN).view(3, 1, 1)
     # float32 rounding of (x - mean) / std and back, values up to 1: two roundings each way.
     assert pixels.min() >= -4e-7
@@ -158,6 +167,32 @@ def test_the_view_of_a_sample_in_an_epoch_does_not_depend_on_the_batch_size(
         assert tokens == views[1][name][1]
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_has_one_image_id_on_all_ranks_and_in_all_epochs(
+    kind: str, workers: int, tmp_path: Path
+) -> None:
+    data = _open(kind, tmp_path)
+    of_sample: dict[str, set[int]] = {}
+    for rank in range(2):
+        loader = data.train_loader(spec(2, rank, 2, workers=workers), None)
+        for batch in take(loader, 2 * min(loader.steps_per_epoch, 20)):
+            for name, image_id in zip(batch.ids, batch.image_ids.tolist(), strict=True):
+                of_sample.setdefault(name, set()).add(image_id)
+    assert all(len(found) == 1 for found in of_sample.values())
+    # Each sample of these sources shows an image of its own.
+    assert len(set.union(*of_sample.values())) == len(of_sample)
+
+
+@pytest.mark.parametrize("kind", ["csv", "shards"])
+def test_without_a_tokenizer_captions_come_as_text_alone(kind: str, tmp_path: Path) -> None:
+    data = _open(kind, tmp_path)
+    batch = next(data.train_loader(spec(3), None))
+    assert batch.tokens.shape == (3, 0)
+    assert batch.tokens.dtype == torch.int64
+    assert set(batch.captions) <= set(data.captions())
+
+
 _DIGEST = """
 import sys
 from mmcore.data import DataConfig, open_data
@@ -168,7 +203,7 @@ for data in sys.argv[1:]:
 
 
 def test_another_process_gets_the_same_batches(tmp_path: Path) -> None:
-    names = ["digits", write_pairs(tmp_path, 17), write_shards(tmp_path, 3, 6)]
+    names = ["digits", write_pairs(tmp_path, 17), write_coco(tmp_path, 17), write_shards(tmp_path, 3, 6)]
     here = [
         digest(open_data(DataConfig(data=n), seed=0).train_loader(spec(3), fake_tokenizer), 6) for n in names
     ]

@@ -36,6 +36,11 @@ def test_an_unknown_source_tells_what_there_is() -> None:
         ("x.tar", {"csv_img_key": "img"}),
         ("x.tar", {"csv_caption_key": "text"}),
         ("x.tar", {"val_fraction": 0.5}),
+        ("x.csv", {"image_root": "x"}),
+        ("digits", {"annotations": "x.json"}),
+        ("x.tar", {"val_annotations": "x.json"}),
+        ("x.json", {"csv_separator": ","}),
+        ("x.json", {"num_samples": 5}),
     ],
 )
 def test_a_setting_without_effect_is_refused(data: str, change: dict) -> None:

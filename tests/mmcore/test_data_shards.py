@@ -119,6 +119,17 @@ def test_a_small_buffer_resumes_exactly_amid_broken_records(
         (lambda: [("x.txt", b"alone")], "no image"),
         (lambda: [("x.jpg", image_bytes(0)), ("x.txt", b" \n")], "empty caption"),
         (lambda: [("x.jpg", image_bytes(0)), ("x.txt", b"\xff\xfe\xff")], "caption is not UTF-8"),
+        (lambda: [*_pair("x"), ("x.json", b"{image_id: 1}")], "metadata is not JSON"),
+        (lambda: [*_pair("x"), ("x.json", b"[" * 100_000)], "metadata is not JSON"),
+        (lambda: [*_pair("x"), ("x.json", b"[1]")], "metadata is not JSON"),
+        (
+            lambda: [*_pair("x"), ("x.json", b'{"image_id": 1.5}')],
+            "image_id is neither text nor a whole number",
+        ),
+        (
+            lambda: [*_pair("x"), ("x.json", b'{"image_id": ""}')],
+            "image_id is neither text nor a whole number",
+        ),
         (lambda: [("x.jpg", b""), ("x.txt", b"y")], "empty file"),
         (lambda: [("x.jpg", b"GIF?"), ("x.txt", b"y")], "not an image"),
         (lambda: [("x.jpg", image_bytes(0, (64, 64), "JPEG")[:400]), ("x.txt", b"y")], "damaged image"),
@@ -133,6 +144,23 @@ def test_a_bad_member_is_counted_by_its_reason_and_never_trained_on(
     assert all(i.startswith("x.tar:ok") for batch in batches for i in batch.ids)
     assert set(loader.broken) == {reason}
     assert 5 <= loader.broken[reason] <= 6
+
+
+def test_the_image_id_is_that_of_the_json_member_or_else_the_samples_own(tmp_path: Path) -> None:
+    ids = [b'{"image_id": 7}', b'{"image_id": "7", "url": "x"}', b'{"image_id": null}', b'{"key": "x"}', None]
+    for shard in range(2):
+        members = []
+        for i, metadata in enumerate(ids):
+            members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", b"a caption")]
+            members += [(f"{i}.json", metadata)] if metadata is not None else []
+        write_tar(tmp_path / f"{shard}.tar", members)
+    data = open_data(DataConfig(data=str(tmp_path / "{0..1}.tar")), seed=0)
+    batch = next(data.train_loader(spec(10), None))
+    image_ids = dict(zip(batch.ids, batch.image_ids.tolist(), strict=True))
+    shared = {image_ids[f"{shard}.tar:{i}"] for shard in range(2) for i in range(2)}
+    assert len(shared) == 1
+    # Samples of the same key in two shards are two images.
+    assert len(set(image_ids.values()) - shared) == 6
 
 
 def test_a_member_above_the_size_limit_is_refused_unread(
@@ -231,6 +259,42 @@ def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> No
     assert held_out.labels is None
     assert [i for _, indices in held_out.batches(3, 8) for i in indices.tolist()] == list(range(8))
     assert held_out.raw_image(1).size == (20, 14)
+
+
+def test_names_and_image_ids_that_are_no_unicode_train(tmp_path: Path) -> None:
+    members = []
+    for i, name in enumerate(["a", "b\udcff", "c\udcfe"]):  # how Python reads bytes that are not UTF-8
+        members += [(f"{name}.jpg", image_bytes(i)), (f"{name}.txt", b"a caption")]
+    members += [("c\udcfe.json", b'{"image_id": "\\ud800"}')]
+    data = open_data(DataConfig(data=str(write_tar(tmp_path / "x.tar", members))), seed=0)
+    loader = data.train_loader(spec(3), fake_tokenizer)
+    assert len(set(next(loader).image_ids.tolist())) == 3
+    assert loader.broken == {}
+
+
+def test_held_out_shards_of_one_file_name_in_two_folders_are_not_mixed_up(tmp_path: Path) -> None:
+    for name in ("train", "a", "b"):
+        (tmp_path / name).mkdir()
+    for name in "ab":
+        write_shards(tmp_path / name, 1, 3)
+    train = write_shards(tmp_path / "train", 1, 3)
+    data = open_data(DataConfig(data=train, val_data=str(tmp_path / "{a,b}" / "000.tar")), seed=0)
+    assert data.val is not None
+    assert len(data.val) == 6
+
+
+def test_held_out_samples_of_one_image_id_are_one_image(tmp_path: Path) -> None:
+    members = []
+    for i, metadata in enumerate(
+        [b'{"image_id": 7}', b'{"image_id": 8}', b'{"image_id": 7}', None, b"{}", b""]
+    ):
+        members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", f"caption {i}".encode())]
+        members += [(f"{i}.json", metadata)] if metadata is not None else []
+    val = write_tar(tmp_path / "val.tar", members)
+    data = open_data(DataConfig(data=write_shards(tmp_path, 2, 3), val_data=str(val), max_broken=0.2), seed=0)
+    assert data.val is not None
+    assert data.val.captions == [["caption 0", "caption 2"], ["caption 1"], ["caption 3"], ["caption 4"]]
+    assert list(data.val.indices) == [0, 1, 3, 4]
 
 
 def test_more_streams_than_shards_are_refused(tmp_path: Path) -> None:
