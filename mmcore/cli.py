@@ -11,17 +11,19 @@ import tyro
 from mmcore.checkpoint import write_json
 from mmcore.data.images import image_processor_config
 from mmcore.errors import complain
+from mmcore.eval import blip2
 from mmcore.eval.clip import WEIGHTS, load_run, print_retrieval, print_zero_shot
+from mmcore.models.blip2_weights import save_blip2
 from mmcore.models.clip_weights import save_clip
+from mmcore.models.runs import BLIP2_STAGE1, WeightsKey, find_run
 
 _USAGE = """usage: mmcore COMMAND ...
 
   mmcore train clip [options]            train CLIP; --help explains every option
+  mmcore train blip2-stage1 [options]    train BLIP-2's Q-Former
   mmcore eval zeroshot|retrieval RUN     measure a run on its held-out pairs
   mmcore export RUN --out FOLDER         write its weights for transformers or open_clip
 """
-
-Weights = Literal["auto", "ema", "weight"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class EvalConfig:
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run's folder (its newest checkpoint is used), or one checkpoint of it."""
-    weights: Weights = "auto"
+    weights: WeightsKey = "auto"
     """ema = the averaged weights, weight = the trained ones, auto = ema where the run kept one."""
 
 
@@ -44,7 +46,7 @@ class ExportConfig:
     """Folder to write, which must not exist."""
     format: Literal["hf", "open_clip"] = "hf"
     """hf: config.json and model.safetensors, for CLIPModel.from_pretrained; open_clip: its names and config."""
-    weights: Weights = "auto"
+    weights: WeightsKey = "auto"
     """ema = the averaged weights, weight = the trained ones, auto = ema where the run kept one."""
 
 
@@ -59,18 +61,29 @@ def _eval(arguments: list[str]) -> None:
         got = f"got {arguments[0]!r}" if arguments else "got nothing"
         raise ValueError(f"mmcore eval must be followed by zeroshot or retrieval, {got}")
     config = tyro.cli(EvalConfig, args=arguments[1:], prog=f"mmcore eval {arguments[0]}")
-    kinds[arguments[0]](load_run(config.run, config.weights))
+    if arguments[0] == "retrieval" and find_run(config.run).recipe == BLIP2_STAGE1:
+        blip2.print_measured(blip2.load_run(config.run, config.weights))
+    else:
+        kinds[arguments[0]](load_run(config.run, config.weights))
 
 
 def _export(arguments: list[str]) -> None:
     config = tyro.cli(ExportConfig, args=arguments, prog="mmcore export")
-    run = load_run(config.run, config.weights)
-    save_clip(run.model, config.out, format=config.format)
-    run.tokenizer.save(config.out)
+    if find_run(config.run).recipe == BLIP2_STAGE1:
+        if config.format != "hf":
+            raise ValueError(f"--format must be hf for a run of {BLIP2_STAGE1}, got {config.format}")
+        trained = blip2.load_run(config.run, config.weights)
+        save_blip2(trained.model, config.out)
+        trained.wordpiece.save(config.out)
+        size, step, weights = trained.model.config.vision.image_size, trained.step, trained.weights
+    else:
+        run = load_run(config.run, config.weights)
+        save_clip(run.model, config.out, format=config.format)
+        run.tokenizer.save(config.out)
+        size, step, weights = run.model.config.vision.image_size, run.step, run.weights
     if config.format == "hf":
-        size = run.model.config.vision.image_size
         write_json(config.out / "preprocessor_config.json", image_processor_config(size))
-    print(f"{WEIGHTS[run.weights]} of step {run.step} written to {config.out} ({config.format})")
+    print(f"{WEIGHTS[weights]} of step {step} written to {config.out} ({config.format})")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -305,6 +305,20 @@ def qformer_itg(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
     return Intervals(num_queries + max_text, torch.zeros_like(hi), hi)
 
 
+def qformer_pairs(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
+    """Contrastive and generation mask at once, over `[queries; text; text to generate]`: the queries see themselves,
+    the text itself, the other text the queries and, causally, itself; see `qformer_itc`."""
+    op, length = "masks.qformer_pairs", num_queries + 2 * max_text
+    seen = _lengths(op, "num_text", num_text, max_text)[:, None]
+    place = torch.arange(length, device=num_text.device, dtype=torch.int32)
+    second = num_queries + max_text
+    is_query, is_second = place < num_queries, place >= second
+    lo = torch.where(is_query | is_second, 0, num_queries).int().expand(len(seen), -1)
+    hi = torch.where(is_query | is_second, num_queries, num_queries + seen).int()
+    hi2 = torch.where(is_second, torch.minimum(second + seen, place + 1), second).int()
+    return Intervals(length, lo, hi, torch.full_like(hi2, second), hi2)
+
+
 def dense(values: Tensor) -> Dense:
     """Any mask: bool, True where a query sees a key, or floating point, added to the logits.
 

@@ -103,7 +103,7 @@ def open_digits(val_fraction: float, seed: int) -> tuple[Digits, Digits | None]:
 def digit_captions(scans: Digits) -> EvalSet:
     """Held-out scans with the caption of the first template, and their classes."""
     captions = [[DIGIT_TEMPLATES[0].format(DIGIT_NAMES[c])] for c in scans.classes]
-    return EvalSet(scans, range(len(scans)), captions, labels=scans.classes)
+    return EvalSet(scans, range(len(scans)), captions, labels=scans.classes, labels_match=True)
 
 
 def digit_questions(scans: Digits) -> QuestionSet:

@@ -35,7 +35,7 @@ class Question:
     answer_type: str | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class QuestionSet:
     """Questions with an image each; as a PairSource, the caption is an answer.
 

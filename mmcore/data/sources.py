@@ -135,6 +135,7 @@ class EvalSet:
         captions: the captions of each image, one or several.
         labels: class of each image as an index into the class names, or None where there are no classes.
         max_broken: share of broken images above which `batches` raises.
+        labels_match: an image's captions are right for every image of its class.
     """
 
     source: ImageSource
@@ -142,6 +143,7 @@ class EvalSet:
     captions: list[list[str]]
     labels: list[int] | None = None
     max_broken: float = 0.0
+    labels_match: bool = False
     broken: dict[str, int] = field(default_factory=dict)
     """Broken images met in the latest pass of `batches`, by reason."""
 

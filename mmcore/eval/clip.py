@@ -1,21 +1,20 @@
 """What `mmcore eval` and the end of a training run do with a CLIP: numbers on held-out pairs, and pictures."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmcore import checkpoint
 from mmcore.data import DataConfig, PairData, open_data
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 from mmcore.eval.pictures import plot_curves, plot_retrieval
 from mmcore.eval.retrieval import Relevance, relevance_of, retrieval_recall
 from mmcore.eval.zeroshot import top_k_accuracy, zero_shot_weights
-from mmcore.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from mmcore.models.clip import CLIP
+from mmcore.models.runs import WeightsKey, clip_of, find_run
 
 BATCH_SIZE = 256
 NUM_QUERIES = 8
@@ -38,32 +37,20 @@ class TrainedClip:
     data: PairData
 
 
-def load_run(where: Path, weights: Literal["auto", "ema", "weight"] = "auto") -> TrainedClip:
+def load_run(where: Path, weights: WeightsKey = "auto") -> TrainedClip:
     """Reads a run's newest checkpoint (or the one given), its tokenizer and its data.
 
     Raises:
         ValueError: no checkpoint, a damaged one, no such weights in it.
     """
-    if not where.exists():
-        raise ValueError(
-            f"RUN must be a run's folder or one of its checkpoints, got {where}, which does not exist"
-        )
-    found = checkpoint.find(where)
-    checkpoint.verify(found)
-    folder = found.parents[1]
-    saved = json.loads((folder / "config.json").read_text())
-    shape = saved["model"]
-    config = CLIPConfig(
-        **{**shape, "vision": VisionConfig(**shape["vision"]), "text": TextConfig(**shape["text"])}
-    )
-    key = ("ema" if any(found.glob("ema-*.safetensors")) else "weight") if weights == "auto" else weights
-    model = CLIP(config)
-    model.load_state_dict(dict(checkpoint.tensors(found, key)))
+    run = find_run(where, weights)
+    model, saved = clip_of(run), run.saved
     settings = saved["settings"]["data"]
     settings["stamps_dir"] = settings["stamps_dir"] and Path(settings["stamps_dir"])
     data = open_data(DataConfig(**settings), seed=saved["settings"]["run"]["seed"])
-    step = json.loads((found / "state.json").read_text())["step"]
-    return TrainedClip(folder, step, key, model.eval(), load_tokenizer(folder / "tokenizer"), data)
+    return TrainedClip(
+        run.folder, run.step, run.key, model.eval(), load_tokenizer(run.folder / "tokenizer"), data
+    )
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,42 @@ def retrieval_recall(
     return out
 
 
+def recall_of_scores(
+    image_to_text: Tensor, text_to_image: Tensor, relevance: Relevance, *, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """`retrieval_recall` of scores that no inner product gives, such as re-ranked ones.
+
+    Args:
+        image_to_text: [I, N] floating point.
+        text_to_image: [N, I].
+        relevance: of I images and N captions.
+        ks: ranks.
+
+    Returns:
+        As `retrieval_recall`.
+
+    Raises:
+        ValueError: shapes that do not fit, a score that is NaN.
+    """
+    op, sizes = "recall_of_scores", (relevance.num_images, len(relevance.group))
+    check_ks(op, ks)
+    out: dict[str, float] = {}
+    directions = (
+        ("image_to_text", image_to_text, sizes, relevance.texts_of_images),
+        ("text_to_image", text_to_image, sizes[::-1], relevance.images_of_texts),
+    )
+    for name, scores, shape, rows in directions:
+        if scores.shape != shape or scores.isnan().any():
+            raise ValueError(f"{op}: {name} must be {list(shape)} without NaN, got {list(scores.shape)}")
+        right = rows(0, len(scores)).to(scores.device)
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        above, num_right = ((scores >= best) & ~right).sum(dim=1), right.sum(dim=1)
+        for k in ks:
+            out[f"{name}_R@{k}"] = (above < k).double().mean().item()
+            out[f"{name}_chance_R@{k}"] = _chance(num_right, shape[1], k)
+    return out
+
+
 def _chance(num_right: Tensor, num_candidates: int, k: int) -> float:
     """Mean over queries of 1 - C(N - r, k) / C(N, k), as a product of k ratios."""
     drawn = torch.arange(min(k, num_candidates), dtype=torch.float64)

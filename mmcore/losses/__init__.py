@@ -2,6 +2,14 @@
 
 from mmcore.losses.contrastive import global_contrastive_loss
 from mmcore.losses.drop_in import BackpropType, ClipLoss, ContrastiveLossWithTemperature, SigLipLoss
+from mmcore.losses.matching import (
+    Negatives,
+    fetch_rows,
+    global_ratio,
+    hard_negatives,
+    matching_loss,
+    pair_labels,
+)
 from mmcore.losses.sigmoid import global_sigmoid_loss
 from mmcore.losses.token import global_token_contrastive_loss
 
@@ -9,8 +17,14 @@ __all__ = [
     "BackpropType",
     "ClipLoss",
     "ContrastiveLossWithTemperature",
+    "Negatives",
     "SigLipLoss",
+    "fetch_rows",
     "global_contrastive_loss",
+    "global_ratio",
     "global_sigmoid_loss",
     "global_token_contrastive_loss",
+    "hard_negatives",
+    "matching_loss",
+    "pair_labels",
 ]

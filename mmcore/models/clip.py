@@ -7,56 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.nn import ACTIVATIONS, Transformer
+from mmcore.models.vit import VisionConfig, ViT, check_tower
+from mmcore.nn import Transformer
 
 # transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
 LEGACY_EOS_TOKEN_ID = 2
 _DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
-
-
-def _check_tower(owner: str, width: int, num_heads: int, activation: str, **sizes: int) -> None:
-    for name, value in {"width": width, "num_heads": num_heads, **sizes}.items():
-        if value < 1:
-            raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
-    if width % num_heads:
-        raise ValueError(f"{owner}: num_heads must divide width {width}, got {num_heads}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{owner}: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Shape of the image tower: square images of `image_size` pixels, patches of `patch_size` pixels."""
-
-    image_size: int = 224
-    patch_size: int = 32
-    width: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    activation: str = "gelu"
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        _check_tower(
-            "VisionConfig",
-            self.width,
-            self.num_heads,
-            self.activation,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_layers=self.num_layers,
-            mlp_dim=self.mlp_dim,
-        )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"VisionConfig: image_size must be a multiple of patch_size {self.patch_size}, "
-                f"got {self.image_size}"
-            )
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +34,7 @@ class TextConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        _check_tower(
+        check_tower(
             "TextConfig",
             self.width,
             self.num_heads,
@@ -123,42 +79,18 @@ def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
     return (tokens == eos_token_id).int().argmax(dim=-1)
 
 
-class VisionTower(nn.Module):
+class VisionTower(ViT):
     """ViT with a class token: images [B, 3, S, S] to embeddings [B, E], not yet normalised."""
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
-        super().__init__()
-        self.image_size = config.image_size
-        width = config.width
-        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.position_embedding = nn.Parameter(torch.randn(config.num_patches + 1, width) * width**-0.5)
-        self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps)
-        self.transformer = Transformer(
-            width,
-            config.num_layers,
-            config.num_heads,
-            config.mlp_dim,
-            is_causal=False,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-        )
-        self.norm_post = nn.LayerNorm(width, eps=config.norm_eps)
-        self.proj = nn.Linear(width, embed_dim, bias=False)
-        nn.init.normal_(self.proj.weight, std=width**-0.5)
+        super().__init__(config)
+        self.norm_post = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        nn.init.normal_(self.proj.weight, std=config.width**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] to [B, E]."""
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"CLIP: images must be [B, 3, {size}, {size}], got {list(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"CLIP: images must be floating point, got {images.dtype}")
-        x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [B, D, S / P, S / P]
-        x = x.flatten(2).transpose(1, 2)  # [B, P, D]
-        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
-        x = self.transformer(self.norm_pre(x + self.position_embedding))
-        return self.proj(self.norm_post(x[:, 0]))
+        return self.proj(self.norm_post(super().forward(images)[:, 0]))
 
 
 class TextTower(nn.Module):

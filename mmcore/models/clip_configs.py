@@ -3,7 +3,8 @@
 import difflib
 from dataclasses import replace
 
-from mmcore.models.clip import CLIPConfig, TextConfig, VisionConfig
+from mmcore.models.clip import CLIPConfig, TextConfig
+from mmcore.models.vit import VisionConfig
 
 
 def _vit(embed_dim: int, text_width: int, vision: VisionConfig, activation: str) -> CLIPConfig:

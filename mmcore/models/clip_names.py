@@ -7,10 +7,11 @@ three layers; open_clip keeps them fused but stores both projections as [D, E], 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mmcore.models.clip import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig, VisionConfig
+from mmcore.models.clip import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig
+from mmcore.models.names import Names, to_ours, to_theirs
+from mmcore.models.vit import VisionConfig
 
 _OPEN_CLIP_NORM_EPS = 1e-5
 _TRANSPOSED_IN_OPEN_CLIP = ("visual.proj.weight", "text.proj.weight")
@@ -103,39 +104,14 @@ def open_clip_names(config: CLIPConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _export(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    out = {}
-    for ours, theirs in names.items():
-        for name, part in zip(theirs, state[ours].detach().cpu().chunk(len(theirs))):
-            out[name] = part.contiguous()
-    out["logit_scale"] = out["logit_scale"].reshape(())
-    return out
+def _export(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    out = to_theirs(state, names)
+    return out | {"logit_scale": out["logit_scale"].reshape(())}
 
 
-def _import(
-    state: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], what: str
-) -> dict[str, Tensor]:
-    wanted = [name for theirs in names.values() for name in theirs]
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        raise ValueError(f"load_clip: {what} must hold every weight of the model, missing {_some(missing)}")
-    unknown = sorted(set(state) - set(wanted))
-    if unknown:
-        raise ValueError(f"load_clip: {what} must hold this model's weights only, got also {_some(unknown)}")
-    out = {}
-    for ours, theirs in names.items():
-        parts = [state[name].to(torch.float32) for name in theirs]
-        shapes = {tuple(part.shape) for part in parts}
-        if len(parts) > 1 and len(shapes) > 1:
-            raise ValueError(f"load_clip: {what} must hold q, k, v of one shape in {theirs[0]}, got {shapes}")
-        out[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    out["logit_scale"] = out["logit_scale"].reshape(-1)
-    return out
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def _import(state: Mapping[str, Tensor], names: Names, what: str) -> dict[str, Tensor]:
+    out = to_ours("load_clip", state, names, what)
+    return out | {"logit_scale": out["logit_scale"].reshape(-1)}
 
 
 def to_hf(state: Mapping[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:

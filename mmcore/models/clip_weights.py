@@ -112,13 +112,24 @@ def save_clip(
     else:
         tensors, raw = clip_names.to_open_clip(state, model.config), clip_names.open_clip_config(model.config)
     layout = _LAYOUTS[format]
+    write_model(folder, tensors, raw, layout.safetensors, layout.config)
+
+
+def write_model(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    weights_name: str = "model.safetensors",
+    config_name: str = "config.json",
+) -> None:
+    """Writes a new folder with weights and configuration; it appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / folder.name
         staged.mkdir()
         # from_pretrained reads the framework from the metadata
-        save_file(tensors, staged / layout.safetensors, metadata={"format": "pt"})
-        (staged / layout.config).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        save_file(dict(tensors), staged / weights_name, metadata={"format": "pt"})
+        (staged / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in staged.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())

@@ -1,7 +1,7 @@
 """Building blocks of the models: attention of every kind, transformer blocks, position embeddings, momentum."""
 
-from mmcore.nn.attention import Attention
-from mmcore.nn.cross import CrossAttention, KeyValues, shared_keys_values
+from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
+from mmcore.nn.cross import CrossAttention, shared_keys_values
 from mmcore.nn.gated import GatedCrossAttentionBlock
 from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
@@ -21,6 +21,7 @@ __all__ = [
     "CrossAttention",
     "FeatureQueue",
     "GatedCrossAttentionBlock",
+    "KeyValueCache",
     "KeyValues",
     "MomentumEncoder",
     "MultiwayBlock",

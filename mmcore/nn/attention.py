@@ -1,8 +1,32 @@
 """Self-attention, and what every attention module checks."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from mmcore.ops import attention, masks, require
+
+
+class KeyValues(NamedTuple):
+    """Projected states."""
+
+    k: Tensor  # [B, Lk, Hkv, K]
+    v: Tensor  # [B, Lk, Hkv, K]
+
+
+class KeyValueCache:
+    """The keys and values of the tokens that a layer has seen, for those that come after them."""
+
+    def __init__(self) -> None:
+        self.held: KeyValues | None = None
+
+    def extended(self, new: KeyValues) -> KeyValues:
+        """All so far and the new ones, held from now on."""
+        if self.held is not None:
+            new = KeyValues(*(torch.cat(pair, 1) for pair in zip(self.held, new, strict=True)))
+        self.held = new
+        return new
 
 
 class Attention(nn.Module):
@@ -27,13 +51,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: masks.Mask | None = None) -> Tensor:
-        """Attention among the tokens of a row.
+    def forward(
+        self, x: Tensor, mask: masks.Mask | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Attention among the tokens of a row, and to those of a cache before them.
 
         Args:
             x: [B, T, D].
-            mask: of `mmkernels.masks`, for T queries and T keys; with `is_causal` it narrows the causal one, and
-                must be intervals (`masks.lengths` for padding). A token that sees nothing gets `out`'s bias.
+            mask: of `mmkernels.masks`, for T queries and T keys, with a cache for the keys of both; with
+                `is_causal` it narrows the causal one, and must be intervals (`masks.lengths` for padding). A
+                token that sees nothing gets `out`'s bias.
+            cache: of what came before, to which `x` is added.
 
         Returns:
             [B, T, D].
@@ -42,15 +70,17 @@ class Attention(nn.Module):
             ValueError: a wrong shape or mask.
         """
         check_tokens("Attention", "x", x, self.qkv.in_features)
-        if self.is_causal:
-            mask = self._causal(x, mask)
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, T, H, K]
+        if cache is not None:
+            k, v = cache.extended(KeyValues(k, v))
+        if self.is_causal:
+            mask = self._causal(x, k.shape[1], mask)
         y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.flatten(2))
 
     @staticmethod
-    def _causal(x: Tensor, mask: masks.Mask | None) -> masks.Intervals:
-        causal = masks.causal(x.shape[1], device=x.device)
+    def _causal(x: Tensor, num_keys: int, mask: masks.Mask | None) -> masks.Intervals:
+        causal = masks.causal(x.shape[1], num_keys, device=x.device)
         if mask is None:
             return causal
         if isinstance(mask, masks.Dense):

@@ -1,21 +1,13 @@
 """Attention to the states of an encoder, whose keys and values can be computed once for many calls and layers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.nn.attention import check_dropout, check_tokens
+from mmcore.nn.attention import KeyValues, check_dropout, check_tokens
 from mmcore.ops import attention, masks, require
-
-
-class KeyValues(NamedTuple):
-    """Projected states."""
-
-    k: Tensor  # [B, Lk, Hkv, K]
-    v: Tensor  # [B, Lk, Hkv, K]
 
 
 class HeadNorm(nn.RMSNorm):

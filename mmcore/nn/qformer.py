@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from mmcore.nn.attention import Attention
-from mmcore.nn.cross import CrossAttention, KeyValues
+from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
+from mmcore.nn.cross import CrossAttention
 from mmcore.nn.mlp import MLP
 from mmcore.ops import masks
 
@@ -74,6 +74,7 @@ class QFormerBlock(nn.Module):
         num_queries: int | None = None,
         mask: masks.Mask | None = None,
         image_mask: masks.Mask | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """One layer over `[queries; text]`.
 
@@ -83,6 +84,7 @@ class QFormerBlock(nn.Module):
             num_queries: Q, 0 for text alone; None = all of `x`.
             mask: among queries and text, such as `mmkernels.masks.qformer_itc`, `_itm` or `_itg`.
             image_mask: for Q queries and P keys.
+            cache: of queries and text that came before; `mask` is then for the keys of both.
 
         Returns:
             [B, Q + T, D].
@@ -91,7 +93,7 @@ class QFormerBlock(nn.Module):
             ValueError: a wrong shape or mask; text or an image missing or unexpected.
         """
         num_queries = x.shape[1] if num_queries is None else num_queries
-        x = self.attn_norm(x, self.attn(x, mask))
+        x = self.attn_norm(x, self.attn(x, mask, cache))
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if self.cross is not None and num_queries > 0:
             if image is None:

@@ -222,11 +222,11 @@ class Engine:
         """DeepSpeed's own engine, such as `mmcore.ema.EMA` takes."""
         return self._engine
 
-    def __call__(self, images: Tensor | None, *inputs: Tensor | None) -> Any:
-        """The model's forward; images are cast to bf16 where the weights are bf16."""
-        if images is not None and self.precision == "bf16":
-            images = images.to(torch.bfloat16)
-        return self._engine(images, *inputs)
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's forward; where the weights are bf16, tensors in floating point are cast to it."""
+        if self.precision == "bf16":
+            inputs = tuple(_cast(x) for x in inputs)
+        return self._engine(*inputs)
 
     @contextmanager
     def eval(self) -> Iterator[None]:
@@ -293,3 +293,7 @@ class Engine:
     def close(self) -> None:
         """Frees the engine's hooks and buffers."""
         self._engine.destroy()
+
+
+def _cast(x: Any) -> Any:
+    return x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -3,12 +3,20 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 import tyro
 
 from mmcore.errors import complain
+from mmcore.train.blip2 import Blip2Stage1Config, train_blip2_stage1
 from mmcore.train.clip import ClipConfig, train_clip
+
+RECIPES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
+    "clip": (ClipConfig, train_clip),
+    "blip2-stage1": (Blip2Stage1Config, train_blip2_stage1),
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -20,10 +28,13 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     config = tyro.extras.subcommand_cli_from_dict(
-        {"clip": ClipConfig}, args=arguments, prog="mmcore train", config=(tyro.conf.OmitArgPrefixes,)
+        {name: config for name, (config, _) in RECIPES.items()},
+        args=arguments,
+        prog="mmcore train",
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     try:
-        train_clip(config)
+        RECIPES[arguments[0]][1](config)
         code = 0
     except (ValueError, OSError) as error:
         code = complain(error, 2)

@@ -1,4 +1,4 @@
-"""The settings of AdamW and its average, CLIP's parameter groups and schedule."""
+"""The settings of AdamW and its average, the parameter groups and the schedule."""
 
 import math
 from dataclasses import dataclass
@@ -18,6 +18,10 @@ class OptimConfig:
 
     lr: float = 5e-4
     """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_lr: float = 0.0
+    """Learning rate that the warm-up starts from."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.98
@@ -34,6 +38,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0 or not math.isfinite(self.lr):
             raise ValueError(f"--lr must be a positive number, got {self.lr}")
+        for name in ("min_lr", "warmup_lr"):
+            if not 0 <= getattr(self, name) <= self.lr:
+                value, flag = getattr(self, name), name.replace("_", "-")
+                raise ValueError(f"--{flag} must be from 0 to --lr {self.lr}, got {value}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema must be in [0, 1), got {self.ema}")
         if self.warmup < 0:
@@ -52,8 +60,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamWEM
     )
 
 
-def clip_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """CLIP's groups: matrices decay, vectors do not, `logit_scale` is clamped to [0, ln 100] after each step."""
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable weights: matrices decay, vectors do not; CLIP's `logit_scale` stays in [0, ln 100]."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scale = [p for name, p in named if name == "logit_scale"]
     decay = [p for name, p in named if name != "logit_scale" and p.ndim > 1]
@@ -66,8 +74,13 @@ def clip_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def cosine_lr(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """The learning rate of step `step` (from 0): linear to `peak` over `warmup` steps, then cosine to 0."""
+def cosine_lr(step: int, optim: OptimConfig, total: int) -> float:
+    """The learning rate of step `step` (from 0) of `total`: linear from `warmup_lr` to `lr`, then a cosine to `min_lr`.
+
+    A tenth of the run is the longest warm-up.
+    """
+    warmup = min(optim.warmup, max(1, total // 10))
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return optim.warmup_lr + (optim.lr - optim.warmup_lr) * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * share))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcore.train.optim import OptimConfig, clip_param_groups, make_optimizer
+from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from tests.distributed import tiny
 from tests.distributed.launch import run_ranks
 
@@ -17,7 +17,7 @@ def truth() -> dict:
     """Plain PyTorch in float64 on the whole batch: the same recipe without DeepSpeed, ranks or blocks."""
     optim = OptimConfig(lr=1e-2, ema=0.99)
     model = tiny.TwoTower(torch.float64)
-    optimizer = make_optimizer(clip_param_groups(model, optim.weight_decay), optim)
+    optimizer = make_optimizer(param_groups(model, optim.weight_decay), optim)
     losses, norms = [], []
     for step in range(STEPS):
         images, tokens = tiny.batch(8, step, torch.float64)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mmcore import checkpoint
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
 from mmcore.train.gradcache import contrastive_backward
-from mmcore.train.optim import OptimConfig, clip_param_groups, make_optimizer
+from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from mmcore.train.state import read_state, restore_engine, save_state
 from tests.distributed import tiny
 from tests.distributed.launch import finish
@@ -25,7 +25,7 @@ def make_engine(
     if folder:
         model.load_state_dict(dict(checkpoint.tensors(Path(folder), "weight")))
         start = read_state(Path(folder))["step"]
-    optimizer = make_optimizer(clip_param_groups(model, OPTIM.weight_decay), OPTIM)
+    optimizer = make_optimizer(param_groups(model, OPTIM.weight_decay), OPTIM)
     config = EngineConfig(zero=zero, precision=precision, **extra)  # pyright: ignore[reportArgumentType]
     resolved, p = deepspeed_config(
         config, OPTIM, batch_size=batch_size // dist.get_world_size(), world_size=dist.get_world_size()

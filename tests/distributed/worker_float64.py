@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from mmcore.losses import global_contrastive_loss
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
-from mmcore.train.optim import OptimConfig, clip_param_groups, make_optimizer
+from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from tests.distributed import tiny
 from tests.distributed.launch import finish
 
@@ -18,7 +18,7 @@ def gradients(zero: int, rank: int, world_size: int) -> tuple[float, dict[str, l
     caught: dict[str, torch.Tensor] = {}
     for name, p in model.named_parameters():
         p.register_hook(lambda g, name=name: caught.update({name: g.detach().clone()}))
-    optimizer = make_optimizer(clip_param_groups(model, 0.2), OptimConfig())
+    optimizer = make_optimizer(param_groups(model, 0.2), OptimConfig())
     resolved, precision = deepspeed_config(
         EngineConfig(zero=zero),  # pyright: ignore[reportArgumentType]
         OptimConfig(),

@@ -146,6 +146,16 @@ class TestQFormer:
     def test_generation_hides_text_from_queries_and_from_the_text_before_it(self) -> None:
         self.expect(masks.qformer_itg(*self.arguments), lambda b, i, j: j < 3 or 3 <= j <= i)
 
+    def test_both_at_once_keep_the_text_and_the_text_to_generate_apart(self) -> None:
+        def sees(b: int, i: int, j: int) -> bool:
+            if i < 3:
+                return j < 3
+            if i < 7:
+                return 3 <= j < 3 + self.num_text[b]
+            return j < 3 or 7 <= j <= min(i, 6 + self.num_text[b])
+
+        assert_is(masks.qformer_pairs(*self.arguments), matrix(3, 11, 11, sees))
+
 
 class TestDense:
     def test_takes_two_to_four_dimensions(self) -> None:
@@ -246,6 +256,7 @@ LONG: dict[str, Callable[[], masks.Mask]] = {
     "qformer_itc": lambda: masks.qformer_itc(1000, torch.tensor([1000]), LENGTH - 1000),
     "qformer_itm": lambda: masks.qformer_itm(1000, torch.tensor([1000]), LENGTH - 1000),
     "qformer_itg": lambda: masks.qformer_itg(1000, torch.tensor([1000]), LENGTH - 1000),
+    "qformer_pairs": lambda: masks.qformer_pairs(1000, torch.tensor([1000]), LENGTH // 2 - 500),
 }
 
 
@@ -272,6 +283,7 @@ COMPILED: dict[str, tuple[Callable[..., masks.Intervals], Tensor]] = {
     "qformer_itc": (lambda x: masks.qformer_itc(3, x, 4), torch.tensor([0, 3])),
     "qformer_itm": (lambda x: masks.qformer_itm(3, x, 4), torch.tensor([0, 3])),
     "qformer_itg": (lambda x: masks.qformer_itg(3, x, 4), torch.tensor([0, 3])),
+    "qformer_pairs": (lambda x: masks.qformer_pairs(3, x, 4), torch.tensor([0, 3])),
     "joined": (lambda x: masks.lengths(x, 7, 7) & masks.causal(7, device=x.device), torch.tensor([0, 3])),
 }
 

@@ -1,0 +1,164 @@
+"""BERT's WordPiece, which BLIP-2's Q-Former reads: BERT's own vocabulary where it is given, else one learned from
+captions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+# the ids that a vocabulary of our own gives them, 0 and up
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# what a text to generate begins with: BLIP-2 adds it to BERT's vocabulary, with the highest id
+DECODER_TOKEN = "[DEC]"
+_PREFIX = "##"
+_MAX_FILE_BYTES = 64 * 2**20
+
+
+class Texts(NamedTuple):
+    """Tokens of texts, padded on the right with the padding's id."""
+
+    tokens: Tensor  # int64 [B, T]
+    num_text: Tensor  # int64 [B], how many are no padding
+
+
+class WordPiece:
+    """Texts to ids: [CLS], text, [SEP]; a truncated text keeps its [SEP]."""
+
+    def __init__(self, vocab: Sequence[str]) -> None:
+        words = [word for word in vocab if word != DECODER_TOKEN]
+        missing = [word for word in SPECIAL[:4] if word not in set(words)]
+        if missing:
+            raise ValueError(
+                f"WordPiece: the vocabulary must hold {', '.join(SPECIAL[:4])}, missing {missing[0]}"
+            )
+        if len(set(words)) != len(words):
+            raise ValueError("WordPiece: the vocabulary must hold each word once, got some twice")
+        ids = {word: i for i, word in enumerate(words)}
+        self.words = (*words, DECODER_TOKEN)
+        self.vocab_size = len(self.words)
+        self.pad_token_id, self.cls_token_id, self.sep_token_id = (
+            ids[w] for w in ("[PAD]", "[CLS]", "[SEP]")
+        )
+        self.decoder_token_id = len(words)
+        self._model = tokenizers.Tokenizer(
+            models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
+        )
+        self._model.normalizer, self._model.pre_tokenizer = _normalizer(), pre_tokenizers.BertPreTokenizer()
+        self._decoder = decoders.WordPiece(prefix=_PREFIX, cleanup=True)
+
+    def __call__(self, texts: Sequence[str], max_length: int = 32) -> Texts:
+        """Tokenize texts, lower-cased and stripped of accents, as BERT's uncased models do.
+
+        Args:
+            texts: strings; "" is allowed.
+            max_length: tokens a text, [CLS] and [SEP] included, at least 2.
+
+        Returns:
+            As long as the longest text.
+
+        Raises:
+            ValueError: one that is not a string; a length below 2.
+        """
+        if max_length < 2:
+            raise ValueError(f"WordPiece: max_length must be at least 2, got {max_length}")
+        rows = []
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"WordPiece: texts must be strings, got {text!r}")
+            # one at a time: encode_batch starts threads, which do not survive a fork into data workers
+            ids = self._model.encode(text, add_special_tokens=False).ids[: max_length - 2]
+            rows.append([self.cls_token_id, *ids, self.sep_token_id])
+        num_text = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        tokens = torch.full((len(rows), max(map(len, rows), default=2)), self.pad_token_id)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return Texts(tokens, num_text)
+
+    def padded(self, texts: Sequence[str], length: int) -> Texts:
+        """As a call, every text padded to `length`, so that the texts of all ranks are of one."""
+        tokens, num_text = self(texts, length)
+        return Texts(F.pad(tokens, (0, length - tokens.shape[1]), value=self.pad_token_id), num_text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids up to the first [SEP], without special tokens."""
+        words = []
+        for i in ids:
+            if i == self.sep_token_id:
+                break
+            if self.words[i] not in (*SPECIAL, DECODER_TOKEN):
+                words.append(self.words[i])
+        return self._decoder.decode(words)
+
+    def save(self, folder: str | Path) -> None:
+        """Write vocab.txt and tokenizer_config.json, as transformers' BertTokenizer reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocab.txt").write_text("\n".join(self.words) + "\n", encoding="utf-8")
+        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "bos_token": DECODER_TOKEN}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def train_wordpiece(captions: Sequence[str], *, vocab_size: int) -> WordPiece:
+    """Learn a vocabulary from captions; the same captions give the same one.
+
+    Args:
+        captions: at least one string.
+        vocab_size: upper bound, [DEC] included; fewer where captions are too few.
+
+    Raises:
+        ValueError: no captions, or no room for their letters.
+    """
+    if not captions:
+        raise ValueError("train_wordpiece: captions must hold at least one string, got none")
+    normalizer, splitter = _normalizer(), pre_tokenizers.BertPreTokenizer()
+    words = {w for text in captions for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    firsts, others = {w[0] for w in words}, {_PREFIX + c for w in words for c in w[1:]}
+    # given here, the letters have fixed ids; left to the trainer, their order, so the words, are random
+    known = [
+        *SPECIAL,
+        *sorted(firsts | {c[-1] for c in others}),
+        *sorted(others | {_PREFIX + c for c in firsts}),
+    ]
+    if vocab_size <= len(known):
+        raise ValueError(
+            f"train_wordpiece: vocab_size must be above {len(known)}, the captions' letters, got {vocab_size}"
+        )
+    learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalizer, splitter
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=known,
+        continuing_subword_prefix=_PREFIX,
+    )
+    learner.train_from_iterator(captions, trainer, length=len(captions))
+    ids = learner.get_vocab()
+    return WordPiece(sorted(ids, key=ids.__getitem__))
+
+
+def load_wordpiece(path: str | Path) -> WordPiece:
+    """Load a vocabulary that `WordPiece.save` or BERT's authors wrote.
+
+    Args:
+        path: vocab.txt, a word a line, or a folder with it.
+
+    Raises:
+        ValueError: nothing to load, or a file that is no vocabulary.
+    """
+    file = Path(path) / "vocab.txt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"load_wordpiece: path must be vocab.txt or a folder with it, got {path}")
+    if file.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"load_wordpiece: {file} must be at most 64 MiB, got {file.stat().st_size} bytes")
+    return WordPiece(file.read_text(encoding="utf-8").splitlines())
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.BertNormalizer(lowercase=True)

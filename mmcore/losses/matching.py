@@ -1,0 +1,168 @@
+"""Image-text matching: pairs that are hard to tell from right ones, drawn from the batches of all ranks."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmcore.losses.ranks import Group, gather_rows, global_mean, world_size_of
+from mmcore.ops import require
+
+# Similarities of a token that are held at a time: 64 MiB of float32.
+MAX_HELD = 1 << 24
+
+
+class Negatives(NamedTuple):
+    """Numbers of rows of the global batch, int64 `[m]`, -1 where every other pair is right too."""
+
+    images: Tensor  # a wrong image for each own text
+    texts: Tensor  # a wrong text for each own image
+
+
+@torch.no_grad()
+def hard_negatives(
+    tokens: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    generator: torch.Generator,
+    group: Group = None,
+) -> Negatives:
+    """Draws a wrong image for each text and a wrong text for each image, with the probability that the softmax over
+    `S_ij = logit_scale * max_q <tokens_iq, b_j>` of the global batch gives them (arXiv:2107.07651, arXiv:2301.12597).
+
+    Pairs of the same image, or of the same text, are right, on whichever ranks they are, and never drawn.
+
+    Args:
+        tokens: features `[m, Q, D]` of this rank's images, all ranks' of one Q and D.
+        b: features `[m, D]` of their texts.
+        logit_scale: the multiplier itself.
+        image_ids: int64 `[m]`, equal for equal images.
+        text_ids: int64 `[m]`, equal for equal texts.
+        generator: of the draws, on the CPU; of a seed of its own on each rank.
+        group: the data-parallel process group.
+    """
+    op, size = "hard_negatives", len(tokens)
+    for name, x in (("image_ids", image_ids), ("text_ids", text_ids)):
+        fits = x.dtype == torch.int64 and list(x.shape) == [size]
+        require(op, fits, "{} must be int64 [{}], got {} {}", name, size, x.dtype, list(x.shape))
+    counts = row_counts(size, tokens.device, group)
+    all_b, all_images, all_texts = (gathered(x, counts, group) for x in (b, image_ids, text_ids))
+    own = _similarities(tokens, all_b) * logit_scale  # [m, N]
+    is_right = (image_ids[:, None] == all_images) | (text_ids[:, None] == all_texts)
+    first = first_row(counts, group)
+    of_texts = gathered(own, counts, group)[:, first : first + size].T  # [m, N]
+    return Negatives(_drawn(of_texts, is_right, generator), _drawn(own, is_right, generator))
+
+
+@torch.no_grad()
+def pair_labels(image_ids: Tensor, text_ids: Tensor, group: Group = None) -> Tensor:
+    """Labels of this rank's pairs, int64 `[m]`: equal for those that share an image or a text, or are joined by such
+    pairs, on whichever ranks they are."""
+    counts = row_counts(len(image_ids), image_ids.device, group)
+    all_ids = torch.stack([gathered(image_ids, counts, group), gathered(text_ids, counts, group)])
+    labels = torch.arange(all_ids.shape[1], device=image_ids.device)
+    keys = [ids.unique(return_inverse=True)[1] for ids in all_ids]
+    while True:
+        before = labels
+        for key in keys:
+            least = torch.full_like(labels, len(labels)).scatter_reduce(0, key, labels, "amin")
+            labels = least[key]
+        if torch.equal(labels, before):
+            first = first_row(counts, group)
+            return labels[first : first + len(image_ids)]
+
+
+def row_counts(size: int, device: torch.device, group: Group) -> tuple[int, ...]:
+    """The ranks' numbers of rows."""
+    if world_size_of(group) == 1:
+        return (size,)
+    own = torch.tensor([size], device=device)
+    return tuple(gather_rows(own, (1,) * world_size_of(group), group).tolist())
+
+
+def first_row(counts: tuple[int, ...], group: Group) -> int:
+    """The number in the global batch of this rank's first row."""
+    return sum(counts[: dist.get_rank(group)]) if len(counts) > 1 else 0
+
+
+def gathered(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:
+    """The ranks' rows one below the other, without a gradient."""
+    return x if len(counts) == 1 else gather_rows(x, counts, group)
+
+
+@torch.no_grad()
+def fetch_rows(x: Tensor, index: Tensor, group: Group = None) -> Tensor:
+    """Rows of the global batch, from the ranks that have them; each row travels to those alone that asked for it.
+
+    Args:
+        x: `[m, ...]`, this rank's rows.
+        index: int64 `[R]`, numbers in the global batch, of which R and the ranks' m may differ by rank.
+
+    Returns:
+        `[R, ...]`, without a gradient.
+    """
+    if world_size_of(group) == 1:
+        return x[index]
+    counts = row_counts(len(x), x.device, group)
+    starts = torch.tensor(counts, device=index.device).cumsum(0) - torch.tensor(counts, device=index.device)
+    owner = torch.bucketize(index, starts, right=True) - 1
+    # ranks without rows begin where their successors do, and own nothing
+    order = owner.argsort(stable=True)
+    wanted = torch.bincount(owner, minlength=len(counts))
+    asked = torch.empty_like(wanted)
+    dist.all_to_all_single(asked, wanted, group=group)
+    sizes = asked.tolist(), wanted.tolist()
+    rows = index.new_empty(sum(sizes[0]))
+    dist.all_to_all_single(rows, (index - starts[owner])[order], *sizes, group=group)
+    sent = x[rows].contiguous()
+    found = sent.new_empty(len(index), *x.shape[1:])
+    dist.all_to_all_single(found, sent, sizes[1], sizes[0], group=group)
+    return found[order.argsort()]
+
+
+def global_ratio(total: Tensor, count: Tensor, group: Group = None) -> Tensor:
+    """The sum of the ranks' totals over that of their counts, 0 without any; its gradient as in `global_mean`.
+
+    Args:
+        total: `[]`, of this rank, differentiable.
+        count: `[]`, of this rank.
+    """
+    counted = count.detach().to(total.dtype)
+    if world_size_of(group) == 1:
+        return total / counted.clamp(min=1)
+    counted = counted.clone()
+    dist.all_reduce(counted, group=group)
+    return global_mean(total / counted.clamp(min=1), group)
+
+
+def matching_loss(logits: Tensor, is_match: Tensor, group: Group = None) -> Tensor:
+    """The cross-entropy of no and yes, averaged over the pairs of all ranks.
+
+    Args:
+        logits: `[R, 2]`.
+        is_match: bool `[R]`.
+    """
+    total = F.cross_entropy(logits.float(), is_match.long(), reduction="sum")
+    return global_ratio(total, torch.tensor(len(logits), device=logits.device), group)
+
+
+def _similarities(tokens: Tensor, b: Tensor) -> Tensor:
+    """`max_q <tokens_iq, b_j>`, float32 `[m, N]`."""
+    rows = max(1, MAX_HELD // max(1, tokens.shape[1] * len(b)))
+    parts = [(part.float() @ b.float().T).amax(1) for part in tokens.split(rows)]
+    return torch.cat(parts) if parts else tokens.new_zeros(0, len(b), dtype=torch.float32)
+
+
+def _drawn(similarities: Tensor, is_right: Tensor, generator: torch.Generator) -> Tensor:
+    """One of each row that is not right, by the softmax's probabilities: the largest of logits with Gumbel noise."""
+    uniform = torch.rand(similarities.shape, generator=generator, dtype=torch.float64).to(similarities.device)
+    if not similarities.numel():
+        return similarities.new_full((len(similarities),), -1, dtype=torch.int64)
+    noisy = similarities.double() - (-uniform.log()).log()
+    index = noisy.masked_fill(is_right, -torch.inf).argmax(1)
+    return index.masked_fill(is_right.all(1), -1)

@@ -1,0 +1,63 @@
+"""Image towers for models that read one: of a CLIP, of a run that trained one, of a BLIP-2."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmcore.models import blip2_names
+from mmcore.models.clip import CLIP
+from mmcore.models.clip_weights import load_clip
+from mmcore.models.runs import clip_of, find_run
+from mmcore.models.vit import VisionConfig, ViT
+
+
+class Tower(NamedTuple):
+    """The shape of a ViT and its weights by their names in it."""
+
+    config: VisionConfig
+    state: dict[str, Tensor]
+
+
+def load_tower(path: Path) -> Tower:
+    """Reads an image tower.
+
+    Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches.
+
+    Args:
+        path: a run of `mmcore train clip`; a folder or file of transformers or open_clip with a CLIP; or a folder of
+            transformers with a BLIP-2 (safetensors), whose tower is taken as it is.
+
+    Raises:
+        ValueError: nothing of this kind.
+    """
+    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+        return _of_clip(clip_of(find_run(path)))
+    config = path / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("model_type") == "blip-2":
+        return _of_blip2(path)
+    return _of_clip(load_clip(path))
+
+
+def _of_clip(clip: CLIP) -> Tower:
+    if clip.config.vision.num_layers < 2:
+        raise ValueError(
+            f"load_tower: a CLIP's tower must have 2 layers or more, got {clip.config.vision.num_layers}"
+        )
+    config = replace(clip.config.vision, num_layers=clip.config.vision.num_layers - 1)
+    wanted = ViT(config).state_dict().keys()
+    return Tower(config, {name: x for name, x in clip.visual.state_dict().items() if name in wanted})
+
+
+def _of_blip2(folder: Path) -> Tower:
+    config = blip2_names.vision_config_from_hf(
+        json.loads((folder / "config.json").read_text())["vision_config"]
+    )
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    state = blip2_names.tower_from_hf(tensors, config)
+    return Tower(config, state)

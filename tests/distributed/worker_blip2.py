@@ -1,0 +1,168 @@
+"""BLIP-2's first stage on these ranks: rows from others, hard negatives, a whole step's losses and gradients."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcore.data.wordpiece import Texts
+from mmcore.losses import fetch_rows, global_token_contrastive_loss, hard_negatives, pair_labels
+from mmcore.models.blip2 import BLIP2, BLIP2Config
+from mmcore.models.qformer import QFormerConfig
+from mmcore.models.vit import VisionConfig
+from mmcore.train.blip2_stage1 import stage1_backward
+from tests.distributed.launch import finish
+
+SIZE, LENGTH, VOCAB = 8, 6, 50
+# pairs 1 and 5 show one image, 2 and 6 have one caption, 5 and 6 join the two
+IMAGE_IDS = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])
+TEXT_IDS = torch.tensor([10, 11, 12, 13, 14, 15, 12, 17])
+
+
+class Plain:
+    """A model as an engine runs it, without DeepSpeed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.model(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+def model() -> BLIP2:
+    torch.manual_seed(0)
+    vision = VisionConfig(image_size=16, patch_size=8, width=24, num_layers=1, num_heads=2, mlp_dim=48)
+    qformer = QFormerConfig(
+        num_queries=3,
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        mlp_dim=32,
+        image_width=24,
+        vocab_size=VOCAB,
+        max_text=10,
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
+    # so small a temperature leaves nothing to chance
+    config = BLIP2Config(vision, qformer, embed_dim=8, decoder_token_id=VOCAB - 1, init_temperature=1e-3)
+    found = BLIP2(config).double().train()
+    with torch.no_grad():
+        for p in found.parameters():
+            p.add_(0.3 * torch.randn_like(p)) if p.numel() > 1 else None
+    return found
+
+
+def batch() -> tuple[Tensor, Texts]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(SIZE, 3, 16, 16, generator=generator, dtype=torch.float64)
+    num_text = torch.randint(2, LENGTH + 1, (SIZE,), generator=generator)
+    tokens = torch.randint(1, VOCAB - 1, (SIZE, LENGTH), generator=generator)
+    return images, Texts(tokens.masked_fill(torch.arange(LENGTH) >= num_text[:, None], 0), num_text)
+
+
+def step(rows: slice) -> dict[str, Any]:
+    """Losses, and the mean over ranks of the gradients of all of them."""
+    blip2, (images, texts) = model(), batch()
+    generator = torch.Generator().manual_seed(7 + dist.get_rank())
+    losses = stage1_backward(
+        Plain(blip2),
+        images[rows],
+        Texts(*(x[rows] for x in texts)),
+        image_ids=IMAGE_IDS[rows],
+        text_ids=TEXT_IDS[rows],
+        generator=generator,
+    )
+    grads = {}
+    for name, p in blip2.named_parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            grads[name] = (p.grad / dist.get_world_size()).tolist()
+    return {"losses": {name: x.item() for name, x in losses.items()}, "grads": grads}
+
+
+def lavis(tokens: Tensor, b: Tensor, rows: slice) -> Tensor:
+    """LAVIS's contrastive loss: on more than one rank features are gathered without their gradients."""
+    world_size = dist.get_world_size()
+    all_tokens, all_b = [tokens], [b]
+    if world_size > 1:
+        all_tokens, all_b = ([torch.empty_like(x) for _ in range(world_size)] for x in (tokens, b))
+        dist.all_gather(all_tokens, tokens.detach().contiguous())
+        dist.all_gather(all_b, b.detach().contiguous())
+    i2t = torch.einsum("mqd,nd->mnq", tokens, torch.cat(all_b)).amax(2) / 0.07
+    t2i = torch.einsum("md,nqd->mnq", b, torch.cat(all_tokens)).amax(2) / 0.07
+    targets = torch.arange(SIZE)[rows]
+    parts = (F.cross_entropy(x, targets, label_smoothing=0.1) for x in (i2t, t2i))
+    return sum(parts, torch.zeros(())) / 2
+
+
+def contrast(rows: slice) -> dict[str, list[float]]:
+    """Gradients of the features' common factor, averaged over ranks: ours and LAVIS's."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = F.normalize(torch.randn(SIZE, 3, 8, generator=generator, dtype=torch.float64), dim=-1)[rows]
+    b = F.normalize(torch.randn(SIZE, 8, generator=generator, dtype=torch.float64), dim=-1)[rows]
+    found = {}
+    for name in ("ours", "lavis"):
+        factor = torch.ones(8, dtype=torch.float64, requires_grad=True)
+        features = tokens * factor, b * factor
+        if name == "ours":
+            loss = global_token_contrastive_loss(*features, 1 / 0.07, label_smoothing=0.1)
+        else:
+            loss = lavis(*features, rows)
+        loss.backward()
+        assert factor.grad is not None
+        dist.all_reduce(factor.grad)
+        found[name] = (factor.grad / dist.get_world_size()).tolist()
+    return found
+
+
+def negatives(rows: slice, draws: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = F.normalize(torch.randn(SIZE, 3, 8, generator=generator), dim=-1)[rows]
+    b = F.normalize(torch.randn(SIZE, 8, generator=generator), dim=-1)[rows]
+    mine = torch.Generator().manual_seed(dist.get_rank())
+    ids = {"image_ids": IMAGE_IDS[rows], "text_ids": TEXT_IDS[rows], "generator": mine}
+    drawn = [hard_negatives(tokens, b, 5.0, **ids) for _ in range(draws)]
+    return {name: [getattr(x, name).tolist() for x in drawn] for name in ("images", "texts")}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = SIZE // world_size
+    rows = slice(rank * share, (rank + 1) * share)
+    table = torch.arange(5 * SIZE).view(SIZE, 5).to(torch.bfloat16)
+    wanted = torch.tensor([7, 0, 3, 3, 6, 1])[rank:]
+    # ranks of different sizes, the first without any
+    uneven = [0, *([1] * (world_size - 2)), SIZE - world_size + 2] if world_size > 1 else [SIZE]
+    first = sum(uneven[:rank])
+    result = {
+        "fetched": fetch_rows(table[rows], wanted).tolist(),
+        "uneven": fetch_rows(table[first : first + uneven[rank]], wanted).tolist(),
+        "nothing": list(fetch_rows(table[rows], wanted[:0]).shape),
+        "wanted": table[wanted].tolist(),
+        "labels": pair_labels(IMAGE_IDS[rows], TEXT_IDS[rows]).tolist(),
+        "all the same": hard_negatives(
+            torch.ones(share, 1, 2),
+            torch.ones(share, 2),
+            1.0,
+            image_ids=torch.zeros(share, dtype=torch.int64),
+            text_ids=torch.arange(share),
+            generator=torch.Generator(),
+        ).images.tolist(),
+        "negatives": negatives(rows, 400),
+        "contrast": contrast(rows),
+        "step": step(rows),
+    }
+    finish(folder, result)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
