@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mmcore.models.blip2 import BLIP2Config
+from mmcore.models.blip2_lm import BLIP2LM
 from mmcore.models.names import Names, to_ours, to_theirs
 from mmcore.models.qformer import QFormerConfig
 from mmcore.models.vit import VisionConfig
@@ -99,6 +100,29 @@ def stage1_names(config: BLIP2Config) -> dict[str, tuple[str, ...]]:
     return {**dict(vision_names(config.vision)), **dict(qformer_names(config.qformer)), **heads}
 
 
+def stage2_names(model: BLIP2LM) -> dict[str, tuple[str, ...]]:
+    """Our name to Blip2ForConditionalGeneration's; the language model's are its own."""
+    projection = {f"language_projection.{kind}": (f"language_projection.{kind}",) for kind in KINDS}
+    parts = (*vision_names(model.visual.config), *qformer_names(model.qformer.config))
+    return {**dict(parts), **projection}
+
+
+def stage2_from_hf(state: Mapping[str, Tensor], model: BLIP2LM) -> dict[str, Tensor]:
+    """The state dict of Blip2ForConditionalGeneration, but for the language model's share, under our names.
+
+    Raises:
+        ValueError: missing or unknown names.
+    """
+    theirs = {n: t for n, t in state.items() if not n.startswith("language_model.") and n not in _BUFFERS}
+    out = to_ours("load_blip2_lm", theirs, stage2_names(model), "a transformers file")
+    return _flat_positions(out, model.visual.config.width)
+
+
+def _flat_positions(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    shapes = {"visual.class_embedding": (-1,), "visual.position_embedding": (-1, width)}
+    return state | {name: state[name].reshape(shape) for name, shape in shapes.items()}
+
+
 def to_hf(state: Mapping[str, Tensor], config: BLIP2Config) -> dict[str, Tensor]:
     """Our state dict under the names of Blip2ForImageTextRetrieval, and what that has not under ours."""
     names: Names = stage1_names(config)
@@ -118,9 +142,7 @@ def from_hf(state: Mapping[str, Tensor], config: BLIP2Config) -> dict[str, Tenso
     extra = {name: t.float() for name, t in state.items() if name in _OURS_ALONE}
     theirs = {name: t for name, t in state.items() if name not in _BUFFERS and name not in extra}
     out = to_ours("load_blip2", theirs, stage1_names(config), "a transformers file")
-    out["visual.class_embedding"] = out["visual.class_embedding"].reshape(-1)
-    out["visual.position_embedding"] = out["visual.position_embedding"].reshape(-1, config.vision.width)
-    return out | extra
+    return _flat_positions(out, config.vision.width) | extra
 
 
 def tower_from_hf(state: Mapping[str, Tensor], config: VisionConfig) -> dict[str, Tensor]:
@@ -134,9 +156,7 @@ def tower_from_hf(state: Mapping[str, Tensor], config: VisionConfig) -> dict[str
     found = to_ours(
         "load_tower", {n: t for n, t in state.items() if n in wanted}, names, "a transformers file"
     )
-    out = {name.removeprefix("visual."): t for name, t in found.items()}
-    shapes = {"class_embedding": (-1,), "position_embedding": (-1, config.width)}
-    return out | {name: out[name].reshape(shape) for name, shape in shapes.items()}
+    return {n.removeprefix("visual."): t for n, t in _flat_positions(found, config.width).items()}
 
 
 def hf_config(config: BLIP2Config) -> dict[str, Any]:

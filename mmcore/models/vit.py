@@ -64,6 +64,7 @@ class ViT(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.config = config
         self.image_size = config.image_size
         width = config.width
         self.patch_embed = nn.Conv2d(
