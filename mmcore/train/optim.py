@@ -14,7 +14,7 @@ MAX_LOG_SCALE = math.log(100.0)
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule; the defaults are the CLIP recipe (arXiv 2103.00020, table 18; open_clip)."""
+    """AdamW and its schedule; CLIP's settings (arXiv 2103.00020, table 18) where a recipe has none of its own."""
 
     lr: float = 5e-4
     """Peak learning rate."""
