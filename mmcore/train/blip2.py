@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -133,7 +134,7 @@ def train_blip2_stage1(config: Blip2Stage1Config) -> Path:
 
         def backward(step: int, batch: Batch) -> dict[str, Tensor]:
             # dropout and the negatives of a step are the same whenever it is taken
-            seed = hash((config.run.seed, step, rank)) % 2**63
+            seed = int(np.random.SeedSequence([config.run.seed, step, rank]).generate_state(1)[0])
             torch.manual_seed(seed)
             texts = wordpiece.padded(batch.captions, config.max_text)
             return stage1_backward(

@@ -10,7 +10,7 @@ from mmkernels import native
 from mmkernels._checks import DTYPE_NAMES, DTYPES, require
 from mmkernels._device import HAS_TRITON, runs_triton
 from mmkernels.multi_tensor import blockwise
-from mmkernels.multi_tensor.table import Table, known, table_of
+from mmkernels.multi_tensor.table import Table, known, new_table, table_of
 
 if HAS_TRITON:
     from mmkernels.multi_tensor import kernel
@@ -54,7 +54,7 @@ def prepared(
         _check_lists(op, named, written, dtypes or {})
         likes = [x if x.is_contiguous() or is_dense(x) else x.contiguous() for x in lists[0]]
         lists = [likes, *([laid_out(x, like) for x, like in zip(part, likes)] for part in lists[1:])]
-        found = table_of(lists, contract) if is_walked and likes and has_dtypes(lists) else None
+        found = new_table(lists, contract) if is_walked and likes and has_dtypes(lists) else None
     return lists, found
 
 

@@ -68,19 +68,23 @@ def table_of(lists: Sequence[Sequence[Tensor]], contract: Hashable = None) -> Ta
     """The table of lists that were checked against a contract, of which an empty one is not there; made once for these
     tensors where they are."""
     table = known(lists, contract)
-    if table is None:
-        table, tensors = _make(lists), [x for part in lists for x in part]
-        key = _key(lists, tensors, contract)
+    return new_table(lists, contract) if table is None else table
 
-        def drop(_: object) -> None:
-            _TABLES.pop(key, None)
 
-        turnable = [i for i, x in enumerate(tensors) if x.ndim > 1]
-        dense = [tensors[i].is_contiguous() for i in turnable]
-        watched = [weakref.ref(x, drop) for x in tensors]
-        _TABLES[key] = _Entry(table, list(map(Tensor.data_ptr, tensors)), turnable, dense, watched)
-        if len(_TABLES) > MAX_TABLES:
-            del _TABLES[next(iter(_TABLES))]
+def new_table(lists: Sequence[Sequence[Tensor]], contract: Hashable = None) -> Table:
+    """`table_of` lists that are not `known`."""
+    table, tensors = _make(lists), [x for part in lists for x in part]
+    key = _key(lists, tensors, contract)
+
+    def drop(_: object) -> None:
+        _TABLES.pop(key, None)
+
+    turnable = [i for i, x in enumerate(tensors) if x.ndim > 1]
+    dense = [tensors[i].is_contiguous() for i in turnable]
+    watched = [weakref.ref(x, drop) for x in tensors]
+    _TABLES[key] = _Entry(table, list(map(Tensor.data_ptr, tensors)), turnable, dense, watched)
+    if len(_TABLES) > MAX_TABLES:
+        del _TABLES[next(iter(_TABLES))]
     return table
 
 
