@@ -84,6 +84,12 @@ def clip_of(run: SavedRun) -> CLIP:
     return model
 
 
+def blip2_shape(saved: dict[str, Any]) -> BLIP2Config:
+    """A configuration as a run's config.json holds it."""
+    parts = {"vision": VisionConfig(**saved["vision"]), "qformer": QFormerConfig(**saved["qformer"])}
+    return BLIP2Config(**{**saved, **parts})
+
+
 def blip2_of(run: SavedRun) -> BLIP2:
     """The BLIP-2 of stage 1 that a run trained, with the tower that it left as it was.
 
@@ -94,9 +100,7 @@ def blip2_of(run: SavedRun) -> BLIP2:
         raise ValueError(
             f"RUN must be of mmcore train blip2-stage1, got {run.folder}, which is of {run.recipe}"
         )
-    shape = run.saved["model"]
-    parts = {"vision": VisionConfig(**shape["vision"]), "qformer": QFormerConfig(**shape["qformer"])}
-    model = BLIP2(BLIP2Config(**{**shape, **parts}))
+    model = BLIP2(blip2_shape(run.saved["model"]))
     state = dict(checkpoint.tensors(run.checkpoint, run.key))
     if (run.folder / FROZEN).is_file():
         state |= load_file(run.folder / FROZEN)

@@ -1,5 +1,6 @@
 """Trains BLIP-2's first stage: the recipe."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mmcore.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mmcore.eval.blip2 import evaluate_blip2, load_run, report
 from mmcore.models.blip2 import BLIP2, BLIP2Config
 from mmcore.models.blip2_configs import blip2_config
-from mmcore.models.runs import BLIP2_STAGE1, FROZEN
+from mmcore.models.runs import BLIP2_STAGE1, FROZEN, blip2_shape
 from mmcore.models.towers import Tower, load_tower
 from mmcore.train.blip2_stage1 import stage1_backward
 from mmcore.train.engine import init_distributed
@@ -55,30 +56,25 @@ def _make_tokenizer(config: Blip2Stage1Config, start: Start, data: PairData) -> 
     return train_wordpiece(list(data.captions()), vocab_size=blip2_config(config.model).qformer.vocab_size)
 
 
-def _model_config(config: Blip2Stage1Config, wordpiece: WordPiece, tower: Tower | None) -> BLIP2Config:
-    return blip2_config(
-        config.model,
-        vision=None if tower is None else tower.config,
-        vocab_size=wordpiece.vocab_size,
-        pad_token_id=wordpiece.pad_token_id,
-        decoder_token_id=wordpiece.decoder_token_id,
-    )
-
-
 def _prepare_folder(config: Blip2Stage1Config, data: PairData, world_size: int) -> Start:
     """On rank 0: checks everything that a user can get wrong, and only then writes the run's folder."""
     if config.run.accum != 1:
         raise ValueError(
             f"--accum must be 1 with {BLIP2_STAGE1}, got {config.run.accum}: give each rank a larger batch"
         )
-    if config.vision is None and config.freeze_vision:
-        raise ValueError(
-            "--vision must be given, or --no-freeze-vision: a frozen image tower of random weights shows nothing"
-        )
     start = open_run(BLIP2_STAGE1, config.run)
     wordpiece = _make_tokenizer(config, start, data)
-    tower = None if config.vision is None else load_tower(config.vision)
-    model_config = _model_config(config, wordpiece, tower)
+    tower = None if start.checkpoint is not None else _make_tower(config)
+    if start.checkpoint is not None:
+        model_config = _saved_shape(start)
+    else:
+        model_config = blip2_config(
+            config.model,
+            vision=None if tower is None else tower.config,
+            vocab_size=wordpiece.vocab_size,
+            pad_token_id=wordpiece.pad_token_id,
+            decoder_token_id=wordpiece.decoder_token_id,
+        )
     most = model_config.qformer.max_text
     if not 2 <= config.max_text <= most:
         raise ValueError(f"--max-text must be from 2 to {most}, got {config.max_text}")
@@ -94,14 +90,30 @@ def _prepare_folder(config: Blip2Stage1Config, data: PairData, world_size: int) 
     return write_folder(BLIP2_STAGE1, config, start, world_size, asdict(model_config), save)
 
 
-def _make_model(config: Blip2Stage1Config, start: Start, wordpiece: WordPiece) -> BLIP2:
+def _make_tower(config: Blip2Stage1Config) -> Tower | None:
+    if config.vision is not None:
+        return load_tower(config.vision)
+    if config.freeze_vision:
+        raise ValueError(
+            "--vision must be given, or --no-freeze-vision: a frozen image tower of random weights shows nothing"
+        )
+    return None
+
+
+def _saved_shape(start: Start) -> BLIP2Config:
+    return blip2_shape(json.loads((start.folder / "config.json").read_text())["model"])
+
+
+def _make_model(config: Blip2Stage1Config, start: Start) -> BLIP2:
     torch.manual_seed(config.run.seed)
-    tower = None if config.vision is None else load_tower(config.vision)
-    model = BLIP2(_model_config(config, wordpiece, tower), freeze_vision=config.freeze_vision)
-    state = {} if tower is None else {f"visual.{name}": x for name, x in tower.state.items()}
+    model = BLIP2(_saved_shape(start), freeze_vision=config.freeze_vision)
+    state: dict[str, Tensor] = {}
+    if config.freeze_vision:
+        state = load_file(start.folder / FROZEN)
+    elif config.vision is not None and start.checkpoint is None:
+        state = {f"visual.{name}": x for name, x in load_tower(config.vision).state.items()}
     if start.checkpoint is not None:
-        frozen = load_file(start.folder / FROZEN) if config.freeze_vision else {}
-        state = dict(checkpoint.tensors(start.checkpoint, "weight")) | frozen
+        state |= dict(checkpoint.tensors(start.checkpoint, "weight"))
     model.load_trained(model.state_dict() | state)
     return model
 
@@ -117,7 +129,7 @@ def train_blip2_stage1(config: Blip2Stage1Config) -> Path:
     data = open_data(config.data, seed=config.run.seed)
     start: Start = on_rank_zero(lambda: _prepare_folder(config, data, world_size))
     wordpiece = load_wordpiece(start.folder / "tokenizer")
-    model = _make_model(config, start, wordpiece)
+    model = _make_model(config, start)
     image_size = model.config.vision.image_size
     loader = data.train_loader(config.loader_spec(image_size, rank, world_size), None)
     first = first_step(start, loader)

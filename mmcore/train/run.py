@@ -65,7 +65,18 @@ class RunConfig:
 
 # Settings that may differ between a run and its continuation, since they do not change what is computed.
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "save_every", "keep", "eval_every", "log_every", "tensorboard", "workers", "image_root"}
+    {
+        "out",
+        "resume",
+        "save_every",
+        "keep",
+        "eval_every",
+        "log_every",
+        "tensorboard",
+        "workers",
+        "image_root",
+        "vision",
+    }
 )
 FREE_ON_RESUME |= {"zero", "deepspeed", "batch_size", "accum", "stamps_dir", "activation_checkpointing"}
 
