@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,8 @@ from PIL import Image
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.images import decode_rgb, random_resized_crop
 from mmcore.data.sources import stable_hash
+
+Files = TypeVar("Files", bound="ImageFiles")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,10 @@ class ImageFiles:
         """Random resized crop."""
         return random_resized_crop(image, size, rng)
 
-    def take(self, indices: list[int]) -> ImageFiles:
+    def take(self: Files, indices: list[int]) -> Files:
         """The samples at `indices`."""
-        return ImageFiles([self.paths[i] for i in indices], [self.identities[i] for i in indices])
+        kept = {f.name: [getattr(self, f.name)[i] for i in indices] for f in fields(self)}
+        return type(self)(**kept)
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,6 @@ class FilePairs(ImageFiles):
     def label(self, i: int, caption: str) -> int:
         """Equal captions are positives of each other."""
         return stable_hash(caption)
-
-    def take(self, indices: list[int]) -> FilePairs:
-        """The pairs at `indices`."""
-        images = super().take(indices)
-        return FilePairs(images.paths, images.identities, [self.texts[i] for i in indices])
 
 
 def read_image_file(path: str) -> bytes:

@@ -16,15 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig
-from mmcore.data.files import read_image_file
-from mmcore.data.images import decode_rgb, pad_to_square, random_resized_crop
+from mmcore.data.files import FilePairs
+from mmcore.data.images import pad_to_square
 from mmcore.data.questions import NUM_ANNOTATORS, Question, QuestionSet
-from mmcore.data.sources import EvalSet, stable_hash
+from mmcore.data.sources import EvalSet
 from mmcore.data.split import split_pairs
 
 _LOG = logging.getLogger(__name__)
@@ -67,56 +66,16 @@ _QUESTION = {"en": "which kind of thing is this?", "zh_CN": "这是哪一类东�
 
 
 @dataclass(frozen=True)
-class Stamps:
-    """Stamps with a caption each, as a PairSource.
-
-    Args:
-        root: folder of the stamps.
-        names: path of each PNG under `root`.
-        texts: caption of each.
-    """
-
-    root: Path
-    names: list[str]
-    texts: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
+class Stamps(FilePairs):
+    """Stamps with a caption each; `identities` are their paths under the folder of the stamps."""
 
     def sample_id(self, i: int) -> str:
         """Path of stamp `i` under the folder of the stamps."""
-        return self.names[i]
+        return self.identities[i]
 
     def raw_image(self, i: int) -> Image.Image:
         """Stamp `i` on a white square, RGB, so that no crop cuts its ends off; raises BrokenRecord."""
-        return pad_to_square(decode_rgb(read_image_file(str(self.root / self.names[i]))))
-
-    def image_id(self, i: int) -> int:
-        """Hash of the path of stamp `i` under the folder of the stamps."""
-        return stable_hash(self.names[i])
-
-    def question(self, i: int) -> None:
-        """Captions stand alone."""
-
-    def caption(self, i: int, rng: np.random.Generator) -> str:
-        """Caption of stamp `i`."""
-        return self.texts[i]
-
-    def all_captions(self, i: int) -> list[str]:
-        """Caption of stamp `i`, alone."""
-        return [self.texts[i]]
-
-    def label(self, i: int, caption: str) -> int:
-        """Equal captions are positives of each other."""
-        return stable_hash(caption)
-
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """Random resized crop."""
-        return random_resized_crop(image, size, rng)
-
-    def take(self, indices: list[int]) -> Stamps:
-        """The stamps at `indices`."""
-        return Stamps(self.root, [self.names[i] for i in indices], [self.texts[i] for i in indices])
+        return pad_to_square(super().raw_image(i))
 
 
 @dataclass(frozen=True)
@@ -164,14 +123,14 @@ def open_stamps(config: DataConfig, seed: int) -> OpenStamps:
         raise ValueError(
             f"data: the stamps in {root} must have captions in language={config.language!r}, got none"
         )
-    stamps = Stamps(root, names, texts)
+    stamps = Stamps([str(root / name) for name in names], names, texts)
     # Stamps that lie loose in the folder have no class.
     folders = sorted({name.split("/")[0] for name in names}) if all("/" in name for name in names) else []
     class_names = [_class_name(folder, config) for folder in folders]
     train, val = (stamps.take(side) for side in split_pairs(names, texts, config.val_fraction, seed))
     held_out = None
     if len(val):
-        labels = [folders.index(name.split("/")[0]) for name in val.names] if folders else None
+        labels = [folders.index(name.split("/")[0]) for name in val.identities] if folders else None
         held_out = EvalSet(val, range(len(val)), [[text] for text in val.texts], labels, config.max_broken)
     if not folders:
         return OpenStamps(train, held_out, None, None, None, None)
@@ -188,7 +147,7 @@ def _stamp_questions(stamps: Stamps, config: DataConfig) -> QuestionSet:
         Question(
             name, _QUESTION[config.language], (_class_name(name, config),) * NUM_ANNOTATORS, "which", "other"
         )
-        for name in stamps.names
+        for name in stamps.identities
     ]
     return QuestionSet("stamps (derived questions)", stamps, questions, True, config.max_broken)
 
