@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcore.data import DataConfig, EvalSet, PairData, open_data
+from mmcore.data import EvalSet, PairData
 from mmcore.data.wordpiece import Texts, WordPiece, load_wordpiece
-from mmcore.eval.clip import WEIGHTS
+from mmcore.eval.clip import WEIGHTS, data_of
 from mmcore.eval.pictures import plot_curves
-from mmcore.eval.retrieval import Relevance, recall_of_scores, relevance_of
+from mmcore.eval.retrieval import Relevance, recall_lines, recall_of_scores, relevance_of
 from mmcore.models.blip2 import BLIP2
 from mmcore.models.runs import WeightsKey, blip2_of, find_run
 
@@ -190,12 +190,11 @@ def load_run(where: Path, weights: WeightsKey = "auto") -> TrainedBlip2:
         ValueError: no checkpoint, a damaged one, no such weights in it, a run of another recipe.
     """
     run = find_run(where, weights)
-    model, settings = blip2_of(run), run.saved["settings"]
-    data = settings["data"]
-    data["stamps_dir"] = data["stamps_dir"] and Path(data["stamps_dir"])
-    pairs = open_data(DataConfig(**data), seed=settings["run"]["seed"])
+    model, pairs = blip2_of(run), data_of(run)
     wordpiece = load_wordpiece(run.folder / "tokenizer")
-    return TrainedBlip2(run.folder, run.step, run.key, model.eval(), wordpiece, pairs, settings["max_text"])
+    return TrainedBlip2(
+        run.folder, run.step, run.key, model.eval(), wordpiece, pairs, run.saved["settings"]["max_text"]
+    )
 
 
 def print_measured(run: TrainedBlip2) -> None:
@@ -216,12 +215,7 @@ def print_measured(run: TrainedBlip2) -> None:
     print(
         f"retrieval (held-out), the {top_k} nearest ranked by matching, {sizes}, in % with chance in brackets:"
     )
-    for direction in ("image_to_text", "text_to_image"):
-        cells = [
-            f"R@{k} {100 * recalls[f'{direction}_R@{k}']:.1f} ({100 * recalls[f'{direction}_chance_R@{k}']:.1f})"
-            for k in (1, 5, 10)
-        ]
-        print(f"  {direction.replace('_', ' ')}: {'  '.join(cells)}")
+    print(*recall_lines(recalls), sep="\n")
 
 
 def report(run: TrainedBlip2, records: list[dict[str, Any]]) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from mmcore.data import DataConfig, PairData, open_data
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 from mmcore.eval.pictures import plot_curves, plot_retrieval
-from mmcore.eval.retrieval import Relevance, relevance_of, retrieval_recall
+from mmcore.eval.retrieval import Relevance, recall_lines, relevance_of, retrieval_recall
 from mmcore.eval.zeroshot import top_k_accuracy, zero_shot_weights
 from mmcore.models.clip import CLIP
-from mmcore.models.runs import WeightsKey, clip_of, find_run
+from mmcore.models.runs import SavedRun, WeightsKey, clip_of, find_run
 
 BATCH_SIZE = 256
 NUM_QUERIES = 8
@@ -37,6 +37,15 @@ class TrainedClip:
     data: PairData
 
 
+def data_of(run: SavedRun) -> PairData:
+    """The data that a run was trained on, split as it was."""
+    settings = run.saved["settings"]
+    data = settings["data"] | {
+        "stamps_dir": settings["data"]["stamps_dir"] and Path(settings["data"]["stamps_dir"])
+    }
+    return open_data(DataConfig(**data), seed=settings["run"]["seed"])
+
+
 def load_run(where: Path, weights: WeightsKey = "auto") -> TrainedClip:
     """Reads a run's newest checkpoint (or the one given), its tokenizer and its data.
 
@@ -44,10 +53,8 @@ def load_run(where: Path, weights: WeightsKey = "auto") -> TrainedClip:
         ValueError: no checkpoint, a damaged one, no such weights in it.
     """
     run = find_run(where, weights)
-    model, saved = clip_of(run), run.saved
-    settings = saved["settings"]["data"]
-    settings["stamps_dir"] = settings["stamps_dir"] and Path(settings["stamps_dir"])
-    data = open_data(DataConfig(**settings), seed=saved["settings"]["run"]["seed"])
+    model = clip_of(run)
+    data = data_of(run)
     return TrainedClip(
         run.folder, run.step, run.key, model.eval(), load_tokenizer(run.folder / "tokenizer"), data
     )
@@ -168,12 +175,7 @@ def print_retrieval(run: TrainedClip, held_out: HeldOut | None = None) -> None:
     recalls = recall(held_out)
     sizes = f"{len(held_out.image)} images, {len(held_out.captions)} captions"
     print(f"retrieval (held-out), {sizes}, in % with chance in brackets:")
-    for direction in ("image_to_text", "text_to_image"):
-        cells = [
-            f"R@{k} {100 * recalls[f'{direction}_R@{k}']:.1f} ({100 * recalls[f'{direction}_chance_R@{k}']:.1f})"
-            for k in (1, 5, 10)
-        ]
-        print(f"  {direction.replace('_', ' ')}: {'  '.join(cells)}")
+    print(*recall_lines(recalls), sep="\n")
 
 
 def _draw_retrieval(run: TrainedClip, held_out: HeldOut, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Image-text retrieval: R@k both ways, with several captions an image and equal captions shared by images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +158,18 @@ def recall_of_scores(
             out[f"{name}_R@{k}"] = (above < k).double().mean().item()
             out[f"{name}_chance_R@{k}"] = _chance(num_right, shape[1], k)
     return out
+
+
+def recall_lines(recalls: Mapping[str, float], ks: tuple[int, ...] = (1, 5, 10)) -> list[str]:
+    """`retrieval_recall`'s result to be printed, a line each way, in % with chance in brackets."""
+    lines = []
+    for direction in ("image_to_text", "text_to_image"):
+        cells = (
+            f"R@{k} {100 * recalls[f'{direction}_R@{k}']:.1f} ({100 * recalls[f'{direction}_chance_R@{k}']:.1f})"
+            for k in ks
+        )
+        lines.append(f"  {direction.replace('_', ' ')}: {'  '.join(cells)}")
+    return lines
 
 
 def _chance(num_right: Tensor, num_candidates: int, k: int) -> float:
