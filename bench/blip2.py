@@ -14,7 +14,7 @@ from mmcore.models.blip2 import BLIP2, IGNORED
 from mmcore.models.blip2_configs import blip2_config
 from mmcore.models.vit import VisionConfig
 from mmcore.nn import Attention, CrossAttention, QFormerBlock
-from mmcore.train.blip2_stage1 import LABEL_SMOOTHING, stage1_backward
+from mmcore.train.blip2_steps import LABEL_SMOOTHING, stage1_backward
 
 # ViT-g's states, from a tower that costs nothing: they are computed before, as a frozen tower's may be
 TOWER = VisionConfig(patch_size=14, width=1408, num_layers=1, num_heads=16, mlp_dim=64, norm_eps=1e-6)

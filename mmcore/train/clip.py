@@ -15,8 +15,8 @@ from mmcore.models.clip_configs import clip_config
 from mmcore.models.clip_weights import load_clip
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.gradcache import contrastive_backward
-from mmcore.train.loop import Loop, on_rank_zero
-from mmcore.train.recipe import Recipe, announced, first_step, make_engine, write_folder
+from mmcore.train.loop import on_rank_zero
+from mmcore.train.recipe import Recipe, run_recipe, write_folder
 from mmcore.train.run import Start, open_run
 
 
@@ -103,24 +103,18 @@ def train_clip(config: ClipConfig) -> Path:
     model = _make_model(config, start, tokenizer)
     image_size = model.config.vision.image_size
     loader = data.train_loader(config.loader_spec(image_size, rank, world_size), tokenizer)
-    first = first_step(start, loader)
-    engine = make_engine(config, start, model, world_size)
-    with announced(config, start, config.model, data, engine, loader, first) as (metrics, total):
 
-        def evaluate() -> dict[str, float]:
-            if data.val is None:
-                return {}
-            with engine.eval():
-                return evaluate_clip(engine, tokenizer, data, image_size=image_size, device=engine.device)
+    def evaluate(engine: Engine) -> dict[str, float]:
+        if data.val is None:
+            return {}
+        return evaluate_clip(engine, tokenizer, data, image_size=image_size, device=engine.device)
 
-        def backward(_: int, batch: Batch) -> dict[str, Tensor]:
-            return _backward(engine, batch, config.run.accum)
+    def backward(engine: Engine, _: int, batch: Batch) -> dict[str, Tensor]:
+        return _backward(engine, batch, config.run.accum)
 
-        loop = Loop(
-            start.folder, config.run, config.optim, engine, loader, metrics, total, backward, evaluate
-        )
-        loop(first)
+    records = run_recipe(
+        config, start, config.model, model, data, loader, backward=backward, evaluate=evaluate
+    )
     if rank == 0:
-        report(load_run(start.folder), metrics.records)
-    engine.close()
+        report(load_run(start.folder), records)
     return start.folder

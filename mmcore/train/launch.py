@@ -10,7 +10,7 @@ import torch.distributed as dist
 import tyro
 
 from mmcore.errors import complain
-from mmcore.train.blip2 import Blip2Stage1Config, train_blip2_stage1
+from mmcore.train.blip2_stage1 import Blip2Stage1Config, train_blip2_stage1
 from mmcore.train.clip import ClipConfig, train_clip
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {

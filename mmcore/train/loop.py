@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -31,6 +33,13 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise ValueError(box[1])
     return box[0]
+
+
+def seed_step(seed: int, step: int) -> int:
+    """Seeds dropout, so that it is the same whenever a step is taken; a seed of its own for each step and rank."""
+    of_step = int(np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1)[0])
+    torch.manual_seed(of_step)
+    return of_step
 
 
 @dataclass

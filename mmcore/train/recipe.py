@@ -1,18 +1,19 @@
 """What every recipe is configured by, and how it starts: the run's folder, the data, the engine, the loop."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from mmcore import checkpoint
-from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader
+from mmcore.data import Batch, DataConfig, LoaderSpec, PairData, TrainLoader
 from mmcore.train.engine import Engine, EngineConfig, Precision, deepspeed_config
+from mmcore.train.loop import Loop
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from mmcore.train.run import Metrics, RunConfig, Start, check_settings
 from mmcore.train.state import read_loader, read_state, restore_engine
@@ -96,13 +97,45 @@ def first_step(start: Start, loader: TrainLoader) -> int:
     return read_state(start.checkpoint)["step"]
 
 
-@contextmanager
-def announced(
-    recipe: Recipe, start: Start, what: str, data: PairData, engine: Engine, loader: TrainLoader, first: int
-) -> Iterator[tuple[Metrics, int]]:
-    """The metrics of a run whose first line says what is trained, and the steps in all."""
-    total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
+Backward = Callable[[Engine, int, Batch], dict[str, Tensor]]
+"""Of a step's number and batch: makes the gradients, returns the losses by name, their sum as "loss"."""
+
+
+def run_recipe(
+    recipe: Recipe,
+    start: Start,
+    what: str,
+    model: nn.Module,
+    data: PairData,
+    loader: TrainLoader,
+    *,
+    backward: Backward,
+    evaluate: Callable[[Engine], dict[str, float]],
+) -> list[dict[str, Any]]:
+    """Trains a model from where `start` says; every rank alike.
+
+    Args:
+        recipe: how.
+        start: the run's folder, and the checkpoint whose weights `model` has.
+        what: is trained, for the run's first line.
+        model: whose weights that want a gradient are trained.
+        data, loader: on what.
+        backward: a step's losses and gradients.
+        evaluate: numbers in [0, 1] by name, the first of which the progress bar shows, or none; called in evaluation
+            mode.
+
+    Returns:
+        The records of metrics.jsonl on rank 0, none elsewhere.
+    """
+    first = first_step(start, loader)
     world_size = dist.get_world_size()
+    engine = make_engine(recipe, start, model, world_size)
+    total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
+
+    def evaluated() -> dict[str, float]:
+        with engine.eval():
+            return evaluate(engine)
+
     options = {"tensorboard": recipe.run.tensorboard, "active": dist.get_rank() == 0}
     with Metrics(start.folder, total, first, **options) as metrics:
         num_parameters = sum(engine.shards.numel(name) for name in engine.params)
@@ -111,4 +144,16 @@ def announced(
             f"{total - first} steps of {loader.spec.global_batch} pairs, ZeRO {engine.stage}, {engine.precision}, "
             f"{world_size} rank{'s' * (world_size > 1)}"
         )
-        yield metrics, total
+        Loop(
+            start.folder,
+            recipe.run,
+            recipe.optim,
+            engine,
+            loader,
+            metrics,
+            total,
+            partial(backward, engine),
+            evaluated,
+        )(first)
+    engine.close()
+    return metrics.records

@@ -14,7 +14,7 @@ from mmcore.losses import fetch_rows, global_token_contrastive_loss, hard_negati
 from mmcore.models.blip2 import BLIP2, BLIP2Config
 from mmcore.models.qformer import QFormerConfig
 from mmcore.models.vit import VisionConfig
-from mmcore.train.blip2_stage1 import stage1_backward
+from mmcore.train.blip2_steps import stage1_backward
 from tests.distributed.launch import finish
 
 SIZE, LENGTH, VOCAB = 8, 6, 50
