@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.models.decoding import beam_search, check_decoding, decode, nucleus
 from mmcore.models.qformer import QFormer, QFormerConfig, TextHead
 from mmcore.models.vit import VisionConfig, ViT
 from mmcore.nn import KeyValues
@@ -93,10 +96,10 @@ class BLIP2(nn.Module):
         differ = [*missing, *unknown][:3]
         require("BLIP2", not differ, "weights must have its names, got a difference in {}", differ)
 
-    def forward(self, task: str, *inputs: Any) -> Any:
-        """`encode_image`, `encode_text`, `pairs` or `match` by name: under ZeRO-3 parameters are whole only inside a
-        forward."""
-        return getattr(self, task)(*inputs)
+    def forward(self, task: str, *inputs: Any, **options: Any) -> Any:
+        """`encode_image`, `encode_text`, `pairs`, `match` or `generate` by name: under ZeRO-3 parameters are whole only
+        inside a forward."""
+        return getattr(self, task)(*inputs, **options)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """What the queries read of images.
@@ -187,6 +190,64 @@ class BLIP2(nn.Module):
         mask = masks.qformer_itm(num_queries, num_text, tokens.shape[1])
         x = self.qformer(chosen, tokens, mask=mask)
         return self.itm_head(x[:, :num_queries]).mean(1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        max_length: int = 30,
+        num_beams: int = 1,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        eos_token_id: int,
+    ) -> Tensor:
+        """Captions: the likeliest token at each step, by beam search, or drawn from the nucleus.
+
+        Args:
+            images: [B, 3, S, S], or [B, P, D] states of the tower.
+            max_length: most tokens of a caption, from 1 to the Q-Former's `max_text`.
+            num_beams: of `beam_search`; 1 = none.
+            top_p: in (0, 1], share of the probability that tokens are drawn from; None = the likeliest token.
+            temperature: above 0, divides the logits of what is drawn.
+            generator: of what is drawn, on the device of the images; None = torch's own.
+            eos_token_id: what ends a caption, such as BERT's [SEP].
+
+        Returns:
+            int64 [B, T], T <= max_length, without `decoder_token_id`, padded with `pad_token_id` after the end.
+
+        Raises:
+            ValueError: an option out of its range, or that has no effect beside the others.
+        """
+        op, shape = "BLIP2.generate", self.config.qformer
+        check_decoding(op, num_beams=num_beams, top_p=top_p, temperature=temperature, generator=generator)
+        fits = 1 <= max_length <= shape.max_text
+        require(op, fits, "max_length must be in [1, {}], got {}", shape.max_text, max_length)
+        is_id = 0 <= eos_token_id < shape.vocab_size
+        require(op, is_id, "eos_token_id must be in [0, {}), got {}", shape.vocab_size, eos_token_id)
+        caches, places = self.qformer.new_caches(), count()
+        self.qformer(self.states(images), caches=caches)
+
+        def step(tokens: Tensor, rows: Tensor | None) -> Tensor:
+            if rows is not None:
+                for cache in caches:
+                    cache.select(rows)
+            place = torch.full((1,), next(places), device=tokens.device)
+            return self.text_head(self.qformer(tokens=tokens[:, None], places=place, caches=caches)[:, 0])
+
+        start = torch.full((len(images),), self.config.decoder_token_id, device=images.device)
+        ends = {
+            "max_length": max_length,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": shape.pad_token_id,
+        }
+        if num_beams > 1:
+            return beam_search(step, start, num_beams=num_beams, **ends)
+        pick = partial(torch.argmax, dim=1)
+        if top_p is not None:
+            pick = partial(nucleus, top_p=top_p, temperature=temperature, generator=generator)
+        return decode(step, start, pick, **ends)
 
     def states(self, images: Tensor) -> Tensor:
         """What the Q-Former reads of [B, 3, S, S] pixels or [B, P, D] states of the tower: [B, P, D]."""

@@ -28,6 +28,11 @@ class KeyValueCache:
         self.held = new
         return new
 
+    def select(self, rows: Tensor) -> None:
+        """Row r is from now on what row `rows[r]` was: int64 [R], of which some may be equal."""
+        if self.held is not None:
+            self.held = KeyValues(*(x.index_select(0, rows) for x in self.held))
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(Q K^T / sqrt(K)) V, with one fused projection (arXiv:1706.03762).
