@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mmcore.models.blip2 import BLIP2Config
 from mmcore.models.blip2_lm import BLIP2LM
-from mmcore.models.names import Names, to_ours, to_theirs
+from mmcore.models.names import to_ours, to_theirs
 from mmcore.models.qformer import QFormerConfig
 from mmcore.models.vit import VisionConfig
+from mmcore.ops import require
 
 _VISION = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -63,6 +64,9 @@ _HEADS = {"vision_proj": "vision_projection", "text_proj": "text_projection", "i
 _OURS_ALONE = ("text_head.transform.weight", "text_head.transform.bias", "text_head.norm.weight")
 _OURS_ALONE += ("text_head.norm.bias", "text_head.bias", "temperature")
 KINDS = ("weight", "bias")
+LANGUAGE = "language_model."
+"""Before the language model's own names, at home as in transformers."""
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # buffers that older files carry and no model needs
 _BUFFERS = ("embeddings.position_ids",)
 
@@ -113,9 +117,14 @@ def stage2_from_hf(state: Mapping[str, Tensor], model: BLIP2LM) -> dict[str, Ten
     Raises:
         ValueError: missing or unknown names.
     """
-    theirs = {n: t for n, t in state.items() if not n.startswith("language_model.") and n not in _BUFFERS}
+    theirs = {n: t for n, t in state.items() if not n.startswith(LANGUAGE) and n not in _BUFFERS}
     out = to_ours("load_blip2_lm", theirs, stage2_names(model), "a transformers file")
     return _flat_positions(out, model.visual.config.width)
+
+
+def stage2_to_hf(model: BLIP2LM) -> dict[str, Tensor]:
+    """Tower, Q-Former and projection under Blip2ForConditionalGeneration's names."""
+    return _deep_positions(to_theirs(model.state_dict(), stage2_names(model)), model.visual.config.width)
 
 
 def _flat_positions(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
@@ -123,14 +132,15 @@ def _flat_positions(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
     return state | {name: state[name].reshape(shape) for name, shape in shapes.items()}
 
 
+def _deep_positions(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    names = [f"vision_model.embeddings.{name}" for name in ("class_embedding", "position_embedding")]
+    return state | {name: state[name].reshape(1, -1, width) for name in names}
+
+
 def to_hf(state: Mapping[str, Tensor], config: BLIP2Config) -> dict[str, Tensor]:
     """Our state dict under the names of Blip2ForImageTextRetrieval, and what that has not under ours."""
-    names: Names = stage1_names(config)
-    out = to_theirs(state, names) | {name: state[name].detach().cpu().clone() for name in _OURS_ALONE}
-    for name in ("class_embedding", "position_embedding"):
-        key = f"vision_model.embeddings.{name}"
-        out[key] = out[key].reshape(1, -1, config.vision.width)
-    return out
+    alone = {name: state[name].detach().cpu().clone() for name in _OURS_ALONE}
+    return _deep_positions(to_theirs(state, stage1_names(config)), config.vision.width) | alone
 
 
 def from_hf(state: Mapping[str, Tensor], config: BLIP2Config) -> dict[str, Tensor]:
@@ -160,16 +170,51 @@ def tower_from_hf(state: Mapping[str, Tensor], config: VisionConfig) -> dict[str
 
 
 def hf_config(config: BLIP2Config) -> dict[str, Any]:
-    """What transformers' Blip2ForImageTextRetrieval wants in config.json; our own settings beside it."""
-    vision, qformer = config.vision, config.qformer
+    """What transformers' Blip2ForImageTextRetrieval wants in config.json; our own settings beside it.
+
+    Raises:
+        ValueError: a tower that transformers' BLIP-2 cannot have.
+    """
     return {
+        **_hf_parts("save_blip2", config.vision, config.qformer),
         "architectures": ["Blip2ForImageTextRetrieval"],
-        "model_type": "blip-2",
-        "dtype": "float32",
         "image_text_hidden_size": config.embed_dim,
-        "num_query_tokens": qformer.num_queries,
         "decoder_token_id": config.decoder_token_id,
         "init_temperature": config.init_temperature,
+    }
+
+
+def stage2_hf_config(model: BLIP2LM, image_token: int) -> dict[str, Any]:
+    """What transformers' Blip2ForConditionalGeneration wants in config.json, whose language model has a row for the
+    image token's id; our own setting, how many it has here, beside it.
+
+    Raises:
+        ValueError: a tower or a language model that transformers' BLIP-2 cannot have.
+    """
+    op, language = "save_blip2_lm", model.language_model
+    text, generation = language.config.to_dict(), language.generation_config.to_dict()
+    wanted, width = language.config.hidden_size, model.language_projection.out_features
+    require(op, wanted == width, "embeddings must be as wide as the states, {}, got {}", wanted, width)
+    num_rows = language.get_input_embeddings().num_embeddings
+    # its generate asks the language model's configuration, and not generation_config.json, where a text ends
+    ids = {name: generation[name] for name in _SPECIAL if generation.get(name) is not None}
+    dtype = str(language.dtype).removeprefix("torch.")
+    return {
+        **_hf_parts(op, model.visual.config, model.qformer.config),
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "image_token_index": image_token,
+        "language_vocab_size": num_rows,
+        "text_config": {**text, **ids, "dtype": dtype, "vocab_size": max(num_rows, image_token + 1)},
+    }
+
+
+def _hf_parts(op: str, vision: VisionConfig, qformer: QFormerConfig) -> dict[str, Any]:
+    is_eva = vision.has_patch_bias and not vision.has_norm_pre and vision.activation == "gelu"
+    require(op, is_eva, "model must have EVA's tower, got {}", "a CLIP's, which transformers' BLIP-2 has not")
+    return {
+        "model_type": "blip-2",
+        "dtype": "float32",
+        "num_query_tokens": qformer.num_queries,
         "vision_config": {
             "model_type": "blip_2_vision_model",
             "hidden_size": vision.width,
@@ -206,21 +251,30 @@ def config_from_hf(raw: Mapping[str, Any]) -> BLIP2Config:
     Raises:
         ValueError: another model type, or a setting that this BLIP-2 does not have.
     """
-    op = "load_blip2"
-    if raw.get("model_type") != "blip-2":
-        raise ValueError(f"{op}: config.json must have model_type 'blip-2', got {raw.get('model_type')!r}")
-    vision, qformer = dict(raw.get("vision_config") or {}), dict(raw.get("qformer_config") or {})
-    for name, part in (("vision_config", vision), ("qformer_config", qformer)):
-        if part.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(f"{op}: {name}.hidden_act must be 'gelu', got {part['hidden_act']!r}")
-    vocab_size = qformer.get("vocab_size", 30522)
+    vision, qformer = parts_from_hf("load_blip2", raw)
     return BLIP2Config(
-        vision=vision_config_from_hf(vision),
-        qformer=qformer_config_from_hf(qformer, raw, vision.get("hidden_size", 1408)),
+        vision=vision,
+        qformer=qformer,
         embed_dim=raw.get("image_text_hidden_size", 256),
-        decoder_token_id=raw.get("decoder_token_id", vocab_size - 1),
+        decoder_token_id=raw.get("decoder_token_id", qformer.vocab_size - 1),
         init_temperature=raw.get("init_temperature", 0.07),
     )
+
+
+def parts_from_hf(op: str, raw: Mapping[str, Any]) -> tuple[VisionConfig, QFormerConfig]:
+    """Tower and Q-Former of transformers' config.json.
+
+    Raises:
+        ValueError: another model type, or a setting that this BLIP-2 does not have.
+    """
+    kind = raw.get("model_type")
+    require(op, kind == "blip-2", "config.json must have model_type 'blip-2', got {!r}", kind)
+    parts = {name: raw.get(name) or {} for name in ("vision_config", "qformer_config")}
+    for name, part in parts.items():
+        act = part.get("hidden_act", "gelu")
+        require(op, act == "gelu", "{}.hidden_act must be 'gelu', got {!r}", name, act)
+    vision = vision_config_from_hf(parts["vision_config"])
+    return vision, qformer_config_from_hf(parts["qformer_config"], raw, vision.width)
 
 
 def vision_config_from_hf(raw: Mapping[str, Any]) -> VisionConfig:

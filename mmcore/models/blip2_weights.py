@@ -1,16 +1,11 @@
 """BLIP-2's weights on disk, in the layout of transformers' Blip2ForImageTextRetrieval."""
 
-import json
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
+from mmcore.checkpoint import write_json
 from mmcore.models import blip2_names
 from mmcore.models.blip2 import BLIP2
-from mmcore.models.clip_weights import write_model
-from mmcore.ops import require
+from mmcore.models.files import new_folder, read_folder, read_json, write_weights
 
 
 def load_blip2(folder: Path | str) -> BLIP2:
@@ -28,15 +23,8 @@ def load_blip2(folder: Path | str) -> BLIP2:
         ValueError: no such folder, a damaged file, missing or unknown names, a Q-Former without a text branch.
     """
     folder, op = Path(folder), "load_blip2"
-    file = folder / "config.json"
-    require(op, file.is_file(), "folder must hold config.json, got {}", folder)
-    config = blip2_names.config_from_hf(json.loads(file.read_text(encoding="utf-8")))
-    tensors: dict[str, Tensor] = {}
-    for part in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors |= load_file(part)
-        except SafetensorError as error:
-            raise ValueError(f"{op}: {part} must be a whole safetensors file, got: {error}") from error
+    config = blip2_names.config_from_hf(read_json(op, folder / "config.json"))
+    tensors = read_folder(op, folder)
     model = BLIP2(config)
     state = {name: x for name, x in model.state_dict().items() if name != "text_head.weight"}
     model.load_trained(state | blip2_names.from_hf(tensors, config))
@@ -55,9 +43,7 @@ def save_blip2(model: BLIP2, folder: Path | str) -> None:
     Raises:
         ValueError: an existing folder; a tower or sizes that transformers' BLIP-2 cannot have.
     """
-    folder, op, vision = Path(folder), "save_blip2", model.config.vision
-    require(op, not folder.exists(), "folder must not exist yet, got {}", folder)
-    is_eva = vision.has_patch_bias and not vision.has_norm_pre and vision.activation == "gelu"
-    require(op, is_eva, "model must have EVA's tower, got {}", "a CLIP's, which transformers' BLIP-2 has not")
-    state = blip2_names.to_hf(model.state_dict(), model.config)
-    write_model(folder, state, blip2_names.hf_config(model.config))
+    config = blip2_names.hf_config(model.config)
+    with new_folder("save_blip2", Path(folder)) as staged:
+        write_weights(staged, blip2_names.to_hf(model.state_dict(), model.config))
+        write_json(staged / "config.json", config)

@@ -1,22 +1,19 @@
 """CLIP weights on disk, in the layouts of transformers and of open_clip; pickled code is never run."""
 
-import json
-import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmcore.checkpoint import write_json
 from mmcore.models import clip_names
 from mmcore.models.clip import CLIP, CLIPConfig
+from mmcore.models.files import new_folder, read_json, read_safetensors, write_safetensors
 from mmcore.nn import interpolate_positions
 
 Format = Literal["hf", "open_clip"]
@@ -101,8 +98,6 @@ def save_clip(
     folder = Path(folder)
     if format not in _LAYOUTS:
         raise ValueError(f"save_clip: format must be one of {sorted(_LAYOUTS)}, got {format!r}")
-    if folder.exists():
-        raise ValueError(f"save_clip: folder must not exist yet, got {folder}")
     state = {
         name: t.detach() for name, t in (model.state_dict() if state_dict is None else state_dict).items()
     }
@@ -112,28 +107,9 @@ def save_clip(
     else:
         tensors, raw = clip_names.to_open_clip(state, model.config), clip_names.open_clip_config(model.config)
     layout = _LAYOUTS[format]
-    write_model(folder, tensors, raw, layout.safetensors, layout.config)
-
-
-def write_model(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    weights_name: str = "model.safetensors",
-    config_name: str = "config.json",
-) -> None:
-    """Writes a new folder with weights and configuration; it appears complete or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        staged = Path(temporary) / folder.name
-        staged.mkdir()
-        # from_pretrained reads the framework from the metadata
-        save_file(dict(tensors), staged / weights_name, metadata={"format": "pt"})
-        (staged / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in staged.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        staged.rename(folder)
+    with new_folder("save_clip", folder) as staged:
+        write_safetensors(staged / layout.safetensors, tensors)
+        write_json(staged / layout.config, raw)
 
 
 def _find_weights(path: Path) -> Path:
@@ -155,21 +131,13 @@ def _read_config(file: Path, layout: str) -> CLIPConfig:
         raise ValueError(
             f"load_clip: {file.name} must lie beside the weights, or config be given; {file} is not there"
         )
-    try:
-        raw: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"load_clip: {file} must hold JSON, got: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"load_clip: {file} must hold a JSON object, got {type(raw).__name__}")
+    raw = read_json("load_clip", file)
     return (clip_names.config_from_hf if layout == "hf" else clip_names.config_from_open_clip)(raw)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"load_clip: {file} must be a whole safetensors file, got: {error}") from error
+        return read_safetensors("load_clip", file)
     if file.suffix not in (".bin", ".pt", ".pth"):
         raise ValueError(f"load_clip: path must end in .safetensors, .bin, .pt or .pth, got {file.name}")
     if zipfile.is_zipfile(file):

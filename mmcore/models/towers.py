@@ -1,16 +1,15 @@
 """Image towers for models that read one: of a CLIP, of a run that trained one, of a BLIP-2."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmcore.models import blip2_names
 from mmcore.models.clip import CLIP
 from mmcore.models.clip_weights import load_clip
+from mmcore.models.files import read_folder, read_json
 from mmcore.models.runs import clip_of, find_run
 from mmcore.models.vit import VisionConfig, ViT
 
@@ -37,7 +36,7 @@ def load_tower(path: Path) -> Tower:
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
         return _of_clip(clip_of(find_run(path)))
     config = path / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("model_type") == "blip-2":
+    if config.is_file() and read_json("load_tower", config).get("model_type") == "blip-2":
         return _of_blip2(path)
     return _of_clip(load_clip(path))
 
@@ -53,11 +52,6 @@ def _of_clip(clip: CLIP) -> Tower:
 
 
 def _of_blip2(folder: Path) -> Tower:
-    config = blip2_names.vision_config_from_hf(
-        json.loads((folder / "config.json").read_text())["vision_config"]
-    )
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    state = blip2_names.tower_from_hf(tensors, config)
-    return Tower(config, state)
+    op = "load_tower"
+    config, _ = blip2_names.parts_from_hf(op, read_json(op, folder / "config.json"))
+    return Tower(config, blip2_names.tower_from_hf(read_folder(op, folder), config))

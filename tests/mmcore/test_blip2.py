@@ -17,7 +17,8 @@ QUERIES, LENGTH, VOCAB = 5, 7, 101
 NUM_TEXT = torch.tensor([7, 3, 5])
 
 
-def hf_model(dtype: torch.dtype = torch.float64) -> Blip2ForImageTextRetrieval:
+def hf_config(qformer: dict[str, Any], **settings: Any) -> Blip2Config:
+    """A small tower's and Q-Former's."""
     vision = Blip2VisionConfig(
         hidden_size=48,
         intermediate_size=96,
@@ -26,21 +27,15 @@ def hf_model(dtype: torch.dtype = torch.float64) -> Blip2ForImageTextRetrieval:
         image_size=32,
         patch_size=8,
     )
-    qformer = Blip2QFormerConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=20,
-        use_qformer_text_input=True,
+    small = Blip2QFormerConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=64, max_position_embeddings=20, **qformer
     )
-    config = Blip2Config(
-        vision_config=vision.to_dict(),
-        qformer_config=qformer.to_dict(),
-        num_query_tokens=QUERIES,
-        image_text_hidden_size=16,
-    )
+    return Blip2Config(vision_config=vision.to_dict(), qformer_config=small.to_dict(), **settings)
+
+
+def hf_model(dtype: torch.dtype = torch.float64) -> Blip2ForImageTextRetrieval:
+    qformer = {"vocab_size": VOCAB, "num_hidden_layers": 4, "use_qformer_text_input": True}
+    config = hf_config(qformer, num_query_tokens=QUERIES, image_text_hidden_size=16)
     torch.manual_seed(0)
     model = Blip2ForImageTextRetrieval(config).eval()
     with torch.no_grad():

@@ -7,10 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    Blip2Config,
     Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
     LlamaConfig,
     OPTConfig,
     Qwen2Config,
@@ -20,7 +17,7 @@ from transformers import (
 from mmcore.models import blip2_names
 from mmcore.models.blip2_lm import BLIP2LM
 from mmcore.models.qformer import QFormerConfig
-from tests.mmcore.test_blip2 import hf_model, ours_of
+from tests.mmcore.test_blip2 import hf_config, hf_model, ours_of
 
 QUERIES, LENGTH, VOCAB = 4, 6, 60
 TEXT: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
@@ -54,24 +51,8 @@ MODELS: dict[str, Any] = {
 
 def pair(name: str) -> tuple[BLIP2LM, Any]:
     """Ours and transformers' with the same weights."""
-    vision = Blip2VisionConfig(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    qformer = Blip2QFormerConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=20,
-    )
-    config = Blip2Config(
-        vision_config=vision.to_dict(),
-        qformer_config=qformer.to_dict(),
+    config = hf_config(
+        {"num_hidden_layers": 2},
         text_config=MODELS[name].to_dict(),
         num_query_tokens=QUERIES,
         image_token_index=VOCAB - 1,
@@ -81,12 +62,7 @@ def pair(name: str) -> tuple[BLIP2LM, Any]:
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    raw = theirs.config.to_dict()
-    ours = BLIP2LM(
-        blip2_names.vision_config_from_hf(raw["vision_config"]),
-        blip2_names.qformer_config_from_hf(raw["qformer_config"], raw, 48),
-        theirs.language_model,
-    )
+    ours = BLIP2LM(*blip2_names.parts_from_hf("test", theirs.config.to_dict()), theirs.language_model)
     ours.load_state_dict(blip2_names.stage2_from_hf(theirs.state_dict(), ours), strict=False)
     return ours.double().eval(), theirs.double()
 
