@@ -16,6 +16,7 @@ from mmkernels import (
     token_contrastive_loss,
 )
 from mmkernels._checks import accumulator, require
+from mmkernels._gemm import matmul_nt
 from mmkernels._numerics import log_sum_exp
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
@@ -57,6 +58,7 @@ __all__ = [
     "linear_cross_entropy",
     "log_sum_exp",
     "masks",
+    "matmul_nt",
     "mean_cosine",
     "pair_losses",
     "poisoned",

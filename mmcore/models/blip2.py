@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmcore.models.decoding import beam_search, check_decoding, decode, nucleus
 from mmcore.models.qformer import QFormer, QFormerConfig, TextHead
 from mmcore.models.vit import VisionConfig, ViT
-from mmcore.nn import KeyValues
+from mmcore.nn import KeyValues, Linear
 from mmcore.ops import accumulator, masks, require
 
 IGNORED = -100
@@ -71,9 +71,9 @@ class BLIP2(nn.Module):
         self.qformer = QFormer(config.qformer)
         assert self.qformer.text is not None
         width = config.qformer.width
-        self.vision_proj = nn.Linear(width, config.embed_dim)
-        self.text_proj = nn.Linear(width, config.embed_dim)
-        self.itm_head = nn.Linear(width, 2)
+        self.vision_proj = Linear(width, config.embed_dim)
+        self.text_proj = Linear(width, config.embed_dim)
+        self.itm_head = Linear(width, 2)
         self.text_head = TextHead(config.qformer, self.qformer.text.word)
         # a divisor, neither a log nor clamped
         self.temperature = nn.Parameter(torch.full((1,), config.init_temperature))

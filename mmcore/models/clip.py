@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.models.vit import VisionConfig, ViT, check_tower
-from mmcore.nn import Transformer
+from mmcore.nn import Linear, Transformer
 
 # transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
 LEGACY_EOS_TOKEN_ID = 2
@@ -85,7 +85,7 @@ class VisionTower(ViT):
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__(config)
         self.norm_post = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        self.proj = Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.proj.weight, std=config.width**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class TextTower(nn.Module):
             norm_eps=config.norm_eps,
         )
         self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
-        self.proj = nn.Linear(width, embed_dim, bias=False)
+        self.proj = Linear(width, embed_dim, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.proj.weight, std=width**-0.5)
 

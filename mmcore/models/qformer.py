@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.nn import KeyValueCache, KeyValues, QFormerBlock
+from mmcore.nn import KeyValueCache, KeyValues, Linear, QFormerBlock
 from mmcore.ops import linear_cross_entropy, masks, require
 
 
@@ -74,7 +74,7 @@ class TextHead(nn.Module):
 
     def __init__(self, config: QFormerConfig, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.transform = nn.Linear(config.width, config.width)
+        self.transform = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         # the same parameter as the embedding's: ZeRO-3 gathers it for either
         self.weight = embedding.weight

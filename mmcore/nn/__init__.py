@@ -3,6 +3,7 @@
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
 from mmcore.nn.cross import CrossAttention, shared_keys_values
 from mmcore.nn.gated import GatedCrossAttentionBlock
+from mmcore.nn.linear import Linear
 from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.multiway import MultiwayBlock
@@ -23,6 +24,7 @@ __all__ = [
     "GatedCrossAttentionBlock",
     "KeyValueCache",
     "KeyValues",
+    "Linear",
     "MomentumEncoder",
     "MultiwayBlock",
     "PerceiverResampler",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.nn.attention import KeyValues, check_dropout, check_tokens
+from mmcore.nn.linear import Linear
 from mmcore.ops import attention, masks, require
 
 
@@ -57,9 +58,9 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.num_key_heads = key_heads
         self.dropout = dropout
-        self.q = nn.Linear(width, num_heads * head_dim, bias=bias)
-        self.kv = nn.Linear(width if key_width is None else key_width, 2 * key_heads * head_dim, bias=bias)
-        self.out = nn.Linear(num_heads * head_dim, width, bias=bias)
+        self.q = Linear(width, num_heads * head_dim, bias=bias)
+        self.kv = Linear(width if key_width is None else key_width, 2 * key_heads * head_dim, bias=bias)
+        self.out = Linear(num_heads * head_dim, width, bias=bias)
         self.q_norm = HeadNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.nn.linear import Linear
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP weights."""
@@ -20,8 +22,8 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"MLP: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        self.fc1 = nn.Linear(width, mlp_dim, bias=bias)
-        self.fc2 = nn.Linear(mlp_dim, width, bias=bias)
+        self.fc1 = Linear(width, mlp_dim, bias=bias)
+        self.fc2 = Linear(mlp_dim, width, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
