@@ -53,7 +53,7 @@ def escape_undrawable(text: str, families: list[str]) -> tuple[str, bool]:
 def wrap(text: str, width: int, max_lines: int) -> str:
     """Break `text` into lines of `width` columns, wide characters counting two; the rest is cut to '…'."""
     lines: list[str] = [""]
-    for part in _parts(text):
+    for part in (piece for whole in _parts(text) for piece in _pieces(whole, width)):
         if _columns(lines[-1] + part.rstrip()) > width and lines[-1]:
             lines.append("")
         lines[-1] += part if lines[-1] else part.lstrip()
@@ -63,6 +63,16 @@ def wrap(text: str, width: int, max_lines: int) -> str:
             lines[max_lines - 1] = lines[max_lines - 1][:-1]
         lines[max_lines - 1] += "…"
     return "\n".join(lines[:max_lines])
+
+
+def _pieces(part: str, width: int) -> list[str]:
+    """A word longer than a line, in pieces that fit one."""
+    pieces = [""]
+    for c in part:
+        if pieces[-1] and _columns((pieces[-1] + c).strip()) > width:
+            pieces.append("")
+        pieces[-1] += c
+    return pieces
 
 
 def _is_wide(c: str) -> bool:

@@ -1,14 +1,16 @@
 """Curves and retrieval sheets: what is drawn, in which colour, and what is said when a font is missing."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from mmcore.eval import fonts
-from mmcore.eval.pictures import plot_curves, plot_retrieval
+from mmcore.eval import fonts, pictures
+from mmcore.eval.pictures import plot_captions, plot_curves, plot_retrieval
 
 GREEN, RED = (26, 143, 76), (208, 52, 44)
 
@@ -97,7 +99,7 @@ def test_an_installed_font_that_has_the_characters_is_used(monkeypatch):
     [
         ("", ""),
         ("one two three", "one two\nthree"),
-        ("unbreakableword", "unbreakableword"),
+        ("unbreakableword", "unbreaka\nbleword"),
         ("一只猫在睡觉", "一只猫在\n睡觉"),
         ("一只猫在，睡觉", "一只猫\n在，睡觉"),
         ("a b c d e f g h i j k", "a b c d\ne f g h\ni j k"),
@@ -157,3 +159,64 @@ def test_bad_arguments_of_the_pictures_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         plot_retrieval(["a"], one, one > 0, [np.zeros((2, 2), np.uint8)], path, top_k=0)
     assert not path.exists()
+
+
+class TestCaptions:
+    WORDS = "a red apple on a plate with a description that goes on for several lines and ends here"
+    CAPTIONS = (
+        WORDS,
+        "",
+        "Donaudampfschifffahrtsgesellschaftskapitänsmütze",
+        "$x^2$ for $5",
+        *["a frog"] * 4,
+    )
+
+    def sheet(self, path: Path, **more: Any) -> None:
+        shapes = [(20, 30, 3), (30, 20, 3), (8, 8)]
+        images = [np.zeros(shapes[i % 3], np.uint8) for i in range(len(self.CAPTIONS))]
+        people = [["A frog.", "Another."]] * len(images)
+        plot_captions(images, self.CAPTIONS, people, path, title="captions", **more)
+
+    def test_no_text_lies_on_another_or_on_a_picture_and_none_is_wider_than_its_picture(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figures: list[Figure] = []
+        save = pictures._save
+        monkeypatch.setattr(pictures, "_save", lambda f, path: (figures.append(f), save(f, path)))
+        count = len(self.CAPTIONS)
+        self.sheet(tmp_path / "c.png", questions=["What is it?"] * count, right=[True] * count)
+        figure = figures[0]
+        figure.canvas.draw()
+        texts = [t for t in figure.texts if t.get_text()]
+        assert len(texts) == 3 * count + 1
+        places = [t.get_window_extent() for t in texts] + [a.get_window_extent() for a in figure.axes]
+        for i, one in enumerate(places):
+            for other in places[i + 1 :]:
+                overlap = (
+                    min(one.x1, other.x1) - max(one.x0, other.x0),
+                    min(one.y1, other.y1) - max(one.y0, other.y0),
+                )
+                assert min(overlap) <= 1, (i, one, other)
+        widest = max(t.get_window_extent().width for t in texts[:-1])
+        assert widest <= pictures._CELL * figure.dpi + 1
+        shown = {t.get_text().replace("\n", " ") for t in texts}
+        assert (
+            "✓ " + self.WORDS in shown and "✓ —" in shown and "A frog." in shown and "Another." not in shown
+        )
+
+    def test_a_sheet_is_a_png_and_has_frames_where_it_is_said_what_is_right(self, tmp_path: Path) -> None:
+        self.sheet(tmp_path / "plain.png")
+        self.sheet(tmp_path / "framed.png", right=[i % 2 == 0 for i in range(len(self.CAPTIONS))])
+        plain, framed = (pixels_of(tmp_path / f"{name}.png") for name in ("plain", "framed"))
+        assert all(
+            share_of(framed, colour) > 0.005 and share_of(plain, colour) == 0 for colour in (GREEN, RED)
+        )
+
+    def test_lengths_that_differ_and_pictures_without_a_reference_are_errors(self, tmp_path: Path) -> None:
+        image = np.zeros((8, 8), np.uint8)
+        with pytest.raises(ValueError, match="plot_captions: all must be as many as images, not 0, got 1"):
+            plot_captions([image], ["a", "b"], [["c"]], tmp_path / "x.png", title="")
+        with pytest.raises(ValueError, match="plot_captions: all must be as many as images"):
+            plot_captions([], [], [], tmp_path / "x.png", title="")
+        with pytest.raises(ValueError, match=r"each of references must be a list of texts, got \[\] at 0"):
+            plot_captions([image], ["a"], [[]], tmp_path / "x.png", title="")
