@@ -41,6 +41,25 @@ def batch(size: int, device: torch.device, max_text: int = 32) -> tuple[Tensor, 
     return states.to(device), Texts(tokens.to(device), num_text.to(device))
 
 
+def step_flops(blip2: BLIP2, size: int, length: int, num_patches: int) -> float:
+    """Of the products of our step, forward and both gradients: one pass over queries and both texts, one over the
+    queries and texts of 3B pairs, the images' keys and values once."""
+    shape, pairs = blip2.config.qformer, 3 * size
+    width, queries = shape.width, shape.num_queries
+    cross_layers = sum(isinstance(b, QFormerBlock) and b.cross is not None for b in blip2.qformer.blocks)
+
+    def layers(rows: int, texts: int) -> float:
+        positions = queries + texts
+        attention = 4 * width**2 + 2 * positions * width
+        feed_forward = 2 * width * shape.mlp_dim
+        cross = queries * (2 * width**2 + 2 * num_patches * width)
+        return rows * (shape.num_layers * positions * (attention + feed_forward) + cross_layers * cross)
+
+    keys_values = size * cross_layers * num_patches * 2 * shape.image_width * width
+    head = size * (length - 1) * width * (width + shape.vocab_size)
+    return 3 * 2 * (layers(size, 2 * length) + layers(pairs, length) + keys_values + head)
+
+
 class Plain:
     """A model run without an engine."""
 

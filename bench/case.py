@@ -25,8 +25,8 @@ class Case:
         contender: by name; "mmkernels" is ours.
         loss: the call, from no arguments to a scalar with a gradient.
         wrt: the leaves whose gradients "backward" and "both" compute.
-        mode: "forward" (no graph), "backward" (of one graph, again and again), "both", or "update" of an op
-            that has no gradients.
+        mode: "forward" (no graph), "backward" (of one graph, again and again), "both", "update" of an op that has
+            no gradients, or "step", a call that makes its gradients itself.
         floor_s: seconds that the bare matrix products of ours take on this machine, or the copying of its bytes.
         cost: what ours asks of the machine, for the cost model; None for others.
         gemm_rate: FLOP/s of those bare products.
@@ -50,6 +50,8 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 def step(case: Case) -> Callable[[], object]:
     """The timed call; "backward" reuses one graph."""
+    if case.mode == "step":
+        return case.loss
     if case.mode in ("forward", "update"):
         return torch.no_grad()(case.loss)
     if case.mode == "both":
@@ -86,7 +88,7 @@ def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
     }
     if case.cost is not None:
         info["predicted_s"] = predicted_s(case.cost, case.gemm_rate, device)
-    if case.mode in ("both", "update"):
+    if case.mode in ("both", "update", "step"):
         gradients = sum(x.numel() * x.element_size() for x in case.wrt)
         extra = peak_extra_bytes(timed, device)
         info["extra_bytes"] = None if extra is None else max(0, extra - gradients)
