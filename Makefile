@@ -1,4 +1,5 @@
 # make demo   train CLIP on real data in minutes, from nothing
+# make demo-blip2   the same for BLIP-2: a tower, both stages, captions of held-out pictures
 # make test   the tests, from nothing          make check  lint, format, types
 # make bench  the benchmarks of this machine   make gpu    kernel tests on CUDA, then the benchmarks
 PYTHON ?= python3
@@ -8,7 +9,7 @@ DEMO   ?= runs/demo
 GPU    ?= gpu
 JOBS   ?= 2
 
-.PHONY: demo test check bench docs-tables gpu clean
+.PHONY: demo demo-blip2 test check bench docs-tables gpu clean
 .DELETE_ON_ERROR:
 
 # DeepSpeed builds from source and needs torch to be there first.
@@ -20,6 +21,14 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 
 demo: $(VENV)/installed
 	$(VENV)/bin/mmcore train clip --data digits --model tiny --epochs 45 --lr 1e-3 --ema 0.99 --out $(DEMO)
+
+demo-blip2: $(VENV)/installed
+	$(VENV)/bin/mmcore train clip --data digits --model tiny --epochs 45 --lr 1e-3 --ema 0.99 --out $(DEMO)-blip2/tower
+	$(VENV)/bin/mmcore train blip2-stage1 --data digits --vision $(DEMO)-blip2/tower --epochs 8 --batch-size 64 \
+	    --lr 1e-3 --out $(DEMO)-blip2/stage1
+	$(VENV)/bin/mmcore train blip2-stage2 --data digits --from $(DEMO)-blip2/stage1 --llm tiny --prompt Caption: \
+	    --epochs 10 --batch-size 64 --lr 1e-3 --ema 0.99 --out $(DEMO)-blip2/stage2
+	$(VENV)/bin/mmcore eval vqa $(DEMO)-blip2/stage2
 
 # One thread a process: the tests are many small calls.
 test: $(VENV)/installed

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,28 +12,40 @@ from mmcore.checkpoint import write_json
 from mmcore.data.images import image_processor_config
 from mmcore.errors import complain
 from mmcore.eval import blip2
+from mmcore.eval.answers import Decoding
 from mmcore.eval.clip import WEIGHTS, load_run, print_retrieval, print_zero_shot
 from mmcore.models.blip2_weights import save_blip2
 from mmcore.models.clip_weights import save_clip
-from mmcore.models.runs import BLIP2_STAGE1, WeightsKey, find_run
+from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, WeightsKey, find_run
 
 _USAGE = """usage: mmcore COMMAND ...
 
   mmcore train clip [options]            train CLIP; --help explains every option
   mmcore train blip2-stage1 [options]    train BLIP-2's Q-Former
+  mmcore train blip2-stage2 [options]    train it in front of a frozen language model
   mmcore eval zeroshot|retrieval RUN     measure a run on its held-out pairs
+  mmcore eval caption|vqa RUN            let it describe held-out pictures, or answer questions about them
   mmcore export RUN --out FOLDER         write its weights for transformers or open_clip
 """
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a trained CLIP on the held-out pairs of its run."""
+    """Measure a run on its held-out pairs."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run's folder (its newest checkpoint is used), or one checkpoint of it."""
     weights: WeightsKey = "auto"
     """ema = the averaged weights, weight = the trained ones, auto = ema where the run kept one."""
+
+
+@dataclass(frozen=True)
+class SpeakConfig(EvalConfig):
+    """Let a run of BLIP-2 describe held-out pictures, or answer questions about them, and measure what it says."""
+
+    decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(default_factory=Decoding)
+    llm: Path | None = None
+    """Where the run's language model is now; None = where it was."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,9 @@ class ExportConfig:
     out: Path
     """Folder to write, which must not exist."""
     format: Literal["hf", "open_clip"] = "hf"
-    """hf: config.json and model.safetensors, for CLIPModel.from_pretrained; open_clip: its names and config."""
+    """hf: as transformers' from_pretrained reads them; open_clip: a CLIP under its names."""
+    llm: Path | None = None
+    """Where the language model of a run of blip2-stage2 is now; None = where it was."""
     weights: WeightsKey = "auto"
     """ema = the averaged weights, weight = the trained ones, auto = ema where the run kept one."""
 
@@ -57,25 +71,44 @@ def _train(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     kinds = {"zeroshot": print_zero_shot, "retrieval": print_retrieval}
-    if not arguments or arguments[0] not in kinds:
-        got = f"got {arguments[0]!r}" if arguments else "got nothing"
-        raise ValueError(f"mmcore eval must be followed by zeroshot or retrieval, {got}")
-    config = tyro.cli(EvalConfig, args=arguments[1:], prog=f"mmcore eval {arguments[0]}")
-    if arguments[0] == "retrieval" and find_run(config.run).recipe == BLIP2_STAGE1:
+    spoken = {"caption": "print_captions", "vqa": "print_vqa"}
+    kind, known = arguments[0] if arguments else None, [*kinds, *spoken]
+    if kind not in known:
+        raise ValueError(
+            f"mmcore eval must be followed by one of {', '.join(known)}, got {kind or 'nothing'}"
+        )
+    prog = f"mmcore eval {kind}"
+    if kind in spoken:
+        config = tyro.cli(SpeakConfig, args=arguments[1:], prog=prog)
+        # loaded by name: the others do without transformers
+        models = importlib.import_module("mmcore.eval.blip2_lm")
+        speaker = models.load_speaker(config.run, config.weights, config.llm)
+        for file in getattr(models, spoken[kind])(speaker, config.decoding):
+            print(f"  {file}")
+        return
+    config = tyro.cli(EvalConfig, args=arguments[1:], prog=prog)
+    if kind == "retrieval" and find_run(config.run).recipe == BLIP2_STAGE1:
         blip2.print_measured(blip2.load_run(config.run, config.weights))
     else:
-        kinds[arguments[0]](load_run(config.run, config.weights))
+        kinds[kind](load_run(config.run, config.weights))
 
 
 def _export(arguments: list[str]) -> None:
     config = tyro.cli(ExportConfig, args=arguments, prog="mmcore export")
-    if find_run(config.run).recipe == BLIP2_STAGE1:
-        if config.format != "hf":
-            raise ValueError(f"--format must be hf for a run of {BLIP2_STAGE1}, got {config.format}")
+    recipe = find_run(config.run).recipe
+    if recipe in (BLIP2_STAGE1, BLIP2_STAGE2) and config.format != "hf":
+        raise ValueError(f"--format must be hf for a run of {recipe}, got {config.format}")
+    if recipe != BLIP2_STAGE2 and config.llm is not None:
+        raise ValueError(f"--llm has no effect on a run of {recipe}, got {config.llm}")
+    if recipe == BLIP2_STAGE1:
         trained = blip2.load_run(config.run, config.weights)
         save_blip2(trained.model, config.out)
         trained.wordpiece.save(config.out)
         size, step, weights = trained.model.config.vision.image_size, trained.step, trained.weights
+    elif recipe == BLIP2_STAGE2:
+        size, step, weights = importlib.import_module("mmcore.models.stage2").export(
+            config.run, config.out, config.weights, config.llm
+        )
     else:
         run = load_run(config.run, config.weights)
         save_clip(run.model, config.out, format=config.format)

@@ -1,14 +1,32 @@
 """BLIP-2's second stage: what a Q-Former reads of an image, as the first tokens of a frozen language model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.models.blip2 import BLIP2, IGNORED
+from mmcore.models.blip2 import IGNORED
 from mmcore.models.qformer import QFormer, QFormerConfig
 from mmcore.models.vit import VisionConfig, ViT
-from mmcore.ops import linear_cross_entropy, require
+from mmcore.nn import Linear
+from mmcore.ops import accumulator, linear_cross_entropy, require
+
+
+class LanguageHead(nn.Module):
+    """A language model's last layer and the cross-entropy behind it; its weights are that layer's own, which ZeRO-3
+    gathers for either."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+
+    def forward(self, states: Tensor, labels: Tensor) -> Tensor:
+        """The sum over [B, T, D] states whose int64 [B, T] labels are not -100: []."""
+        states, labels = states.flatten(0, 1), labels.flatten()
+        return linear_cross_entropy(states, self.weight, labels, bias=self.bias, reduction="sum")
 
 
 class BLIP2LM(nn.Module):
@@ -27,21 +45,35 @@ class BLIP2LM(nn.Module):
         self.visual = ViT(vision).requires_grad_(False)
         self.norm_vision = nn.LayerNorm(vision.width, eps=vision.norm_eps)
         self.qformer = QFormer(qformer)
-        width = language_model.get_input_embeddings().embedding_dim
-        self.language_projection = nn.Linear(qformer.width, width)
+        embedding = language_model.get_input_embeddings()
+        self.language_projection = Linear(qformer.width, embedding.embedding_dim)
+        # as large as the tokens beside it; what it projects is a LayerNorm's
+        std = embedding.weight.float().std().item() * qformer.width**-0.5
+        nn.init.normal_(self.language_projection.weight, std=std)
+        nn.init.zeros_(self.language_projection.bias)
         self.language_model: Any = language_model.requires_grad_(False)
+        self.language_head = LanguageHead(language_model.get_output_embeddings())
 
-    def load_stage1(self, blip2: BLIP2) -> None:
-        """Takes tower and Q-Former of stage 1, the text's share of it left out.
+    def load_start(self, state: Mapping[str, Tensor]) -> None:
+        """Takes tower and Q-Former, and the projection where there is one of this width; what else there is stays out.
+
+        Args:
+            state: of a `BLIP2` or a `BLIP2LM`.
 
         Raises:
-            ValueError: other shapes.
+            ValueError: weights that are missing or of other shapes.
         """
-        ours, theirs = self.state_dict(), blip2.state_dict()
-        names = [n for n in ours if not n.startswith(("language_model.", "language_projection."))]
-        differ = [n for n in names if n not in theirs or theirs[n].shape != ours[n].shape]
-        require("BLIP2LM", not differ, "blip2 must be of these shapes, got others in {}", differ[:3])
-        self.load_state_dict({name: theirs[name] for name in names}, strict=False)
+        ours = {n: x.shape for n, x in self.state_dict().items() if not n.startswith("language_")}
+        ours |= {
+            n: x.shape
+            for n, x in self.language_projection.state_dict(prefix="language_projection.").items()
+            if n in state and state[n].shape == x.shape
+        }
+        differ = [n for n, shape in ours.items() if n not in state or state[n].shape != shape]
+        require(
+            "BLIP2LM", not differ, "state must have this model's weights, got a difference in {}", differ[:3]
+        )
+        self.load_state_dict({name: state[name] for name in ours}, strict=False)
 
     def train(self, mode: bool = True) -> "BLIP2LM":
         """The tower and the language model stay in evaluation mode."""
@@ -50,7 +82,11 @@ class BLIP2LM(nn.Module):
         self.language_model.eval()
         return self
 
-    def forward(
+    def forward(self, task: str, *inputs: Any, **options: Any) -> Any:
+        """`loss` or `generate` by name: under ZeRO-3 parameters are whole only inside a forward."""
+        return getattr(self, task)(*inputs, **options)
+
+    def loss(
         self,
         images: Tensor,
         tokens: Tensor,
@@ -79,19 +115,19 @@ class BLIP2LM(nn.Module):
             )
             assert targets is not None
             found = self.language_model(inputs_embeds=embedded, attention_mask=seen, labels=targets)
-            count = (targets != IGNORED).sum()
-            return found.loss * count, count
+            logits, labels = found.logits.flatten(0, 1), targets.flatten()
+            logits = logits.to(accumulator(logits.dtype))
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            return loss, (labels != IGNORED).sum()
         states = self.language_model.base_model(inputs_embeds=embedded, attention_mask=seen).last_hidden_state
         place = torch.arange(tokens.shape[1], device=tokens.device)
         is_answer = (place >= num_prompt[:, None]) & (place < num_text[:, None])
+        if has_image is not None:  # what comes first has nothing before it
+            is_answer &= has_image[:, None] | (place > 0)
         labels = tokens.masked_fill(~is_answer, IGNORED)
         # the state before a token predicts it
         states = states[:, prefix.shape[1] - 1 : -1]
-        head = self.language_model.get_output_embeddings()
-        loss = linear_cross_entropy(
-            states.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, reduction="sum"
-        )
-        return loss, is_answer.sum()
+        return self.language_head(states, labels), is_answer.sum()
 
     def prefix(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] to [B, Q, D], tokens of the language model's width."""

@@ -25,13 +25,13 @@ IMAGE_TOKEN = "<image>"
 """What Blip2Processor puts in a prompt where the model puts what its Q-Former read."""
 
 
-def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> BLIP2LM:
+def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> BLIP2LM:
     """Loads BLIP-2's second stage on the CPU from a folder that transformers or `save_blip2_lm` wrote.
 
     Args:
         folder: with config.json, *.safetensors and, if the language model generates by settings of its own,
             generation_config.json.
-        dtype: of the language model; the rest is float32.
+        dtype: of the language model, None = as it is stored; the rest is float32.
 
     Returns:
         The model, in training mode, its image tower and language model frozen.
@@ -94,7 +94,9 @@ def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None =
         language.generation_config.to_json_file(staged / "generation_config.json")
 
 
-def _language_model(op: str, raw: Mapping[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+def _language_model(
+    op: str, raw: Mapping[str, Any], state: dict[str, Tensor], dtype: torch.dtype | None
+) -> Any:
     kind = (raw.get("text_config") or {}).get("model_type", "opt")
     # the first that has it, as transformers chooses
     families: Any = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
@@ -107,7 +109,7 @@ def _language_model(op: str, raw: Mapping[str, Any], state: dict[str, Tensor], d
         None,
         config=text,
         state_dict=state,
-        dtype=dtype,
+        dtype=next(iter(state.values())).dtype if dtype is None else dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )

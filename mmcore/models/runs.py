@@ -13,7 +13,7 @@ from mmcore.models.clip import CLIP, CLIPConfig, TextConfig
 from mmcore.models.qformer import QFormerConfig
 from mmcore.models.vit import VisionConfig
 
-BLIP2_STAGE1 = "blip2-stage1"
+BLIP2_STAGE1, BLIP2_STAGE2 = "blip2-stage1", "blip2-stage2"
 FROZEN = "frozen.safetensors"
 """What a run does not train, written once into its folder."""
 
@@ -84,6 +84,11 @@ def clip_of(run: SavedRun) -> CLIP:
     return model
 
 
+def is_run(where: Path) -> bool:
+    """Whether a folder is a run's or one of its checkpoints."""
+    return (where / "checkpoints").is_dir() or (where / checkpoint.MANIFEST).is_file()
+
+
 def blip2_shape(saved: dict[str, Any]) -> BLIP2Config:
     """A configuration as a run's config.json holds it."""
     parts = {"vision": VisionConfig(**saved["vision"]), "qformer": QFormerConfig(**saved["qformer"])}
@@ -96,7 +101,7 @@ def blip2_of(run: SavedRun) -> BLIP2:
     Raises:
         ValueError: a run of another recipe, or no such weights in it.
     """
-    if run.recipe != "blip2-stage1":
+    if run.recipe != BLIP2_STAGE1:
         raise ValueError(
             f"RUN must be of mmcore train blip2-stage1, got {run.folder}, which is of {run.recipe}"
         )

@@ -10,7 +10,7 @@ from mmcore.models import blip2_names
 from mmcore.models.clip import CLIP
 from mmcore.models.clip_weights import load_clip
 from mmcore.models.files import read_folder, read_json
-from mmcore.models.runs import clip_of, find_run
+from mmcore.models.runs import clip_of, find_run, is_run
 from mmcore.models.vit import VisionConfig, ViT
 
 
@@ -33,7 +33,7 @@ def load_tower(path: Path) -> Tower:
     Raises:
         ValueError: nothing of this kind.
     """
-    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+    if is_run(path):
         return _of_clip(clip_of(find_run(path)))
     config = path / "config.json"
     if config.is_file() and read_json("load_tower", config).get("model_type") == "blip-2":

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -79,14 +80,15 @@ def _prepare_folder(config: Blip2Stage1Config, data: PairData, world_size: int) 
         raise ValueError(f"--max-text must be from 2 to {most}, got {config.max_text}")
     data.train_loader(config.loader_spec(model_config.vision.image_size, 0, world_size), None)
 
-    def save(folder: Path) -> None:
+    def save(folder: Path) -> dict[str, Any]:
         if not (folder / "tokenizer").exists():
             wordpiece.save(folder / "tokenizer")
         if tower is not None and config.freeze_vision:
             frozen = {f"visual.{name}": x.contiguous() for name, x in tower.state.items()}
             save_file(frozen, folder / FROZEN)
+        return asdict(model_config)
 
-    return write_folder(BLIP2_STAGE1, config, start, world_size, asdict(model_config), save)
+    return write_folder(BLIP2_STAGE1, config, start, world_size, save)
 
 
 def _make_tower(config: Blip2Stage1Config) -> Tower | None:

@@ -1,4 +1,5 @@
-"""BLIP-2's first stage: contrast, matching and captions, 1:1:1, over the batches of all ranks (arXiv:2301.12597)."""
+"""BLIP-2's steps over the batches of all ranks (arXiv:2301.12597): contrast, matching and captions, 1:1:1, in stage 1;
+answers by a frozen language model in stage 2."""
 
 from typing import Any, Protocol
 
@@ -6,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmcore.data.prompts import Prompted
 from mmcore.data.wordpiece import Texts
 from mmcore.losses import (
     fetch_rows,
@@ -22,7 +24,7 @@ LABEL_SMOOTHING = 0.1
 
 
 class Runner(Protocol):
-    """A `BLIP2` as an engine runs it."""
+    """A `BLIP2` or a `BLIP2LM` as an engine runs it."""
 
     def __call__(self, *inputs: Any) -> Any: ...
 
@@ -121,3 +123,22 @@ def _images_to_fetch(pairs: Pairs, numbers: Tensor) -> tuple[Tensor, Tensor]:
     index = numbers - first
     index[~is_own] = size + place
     return fetch_rows(pairs.tower, foreign), index
+
+
+def stage2_backward(
+    engine: Runner, images: Tensor, texts: Prompted, has_image: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Loss and gradients of one batch: the cross-entropy, averaged over the answers' tokens of all ranks.
+
+    Args:
+        engine: a `BLIP2LM` under the engine.
+        images: [B, 3, S, S]; of anything for rows without one.
+        texts: prompts and answers.
+        has_image: bool [B]; None = all have one. A rank may have none at all.
+
+    Returns:
+        "loss", detached.
+    """
+    loss = global_ratio(*engine("loss", images, *texts, has_image))
+    engine.backward(loss)
+    return {"loss": loss.detach()}

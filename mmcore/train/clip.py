@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,12 @@ def _prepare_folder(config: ClipConfig, data: PairData, world_size: int) -> Star
     if start.checkpoint is None and config.init is not None:
         _make_model(config, start, tokenizer)
 
-    def save(folder: Path) -> None:
+    def save(folder: Path) -> dict[str, Any]:
         if not (folder / "tokenizer").exists():
             tokenizer.save(folder / "tokenizer")
+        return asdict(_model_config(config, tokenizer))
 
-    return write_folder("clip", config, start, world_size, asdict(_model_config(config, tokenizer)), save)
+    return write_folder("clip", config, start, world_size, save)
 
 
 def _model_config(config: ClipConfig, tokenizer: Tokenizer) -> CLIPConfig:

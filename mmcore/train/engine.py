@@ -222,11 +222,11 @@ class Engine:
         """DeepSpeed's own engine, such as `mmcore.ema.EMA` takes."""
         return self._engine
 
-    def __call__(self, *inputs: Any) -> Any:
-        """The model's forward; where the weights are bf16, tensors in floating point are cast to it."""
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The model's forward; where the weights are bf16, inputs in floating point are cast to it."""
         if self.precision == "bf16":
             inputs = tuple(_cast(x) for x in inputs)
-        return self._engine(*inputs)
+        return self._engine(*inputs, **options)
 
     @contextmanager
     def eval(self) -> Iterator[None]:

@@ -10,12 +10,15 @@ import torch.distributed as dist
 import tyro
 
 from mmcore.errors import complain
+from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
 from mmcore.train.blip2_stage1 import Blip2Stage1Config, train_blip2_stage1
+from mmcore.train.blip2_stage2 import Blip2Stage2Config, train_blip2_stage2
 from mmcore.train.clip import ClipConfig, train_clip
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "clip": (ClipConfig, train_clip),
-    "blip2-stage1": (Blip2Stage1Config, train_blip2_stage1),
+    BLIP2_STAGE1: (Blip2Stage1Config, train_blip2_stage1),
+    BLIP2_STAGE2: (Blip2Stage2Config, train_blip2_stage2),
 }
 
 

@@ -55,7 +55,7 @@ class Loop:
         total: optimizer steps in all.
         backward: of a step's number and batch, on every rank alike: makes the gradients, and returns the losses
             by name, their sum as "loss".
-        evaluate: on every rank alike: numbers in [0, 1] by name, the first of which the progress bar shows.
+        evaluate: on every rank alike: numbers by name, the first of which, in [0, 1], the progress bar shows.
     """
 
     folder: Path

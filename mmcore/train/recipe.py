@@ -60,19 +60,17 @@ def write_folder(
     recipe: Recipe,
     start: Start,
     world_size: int,
-    model: dict[str, Any],
-    save: Callable[[Path], None],
+    save: Callable[[Path], dict[str, Any]],
 ) -> Start:
-    """Writes a run's folder, once: settings, the model's shape, and what `save` puts there; of a run that is resumed,
-    compares the settings. Rank 0 alone calls it, when all else has been checked."""
+    """Writes a run's folder, once: settings, what `save` puts there, and the model's shape that it returns; of a run
+    that is resumed, compares the settings. Rank 0 alone calls it, when all else has been checked."""
     recipe.deepspeed(world_size)
     settings = recipe.settings(world_size)
     if start.checkpoint is not None:
         check_settings(json.loads((start.folder / "config.json").read_text())["settings"], settings)
         return start
     start.folder.mkdir(parents=True, exist_ok=recipe.run.resume is not None)
-    save(start.folder)
-    saved = {"recipe": name, "settings": settings, "model": model}
+    saved = {"recipe": name, "settings": settings, "model": save(start.folder)}
     checkpoint.write_json(start.folder / "config.json", saved)
     return start
 
@@ -121,7 +119,7 @@ def run_recipe(
         model: whose weights that want a gradient are trained.
         data, loader: on what.
         backward: a step's losses and gradients.
-        evaluate: numbers in [0, 1] by name, the first of which the progress bar shows, or none; called in evaluation
+        evaluate: numbers by name, the first of which, in [0, 1], the progress bar shows, or none; called in evaluation
             mode.
 
     Returns:

@@ -76,6 +76,9 @@ FREE_ON_RESUME = frozenset(
         "workers",
         "image_root",
         "vision",
+        "start",
+        "llm",
+        "llm_steps",
     }
 )
 FREE_ON_RESUME |= {"zero", "deepspeed", "batch_size", "accum", "stamps_dir", "activation_checkpointing"}

@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_transformers(name: str) -> None:
     wanted = torch.cat([torch.full((3, QUERIES), -100), labels], 1)
     expected = theirs(pixel_values=images, input_ids=ids, attention_mask=seen, labels=wanted).loss
     expected.backward()
-    total, count = ours(images, tokens, num_prompt, num_text)
+    total, count = ours.loss(images, tokens, num_prompt, num_text)
     assert int(count) == int((num_text - num_prompt).sum())
     # transformers takes its logits to float32
     torch.testing.assert_close((total / count).float(), expected, rtol=1e-6, atol=0)
@@ -107,10 +107,10 @@ def test_an_encoder_decoder_learns_its_targets() -> None:
     ids = torch.cat([torch.full((3, QUERIES), VOCAB - 1), tokens], 1)
     seen = torch.cat([torch.ones(3, QUERIES), (torch.arange(LENGTH) < num_text[:, None])], 1).long()
     expected = theirs(pixel_values=images, input_ids=ids, attention_mask=seen, labels=targets).loss
-    total, count = ours(images, tokens, num_text, num_text, targets)
+    total, count = ours.loss(images, tokens, num_text, num_text, targets)
     torch.testing.assert_close(total / count, expected, rtol=1e-9, atol=0)
     with pytest.raises(ValueError, match="BLIP2LM: targets must be given to an encoder-decoder, got None"):
-        ours(images, tokens, num_text, num_text)
+        ours.loss(images, tokens, num_text, num_text)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -131,8 +131,8 @@ def test_a_row_without_an_image_is_the_language_models_own() -> None:
     ours, _ = pair("llama")
     images, tokens, num_prompt, num_text = batch()
     has_image = torch.tensor([True, False, False])
-    total, _ = ours(images, tokens, num_prompt, num_text, None, has_image)
-    again, _ = ours(
+    total, _ = ours.loss(images, tokens, num_prompt, num_text, None, has_image)
+    again, _ = ours.loss(
         images * torch.tensor([1.0, 7.0, -3.0]).view(3, 1, 1, 1),
         tokens,
         num_prompt,
@@ -157,14 +157,16 @@ def test_stage_1_is_its_start() -> None:
     stage1 = ours_of(hf_model(torch.float32))
     vision, qformer = stage1.config.vision, stage1.config.qformer
     ours = BLIP2LM(vision, replace(qformer, has_text=False), pair("opt")[0].language_model)
-    ours.load_stage1(stage1)
+    ours.load_start(stage1.state_dict())
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         found = ours.eval().qformer(ours.norm_vision(ours.visual(images)))
         torch.testing.assert_close(found, stage1.qformer(stage1.states(images)))
     with pytest.raises(ValueError, match="BLIP2LM: qformer must be without text, got has_text True"):
         BLIP2LM(vision, qformer, ours.language_model)
-    with pytest.raises(ValueError, match="BLIP2LM: blip2 must be of these shapes, got others in"):
+    with pytest.raises(
+        ValueError, match="BLIP2LM: state must have this model's weights, got a difference in"
+    ):
         BLIP2LM(
             vision, QFormerConfig(has_text=False, image_width=vision.width, num_layers=6), ours.language_model
-        ).load_stage1(stage1)
+        ).load_start(stage1.state_dict())
