@@ -20,6 +20,7 @@ from mmcore.models.language import tiny_language_model, tiny_tokenizer
 from mmcore.models.runs import find_run
 from mmcore.models.stage2 import blip2_lm_of
 from tests.distributed.launch import free_port
+from tests.mmcore.data_fixtures import write_shards
 from tests.mmcore.test_cli_clip import losses, run
 
 TRAIN = ["train", "blip2-stage2", "--steps", 4, "--save-every", 2, "--eval-every", 3, "--log-every", 1]
@@ -155,6 +156,23 @@ def test_a_run_of_stage_1_and_a_language_model_of_its_own(tmp_path: Path) -> Non
     # a run of stage 2 goes on with another task, and with the same language model
     more = run(*SMALL, "--steps", 1, "--from", tmp_path / "s2", "--out", tmp_path / "s3").stdout
     assert "captions (held-out)" in more and not (tmp_path / "s3/language_model").exists()
+
+
+def test_both_stages_read_shards(start: Path, language: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    data = [
+        "--data",
+        write_shards(tmp_path / "train", 2, 8),
+        "--val-data",
+        write_shards(tmp_path / "val", 1, 6),
+    ]
+    few = ["--steps", 2, "--batch-size", 8, "--log-every", 1, *data]
+    first = run("train", "blip2-stage1", *few, "--no-freeze-vision", "--out", tmp_path / "s1").stdout
+    assert "ITM accuracy (held-out)" in first and sorted(losses(tmp_path / "s1")) == [1, 2]
+    inputs = ["--from", tmp_path / "s1", "--llm", "tiny", "--llm-steps", 2]
+    second = run("train", "blip2-stage2", *few, *inputs, "--out", tmp_path / "s2").stdout
+    assert "learned 16 texts" in second and "captions (held-out), greedy, 6 images" in second
 
 
 @pytest.mark.parametrize(
