@@ -140,7 +140,7 @@ def print_vqa(speaker: Speaker, decoding: Decoding) -> list[Path]:
     torch.manual_seed(0)
     prompt = speaker.prompt if speaker.task == "vqa" else None
     found = answer(speaker.says(decoding), val, prompt=prompt, image_size=speaker.image_size)
-    kind = ", derived from captions" if val.derived else ""
+    kind = ", derived questions" if val.derived else ""
     numbers = (
         f"{100 * found.accuracy:.1f} % (majority {100 * majority_accuracy(train, found.questions):.1f} %)"
     )
