@@ -36,7 +36,7 @@ def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
-    """One Markdown table of the cases of forward and backward, or of updates, under a line that says on what they ran:
+    """One Markdown table of the cases of forward and backward, of updates and of training steps, under a line that says on what they ran:
     of all ops or of those named, `op[]` being the variants of `op`."""
     info = document["machine_info"]
     lines = [
@@ -47,12 +47,12 @@ def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
     ]
     for case in cases(document):
         op = re.sub(r"\[.*\]", "[]", case["group"].split()[0])
-        if case["group"].endswith((" both", " update")) and (not ops or op in ops):
+        if case["group"].endswith((" both", " update", " step")) and (not ops or op in ops):
             lines.append("| " + " | ".join(row(case)) + " |")
     return "\n".join(lines)
 
 
-TABLE = re.compile(r"(<!-- bench: (\S+)((?: [\w\[\]]+)*) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- bench: (\S+)((?: [\w\[\]-]+)*) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
 
 
 def fill(page: Path) -> None:

@@ -12,7 +12,7 @@ from mmcore.data import EvalSet, PairData
 from mmcore.data.wordpiece import Texts, WordPiece, load_wordpiece
 from mmcore.eval.clip import WEIGHTS, data_of
 from mmcore.eval.pictures import plot_curves
-from mmcore.eval.retrieval import Relevance, recall_lines, recall_of_scores, relevance_of
+from mmcore.eval.retrieval import Relevance, encoded_once, recall_lines, recall_of_scores, relevance_of
 from mmcore.models.blip2 import BLIP2
 from mmcore.models.runs import WeightsKey, blip2_of, find_run
 
@@ -77,12 +77,12 @@ def look(
     owners = [(row, c) for row, i in enumerate(torch.cat(index).tolist()) for c in val.captions[i]]
     captions = [caption for _, caption in owners]
     texts = wordpiece(captions, max_text)
-    text = []
-    for first in range(0, len(captions), BATCH_SIZE):
-        part = slice(first, first + BATCH_SIZE)
-        text.append(forward("encode_text", *(x[part].to(device) for x in texts)).float().cpu())
-    features = torch.cat(image)
-    similarity = torch.stack([(row @ torch.cat(text).T).amax(0) for row in features])
+
+    def encode(chunk: list[str]) -> Tensor:
+        return forward("encode_text", *(x.to(device) for x in wordpiece(chunk, max_text))).float().cpu()
+
+    text, features = encoded_once(captions, encode, BATCH_SIZE), torch.cat(image)
+    similarity = torch.stack([(row @ text.T).amax(0) for row in features])
     if not similarity.isfinite().all():
         raise FloatingPointError("the features of the held-out pairs are not finite")
     owner = torch.tensor([row for row, _ in owners])

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmcore.data import DataConfig, PairData, open_data
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 from mmcore.eval.pictures import plot_curves, plot_retrieval
-from mmcore.eval.retrieval import Relevance, recall_lines, relevance_of, retrieval_recall
+from mmcore.eval.retrieval import Relevance, encoded_once, recall_lines, relevance_of, retrieval_recall
 from mmcore.eval.zeroshot import top_k_accuracy, zero_shot_weights
 from mmcore.models.clip import CLIP
 from mmcore.models.runs import SavedRun, WeightsKey, clip_of, find_run
@@ -104,10 +104,6 @@ def embed(
     index = torch.cat([i for _, i in batches])
     owners = [(row, caption) for row, i in enumerate(index.tolist()) for caption in data.val.captions[i]]
     captions = [caption for _, caption in owners]
-    distinct = list(dict.fromkeys(captions))
-    chunks = [distinct[i : i + BATCH_SIZE] for i in range(0, len(distinct), BATCH_SIZE)]
-    encoded = torch.cat([encode_text(tokenizer(chunk)) for chunk in chunks])
-    row_of = {caption: row for row, caption in enumerate(distinct)}
     weights = None
     if data.class_names is not None and data.templates is not None and data.val.labels is not None:
         weights = zero_shot_weights(
@@ -117,7 +113,7 @@ def embed(
         image,
         index,
         captions,
-        encoded[[row_of[caption] for caption in captions]],
+        encoded_once(captions, lambda chunk: encode_text(tokenizer(chunk)), BATCH_SIZE),
         relevance_of(captions, [row for row, _ in owners], num_images=len(image)),
         weights,
     )

@@ -1,6 +1,6 @@
 """Image-text retrieval: R@k both ways, with several captions an image and equal captions shared by images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +158,14 @@ def recall_of_scores(
             out[f"{name}_R@{k}"] = (above < k).double().mean().item()
             out[f"{name}_chance_R@{k}"] = _chance(num_right, shape[1], k)
     return out
+
+
+def encoded_once(captions: Sequence[str], encode: Callable[[list[str]], Tensor], batch_size: int) -> Tensor:
+    """[N, E] embeddings of captions, each of the distinct ones encoded once, in order, `batch_size` at a time."""
+    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    distinct = list(row_of)
+    chunks = [encode(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
+    return torch.cat(chunks)[[row_of[caption] for caption in captions]]
 
 
 def recall_lines(recalls: Mapping[str, float], ks: tuple[int, ...] = (1, 5, 10)) -> list[str]:

@@ -148,7 +148,11 @@ def test_a_run_of_stage_1_and_a_language_model_of_its_own(tmp_path: Path) -> Non
     tiny = ["--from", tmp_path / "s1", "--llm", "tiny", "--llm-steps", 2, "--task", "vqa"]
     printed = run(*SMALL, "--steps", 1, *tiny, "--out", tmp_path / "s2").stdout
     assert "a tiny language model (" in printed
-    line = next(x for x in printed.splitlines() if x.startswith("VQA accuracy (held-out, derived questions), greedy, 180"))
+    line = next(
+        x
+        for x in printed.splitlines()
+        if x.startswith("VQA accuracy (held-out, derived questions), greedy, 180")
+    )
     assert "(majority 25.0 %)" in line
     assert (tmp_path / "s2/answers.png").exists() and (tmp_path / "s2/language_model/config.json").exists()
     answers = json.loads((tmp_path / "s2/answers.json").read_text())
