@@ -36,8 +36,8 @@ def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
-    """One Markdown table of the cases of forward and backward, of updates and of training steps, under a line that says on what they ran:
-    of all ops or of those named, `op[]` being the variants of `op`."""
+    """One Markdown table of the cases of forward and backward, of updates and of training steps, under a line that says
+    on what they ran: of all ops or of those named, `op[]` being the variants of `op`."""
     info = document["machine_info"]
     lines = [
         f"{info['device']} ({info['cpu']}), torch {info['torch']}, {document['datetime'][:10]}",
