@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,16 @@ from mmcore.models.towers import Tower, load_tower
 from mmcore.train.blip2_steps import stage1_backward
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.loop import on_rank_zero, seed_step
-from mmcore.train.optim import OptimConfig
+from mmcore.train.optim import OptimConfig, blip2_optim
 from mmcore.train.recipe import Recipe, run_recipe, write_folder
 from mmcore.train.run import Start, open_run
-
-
-def _published() -> OptimConfig:
-    return OptimConfig(
-        lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, beta2=0.999, eps=1e-8, weight_decay=0.05, warmup=5000
-    )
 
 
 @dataclass(frozen=True)
 class Blip2Stage1Config(Recipe):
     """Train BLIP-2's Q-Former (arXiv 2301.12597, stage 1) on image-caption pairs: contrast, matching, captions."""
 
-    optim: OptimConfig = field(default_factory=_published)
+    optim: OptimConfig = field(default_factory=partial(blip2_optim, 5000))
     model: str = "tiny"
     """tiny, small (for the towers of a CLIP of that name) or ViT-g (as published)."""
     vision: Path | None = None

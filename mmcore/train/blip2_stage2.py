@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from mmcore.models.vit import VisionConfig
 from mmcore.train.blip2_steps import stage2_backward
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.loop import on_rank_zero, seed_step
-from mmcore.train.optim import OptimConfig
+from mmcore.train.optim import OptimConfig, blip2_optim
 from mmcore.train.recipe import Recipe, run_recipe, write_folder
 from mmcore.train.run import Start, open_run
 from mmcore.train.tiny_lm import STEPS, texts_by_picture, train_tiny_lm
@@ -34,17 +35,11 @@ TINY = "tiny"
 MAX_EVALUATED = 256
 
 
-def _published() -> OptimConfig:
-    return OptimConfig(
-        lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, beta2=0.999, eps=1e-8, weight_decay=0.05, warmup=2000
-    )
-
-
 @dataclass(frozen=True)
 class Blip2Stage2Config(Recipe):
     """Train BLIP-2's Q-Former in front of a frozen language model (arXiv 2301.12597, stage 2): captions, answers."""
 
-    optim: OptimConfig = field(default_factory=_published)
+    optim: OptimConfig = field(default_factory=partial(blip2_optim, 2000))
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """What to start from: a run of mmcore train blip2-stage1 or blip2-stage2, or a folder with a BLIP-2 of
     transformers. A resumed run needs none."""

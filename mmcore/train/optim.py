@@ -48,6 +48,12 @@ class OptimConfig:
             raise ValueError(f"--warmup must be a number of steps >= 0, got {self.warmup}")
 
 
+def blip2_optim(warmup: int) -> OptimConfig:
+    """BLIP-2's settings (arXiv 2301.12597, LAVIS), the stages differing in their warm-up."""
+    decays = {"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05}
+    return OptimConfig(lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, warmup=warmup, **decays)
+
+
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamWEMA:
     """The recipe's optimizer of parameter groups; its average is warmed up."""
     return AdamWEMA(
