@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,33 +21,33 @@ _ORDER, _SAMPLE = 0x04DE4, 0x5A3B1E
 _MAX_TRIES = 1_000
 
 
+class Stamped(Protocol):
+    """What a batch of any kind has."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def ids(self) -> list[str]: ...
+
+
+B = TypeVar("B", bound=Stamped)
+
+
 @dataclass
-class Payload:
+class Payload(Generic[B]):
     """What a loading process sends for one batch.
 
     Args:
-        images: float32 [B, 3, S, S].
-        tokens: int64 [B, T].
-        labels: int64 [B].
-        image_ids: int64 [B].
-        captions: B captions.
-        questions: B questions, or None where captions stand alone.
-        ids: B sample names.
+        batch: a frozen dataclass, whose epoch the loader fills in.
         seen: records read for this batch, broken ones included.
         broken: (id, reason) of each broken record among them.
         cursor: where the stream stands after this batch (streams only).
         failure: the sentence to stop with, in place of a batch.
     """
 
-    images: Tensor | None = None
-    tokens: Tensor | None = None
-    labels: Tensor | None = None
-    image_ids: Tensor | None = None
-    captions: list[str] | None = None
-    questions: list[str] | None = None
-    ids: list[str] | None = None
+    batch: B | None = None
     seen: int = 0
-    broken: list[tuple[str, str]] | None = None
+    broken: Sequence[tuple[str, str]] = ()
     cursor: list[int] | None = None
     failure: str | None = None
 
@@ -55,7 +55,8 @@ class Payload:
 class PairAccumulator:
     """Collects pairs, and the broken records between them, into one Payload."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenize | None) -> None:
+        self.tokenizer = tokenizer
         self.images: list[Tensor] = []
         self.captions: list[str] = []
         self.questions: list[str] = []
@@ -86,26 +87,25 @@ class PairAccumulator:
         if question is not None:
             self.questions.append(question)
 
-    def payload(self, tokenizer: Tokenize | None, cursor: list[int] | None = None) -> Payload:
+    def payload(self, cursor: list[int] | None = None) -> Payload[Batch]:
         """The collected pairs as tensors."""
         tokens = torch.zeros(len(self), 0, dtype=torch.int64)
-        if tokenizer is not None:
-            tokens = check_tokens(tokenizer(self.captions), len(self))
-        return Payload(
+        if self.tokenizer is not None:
+            tokens = check_tokens(self.tokenizer(self.captions), len(self))
+        batch = Batch(
             images=torch.stack(self.images),
             tokens=tokens,
             labels=torch.tensor(self.labels),
+            epoch=-1,
+            ids=self.ids,
             image_ids=torch.tensor(self.image_ids),
             captions=self.captions,
             questions=self.questions or None,
-            ids=self.ids,
-            seen=len(self.images) + len(self.broken),
-            broken=self.broken,
-            cursor=cursor,
         )
+        return Payload(batch, len(self) + len(self.broken), self.broken, cursor)
 
 
-class TrainLoader(ABC):
+class TrainLoader(ABC, Generic[B]):
     """Endless iterator of full batches for one rank.
 
     After `load_state_dict(state)` the batches equal, bit for bit, those that followed `state_dict()` in the
@@ -126,17 +126,17 @@ class TrainLoader(ABC):
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         self._tally = tally
-        self._payloads: Iterator[Payload] | None = None
+        self._payloads: Iterator[Payload[B]] | None = None
 
     @property
     def broken(self) -> dict[str, int]:
         """Broken records met by this rank, and those found when the source was opened, by reason."""
         return dict(self._tally.before + self._tally.counts)
 
-    def __iter__(self) -> TrainLoader:
+    def __iter__(self) -> TrainLoader[B]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         """The next batch.
 
         Raises:
@@ -145,7 +145,7 @@ class TrainLoader(ABC):
         if self._payloads is None:
             self._payloads = self._start()
         payload = next(self._payloads)
-        self._tally.add(payload.seen, payload.broken or ())
+        self._tally.add(payload.seen, payload.broken)
         if payload.failure is not None:
             raise ValueError(payload.failure)
         epoch = self.step // self.steps_per_epoch
@@ -153,19 +153,8 @@ class TrainLoader(ABC):
             self._cursors[self.step % len(self._cursors)] = payload.cursor
         self.step += 1
         self._tally.check(final=self.step % self.steps_per_epoch == 0)
-        assert payload.images is not None and payload.tokens is not None
-        assert payload.labels is not None and payload.ids is not None
-        assert payload.image_ids is not None and payload.captions is not None
-        return Batch(
-            payload.images,
-            payload.tokens,
-            payload.labels,
-            epoch,
-            payload.ids,
-            payload.image_ids,
-            payload.captions,
-            payload.questions,
-        )
+        assert payload.batch is not None
+        return replace(payload.batch, epoch=epoch)  # pyright: ignore[reportArgumentType]
 
     def state_dict(self) -> dict:
         """Position after the latest batch, JSON-serialisable; whose it is, see `state_is_per_rank`."""
@@ -193,7 +182,7 @@ class TrainLoader(ABC):
     """True: each rank saves a state of its own. False: one rank's serves all, at any number of ranks."""
 
     @abstractmethod
-    def _start(self) -> Iterator[Payload]: ...
+    def _start(self) -> Iterator[Payload[B]]: ...
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
@@ -229,31 +218,55 @@ class _Steps(Sampler[int]):
             step += 1
 
 
-class MapBatches(Dataset):
+class Accumulator(Protocol[B]):
+    """Collects samples, and the broken records between them, into one Payload."""
+
+    broken: list[tuple[str, str]]
+
+    def __len__(self) -> int: ...
+    def payload(self) -> Payload[B]: ...
+
+
+class MapBatches(Dataset, ABC, Generic[B]):
     """One rank's part of each step of a source in random access, as a pure function of the step.
 
-    Step g of an epoch is `order[g * GB : (g + 1) * GB]` of that epoch's permutation, whatever the number of
-    ranks; a rank
-    takes its slice. The place of a broken sample is filled from the samples of the epoch outside the step's
-    own.
+    Step g of an epoch is `order[g * GB : (g + 1) * GB]` of that epoch's order, whatever the number of ranks; a rank
+    takes its slice. The place of a broken sample is filled from the samples of the epoch outside the step's own.
+
+    Args:
+        num_samples: of the source.
+        spec: how to read it.
     """
 
-    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize | None) -> None:
-        self.source = source
-        self.spec = spec
-        self.tokenizer = tokenizer
+    def __init__(self, num_samples: int, spec: LoaderSpec) -> None:
+        self.num_samples, self.spec = num_samples, spec
         self._epoch = -1
         self._order = np.zeros(0, dtype=np.int64)
 
-    def __getitem__(self, step: int) -> Payload:
+    @abstractmethod
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """An epoch's order of the samples, each once."""
+
+    @abstractmethod
+    def new(self) -> Accumulator[B]:
+        """An empty batch."""
+
+    @abstractmethod
+    def add(self, batch: Any, index: int, rng: np.random.Generator) -> None:
+        """Adds a sample to a batch of `new()`; raises BrokenRecord."""
+
+    @abstractmethod
+    def sample_id(self, index: int) -> str:
+        """Its name."""
+
+    def __getitem__(self, step: int) -> Payload[B]:
         """The payload of `step`, counted over all epochs."""
         global_batch = self.spec.global_batch
-        epoch, step_of_epoch = divmod(step, len(self.source) // global_batch)
+        epoch, step_of_epoch = divmod(step, self.num_samples // global_batch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.spec.seed, _ORDER, epoch])
-            self._epoch, self._order = epoch, rng.permutation(len(self.source))
-        start = step_of_epoch * global_batch
-        batch = PairAccumulator()
+            self._epoch, self._order = epoch, self.order(rng)
+        start, batch = step_of_epoch * global_batch, self.new()
         first = self.spec.rank * self.spec.batch_size
         for slot in range(first, first + self.spec.batch_size):
             if not self._fill(batch, start, slot):
@@ -264,15 +277,15 @@ class MapBatches(Dataset):
                     failure=f"data: {self._tries} records in a row are broken, "
                     f"the last is {sample_id}: {reason}",
                 )
-        return batch.payload(self.tokenizer)
+        return batch.payload()
 
     @property
     def _tries(self) -> int:
-        return min(len(self.source), _MAX_TRIES)
+        return min(self.num_samples, _MAX_TRIES)
 
-    def _fill(self, batch: PairAccumulator, start: int, slot: int) -> bool:
+    def _fill(self, batch: Accumulator[B], start: int, slot: int) -> bool:
         """Add the sample of `slot` in the step from `start` on, or the first good one of its substitutes."""
-        n, global_batch = len(self.source), self.spec.global_batch
+        n, global_batch = self.num_samples, self.spec.global_batch
         outside = n - global_batch
         for attempt in range(self._tries):
             position = slot
@@ -282,13 +295,40 @@ class MapBatches(Dataset):
             index = int(self._order[(start + position) % n])
             rng = np.random.default_rng([self.spec.seed, _SAMPLE, self._epoch, index])
             try:
-                self._add(batch, index, rng)
+                self.add(batch, index, rng)
                 return True
             except BrokenRecord as error:
-                batch.broken.append((self.source.sample_id(index), error.reason))
+                batch.broken.append((self.sample_id(index), error.reason))
         return False
 
-    def _add(self, batch: PairAccumulator, index: int, rng: np.random.Generator) -> None:
+
+class PairBatches(MapBatches[Batch]):
+    """Of image-caption pairs, in an order drawn anew in each epoch.
+
+    Args:
+        source: the pairs.
+        spec: how to read them.
+        tokenizer: captions to int64 [B, T], or None.
+    """
+
+    def __init__(self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize | None) -> None:
+        super().__init__(len(source), spec)
+        self.source, self.tokenizer = source, tokenizer
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """A permutation."""
+        return rng.permutation(self.num_samples)
+
+    def new(self) -> PairAccumulator:
+        """An empty batch."""
+        return PairAccumulator(self.tokenizer)
+
+    def sample_id(self, index: int) -> str:
+        """The source's."""
+        return self.source.sample_id(index)
+
+    def add(self, batch: PairAccumulator, index: int, rng: np.random.Generator) -> None:
+        """One pair, its image augmented where that is asked for."""
         source, size = self.source, self.spec.image_size
         caption = source.caption(index, rng)
         image = source.raw_image(index)
@@ -303,37 +343,33 @@ class MapBatches(Dataset):
         )
 
 
-class MapLoader(TrainLoader):
-    """Loader of a source in random access: the batches depend on the global batch alone, not on ranks or
-    workers.
+class MapLoader(TrainLoader[B]):
+    """Loader of a source in random access: the batches depend on the global batch alone, not on ranks or workers.
 
     Args:
-        source: the training pairs.
-        spec: how to read them.
-        tokenizer: captions to int64 [B, T], or None.
+        batches: of each step.
         tally: counts broken records.
 
     Raises:
         ValueError: the global batch is larger than the training set.
     """
 
-    def __init__(
-        self, source: PairSource, spec: LoaderSpec, tokenizer: Tokenize | None, tally: BrokenTally
-    ) -> None:
-        if spec.global_batch > len(source):
+    def __init__(self, batches: MapBatches[B], tally: BrokenTally) -> None:
+        spec, num_train = batches.spec, batches.num_samples
+        if spec.global_batch > num_train:
             raise ValueError(
                 f"data: the global batch (batch_size {spec.batch_size} x {spec.world_size} ranks) must be "
-                f"at most the {len(source)} training pairs, got {spec.global_batch}"
+                f"at most the {num_train} training pairs, got {spec.global_batch}"
             )
-        super().__init__(spec, len(source) // spec.global_batch, tally)
-        self._batches = MapBatches(source, spec, tokenizer)
-        self._num_train = len(source)
+        super().__init__(spec, num_train // spec.global_batch, tally)
+        self._batches = batches
 
-    def _start(self) -> Iterator[Payload]:
+    def _start(self) -> Iterator[Payload[B]]:
         steps = _Steps(self.step)
         if self.spec.workers == 0:
             return (self._batches[step] for step in steps)
         return start_workers(self._batches, self.spec.workers, steps)
 
     def _identity(self) -> dict[str, Any]:
-        return {"num_train": self._num_train, "global_batch": self.spec.global_batch, "seed": self.spec.seed}
+        num_train, spec = self._batches.num_samples, self.spec
+        return {"num_train": num_train, "global_batch": spec.global_batch, "seed": spec.seed}

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from mmcore.data.annotations import open_json
 from mmcore.data.broken import BrokenTally
-from mmcore.data.config import DataConfig, LoaderSpec, SourceKind
+from mmcore.data.config import Batch, DataConfig, LoaderSpec, SourceKind
 from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
-from mmcore.data.loader import MapLoader, TrainLoader
+from mmcore.data.loader import MapLoader, PairBatches, TrainLoader
 from mmcore.data.questions import QuestionSet
 from mmcore.data.shards import ShardSource, open_shards
 from mmcore.data.sources import EvalSet, PairSource, Tokenize
@@ -61,7 +61,7 @@ class PairData:
             return source.captions()
         return (caption for i in range(len(source)) for caption in source.all_captions(i))
 
-    def train_loader(self, spec: LoaderSpec, tokenizer: Tokenize | None) -> TrainLoader:
+    def train_loader(self, spec: LoaderSpec, tokenizer: Tokenize | None) -> TrainLoader[Batch]:
         """Endless batches for one rank.
 
         Args:
@@ -75,9 +75,9 @@ class PairData:
         source = self._captioned()
         if isinstance(source, ShardSource):
             return source.loader(spec, tokenizer, self._tally())
-        return MapLoader(source, spec, tokenizer, self._tally())
+        return MapLoader(PairBatches(source, spec, tokenizer), self._tally())
 
-    def question_loader(self, spec: LoaderSpec, tokenizer: Tokenize | None) -> TrainLoader:
+    def question_loader(self, spec: LoaderSpec, tokenizer: Tokenize | None) -> TrainLoader[Batch]:
         """Endless batches of questions for one rank; the `captions` of a batch are answers to its `questions`.
 
         An answer is drawn anew in each epoch, as likely as the share of the annotators who gave it.
@@ -91,7 +91,7 @@ class PairData:
         """
         if self.questions is None:
             raise ValueError(f"data: {self.name!r} must have questions to train on, but has captions alone")
-        return MapLoader(self.questions, spec, tokenizer, self._tally())
+        return MapLoader(PairBatches(self.questions, spec, tokenizer), self._tally())
 
     def _captioned(self) -> PairSource | ShardSource:
         if self.source is None:

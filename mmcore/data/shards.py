@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
-from mmcore.data.config import DataConfig, LoaderSpec
+from mmcore.data.config import Batch, DataConfig, LoaderSpec
 from mmcore.data.images import decode_rgb, random_resized_crop, resize_center_crop, to_tensor
 from mmcore.data.loader import PairAccumulator, Payload, TrainLoader, start_workers
 from mmcore.data.sources import EvalSet, Tokenize, by_image, stable_hash
@@ -61,14 +61,14 @@ class ShardBatches(IterableDataset):
     cursors: list[list[int]]
     turn: int = 0
 
-    def __iter__(self) -> Iterator[Payload]:
+    def __iter__(self) -> Iterator[Payload[Batch]]:
         info = get_worker_info()
         # Loading processes give batches in turn, so the first one takes the stream whose turn it is.
         return self.stream(self.turn if info is None else (self.turn + info.id) % len(self.cursors))
 
-    def stream(self, stream: int) -> Iterator[Payload]:
+    def stream(self, stream: int) -> Iterator[Payload[Batch]]:
         """Batches of the rank's `stream`-th stream, from its cursor on."""
-        batch, num_good = PairAccumulator(), 0
+        batch, num_good = PairAccumulator(self.tokenizer), 0
         num_pass, drawn = self.cursors[stream]
         while True:
             for sample in islice(self.samples(stream, num_pass), drawn, None):
@@ -80,8 +80,8 @@ class ShardBatches(IterableDataset):
                     continue
                 num_good += 1
                 if len(batch) == self.spec.batch_size:
-                    yield batch.payload(self.tokenizer, [num_pass, drawn])
-                    batch = PairAccumulator()
+                    yield batch.payload([num_pass, drawn])
+                    batch = PairAccumulator(self.tokenizer)
             if num_good == 0 and self.cursors[stream][1] == 0:
                 yield self._failure(batch)
                 return
@@ -116,7 +116,7 @@ class ShardBatches(IterableDataset):
             sample_id=name,
         )
 
-    def _failure(self, batch: PairAccumulator) -> Payload:
+    def _failure(self, batch: PairAccumulator) -> Payload[Batch]:
         reason = f"; {batch.broken[0][0]}: {batch.broken[0][1]}" if batch.broken else ""
         return Payload(
             seen=len(batch.broken),
@@ -126,7 +126,7 @@ class ShardBatches(IterableDataset):
         )
 
 
-class ShardLoader(TrainLoader):
+class ShardLoader(TrainLoader[Batch]):
     """Loader of shards; resuming rereads the pass up to the cursor without decoding.
 
     Args:
@@ -164,7 +164,7 @@ class ShardLoader(TrainLoader):
         super().__init__(spec, num_samples // spec.global_batch, tally, self._num_streams)
         self._shards, self._tokenizer = shards, tokenizer
 
-    def _start(self) -> Iterator[Payload]:
+    def _start(self) -> Iterator[Payload[Batch]]:
         cursors = [list(c) for c in self._cursors]
         batches = ShardBatches(
             self._shards, self.spec, self._tokenizer, cursors, self.step % self._num_streams
