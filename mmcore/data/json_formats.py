@@ -241,7 +241,7 @@ def _text(entries: dict[str, Any], key: str) -> str:
     value = entries.get(key)
     if value is None:
         raise BrokenRecord(f"no {key}")
-    if not isinstance(value, str) or not _is_unicode(value):
+    if not isinstance(value, str) or not is_unicode(value):
         raise BrokenRecord(f"{key} is not text")
     if not value.strip():
         raise BrokenRecord(f"empty {key}")
@@ -253,11 +253,11 @@ def _answers(value: Any) -> tuple[str, ...]:
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not any(isinstance(a, str) and a.strip() for a in answers):
         raise BrokenRecord("no answer")
-    if not all(isinstance(a, str) and _is_unicode(a) for a in answers):
+    if not all(isinstance(a, str) and is_unicode(a) for a in answers):
         raise BrokenRecord("answer is not text")
     return tuple(answers)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False for half of a surrogate pair, which JSON can write and no tokenizer can read."""
     return text.isascii() or _SURROGATE.search(text) is None

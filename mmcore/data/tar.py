@@ -267,6 +267,26 @@ def index_shard(shard: str) -> list[IndexedPair]:
     return pairs
 
 
+def index_images(shard: str) -> dict[str, tuple[int, int]]:
+    """First byte and length of each image in one local tar by its name, by reading the headers alone.
+
+    Raises:
+        ValueError: the tar cannot be read to its end, or is compressed.
+    """
+    names: set[str] = set()
+    images: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard, mode="r:", tarinfo=_StrictTarInfo) as tar:
+            for member in tar:
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+                path = PurePosixPath(member.name)
+                if path.suffix[1:].lower() in IMAGE_SUFFIXES and _refusal(member, names) is None:
+                    images[str(path)] = (member.offset_data, member.size)
+    except _TAR_ERRORS as error:
+        raise ValueError(f"data: {shard} must be an undamaged, uncompressed tar, got: {error}") from None
+    return images
+
+
 def read_range(shard: str, offset: int, size: int) -> bytes:
     """`size` bytes of `shard` from `offset`."""
     with Path(shard).open("rb") as file:
