@@ -49,8 +49,9 @@ def parse_sampling(text: str) -> Sampling:
         ValueError: naming what is wrong with it.
     """
     strategies = get_args(Strategy)
-    name, _, amount = text.partition(":")
-    if name not in strategies:
+    wanted, _, amount = text.partition(":")
+    name = next((strategy for strategy in strategies if strategy == wanted), None)
+    if name is None:
         raise ValueError(f"data: sampling_strategy must be one of {', '.join(strategies)}, got {text!r}")
     if name == "all":
         if amount:
