@@ -1,0 +1,177 @@
+"""Batches of chats: padding, packing without a split, and LLaVA's order by modality and length."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmcore.data.chat_batches import collate, epoch_generator, group_by_modality_length, pack
+from mmcore.data.templates import ChatSample, ChatTokens, expand
+from mmkernels import masks
+from tests.mmcore.chat_fixtures import byte_bpe, conversation
+
+IGNORED, PAD = -100, 9
+
+
+def sample(number: int, length: int) -> ChatSample:
+    """A sample whose tokens tell its number, the later half of them learned."""
+    tokens = torch.arange(length) + 1000 * number
+    return ChatSample(tokens, torch.where(torch.arange(length) < length // 2, IGNORED, tokens))
+
+
+def test_shorter_samples_are_padded_on_the_right_and_padding_is_not_learned() -> None:
+    batch = collate([sample(1, 2), sample(2, 4)], PAD)
+    assert batch.tokens.tolist() == [[1000, 1001, PAD, PAD], [2000, 2001, 2002, 2003]]
+    assert batch.labels.tolist() == [[-100, 1001, -100, -100], [-100, -100, 2002, 2003]]
+    assert batch.num_text.tolist() == [2, 4]
+    assert all(x.dtype == torch.int64 for x in batch)
+    with pytest.raises(ValueError, match="samples must be at least one, got none"):
+        collate([], PAD)
+
+
+def test_the_longest_samples_are_packed_first_each_into_the_first_row_with_room() -> None:
+    batch = pack([sample(i, n) for i, n in enumerate([2, 5, 1, 3, 4])], 6, PAD)
+    assert batch.samples == [[1, 2], [4, 0], [3]]
+    assert batch.tokens[0].tolist() == [1000, 1001, 1002, 1003, 1004, 2000]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
+    assert batch.documents.tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, -1, -1, -1]]
+    assert batch.num_text.tolist() == [6, 6, 3]
+    # a sample's first token would be predicted from the sample before it
+    assert batch.labels[0].tolist() == [-100, -100, 1002, 1003, 1004, -100]
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), room=st.integers(0, 30))
+def test_packing_splits_nothing_loses_nothing_and_wastes_less_than_half(
+    lengths: list[int], room: int
+) -> None:
+    max_length = max(lengths) + room
+    samples = [sample(i, n) for i, n in enumerate(lengths)]
+    batch = pack(samples, max_length, PAD)
+    assert sorted(i for row in batch.samples for i in row) == list(range(len(lengths)))
+    assert batch.tokens.shape[1] <= max_length
+    for r, row in enumerate(batch.samples):
+        place = 0
+        for document, i in enumerate(row):
+            span = slice(place, place + lengths[i])
+            assert torch.equal(batch.tokens[r, span], samples[i].tokens)
+            assert torch.equal(batch.labels[r, span][1:], samples[i].labels[1:])
+            assert batch.labels[r, place] == IGNORED
+            assert batch.position_ids[r, span].tolist() == list(range(lengths[i]))
+            assert (batch.documents[r, span] == document).all()
+            place += lengths[i]
+        assert batch.num_text[r] == place
+        assert (batch.documents[r, place:] == -1).all() and (batch.labels[r, place:] == IGNORED).all()
+        assert (batch.tokens[r, place:] == PAD).all() and (batch.position_ids[r, place:] == 0).all()
+    if len(batch.samples) > 1:
+        assert 2 * sum(lengths) > max_length * (len(batch.samples) - 1)
+
+
+def test_a_packed_token_sees_its_own_sample_alone() -> None:
+    batch = pack([sample(0, 3), sample(1, 2), sample(2, 4)], 6, PAD)
+    seen = masks.documents(batch.documents)
+    for row in range(2):
+        for token in range(int(batch.num_text[row])):
+            first = token - int(batch.position_ids[row, token])
+            assert (int(seen.lo[row, token]), int(seen.hi[row, token])) == (first, token + 1)
+    assert (seen.hi == seen.lo)[batch.documents < 0].all()
+
+
+def test_samples_that_no_row_can_hold_are_errors() -> None:
+    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got 5 of sample 1"):
+        pack([sample(0, 3), sample(1, 5)], 4, PAD)
+    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got 0 of sample 0"):
+        pack([sample(0, 0)], 4, PAD)
+    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got none"):
+        pack([], 4, PAD)
+
+
+def test_chats_are_packed_with_the_features_of_their_images() -> None:
+    chat = ChatTokens(byte_bpe(), "chatml", 200)
+    samples = [expand(chat.sample(conversation(n, num_images=n), [7] * n), [7] * n) for n in (1, 2)]
+    batch = pack(samples, 200, chat.pad_token_id)
+    assert [len(row) for row in batch.samples] == [2]
+    apart = collate([samples[i] for i in batch.samples[0]], chat.pad_token_id)
+    flat = [token for row, n in zip(apart.labels, apart.num_text, strict=True) for token in row[:n].tolist()]
+    assert batch.labels[0].tolist() == flat
+
+
+LENGTHS = [7 * i % 11 + 1 for i in range(23)]
+HAS_IMAGE = [i % 3 != 0 for i in range(23)]
+
+
+def test_the_order_is_that_of_llavas_sampler() -> None:
+    # as LLaVA's get_modality_length_grouped_indices gives it after torch.manual_seed(5), batches of 2 on 2 ranks
+    want = [4, 16, 7, 6, 3, 18, 9, 15, 13, 11, 5, 8, 17, 19, 20, 1, 14, 22, 10, 2, 0, 12, 21]
+    assert group_by_modality_length(LENGTHS, HAS_IMAGE, 2, 2, torch.Generator().manual_seed(5)) == want
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    samples=st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=60),
+    batch_size=st.integers(1, 4),
+    world_size=st.integers(1, 3),
+)
+def test_every_index_comes_once_and_runs_are_of_one_modality_but_for_what_is_left_over(
+    samples: list[tuple[int, bool]], batch_size: int, world_size: int
+) -> None:
+    lengths, has_image = [s[0] for s in samples], [s[1] for s in samples]
+    order = group_by_modality_length(lengths, has_image, batch_size, world_size, epoch_generator(3, 0))
+    assert sorted(order) == list(range(len(samples)))
+    size = batch_size * world_size
+    counts = Counter(has_image)
+    mixed = 0
+    for start in range(0, len(order), size):
+        run = order[start : start + size]
+        if len({has_image[i] for i in run}) > 1:
+            mixed += 1
+            assert start == 0 or start + size >= len(order)
+    assert mixed <= (2 if all(counts[m] % size for m in (True, False)) else 1)
+
+
+def test_the_batches_of_a_run_weigh_about_the_same_on_all_ranks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 400, (400,), generator=generator).tolist()
+    order = group_by_modality_length(lengths, [True] * 400, 8, 4, epoch_generator(0, 0))
+    for start in range(0, 400 - 32, 32):
+        weights = [sum(lengths[i] for i in order[start + 8 * r : start + 8 * r + 8]) for r in range(4)]
+        if start:  # the first run is what was left over
+            assert max(weights) - min(weights) < 400
+
+
+def test_the_order_is_the_epochs_the_same_on_every_rank_and_apart_from_other_random_numbers() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return group_by_modality_length(LENGTHS, HAS_IMAGE, 2, 2, epoch_generator(seed, epoch))
+
+    torch.manual_seed(1)
+    first, state = order(0, 0), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert order(0, 0) == first
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_one_modality_alone_and_none_are_ordered_too() -> None:
+    for has_image in (True, False):
+        assert sorted(group_by_modality_length([3] * 7, [has_image] * 7, 2, 2, epoch_generator(0, 0))) == [
+            *range(7)
+        ]
+    assert group_by_modality_length([], [], 2, 2, epoch_generator(0, 0)) == []
+
+
+def test_lengths_and_sizes_that_no_order_has_are_errors() -> None:
+    with pytest.raises(
+        ValueError, match="lengths must be at least 1 for each of 2 samples, got 1, the least 5"
+    ):
+        group_by_modality_length([5], [True, False], 1, 1, epoch_generator(0, 0))
+    with pytest.raises(
+        ValueError, match="lengths must be at least 1 for each of 2 samples, got 2, the least 0"
+    ):
+        group_by_modality_length([5, 0], [True, False], 1, 1, epoch_generator(0, 0))
+    with pytest.raises(ValueError, match="batch_size and world_size must be at least 1, got 0 and 1"):
+        group_by_modality_length([5], [True], 0, 1, epoch_generator(0, 0))
