@@ -8,25 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.models.blip2 import IGNORED
+from mmcore.models.language_head import LanguageHead
 from mmcore.models.qformer import QFormer, QFormerConfig
 from mmcore.models.vit import VisionConfig, ViT
 from mmcore.nn import Linear
-from mmcore.ops import accumulator, linear_cross_entropy, require
-
-
-class LanguageHead(nn.Module):
-    """A language model's last layer and the cross-entropy behind it; its weights are that layer's own, which ZeRO-3
-    gathers for either."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.weight = layer.weight
-        self.bias = layer.bias
-
-    def forward(self, states: Tensor, labels: Tensor) -> Tensor:
-        """The sum over [B, T, D] states whose int64 [B, T] labels are not -100: []."""
-        states, labels = states.flatten(0, 1), labels.flatten()
-        return linear_cross_entropy(states, self.weight, labels, bias=self.bias, reduction="sum")
+from mmcore.ops import accumulator, require
 
 
 class BLIP2LM(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmcore.models.blip2 import BLIP2Config
 from mmcore.models.blip2_lm import BLIP2LM
+from mmcore.models.language_weights import LANGUAGE
 from mmcore.models.names import to_ours, to_theirs
 from mmcore.models.qformer import QFormerConfig
 from mmcore.models.vit import VisionConfig
@@ -64,8 +65,6 @@ _HEADS = {"vision_proj": "vision_projection", "text_proj": "text_projection", "i
 _OURS_ALONE = ("text_head.transform.weight", "text_head.transform.bias", "text_head.norm.weight")
 _OURS_ALONE += ("text_head.norm.bias", "text_head.bias", "temperature")
 KINDS = ("weight", "bias")
-LANGUAGE = "language_model."
-"""Before the language model's own names, at home as in transformers."""
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # buffers that older files carry and no model needs
 _BUFFERS = ("embeddings.position_ids",)

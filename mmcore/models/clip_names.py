@@ -93,6 +93,13 @@ def hf_names(config: CLIPConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
+def tower_names(config: VisionConfig) -> dict[str, tuple[str, ...]]:
+    """Our name to transformers' of the image tower, without what comes behind its last layer."""
+    behind = ("visual.norm_post.", "visual.proj.")
+    names = hf_names(CLIPConfig(vision=config)).items()
+    return {n: theirs for n, theirs in names if n.startswith("visual.") and not n.startswith(behind)}
+
+
 def open_clip_names(config: CLIPConfig) -> dict[str, tuple[str, ...]]:
     """Our name to open_clip's."""
     towers = {"visual": "visual.transformer.resblocks", "text": "transformer.resblocks"}
@@ -204,16 +211,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> CLIPConfig:
     return CLIPConfig(
         embed_dim=raw.get("projection_dim", 512),
         init_log_logit_scale=raw.get("logit_scale_init_value", 2.6592),
-        vision=VisionConfig(
-            image_size=vision.get("image_size", 224),
-            patch_size=vision.get("patch_size", 32),
-            width=vision.get("hidden_size", 768),
-            num_layers=vision.get("num_hidden_layers", 12),
-            num_heads=vision.get("num_attention_heads", 12),
-            mlp_dim=vision.get("intermediate_size", 3072),
-            activation=vision.get("hidden_act", "quick_gelu"),
-            norm_eps=vision.get("layer_norm_eps", 1e-5),
-        ),
+        vision=vision_from_hf(vision),
         text=TextConfig(
             vocab_size=text.get("vocab_size", 49408),
             context_length=text.get("max_position_embeddings", 77),
@@ -225,6 +223,20 @@ def config_from_hf(raw: Mapping[str, Any]) -> CLIPConfig:
             norm_eps=text.get("layer_norm_eps", 1e-5),
             eos_token_id=None if eos == LEGACY_EOS_TOKEN_ID else eos,
         ),
+    )
+
+
+def vision_from_hf(raw: Mapping[str, Any]) -> VisionConfig:
+    """transformers' CLIPVisionConfig."""
+    return VisionConfig(
+        image_size=raw.get("image_size", 224),
+        patch_size=raw.get("patch_size", 32),
+        width=raw.get("hidden_size", 768),
+        num_layers=raw.get("num_hidden_layers", 12),
+        num_heads=raw.get("num_attention_heads", 12),
+        mlp_dim=raw.get("intermediate_size", 3072),
+        activation=raw.get("hidden_act", "quick_gelu"),
+        norm_eps=raw.get("layer_norm_eps", 1e-5),
     )
 
 

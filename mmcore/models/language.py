@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from mmcore.checkpoint import describe
 from mmcore.models.blip2_lm_weights import load_blip2_lm
 from mmcore.models.files import read_json
+from mmcore.models.language_head import check_head
 from mmcore.ops import require
 
 disable_progress_bar()  # of each shard that is read; a run has a bar of its own
@@ -47,7 +48,7 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     else:
         model = _from_transformers(op, folder, dtype)
     if not model.config.is_encoder_decoder:
-        _check_head(op, model)
+        check_head(op, model)
     return model.eval()
 
 
@@ -139,15 +140,3 @@ def tiny_language_model(tokenizer: Any) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
     )
     return LlamaForCausalLM(config)
-
-
-@torch.no_grad()
-def _check_head(op: str, model: Any) -> None:
-    """That logits are W x + b of the last states: some models scale or cap them, which the fused loss does not."""
-    tokens = torch.zeros(1, 2, dtype=torch.int64)
-    model.eval()
-    head, states = model.get_output_embeddings(), model.base_model(input_ids=tokens).last_hidden_state
-    expected = model(input_ids=tokens).logits
-    same = torch.allclose(head(states).float(), expected.float(), rtol=1e-3, atol=1e-3)
-    what = "model must have logits W x + b of its last states, got others from a {}"
-    require(op, same, what, model.config.model_type)

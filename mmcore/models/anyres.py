@@ -1,0 +1,122 @@
+"""Images of any resolution as a view of the whole and tiles of it (LLaVA-NeXT), in transformers' arithmetic.
+
+Sizes are (height, width), in pixels, as transformers and the checkpoints' grid pinpoints have them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmcore.ops import require
+
+Size = tuple[int, int]
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint that keeps most of an image's pixels, and of several the one with the fewest to spare.
+
+    Args:
+        size: of the image.
+        pinpoints: to choose from, at least one; of equal ones the first is taken.
+
+    Raises:
+        ValueError: an image without pixels, no pinpoints.
+    """
+    height, width = size
+    require(
+        "best_resolution", height > 0 and width > 0, "size must be 1 pixel or more each way, got {}", size
+    )
+    require("best_resolution", len(pinpoints) > 0, "pinpoints must be one or more, got {}", "none")
+
+    def kept(pinpoint: Size) -> int:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        return min(int(width * scale) * int(height * scale), width * height)
+
+    # of a line too thin for any nothing is kept: it gets the smallest
+    return max(pinpoints, key=lambda p: (kept(p), kept(p) - p[0] * p[1]))
+
+
+def grid_shape(size: Size, pinpoints: Sequence[Size], tile_size: int) -> Size:
+    """How many rows and columns of tiles, of `tile_size` pixels each way, an image becomes."""
+    height, width = best_resolution(size, pinpoints)
+    return height // tile_size, width // tile_size
+
+
+def num_views(size: Size, pinpoints: Sequence[Size], tile_size: int) -> int:
+    """How many images the tower sees: the tiles and the whole."""
+    return 1 + math.prod(grid_shape(size, pinpoints, tile_size))
+
+
+def split_image(image: Image.Image, pinpoints: Sequence[Size], tile_size: int) -> list[Image.Image]:
+    """What the tower sees of an RGB image: all of it, squeezed into a square, and then its tiles, row by row.
+
+    The tiles are cut of the image as large as the best pinpoint holds it, in the middle of black, as the processors of
+    transformers and of LLaVA make them (bicubic).
+
+    Args:
+        image: in mode RGB, of any size.
+        pinpoints: multiples of `tile_size`.
+        tile_size: of the views, in pixels.
+    """
+    height, width = best_resolution((image.height, image.width), pinpoints)
+    scale_x, scale_y = width / image.width, height / image.height
+    if scale_x < scale_y:
+        inner = (width, min(math.ceil(image.height * scale_x), height))
+    else:
+        inner = (min(math.ceil(image.width * scale_y), width), height)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize(inner, BICUBIC), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    views = [image.resize((tile_size, tile_size), BICUBIC)]
+    for top in range(0, height, tile_size):
+        for left in range(0, width, tile_size):
+            views.append(canvas.crop((left, top, left + tile_size, top + tile_size)))
+    return views
+
+
+def margins(size: Size, padded: Size) -> Size:
+    """How much of a padded grid is padding, above as below and left as right.
+
+    Args:
+        size: of the image.
+        padded: rows and columns of the grid that has it in its middle.
+    """
+    height, width = size
+    rows, columns = padded
+    # transformers' rounding; what rounds to nothing keeps no row where their number is even
+    if width / height > columns / rows:
+        return (rows - int(round(height * (columns / width), 7))) // 2, 0
+    return 0, (columns - int(round(width * (rows / height), 7))) // 2
+
+
+def num_packed(size: Size, pinpoints: Sequence[Size], tile_size: int, patch_size: int) -> int:
+    """How many features `pack_features` gives for an image of this size."""
+    side = tile_size // patch_size
+    rows, columns = (side * n for n in grid_shape(size, pinpoints, tile_size))
+    above, left = margins(size, (rows, columns))
+    return side**2 + (rows - 2 * above) * (columns - 2 * left + 1)
+
+
+def pack_features(features: Tensor, size: Size, grid: Size, newline: Tensor) -> Tensor:
+    """An image's features in the order in which a language model reads them: the whole, then the tiles row by row.
+
+    Args:
+        features: [1 + tiles, P, D], the whole first; P is a square.
+        size: of the image.
+        grid: rows and columns of tiles, of `grid_shape`.
+        newline: [D], at the end of each row.
+
+    Returns:
+        [N, D], N of `num_packed`.
+    """
+    side = math.isqrt(features.shape[1])
+    tiles = features[1:].unflatten(0, grid).unflatten(2, (side, side)).transpose(1, 2)
+    tiles = tiles.flatten(2, 3).flatten(0, 1)  # [rows, columns, D]
+    rows, columns = tiles.shape[:2]
+    above, left = margins(size, (rows, columns))
+    tiles = tiles[above : rows - above, left : columns - left]
+    ends = newline.to(tiles.dtype).expand(len(tiles), 1, -1)
+    return torch.cat([features[0], torch.cat([tiles, ends], 1).flatten(0, 1)])
