@@ -1,5 +1,6 @@
 """LLaVA on disk: transformers' Llava- and LlavaNextForConditionalGeneration, and the original's mm_projector.bin."""
 
+import struct
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,6 +24,19 @@ from mmcore.models.language_weights import (
 )
 from mmcore.models.llava import Llava
 from mmcore.ops import require
+
+# what torch's unpickler raises on damaged input
+_UNPICKLER_ERRORS = (
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 
 
 def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> Llava:
@@ -107,7 +121,7 @@ def load_projector(model: Llava, file: Path | str) -> None:
     require(op, file.is_file(), "file must exist, got {}", file)
     try:
         raw = torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except _UNPICKLER_ERRORS as error:
         raise ValueError(f"{op}: {file} must hold pickled tensors and nothing else, got: {error}") from error
     is_state = isinstance(raw, dict) and all(isinstance(x, Tensor) for x in raw.values())
     require(op, is_state, "{} must hold tensors by name, got {}", file, type(raw).__name__)
