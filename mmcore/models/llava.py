@@ -127,8 +127,8 @@ class Llava(nn.Module):
             images: [N, 3, S, S], in the order of the rows; of NeXT, the views of each one after the other. N may be 0:
                 tower and projector run even so, as ZeRO-3 wants it of every rank.
             image_sizes: int64 [I, 2], height and width of each image before it was cut; of NeXT alone.
-            position_ids: int64 [B, T], of rows that hold several documents: it starts at 0 in each, and tokens see
-                their own document alone. None = a document a row.
+            position_ids: int64 [B, T], of rows that hold several documents: it starts at 0 in each, the
+                padding included, and tokens see their own document alone. None = a document a row.
 
         Raises:
             ValueError: another number of `IMAGE_TOKEN`s than of features, sizes that do not belong to the images.

@@ -155,6 +155,17 @@ def test_the_layer_that_is_read_is_the_last_there_is(layer: int, num_layers: int
     assert_same(load_llava(tmp_path / "ours"), ours)
 
 
+@pytest.mark.parametrize(("kind", "text", "whole"), [("llava_next", True, False), ("llava", False, True)])
+def test_the_whole_model_says_what_is_tied(kind: str, text: bool, whole: bool, tmp_path: Path) -> None:
+    settings = {"text_config": {**MODELS["qwen"].to_dict(), "tie_word_embeddings": text}}
+    theirs = theirs_of("qwen", kind, **settings, tie_word_embeddings=whole)
+    assert (theirs.lm_head.weight is theirs.get_input_embeddings().weight) == whole
+    theirs.save_pretrained(tmp_path)
+    language = load_llava(tmp_path).language_model
+    assert is_tied(language) == whole
+    assert torch.equal(language.get_output_embeddings().weight, theirs.lm_head.weight)
+
+
 def test_a_language_model_of_bfloat16_stays_it_to_the_bit(tmp_path: Path) -> None:
     ours = ours_float("qwen", "llava_next")
     ours.language_model.bfloat16()
