@@ -23,6 +23,8 @@ _USAGE = """usage: mmcore COMMAND ...
   mmcore train clip [options]            train CLIP; --help explains every option
   mmcore train blip2-stage1 [options]    train BLIP-2's Q-Former
   mmcore train blip2-stage2 [options]    train it in front of a frozen language model
+  mmcore train llava-stage1 [options]    train LLaVA's projector
+  mmcore train llava-stage2 [options]    train it and the language model on conversations
   mmcore eval zeroshot|retrieval RUN     measure a run on its held-out pairs
   mmcore eval caption|vqa RUN            let it describe held-out pictures, or answer questions about them
   mmcore export RUN --out FOLDER         write its weights for transformers or open_clip
@@ -72,11 +74,10 @@ def _train(arguments: list[str]) -> None:
 def _eval(arguments: list[str]) -> None:
     kinds = {"zeroshot": print_zero_shot, "retrieval": print_retrieval}
     spoken = {"caption": "print_captions", "vqa": "print_vqa"}
-    kind, known = arguments[0] if arguments else None, [*kinds, *spoken]
-    if kind not in known:
-        raise ValueError(
-            f"mmcore eval must be followed by one of {', '.join(known)}, got {kind or 'nothing'}"
-        )
+    kind = arguments[0] if arguments else None
+    if kind not in (*kinds, *spoken):
+        got = "nothing" if kind is None else repr(kind)
+        raise ValueError(f"mmcore eval must be followed by zeroshot, retrieval, caption or vqa, got {got}")
     prog = f"mmcore eval {kind}"
     if kind in spoken:
         config = tyro.cli(SpeakConfig, args=arguments[1:], prog=prog)

@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "mmcore.losses",
         "mmcore.ema",
         "mmcore.optim",
+        "mmcore.integrations",
         "mmcore.checkpoint",
         "mmcore.errors",
     ),

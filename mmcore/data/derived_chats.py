@@ -41,24 +41,31 @@ class SourcePictures:
         return self.source.raw_image(self.index[name])
 
 
-def digit_conversations(scans: Digits, *, seed: int) -> ConversationSet:
+def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False) -> ConversationSet:
     """A conversation about each scan: what it shows, which digit, and whether that is even.
 
     Args:
         scans: training or held-out scans.
         seed: of which questions are asked, in which order, and how a caption is worded.
+        captions_only: nothing is asked but what it shows.
     """
     questions = digit_questions(scans).questions
     facts: list[list[Fact]] = []
     for i, number in enumerate(scans.numbers):
         caption = scans.caption(i, np.random.default_rng([seed, _DERIVED, number, 1]))
         asked = [(q.text, q.answers[0]) for q in questions[2 * i : 2 * i + 2]]
-        facts.append([(_DESCRIBE["en"], caption), *asked])
+        facts.append([(_DESCRIBE["en"], caption), *([] if captions_only else asked)])
     return _conversations("digits (derived conversations)", scans, facts, scans.numbers, seed)
 
 
 def stamp_conversations(
-    stamps: Stamps, questions: QuestionSet | None, *, language: str, seed: int, max_broken: float = 0.01
+    stamps: Stamps,
+    questions: QuestionSet | None,
+    *,
+    language: str,
+    seed: int,
+    max_broken: float = 0.01,
+    captions_only: bool = False,
 ) -> ConversationSet:
     """A conversation about each stamp: its caption, which kind of thing it is, and whether it is of a kind drawn.
 
@@ -68,9 +75,10 @@ def stamp_conversations(
         language: of both.
         seed: of what is asked, and in which order.
         max_broken: share of broken images above which a run stops.
+        captions_only: nothing is asked but what it shows.
     """
     facts: list[list[Fact]] = [[(_DESCRIBE[language], text)] for text in stamps.texts]
-    if questions is not None:
+    if questions is not None and not captions_only:
         kinds = [q.answers[0] for q in questions.questions]
         known = sorted(set(kinds))
         rng = np.random.default_rng([seed, _DERIVED])

@@ -29,10 +29,29 @@ def split_pairs(
     Raises:
         ValueError: the groups are too large for `val_fraction` to hold out a pair.
     """
-    n = len(images)
+    keys = [(("image", i), ("caption", c)) for i, c in zip(images, captions, strict=True)]
+    return split_linked(keys, val_fraction, seed)
+
+
+def split_linked(
+    keys: Sequence[Sequence[Hashable]], val_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Indices of training and held-out samples; no key is on both sides.
+
+    Args:
+        keys: of each sample, any number.
+        val_fraction, seed: as in `split_pairs`.
+
+    Returns:
+        Ascending training indices and ascending held-out indices.
+
+    Raises:
+        ValueError: the groups are too large for `val_fraction` to hold out a sample.
+    """
+    n = len(keys)
     if val_fraction == 0:
         return list(range(n)), []
-    groups = _connected(images, captions)
+    groups = _connected(keys)
     target = max(1, round(val_fraction * n))
     held_out: list[int] = []
     for g in np.random.default_rng([seed, 0x5B117]).permutation(len(groups)):
@@ -62,9 +81,9 @@ def split_stratified(classes: Sequence[int], val_fraction: float, seed: int) -> 
     return [i for i in range(len(classes)) if i not in chosen], sorted(held_out)
 
 
-def _connected(images: Sequence[Hashable], captions: Sequence[Hashable]) -> list[list[int]]:
-    """Groups of pairs connected by a common image or caption, by union-find."""
-    parent = list(range(len(images)))
+def _connected(keys: Sequence[Sequence[Hashable]]) -> list[list[int]]:
+    """Groups of samples connected by a common key, by union-find."""
+    parent = list(range(len(keys)))
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -72,11 +91,11 @@ def _connected(images: Sequence[Hashable], captions: Sequence[Hashable]) -> list
             i = parent[i]
         return i
 
-    first: dict[tuple[str, Hashable], int] = {}
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        for key in (("image", image), ("caption", caption)):
+    first: dict[Hashable, int] = {}
+    for i, of_one in enumerate(keys):
+        for key in of_one:
             parent[root(i)] = root(first.setdefault(key, i))
     groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(images)):
+    for i in range(len(keys)):
         groups[root(i)].append(i)
     return list(groups.values())

@@ -18,8 +18,9 @@ from mmcore.eval.clip import WEIGHTS, data_of
 from mmcore.eval.pictures import plot_captions, plot_curves
 from mmcore.eval.vqa import vqa_accuracy
 from mmcore.models.language import load_language_tokenizer
+from mmcore.models.language_folder import language_model_folder
 from mmcore.models.runs import BLIP2_STAGE1, SavedRun, WeightsKey, blip2_of, find_run
-from mmcore.models.stage2 import blip2_lm_of, language_model_folder
+from mmcore.models.stage2 import blip2_lm_of
 
 # pictures of a sheet
 NUM_SHOWN = 24

@@ -1,9 +1,8 @@
 """BLIP-2's second stage read back from the runs that trained it, and what it starts from."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -15,40 +14,11 @@ from mmcore.models.blip2_lm import BLIP2LM
 from mmcore.models.blip2_lm_weights import load_blip2_lm, save_blip2_lm
 from mmcore.models.blip2_weights import load_blip2
 from mmcore.models.files import read_json
-from mmcore.models.language import fingerprint, load_language_model, load_language_tokenizer
+from mmcore.models.language import load_language_model, load_language_tokenizer
+from mmcore.models.language_folder import language_model_folder
 from mmcore.models.qformer import QFormerConfig
 from mmcore.models.runs import BLIP2_STAGE2, FROZEN, SavedRun, WeightsKey, blip2_of, find_run, is_run
 from mmcore.models.vit import VisionConfig
-
-LANGUAGE_MODEL = "language_model"
-"""Folder of a language model that a run trained for itself."""
-
-
-def language_model_folder(folder: Path, saved: Mapping[str, Any], moved_to: Path | None = None) -> Path:
-    """Where the frozen language model of a run of stage 2 is, its files compared with those it was trained with.
-
-    Args:
-        folder: the run's.
-        saved: "model" of its config.json.
-        moved_to: where it is now; None = where it was.
-
-    Raises:
-        ValueError: it is gone, or changed.
-    """
-    known = saved[LANGUAGE_MODEL]
-    found = folder / known["folder"] if moved_to is None else moved_to
-    if not found.is_dir():
-        raise ValueError(
-            f"the language model of {folder} must be in {found}, which is gone: say where by --llm"
-        )
-    files = fingerprint(found)
-    differ = sorted(n for n in known["files"].keys() | files.keys() if known["files"].get(n) != files.get(n))
-    if differ:
-        raise ValueError(
-            f"the language model of {folder} must be the one it was trained with, got {found}, "
-            f"which differs in {', '.join(differ[:3])}"
-        )
-    return found
 
 
 def blip2_lm_of(

@@ -17,20 +17,21 @@ from mmcore.data.prompts import Prompted, PromptTokens, Task, prompt_texts
 from mmcore.eval.answers import answer, caption, language_answerer
 from mmcore.eval.blip2_lm import load_speaker, report
 from mmcore.models.blip2_lm import BLIP2LM
-from mmcore.models.language import fingerprint, load_language_model, load_language_tokenizer
+from mmcore.models.language import load_language_model, load_language_tokenizer
+from mmcore.models.language_folder import LANGUAGE_MODEL, language_model_folder
 from mmcore.models.qformer import QFormerConfig
 from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, FROZEN, find_run, is_run
-from mmcore.models.stage2 import LANGUAGE_MODEL, has_language_model, language_model_folder, stage2_start
+from mmcore.models.stage2 import has_language_model, stage2_start
 from mmcore.models.vit import VisionConfig
 from mmcore.train.blip2_steps import stage2_backward
 from mmcore.train.engine import Engine, init_distributed
+from mmcore.train.language import TINY, check_llm_steps, read_language, tiny_language
 from mmcore.train.loop import on_rank_zero, seed_step
 from mmcore.train.optim import OptimConfig, blip2_optim
 from mmcore.train.recipe import Recipe, run_recipe, write_folder
 from mmcore.train.run import Start, open_run
-from mmcore.train.tiny_lm import STEPS, texts_by_picture, train_tiny_lm
+from mmcore.train.tiny_lm import Said, texts_by_picture
 
-TINY = "tiny"
 # Pictures or questions that a run is measured on while it trains.
 MAX_EVALUATED = 256
 
@@ -72,8 +73,7 @@ def _prepare_folder(config: Blip2Stage2Config, data: PairData, world_size: int) 
     if accum != 1:
         raise ValueError(f"--accum must be 1 with {BLIP2_STAGE2}, got {accum}: give each rank a larger batch")
     prompt_texts(config.task, config.prompt, [""])
-    if config.llm_steps is not None and (config.llm != TINY or config.llm_steps < 1):
-        raise ValueError(f"--llm-steps must be at least 1 and beside --llm tiny, got {config.llm_steps}")
+    check_llm_steps(config.llm, config.llm_steps)
     if start.checkpoint is not None:
         _language_folder(config, start)
         config.loader(data, config.loader_spec(_shape(start)[0].image_size, 0, world_size))
@@ -84,23 +84,17 @@ def _prepare_folder(config: Blip2Stage2Config, data: PairData, world_size: int) 
         )
     vision, qformer, state = stage2_start(config.start)
     config.loader(data, config.loader_spec(vision.image_size, 0, world_size))
-    found = None if config.llm == TINY else _given_language(config)
-    if found is None:
-        language, tokenizer = _trained_language(config, data)
+    if config.llm == TINY:
+        language = tiny_language(lambda: _said(config, data), seed=config.run.seed, steps=config.llm_steps)
     else:
-        language = load_language_model(found, dtype=torch.float32)
-        tokenizer = load_language_tokenizer(found)
-    _tokens(config, language, tokenizer)
-    BLIP2LM(vision, qformer, language).load_start(state)
+        language = read_language(_given_language(config))
+    _tokens(config, language.model, language.tokenizer)
+    BLIP2LM(vision, qformer, language.model).load_start(state)
 
     def save(folder: Path) -> dict[str, Any]:
         frozen = {name: x.contiguous() for name, x in state.items() if name.startswith("visual.")}
         save_file(frozen, folder / FROZEN)
-        if found is None:
-            language.save_pretrained(folder / LANGUAGE_MODEL)
-            tokenizer.save_pretrained(folder / LANGUAGE_MODEL)
-        files = fingerprint(found or folder / LANGUAGE_MODEL)
-        known = {"folder": LANGUAGE_MODEL if found is None else str(found), "files": files}
+        known = language.save(folder)
         return {"vision": asdict(vision), "qformer": asdict(qformer), LANGUAGE_MODEL: known}
 
     return write_folder(BLIP2_STAGE2, config, start, world_size, save)
@@ -109,25 +103,22 @@ def _prepare_folder(config: Blip2Stage2Config, data: PairData, world_size: int) 
 def _given_language(config: Blip2Stage2Config) -> Path:
     """That of --llm, else of --from."""
     if config.llm is not None:
-        return Path(config.llm).resolve()
+        return Path(config.llm)
     assert config.start is not None
     if has_language_model(config.start):
-        return config.start.resolve()
+        return config.start
     if is_run(config.start):
         run = find_run(config.start)
         if run.recipe == BLIP2_STAGE2:
-            return language_model_folder(run.folder, run.saved["model"]).resolve()
+            return language_model_folder(run.folder, run.saved["model"])
     raise ValueError(f"--llm must be a language model's folder or {TINY!r}: {config.start} has none")
 
 
-def _trained_language(config: Blip2Stage2Config, data: PairData) -> tuple[Any, Any]:
-    """A tiny one and its tokenizer, trained on what the data says, in the words in which it will be asked."""
-    asked = {f"{'question' if config.task == 'vqa' else 'caption'}_prompt": config.prompt}
-    said = texts_by_picture(data, **asked)
-    language, tokenizer, loss = train_tiny_lm(said, seed=config.run.seed, steps=config.llm_steps or STEPS)
-    size, count = sum(p.numel() for p in language.parameters()) / 1e6, sum(map(len, said))
-    print(f"a tiny language model ({size:.1f} M parameters) learned {count} texts to a loss of {loss:.2f}")
-    return language, tokenizer
+def _said(config: Blip2Stage2Config, data: PairData) -> list[list[Said]]:
+    """What a tiny language model learns: what the data says, in the words in which it will be asked."""
+    return texts_by_picture(
+        data, **{f"{'question' if config.task == 'vqa' else 'caption'}_prompt": config.prompt}
+    )
 
 
 def _shape(start: Start) -> tuple[VisionConfig, QFormerConfig]:

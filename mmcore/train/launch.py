@@ -4,21 +4,26 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 import tyro
 
 from mmcore.errors import complain
+from mmcore.models.llava_runs import LLAVA_STAGE1, LLAVA_STAGE2
 from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
 from mmcore.train.blip2_stage1 import Blip2Stage1Config, train_blip2_stage1
 from mmcore.train.blip2_stage2 import Blip2Stage2Config, train_blip2_stage2
 from mmcore.train.clip import ClipConfig, train_clip
+from mmcore.train.llava import LlavaStage1Config, LlavaStage2Config, train_llava
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "clip": (ClipConfig, train_clip),
     BLIP2_STAGE1: (Blip2Stage1Config, train_blip2_stage1),
     BLIP2_STAGE2: (Blip2Stage2Config, train_blip2_stage2),
+    LLAVA_STAGE1: (LlavaStage1Config, partial(train_llava, LLAVA_STAGE1)),
+    LLAVA_STAGE2: (LlavaStage2Config, partial(train_llava, LLAVA_STAGE2)),
 }
 
 

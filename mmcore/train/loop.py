@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmcore.data import Batch, TrainLoader
+from mmcore.data import TrainLoader
 from mmcore.train.engine import Engine
 from mmcore.train.optim import OptimConfig, cosine_lr
 from mmcore.train.run import Metrics, RunConfig, peak_memory
@@ -65,7 +65,7 @@ class Loop:
     loader: TrainLoader
     metrics: Metrics
     total: int
-    backward: Callable[[int, Batch], dict[str, Tensor]]
+    backward: Callable[[int, Any], dict[str, Tensor]]
     evaluate: Callable[[], dict[str, float]]
     _at: tuple[int, list[str]] = (0, [])  # the step under way and the records of its batch on this rank
 
@@ -113,7 +113,7 @@ class Loop:
                 self._save(done)
                 began, seen = time.perf_counter(), 0
 
-    def _step(self, step: int, batch: Batch) -> dict[str, float]:
+    def _step(self, step: int, batch: Any) -> dict[str, float]:
         losses = {name: x.item() for name, x in self.backward(step, batch).items()}
         for name, value in losses.items():
             if not math.isfinite(value):

@@ -31,7 +31,9 @@ class OptimConfig:
     weight_decay: float = 0.2
     """Decoupled weight decay, on parameters of two or more axes only."""
     warmup: int = 10_000
-    """Steps of linear warm-up before the cosine; at most a tenth of the run is used."""
+    """Steps of linear warm-up before the cosine; at most --warmup-share of the run is used."""
+    warmup_share: float = 0.1
+    """Largest share of the run that the warm-up takes."""
     ema: float | None = None
     """Decay of the exponential moving average of the weights, for example 0.9999; None = off."""
 
@@ -42,6 +44,8 @@ class OptimConfig:
             if not 0 <= getattr(self, name) <= self.lr:
                 value, flag = getattr(self, name), name.replace("_", "-")
                 raise ValueError(f"--{flag} must be from 0 to --lr {self.lr}, got {value}")
+        if not 0 <= self.warmup_share <= 1:
+            raise ValueError(f"--warmup-share must be in [0, 1], got {self.warmup_share}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"--ema must be in [0, 1), got {self.ema}")
         if self.warmup < 0:
@@ -81,11 +85,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def cosine_lr(step: int, optim: OptimConfig, total: int) -> float:
-    """The learning rate of step `step` (from 0) of `total`: linear from `warmup_lr` to `lr`, then a cosine to `min_lr`.
-
-    A tenth of the run is the longest warm-up.
-    """
-    warmup = min(optim.warmup, max(1, total // 10))
+    """The learning rate of step `step` (from 0) of `total`: linear from `warmup_lr` to `lr`, a cosine to `min_lr`."""
+    warmup = min(optim.warmup, max(1, int(total * optim.warmup_share)))
     if step < warmup:
         return optim.warmup_lr + (optim.lr - optim.warmup_lr) * (step + 1) / warmup
     share = (step - warmup) / max(1, total - warmup)

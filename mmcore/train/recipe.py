@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore import checkpoint
-from mmcore.data import Batch, DataConfig, LoaderSpec, PairData, TrainLoader
+from mmcore.data import DataConfig, LoaderSpec, TrainLoader
 from mmcore.train.engine import Engine, EngineConfig, Precision, deepspeed_config
 from mmcore.train.loop import Loop
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
@@ -95,7 +95,16 @@ def first_step(start: Start, loader: TrainLoader) -> int:
     return read_state(start.checkpoint)["step"]
 
 
-Backward = Callable[[Engine, int, Batch], dict[str, Tensor]]
+class Named(Protocol):
+    """What the first line of a run says of its data."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_train(self) -> int: ...
+
+
+Backward = Callable[[Engine, int, Any], dict[str, Tensor]]
 """Of a step's number and batch: makes the gradients, returns the losses by name, their sum as "loss"."""
 
 
@@ -104,7 +113,7 @@ def run_recipe(
     start: Start,
     what: str,
     model: nn.Module,
-    data: PairData,
+    data: Named,
     loader: TrainLoader,
     *,
     backward: Backward,

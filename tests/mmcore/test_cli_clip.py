@@ -254,7 +254,10 @@ def test_help_explains_every_option():
         (["train", "clip", "--init", "missing"], "missing"),
         (["train", "clip", "--no-such-option", "1"], "no-such-option"),
         (["eval", "zeroshot", "missing"], "missing"),
-        (["eval", "speed", "missing"], "must be followed by zeroshot or retrieval, got 'speed'"),
+        (
+            ["eval", "speed", "missing"],
+            "must be followed by zeroshot, retrieval, caption or vqa, got 'speed'",
+        ),
         (["paint"], "must be train, eval or export, got 'paint'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

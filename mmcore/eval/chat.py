@@ -1,0 +1,147 @@
+"""What a LLaVA answers about held-out pictures: by exact match with what was said, beside the majority's answer."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmcore.data.broken import BrokenRecord
+from mmcore.data.chat_loader import views
+from mmcore.data.conversations import IMAGE, Conversation, ConversationSet
+from mmcore.data.templates import ChatSample, ChatTokens, expand
+from mmcore.eval.vqa import normalize_answer
+from mmcore.models.anyres import Size
+from mmcore.models.llava import LlavaConfig
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer of the model's, and that of the conversation.
+
+    Args:
+        conversation: its number in the set.
+        question: the user's last text, without the image's mark.
+        said: by the model.
+        wanted: by the conversation.
+    """
+
+    conversation: int
+    question: str
+    said: str
+    wanted: str
+
+    @property
+    def is_right(self) -> bool:
+        """Equal in VQA's normal form."""
+        return normalize_answer(self.said) == normalize_answer(self.wanted)
+
+
+@torch.no_grad()
+def replies(
+    forward: Callable[..., Any],
+    tokens: ChatTokens,
+    config: LlavaConfig,
+    chats: ConversationSet,
+    *,
+    device: torch.device,
+    most: int | None = None,
+    **options: Any,
+) -> list[Reply]:
+    """Every answer anew, after what was said before it; under an engine, every rank alike.
+
+    Args:
+        forward: a `Llava`, bare or under an engine.
+        tokens: of its language model.
+        config: its own.
+        chats: the conversations, whose broken images are left out within their limit.
+        device: of the model.
+        most: conversations, the first; None = all.
+        options: of `generate`.
+
+    Raises:
+        ValueError: too many broken images.
+    """
+    asked, tally = [], chats.tally()
+    for i in range(len(chats) if most is None else min(most, len(chats))):
+        try:
+            images = chats.raw_images(i)
+        except BrokenRecord as error:
+            tally.add(1, [(chats.sample_id(i), error.reason)])
+            continue
+        tally.add(1)
+        asked += _asked(tokens, config, chats.conversations[i], i, images)
+    tally.check(final=True)
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": 64,
+        "eos_token_id": sorted(tokens.stops),
+        "pad_token_id": tokens.pad_token_id,
+        **options,
+    }
+    out = []
+    for first in range(0, len(asked), BATCH_SIZE):
+        part = asked[first : first + BATCH_SIZE]
+        lengths = torch.tensor([len(a.prompt) for a in part])
+        read = torch.full((len(part), int(lengths.max())), tokens.pad_token_id)
+        for row, a in enumerate(part):
+            read[row, len(read[row]) - len(a.prompt) :] = a.prompt
+        side = config.vision.image_size
+        images = torch.cat([torch.zeros(0, 3, side, side), *(v for a in part for v in a.views)])
+        sizes = torch.tensor([size for a in part for size in a.sizes]).view(-1, 2)
+        inputs = [x.to(device) for x in (read, lengths, images, *((sizes,) if config.has_tiles else ()))]
+        ids = forward("generate", *inputs, **settings).cpu()
+        out += [Reply(a.conversation, a.question, tokens.text(row), a.wanted) for a, row in zip(part, ids)]
+    return out
+
+
+class _Asked(NamedTuple):
+    conversation: int
+    question: str
+    wanted: str
+    prompt: Tensor
+    views: list[Tensor]
+    sizes: list[Size]
+
+
+def _asked(
+    tokens: ChatTokens, config: LlavaConfig, chat: Conversation, number: int, images: list[Image.Image]
+) -> list[_Asked]:
+    """Each answer of a conversation, with the tokens before it."""
+    sizes = [(image.height, image.width) for image in images]
+    counts, seen = [config.num_image_tokens(size) for size in sizes], [views(x, config) for x in images]
+    found = []
+    for n, turn in enumerate(chat.turns):
+        if turn.role == "assistant":
+            prompt = tokens.prompt(chat.turns[:n])
+            here = ChatSample(prompt, prompt).num_images
+            expanded = expand(ChatSample(prompt, prompt), counts[:here]).tokens
+            question = chat.turns[n - 1].text.replace(IMAGE, "").strip()
+            found.append(_Asked(number, question, turn.text, expanded, seen[:here], sizes[:here]))
+    return found
+
+
+def accuracy(found: Sequence[Reply]) -> float:
+    """The share of right answers, in [0, 1]."""
+    return sum(reply.is_right for reply in found) / len(found)
+
+
+def majority_accuracy(train: ConversationSet, found: Sequence[Reply]) -> float:
+    """The accuracy of the answer most frequent in training for the same question, or of all where it was not asked."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for conversation in train.conversations:
+        turns = conversation.turns
+        for before, turn in pairwise(turns):
+            if turn.role == "assistant":
+                counts[before.text.replace(IMAGE, "").strip()][turn.text] += 1
+                overall[turn.text] += 1
+    guesses = [(counts[r.question] or overall).most_common(1)[0][0] for r in found]
+    right = [normalize_answer(guess) == normalize_answer(r.wanted) for guess, r in zip(guesses, found)]
+    return sum(right) / len(right)

@@ -1,0 +1,161 @@
+"""`mmcore train llava-stage1|llava-stage2` as a user meets them, in processes of their own."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmcore import checkpoint
+from mmcore.models.clip import CLIP
+from mmcore.models.clip_configs import CLIP_CONFIGS
+from mmcore.models.clip_weights import save_clip
+from mmcore.models.language import tiny_language_model, tiny_tokenizer
+from mmcore.models.llava_runs import llava_of
+from mmcore.models.runs import find_run
+from tests.distributed.launch import free_port
+from tests.mmcore.data_fixtures import image_bytes
+from tests.mmcore.test_cli_clip import losses, run
+
+SMALL = [
+    "--steps",
+    4,
+    "--save-every",
+    2,
+    "--eval-every",
+    4,
+    "--log-every",
+    1,
+    "--batch-size",
+    16,
+    "--lr",
+    "1e-3",
+]
+SMALL += ["--val-fraction", "0.02", "--max-length", 512]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A CLIP and a language model, of random weights."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    save_clip(CLIP(CLIP_CONFIGS["tiny"]), folder / "clip")
+    tokenizer = tiny_tokenizer(["USER: which digit is written here? ASSISTANT: seven"] * 4)
+    tiny_language_model(tokenizer).save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    return folder / "clip", folder / "llama"
+
+
+@pytest.fixture(scope="module")
+def first(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run of stage 1."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    inputs = ["--vision", parts[0], "--llm", parts[1], "--out", folder]
+    return folder, run("train", "llava-stage1", *SMALL, *inputs).stdout
+
+
+@pytest.fixture(scope="module")
+def second(first: tuple[Path, str]) -> tuple[Path, str]:
+    """A finished run of stage 2."""
+    folder = first[0].with_name("second")
+    return folder, run("train", "llava-stage2", *SMALL, "--from", first[0], "--out", folder).stdout
+
+
+def test_a_run_prints_what_it_measured_and_leaves_what_it_names(second: tuple[Path, str]) -> None:
+    folder, printed = second
+    line = printed.splitlines()[0]
+    assert line.startswith("answer accuracy (held-out): ") and "% (majority " in line
+    for name in ("metrics.jsonl", "curves.png", "answers.png", "checkpoints/step-00000004"):
+        assert str(folder / name) in printed and (folder / name).exists()
+    assert sorted(losses(folder)) == [1, 2, 3, 4]
+
+
+def test_stage_1_learns_the_projector_and_stage_2_the_language_model_too(
+    first: tuple[Path, str], second: tuple[Path, str], parts: tuple[Path, Path]
+) -> None:
+    learned = []
+    for folder, _ in (first, second):
+        names = [name for name, _ in checkpoint.tensors(folder / "checkpoints/step-00000004", "weight")]
+        learned.append({name.split(".")[0] for name in names})
+    assert learned == [{"projector"}, {"projector", "language_model"}]
+    given = load_file(parts[1] / "model.safetensors")
+    one, two = (llava_of(find_run(folder)) for folder, _ in (first, second))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(one.language_model.state_dict()[name], given[name])
+    assert not torch.equal(two.language_model.state_dict()[name], given[name])
+    for a, b in zip(one.visual.parameters(), two.visual.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(second: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = second
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoints/step-00000004")
+    run("train", "llava-stage2", *SMALL, "--out", again, "--resume", "latest")
+    assert losses(again) == losses(folder)
+    expected = dict(checkpoint.tensors(folder / "checkpoints/step-00000004", "weight"))
+    for name, x in checkpoint.tensors(again / "checkpoints/step-00000004", "weight"):
+        assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize(("stage", "zero"), [("llava-stage1", 2), ("llava-stage2", 3)])
+def test_two_ranks_train_on_llavas_json_with_texts_alone_too(
+    stage: str, zero: int, first: tuple[Path, str], parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]
+    records = []
+    for i in range(24):
+        record = {"id": i, "conversations": turns}
+        if stage == "llava-stage2" and i % 2:
+            texts = [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "me"}]
+            record["conversations"] = texts
+        else:
+            (tmp_path / f"{i}.png").write_bytes(image_bytes(i, kind="PNG"))
+            record["image"] = f"{i}.png"
+        records.append(record)
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "-m", "mmcore.train"]
+    inputs = ["--data", tmp_path / "x.json", "--val-fraction", "0.2", "--batch-size", 4, "--zero", zero]
+    inputs += ["--from", first[0]] if stage == "llava-stage2" else ["--vision", parts[0], "--llm", parts[1]]
+    out = tmp_path / "run"
+    done = run(stage, *SMALL, *inputs, "--out", out, launcher=torchrun)
+    assert f"4 steps of 8 pairs, ZeRO {zero}, fp32, 2 ranks" in done.stderr
+    assert "answer accuracy (held-out): " in done.stdout and sorted(losses(out)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("llava-stage1", ["--llm", "tiny"], "--vision must be given"),
+        (
+            "llava-stage1",
+            ["--vision", "CLIP"],
+            "--llm must be a language model's folder or 'tiny', got nothing",
+        ),
+        (
+            "llava-stage1",
+            ["--vision", "CLIP", "--llm", "LLM", "--template", "v2"],
+            "template must be one of plain, v1",
+        ),
+        (
+            "llava-stage1",
+            ["--vision", "CLIP", "--llm", "LLM", "--data", "x.json"],
+            "data must be an existing file",
+        ),
+        ("llava-stage2", [], "--from must be given: a run of llava-stage1"),
+        ("llava-stage2", ["--from", "missing"], "RUN must be a run's folder"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(
+    stage: str, arguments: list[str], message: str, parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    places = {"CLIP": parts[0], "LLM": parts[1]}
+    given = [places.get(x, x) for x in arguments]
+    done = run("train", stage, "--out", tmp_path / "run", *given, code=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
