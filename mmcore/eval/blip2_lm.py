@@ -15,7 +15,8 @@ from mmcore.data.prompts import PromptTokens, Task
 from mmcore.data.wordpiece import load_wordpiece
 from mmcore.eval.answers import Answerer, Decoding, answer, caption, language_answerer, majority_accuracy
 from mmcore.eval.clip import WEIGHTS, data_of
-from mmcore.eval.pictures import plot_captions, plot_curves
+from mmcore.eval.pictures import plot_curves
+from mmcore.eval.sheets import plot_captions
 from mmcore.eval.vqa import vqa_accuracy
 from mmcore.models.language import load_language_tokenizer
 from mmcore.models.language_folder import language_model_folder

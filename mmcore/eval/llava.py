@@ -10,7 +10,8 @@ from mmcore.data.chats import ChatConfig, ChatData, open_chats
 from mmcore.data.templates import ChatTokens
 from mmcore.eval.chat import accuracy, majority_accuracy, replies
 from mmcore.eval.clip import WEIGHTS
-from mmcore.eval.pictures import plot_captions, plot_curves
+from mmcore.eval.pictures import plot_curves
+from mmcore.eval.sheets import plot_captions
 from mmcore.models.language import load_language_tokenizer
 from mmcore.models.language_folder import language_model_folder
 from mmcore.models.llava import Llava

@@ -1,32 +1,29 @@
-"""Pictures of a run: its curves, text queries with the images they find, images with what is said of them."""
+"""Pictures of a run: its curves, and text queries with the images they find."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from mmcore.eval.fonts import escape_undrawable, families_for, wrap
-
-_RIGHT, _WRONG = "#1a8f4c", "#d0342c"
-_INK, _MIDDLE, _FAINT = "#22262b", "#4a5560", "#8b939c"
-_COLOURS = ("#2f6fb5", "#d9822b", "#1a8f4c", "#8a4fb0", "#c23b6b", "#7a5c3e", "#4a5560", "#1799a6")
-_FONT_NOTE = (
-    "No installed font has some of the characters: they are shown as code points (install a Noto font)."
+from mmcore.eval.drawing import (
+    COLOURS,
+    FAINT,
+    FONT_NOTE,
+    INK,
+    WRONG,
+    colour_of,
+    draw_image,
+    mark,
+    save,
 )
-
-_DPI = 130
-# Pictures in a row of a sheet of captions, the inches of each, and those between two.
-_COLUMNS, _CELL, _GAP = 6, 1.9, 0.32
+from mmcore.eval.fonts import escape_undrawable, families_for, wrap
 
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -58,7 +55,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     loss_axes.tick_params(labelbottom=False)
     if accuracies:
         _draw_accuracies(figure.add_subplot(grid[:, 1]), accuracies)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_retrieval(
@@ -107,84 +104,17 @@ def plot_retrieval(
         for column, index in enumerate(best[row].tolist()):
             axes = figure.add_subplot(grid[row, column + 1])
             is_right, score = bool(right[row, column]), float(scores[row, index])
-            _draw_image(axes, images[index], _colour(is_right))
-            label = f"{_mark(is_right)} {score:.2f}"
-            axes.set_xlabel(label, fontsize=8.5, color=_colour(is_right), labelpad=4)
+            draw_image(axes, images[index], colour_of(is_right))
+            label = f"{mark(is_right)} {score:.2f}"
+            axes.set_xlabel(label, fontsize=8.5, color=colour_of(is_right), labelpad=4)
             if row == 0:
-                axes.set_title(str(column + 1), fontsize=9, color=_FAINT, pad=6)
+                axes.set_title(str(column + 1), fontsize=9, color=FAINT, pad=6)
     first = int(right[:, 0].sum())
     title = f"Text to image: {first} of {len(queries)} queries find a right image first"
-    figure.suptitle(title, fontsize=12, color=_INK, fontweight="bold")
+    figure.suptitle(title, fontsize=12, color=INK, fontweight="bold")
     if undrawable:
-        figure.supxlabel(_FONT_NOTE, fontsize=8.5, color=_WRONG)
-    _save(figure, path)
-
-
-def plot_captions(
-    images: Sequence[Any],
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    path: str | Path,
-    *,
-    title: str,
-    questions: Sequence[str] | None = None,
-    right: Sequence[bool] | None = None,
-) -> None:
-    """Draw images with what a model says of each and, fainter, what a person says, as one PNG.
-
-    Args:
-        images: [N]; each a PIL image or uint8 [H, W] or [H, W, 3].
-        captions: [N] the model's captions or answers, in any script, as `plot_retrieval`'s queries.
-        references: [N] what people say of each image, of which the first is shown.
-        path: of the PNG; its folder is made.
-        title: of the sheet.
-        questions: [N], shown above the answers; None = there are none.
-        right: [N], frames images green or red; None = no frames.
-
-    Raises:
-        ValueError: no images, lengths that differ, an image without a reference.
-    """
-    given = {"captions": captions, "references": references, "questions": questions, "right": right}
-    lengths = {name: len(values) for name, values in given.items() if values is not None}
-    if not images or any(n != len(images) for n in lengths.values()):
-        raise ValueError(
-            f"plot_captions: all must be as many as images, not 0, got {len(images)} and {lengths}"
-        )
-    for i, people in enumerate(references):
-        if isinstance(people, str) or not people:
-            raise ValueError(
-                f"plot_captions: each of references must be a list of texts, got {people!r} at {i}"
-            )
-    firsts = [people[0] for people in references]
-    families = families_for([*captions, *firsts, *(questions or [])])
-    figure = Figure(facecolor="white", dpi=_DPI)
-    FigureCanvasAgg(figure)  # measures texts
-    cells, undrawable = [], False
-    for i, image in enumerate(images):
-        mark, frame = ("", None) if right is None else (_mark(right[i]) + " ", _colour(right[i]))
-        said = [(mark + (captions[i] or "—"), 9.5, frame or _INK), (firsts[i], 8.5, _FAINT)]
-        if questions is not None:
-            said.insert(0, (questions[i], 8.5, _MIDDLE))
-        shown = [escape_undrawable(text, families) for text, _, _ in said]
-        undrawable |= any(lost for _, lost in shown)
-        texts = [
-            _paragraph(figure, text, size, colour, families)
-            for (text, _), (_, size, colour) in zip(shown, said)
-        ]
-        cells.append(_Cell(image, frame, texts))
-    height = _lay_out(figure, cells)
-    figure.text(0, 1 + 0.2 / height, title, fontsize=12, color=_INK, fontweight="bold", parse_math=False)
-    if undrawable:
-        figure.text(0, -0.15 / height, _FONT_NOTE, fontsize=8.5, color=_WRONG, va="top")
-    _save(figure, path)
-
-
-class _Cell(NamedTuple):
-    """An image, its frame, and the texts below it."""
-
-    image: Any
-    frame: str | None
-    texts: list[Text]
+        figure.supxlabel(FONT_NOTE, fontsize=8.5, color=WRONG)
+    save(figure, path)
 
 
 def _held_out_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -206,19 +136,19 @@ def _draw_loss(
     finite = np.isfinite(loss)
     noisy = len(rows) > 40
     axes.plot(
-        steps[finite], loss[finite], color=_COLOURS[0], lw=0.8 if noisy else 1.8, alpha=0.35 if noisy else 1
+        steps[finite], loss[finite], color=COLOURS[0], lw=0.8 if noisy else 1.8, alpha=0.35 if noisy else 1
     )
     if noisy:
         window = max(len(rows) // 40, 5)
         axes.plot(
-            steps[finite], _running_mean(loss[finite], window), color=_COLOURS[0], lw=2, label="training"
+            steps[finite], _running_mean(loss[finite], window), color=COLOURS[0], lw=2, label="training"
         )
     else:
         axes.lines[0].set_label("training")
-    for colour, (name, (at, values)) in zip(_COLOURS[1:], held_out.items()):
+    for colour, (name, (at, values)) in zip(COLOURS[1:], held_out.items()):
         axes.plot(at, values, color=colour, lw=1.8, marker="o", ms=3.5, label=f"held-out {_title(name)}")
     for step in steps[~finite]:
-        axes.axvline(step, color=_WRONG, lw=0.8, label="not finite" if step == steps[~finite][0] else None)
+        axes.axvline(step, color=WRONG, lw=0.8, label="not finite" if step == steps[~finite][0] else None)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(frameon=False, fontsize=9)
     _style(axes, "Loss")
@@ -227,19 +157,19 @@ def _draw_loss(
 def _draw_rate(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     with_rate = [row for row in rows if row.get("lr") is not None]
     axes.fill_between(
-        [r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=_FAINT, alpha=0.25, lw=0
+        [r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=FAINT, alpha=0.25, lw=0
     )
-    axes.plot([r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=_FAINT, lw=1.4)
+    axes.plot([r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=FAINT, lw=1.4)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     _style(axes, "Learning rate")
     axes.title.set_fontsize(9)
-    axes.set_xlabel("step", color=_FAINT)
+    axes.set_xlabel("step", color=FAINT)
 
 
 def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[float]]]) -> None:
     names = sorted((n for n in series if "chance" not in n), key=lambda n: -series[n][1][-1])
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     for name in names:
         steps, values = series[name]
         axes.plot(
@@ -254,12 +184,12 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
     for name, (steps, values) in series.items():
         if "chance" in name:
             owner = next((n for n in names if n == name.replace("_chance", "").replace("chance_", "")), None)
-            axes.plot(steps, values, color=colours.get(owner or "", _FAINT), lw=1.1, ls=(0, (4, 3)))
+            axes.plot(steps, values, color=colours.get(owner or "", FAINT), lw=1.1, ls=(0, (4, 3)))
     if len(names) < len(series):
-        axes.plot([], [], color=_FAINT, lw=1.1, ls=(0, (4, 3)), label="chance")
+        axes.plot([], [], color=FAINT, lw=1.1, ls=(0, (4, 3)), label="chance")
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("step", color=_FAINT)
+    axes.set_xlabel("step", color=FAINT)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     _style(axes, "Held-out accuracy")
 
@@ -267,65 +197,7 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
 def _draw_query(axes: Axes, text: str, families: list[str]) -> None:
     axes.axis("off")
     place = {"ha": "right", "va": "center", "transform": axes.transAxes}
-    axes.text(0.97, 0.5, text, fontsize=10.5, color=_INK, family=families, parse_math=False, **place)
-
-
-def _paragraph(figure: Figure, text: str, size: float, colour: str, families: list[str]) -> Text:
-    """`text` in lines as wide as a cell, to be placed by its top left corner."""
-    shown = wrap(text, int(72 * _CELL / (0.55 * size)), 10)
-    drawn = figure.text(0, 0, shown, fontsize=size, color=colour, family=families, va="top", parse_math=False)
-    # capitals are wider than a column
-    drawn.set_fontsize(size * min(1, _CELL / _extent(drawn)[0]))
-    return drawn
-
-
-def _extent(text: Text) -> np.ndarray:
-    """Width and height in inches."""
-    assert text.figure is not None
-    return np.array(text.get_window_extent().size) / text.figure.dpi
-
-
-def _lay_out(figure: Figure, cells: Sequence[_Cell]) -> float:
-    """Places images and texts in rows as high as what they hold; the height of all, in inches."""
-    rows = [cells[i : i + _COLUMNS] for i in range(0, len(cells), _COLUMNS)]
-    sizes = [[np.asarray(cell.image).shape for cell in row] for row in rows]
-    above = [_CELL * min(1, max(h / w for h, w, *_ in row)) for row in sizes]
-    below = [max(sum(_extent(text)[1] + 0.07 for text in cell.texts) for cell in row) for row in rows]
-    height, width = sum(above) + sum(below) + _GAP * (len(rows) - 1), len(rows[0]) * (_CELL + _GAP) - _GAP
-    figure.set_size_inches(width, height)
-    y = height
-    for row, image_height, text_height in zip(rows, above, below):
-        y -= image_height
-        for i, cell in enumerate(row):
-            x, line = i * (_CELL + _GAP), y
-            box = (x / width, y / height, _CELL / width, image_height / height)
-            _draw_image(figure.add_axes(box, anchor="SW"), cell.image, cell.frame)
-            for text in cell.texts:
-                text.set_position((x / width, (line - 0.07) / height))
-                line -= _extent(text)[1] + 0.07
-        y -= text_height + _GAP
-    return height
-
-
-def _mark(right: bool) -> str:
-    return "✓" if right else "✗"
-
-
-def _colour(right: bool) -> str:
-    return _RIGHT if right else _WRONG
-
-
-def _draw_image(axes: Axes, image: Any, frame: str | None) -> None:
-    pixels = np.asarray(image)
-    axes.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, aspect="equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if frame is not None:
-        axes.add_patch(
-            Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, ec=frame, lw=4, clip_on=False)
-        )
+    axes.text(0.97, 0.5, text, fontsize=10.5, color=INK, family=families, parse_math=False, **place)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -341,19 +213,10 @@ def _title(name: str) -> str:
 
 
 def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, fontweight="bold")
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.grid(axis="y", color="#e6e9ec", lw=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#c3c9cf")
-    axes.tick_params(colors=_FAINT, length=0, labelsize=9)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # a reader, or a second save, never sees half a picture
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.18)
-    temporary.replace(path)
+    axes.tick_params(colors=FAINT, length=0, labelsize=9)

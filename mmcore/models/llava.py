@@ -1,10 +1,13 @@
 """LLaVA: an image's patches, projected, between the words that a language model reads."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmcore.models.anyres import Size, grid_shape, num_packed, num_views, pack_features
 from mmcore.models.blip2 import IGNORED
@@ -18,6 +21,31 @@ IMAGE_TOKEN = -200
 
 Trainable = Literal["projector", "language", "all"]
 """What learns: the projector alone (stage 1), the language model with it (stage 2), the tower too (NeXT)."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside the language model's linear layers (LoRA, arXiv:2106.09685): W x + alpha / rank B A x.
+
+    Args:
+        rank: rows of A, at least 1.
+        alpha: above 0.
+        dropout: of x before A, in [0, 1).
+    """
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require("Lora", self.rank >= 1, "rank must be at least 1, got {}", self.rank)
+        require("Lora", self.alpha > 0, "alpha must be above 0, got {}", self.alpha)
+        require("Lora", 0 <= self.dropout < 1, "dropout must be in [0, 1), got {}", self.dropout)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of this name is an adapter's."""
+    return ".lora_" in name
 
 
 @dataclass(frozen=True)
@@ -84,20 +112,24 @@ class Llava(nn.Module):
         self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5) if config.has_tiles else None
         self.language_model: Any = language_model
         self.language_head = LanguageHead(language_model.get_output_embeddings())
+        self.activation_checkpointing = False
         self.set_trainable(trainable)
 
     def set_trainable(self, trainable: Trainable) -> None:
-        """Freezes what is not to learn, and no more than that.
+        """Freezes what is not to learn, and no more than that; of a language model with adapters these alone learn.
 
         Raises:
             ValueError: another choice.
         """
         choices = ("projector", "language", "all")
         require("Llava", trainable in choices, "trainable must be one of {}, got {!r}", choices, trainable)
-        self.trainable = trainable
+        self.trainable: Trainable = trainable
         self.requires_grad_(True)
         self.visual.requires_grad_(trainable == "all")
-        self.language_model.requires_grad_(trainable != "projector")
+        named = list(self.language_model.named_parameters())
+        has_adapters = any(is_adapter(name) for name, _ in named)
+        for name, parameter in named:
+            parameter.requires_grad_(trainable != "projector" and (is_adapter(name) or not has_adapters))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Llava":
@@ -105,7 +137,23 @@ class Llava(nn.Module):
         super().train(mode)
         self.visual.train(mode and self.trainable == "all")
         self.language_model.train(mode and self.trainable != "projector")
+        if mode and self.activation_checkpointing:
+            # transformers recomputes a layer in training mode alone; what is in it stays in its own mode
+            for layer in self._language_layers():
+                layer.training = True
         return self
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        """Recompute activations in the backward, of a frozen language model too."""
+        self.activation_checkpointing = enable
+        self.visual.transformer.activation_checkpointing = enable
+        for layer in self._language_layers():
+            layer.gradient_checkpointing = enable
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        self.train(self.training)
+
+    def _language_layers(self) -> list[Any]:
+        return [x for x in self.language_model.modules() if isinstance(x, GradientCheckpointingLayer)]
 
     def forward(self, task: str, *inputs: Any, **options: Any) -> Any:
         """`loss` or `generate` by name: under ZeRO-3 parameters are whole only inside a forward."""

@@ -1,5 +1,6 @@
 """LLaVA read back from the runs that trained it."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,38 @@ from torch import Tensor
 
 from mmcore import checkpoint
 from mmcore.models.language import load_language_model
-from mmcore.models.language_folder import LANGUAGE_MODEL, language_model_folder
-from mmcore.models.llava import Llava, LlavaConfig, Trainable
+from mmcore.models.language_folder import language_model_folder
+from mmcore.models.llava import Llava, LlavaConfig, Lora, Trainable, is_adapter
 from mmcore.models.runs import FROZEN, SavedRun
 from mmcore.models.vit import VisionConfig
 from mmcore.ops import require
 
 LLAVA_STAGE1, LLAVA_STAGE2 = "llava-stage1", "llava-stage2"
+LORA = "lora"
+"""Of a run's model: the shape of its language model's adapters."""
 
 
 @dataclass(frozen=True)
 class LlavaRun:
-    """What a run of LLaVA starts or goes on from, but for the language model.
+    """What a run of LLaVA starts or goes on from, but for the language model's own folder.
 
     Args:
         config: of tower, projector and tiles.
-        state: weights by our names: the tower's, the projector's, and the language model's where it was trained.
-        language: what the run knows of its language model.
+        lora: of the adapters, where these were trained.
+        state: weights by our names: the tower's, the projector's, and what was trained of the language model.
     """
 
     config: LlavaConfig
+    lora: Lora | None
     state: dict[str, Tensor]
-    language: dict[str, Any]
 
 
-def llava_shape(saved: dict[str, Any]) -> LlavaConfig:
-    """A configuration as a run's config.json holds it."""
+def llava_shape(saved: dict[str, Any]) -> tuple[LlavaConfig, Lora | None]:
+    """The model as a run's config.json holds it."""
     pinpoints = tuple((height, width) for height, width in saved["grid_pinpoints"])
-    return LlavaConfig(VisionConfig(**saved["vision"]), saved["projector"], pinpoints)
+    lora = saved[LORA]
+    config = LlavaConfig(VisionConfig(**saved["vision"]), saved["projector"], pinpoints)
+    return config, None if lora is None else Lora(**lora)
 
 
 def read_llava(run: SavedRun) -> LlavaRun:
@@ -49,20 +54,43 @@ def read_llava(run: SavedRun) -> LlavaRun:
     wanted = (LLAVA_STAGE1, LLAVA_STAGE2)
     what = "RUN must be of mmcore train {}, got {}, which is of {}"
     require("read_llava", run.recipe in wanted, what, " or ".join(wanted), run.folder, run.recipe)
-    saved = dict(run.saved["model"])
-    language = saved.pop(LANGUAGE_MODEL)
     state = dict(checkpoint.tensors(run.checkpoint, run.key))
     if (run.folder / FROZEN).is_file():
         state |= load_file(run.folder / FROZEN)
-    return LlavaRun(llava_shape(saved), state, language)
+    return LlavaRun(*llava_shape(run.saved["model"]), state)
 
 
-def load_trained(model: Llava, state: dict[str, Tensor]) -> None:
-    """Loads weights by name; the language model's may be missing, since it has some already.
+def load_trained(model: Llava, lora: Lora | None, state: dict[str, Tensor]) -> Any:
+    """Loads weights by name, and makes the adapters; those of the language model may be missing, it has some already.
+
+    Args:
+        model: without adapters.
+        lora: of the adapters, None = it gets none.
+        state: may hold the adapters' too; without them they are new.
+
+    Returns:
+        What `mmcore.models.adapters.merge_adapters` takes, or None.
 
     Raises:
         ValueError: missing or unknown names, or other shapes.
     """
+    adapters = {name: x for name, x in state.items() if is_adapter(name)}
+    _load(model, {name: x for name, x in state.items() if name not in adapters})
+    if lora is None:
+        require("Llava", not adapters, "weights must hold no adapters, got {}", list(adapters)[:3])
+        return None
+    # loaded by name: peft takes seconds to import
+    tuner = importlib.import_module("mmcore.models.adapters").add_adapters(model.language_model, lora)
+    model.set_trainable(model.trainable)
+    if adapters:
+        ours = {name for name in model.state_dict() if is_adapter(name)}
+        missing = sorted(ours - adapters.keys())[:3]
+        require("Llava", not missing, "weights must hold every adapter, missing {}", missing)
+        _load(model, model.state_dict() | adapters)
+    return tuner
+
+
+def _load(model: Llava, state: dict[str, Tensor]) -> None:
     ours = model.state_dict()
     missing = [n for n in ours if n not in state and not n.startswith(("language_model.", "language_head."))]
     unknown = [n for n in state if n not in ours or state[n].shape != ours[n].shape]
@@ -78,7 +106,7 @@ def llava_of(
     dtype: torch.dtype | None = torch.float32,
     trainable: Trainable = "projector",
 ) -> Llava:
-    """The LLaVA that a run trained.
+    """The LLaVA that a run trained, what adapters learned added to the weights.
 
     Args:
         run: a run.
@@ -93,5 +121,12 @@ def llava_of(
     folder = language_model_folder(run.folder, run.saved["model"], llm)
     language = load_language_model(folder, dtype=dtype)
     model = Llava(read.config, language, trainable=trainable)
-    load_trained(model, read.state)
+    stored = next(language.parameters()).dtype
+    if read.lora is not None:  # sums of small numbers
+        language.float()
+    tuner = load_trained(model, read.lora, read.state)
+    if tuner is not None:
+        importlib.import_module("mmcore.models.adapters").merge_adapters(tuner)
+        language.to(stored)
+        model.set_trainable(trainable)
     return model

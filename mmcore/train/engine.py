@@ -253,7 +253,7 @@ class Engine:
                 are not to be saved).
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         if self.stage == 0:  # DeepSpeed reports no norm here; the gradients are reduced already
             norm = float(
                 torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])

@@ -1,6 +1,7 @@
 """Trains LLaVA, both stages: the recipes."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -25,8 +26,8 @@ from mmcore.integrations.transformers import register
 from mmcore.losses import global_ratio
 from mmcore.models.language import load_language_model, load_language_tokenizer
 from mmcore.models.language_folder import LANGUAGE_MODEL, language_model_folder
-from mmcore.models.llava import Llava, LlavaConfig, Trainable
-from mmcore.models.llava_runs import LLAVA_STAGE1, llava_shape, load_trained, read_llava
+from mmcore.models.llava import Llava, LlavaConfig, Lora, Trainable
+from mmcore.models.llava_runs import LLAVA_STAGE1, LORA, llava_of, llava_shape, load_trained, read_llava
 from mmcore.models.runs import FROZEN, find_run
 from mmcore.models.towers import load_tower
 from mmcore.train.engine import Engine, init_distributed
@@ -37,6 +38,8 @@ from mmcore.train.recipe import Recipe, run_recipe, write_folder
 from mmcore.train.run import Start, open_run
 from mmcore.train.tiny_lm import Said
 
+# how the names of a model's parts begin
+_VISION, _PROJECTOR, _NEWLINE, _LANGUAGE = "visual.", "projector.", "image_newline", "language_model."
 # Conversations that a run is measured on while it trains.
 MAX_EVALUATED = 96
 
@@ -60,6 +63,24 @@ class LlavaRecipe(Recipe):
     from nothing on the texts of --data first; None = that of --from, or of the run that is resumed."""
     llm_steps: int | None = None
     """Steps that --llm tiny is trained for first; None = 400."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time; as published."""
+
+    @property
+    def trainable(self) -> Trainable:
+        return "projector"
+
+    @property
+    def adapters(self) -> Lora | None:
+        return None
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """How the names of the weights begin that learn, adapters aside."""
+        parts = [_PROJECTOR, _NEWLINE]
+        if self.trainable != "projector" and self.adapters is None:
+            parts.append(_LANGUAGE)
+        return (*parts, _VISION) if self.trainable == "all" else tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -88,10 +109,43 @@ class LlavaStage2Config(LlavaRecipe):
     """v1 (Vicuna), llama_3, chatml, or auto, the tokenizer's own."""
     train_vision: bool = False
     """Train the image tower too, as NeXT does."""
+    vision_lr: float | None = None
+    """Learning rate of the image tower, with --train-vision; NeXT's 2e-6 beside --lr 1e-5. None = --lr."""
+    projector_lr: float | None = None
+    """Learning rate of the projector; None = --lr."""
+    lora: int | None = None
+    """Train adapters of this rank (peft) in place of the language model's weights; published with 128, --lr 2e-4 and
+    --projector-lr 2e-5. None = train the weights."""
+    lora_alpha: int | None = None
+    """The adapters count alpha / rank times; None = twice the rank."""
+    lora_dropout: float = 0.05
+    """Dropout before the adapters."""
+
+    def __post_init__(self) -> None:
+        for name in ("vision_lr", "projector_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+        if self.vision_lr is not None and not self.train_vision:
+            raise ValueError(f"--vision-lr has no effect without --train-vision, got {self.vision_lr}")
+        if self.lora is None and self.lora_alpha is not None:
+            raise ValueError(f"--lora-alpha has no effect without --lora, got {self.lora_alpha}")
 
     @property
     def trainable(self) -> Trainable:
         return "all" if self.train_vision else "language"
+
+    @property
+    def adapters(self) -> Lora | None:
+        if self.lora is None:
+            return None
+        alpha = 2 * self.lora if self.lora_alpha is None else self.lora_alpha
+        return Lora(self.lora, alpha, self.lora_dropout)
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        given = {_VISION: self.vision_lr, _PROJECTOR: self.projector_lr, _NEWLINE: self.projector_lr}
+        return {name: lr / self.optim.lr for name, lr in given.items() if lr is not None}
 
 
 @dataclass(frozen=True)
@@ -128,10 +182,21 @@ def _begin(config: LlavaStage1Config | LlavaStage2Config, data: ChatData) -> _Be
     if config.start is None:
         raise ValueError(f"--from must be given: a run of {LLAVA_STAGE1}")
     run = find_run(config.start)
-    read = read_llava(run)
+    state, shape = _start_state(config), read_llava(run).config
     moved = None if config.llm is None else Path(config.llm)
     folder = language_model_folder(run.folder, run.saved["model"], moved)
-    return _Begin(read.config, read.state, read_language(folder))
+    return _Begin(shape, state, read_language(folder))
+
+
+def _start_state(config: LlavaStage2Config) -> dict[str, Tensor]:
+    """Weights of the run of --from, what its adapters learned among those of the language model."""
+    assert config.start is not None
+    run = find_run(config.start)
+    read = read_llava(run)
+    if read.lora is None:
+        return read.state
+    merged = llava_of(run, None if config.llm is None else Path(config.llm))
+    return {name: p.detach() for name, p in merged.named_parameters()}  # tied ones once
 
 
 def _said(data: ChatData) -> list[list[Said]]:
@@ -152,6 +217,7 @@ def _prepare_folder(
     start, accum = open_run(name, config.run), config.run.accum
     if accum != 1:
         raise ValueError(f"--accum must be 1 with {name}, got {accum}: give each rank a larger batch")
+    adapters = config.adapters
     if start.checkpoint is not None:
         tokens = _tokens(config, load_language_tokenizer(_language_folder(config, start)))
         _loader(config, data, tokens, _shape(start), 0, world_size)
@@ -160,10 +226,11 @@ def _prepare_folder(
     _loader(config, data, _tokens(config, begin.language.tokenizer), begin.config, 0, world_size)
 
     def save(folder: Path) -> dict[str, Any]:
-        if not (isinstance(config, LlavaStage2Config) and config.train_vision):
-            frozen = {n: x.contiguous() for n, x in begin.state.items() if n.startswith("visual.")}
-            save_file(frozen, folder / FROZEN)
-        return {**asdict(begin.config), LANGUAGE_MODEL: begin.language.save(folder)}
+        kept = {n: x.contiguous() for n, x in begin.state.items() if not n.startswith(config.learned)}
+        if kept:
+            save_file(kept, folder / FROZEN)
+        language = begin.language.save(folder)
+        return {**asdict(begin.config), LORA: adapters and asdict(adapters), LANGUAGE_MODEL: language}
 
     return write_folder(name, config, start, world_size, save)
 
@@ -184,7 +251,7 @@ def _saved(start: Start) -> dict[str, Any]:
 
 
 def _shape(start: Start) -> LlavaConfig:
-    return llava_shape({n: x for n, x in _saved(start).items() if n != LANGUAGE_MODEL})
+    return llava_shape(_saved(start))[0]
 
 
 def _language_folder(config: LlavaRecipe, start: Start) -> Path:
@@ -197,24 +264,22 @@ def _make_model(
 ) -> Llava:
     torch.manual_seed(config.run.seed)
     _, precision = config.deepspeed(world_size)
-    is_learned = isinstance(config, LlavaStage2Config)
+    is_learned = _LANGUAGE in config.learned
     # what learns is float32 where a master of it is not the engine's
     dtype = torch.float32 if precision == "fp32" or (is_learned and precision != "bf16") else torch.bfloat16
     language = load_language_model(folder, dtype=dtype)
     language.set_attn_implementation(ATTENTION)
-    model = Llava(_shape(start), language, trainable=config.trainable if is_learned else "projector")
+    model = Llava(_shape(start), language, trainable=config.trainable)
     frozen = start.folder / FROZEN
     state = load_file(frozen) if frozen.is_file() else {}
     if start.checkpoint is not None:
         state |= dict(checkpoint.tensors(start.checkpoint, "weight"))
-    elif is_learned:
-        assert config.start is not None
-        state = read_llava(find_run(config.start)).state | state
+    elif isinstance(config, LlavaStage2Config):
+        state = _start_state(config) | state
     else:  # the projector starts anew
-        state |= {
-            n: x for n, x in model.state_dict().items() if n.startswith(("projector.", "image_newline"))
-        }
-    load_trained(model, state)
+        state |= {n: x for n, x in model.state_dict().items() if n.startswith(config.learned)}
+    load_trained(model, config.adapters, state)
+    model.set_activation_checkpointing(config.activation_checkpointing)
     return model
 
 

@@ -1,7 +1,9 @@
 """The settings of AdamW and its average, the parameter groups and the schedule."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -70,18 +72,32 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamWEM
     )
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable weights: matrices decay, vectors do not; CLIP's `logit_scale` stays in [0, ln 100]."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scale = [p for name, p in named if name == "logit_scale"]
-    decay = [p for name, p in named if name != "logit_scale" and p.ndim > 1]
-    no_decay = [p for name, p in named if name != "logit_scale" and p.ndim <= 1]
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-        {"params": scale, "weight_decay": 0.0, "clamp": (0.0, MAX_LOG_SCALE)},
+def param_groups(
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Trainable weights: matrices decay, vectors do not; CLIP's `logit_scale` stays in [0, ln 100].
+
+    Args:
+        model: whose weights.
+        weight_decay: of matrices.
+        lr_scales: `lr_scale` of a group, by the begin of its weights' names; of the others it is 1.
+    """
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    scale = []
+    for name, p in model.named_parameters():
+        if p.requires_grad and name == "logit_scale":
+            scale.append(p)
+        elif p.requires_grad:
+            lr_scale = next((x for begin, x in lr_scales.items() if name.startswith(begin)), 1.0)
+            found.setdefault((lr_scale, weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "weight_decay": decay, "lr_scale": lr_scale}
+        for (lr_scale, decay), params in sorted(found.items(), key=lambda item: item[0], reverse=True)
     ]
-    return [group for group in groups if group["params"]]
+    if scale:
+        clamp = (0.0, MAX_LOG_SCALE)
+        groups.append({"params": scale, "weight_decay": 0.0, "lr_scale": 1.0, "clamp": clamp})
+    return groups
 
 
 def cosine_lr(step: int, optim: OptimConfig, total: int) -> float:

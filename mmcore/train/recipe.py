@@ -29,6 +29,11 @@ class Recipe:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property
+    def lr_scales(self) -> dict[str, float]:
+        """What --lr is multiplied by for some weights, by the begin of their names."""
+        return {}
+
+    @property
     def per_rank(self) -> int:
         """Samples a rank and optimizer step."""
         return self.run.batch_size * self.run.accum
@@ -77,7 +82,8 @@ def write_folder(
 
 def make_engine(recipe: Recipe, start: Start, model: nn.Module, world_size: int) -> Engine:
     """The model's trainable weights under DeepSpeed, as a checkpoint left them where there is one."""
-    optimizer = make_optimizer(param_groups(model, recipe.optim.weight_decay), recipe.optim)
+    groups = param_groups(model, recipe.optim.weight_decay, recipe.lr_scales)
+    optimizer = make_optimizer(groups, recipe.optim)
     resolved, precision = recipe.deepspeed(world_size)
     if dist.get_rank() == 0:
         checkpoint.write_json(start.folder / "deepspeed.json", resolved)

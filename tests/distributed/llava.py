@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Trainable
+from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Lora, Trainable
+from mmcore.models.llava_runs import load_trained
 from mmcore.models.vit import VisionConfig
 
 B, LENGTH, VOCAB = 4, 32, 40
 IMAGE = (20, 50)
 
 
-def model(trainable: Trainable, *, tied: bool = False) -> Llava:
+def model(trainable: Trainable, *, tied: bool = False, lora: bool = False) -> Llava:
     torch.manual_seed(0)
     vision = VisionConfig(image_size=16, patch_size=8, width=32, num_layers=2, num_heads=2, mlp_dim=64)
     language: Any = LlamaForCausalLM(
@@ -27,7 +28,10 @@ def model(trainable: Trainable, *, tied: bool = False) -> Llava:
         )
     )
     config = LlavaConfig(vision, grid_pinpoints=((16, 32), (32, 16)))
-    return Llava(config, language, trainable=trainable)
+    found = Llava(config, language, trainable=trainable)
+    if lora:
+        load_trained(found, Lora(4, 8), {n: x for n, x in found.state_dict().items() if "language_" not in n})
+    return found
 
 
 def batch(step: int, ranks: range, config: LlavaConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,20 +11,25 @@ from tests.distributed import llava
 from tests.distributed.launch import run_ranks
 
 STEPS = 2
+RATES = {"projector.": 0.1, "visual.": 0.01}
 RUNS: list[dict[str, Any]] = [
     {"id": "zero0", "zero": 0, "trainable": "all", "tied": False},
     {"id": "projector", "zero": 3, "trainable": "projector", "tied": False},
     {"id": "language", "zero": 3, "trainable": "language", "tied": False},
     {"id": "all", "zero": 3, "trainable": "all", "tied": False},
     {"id": "tied", "zero": 3, "trainable": "language", "tied": True},
+    {"id": "lora2", "zero": 2, "trainable": "language", "tied": False, "lora": True, "rates": RATES},
+    {"id": "lora3", "zero": 3, "trainable": "all", "tied": False, "lora": True, "rates": RATES},
 ]
 
 
 def trained(run: dict[str, Any]) -> dict[str, Any]:
     """One process in plain PyTorch on the whole batch."""
     optim = OptimConfig(lr=1e-2)
-    model = llava.model(run["trainable"], tied=run["tied"])
-    optimizer = make_optimizer(param_groups(model, optim.weight_decay), optim)
+    model = llava.model(run["trainable"], tied=run["tied"], lora=run.get("lora", False))
+    optimizer = make_optimizer(param_groups(model, optim.weight_decay, run.get("rates", {})), optim)
+    for group in optimizer.param_groups:
+        group["lr"] = optim.lr * group["lr_scale"]
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()

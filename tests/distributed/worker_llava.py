@@ -22,9 +22,11 @@ def main() -> None:
     rank, world_size = init_distributed()
     results = {}
     for run in arguments["runs"]:
-        model = llava.model(run["trainable"], tied=run["tied"])
+        is_lora = run.get("lora", False)
+        model = llava.model(run["trainable"], tied=run["tied"], lora=is_lora)
+        model.set_activation_checkpointing(is_lora)
         shape = model.config
-        optimizer = make_optimizer(param_groups(model, OPTIM.weight_decay), OPTIM)
+        optimizer = make_optimizer(param_groups(model, OPTIM.weight_decay, run.get("rates", {})), OPTIM)
         config = EngineConfig(zero=run["zero"], precision="fp32")
         resolved, precision = deepspeed_config(
             config, OPTIM, batch_size=llava.B // world_size, world_size=world_size

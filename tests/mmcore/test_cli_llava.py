@@ -14,6 +14,7 @@ from mmcore.models.clip import CLIP
 from mmcore.models.clip_configs import CLIP_CONFIGS
 from mmcore.models.clip_weights import save_clip
 from mmcore.models.language import tiny_language_model, tiny_tokenizer
+from mmcore.models.llava import is_adapter
 from mmcore.models.llava_runs import llava_of
 from mmcore.models.runs import find_run
 from tests.distributed.launch import free_port
@@ -102,6 +103,30 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(second: tuple[Path, 
         assert torch.equal(x, expected[name]), name
 
 
+def test_adapters_alone_are_trained_and_resumed_and_the_next_run_builds_on_them(
+    first: tuple[Path, str], parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lora = ["--lora", 4, "--projector-lr", "1e-4", "--activation-checkpointing"]
+    run("train", "llava-stage2", *SMALL, "--from", first[0], *lora, "--out", tmp_path / "run")
+    last = tmp_path / "run/checkpoints/step-00000004"
+    trained = dict(checkpoint.tensors(last, "weight"))
+    assert {n.split(".")[0] for n in trained if not is_adapter(n)} == {"projector"}
+    assert sum(map(is_adapter, trained)) == 2 * 4 * 7  # A and B, layers, linear layers in each
+    shutil.rmtree(last)
+    run("train", "llava-stage2", *SMALL, *lora, "--out", tmp_path / "run", "--resume", "latest")
+    for name, x in checkpoint.tensors(last, "weight"):
+        assert torch.equal(x, trained[name]), name
+    next_run = [*SMALL, "--from", tmp_path / "run", "--lora", 2, "--out", tmp_path / "next"]
+    run("train", "llava-stage2", *next_run, "--steps", 1, "--val-fraction", 0)
+    name = "model.layers.0.mlp.up_proj"
+    b, a = (trained[f"language_model.{name}.lora_{m}.default.weight"] for m in "BA")
+    merged = load_file(parts[1] / "model.safetensors")[f"{name}.weight"] + 2 * b @ a
+    kept = load_file(tmp_path / "next/frozen.safetensors")
+    torch.testing.assert_close(kept[f"language_model.{name}.weight"], merged)
+    start = find_run(tmp_path / "next/checkpoints/step-00000000")
+    torch.testing.assert_close(llava_of(start).language_model.state_dict()[f"{name}.weight"], merged)
+
+
 @pytest.mark.parametrize(("stage", "zero"), [("llava-stage1", 2), ("llava-stage2", 3)])
 def test_two_ranks_train_on_llavas_json_with_texts_alone_too(
     stage: str, zero: int, first: tuple[Path, str], parts: tuple[Path, Path], tmp_path: Path
@@ -149,6 +174,9 @@ def test_two_ranks_train_on_llavas_json_with_texts_alone_too(
         ),
         ("llava-stage2", [], "--from must be given: a run of llava-stage1"),
         ("llava-stage2", ["--from", "missing"], "RUN must be a run's folder"),
+        ("llava-stage2", ["--lora", "0"], "rank must be at least 1"),
+        ("llava-stage2", ["--lora-alpha", "8"], "--lora-alpha has no effect without --lora"),
+        ("llava-stage2", ["--vision-lr", "1e-6"], "--vision-lr has no effect without --train-vision"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(
@@ -157,5 +185,6 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(
     places = {"CLIP": parts[0], "LLM": parts[1]}
     given = [places.get(x, x) for x in arguments]
     done = run("train", stage, "--out", tmp_path / "run", *given, code=2)
-    assert message in done.stderr and "Traceback" not in done.stderr
+    printed = " ".join(done.stderr.replace("│", " ").split())  # tyro draws a box around what a config refuses
+    assert message in printed and "Traceback" not in printed
     assert not (tmp_path / "run").exists()

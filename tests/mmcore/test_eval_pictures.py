@@ -9,8 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmcore.eval import fonts, pictures
-from mmcore.eval.pictures import plot_captions, plot_curves, plot_retrieval
+from mmcore.eval import fonts, sheets
+from mmcore.eval.pictures import plot_curves, plot_retrieval
+from mmcore.eval.sheets import Exchange, plot_captions, plot_dialogues
 
 GREEN, RED = (26, 143, 76), (208, 52, 44)
 
@@ -181,8 +182,8 @@ class TestCaptions:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         figures: list[Figure] = []
-        save = pictures._save
-        monkeypatch.setattr(pictures, "_save", lambda f, path: (figures.append(f), save(f, path)))
+        save = sheets.save
+        monkeypatch.setattr(sheets, "save", lambda f, path: (figures.append(f), save(f, path)))
         count = len(self.CAPTIONS)
         self.sheet(tmp_path / "c.png", questions=["What is it?"] * count, right=[True] * count)
         figure = figures[0]
@@ -198,7 +199,7 @@ class TestCaptions:
                 )
                 assert min(overlap) <= 1, (i, one, other)
         widest = max(t.get_window_extent().width for t in texts[:-1])
-        assert widest <= pictures._CELL * figure.dpi + 1
+        assert widest <= sheets._CELL * figure.dpi + 1
         shown = {t.get_text().replace("\n", " ") for t in texts}
         assert (
             "✓ " + self.WORDS in shown and "✓ —" in shown and "A frog." in shown and "Another." not in shown
@@ -220,3 +221,27 @@ class TestCaptions:
             plot_captions([], [], [], tmp_path / "x.png", title="")
         with pytest.raises(ValueError, match=r"each of references must be a list of texts, got \[\] at 0"):
             plot_captions([image], ["a"], [[]], tmp_path / "x.png", title="")
+
+
+class TestDialogues:
+    RIGHT = Exchange("what is it?", "a dog", "a dog", True)
+    WRONG = Exchange("", "", "a cat that sits on a mat", False)
+
+    def test_a_wrong_answer_stands_above_what_is_right(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figures: list[Figure] = []
+        monkeypatch.setattr(sheets, "save", lambda f, path: figures.append(f))
+        images = [np.zeros((8, 8), np.uint8)] * 2
+        dialogues = [[self.RIGHT, self.WRONG], [self.RIGHT]]
+        plot_dialogues(images, dialogues, tmp_path / "d.png", title="dialogues")
+        shown = {text.get_text().replace("\n", " "): text for text in figures[0].texts}
+        assert list(shown) == ["what is it?", "✓ a dog", "✗ —", "a cat that sits on a mat", "dialogues"]
+        heights = [figures[0].texts[i].get_position()[1] for i in range(4)]
+        assert heights == sorted(heights, reverse=True)
+
+    def test_a_dialogue_of_nothing_is_an_error(self, tmp_path: Path) -> None:
+        image = np.zeros((8, 8), np.uint8)
+        for images, dialogues in (([], []), ([image], [[]]), ([image], [])):
+            with pytest.raises(ValueError, match="plot_dialogues: dialogues must be of one exchange or more"):
+                plot_dialogues(images, dialogues, tmp_path / "x.png", title="")

@@ -44,6 +44,12 @@ def test_only_matrices_decay():
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.2), (1, 0.0), (1, 0.0)]
 
 
+def test_a_part_of_the_model_has_a_rate_of_its_own() -> None:
+    groups = param_groups(nn.Sequential(Tower(), Tower()), 0.2, {"1.": 0.1})
+    found = [(len(g["params"]), g["weight_decay"], g["lr_scale"]) for g in groups]
+    assert found == [(1, 0.2, 1.0), (2, 0.0, 1.0), (1, 0.2, 0.1), (2, 0.0, 0.1)]
+
+
 def test_schedule_warms_up_linearly_and_ends_at_its_least() -> None:
     rates = [cosine_lr(s, OptimConfig(lr=2.0, warmup=10), 100) for s in range(101)]
     assert rates[0] == pytest.approx(0.2)
