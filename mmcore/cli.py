@@ -2,21 +2,25 @@
 
 import importlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from mmcore.checkpoint import write_json
+from mmcore.data import DataConfig
+from mmcore.data.held_out import open_held_out
 from mmcore.data.images import image_processor_config
+from mmcore.data.prompts import Task
 from mmcore.errors import complain
 from mmcore.eval import blip2
 from mmcore.eval.answers import Decoding
 from mmcore.eval.clip import WEIGHTS, load_run, print_retrieval, print_zero_shot
+from mmcore.eval.speaker import print_captions, print_vqa
 from mmcore.models.blip2_weights import save_blip2
 from mmcore.models.clip_weights import save_clip
-from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, WeightsKey, find_run
+from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_STAGE2, WeightsKey, find_run
 
 _USAGE = """usage: mmcore COMMAND ...
 
@@ -43,8 +47,19 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class SpeakConfig(EvalConfig):
-    """Let a run of BLIP-2 describe held-out pictures, or answer questions about them, and measure what it says."""
+    """Let a run of BLIP-2 or LLaVA describe held-out pictures, or answer questions about them, and measure what it
+    says."""
 
+    data: str | None = None
+    """Pictures with captions, or with questions: a table, a JSON file or shards, all of it; None = what the run held
+    out."""
+    annotations: str | None = None
+    """VQAv2's file of the answers to the questions of --data."""
+    image_root: str | None = None
+    """Folder of the images of --data; None = that of the file."""
+    prompt: str | None = None
+    """Text before the caption, or the question's, with {} in its place; None = as it was trained, and of LLaVA that
+    was trained on conversations, as published."""
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = field(default_factory=Decoding)
     llm: Path | None = None
     """Where the run's language model is now; None = where it was."""
@@ -61,7 +76,7 @@ class ExportConfig:
     format: Literal["hf", "open_clip"] = "hf"
     """hf: as transformers' from_pretrained reads them; open_clip: a CLIP under its names."""
     llm: Path | None = None
-    """Where the language model of a run of blip2-stage2 is now; None = where it was."""
+    """Where the language model of a run of blip2-stage2 or LLaVA is now; None = where it was."""
     weights: WeightsKey = "auto"
     """ema = the averaged weights, weight = the trained ones, auto = ema where the run kept one."""
 
@@ -73,19 +88,14 @@ def _train(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     kinds = {"zeroshot": print_zero_shot, "retrieval": print_retrieval}
-    spoken = {"caption": "print_captions", "vqa": "print_vqa"}
+    spoken: dict[str, Task] = {"caption": "caption", "vqa": "vqa"}
     kind = arguments[0] if arguments else None
     if kind not in (*kinds, *spoken):
         got = "nothing" if kind is None else repr(kind)
         raise ValueError(f"mmcore eval must be followed by zeroshot, retrieval, caption or vqa, got {got}")
     prog = f"mmcore eval {kind}"
     if kind in spoken:
-        config = tyro.cli(SpeakConfig, args=arguments[1:], prog=prog)
-        # loaded by name: the others do without transformers
-        models = importlib.import_module("mmcore.eval.blip2_lm")
-        speaker = models.load_speaker(config.run, config.weights, config.llm)
-        for file in getattr(models, spoken[kind])(speaker, config.decoding):
-            print(f"  {file}")
+        _speak(spoken[kind], tyro.cli(SpeakConfig, args=arguments[1:], prog=prog))
         return
     config = tyro.cli(EvalConfig, args=arguments[1:], prog=prog)
     if kind == "retrieval" and find_run(config.run).recipe == BLIP2_STAGE1:
@@ -94,29 +104,62 @@ def _eval(arguments: list[str]) -> None:
         kinds[kind](load_run(config.run, config.weights))
 
 
+def _speak(task: Task, config: SpeakConfig) -> None:
+    recipe = find_run(config.run).recipe
+    is_llava = recipe in (LLAVA_STAGE1, LLAVA_STAGE2)
+    # loaded by name: what else is measured does without transformers
+    models = importlib.import_module(f"mmcore.eval.{'llava' if is_llava else 'blip2_lm'}")
+    if config.data is None and (config.annotations or config.image_root):
+        given = config.annotations or config.image_root
+        raise ValueError(f"--annotations and --image-root have no effect without --data, got {given}")
+    if is_llava and task == "vqa" and config.data is None:
+        if config.prompt is not None:
+            raise ValueError(f"--prompt has no effect on conversations without --data, got {config.prompt!r}")
+        trained = models.load_run(config.run, config.weights, config.llm)
+        files = models.print_answers(trained, models.chats_of(trained.run), config.decoding)
+    else:
+        data = None
+        if config.data is not None:
+            given = DataConfig(config.data, annotations=config.annotations, image_root=config.image_root)
+            data = open_held_out(given)
+        speaker = models.load_speaker(config.run, config.weights, config.llm, data)
+        if config.prompt is not None and task in speaker.prompts:
+            speaker = replace(speaker, prompts={**speaker.prompts, task: config.prompt})
+        files = {"caption": print_captions, "vqa": print_vqa}[task](speaker, config.decoding)
+    for file in files:
+        print(f"  {file}")
+
+
 def _export(arguments: list[str]) -> None:
     config = tyro.cli(ExportConfig, args=arguments, prog="mmcore export")
     recipe = find_run(config.run).recipe
-    if recipe in (BLIP2_STAGE1, BLIP2_STAGE2) and config.format != "hf":
+    has_language = recipe in (BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_STAGE2)
+    if recipe != "clip" and config.format != "hf":
         raise ValueError(f"--format must be hf for a run of {recipe}, got {config.format}")
-    if recipe != BLIP2_STAGE2 and config.llm is not None:
+    if not has_language and config.llm is not None:
         raise ValueError(f"--llm has no effect on a run of {recipe}, got {config.llm}")
-    if recipe == BLIP2_STAGE1:
+    if has_language:
+        kind = "stage2" if recipe == BLIP2_STAGE2 else "llava_runs"
+        export = importlib.import_module(f"mmcore.models.{kind}").export
+        shape, step, weights = export(config.run, config.out, config.weights, config.llm)
+        if recipe == BLIP2_STAGE2:
+            settings = image_processor_config(shape)
+        else:
+            settings = importlib.import_module("mmcore.data.chat_loader").processor_config(shape)
+    elif recipe == BLIP2_STAGE1:
         trained = blip2.load_run(config.run, config.weights)
         save_blip2(trained.model, config.out)
         trained.wordpiece.save(config.out)
-        size, step, weights = trained.model.config.vision.image_size, trained.step, trained.weights
-    elif recipe == BLIP2_STAGE2:
-        size, step, weights = importlib.import_module("mmcore.models.stage2").export(
-            config.run, config.out, config.weights, config.llm
-        )
+        settings = image_processor_config(trained.model.config.vision.image_size)
+        step, weights = trained.step, trained.weights
     else:
         run = load_run(config.run, config.weights)
         save_clip(run.model, config.out, format=config.format)
         run.tokenizer.save(config.out)
-        size, step, weights = run.model.config.vision.image_size, run.step, run.weights
+        settings = image_processor_config(run.model.config.vision.image_size)
+        step, weights = run.step, run.weights
     if config.format == "hf":
-        write_json(config.out / "preprocessor_config.json", image_processor_config(size))
+        write_json(config.out / "preprocessor_config.json", settings)
     print(f"{WEIGHTS[weights]} of step {step} written to {config.out} ({config.format})")
 
 

@@ -19,7 +19,8 @@ MAX_TURNS = 3
 """Questions about one image; each conversation draws 1 to as many of them."""
 
 _DERIVED = 0xC4A7
-_DESCRIBE = {"en": "what is in this image?", "zh_CN": "这张图片里有什么？"}
+DESCRIBE = {"en": "what is in this image?", "zh_CN": "这张图片里有什么？"}
+"""The question that a caption answers, by language."""
 _BELONGS = {"en": "does it belong to {}?", "zh_CN": "它属于{}吗？"}
 _YES_NO = {"en": ("yes", "no"), "zh_CN": ("属于", "不属于")}
 
@@ -54,7 +55,7 @@ def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False
     for i, number in enumerate(scans.numbers):
         caption = scans.caption(i, np.random.default_rng([seed, _DERIVED, number, 1]))
         asked = [(q.text, q.answers[0]) for q in questions[2 * i : 2 * i + 2]]
-        facts.append([(_DESCRIBE["en"], caption), *([] if captions_only else asked)])
+        facts.append([(DESCRIBE["en"], caption), *([] if captions_only else asked)])
     return _conversations("digits (derived conversations)", scans, facts, scans.numbers, seed)
 
 
@@ -77,7 +78,7 @@ def stamp_conversations(
         max_broken: share of broken images above which a run stops.
         captions_only: nothing is asked but what it shows.
     """
-    facts: list[list[Fact]] = [[(_DESCRIBE[language], text)] for text in stamps.texts]
+    facts: list[list[Fact]] = [[(DESCRIBE[language], text)] for text in stamps.texts]
     if questions is not None and not captions_only:
         kinds = [q.answers[0] for q in questions.questions]
         known = sorted(set(kinds))

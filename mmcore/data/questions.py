@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmcore.data.broken import BrokenTally
-from mmcore.data.sources import TrainImages, image_batches, stable_hash
+from mmcore.data.sources import TrainImages, image_batches, raw_image_batches, stable_hash
 
 NUM_ANNOTATORS = 10
 """Answers to a question in VQAv2; a derived question has as many equal ones, so that VQA's accuracy is 0 or 1."""
@@ -99,8 +99,25 @@ class QuestionSet:
         Raises:
             ValueError: `batch_size` or `image_size` below 1; more than `max_broken` of the images are broken.
         """
-        tally = BrokenTally(self.max_broken, f"the images of {self.name}")
+        tally = self._tally()
         for images, indices in image_batches(self, range(len(self)), batch_size, image_size, tally):
             yield images, [self.questions[i] for i in indices]
+        self._close(tally)
+
+    def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Question]]]:
+        """As `batches`, the images as they are.
+
+        Raises:
+            ValueError: more than `max_broken` of the images are broken.
+        """
+        tally = self._tally()
+        for images, indices in raw_image_batches(self, range(len(self)), batch_size, tally):
+            yield images, [self.questions[i] for i in indices]
+        self._close(tally)
+
+    def _tally(self) -> BrokenTally:
+        return BrokenTally(self.max_broken, f"the images of {self.name}")
+
+    def _close(self, tally: BrokenTally) -> None:
         self.broken = dict(tally.counts)
         tally.check(final=True)

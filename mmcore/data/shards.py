@@ -239,7 +239,7 @@ def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
         shared = set(shards) & set(held_out_shards)
         if shared:
             raise ValueError(f"data: val_data must not share shards with data, got {min(shared)} in both")
-        held_out = _open_held_out(held_out_shards, config)
+        held_out = _open_held_out(held_out_shards, config, f"val_data={config.val_data!r}")
     num_samples = config.num_samples
     if num_samples is None:
         remote = [s for s in shards if is_remote(s)]
@@ -256,11 +256,20 @@ def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
     return ShardSource(shards, num_samples), held_out
 
 
-def _open_held_out(shards: list[str], config: DataConfig) -> EvalSet:
+def open_held_out_shards(config: DataConfig) -> EvalSet:
+    """All pairs of `config.data`, as what a model is measured on.
+
+    Raises:
+        ValueError: missing or remote shards, no pairs, too many broken ones.
+    """
+    return _open_held_out(expand_shards(config.data, "data"), config, f"data={config.data!r}")
+
+
+def _open_held_out(shards: list[str], config: DataConfig, given: str) -> EvalSet:
     remote = [s for s in shards if is_remote(s)]
     if remote:
-        raise ValueError(f"data: val_data must be local files, got {remote[0]!r}")
-    tally = BrokenTally(config.max_broken, f"val_data={config.val_data!r}")
+        raise ValueError(f"data: {given.split('=')[0]} must be local files, got {remote[0]!r}")
+    tally = BrokenTally(config.max_broken, given)
     pairs: list[IndexedPair] = []
     captions: list[str] = []
     identities: list[str] = []
@@ -275,7 +284,7 @@ def _open_held_out(shards: list[str], config: DataConfig) -> EvalSet:
             tally.add(1, [(f"{pair.shard}:{pair.key}", error.reason)])
     tally.check(final=True)
     if not pairs:
-        raise ValueError(f"data: val_data={config.val_data!r} must hold at least one pair, got none")
+        raise ValueError(f"data: {given} must hold at least one pair, got none")
     return by_image(IndexedShards(pairs), identities, captions, config.max_broken)
 
 

@@ -109,20 +109,29 @@ def image_batches(
         raise ValueError(
             f"data: batch_size and image_size must be at least 1, got {batch_size} and {image_size}"
         )
-    images: list[Tensor] = []
+    for images, positions in raw_image_batches(source, indices, batch_size, tally):
+        yield torch.stack([to_tensor(resize_center_crop(x, image_size)) for x in images]), positions
+
+
+def raw_image_batches(
+    source: ImageSource, indices: Sequence[int], batch_size: int, tally: BrokenTally
+) -> Iterator[tuple[list[Image.Image], list[int]]]:
+    """RGB images of `source` at `indices` in order, as they are, without the broken ones; with the positions in
+    `indices` of each batch's."""
+    images: list[Image.Image] = []
     positions: list[int] = []
     for position, i in enumerate(indices):
         try:
-            images.append(to_tensor(resize_center_crop(source.raw_image(i), image_size)))
+            images.append(source.raw_image(i))
             positions.append(position)
             tally.add(1)
         except BrokenRecord as error:
             tally.add(1, [(source.sample_id(i), error.reason)])
         if len(images) == batch_size:
-            yield torch.stack(images), positions
+            yield images, positions
             images, positions = [], []
     if images:
-        yield torch.stack(images), positions
+        yield images, positions
 
 
 @dataclass
@@ -136,6 +145,7 @@ class EvalSet:
         labels: class of each image as an index into the class names, or None where there are no classes.
         max_broken: share of broken images above which `batches` raises.
         labels_match: an image's captions are right for every image of its class.
+        names: of the images, as their source gives them, such as COCO's image_id; None = their positions.
     """
 
     source: ImageSource
@@ -144,6 +154,7 @@ class EvalSet:
     labels: list[int] | None = None
     max_broken: float = 0.0
     labels_match: bool = False
+    names: list[str] | None = None
     broken: dict[str, int] = field(default_factory=dict)
     """Broken images met in the latest pass of `batches`, by reason."""
 
@@ -169,6 +180,17 @@ class EvalSet:
         self.broken = dict(tally.counts)
         tally.check(final=True)
 
+    def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[int]]]:
+        """As `batches`, the images as they are.
+
+        Raises:
+            ValueError: more than `max_broken` of the images are broken.
+        """
+        tally = BrokenTally(self.max_broken, "the held-out images")
+        yield from raw_image_batches(self.source, self.indices, batch_size, tally)
+        self.broken = dict(tally.counts)
+        tally.check(final=True)
+
 
 def by_image(source: ImageSource, identities: list[str], texts: list[str], max_broken: float) -> EvalSet:
     """Held-out images, each with all of its captions.
@@ -184,4 +206,5 @@ def by_image(source: ImageSource, identities: list[str], texts: list[str], max_b
     for i, (identity, text) in enumerate(zip(identities, texts, strict=True)):
         first.setdefault(identity, i)
         captions.setdefault(identity, []).append(text)
-    return EvalSet(source, list(first.values()), list(captions.values()), max_broken=max_broken)
+    indices, texts_of = list(first.values()), list(captions.values())
+    return EvalSet(source, indices, texts_of, max_broken=max_broken, names=list(first))

@@ -1,15 +1,17 @@
 """What a model says of held-out pictures: captions by BLEU and CIDEr, answers by VQA's accuracy."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmcore.data import EvalSet
+from mmcore.data.images import resize_center_crop, to_tensor
 from mmcore.data.prompts import PromptTokens, prompt_texts
 from mmcore.data.questions import Question, QuestionSet
 from mmcore.eval.captions import bleu, cider
@@ -17,8 +19,8 @@ from mmcore.eval.vqa import vqa_accuracy
 
 BATCH_SIZE = 64
 
-Answerer = Callable[[Tensor, Sequence[str]], list[str]]
-"""What a model says: images [B, 3, S, S] and B prompts to B texts."""
+Answerer = Callable[[Sequence[Image.Image], Sequence[str]], list[str]]
+"""What a model says: B RGB images and B prompts to B texts."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +42,40 @@ class Decoding:
             raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
 
     def options(self) -> dict[str, Any]:
-        """For `generate`."""
+        """For the `generate` of a Q-Former."""
         if self.decode == "beam":
             return {"num_beams": self.num_beams}
         return {"top_p": self.top_p} if self.decode == "nucleus" else {}
 
+    def generate_options(self) -> dict[str, Any]:
+        """For the `generate` of transformers."""
+        sampling = {"do_sample": True, "top_k": 0} if self.decode == "nucleus" else {"do_sample": False}
+        return sampling | self.options()
+
+
+def centred(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Images as CLIP's and BLIP-2's evaluation sees them: float32 [B, 3, S, S]."""
+    return torch.stack([to_tensor(resize_center_crop(image, size)) for image in images])
+
 
 def language_answerer(
-    forward: Callable[..., Any], tokens: PromptTokens, device: torch.device, options: Mapping[str, Any]
+    forward: Callable[..., Any],
+    tokens: PromptTokens,
+    image_size: int,
+    device: torch.device,
+    decoding: Decoding,
 ) -> Answerer:
-    """That of a `BLIP2LM`, bare or under an engine; `options` are `Decoding.options()`."""
+    """That of a `BLIP2LM`, bare or under an engine."""
     settings = {
-        "do_sample": "top_p" in options,
-        "top_k": 0,
         "max_new_tokens": tokens.max_answer,
         "eos_token_id": sorted(tokens.stops),
         "pad_token_id": tokens.tokenizer.pad_token_id,
-        **options,
+        **decoding.generate_options(),
     }
-    if not settings["do_sample"]:
-        del settings["top_k"]
 
-    def answer(images: Tensor, prompts: Sequence[str]) -> list[str]:
-        read = tokens.prompts(prompts)
-        ids = forward("generate", images.to(device), *(x.to(device) for x in read), **settings)
-        return tokens.text(ids.cpu())
+    def answer(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+        read = (centred(images, image_size), *tokens.prompts(prompts))
+        return tokens.text(forward("generate", *(x.to(device) for x in read), **settings).cpu())
 
     return answer
 
@@ -85,18 +96,16 @@ class Captioned:
 
 
 @torch.no_grad()
-def caption(
-    answerer: Answerer, val: EvalSet, *, prompt: str | None, image_size: int, most: int | None = None
-) -> Captioned:
+def caption(answerer: Answerer, val: EvalSet, *, prompt: str | None, most: int | None = None) -> Captioned:
     """Captions of the held-out pictures, the first `most` of them, against people's.
 
     Raises:
         ValueError: no pictures, or too many of them broken.
     """
     index, texts = [], []
-    for images, i in _first(val.batches(BATCH_SIZE, image_size), most):
+    for images, i in _first(val.raw_batches(BATCH_SIZE), most):
         texts += answerer(images, prompt_texts("caption", prompt, [""] * len(images)))
-        index += i.tolist()
+        index += i
     people = [val.captions[i] for i in index]
     return Captioned(index, texts, {"BLEU-4": bleu(texts, people)["BLEU-4"], "CIDEr": cider(texts, people)})
 
@@ -119,9 +128,7 @@ class Answered:
 
 
 @torch.no_grad()
-def answer(
-    answerer: Answerer, val: QuestionSet, *, prompt: str | None, image_size: int, most: int | None = None
-) -> Answered:
+def answer(answerer: Answerer, val: QuestionSet, *, prompt: str | None, most: int | None = None) -> Answered:
     """Answers to the held-out questions, the first `most` of them, against people's.
 
     Raises:
@@ -129,7 +136,7 @@ def answer(
     """
     questions: list[Question] = []
     texts: list[str] = []
-    for images, asked in _first(val.batches(BATCH_SIZE, image_size), most):
+    for images, asked in _first(val.raw_batches(BATCH_SIZE), most):
         texts += answerer(images, prompt_texts("vqa", prompt, [q.text for q in asked]))
         questions += asked
     types = [q.answer_type or "" for q in questions]

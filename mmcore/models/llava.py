@@ -90,6 +90,13 @@ class LlavaConfig:
         return num_packed(size, self.grid_pinpoints, self.vision.image_size, self.vision.patch_size)
 
 
+def learned_labels(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    """What each place but the last of a row learns, int64 [B, T - 1]; arguments as of `Llava.loss`."""
+    if position_ids is not None:  # what comes first has nothing before it
+        labels = labels.masked_fill(position_ids == 0, IGNORED)
+    return labels[:, 1:]
+
+
 class Llava(nn.Module):
     """An image tower, a projector, and a causal language model (arXiv:2304.08485, arXiv:2310.03744, LLaVA-NeXT).
 
@@ -182,13 +189,11 @@ class Llava(nn.Module):
             ValueError: another number of `IMAGE_TOKEN`s than of features, sizes that do not belong to the images.
         """
         embedded = self._embed(tokens, images, image_sizes)
-        if position_ids is not None:  # what comes first has nothing before it
-            labels = labels.masked_fill(position_ids == 0, IGNORED)
         # padding is behind all that reads; with a mask or a cache transformers would not look for documents
         found = self.language_model.base_model(
             inputs_embeds=embedded, position_ids=position_ids, use_cache=False
         )
-        labels = labels[:, 1:]
+        labels = learned_labels(labels, position_ids)
         return self.language_head(found.last_hidden_state[:, :-1], labels), (labels != IGNORED).sum()
 
     @torch.no_grad()

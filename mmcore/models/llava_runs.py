@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmcore import checkpoint
-from mmcore.models.language import load_language_model
+from mmcore.models.language import load_language_model, load_language_tokenizer
 from mmcore.models.language_folder import language_model_folder
 from mmcore.models.llava import Llava, LlavaConfig, Lora, Trainable, is_adapter
-from mmcore.models.runs import FROZEN, SavedRun
+from mmcore.models.llava_weights import save_llava
+from mmcore.models.runs import FROZEN, LLAVA_STAGE1, LLAVA_STAGE2, SavedRun, WeightsKey, find_run
 from mmcore.models.vit import VisionConfig
 from mmcore.ops import require
 
-LLAVA_STAGE1, LLAVA_STAGE2 = "llava-stage1", "llava-stage2"
 LORA = "lora"
 """Of a run's model: the shape of its language model's adapters."""
 
@@ -130,3 +130,22 @@ def llava_of(
         language.to(stored)
         model.set_trainable(trainable)
     return model
+
+
+def export(
+    where: Path, out: Path, weights: WeightsKey = "auto", llm: Path | None = None
+) -> tuple[LlavaConfig, int, str]:
+    """Writes a run as a new folder of transformers' Llava- or LlavaNextForConditionalGeneration, with its processor but
+    for the images' part; the language model in the dtype that it is stored in, what adapters learned added to it.
+
+    Returns:
+        The shape, the step, and which weights they are, "ema" or "weight".
+
+    Raises:
+        ValueError: see `llava_of` and `save_llava`.
+    """
+    run = find_run(where, weights)
+    model = llava_of(run, llm, dtype=None)
+    tokenizer = load_language_tokenizer(language_model_folder(run.folder, run.saved["model"], llm))
+    save_llava(model, out, tokenizer=tokenizer)
+    return model.config, run.step, run.key

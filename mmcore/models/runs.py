@@ -14,6 +14,7 @@ from mmcore.models.qformer import QFormerConfig
 from mmcore.models.vit import VisionConfig
 
 BLIP2_STAGE1, BLIP2_STAGE2 = "blip2-stage1", "blip2-stage2"
+LLAVA_STAGE1, LLAVA_STAGE2 = "llava-stage1", "llava-stage2"
 FROZEN = "frozen.safetensors"
 """What a run does not train, written once into its folder."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmcore import checkpoint
 from mmcore.data import Batch, LoaderSpec, PairData, TrainLoader, open_data
 from mmcore.data.prompts import Prompted, PromptTokens, Task, prompt_texts
-from mmcore.eval.answers import answer, caption, language_answerer
+from mmcore.eval.answers import Decoding, answer, caption, language_answerer
 from mmcore.eval.blip2_lm import load_speaker, report
 from mmcore.models.blip2_lm import BLIP2LM
 from mmcore.models.language import load_language_model, load_language_tokenizer
@@ -168,8 +168,8 @@ def train_blip2_stage2(config: Blip2Stage2Config) -> Path:
     loader = config.loader(data, config.loader_spec(image_size, rank, world_size))
 
     def evaluate(engine: Engine) -> dict[str, float]:
-        says = language_answerer(engine, tokens, engine.device, {})
-        options: Any = {"prompt": config.prompt, "image_size": image_size, "most": MAX_EVALUATED}
+        says = language_answerer(engine, tokens, image_size, engine.device, Decoding())
+        options: Any = {"prompt": config.prompt, "most": MAX_EVALUATED}
         if config.task == "caption" and data.val is not None:
             return caption(says, data.val, **options).scores
         if config.task == "vqa" and data.val_questions is not None:

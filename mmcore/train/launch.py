@@ -11,8 +11,7 @@ import torch.distributed as dist
 import tyro
 
 from mmcore.errors import complain
-from mmcore.models.llava_runs import LLAVA_STAGE1, LLAVA_STAGE2
-from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
+from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_STAGE2
 from mmcore.train.blip2_stage1 import Blip2Stage1Config, train_blip2_stage1
 from mmcore.train.blip2_stage2 import Blip2Stage2Config, train_blip2_stage2
 from mmcore.train.clip import ClipConfig, train_clip

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmcore import checkpoint
-from mmcore.data.chat_loader import ChatTrainBatch, chat_loader
+from mmcore.data.chat_loader import ChatPart, ChatTrainBatch, chat_loader
 from mmcore.data.chats import ChatConfig, ChatData, open_chats
 from mmcore.data.conversations import IMAGE
 from mmcore.data.loader import MapLoader
@@ -24,11 +26,12 @@ from mmcore.eval.llava import load_run, report
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
 from mmcore.losses import global_ratio
+from mmcore.models.blip2 import IGNORED
 from mmcore.models.language import load_language_model, load_language_tokenizer
 from mmcore.models.language_folder import LANGUAGE_MODEL, language_model_folder
-from mmcore.models.llava import Llava, LlavaConfig, Lora, Trainable
-from mmcore.models.llava_runs import LLAVA_STAGE1, LORA, llava_of, llava_shape, load_trained, read_llava
-from mmcore.models.runs import FROZEN, find_run
+from mmcore.models.llava import Llava, LlavaConfig, Lora, Trainable, learned_labels
+from mmcore.models.llava_runs import LORA, llava_of, llava_shape, load_trained, read_llava
+from mmcore.models.runs import FROZEN, LLAVA_STAGE1, find_run
 from mmcore.models.towers import load_tower
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.language import TINY, Language, check_llm_steps, read_language, tiny_language
@@ -214,10 +217,7 @@ def _prepare_folder(
     name: str, config: LlavaStage1Config | LlavaStage2Config, data: ChatData, world_size: int
 ) -> Start:
     """On rank 0: checks everything that a user can get wrong, and only then writes the run's folder."""
-    start, accum = open_run(name, config.run), config.run.accum
-    if accum != 1:
-        raise ValueError(f"--accum must be 1 with {name}, got {accum}: give each rank a larger batch")
-    adapters = config.adapters
+    start, adapters = open_run(name, config.run), config.adapters
     if start.checkpoint is not None:
         tokens = _tokens(config, load_language_tokenizer(_language_folder(config, start)))
         _loader(config, data, tokens, _shape(start), 0, world_size)
@@ -243,7 +243,7 @@ def _loader(
     config: LlavaRecipe, data: ChatData, tokens: ChatTokens, shape: LlavaConfig, rank: int, world_size: int
 ) -> MapLoader[ChatTrainBatch]:
     spec = config.loader_spec(shape.vision.image_size, rank, world_size)
-    return chat_loader(data.train, spec, tokens, shape, is_packed=config.pack)
+    return chat_loader(data.train, spec, tokens, shape, is_packed=config.pack, accum=config.run.accum)
 
 
 def _saved(start: Start) -> dict[str, Any]:
@@ -283,6 +283,27 @@ def _make_model(
     return model
 
 
+def llava_backward(engine: Engine, parts: Sequence[ChatPart]) -> Tensor:
+    """Loss and gradient of a step: the mean over what all parts of all ranks learn, at the memory of one part.
+
+    Args:
+        engine: a Llava under the engine.
+        parts: of this rank; as many on every rank.
+
+    Returns:
+        [] the detached loss.
+    """
+    counts = [(learned_labels(part.labels, part.position_ids) != IGNORED).sum() for part in parts]
+    count, losses = torch.stack(counts).sum().to(engine.device), []
+    with engine.accumulate() if len(parts) > 1 else nullcontext():
+        for i, part in enumerate(parts, 1):
+            total, _ = engine("loss", *part.to(engine.device))
+            loss = global_ratio(total, count)
+            engine.backward(loss, last=i == len(parts))
+            losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
 def train_llava(name: str, config: LlavaStage1Config | LlavaStage2Config) -> Path:
     """Trains as `config` says, on every rank alike; returns the run's folder.
 
@@ -307,14 +328,10 @@ def train_llava(name: str, config: LlavaStage1Config | LlavaStage2Config) -> Pat
 
     def backward(engine: Engine, step: int, batch: ChatTrainBatch) -> dict[str, Tensor]:
         seed_step(config.run.seed, step)
-        inputs = (batch.tokens, batch.labels, batch.images, batch.image_sizes, batch.position_ids)
-        moved = [None if x is None else x.to(engine.device) for x in inputs]
-        loss = global_ratio(*engine("loss", *moved))
-        engine.backward(loss)
-        return {"loss": loss.detach()}
+        return {"loss": llava_backward(engine, batch.parts)}
 
     what = f"LLaVA on {model.language_model.config.model_type}"
     records = run_recipe(config, start, what, model, data, loader, backward=backward, evaluate=evaluate)
     if rank == 0:
-        report(load_run(start.folder), records)
+        report(load_run(start.folder), data, records)
     return start.folder

@@ -61,7 +61,7 @@ def take(
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_images_stand_in_the_order_of_their_places(is_packed: bool) -> None:
     source = chats([(str(10 * i), str(10 * i + 5)) if i % 2 else (str(10 * i),) for i in range(1, 9)])
-    batch = take(source, spec(8), 1, is_packed=is_packed)[0]
+    batch = take(source, spec(8), 1, is_packed=is_packed)[0].parts[0]
     assert int((batch.tokens == IMAGE_TOKEN).sum()) == VISION.num_patches * len(batch.images) == 4 * 12
     red = [round(float(x)) for x in (batch.images[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255]
     wanted, known = [], tokens()
@@ -75,7 +75,7 @@ def test_images_stand_in_the_order_of_their_places(is_packed: bool) -> None:
 
 def test_packed_rows_hold_what_padded_rows_hold() -> None:
     source = chats([("10",), (), ("30", "40"), (), ("50",), (), (), ("60",)])
-    padded, packed = (take(source, spec(8), 1, is_packed=x)[0] for x in (False, True))
+    padded, packed = (take(source, spec(8), 1, is_packed=x)[0].parts[0] for x in (False, True))
     assert len(packed.tokens) < len(padded.tokens) == 8
     assert packed.position_ids is not None
     pieces = []
@@ -93,7 +93,7 @@ def test_packed_rows_hold_what_padded_rows_hold() -> None:
 
 def test_tiles_take_as_many_places_as_the_model_makes_features() -> None:
     source = chats([(str(10 * i),) for i in range(1, 5)])
-    batch = take(source, spec(), 1, is_packed=False, config=TILED)[0]
+    batch = take(source, spec(), 1, is_packed=False, config=TILED)[0].parts[0]
     assert batch.image_sizes is not None and batch.image_sizes.tolist() == [[16, 16]] * 4
     assert len(batch.images) == 4 * TILED.num_views((16, 16))
     assert int((batch.tokens == IMAGE_TOKEN).sum()) == 4 * TILED.num_image_tokens((16, 16))
@@ -103,6 +103,19 @@ def test_a_wide_image_is_made_square_by_the_colour_of_nothing() -> None:
     seen = views(Image.new("RGB", (40, 10), (255, 255, 255)), FLAT)
     assert seen.shape == (1, 3, 16, 16)
     assert seen[0, :, 0].abs().max() < 0.02 and seen[0, :, 8].min() > 1
+
+
+def test_parts_of_a_batch_hold_its_conversations_in_order() -> None:
+    source = chats([(str(10 * i),) if i % 2 else () for i in range(12)])
+    whole = take(source, spec(12), 1, is_packed=False)[0].parts[0]
+    loader = chat_loader(source, spec(12), tokens(), FLAT, is_packed=False, accum=3)
+    parts = next(loader).parts
+    assert [len(part.tokens) for part in parts] == [4, 4, 4]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    rows = [row[row != tokens().pad_token_id].tolist() for part in parts for row in part.tokens]
+    assert rows == [row[row != tokens().pad_token_id].tolist() for row in whole.tokens]
+    with pytest.raises(ValueError, match="chat_loader: accum must divide the batch of 12, got 5"):
+        chat_loader(source, spec(12), tokens(), FLAT, is_packed=False, accum=5)
 
 
 def test_a_loader_goes_on_where_it_stopped_and_ranks_share_a_step() -> None:
@@ -116,7 +129,8 @@ def test_a_loader_goes_on_where_it_stopped_and_ranks_share_a_step() -> None:
     for expected in whole[6:]:
         found = next(again)
         assert found.ids == expected.ids and found.epoch == expected.epoch
-        assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.images, expected.images)
+        for one, other in zip(found.parts, expected.parts, strict=True):
+            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.images, other.images)
     assert sorted(i for batch in whole[:5] for i in batch.ids) == sorted(c.id for c in source.conversations)
     ranks = [take(source, spec(4, rank=r, world_size=2), 1, is_packed=False)[0].ids for r in range(2)]
     assert not set(ranks[0]) & set(ranks[1])

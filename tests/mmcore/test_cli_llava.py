@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,8 +128,19 @@ def test_adapters_alone_are_trained_and_resumed_and_the_next_run_builds_on_them(
     torch.testing.assert_close(llava_of(start).language_model.state_dict()[f"{name}.weight"], merged)
 
 
+# as LLaVA's users have them
+ZERO: dict[str, Any] = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9}
+ZERO |= {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+ZERO |= {"stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9}
+ZERO |= {"stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True}
+ZERO_FILE: dict[str, Any] = {"zero_optimization": ZERO, "bf16": {"enabled": "auto"}}
+ZERO_FILE |= {"fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 2}}
+ZERO_FILE |= {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
+ZERO_FILE |= {"gradient_accumulation_steps": "auto"}
+
+
 @pytest.mark.parametrize(("stage", "zero"), [("llava-stage1", 2), ("llava-stage2", 3)])
-def test_two_ranks_train_on_llavas_json_with_texts_alone_too(
+def test_two_ranks_train_and_resume_on_llavas_json_with_texts_alone_too(
     stage: str, zero: int, first: tuple[Path, str], parts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]
@@ -145,12 +157,18 @@ def test_two_ranks_train_on_llavas_json_with_texts_alone_too(
     (tmp_path / "x.json").write_text(json.dumps(records))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "-m", "mmcore.train"]
-    inputs = ["--data", tmp_path / "x.json", "--val-fraction", "0.2", "--batch-size", 4, "--zero", zero]
+    (tmp_path / "zero3.json").write_text(json.dumps(ZERO_FILE))
+    inputs = ["--data", tmp_path / "x.json", "--val-fraction", "0.2", "--batch-size", 4]
+    inputs += ["--zero", zero] if zero == 2 else ["--deepspeed", tmp_path / "zero3.json"]
     inputs += ["--from", first[0]] if stage == "llava-stage2" else ["--vision", parts[0], "--llm", parts[1]]
     out = tmp_path / "run"
     done = run(stage, *SMALL, *inputs, "--out", out, launcher=torchrun)
     assert f"4 steps of 8 pairs, ZeRO {zero}, fp32, 2 ranks" in done.stderr
-    assert "answer accuracy (held-out): " in done.stdout and sorted(losses(out)) == [1, 2, 3, 4]
+    expected = losses(out)
+    assert "answer accuracy (held-out): " in done.stdout and sorted(expected) == [1, 2, 3, 4]
+    shutil.rmtree(out / "checkpoints/step-00000004")
+    run(stage, *SMALL, *inputs, "--out", out, "--resume", "latest", launcher=torchrun)
+    assert losses(out) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""All of a source as what a model is measured on."""
+
+from dataclasses import replace
+
+from mmcore.data.config import DataConfig
+from mmcore.data.files import FilePairs
+from mmcore.data.pairs import PairData, open_data, source_kind
+from mmcore.data.shards import open_held_out_shards
+from mmcore.data.sources import by_image
+
+
+def open_held_out(config: DataConfig) -> PairData:
+    """The pairs or questions that `config.data` names, none of them split off.
+
+    Args:
+        config: `data`, and what belongs to it; not a built-in source, which a run splits itself.
+
+    Raises:
+        ValueError: as `open_data`, and for a built-in source.
+    """
+    kind = source_kind(config.data)
+    if kind in ("digits", "stamps"):
+        raise ValueError(f"--data must be a file or shards, of which all is held out, got {config.data!r}")
+    if kind == "shards":
+        val = open_held_out_shards(config)
+        return PairData(config.data, len(val), None, val, config.max_broken)
+    data = open_data(replace(config, val_fraction=0.0), seed=0)
+    pairs = data.source
+    if pairs is None:
+        return replace(data, val_questions=data.questions)
+    assert isinstance(pairs, FilePairs)
+    return replace(data, val=by_image(pairs, pairs.identities, pairs.texts, config.max_broken))
