@@ -42,6 +42,11 @@ class TrainedLlava:
     model: Llava
     tokens: ChatTokens
 
+    def generate_options(self, decoding: Decoding) -> dict[str, Any]:
+        """Of `replies`, but for what these are about."""
+        device, longest = next(self.model.parameters()).device, self.run.saved["settings"]["max_answer"]
+        return {"device": device, "max_new_tokens": longest, **decoding.generate_options()}
+
 
 def load_run(where: Path, weights: WeightsKey = "auto", llm: Path | None = None) -> TrainedLlava:
     """Reads a run's newest checkpoint (or the one given) and its tokenizer.
@@ -118,8 +123,7 @@ class _Given:
 
 
 def _answerer(trained: TrainedLlava, decoding: Decoding) -> Answerer:
-    model = trained.model
-    device = next(model.parameters()).device
+    model, options = trained.model, trained.generate_options(decoding)
 
     def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         names = [str(i) for i in range(len(images))]
@@ -128,8 +132,7 @@ def _answerer(trained: TrainedLlava, decoding: Decoding) -> Answerer:
             for name, prompt in zip(names, prompts, strict=True)
         ]
         chats = ConversationSet("the held-out pictures", _Given(dict(zip(names, images))), asked, False)
-        options = decoding.generate_options()
-        found = replies(model, trained.tokens, model.config, chats, device=device, **options)
+        found = replies(model, trained.tokens, model.config, chats, **options)
         return [reply.said for reply in found]
 
     return say
@@ -148,9 +151,8 @@ def print_answers(trained: TrainedLlava, data: ChatData, decoding: Decoding) -> 
     model = trained.model
     if data.val is None:
         raise ValueError(f"{data.name} has no held-out conversations: give --val-data or --val-fraction")
-    device = next(model.parameters()).device
-    options = decoding.generate_options()
-    found = replies(model, trained.tokens, model.config, data.val, device=device, **options)
+    options = trained.generate_options(decoding)
+    found = replies(model, trained.tokens, model.config, data.val, **options)
     numbers = f"{100 * accuracy(found):.1f} % (majority {100 * majority_accuracy(data.train, found):.1f} %)"
     print(f"answer accuracy (held-out): {numbers}")
     files = [trained.run.folder / "answers.json"]

@@ -68,6 +68,12 @@ class LlavaRecipe(Recipe):
     """Steps that --llm tiny is trained for first; None = 400."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time; as published."""
+    max_answer: int = 64
+    """Tokens of an answer at most when the run is measured."""
+
+    def __post_init__(self) -> None:
+        if self.max_answer < 1:
+            raise ValueError(f"--max-answer must be at least 1, got {self.max_answer}")
 
     @property
     def trainable(self) -> Trainable:
@@ -125,6 +131,7 @@ class LlavaStage2Config(LlavaRecipe):
     """Dropout before the adapters."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("vision_lr", "projector_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -323,7 +330,7 @@ def train_llava(name: str, config: LlavaStage1Config | LlavaStage2Config) -> Pat
     def evaluate(engine: Engine) -> dict[str, float]:
         if data.val is None:
             return {}
-        options = {"device": engine.device, "most": MAX_EVALUATED}
+        options: Any = {"device": engine.device, "most": MAX_EVALUATED, "max_new_tokens": config.max_answer}
         return {"answer accuracy": accuracy(replies(engine, tokens, model.config, data.val, **options))}
 
     def backward(engine: Engine, step: int, batch: ChatTrainBatch) -> dict[str, Tensor]:

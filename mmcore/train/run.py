@@ -79,6 +79,7 @@ FREE_ON_RESUME = frozenset(
         "start",
         "llm",
         "llm_steps",
+        "max_answer",
     }
 )
 FREE_ON_RESUME |= {"zero", "deepspeed", "batch_size", "accum", "stamps_dir", "activation_checkpointing"}

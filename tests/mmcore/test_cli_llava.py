@@ -36,7 +36,7 @@ SMALL = [
     "--lr",
     "1e-3",
 ]
-SMALL += ["--val-fraction", "0.02", "--max-length", 512]
+SMALL += ["--val-fraction", "0.02", "--max-length", 512, "--max-answer", 4]
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +192,7 @@ def test_two_ranks_train_and_resume_on_llavas_json_with_texts_alone_too(
         ),
         ("llava-stage2", [], "--from must be given: a run of llava-stage1"),
         ("llava-stage2", ["--from", "missing"], "RUN must be a run's folder"),
+        ("llava-stage2", ["--max-answer", "0"], "--max-answer must be at least 1, got 0"),
         ("llava-stage2", ["--lora", "0"], "rank must be at least 1"),
         ("llava-stage2", ["--lora-alpha", "8"], "--lora-alpha has no effect without --lora"),
         ("llava-stage2", ["--vision-lr", "1e-6"], "--vision-lr has no effect without --train-vision"),
