@@ -22,6 +22,7 @@ from mmcore.checkpoint import describe
 from mmcore.models.blip2_lm_weights import load_blip2_lm
 from mmcore.models.files import read_json
 from mmcore.models.language_head import check_head
+from mmcore.models.llava_weights import load_llava
 from mmcore.ops import require
 
 disable_progress_bar()  # of each shard that is read; a run has a bar of its own
@@ -33,8 +34,8 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU.
 
     Args:
-        folder: config.json and safetensors, as transformers writes them; of a Blip2ForConditionalGeneration, its
-            language model.
+        folder: config.json and safetensors, as transformers writes them; of a Blip2ForConditionalGeneration or
+            a Llava, its language model.
         dtype: of the weights; None = as they are stored.
 
     Raises:
@@ -45,6 +46,8 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     kind = read_json(op, folder / "config.json").get("model_type")
     if kind == "blip-2":
         model = load_blip2_lm(folder, dtype=dtype).language_model
+    elif kind in ("llava", "llava_next"):
+        model = load_llava(folder, dtype=dtype).language_model
     else:
         model = _from_transformers(op, folder, dtype)
     if not model.config.is_encoder_decoder:

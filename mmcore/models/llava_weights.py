@@ -117,6 +117,20 @@ def load_projector(model: Llava, file: Path | str) -> None:
     Raises:
         ValueError: no such file, one of something else, another projector than the model's.
     """
+    found = read_projector(file)
+    wanted = model.projector.state_dict(prefix="projector.")
+    shapes = [{n: list(x.shape) for n, x in state.items()} for state in (wanted, found)]
+    what = "{} must hold a projector of shapes {}, got {}"
+    require("load_projector", shapes[0] == shapes[1], what, file, *shapes)
+    model.load_state_dict(found, strict=False)
+
+
+def read_projector(file: Path | str) -> dict[str, Tensor]:
+    """The projector in a file as `load_projector` takes it, by our names.
+
+    Raises:
+        ValueError: no such file, one of something else.
+    """
     file, op = Path(file), "load_projector"
     require(op, file.is_file(), "file must exist, got {}", file)
     try:
@@ -125,11 +139,7 @@ def load_projector(model: Llava, file: Path | str) -> None:
         raise ValueError(f"{op}: {file} must hold pickled tensors and nothing else, got: {error}") from error
     is_state = isinstance(raw, dict) and all(isinstance(x, Tensor) for x in raw.values())
     require(op, is_state, "{} must hold tensors by name, got {}", file, type(raw).__name__)
-    found = llava_names.projector_from_original(raw)
-    wanted = model.projector.state_dict(prefix="projector.")
-    shapes = [{n: list(x.shape) for n, x in state.items()} for state in (wanted, found)]
-    require(op, shapes[0] == shapes[1], "{} must hold a projector of shapes {}, got {}", file, *shapes)
-    model.load_state_dict(found, strict=False)
+    return llava_names.projector_from_original(raw)
 
 
 def _processor_config(model: Llava) -> dict[str, Any]:

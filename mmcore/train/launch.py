@@ -15,7 +15,8 @@ from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_S
 from mmcore.train.blip2_stage1 import Blip2Stage1Config, train_blip2_stage1
 from mmcore.train.blip2_stage2 import Blip2Stage2Config, train_blip2_stage2
 from mmcore.train.clip import ClipConfig, train_clip
-from mmcore.train.llava import LlavaStage1Config, LlavaStage2Config, train_llava
+from mmcore.train.llava import train_llava
+from mmcore.train.llava_config import LlavaStage1Config, LlavaStage2Config
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "clip": (ClipConfig, train_clip),

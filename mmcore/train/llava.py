@@ -1,23 +1,20 @@
 """Trains LLaVA, both stages: the recipes."""
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmcore import checkpoint
 from mmcore.data.chat_loader import ChatPart, ChatTrainBatch, chat_loader
-from mmcore.data.chats import ChatConfig, ChatData, open_chats
+from mmcore.data.chats import ChatData, open_chats
 from mmcore.data.conversations import IMAGE
 from mmcore.data.loader import MapLoader
 from mmcore.data.templates import ChatTokens
@@ -29,133 +26,21 @@ from mmcore.losses import global_ratio
 from mmcore.models.blip2 import IGNORED
 from mmcore.models.language import load_language_model, load_language_tokenizer
 from mmcore.models.language_folder import LANGUAGE_MODEL, language_model_folder
-from mmcore.models.llava import Llava, LlavaConfig, Lora, Trainable, learned_labels
-from mmcore.models.llava_runs import LORA, llava_of, llava_shape, load_trained, read_llava
-from mmcore.models.runs import FROZEN, LLAVA_STAGE1, find_run
+from mmcore.models.llava import Llava, LlavaConfig, learned_labels
+from mmcore.models.llava_runs import LORA, llava_shape, load_trained
+from mmcore.models.llava_start import LlavaStart, llava_start, next_pinpoints
+from mmcore.models.runs import FROZEN, LLAVA_STAGE1
 from mmcore.models.towers import load_tower
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.language import TINY, Language, check_llm_steps, read_language, tiny_language
+from mmcore.train.llava_config import LANGUAGE, NEWLINE, LlavaRecipe, LlavaStage1Config, LlavaStage2Config
 from mmcore.train.loop import on_rank_zero, seed_step
-from mmcore.train.optim import OptimConfig
-from mmcore.train.recipe import Recipe, run_recipe, write_folder
+from mmcore.train.recipe import run_recipe, write_folder
 from mmcore.train.run import Start, open_run
 from mmcore.train.tiny_lm import Said
 
-# how the names of a model's parts begin
-_VISION, _PROJECTOR, _NEWLINE, _LANGUAGE = "visual.", "projector.", "image_newline", "language_model."
 # Conversations that a run is measured on while it trains.
 MAX_EVALUATED = 96
-
-
-def _published(lr: float) -> OptimConfig:
-    decays = {"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    return OptimConfig(lr=lr, warmup=10**9, warmup_share=0.03, **decays)
-
-
-@dataclass(frozen=True)
-class LlavaRecipe(Recipe):
-    """What both stages have in common."""
-
-    data: ChatConfig = field(default_factory=ChatConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
-    max_length: int = 2048
-    """Tokens of a row, those of images included."""
-    pack: bool = True
-    """Several conversations stand in a row and see nothing of each other; else each has a row of its own."""
-    llm: str | None = None
-    """The language model: a folder of transformers (Llama, Qwen, Vicuna; safetensors), or 'tiny', one that is trained
-    from nothing on the texts of --data first; None = that of --from, or of the run that is resumed."""
-    llm_steps: int | None = None
-    """Steps that --llm tiny is trained for first; None = 400."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, about a third more time; as published."""
-    max_answer: int = 64
-    """Tokens of an answer at most when the run is measured."""
-
-    def __post_init__(self) -> None:
-        if self.max_answer < 1:
-            raise ValueError(f"--max-answer must be at least 1, got {self.max_answer}")
-
-    @property
-    def trainable(self) -> Trainable:
-        return "projector"
-
-    @property
-    def adapters(self) -> Lora | None:
-        return None
-
-    @property
-    def learned(self) -> tuple[str, ...]:
-        """How the names of the weights begin that learn, adapters aside."""
-        parts = [_PROJECTOR, _NEWLINE]
-        if self.trainable != "projector" and self.adapters is None:
-            parts.append(_LANGUAGE)
-        return (*parts, _VISION) if self.trainable == "all" else tuple(parts)
-
-
-@dataclass(frozen=True)
-class LlavaStage1Config(LlavaRecipe):
-    """Train LLaVA's projector between a frozen image tower and a frozen language model (arXiv 2310.03744, stage 1)."""
-
-    optim: OptimConfig = field(default_factory=partial(_published, 1e-3))
-    vision: Path | None = None
-    """The image tower: a run of mmcore train clip, or a CLIP or BLIP-2 of transformers or open_clip."""
-    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    """linear = LLaVA's (arXiv 2304.08485), mlp2x_gelu = that of 1.5 and NeXT."""
-    anyres: bool = False
-    """Cut large images into tiles, as NeXT does."""
-    template: str = "plain"
-    """plain = the caption behind the image; v1, llama_3, chatml, or auto, the tokenizer's own."""
-
-
-@dataclass(frozen=True)
-class LlavaStage2Config(LlavaRecipe):
-    """Train LLaVA's projector and language model on conversations (arXiv 2310.03744, stage 2)."""
-
-    optim: OptimConfig = field(default_factory=partial(_published, 2e-5))
-    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """A run of mmcore train llava-stage1 or llava-stage2. A resumed run needs none."""
-    template: str = "v1"
-    """v1 (Vicuna), llama_3, chatml, or auto, the tokenizer's own."""
-    train_vision: bool = False
-    """Train the image tower too, as NeXT does."""
-    vision_lr: float | None = None
-    """Learning rate of the image tower, with --train-vision; NeXT's 2e-6 beside --lr 1e-5. None = --lr."""
-    projector_lr: float | None = None
-    """Learning rate of the projector; None = --lr."""
-    lora: int | None = None
-    """Train adapters of this rank (peft) in place of the language model's weights; published with 128, --lr 2e-4 and
-    --projector-lr 2e-5. None = train the weights."""
-    lora_alpha: int | None = None
-    """The adapters count alpha / rank times; None = twice the rank."""
-    lora_dropout: float = 0.05
-    """Dropout before the adapters."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("vision_lr", "projector_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
-        if self.vision_lr is not None and not self.train_vision:
-            raise ValueError(f"--vision-lr has no effect without --train-vision, got {self.vision_lr}")
-        if self.lora is None and self.lora_alpha is not None:
-            raise ValueError(f"--lora-alpha has no effect without --lora, got {self.lora_alpha}")
-
-    @property
-    def trainable(self) -> Trainable:
-        return "all" if self.train_vision else "language"
-
-    @property
-    def adapters(self) -> Lora | None:
-        if self.lora is None:
-            return None
-        alpha = 2 * self.lora if self.lora_alpha is None else self.lora_alpha
-        return Lora(self.lora, alpha, self.lora_dropout)
-
-    @property
-    def lr_scales(self) -> dict[str, float]:
-        given = {_VISION: self.vision_lr, _PROJECTOR: self.projector_lr, _NEWLINE: self.projector_lr}
-        return {name: lr / self.optim.lr for name, lr in given.items() if lr is not None}
 
 
 @dataclass(frozen=True)
@@ -167,46 +52,32 @@ class _Begin:
     language: Language
 
 
-def _pinpoints(side: int) -> tuple[tuple[int, int], ...]:
-    """NeXT's, for a tower of this image size."""
-    return ((side, 2 * side), (2 * side, side), (2 * side, 2 * side), (3 * side, side), (side, 3 * side))
-
-
 def _begin(config: LlavaStage1Config | LlavaStage2Config, data: ChatData) -> _Begin:
     """On rank 0, of a new run."""
     check_llm_steps(config.llm, config.llm_steps)
-    if isinstance(config, LlavaStage1Config):
-        if config.vision is None:
-            raise ValueError("--vision must be given: the frozen image tower")
-        if config.llm is None:
-            raise ValueError(f"--llm must be a language model's folder or {TINY!r}, got nothing")
-        tower = load_tower(config.vision)
-        pinpoints = _pinpoints(tower.config.image_size) if config.anyres else ()
-        shape = LlavaConfig(tower.config, config.projector, pinpoints)
-        state = {f"visual.{name}": x for name, x in tower.state.items()}
-        if config.llm == TINY:
-            language = tiny_language(lambda: _said(data), seed=config.run.seed, steps=config.llm_steps)
-        else:
-            language = read_language(Path(config.llm))
-        return _Begin(shape, state, language)
+    if isinstance(config, LlavaStage2Config):
+        start = _start_of(config)
+        return _Begin(start.config, start.state, read_language(start.llm))
+    if config.vision is None:
+        raise ValueError("--vision must be given: the frozen image tower")
+    if config.llm is None:
+        raise ValueError(f"--llm must be a language model's folder or {TINY!r}, got nothing")
+    tower = load_tower(config.vision)
+    pinpoints = next_pinpoints(tower.config.image_size) if config.anyres else ()
+    shape = LlavaConfig(tower.config, config.projector, pinpoints)
+    state = {f"visual.{name}": x for name, x in tower.state.items()}
+    if config.llm == TINY:
+        language = tiny_language(lambda: _said(data), seed=config.run.seed, steps=config.llm_steps)
+    else:
+        language = read_language(Path(config.llm))
+    return _Begin(shape, state, language)
+
+
+def _start_of(config: LlavaStage2Config) -> LlavaStart:
     if config.start is None:
-        raise ValueError(f"--from must be given: a run of {LLAVA_STAGE1}")
-    run = find_run(config.start)
-    state, shape = _start_state(config), read_llava(run).config
-    moved = None if config.llm is None else Path(config.llm)
-    folder = language_model_folder(run.folder, run.saved["model"], moved)
-    return _Begin(shape, state, read_language(folder))
-
-
-def _start_state(config: LlavaStage2Config) -> dict[str, Tensor]:
-    """Weights of the run of --from, what its adapters learned among those of the language model."""
-    assert config.start is not None
-    run = find_run(config.start)
-    read = read_llava(run)
-    if read.lora is None:
-        return read.state
-    merged = llava_of(run, None if config.llm is None else Path(config.llm))
-    return {name: p.detach() for name, p in merged.named_parameters()}  # tied ones once
+        raise ValueError(f"--from must be given: a run of {LLAVA_STAGE1}, or what else it starts from")
+    llm = None if config.llm is None else Path(config.llm)
+    return llava_start(config.start, llm=llm, vision=config.vision, anyres=config.anyres)
 
 
 def _said(data: ChatData) -> list[list[Said]]:
@@ -231,6 +102,8 @@ def _prepare_folder(
         return write_folder(name, config, start, world_size, lambda _: {})
     begin = _begin(config, data)
     _loader(config, data, _tokens(config, begin.language.tokenizer), begin.config, 0, world_size)
+    model = Llava(begin.config, begin.language.model)
+    load_trained(model, None, _new(config, model) | begin.state)
 
     def save(folder: Path) -> dict[str, Any]:
         kept = {n: x.contiguous() for n, x in begin.state.items() if not n.startswith(config.learned)}
@@ -266,12 +139,18 @@ def _language_folder(config: LlavaRecipe, start: Start) -> Path:
     return language_model_folder(start.folder, _saved(start), moved)
 
 
+def _new(config: LlavaStage1Config | LlavaStage2Config, model: Llava) -> dict[str, Tensor]:
+    """The weights of a new model that nothing gives: stage 1's projector, and the end of a tile's row."""
+    begin_anew = NEWLINE if isinstance(config, LlavaStage2Config) else config.learned
+    return {name: x for name, x in model.state_dict().items() if name.startswith(begin_anew)}
+
+
 def _make_model(
     config: LlavaStage1Config | LlavaStage2Config, start: Start, folder: Path, world_size: int
 ) -> Llava:
     torch.manual_seed(config.run.seed)
     _, precision = config.deepspeed(world_size)
-    is_learned = _LANGUAGE in config.learned
+    is_learned = LANGUAGE in config.learned
     # what learns is float32 where a master of it is not the engine's
     dtype = torch.float32 if precision == "fp32" or (is_learned and precision != "bf16") else torch.bfloat16
     language = load_language_model(folder, dtype=dtype)
@@ -281,10 +160,9 @@ def _make_model(
     state = load_file(frozen) if frozen.is_file() else {}
     if start.checkpoint is not None:
         state |= dict(checkpoint.tensors(start.checkpoint, "weight"))
-    elif isinstance(config, LlavaStage2Config):
-        state = _start_state(config) | state
-    else:  # the projector starts anew
-        state |= {n: x for n, x in model.state_dict().items() if n.startswith(config.learned)}
+    else:
+        given = _start_of(config).state if isinstance(config, LlavaStage2Config) else {}
+        state = _new(config, model) | given | state
     load_trained(model, config.adapters, state)
     model.set_activation_checkpointing(config.activation_checkpointing)
     return model

@@ -1,6 +1,7 @@
 """`mmcore train llava-stage1|llava-stage2` as a user meets them, in processes of their own."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -8,16 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file
 
 from mmcore import checkpoint
+from mmcore.data.chats import open_chats
 from mmcore.models.clip import CLIP
 from mmcore.models.clip_configs import CLIP_CONFIGS
 from mmcore.models.clip_weights import save_clip
-from mmcore.models.language import tiny_language_model, tiny_tokenizer
-from mmcore.models.llava import is_adapter
-from mmcore.models.llava_runs import llava_of
+from mmcore.models.language import (
+    load_language_model,
+    load_language_tokenizer,
+    tiny_language_model,
+    tiny_tokenizer,
+)
+from mmcore.models.llava import Llava, LlavaConfig, is_adapter
+from mmcore.models.llava_runs import llava_of, load_trained
+from mmcore.models.llava_weights import save_llava
 from mmcore.models.runs import find_run
+from mmcore.models.towers import load_tower
+from mmcore.train.llava import _begin
+from mmcore.train.llava_config import LlavaStage2Config
 from tests.distributed.launch import free_port
 from tests.mmcore.data_fixtures import image_bytes
 from tests.mmcore.test_cli_clip import losses, run
@@ -126,6 +138,61 @@ def test_adapters_alone_are_trained_and_resumed_and_the_next_run_builds_on_them(
     torch.testing.assert_close(kept[f"language_model.{name}.weight"], merged)
     start = find_run(tmp_path / "next/checkpoints/step-00000000")
     torch.testing.assert_close(llava_of(start).language_model.state_dict()[f"{name}.weight"], merged)
+
+
+@pytest.fixture(scope="module")
+def given(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of transformers with a LLaVA, and the original's file of its projector."""
+    folder = tmp_path_factory.mktemp("given")
+    torch.manual_seed(1)
+    tower = load_tower(parts[0])
+    model = Llava(LlavaConfig(tower.config), load_language_model(parts[1], dtype=None))
+    model.visual.load_state_dict(tower.state)
+    save_llava(model, folder / "llava", tokenizer=load_language_tokenizer(parts[1]))
+    learned = {f"model.mm_projector.{n}": x for n, x in model.projector.state_dict().items()}
+    torch.save(learned, folder / "mm_projector.bin")
+    return folder / "llava", folder / "mm_projector.bin"
+
+
+def test_stage_2_starts_from_transformers_folders_and_the_originals_projector(
+    given: tuple[Path, Path], parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    few = [*SMALL, "--steps", 2, "--save-every", 1, "--val-fraction", 0]
+    run("train", "llava-stage2", *few, "--from", given[0], "--out", tmp_path / "hf")
+    inputs = ["--from", given[1], "--vision", parts[0], "--llm", parts[1], "--out", tmp_path / "bin"]
+    run("train", "llava-stage2", *few, *inputs)
+    last = [tmp_path / name / "checkpoints/step-00000002" for name in ("hf", "bin")]
+    one, two = (dict(checkpoint.tensors(x, "weight")) for x in last)
+    assert one.keys() == two.keys()
+    for name in one:  # both are the same model
+        torch.testing.assert_close(one[name], two[name], msg=name)
+    shutil.rmtree(last[0])
+    run("train", "llava-stage2", *few, "--out", tmp_path / "hf", "--resume", "latest")
+    assert losses(tmp_path / "hf") == losses(tmp_path / "bin")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--from", "BIN", "--vision", "CLIP"],
+            "--vision and --llm must be given where --from is a projector",
+        ),
+        (["--from", "HF", "--vision", "CLIP"], "--vision and --anyres have no effect where --from is"),
+        (["--from", "HF", "--llm", "LLM"], "--llm has no effect where --from is"),
+        (["--from", "CLIP"], "config.json must have model_type 'llava' or 'llava_next', got 'clip'"),
+        (["--from", "WRONG", "--vision", "CLIP", "--llm", "LLM"], "weights must have its names and shapes"),
+    ],
+)
+def test_a_start_that_does_not_fit_gets_one_sentence(
+    arguments: list[str], message: str, given: tuple[Path, Path], parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    places = {"CLIP": parts[0], "LLM": parts[1], "HF": given[0], "BIN": given[1], "WRONG": tmp_path / "x.bin"}
+    torch.save({"model.mm_projector.weight": torch.zeros(3, 4)}, tmp_path / "x.bin")
+    config = tyro.cli(LlavaStage2Config, args=[str(places.get(x, x)) for x in arguments])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        begin = _begin(config, open_chats(config.data, seed=0))
+        load_trained(Llava(begin.config, begin.language.model), None, begin.state)
 
 
 # as LLaVA's users have them
