@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mmcore.data.chat_loader import ChatPart
 from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Lora, Trainable
 from mmcore.models.llava_runs import load_trained
 from mmcore.models.vit import VisionConfig
@@ -47,3 +48,17 @@ def batch(step: int, ranks: range, config: LlavaConfig) -> tuple[Tensor, Tensor,
     labels = tokens.masked_fill(tokens == IMAGE_TOKEN, -100)
     sizes = torch.tensor([IMAGE] * num_images, dtype=torch.int64).view(-1, 2)
     return tokens[rows], labels[rows], images[: num_images * num_views], sizes
+
+
+def parts(step: int, ranks: range, config: LlavaConfig, accum: int) -> list[ChatPart]:
+    """The same in parts of as many rows each."""
+    tokens, labels, images, sizes = batch(step, ranks, config)
+    num_views, found = config.num_views(IMAGE), []
+    for rows in torch.arange(len(tokens)).chunk(accum):
+        first, last = (
+            int((tokens[:end] == IMAGE_TOKEN).sum()) // config.num_image_tokens(IMAGE)
+            for end in (rows[0], rows[-1] + 1)
+        )
+        views = images[first * num_views : last * num_views]
+        found.append(ChatPart(tokens[rows], labels[rows], views, sizes[first:last], None))
+    return found

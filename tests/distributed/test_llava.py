@@ -17,6 +17,8 @@ RUNS: list[dict[str, Any]] = [
     {"id": "projector", "zero": 3, "trainable": "projector", "tied": False},
     {"id": "language", "zero": 3, "trainable": "language", "tied": False},
     {"id": "all", "zero": 3, "trainable": "all", "tied": False},
+    {"id": "parts0", "zero": 0, "trainable": "language", "tied": False, "accum": 2},
+    {"id": "parts3", "zero": 3, "trainable": "projector", "tied": False, "accum": 2},
     {"id": "tied", "zero": 3, "trainable": "language", "tied": True},
     {"id": "lora2", "zero": 2, "trainable": "language", "tied": False, "lora": True, "rates": RATES},
     {"id": "lora3", "zero": 3, "trainable": "all", "tied": False, "lora": True, "rates": RATES},

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mmcore.losses import global_ratio
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
+from mmcore.train.llava import llava_backward
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from tests.distributed import llava
 from tests.distributed.launch import finish
@@ -34,10 +34,9 @@ def main() -> None:
         engine = Engine(model, optimizer, resolved, precision)
         losses = []
         for step in range(run["steps"]):
-            loss = global_ratio(*engine("loss", *llava.batch(step, range(rank, rank + 1), shape)))
-            engine.backward(loss)
+            parts = llava.parts(step, range(rank, rank + 1), shape, run.get("accum", 1))
+            losses.append(float(llava_backward(engine, parts)))
             engine.step(OPTIM.lr)
-            losses.append(float(loss.detach()))
         tokens, _, images, sizes = llava.batch(0, range(rank, rank + 1), shape)
         with engine.eval():
             options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
