@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.chat_loader import views
 from mmcore.data.conversations import IMAGE, Conversation, ConversationSet
-from mmcore.data.templates import ChatSample, ChatTokens, expand
+from mmcore.data.templates import ChatTokens
+from mmcore.eval.chat_inputs import Prompt, generate_inputs, prompt_of, see
 from mmcore.eval.vqa import normalize_answer
-from mmcore.models.anyres import Size
 from mmcore.models.llava import LlavaConfig
 
 BATCH_SIZE = 32
@@ -88,14 +86,7 @@ def replies(
     out = []
     for first in range(0, len(asked), BATCH_SIZE):
         part = asked[first : first + BATCH_SIZE]
-        lengths = torch.tensor([len(a.prompt) for a in part])
-        read = torch.full((len(part), int(lengths.max())), tokens.pad_token_id)
-        for row, a in enumerate(part):
-            read[row, len(read[row]) - len(a.prompt) :] = a.prompt
-        side = config.vision.image_size
-        images = torch.cat([torch.zeros(0, 3, side, side), *(v for a in part for v in a.views)])
-        sizes = torch.tensor([size for a in part for size in a.sizes]).view(-1, 2)
-        inputs = [x.to(device) for x in (read, lengths, images, *((sizes,) if config.has_tiles else ()))]
+        inputs = generate_inputs([a.prompt for a in part], tokens.pad_token_id, config, device)
         ids = forward("generate", *inputs, **settings).cpu()
         out += [Reply(a.conversation, a.question, tokens.text(row), a.wanted) for a, row in zip(part, ids)]
     return out
@@ -105,25 +96,20 @@ class _Asked(NamedTuple):
     conversation: int
     question: str
     wanted: str
-    prompt: Tensor
-    views: list[Tensor]
-    sizes: list[Size]
+    prompt: Prompt
 
 
 def _asked(
     tokens: ChatTokens, config: LlavaConfig, chat: Conversation, number: int, images: list[Image.Image]
 ) -> list[_Asked]:
-    """Each answer of a conversation, with the tokens before it."""
-    sizes = [(image.height, image.width) for image in images]
-    counts, seen = [config.num_image_tokens(size) for size in sizes], [views(x, config) for x in images]
+    """Each answer of a conversation, with what is read before it."""
+    seen = [see(image, config) for image in images]
     found = []
     for n, turn in enumerate(chat.turns):
         if turn.role == "assistant":
-            prompt = tokens.prompt(chat.turns[:n])
-            here = ChatSample(prompt, prompt).num_images
-            expanded = expand(ChatSample(prompt, prompt), counts[:here]).tokens
             question = chat.turns[n - 1].text.replace(IMAGE, "").strip()
-            found.append(_Asked(number, question, turn.text, expanded, seen[:here], sizes[:here]))
+            prompt = prompt_of(tokens, config, chat.turns[:n], seen)
+            found.append(_Asked(number, question, turn.text, prompt))
     return found
 
 

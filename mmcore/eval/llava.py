@@ -4,17 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmcore.data.chats import ChatConfig, ChatData, open_chats
 from mmcore.data.templates import ChatTokens
 from mmcore.eval.chat import accuracy, majority_accuracy, replies
+from mmcore.eval.chat_model import model_of_run
 from mmcore.eval.clip import WEIGHTS
 from mmcore.eval.pictures import plot_captions, plot_curves
-from mmcore.models.language import load_language_tokenizer
-from mmcore.models.language_folder import language_model_folder
 from mmcore.models.llava import Llava
-from mmcore.models.llava_runs import llava_of
 from mmcore.models.runs import SavedRun, WeightsKey, find_run
 
 # pictures of a sheet
@@ -43,15 +39,12 @@ def load_run(where: Path, weights: WeightsKey = "auto", llm: Path | None = None)
         ValueError: no checkpoint, a damaged one, no such weights in it, a run of another recipe, no language model.
     """
     run = find_run(where, weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = llava_of(run, llm, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    chat = model_of_run(run, llm)
     settings = run.saved["settings"]
     folder = settings["data"]["stamps_dir"]
     config = ChatConfig(**settings["data"] | {"stamps_dir": folder and Path(folder)})
     data = open_chats(config, seed=settings["run"]["seed"], captions_only=settings["template"] == "plain")
-    tokenizer = load_language_tokenizer(language_model_folder(run.folder, run.saved["model"], llm))
-    tokens = ChatTokens(tokenizer, settings["template"], settings["max_length"])
-    return TrainedLlava(run, model.eval().to(device), tokens, data)
+    return TrainedLlava(run, chat.model, chat.tokens, data)
 
 
 def print_answers(trained: TrainedLlava) -> list[Path]:
