@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mmcore.models": ("mmcore.ops", "mmcore.nn", "mmcore.checkpoint"),
     "mmcore.data": ("mmcore.models",),
     "mmcore.eval": ("mmcore.data", "mmcore.models", "mmcore.losses", "mmcore.checkpoint"),
+    "mmcore.chat": tuple(f"mmcore.{p}" for p in "data eval models errors".split()),
     "mmcore.train": (
         "mmcore.data",
         "mmcore.eval",
