@@ -1,6 +1,6 @@
 """Questions and answers in turn: what is streamed, what is remembered, what is refused."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from itertools import pairwise
 from typing import Any
@@ -16,68 +16,15 @@ from mmcore.data.templates import IMAGE_TOKEN, ChatTokens
 from mmcore.eval.chat import replies
 from mmcore.eval.chat_inputs import generate_inputs, prompt_of, see
 from mmcore.eval.dialogue import Dialogue, Sampling, num_positions
-from mmcore.models.language import tiny_language_model, tiny_tokenizer
 from mmcore.models.llava import Llava, LlavaConfig
-from mmcore.models.vit import VisionConfig
+from tests.mmcore.llava_fixtures import VISION, Saying, chat_tokens, ids_of, image, llava, tokenizer
 
-VISION = VisionConfig(image_size=16, patch_size=8, width=8, num_layers=1, num_heads=1, mlp_dim=8)
-PINPOINTS = ((16, 32), (32, 16), (32, 32))
 CPU = torch.device("cpu")
-
-
-def tokenizer() -> Any:
-    return tiny_tokenizer(["USER: what is it? ASSISTANT: a dog, a cat and a bird"] * 4)
-
-
-def chat_tokens() -> ChatTokens:
-    return ChatTokens(tokenizer(), "v1", 256)
-
-
-def llava(*, has_tiles: bool = False, positions: int = 512) -> Llava:
-    """Of random weights, some of whose bytes make no characters."""
-    torch.manual_seed(0)
-    language = tiny_language_model(tokenizer())
-    with torch.no_grad():
-        for p in language.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    language.config.max_position_embeddings = positions
-    return Llava(LlavaConfig(VISION, grid_pinpoints=PINPOINTS if has_tiles else ()), language).eval()
-
-
-def image(number: int, size: tuple[int, int] = (20, 14)) -> Image.Image:
-    return Image.new("RGB", size, (60 * number, 255 - 60 * number, 9))
 
 
 class Painted:
     def named_image(self, name: str) -> Image.Image:
         return image(int(name))
-
-
-class Saying:
-    """In place of a language model's generation: says given tokens, one by one, and records what it read."""
-
-    def __init__(self, model: Llava, answers: Iterable[list[int]]) -> None:
-        self.answers, self.read, self.num_said = iter(answers), [], 0
-        model.generate = self  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __call__(
-        self, tokens: Tensor, num_text: Tensor, images: Tensor, *, streamer: Any, **options: Any
-    ) -> Tensor:
-        self.read.append((tokens[0], images, options))
-        ids = torch.zeros(1, 0, dtype=torch.int64)
-        streamer.put(ids)
-        for token in next(self.answers)[: options["max_new_tokens"]]:
-            ids = torch.cat([ids, torch.tensor([[token]])], 1)
-            streamer.put(ids[:, -1])
-            self.num_said += 1
-            if options["stopping_criteria"](ids, None).all():
-                break
-        streamer.end()
-        return ids
-
-
-def ids_of(tokens: ChatTokens, text: str) -> list[int]:
-    return tokens.tokenizer(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("has_tiles", [False, True])
