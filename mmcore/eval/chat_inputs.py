@@ -62,8 +62,13 @@ def generate_inputs(
     read = torch.full((len(prompts), int(lengths.max())), pad_token_id)
     for row, prompt in zip(read, prompts):
         row[len(row) - len(prompt.tokens) :] = prompt.tokens
-    side = config.vision.image_size
     shown = [image for prompt in prompts for image in prompt.images]
-    images = torch.cat([torch.zeros(0, 3, side, side), *(image.views for image in shown)])
-    sizes = torch.tensor([image.size for image in shown]).view(-1, 2)
-    return [x.to(device) for x in (read, lengths, images, *((sizes,) if config.has_tiles else ()))]
+    return [read.to(device), lengths.to(device), *image_inputs(shown, config, device)]
+
+
+def image_inputs(images: Sequence[SeenImage], config: LlavaConfig, device: torch.device) -> list[Tensor]:
+    """What a batch shows, as `Llava` takes it: the views of all images and, with tiles, their sizes; on a device."""
+    side = config.vision.image_size
+    seen = torch.cat([torch.zeros(0, 3, side, side), *(image.views for image in images)])
+    sizes = torch.tensor([image.size for image in images]).view(-1, 2)
+    return [x.to(device) for x in (seen, *((sizes,) if config.has_tiles else ()))]
