@@ -30,7 +30,7 @@ from mmcore.models.runs import WeightsKey
 
 HELP = """\
   /image FILE ...   show one or more images with the next question
-  /reset            begin anew: all that was said is forgotten, the images of --image are shown again
+  /reset            forget what was said, and show the images of --image again
   /help             this
   /quit             end, as Ctrl-D does; Ctrl-C stops an answer"""
 

@@ -47,7 +47,7 @@ def image(number: int, size: tuple[int, int] = (20, 14)) -> Image.Image:
 def write_run(
     folder: Path, *, recipe: str = "llava-stage2", template: str = "v1", model: Llava | None = None
 ) -> Path:
-    """A run's folder with a checkpoint of step 3, complete where there is a model."""
+    """A run's folder with a checkpoint of step 3; of a model, with its weights, averaged to the threefold."""
     saved: dict[str, Any] = {}
     step = folder / "checkpoints/step-00000003"
     step.mkdir(parents=True)
@@ -62,6 +62,7 @@ def write_run(
             if not n.startswith(("language_model", "language_head"))
         }
         save_file(state, step / "weight-00000.safetensors")
+        save_file({n: 3 * x for n, x in state.items()}, step / "ema-00000.safetensors")
         (step / "state.json").write_text('{"step": 3}')
     settings = {"template": template, "max_length": 256}
     (folder / "config.json").write_text(json.dumps({"recipe": recipe, "model": saved, "settings": settings}))

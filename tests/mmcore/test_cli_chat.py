@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mmcore.chat import Talk, open_image
@@ -165,10 +166,34 @@ def test_runs_and_folders_of_both_kinds_answer(tmp_path: Path) -> None:
         write_run(tmp_path / f"{has_tiles}/run", model=model)
         said = []
         for name, template in (("folder", "v1"), ("run", None), ("run/checkpoints/step-00000003", None)):
-            chat = load_chat_model(tmp_path / f"{has_tiles}/{name}", template=template)
+            chat = load_chat_model(
+                tmp_path / f"{has_tiles}/{name}", template=template, weights="auto" if template else "weight"
+            )
             dialogue = Dialogue(chat.model, chat.tokens, sampling=Sampling(max_new_tokens=8))
             said.append("".join(dialogue.ask("what is it?", [image(1, (40, 20))])))
         assert said[0] == said[1] == said[2]
+
+
+def test_options_reach_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", model=llava())
+    (run / "language_model").rename(tmp_path / "moved")
+    assert piped(monkeypatch, "what is it?", run) == 2
+    assert f"{run}/language_model, which is gone: say where by --llm" in capsys.readouterr().err
+    drawn = Sampling(temperature=1.5, top_p=0.9, max_new_tokens=8)
+    options = ["--llm", tmp_path / "moved", "--system", "Be brief.", "--temperature", 1.5, "--top-p", 0.9]
+    image(1).save(tmp_path / "1.png")
+    options += ["--max-new-tokens", 8, "--seed", 3, "--image", tmp_path / "1.png"]
+    printed = []
+    for weights in ("auto", "ema", "weight"):
+        assert piped(monkeypatch, "what is it?", run, *options, "--weights", weights) == 0
+        printed.append(capsys.readouterr().out)
+        chat = load_chat_model(run, weights=weights, llm=tmp_path / "moved")
+        torch.manual_seed(3)
+        dialogue = Dialogue(chat.model, chat.tokens, system="Be brief.", sampling=drawn)
+        assert printed[-1] == one_line("".join(dialogue.ask("what is it?", [image(1)]))) + "\n"
+    assert printed[0] == printed[1] != printed[2]
 
 
 def test_a_chat_template_of_the_tokenizer_serves_where_none_is_named(tmp_path: Path) -> None:

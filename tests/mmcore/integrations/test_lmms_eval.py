@@ -144,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(run: Path, installed: ModelRegistryV2) -> Any:
     """Made as lmms-eval makes it, of its command line."""
-    return made(f"pretrained={run},batch_size=3", {"batch_size": 1, "device": None})
+    return made(f"pretrained={run},batch_size=3,weights=weight", {"batch_size": 1, "device": None})
 
 
 def made(arguments: str, options: dict[str, Any] | None = None) -> Any:
