@@ -116,13 +116,11 @@ def load_chat_model(
         run = find_run(where, weights)
         if template is not None:
             raise ValueError(f"--template has no effect on a run, which knows its own, got {template}")
-        if run.recipe in (LLAVA_STAGE1, LLAVA_STAGE2) and run.saved["settings"]["template"] not in (
-            AUTO,
-            *ASKED,
-        ):
+        trained = run.saved["settings"].get("template", AUTO)
+        if trained not in (AUTO, *ASKED):
             raise ValueError(
                 f"RUN must have learned to answer questions, got {where}, which describes images alone "
-                f"(template {run.saved['settings']['template']}): train {LLAVA_STAGE2} from it"
+                f"(template {trained}): train {LLAVA_STAGE2} from it"
             )
         return model_of_run(run, llm, device)
     if not config.is_file():

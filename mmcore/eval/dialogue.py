@@ -89,7 +89,9 @@ class Dialogue:
         self.model, self.tokens = model, tokens
         self.system, self.sampling = system, sampling or Sampling()
         self.images: list[SeenImage] = []
+        """Shown so far."""
         self.turns: list[Turn] = []
+        """Said so far, the system's text first, if it has one of its own."""
         self.was_cut = False
         """Whether the last answer went on where it had to end."""
         self.reset()
