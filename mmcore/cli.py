@@ -1,4 +1,4 @@
-"""The `mmcore` command: train, eval, export."""
+"""The `mmcore` command: train, eval, chat, export."""
 
 import importlib
 import sys
@@ -31,6 +31,7 @@ _USAGE = """usage: mmcore COMMAND ...
   mmcore train llava-stage2 [options]    train it and the language model on conversations
   mmcore eval zeroshot|retrieval RUN     measure a run on its held-out pairs
   mmcore eval caption|vqa RUN            let it describe held-out pictures, or answer questions about them
+  mmcore chat RUN --image FILE           ask a LLaVA about images, question after question
   mmcore export RUN --out FOLDER         write its weights for transformers or open_clip
 """
 
@@ -163,16 +164,21 @@ def _export(arguments: list[str]) -> None:
     print(f"{WEIGHTS[weights]} of step {step} written to {config.out} ({config.format})")
 
 
+def _chat(arguments: list[str]) -> None:
+    # loaded by name: the others do without transformers
+    importlib.import_module("mmcore.chat").main(arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 2 and one sentence for a user's mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "eval": _eval, "export": _export}
+    commands = {"train": _train, "eval": _eval, "chat": _chat, "export": _export}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return
     try:
         if arguments[0] not in commands:
-            raise ValueError(f"the command must be train, eval or export, got {arguments[0]!r}")
+            raise ValueError(f"the command must be train, eval, chat or export, got {arguments[0]!r}")
         commands[arguments[0]](arguments[1:])
     except (ValueError, OSError) as error:
         sys.exit(complain(error, 2))

@@ -18,10 +18,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mmcore.optim": ("mmcore.ops", "mmcore.ema"),
     "mmcore.nn": ("mmcore.ops", "mmcore.ema"),
     "mmcore.integrations": ("mmcore.ops",),
+    "mmcore.integrations.lmms_eval": ("mmcore.data", "mmcore.eval", "mmcore.models"),
     "mmcore.losses": ("mmcore.ops", "mmcore.nn"),
     "mmcore.models": ("mmcore.ops", "mmcore.nn", "mmcore.checkpoint"),
     "mmcore.data": ("mmcore.models",),
     "mmcore.eval": ("mmcore.data", "mmcore.models", "mmcore.losses", "mmcore.checkpoint"),
+    "mmcore.chat": tuple(f"mmcore.{p}" for p in "data eval models errors".split()),
     "mmcore.train": (
         "mmcore.data",
         "mmcore.eval",

@@ -170,12 +170,17 @@ class ConversationSet:
             image = self.pictures.named_image(name)
         except BrokenRecord as error:
             raise BrokenField(f"image {name!r}", error.reason) from None
-        size = f"image {name!r} of {image.width} x {image.height} pixels"
-        if min(image.size) < 2:
-            raise BrokenField(size, "image of one pixel")
-        if max(image.size) > MAX_SIDE:
-            raise BrokenField(size, f"image wider or higher than {MAX_SIDE:,} pixels")
-        return image
+        return check_sides(name, image)
+
+
+def check_sides(name: str, image: Image.Image) -> Image.Image:
+    """The image; raises BrokenField where it is a pixel wide or high, or has a side above `MAX_SIDE`."""
+    size = f"image {name!r} of {image.width} x {image.height} pixels"
+    if min(image.size) < 2:
+        raise BrokenField(size, "image of one pixel")
+    if max(image.size) > MAX_SIDE:
+        raise BrokenField(size, f"image wider or higher than {MAX_SIDE:,} pixels")
+    return image
 
 
 def open_conversations(

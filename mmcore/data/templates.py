@@ -208,6 +208,14 @@ class ChatTokens:
         said = takewhile(lambda token: token not in self.stops, ids.tolist())
         return self.tokenizer.decode(list(said), skip_special_tokens=True).strip()
 
+    def without_marks(self, text: str) -> str:
+        """A text without what would not be read as text: spelled special tokens, and `IMAGE`."""
+        marks = [IMAGE, *self._special]
+        while found := [mark for mark in marks if mark in text]:  # taking one out may make another
+            for mark in found:
+                text = text.replace(mark, "")
+        return text
+
     def _sample(self, conversation: Conversation) -> ChatSample:
         text, learned = self._write(conversation)
         tokens = self._encode(text)

@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.chat_loader import views
 from mmcore.data.conversations import IMAGE, Conversation, ConversationSet
-from mmcore.data.templates import ChatSample, ChatTokens, expand
+from mmcore.data.templates import ChatTokens
+from mmcore.eval.chat_inputs import Prompt, generate_inputs, prompt_of, see
 from mmcore.eval.vqa import normalize_answer
-from mmcore.models.anyres import Size
 from mmcore.models.llava import LlavaConfig
 
 BATCH_SIZE = 32
@@ -60,24 +58,14 @@ def replies(
         forward: a `Llava`, bare or under an engine.
         tokens: of its language model.
         config: its own.
-        chats: the conversations, whose broken images are left out within their limit.
+        chats: the conversations; those that could not be learned from are left out, within their limit.
         device: of the model.
-        most: conversations, the first; None = all.
+        most: conversations, evenly spread; None = all.
         options: of `generate`.
 
     Raises:
-        ValueError: too many broken images.
+        ValueError: too many broken conversations.
     """
-    asked, tally = [], chats.tally()
-    for i in range(len(chats) if most is None else min(most, len(chats))):
-        try:
-            images = chats.raw_images(i)
-        except BrokenRecord as error:
-            tally.add(1, [(chats.sample_id(i), error.reason)])
-            continue
-        tally.add(1)
-        asked += _asked(tokens, config, chats.conversations[i], i, images)
-    tally.check(final=True)
     settings = {
         "do_sample": False,
         "max_new_tokens": 64,
@@ -85,19 +73,28 @@ def replies(
         "pad_token_id": tokens.pad_token_id,
         **options,
     }
-    out = []
-    for first in range(0, len(asked), BATCH_SIZE):
-        part = asked[first : first + BATCH_SIZE]
-        lengths = torch.tensor([len(a.prompt) for a in part])
-        read = torch.full((len(part), int(lengths.max())), tokens.pad_token_id)
-        for row, a in enumerate(part):
-            read[row, len(read[row]) - len(a.prompt) :] = a.prompt
-        side = config.vision.image_size
-        images = torch.cat([torch.zeros(0, 3, side, side), *(v for a in part for v in a.views)])
-        sizes = torch.tensor([size for a in part for size in a.sizes]).view(-1, 2)
-        inputs = [x.to(device) for x in (read, lengths, images, *((sizes,) if config.has_tiles else ()))]
+    out: list[Reply] = []
+
+    def answer(part: Sequence[_Asked]) -> None:
+        inputs = generate_inputs([a.prompt for a in part], tokens.pad_token_id, config, device)
         ids = forward("generate", *inputs, **settings).cpu()
-        out += [Reply(a.conversation, a.question, tokens.text(row), a.wanted) for a, row in zip(part, ids)]
+        out.extend(Reply(a.conversation, a.question, tokens.text(row), a.wanted) for a, row in zip(part, ids))
+
+    asked, tally, count = [], chats.tally(), len(chats)
+    num_read = count if most is None else min(most, count)
+    for i in (number * count // num_read for number in range(num_read)):
+        try:
+            asked += _asked(tokens, config, chats.conversations[i], i, chats.raw_images(i))
+        except BrokenRecord as error:
+            tally.add(1, [(chats.sample_id(i), error.reason)])
+            continue
+        tally.add(1)
+        while len(asked) >= BATCH_SIZE:
+            answer(asked[:BATCH_SIZE])
+            del asked[:BATCH_SIZE]
+    tally.check(final=True)
+    if asked:
+        answer(asked)
     return out
 
 
@@ -105,25 +102,22 @@ class _Asked(NamedTuple):
     conversation: int
     question: str
     wanted: str
-    prompt: Tensor
-    views: list[Tensor]
-    sizes: list[Size]
+    prompt: Prompt
 
 
 def _asked(
     tokens: ChatTokens, config: LlavaConfig, chat: Conversation, number: int, images: list[Image.Image]
 ) -> list[_Asked]:
-    """Each answer of a conversation, with the tokens before it."""
-    sizes = [(image.height, image.width) for image in images]
-    counts, seen = [config.num_image_tokens(size) for size in sizes], [views(x, config) for x in images]
+    """Each answer of a conversation, with what is read before it; raises BrokenRecord for one that cannot be learned
+    from."""
+    seen = [see(image, config) for image in images]
+    tokens.sample(chat, [config.num_image_tokens(image.size) for image in seen])
     found = []
     for n, turn in enumerate(chat.turns):
         if turn.role == "assistant":
-            prompt = tokens.prompt(chat.turns[:n])
-            here = ChatSample(prompt, prompt).num_images
-            expanded = expand(ChatSample(prompt, prompt), counts[:here]).tokens
             question = chat.turns[n - 1].text.replace(IMAGE, "").strip()
-            found.append(_Asked(number, question, turn.text, expanded, seen[:here], sizes[:here]))
+            prompt = prompt_of(tokens, config, chat.turns[:n], seen)
+            found.append(_Asked(number, question, turn.text, prompt))
     return found
 
 

@@ -1,11 +1,12 @@
 """LLaVA as it speaks: a run read back, its answers about held-out pictures, and what the end of a run does."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from mmcore import checkpoint
@@ -16,15 +17,14 @@ from mmcore.data.derived_chats import DESCRIBE
 from mmcore.data.prompts import Task
 from mmcore.data.templates import ChatTokens
 from mmcore.eval.answers import Answerer, Decoding
-from mmcore.eval.chat import accuracy, majority_accuracy, replies
+from mmcore.eval.chat import Reply, accuracy, majority_accuracy, replies
+from mmcore.eval.chat_model import model_of_run
 from mmcore.eval.clip import WEIGHTS
+from mmcore.eval.dialogue import Dialogue, Sampling
 from mmcore.eval.pictures import plot_curves
-from mmcore.eval.sheets import plot_captions
+from mmcore.eval.sheets import Exchange, plot_dialogues
 from mmcore.eval.speaker import NUM_SHOWN, Speaker
-from mmcore.models.language import load_language_tokenizer
-from mmcore.models.language_folder import language_model_folder
 from mmcore.models.llava import Llava
-from mmcore.models.llava_runs import llava_of
 from mmcore.models.runs import LLAVA_STAGE1, SavedRun, WeightsKey, find_run
 
 PROMPTS: dict[Task, str | None] = {
@@ -32,6 +32,10 @@ PROMPTS: dict[Task, str | None] = {
     "vqa": "{}\nAnswer the question using a single word or phrase.",
 }
 """LLaVA-1.5's, of models that were trained on its data."""
+# conversations that the end of a run is measured on, while other ranks wait
+MAX_REPORTED = 1024
+# of a dialogue on a sheet
+MAX_EXCHANGES = 4
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,8 @@ def load_run(where: Path, weights: WeightsKey = "auto", llm: Path | None = None)
         ValueError: no checkpoint, a damaged one, no such weights in it, a run of another recipe, no language model.
     """
     run = find_run(where, weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = llava_of(run, llm, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    settings = run.saved["settings"]
-    tokenizer = load_language_tokenizer(language_model_folder(run.folder, run.saved["model"], llm))
-    tokens = ChatTokens(tokenizer, settings["template"], settings["max_length"])
-    return TrainedLlava(run, model.eval().to(device), tokens)
+    chat = model_of_run(run, llm)
+    return TrainedLlava(run, chat.model, chat.tokens)
 
 
 def chats_of(run: SavedRun) -> ChatData:
@@ -138,9 +138,17 @@ def _answerer(trained: TrainedLlava, decoding: Decoding) -> Answerer:
     return say
 
 
-def print_answers(trained: TrainedLlava, data: ChatData, decoding: Decoding) -> list[Path]:
-    """Prints the accuracy of all held-out answers, each after what was said before it; writes them, and draws dialogues
+def print_answers(
+    trained: TrainedLlava, data: ChatData, decoding: Decoding, *, most: int | None = None
+) -> list[Path]:
+    """Prints the accuracy of held-out answers, each after what was said before it; writes them, and draws dialogues
     about some pictures, in which the model reads its own answers, into the run's folder.
+
+    Args:
+        trained: the model.
+        data: whose held-out conversations it answers.
+        decoding: how it chooses text.
+        most: conversations, evenly spread; None = all.
 
     Returns:
         The files.
@@ -152,9 +160,13 @@ def print_answers(trained: TrainedLlava, data: ChatData, decoding: Decoding) -> 
     if data.val is None:
         raise ValueError(f"{data.name} has no held-out conversations: give --val-data or --val-fraction")
     options = trained.generate_options(decoding)
-    found = replies(model, trained.tokens, model.config, data.val, **options)
+    found = replies(model, trained.tokens, model.config, data.val, most=most, **options)
+    if not found:
+        raise ValueError(f"{data.name} has no held-out conversation that can be answered")
     numbers = f"{100 * accuracy(found):.1f} % (majority {100 * majority_accuracy(data.train, found):.1f} %)"
-    print(f"answer accuracy (held-out): {numbers}")
+    is_part = most is not None and most < len(data.val)
+    part = f", {most} of {len(data.val)} conversations" if is_part else ""
+    print(f"answer accuracy (held-out): {numbers}{part}")
     files = [trained.run.folder / "answers.json"]
     answers = [
         {
@@ -166,21 +178,44 @@ def print_answers(trained: TrainedLlava, data: ChatData, decoding: Decoding) -> 
         for r in found
     ]
     checkpoint.write_json(files[0], answers)
-    pictured = [reply for reply in found if data.val.conversations[reply.conversation].images]
+    of_one: dict[int, list[Reply]] = defaultdict(list)
+    for reply in found:
+        if data.val.conversations[reply.conversation].images:
+            of_one[reply.conversation].append(reply)
+    pictured = list(of_one)
     shown = [pictured[i * len(pictured) // NUM_SHOWN] for i in range(min(NUM_SHOWN, len(pictured)))]
-    if not shown:
-        return files
-    files.append(trained.run.folder / "answers.png")
-    plot_captions(
-        [data.val.raw_images(reply.conversation)[0] for reply in shown],
-        [reply.said for reply in shown],
-        [[reply.wanted] for reply in shown],
-        files[1],
-        title=f"{data.name}: answers about held-out pictures; {numbers}",
-        questions=[reply.question for reply in shown],
-        right=[reply.is_right for reply in shown],
-    )
+    talks = {i: _dialogue(trained, data.val, i, of_one[i]) for i in shown}
+    talks = {i: talk for i, talk in talks.items() if talk}  # none, where not even the first question has room
+    if talks:
+        files.append(trained.run.folder / "dialogues.png")
+        images = [data.val.raw_images(i)[0] for i in talks]
+        title = f"{data.name}: dialogues about held-out pictures; {numbers}"
+        plot_dialogues(images, list(talks.values()), files[1], title=title)
     return files
+
+
+def _dialogue(
+    trained: TrainedLlava, chats: ConversationSet, number: int, found: Sequence[Reply]
+) -> list[Exchange]:
+    """The questions of a conversation with the model's answers, each after its own before; where it reads no questions,
+    what it said."""
+    turns, images = chats.conversations[number].turns, chats.raw_images(number)
+    template = trained.tokens.template
+    questions = [t.text.replace(IMAGE, "").strip() for t in turns if t.role == "user"]
+    if (template is not None and template.images_only) or not all(questions):
+        return [Exchange(r.question, r.said, r.wanted, r.is_right) for r in found][:MAX_EXCHANGES]
+    options = Sampling(max_new_tokens=trained.run.saved["settings"]["max_answer"])
+    system = turns[0].text if turns[0].role == "system" else None
+    talk, exchanges = Dialogue(trained.model, trained.tokens, system=system, sampling=options), []
+    for asked, answered in list(pairwise(turns))[system is not None :: 2][:MAX_EXCHANGES]:
+        num_shown = asked.text.count(IMAGE)
+        shown, images = images[:num_shown], images[num_shown:]
+        question = asked.text.replace(IMAGE, "").strip()
+        if not talk.has_room(question, shown):
+            break
+        reply = Reply(number, question, "".join(talk.ask(question, shown)), answered.text)
+        exchanges.append(Exchange(question, reply.said, reply.wanted, reply.is_right))
+    return exchanges
 
 
 def report(trained: TrainedLlava, data: ChatData, records: list[dict[str, Any]]) -> None:
@@ -189,7 +224,7 @@ def report(trained: TrainedLlava, data: ChatData, records: list[dict[str, Any]])
     plot_curves(records, run.folder / "curves.png")
     written = [run.folder / "metrics.jsonl", run.folder / "curves.png"]
     if data.val is not None:
-        written += print_answers(trained, data, Decoding())
+        written += print_answers(trained, data, Decoding(), most=MAX_REPORTED)
     print(f"measured on {WEIGHTS[run.key]} of step {run.step}; written:")
     for file in [*written, run.checkpoint]:
         print(f"  {file}")

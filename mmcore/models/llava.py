@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -163,7 +164,7 @@ class Llava(nn.Module):
         return [x for x in self.language_model.modules() if isinstance(x, GradientCheckpointingLayer)]
 
     def forward(self, task: str, *inputs: Any, **options: Any) -> Any:
-        """`loss` or `generate` by name: under ZeRO-3 parameters are whole only inside a forward."""
+        """`loss`, `likelihood` or `generate` by name: under ZeRO-3 parameters are whole only inside a forward."""
         return getattr(self, task)(*inputs, **options)
 
     def loss(
@@ -220,6 +221,36 @@ class Llava(nn.Module):
         seen = torch.arange(length, device=tokens.device) >= length - num_text[:, None]
         embedded = self._embed(tokens, images, image_sizes)
         return self.language_model.generate(inputs_embeds=embedded, attention_mask=seen.long(), **options)
+
+    @torch.no_grad()
+    def likelihood(
+        self, tokens: Tensor, labels: Tensor, images: Tensor, image_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """How likely the labels of each row are, a document a row.
+
+        Args:
+            tokens: as in `loss`.
+            labels: as in `loss`.
+            images: as in `loss`.
+            image_sizes: as in `loss`.
+
+        Returns:
+            The sum of the labels' log-probabilities, float32 [B]; how many they are, int64 [B]; whether each of a row
+            is the likeliest token in its place, bool [B].
+
+        Raises:
+            ValueError: as `loss`.
+        """
+        embedded = self._embed(tokens, images, image_sizes)
+        states = self.language_model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        labels = labels[:, 1:]
+        wanted, rows = labels[labels != IGNORED], (labels != IGNORED).nonzero()[:, 0]
+        head = self.language_head
+        logits = F.linear(states[:, :-1][labels != IGNORED], head.weight, head.bias).float()  # [N, V]
+        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        num_missed = torch.zeros_like(labels[:, 0]).index_add(0, rows, (logits.argmax(-1) != wanted).long())
+        total = found.new_zeros(len(labels)).index_add(0, rows, found)
+        return total, (labels != IGNORED).sum(1), num_missed == 0
 
     def features(self, images: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """What the language model reads of the images, [N, D].

@@ -82,7 +82,7 @@ def test_a_run_prints_what_it_measured_and_leaves_what_it_names(second: tuple[Pa
     folder, printed = second
     line = printed.splitlines()[0]
     assert line.startswith("answer accuracy (held-out): ") and "% (majority " in line
-    for name in ("metrics.jsonl", "curves.png", "answers.png", "checkpoints/step-00000004"):
+    for name in ("metrics.jsonl", "curves.png", "dialogues.png", "checkpoints/step-00000004"):
         assert str(folder / name) in printed and (folder / name).exists()
     assert sorted(losses(folder)) == [1, 2, 3, 4]
 

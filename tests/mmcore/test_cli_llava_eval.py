@@ -41,7 +41,9 @@ def test_held_out_answers_are_those_that_the_run_printed(
     main(["eval", "vqa", str(second)])
     line, *files = capsys.readouterr().out.splitlines()
     assert line == printed.splitlines()[0] and "(majority " in line
-    assert [file.strip() for file in files] == [str(second / f"answers.{kind}") for kind in ("json", "png")]
+    assert [file.strip() for file in files] == [
+        str(second / name) for name in ("answers.json", "dialogues.png")
+    ]
     answers = json.loads((second / "answers.json").read_text())
     right = sum(a["answer"] == a["wanted"] for a in answers)
     assert f": {100 * right / len(answers):.1f} %" in line

@@ -114,6 +114,23 @@ def hf_inputs(tokens: Tensor, images: Tensor, sizes: Tensor | None) -> dict[str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_likelihoods_are_those_of_transformers_row_by_row(kind: str) -> None:
+    ours, theirs = pair("llama", kind)
+    tokens, labels, images, sizes = batch(ours.config)
+    with torch.no_grad():
+        logits = theirs(**hf_inputs(tokens, images, sizes)).logits[:, :-1]
+    labels[1, 1:] = torch.where(labels[1, 1:] == -100, labels[1, 1:], logits[1].argmax(-1))
+    total, count, is_greedy = ours.likelihood(tokens, labels, images, sizes)
+    for row in range(len(tokens)):
+        learned = labels[row, 1:] != -100
+        wanted = labels[row, 1:][learned]
+        expected = -F.cross_entropy(logits[row][learned], wanted, reduction="sum")
+        torch.testing.assert_close(total[row], expected.float(), atol=1e-4, rtol=1e-5)
+        assert int(count[row]) == len(wanted) > 0
+        assert bool(is_greedy[row]) == bool((logits[row][learned].argmax(-1) == wanted).all()) == (row == 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "qwen"])
 def test_loss_and_all_gradients_are_those_of_transformers(name: str, kind: str) -> None:
     ours, theirs = pair(name, kind)
