@@ -12,6 +12,7 @@ from mmcore.data.chats import ChatConfig
 from mmcore.models.llava import Lora, Trainable
 from mmcore.train.optim import OptimConfig
 from mmcore.train.recipe import Recipe
+from mmcore.train.run import RunConfig
 
 # how the names of a model's parts begin
 VISION, PROJECTOR, NEWLINE, LANGUAGE = "visual.", "projector.", "image_newline", "language_model."
@@ -66,6 +67,7 @@ class LlavaRecipe(Recipe):
 class LlavaStage1Config(LlavaRecipe):
     """Train LLaVA's projector between a frozen image tower and a frozen language model (arXiv 2310.03744, stage 1)."""
 
+    run: RunConfig = field(default_factory=partial(RunConfig, epochs=1, batch_size=32))
     optim: OptimConfig = field(default_factory=partial(_published, 1e-3))
     vision: Path | None = None
     """The image tower: a run of mmcore train clip, or a CLIP or BLIP-2 of transformers or open_clip."""
@@ -81,6 +83,7 @@ class LlavaStage1Config(LlavaRecipe):
 class LlavaStage2Config(LlavaRecipe):
     """Train LLaVA's projector and language model on conversations (arXiv 2310.03744, stage 2)."""
 
+    run: RunConfig = field(default_factory=partial(RunConfig, epochs=1, batch_size=16))
     optim: OptimConfig = field(default_factory=partial(_published, 2e-5))
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """What to start from: a run of mmcore train llava-stage1 or llava-stage2; a folder of transformers with a Llava or
