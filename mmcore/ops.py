@@ -16,7 +16,7 @@ from mmkernels import (
     token_contrastive_loss,
 )
 from mmkernels._checks import accumulator, require
-from mmkernels._gemm import matmul_nt
+from mmkernels._gemm import CALLS_ONEDNN, matmul_nt
 from mmkernels._numerics import log_sum_exp
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
@@ -33,6 +33,7 @@ from mmkernels.token_contrastive.problem import label_counts
 from mmkernels.token_contrastive.problem import mean_cosine as token_mean_cosine
 
 __all__ = [
+    "CALLS_ONEDNN",
     "NO_UNDERFLOW_SCALE",
     "ContrastiveProblem",
     "ContrastiveStats",

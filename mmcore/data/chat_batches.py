@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,11 +56,11 @@ def collate(samples: Sequence[ChatSample], pad_token_id: int) -> ChatBatch:
 
 
 def pack(samples: Sequence[ChatSample], max_length: int, pad_token_id: int) -> PackedBatch:
-    """Samples in as few rows as first-fit decreasing finds: the longest first, each into the first row with room.
+    """Samples in rows of about the same length, as many as leave least to pad.
 
     Args:
         samples: expanded, at least one; none is split.
-        max_length: tokens of a row.
+        max_length: most tokens of a row.
         pad_token_id: written behind the shorter rows, never learned.
 
     Raises:
@@ -71,21 +72,51 @@ def pack(samples: Sequence[ChatSample], max_length: int, pad_token_id: int) -> P
         raise ValueError(
             f"pack: samples must have 1 to {max_length} tokens each, got {wrong[0] if wrong else 'none'}"
         )
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(samples)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if lengths[i] <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_length)
-        rows[row].append(i)
-        room[row] -= lengths[i]
+    rows = _rows(lengths, max_length)
     batch = collate([_joined([samples[i] for i in row]) for row in rows], pad_token_id)
     places = [torch.cat([torch.arange(lengths[i]) for i in row]) for row in rows]
     owners = [
         torch.arange(len(row)).repeat_interleave(torch.tensor([lengths[i] for i in row])) for row in rows
     ]
     return PackedBatch(*batch, pad_sequence(places, True, 0), pad_sequence(owners, True, -1), rows)
+
+
+def _rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Those that pad least of first-fit decreasing's and of those that each number of rows has where the longest sample
+    comes first, each into the row that is shortest."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    best = _first_fit(lengths, order, max_length)
+    least = _padded(lengths, best)
+    for num_rows in range(-(-sum(lengths) // max_length), len(lengths) + 1):
+        if num_rows * lengths[order[0]] >= least:
+            break
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        filled = [(0, row) for row in range(num_rows)]
+        for i in order:
+            length, row = filled[0]
+            rows[row].append(i)
+            heapreplace(filled, (length + lengths[i], row))
+        if max(filled)[0] <= max_length and _padded(lengths, rows) < least:
+            best, least = rows, _padded(lengths, rows)
+    return best
+
+
+def _first_fit(lengths: Sequence[int], order: Sequence[int], max_length: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        row = next((r for r, free in enumerate(room) if lengths[i] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_length)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def _padded(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+    """Tokens of the rows, padding included."""
+    return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
 
 
 def _joined(samples: Sequence[ChatSample]) -> ChatSample:

@@ -3,7 +3,8 @@
 "eager" is what it is held to: the same mask, the same result. Written for the mask functions of transformers 5.23.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import getclosurevars
 from typing import Any
 
 import torch
@@ -110,9 +111,9 @@ def attention_mask(**request: Any) -> Tensor | None:
     """transformers' `eager_mask`, of which, if it is causal or bidirectional, intervals alone are stored.
 
     Called by transformers once per forward. It has the eager values rather than bool ones: what a model does to its
-    eager mask stays right, and so does a model that adds it to its logits itself. Other patterns (windows, chunks,
-    packed samples) are the matrix that transformers makes, and `seen_by` finds their intervals; so are all in a graph
-    that is compiled, which cannot ask how much is hidden.
+    eager mask stays right, and so does a model that adds it to its logits itself. Packed samples of a
+    causal model are such intervals too. Other patterns (windows, chunks) are the matrix that transformers makes, and
+    `seen_by` finds their intervals; so are all in a graph that is compiled, which cannot ask how much is hidden.
 
     Args:
         request: the arguments of `eager_mask`.
@@ -145,7 +146,8 @@ def _intervals(
     if mask_function is bidirectional_mask_function:
         pattern = masks.lengths(torch.full((1,), kv_length, device=device), q_length, kv_length)
     elif mask_function is not causal_mask_function:
-        return None
+        ids = _documents(mask_function)
+        return None if ids is None else masks.documents(ids)
     elif q_offset + q_length == kv_offset + kv_length:
         pattern = masks.causal(q_length, kv_length, device=device)
     else:
@@ -163,3 +165,20 @@ def _intervals(
         return None
     ends = (x.expand(-1, q_length) for pair in runs.pairs for x in pair)
     return pattern & masks.Intervals(kv_length, *ends)
+
+
+def _documents(mask_function: Callable) -> Tensor | None:
+    """Which of a row's samples each token belongs to, `[B, L]`, if these alone, causally, are what it is about."""
+    joined = _closed_over(mask_function, "and_masks").get("mask_functions", ())
+    if len(joined) != 2:
+        return None
+    packed = _closed_over(joined[0], "packed_sequence_mask_function")
+    pattern = _closed_over(joined[1], "remap_positions_for_packed_sequence").get("mask_function")
+    return packed.get("packed_sequence_mask") if pattern is causal_mask_function else None
+
+
+def _closed_over(function: Callable, maker: str) -> Mapping[str, Any]:
+    """What a function that transformers' `maker` made closes over; nothing of another's."""
+    name = getattr(function, "__qualname__", "").split(".")[0]
+    is_its = name == maker and function.__module__ == causal_mask_function.__module__
+    return getclosurevars(function).nonlocals if is_its else {}

@@ -14,7 +14,7 @@ from mmcore.models.anyres import Size, grid_shape, num_packed, num_views, pack_f
 from mmcore.models.blip2 import IGNORED
 from mmcore.models.language_head import LanguageHead
 from mmcore.models.vit import VisionConfig, ViT
-from mmcore.nn import Linear
+from mmcore.nn import Linear, quicken
 from mmcore.ops import require
 
 IMAGE_TOKEN = -200
@@ -118,6 +118,7 @@ class Llava(nn.Module):
         first = Linear(config.vision.width, width)
         self.projector = first if config.projector == "linear" else _mlp2x_gelu(first)
         self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5) if config.has_tiles else None
+        quicken(language_model)
         self.language_model: Any = language_model
         self.language_head = LanguageHead(language_model.get_output_embeddings())
         self.activation_checkpointing = False

@@ -3,7 +3,7 @@
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
 from mmcore.nn.cross import CrossAttention, shared_keys_values
 from mmcore.nn.gated import GatedCrossAttentionBlock
-from mmcore.nn.linear import Linear
+from mmcore.nn.linear import Linear, quicken
 from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.multiway import MultiwayBlock
@@ -32,5 +32,6 @@ __all__ = [
     "Transformer",
     "interpolate_positions",
     "quick_gelu",
+    "quicken",
     "shared_keys_values",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmcore.ops import matmul_nt
+from mmcore.ops import CALLS_ONEDNN, matmul_nt
 
 # Products below this, of rows, inputs and outputs, gain nothing.
 MIN_PRODUCT = 2**23
@@ -15,8 +15,9 @@ MIN_PRODUCT = 2**23
 class Linear(nn.Linear):
     """`x W^T + b`, torch.nn.Linear's in all but the speed of float32 on a CPU.
 
-    There the three products of a training step are oneDNN's: torch sends them to MKL, which on AMD's processors runs at
-    half of oneDNN's rate. Elsewhere, under autocast, torch.compile and torch.func, it is torch.nn.Linear.
+    There, if the processor is not Intel's, the three products of a training step are oneDNN's: torch sends them to MKL,
+    which on AMD's runs at half of oneDNN's rate. Elsewhere, under autocast, torch.compile and torch.func, it is
+    torch.nn.Linear.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,11 +28,18 @@ class Linear(nn.Linear):
         return _Product.apply(input, self.weight, self.bias)
 
 
+def quicken(module: nn.Module) -> None:
+    """Makes every torch.nn.Linear of a module that others wrote a `Linear`; weights, names and hooks stay."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+
+
 def _is_plain_float32(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        CALLS_ONEDNN
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
     )

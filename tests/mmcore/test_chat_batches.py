@@ -33,22 +33,35 @@ def test_shorter_samples_are_padded_on_the_right_and_padding_is_not_learned() ->
         collate([], PAD)
 
 
-def test_the_longest_samples_are_packed_first_each_into_the_first_row_with_room() -> None:
-    batch = pack([sample(i, n) for i, n in enumerate([2, 5, 1, 3, 4])], 6, PAD)
-    assert batch.samples == [[1, 2], [4, 0], [3]]
-    assert batch.tokens[0].tolist() == [1000, 1001, 1002, 1003, 1004, 2000]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
-    assert batch.documents.tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, -1, -1, -1]]
-    assert batch.num_text.tolist() == [6, 6, 3]
+def test_samples_stand_one_after_the_other_and_each_begins_anew() -> None:
+    batch = pack([sample(i, n) for i, n in enumerate([2, 5, 1, 3, 3])], 6, PAD)
+    assert batch.samples == [[1], [3, 0], [4, 2]]
+    assert batch.tokens[2].tolist() == [4000, 4001, 4002, 2000, PAD]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
+    assert batch.documents.tolist() == [[0] * 5, [0, 0, 0, 1, 1], [0, 0, 0, 1, -1]]
+    assert batch.num_text.tolist() == [5, 5, 4]
     # a sample's first token would be predicted from the sample before it
-    assert batch.labels[0].tolist() == [-100, -100, 1002, 1003, 1004, -100]
+    assert batch.labels[2].tolist() == [-100, 4001, 4002, -100, -100]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "rows"),
+    [
+        # the first row with room: 11 and 7
+        ([6, 5, 4, 3], 12, [[0, 3], [1, 2]]),
+        # the shortest row: 7, which none has room for
+        ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),
+        # two of them in a row: 8, 8 and 4
+        ([4, 4, 4, 4, 4], 8, [[0], [1], [2], [3], [4]]),
+    ],
+)
+def test_rows_are_those_that_pad_least(lengths: list[int], max_length: int, rows: list[list[int]]) -> None:
+    assert pack([sample(i, n) for i, n in enumerate(lengths)], max_length, PAD).samples == rows
 
 
 @settings(max_examples=80, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), room=st.integers(0, 30))
-def test_packing_splits_nothing_loses_nothing_and_wastes_less_than_half(
-    lengths: list[int], room: int
-) -> None:
+def test_packing_splits_nothing_loses_nothing_and_pads_less_than_half(lengths: list[int], room: int) -> None:
     max_length = max(lengths) + room
     samples = [sample(i, n) for i, n in enumerate(lengths)]
     batch = pack(samples, max_length, PAD)
@@ -67,8 +80,8 @@ def test_packing_splits_nothing_loses_nothing_and_wastes_less_than_half(
         assert batch.num_text[r] == place
         assert (batch.documents[r, place:] == -1).all() and (batch.labels[r, place:] == IGNORED).all()
         assert (batch.tokens[r, place:] == PAD).all() and (batch.position_ids[r, place:] == 0).all()
-    if len(batch.samples) > 1:
-        assert 2 * sum(lengths) > max_length * (len(batch.samples) - 1)
+    assert batch.tokens.numel() < 2 * sum(lengths) + max_length
+    assert batch.tokens.numel() <= len(lengths) * max(lengths)
 
 
 def test_a_packed_token_sees_its_own_sample_alone() -> None:

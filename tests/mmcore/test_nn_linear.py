@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcore.nn import Linear
+from mmcore.nn import Linear, quicken
 from mmcore.nn import linear as module
 
 
@@ -17,6 +17,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Sizes of the inputs that took the faster products; every size may."""
     seen, apply = [], module._Product.apply
     monkeypatch.setattr(module, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(module, "CALLS_ONEDNN", True)
     monkeypatch.setattr(module._Product, "apply", lambda *x: (seen.append(x[0].numel()), apply(*x))[1])
     yield seen
 
@@ -87,6 +88,28 @@ def test_other_types_autocast_compile_and_func_are_torchs(taken: list[int]) -> N
 
 def test_small_products_are_torchs() -> None:
     assert layer()(torch.randn(4, 19, requires_grad=True)).grad_fn.name() == "AddmmBackward0"
+
+
+def test_products_that_are_mkls_by_choice_are_torchs(
+    taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CALLS_ONEDNN", False)
+    layer()(torch.randn(4, 19)).sum().backward()
+    assert not taken
+
+
+def test_the_linear_layers_of_a_model_of_others_take_the_faster_products_too(taken: list[int]) -> None:
+    class Other(nn.Linear):
+        pass
+
+    theirs = nn.Sequential(nn.Linear(19, 33), nn.Sequential(nn.Linear(33, 7, bias=False)), Other(7, 7))
+    x, state = torch.randn(4, 19), theirs.state_dict(keep_vars=True)
+    expected = theirs(x)
+    quicken(theirs)
+    torch.testing.assert_close(theirs(x), expected)
+    assert taken == [x.numel(), 4 * 33] and type(theirs[2]) is Other
+    found = theirs.state_dict(keep_vars=True)
+    assert found.keys() == state.keys() and all(found[name] is state[name] for name in state)
 
 
 def test_activations_can_be_recomputed(taken: list[int]) -> None:

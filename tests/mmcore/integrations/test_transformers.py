@@ -281,6 +281,9 @@ def test_the_same_torch_seed_drops_the_same_weights() -> None:
     assert not torch.equal(results[0][0][0], results[2][0][0])
 
 
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], [*range(9), 0, 0, 0], [*range(12)]])
+
+
 def llama() -> LlamaForCausalLM:
     return scrambled(LlamaForCausalLM(LlamaConfig(**LLAMA)))
 
@@ -296,12 +299,22 @@ def sliding() -> MistralForCausalLM:
         # a hole in the middle, and more of them than two runs
         (llama, lambda model: {"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]] * 3)}),
         (llama, lambda model: {"attention_mask": torch.tensor([[1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 1]] * 3)}),
-        (llama, lambda model: {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]] * 3)}),
+        (llama, lambda model: {"position_ids": PACKED}),
         (llama, lambda model: {"past_key_values": StaticCache(model.config, max_cache_len=20)}),
         (sliding, lambda model: {}),
         (sliding, lambda model: {"attention_mask": padded(3, 12, "right")}),
+        (sliding, lambda model: {"position_ids": PACKED}),
     ],
-    ids=["padding", "hole", "holes", "packed", "static cache", "window", "window and padding"],
+    ids=[
+        "padding",
+        "hole",
+        "holes",
+        "packed",
+        "static cache",
+        "window",
+        "window and padding",
+        "window and packed",
+    ],
 )
 def test_every_pattern_of_transformers_masks_is_eagers(
     make: Callable[[], Any], options: Callable[[Any], dict[str, Any]]

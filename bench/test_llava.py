@@ -1,0 +1,128 @@
+"""A step of LLaVA-1.5's second stage on the lengths of its mix: packed rows of ours, and transformers' padded ones."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.case import Case, time_case
+from bench.llava import CONTENDERS, CPU, EAGER, GPU, MIX, PACKED, Batch, batch, ours, step_flops, theirs
+from bench.measure import gemm_flops_per_s, paired_medians, peak_extra_bytes
+from mmcore.models.blip2 import IGNORED
+from mmcore.models.llava import IMAGE_TOKEN
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = GPU if DEVICE.type == "cuda" else CPU
+
+
+@functools.cache
+def model(attention: str | None) -> Any:
+    """Ours, or transformers' with its weights."""
+    return ours(SHAPE, DEVICE) if attention is None else theirs(model(None), attention)
+
+
+@functools.cache
+def inputs() -> Batch:
+    return batch(SHAPE, DEVICE)
+
+
+def step(contender: str) -> Callable[[], Tensor]:
+    attention, run = CONTENDERS[contender]
+    return functools.partial(run, model(attention), inputs())
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_llava_stage2(benchmark: Any, device: torch.device, contender: str) -> None:
+    text = SHAPE.text
+    rate = gemm_flops_per_s(
+        inputs().num_tokens, text.intermediate_size, text.hidden_size, SHAPE.dtype, device
+    )
+    case = Case(
+        group=f"llava-stage2 {SHAPE.name}",
+        contender=contender,
+        loss=step(contender),
+        wrt=(),
+        mode="step",
+        floor_s=step_flops(SHAPE, inputs()) / rate,
+    )
+    time_case(benchmark, device, case)
+    if benchmark.enabled:
+        num_tokens = inputs().num_tokens  # no padding among them
+        benchmark.extra_info["tokens_per_s"] = num_tokens / benchmark.stats.stats.median
+
+
+def test_the_mix_is_as_large_as_published() -> None:
+    """In conversations and, at four bytes a token, 60 of JSON a message and 120 a conversation, about in bytes."""
+    assert sum(part.conversations for part in MIX) == 665_298
+    size = sum(
+        part.conversations * (120 + part.rounds * (2 * 60 + 4 * (part.asked + part.answered))) for part in MIX
+    )
+    assert size == pytest.approx(1.03e9, rel=0.1)
+
+
+def test_the_rows_hold_the_conversations_of_the_padded_batch() -> None:
+    found = inputs()
+    packed, padded = found.packed, found.padded
+    for rows in (packed, padded):
+        assert int(rows.num_text.sum()) == found.num_tokens
+    texts = [rows.tokens[rows.tokens > 0].sort().values for rows in (packed, padded)]
+    assert torch.equal(*texts) and int((packed.labels != IGNORED).sum()) == found.num_learned
+    assert int((packed.tokens == IMAGE_TOKEN).sum()) == len(found.packed_images) * SHAPE.vision.num_patches
+    shares = [f"{1 - found.num_tokens / rows.tokens.numel():.0%}" for rows in (packed, padded)]
+    print(
+        f"{found.num_tokens} tokens, {found.num_learned} learned; padding {shares[0]}, unpacked {shares[1]}"
+    )
+
+
+def test_all_compute_the_same_loss_and_gradient() -> None:
+    losses, gradients = {}, {}
+    for name, (attention, _) in CONTENDERS.items():
+        losses[name] = step(name)().item()
+        found = model(attention)
+        projector = found.projector[0] if attention is None else found.model.multi_modal_projector.linear_1
+        gradients[name] = projector.weight.grad.clone()
+    expected = gradients[EAGER]
+    errors = {name: float((x - expected).norm() / expected.norm()) for name, x in gradients.items()}
+    in_loss, in_gradient = (1e-5, 1e-4) if SHAPE.dtype == torch.float32 else (1e-2, 0.05)
+    assert losses == pytest.approx(dict.fromkeys(losses, losses[EAGER]), rel=in_loss)
+    assert max(errors.values()) <= in_gradient, errors
+
+
+def test_a_packed_step_is_ahead_of_the_padded_one() -> None:
+    """The step that users have, and what packing and the loss are of the difference."""
+    medians = paired_medians({name: step(name) for name in CONTENDERS}, 5, DEVICE)
+    print(f"llava-stage2 {SHAPE.name}, {inputs().num_tokens} tokens that are no padding:")
+    for name, seconds in medians.items():
+        print(
+            f"  {name}: {inputs().num_tokens / seconds:.0f} tokens/s, {seconds / medians[PACKED]:.2f}x the time"
+        )
+    assert medians[EAGER] / medians[PACKED] >= (1.4 if DEVICE.type == "cuda" else 1.5)
+
+
+def test_the_loss_takes_less_than_half_the_memory() -> None:
+    """From the last states to their gradient and that of the head."""
+    ours_, theirs_ = model(None), model("eager")
+
+    def states(tokens: Tensor) -> Tensor:
+        made = torch.zeros(*tokens.shape, SHAPE.text.hidden_size, device=DEVICE, dtype=SHAPE.dtype)
+        return made.requires_grad_()
+
+    def run_ours() -> None:
+        rows = inputs().packed
+        ours_.zero_grad()
+        ours_.language_head(states(rows.tokens)[:, :-1], rows.labels[:, 1:]).backward()
+
+    def run_theirs() -> None:
+        rows = inputs().padded
+        theirs_.zero_grad()
+        logits = theirs_.lm_head(states(rows.tokens))
+        theirs_.loss_function(logits, rows.labels, SHAPE.text.vocab_size).backward()
+
+    ours_peak, theirs_peak = (peak_extra_bytes(run, DEVICE) for run in (run_ours, run_theirs))
+    if ours_peak is None or theirs_peak is None:
+        pytest.skip("this system does not tell peak memory")
+    print(f"llava-stage2 loss: {ours_peak / 2**20:.0f} MiB, transformers' {theirs_peak / 2**20:.0f} MiB")
+    assert 2 * ours_peak <= theirs_peak
