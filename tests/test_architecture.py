@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mmcore.ema": ("mmcore.ops", "mmcore.tensor_file"),
     "mmcore.optim": ("mmcore.ops", "mmcore.ema"),
     "mmcore.nn": ("mmcore.ops", "mmcore.ema"),
-    "mmcore.integrations": ("mmcore.ops",),
+    "mmcore.integrations": ("mmcore.ops", "mmcore.losses"),
     "mmcore.losses": ("mmcore.ops", "mmcore.nn"),
     "mmcore.models": ("mmcore.ops", "mmcore.nn", "mmcore.checkpoint"),
     "mmcore.data": ("mmcore.models",),
