@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mmcore.ema": ("mmcore.ops", "mmcore.tensor_file"),
     "mmcore.optim": ("mmcore.ops", "mmcore.ema"),
     "mmcore.nn": ("mmcore.ops", "mmcore.ema"),
-    "mmcore.integrations": ("mmcore.ops",),
+    "mmcore.integrations": ("mmcore.ops", "mmcore.losses"),
     "mmcore.integrations.lmms_eval": ("mmcore.data", "mmcore.eval", "mmcore.models"),
     "mmcore.losses": ("mmcore.ops", "mmcore.nn"),
     "mmcore.models": ("mmcore.ops", "mmcore.nn", "mmcore.checkpoint"),
@@ -37,15 +37,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "mmcore.cli": tuple(f"mmcore.{p}" for p in "data train eval models checkpoint errors".split()),
     "bench": ("mmkernels", "mmcore"),
-    "tests": ("mmkernels", "mmcore", "bench"),
+    "docs": ("mmkernels", "mmcore"),
+    "examples": ("mmkernels", "mmcore"),
+    "tests": ("mmkernels", "mmcore", "bench", "docs"),
 }
-OURS = ("mmkernels", "mmcore", "bench", "tests")
+OURS = ("mmkernels", "mmcore", "bench", "docs", "examples", "tests")
 MAX_LINES = 400
 
 
 def modules() -> list[tuple[str, Path]]:
     found = []
-    for top, base in (("mmkernels", ROOT / "kernels"), ("mmcore", ROOT), ("bench", ROOT), ("tests", ROOT)):
+    for top in OURS:
+        base = ROOT / "kernels" if top == "mmkernels" else ROOT
         for path in sorted((base / top).rglob("*.py")):
             name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
             found.append((name, path))
