@@ -10,8 +10,9 @@ The lengths are synthetic. They are drawn part by part after what is published o
   arXiv:2405.02246 counts them, questions, format prompts and boxes as they are usually worded.
 The spread around these means is ours: Poisson for rounds, a gamma distribution for texts.
 
-A padded batch is one of those that LLaVA's own order makes, by modality and length, of its 128 conversations a step: of
-the batches with images, 15 of 16, that with the median share of padding. The packed rows hold the same conversations.
+The padded batch is one of those that LLaVA's own order makes, by modality and length, of its 128 conversations a step:
+of the batches with images, 15 of 16, that whose shares of padding and of learned tokens are nearest to those of all
+batches. The packed rows hold the same conversations.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -160,17 +161,23 @@ def padded_batches(shape: Shape, talks: Sequence[Talk]) -> list[list[Talk]]:
     return [batch for batch in batches if len({talk.has_image for talk in batch}) == 1]
 
 
-def padding_share(shape: Shape, talks: Sequence[Talk]) -> float:
-    """Of a padded batch."""
-    lengths = [talk.length(shape) for talk in talks]
-    return 1 - sum(lengths) / (len(lengths) * max(lengths))
+def shares(shape: Shape, batches: Sequence[Sequence[Talk]]) -> np.ndarray:
+    """Of padding in padded batches, and of learned tokens in the rest."""
+    lengths = [[talk.length(shape) for talk in batch] for batch in batches]
+    num_tokens = sum(map(sum, lengths))
+    learned = sum(answered for batch in batches for talk in batch for _, answered in talk.rounds)
+    padded = sum(len(batch) * max(batch) for batch in lengths)
+    return np.array([1 - num_tokens / padded, learned / num_tokens])
 
 
-def median_batch(shape: Shape) -> list[Talk]:
-    """Of the batches with images of some steps, by its share of padding."""
-    talks = draw(shape, 16 * GLOBAL_BATCH, np.random.default_rng(0))
-    batches = [batch for batch in padded_batches(shape, talks) if batch[0].has_image]
-    return sorted(batches, key=lambda batch: padding_share(shape, batch))[len(batches) // 2]
+def typical_batch(shape: Shape) -> list[Talk]:
+    """With images, and with about the shares of all batches of some steps."""
+    batches = padded_batches(shape, draw(shape, 32 * GLOBAL_BATCH, np.random.default_rng(0)))
+    wanted = shares(shape, batches)
+    return min(
+        (batch for batch in batches if batch[0].has_image),
+        key=lambda batch: np.abs(shares(shape, [batch]) - wanted).sum(),
+    )
 
 
 class Batch(NamedTuple):
@@ -192,9 +199,9 @@ class Batch(NamedTuple):
 
 
 def batch(shape: Shape, device: torch.device) -> Batch:
-    """The median batch with tokens and pixels of noise."""
+    """The typical batch with tokens and pixels of noise."""
     generator = torch.Generator().manual_seed(1)
-    samples = [sample(shape, talk, generator) for talk in median_batch(shape)]
+    samples = [sample(shape, talk, generator) for talk in typical_batch(shape)]
     side = shape.vision.image_size
     images = torch.randn(len(samples), 3, side, side, generator=generator).to(device, shape.dtype)
     packed, padded = pack(samples, shape.max_length, 0), collate(samples, 0)
