@@ -1,17 +1,26 @@
 """The one switch between the Triton kernels and the blockwise ATen paths."""
 
+import os
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 HAS_TRITON = find_spec("triton") is not None
-if HAS_TRITON:
-    from triton import knobs
+# read once, as triton does: a kernel is bound to the interpreter, or not, when its module is imported
+INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
-    # read once: a kernel is bound to the interpreter, or not, when its module is imported
-    INTERPRETED: bool = knobs.runtime.interpret
-else:
-    INTERPRETED = False
+
+class Kernels:
+    """An op's module of Triton launchers, imported when the first of them is looked up: triton takes longer than all
+    else that this package imports, and a CPU has no use for it."""
+
+    def __init__(self, package: str) -> None:
+        self._module = f"{package}.kernel"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._module), name)
 
 
 def runs_triton(x: torch.Tensor) -> bool:

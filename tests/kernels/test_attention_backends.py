@@ -304,3 +304,25 @@ def test_a_library_compiles_into_the_one_graph(name: str, installed: None) -> No
     call = partial(attention, backend=name)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), call(q, k, v))
+
+
+def test_a_library_is_imported_while_a_first_call_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """`_missing` is a constant to Dynamo, which could trace no import."""
+    (tmp_path / "flash_attn_interface.py").write_text(
+        "def flash_attn_func(q, k, v, softmax_scale, causal, deterministic):\n    return softmax_scale * (q + k + v)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(libraries, "_FOUND", {})
+    # so that it is forgotten afterwards
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    del sys.modules["flash_attn_interface"]
+    library = replace(LIBRARIES["flash_attn_3"], only=None, dtypes=libraries.SINGLE)
+    monkeypatch.setattr(backends, "LIBRARIES", {**LIBRARIES, "flash_attn_3": library})
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        partial(attention, backend="flash_attn_3", scale=2.0), fullgraph=True, backend="aot_eager"
+    )
+    q, k, v = (torch.randn(2, 9, 2, 8) for _ in range(3))
+    torch.testing.assert_close(compiled(q, k, v), 2.0 * (q + k + v))

@@ -54,7 +54,6 @@ class Library:
         return None if self.module is None else _missing(self.module)
 
 
-@torch.compiler.assume_constant_result
 def _missing(module: str) -> str | None:
     if module not in _FOUND:
         _FOUND[module] = _import(module)
@@ -62,6 +61,10 @@ def _missing(module: str) -> str | None:
             warnings.warn(str(_FOUND[module]), stacklevel=2)
     found = _FOUND[module]
     return found if isinstance(found, str) else None
+
+
+# all that torch.compiler.assume_constant_result does, after importing Dynamo, which takes as long as torch
+_missing._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _import(name: str) -> Any:

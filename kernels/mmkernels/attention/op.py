@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import accumulator, autocast_operands, require
-from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._device import Kernels, runs_triton
 from mmkernels.attention import blockwise
 from mmkernels.attention.backends import OURS, Call, pick, run_backend
 from mmkernels.attention.checks import (
@@ -23,10 +23,7 @@ from mmkernels.attention.problem import empty_rows as find_empty_rows
 from mmkernels.attention.reference import QKNorm
 from mmkernels.masks import Dense, Intervals, Mask
 
-if HAS_TRITON:
-    from mmkernels.attention import kernel
-else:
-    kernel = blockwise
+kernel = Kernels("mmkernels.attention")
 
 EMPTY_ROWS = ("zero", "uniform")
 # Weights of a sample, over all heads, up to which a mask is made.

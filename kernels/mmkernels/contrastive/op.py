@@ -12,14 +12,11 @@ from mmkernels._checks import (
     require,
     scalar_tensor,
 )
-from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._device import Kernels, runs_triton
 from mmkernels.contrastive import blockwise
 from mmkernels.contrastive.problem import ContrastiveStats, Problem, poisoned
 
-if HAS_TRITON:
-    from mmkernels.contrastive import kernel
-else:
-    kernel = blockwise
+kernel = Kernels("mmkernels.contrastive")
 
 # With `normalized=True` all exponentials are shifted by scale - 64: above this scale that is no longer safe.
 MAX_SHIFTED_SCALE = 128.0

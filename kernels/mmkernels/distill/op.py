@@ -4,15 +4,12 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import accumulator, check_beside, check_dtype, require, scalar_tensor
-from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._device import Kernels, runs_triton
 from mmkernels._numerics import widen
 from mmkernels.distill import blockwise
 from mmkernels.distill.reference import distillation_loss_ref
 
-if HAS_TRITON:
-    from mmkernels.distill import kernel
-else:
-    kernel = blockwise
+kernel = Kernels("mmkernels.distill")
 
 OP = "distillation_loss"
 REDUCTIONS = ("none", "mean", "sum")

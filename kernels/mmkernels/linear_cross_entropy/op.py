@@ -8,15 +8,12 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
 from mmkernels._checks import accumulator, autocast_operands, check_beside, check_dtype, check_index, require
-from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._device import Kernels, runs_triton
 from mmkernels._numerics import widen
 from mmkernels.linear_cross_entropy import blockwise
 from mmkernels.linear_cross_entropy.reference import linear_cross_entropy_ref
 
-if HAS_TRITON:
-    from mmkernels.linear_cross_entropy import kernel
-else:
-    kernel = blockwise
+kernel = Kernels("mmkernels.linear_cross_entropy")
 
 REDUCTIONS = ("none", "sum", "mean")
 # Timed on two Zen 5 cores: under so many multiplications the registered op's own call is what costs.

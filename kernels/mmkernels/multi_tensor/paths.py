@@ -8,14 +8,11 @@ from torch import Tensor
 
 from mmkernels import native
 from mmkernels._checks import DTYPE_NAMES, DTYPES, require
-from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._device import Kernels, runs_triton
 from mmkernels.multi_tensor import blockwise
 from mmkernels.multi_tensor.table import Table, known, new_table, table_of
 
-if HAS_TRITON:
-    from mmkernels.multi_tensor import kernel
-else:
-    kernel = blockwise
+kernel = Kernels("mmkernels.multi_tensor")
 
 Given = Mapping[str, Sequence[Tensor] | None]
 # of `op`, by the name of a list, where its dtypes are not `DTYPES`

@@ -12,15 +12,12 @@ from mmkernels._checks import (
     require,
     scalar_tensor,
 )
-from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._device import Kernels, runs_triton
 from mmkernels._numerics import widen
 from mmkernels.sigmoid import blockwise
 from mmkernels.sigmoid.reference import sigmoid_loss_ref
 
-if HAS_TRITON:
-    from mmkernels.sigmoid import kernel
-else:
-    kernel = blockwise
+kernel = Kernels("mmkernels.sigmoid")
 
 REDUCTIONS = ("none", "sum", "mean")
 # Logits that stay in a CPU's cache cost less stored than a call of the registered op.

@@ -12,14 +12,11 @@ from mmkernels._checks import (
     require,
     scalar_tensor,
 )
-from mmkernels._device import HAS_TRITON, runs_triton
+from mmkernels._device import Kernels, runs_triton
 from mmkernels.token_contrastive import blockwise, late
 from mmkernels.token_contrastive.problem import Problem, TokenContrastiveStats, field_sizes
 
-if HAS_TRITON:
-    from mmkernels.token_contrastive import kernel
-else:
-    kernel = blockwise
+kernel = Kernels("mmkernels.token_contrastive")
 
 OP = "token_contrastive"
 Labels = tuple[Tensor, Tensor]
