@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ def gradients(zero: int, rank: int, world_size: int) -> tuple[float, dict[str, l
         world_size=world_size,
     )
     # its stage 3 asks for float64 on a processor that has float16, and then refuses it
-    get_accelerator().is_fp16_supported = lambda: False
+    accelerator: Any = get_accelerator()
+    accelerator.is_fp16_supported = lambda: False
     engine = Engine(model, optimizer, resolved, precision)
     images, tokens = (tiny.share(x, rank, world_size) for x in tiny.batch(12, 0, torch.float64))
     loss = global_contrastive_loss(*engine(images, tokens))
