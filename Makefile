@@ -1,5 +1,6 @@
 # make demo   train CLIP on real data in minutes, from nothing
 # make demo-blip2   the same for BLIP-2: a tower, both stages, captions of held-out pictures
+# make demo-llava   for LLaVA: a tower, both stages, dialogues about held-out pictures
 # make test   the tests, from nothing          make check  lint, format, types
 # make bench  the benchmarks of this machine   make gpu    kernel tests on CUDA, then the benchmarks
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DEMO   ?= runs/demo
 GPU    ?= gpu
 JOBS   ?= 2
 
-.PHONY: demo demo-blip2 test check bench docs-tables gpu clean
+.PHONY: demo demo-blip2 demo-llava test check bench docs-tables gpu clean
 .DELETE_ON_ERROR:
 
 # DeepSpeed builds from source and needs torch to be there first.
@@ -29,6 +30,18 @@ demo-blip2: $(VENV)/installed
 	$(VENV)/bin/mmcore train blip2-stage2 --data digits --from $(DEMO)-blip2/stage1 --llm tiny --prompt Caption: \
 	    --epochs 10 --batch-size 64 --lr 1e-3 --ema 0.99 --out $(DEMO)-blip2/stage2
 	$(VENV)/bin/mmcore eval vqa $(DEMO)-blip2/stage2
+
+# On pictures of things, tuxpaint's stamps, where the package of them can be fetched, else on scans of digits.
+demo-llava: $(VENV)/installed
+	@if $(RUN) -c "import sys; sys.tracebacklimit = 0; from mmcore.data.stamps import find_stamps; find_stamps(None)"; \
+	then data=stamps epochs=40; \
+	else echo "no stamps here: the demo is on digits"; data=digits epochs=20; fi; \
+	set -ex; run=$(DEMO)-llava; common="--data $$data --val-fraction 0.2 --lr 1e-3"; \
+	$(VENV)/bin/mmcore train clip $$common --model tiny --epochs $$epochs --batch-size 128 --ema 0.99 --out $$run/tower; \
+	$(VENV)/bin/mmcore train llava-stage1 $$common --vision $$run/tower --llm tiny --llm-steps 60 --epochs 2 \
+	    --batch-size 32 --max-answer 16 --out $$run/stage1; \
+	$(VENV)/bin/mmcore train llava-stage2 $$common --from $$run/stage1 --epochs 8 --batch-size 32 --max-answer 16 \
+	    --out $$run/stage2
 
 # One thread a process: the tests are many small calls.
 test: $(VENV)/installed

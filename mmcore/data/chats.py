@@ -22,7 +22,7 @@ class ChatConfig:
 
     data: str = "digits"
     """Conversations: LLaVA's JSON or JSONL, a mix of such files in YAML (datasets: json_path, sampling_strategy), or
-    'digits' or 'stamps', about which conversations are derived from captions and classes."""
+    'digits' or 'stamps', about which conversations are derived from captions, classes and pixels."""
     val_data: str | None = None
     """Held-out conversations, of the same kinds; none: a share of --val-fraction is split off, by images."""
     val_fraction: float = 0.1
@@ -110,7 +110,7 @@ def _derived(
     if stamps.val is None:
         return train, None
     assert isinstance(stamps.val.source, Stamps)
-    return train, stamp_conversations(stamps.val.source, stamps.val_questions, **options)
+    return train, stamp_conversations(stamps.val.source, stamps.val_questions, is_held_out=True, **options)
 
 
 def _split(

@@ -17,7 +17,7 @@ from mmcore.data.chat_loader import ChatPart, ChatTrainBatch, chat_loader
 from mmcore.data.chats import ChatData, open_chats
 from mmcore.data.conversations import IMAGE
 from mmcore.data.loader import MapLoader
-from mmcore.data.templates import ChatTokens
+from mmcore.data.templates import TEMPLATES, ChatTokens
 from mmcore.eval.chat import accuracy, replies
 from mmcore.eval.llava import load_run, report
 from mmcore.integrations.transformers import NAME as ATTENTION
@@ -39,6 +39,8 @@ from mmcore.train.recipe import run_recipe, write_folder
 from mmcore.train.run import Start, open_run
 from mmcore.train.tiny_lm import Said
 
+# of what --llm tiny is trained on
+TINY_TEMPLATE = "v1"
 # Conversations that a run is measured on while it trains.
 MAX_EVALUATED = 96
 
@@ -81,12 +83,15 @@ def _start_of(config: LlavaStage2Config) -> LlavaStart:
 
 
 def _said(data: ChatData) -> list[list[Said]]:
-    """What a tiny language model learns of each picture: what is asked and answered."""
-    found = []
+    """What a tiny language model learns of each picture: what is asked and answered, as stage 2 will write it."""
+    template, found = TEMPLATES[TINY_TEMPLATE], []
+    system = template.system.join(template.system_marks)
     for conversation in data.train.conversations:
-        turns = conversation.turns
-        pairs = pairwise(turns)
-        asked = [(q.text.replace(IMAGE, "").strip(), a.text) for q, a in pairs if a.role == "assistant"]
+        asked = []
+        for question, answer in pairwise(conversation.turns):
+            if answer.role == "assistant":
+                text = question.text.replace(IMAGE, "").strip().join(template.user_marks)
+                asked.append((f"{system}{text}{template.answer_mark}", answer.text))
         found.append([*asked, *(("", answer) for _, answer in asked)])
     return found
 

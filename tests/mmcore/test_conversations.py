@@ -1,4 +1,4 @@
-"""LLaVA's JSON: read and checked, mixed, with images in folders and tars; and conversations derived."""
+"""LLaVA's JSON: read and checked, mixed, with images in folders and tars."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcore.data.broken import BrokenRecord
-from mmcore.data.config import DataConfig
 from mmcore.data.conversations import (
     IMAGE,
     MAX_SIDE,
@@ -24,11 +22,8 @@ from mmcore.data.conversations import (
     open_conversations,
     parse_conversation,
 )
-from mmcore.data.derived_chats import digit_conversations, stamp_conversations
-from mmcore.data.digits import DIGIT_NAMES, open_digits
 from mmcore.data.mixes import parse_sampling, read_mix
-from mmcore.data.stamps import Stamps, open_stamps
-from tests.mmcore.data_fixtures import image_bytes, write_images, write_json, write_stamps, write_tar
+from tests.mmcore.data_fixtures import image_bytes, write_images, write_json, write_tar
 
 ASKED = {"from": "human", "value": f"{IMAGE}\nWhat is it?"}
 SAID = {"from": "gpt", "value": "A cat."}
@@ -329,61 +324,3 @@ def test_a_mix_that_is_wrong_is_an_error_that_names_its_entry(
     (tmp_path / "mix.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_mix(str(tmp_path / "mix.yaml"))
-
-
-def test_conversations_about_digits_are_derived_true_and_of_1_to_3_turns() -> None:
-    scans, _ = open_digits(0.2, 0)
-    found = digit_conversations(scans, seed=0)
-    assert found.derived and "derived" in found.name and len(found) == len(scans)
-    for i, conversation in enumerate(found.conversations):
-        answers = {
-            t.text: a.text for t, a in zip(conversation.turns[::2], conversation.turns[1::2], strict=True)
-        }
-        assert parse_conversation(0, as_record(conversation)).turns == conversation.turns
-        for question, answer in answers.items():
-            name = DIGIT_NAMES[scans.classes[i]]
-            want = ("even", "odd")[scans.classes[i] % 2] if "even or odd" in question else name
-            assert want in answer
-    lengths = [len(c.turns) // 2 for c in found.conversations]
-    assert set(lengths) == {1, 2, 3}
-    assert found.raw_images(5)[0].tobytes() == scans.raw_image(5).tobytes()
-    assert digit_conversations(scans, seed=0).conversations == found.conversations
-    assert digit_conversations(scans, seed=1).conversations != found.conversations
-    part = scans.take([40, 3])
-    assert digit_conversations(part, seed=0).conversations == [found.conversations[i] for i in (40, 3)]
-
-
-def as_record(conversation: Conversation) -> dict[str, Any]:
-    names = {"user": "human", "assistant": "gpt", "system": "system"}
-    turns = [{"from": names[t.role], "value": t.text} for t in conversation.turns]
-    return record(*turns, image=list(conversation.images))
-
-
-@pytest.mark.parametrize("language", ["en", "zh_CN"])
-def test_conversations_about_stamps_are_derived_from_captions_and_kinds(
-    tmp_path: Path, language: Any
-) -> None:
-    opened = open_stamps(
-        DataConfig(data="stamps", language=language, stamps_dir=write_stamps(tmp_path / "s")), 0
-    )
-    found = stamp_conversations(opened.train, opened.questions, language=language, seed=0)
-    assert found.derived and len(found) == len(opened.train) and opened.questions is not None
-    said: set[str] = set()
-    for i, conversation in enumerate(found.conversations):
-        kind, caption = opened.questions.questions[i].answers[0], opened.train.texts[i]
-        for asked, answer in zip(conversation.turns[::2], conversation.turns[1::2], strict=True):
-            is_yes = kind in asked.text
-            assert answer.text in {caption, kind, *(("yes", "属于") if is_yes else ("no", "不属于"))}
-            said.add(answer.text)
-        assert parse_conversation(0, as_record(conversation)).turns == conversation.turns
-        assert found.raw_images(i)[0].tobytes() == opened.train.raw_image(i).tobytes()
-    assert len(said & {"yes", "no", "属于", "不属于"}) == 2
-    alone = stamp_conversations(opened.train, None, language=language, seed=0)
-    assert [c.turns[1].text for c in alone.conversations] == opened.train.texts
-
-
-def test_a_derived_image_that_is_not_there_is_broken(tmp_path: Path) -> None:
-    stamps = Stamps([str(tmp_path / "gone.png")], ["gone.png"], ["A thing."])
-    found = stamp_conversations(stamps, None, language="en", seed=0)
-    with pytest.raises(BrokenRecord, match="missing file"):
-        found.raw_images(0)
