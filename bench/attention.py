@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from bench.peers import load, missing
 from mmkernels import attention, masks
 from mmkernels._spec import Cost, Shape
 from mmkernels.masks import Intervals, Mask
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+LIBRARIES = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers")
+NUM_DOCUMENTS = 8
 # on a GPU an error says that none of them serves a call, where SDPA would go over to eager's products in silence
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
@@ -74,8 +77,8 @@ def _two_tiles(shape: Shape, device: torch.device) -> Mask:
 
 
 def _documents(shape: Shape, device: torch.device) -> Mask:
-    """Eight samples packed into a row."""
-    ids = torch.arange(shape["Lq"], device=device) // (shape["Lq"] // 8)
+    """Samples packed into a row."""
+    ids = torch.arange(shape["Lq"], device=device) // (shape["Lq"] // NUM_DOCUMENTS)
     return masks.documents(ids.expand(shape["B"], -1))
 
 
@@ -163,7 +166,18 @@ def contenders(workload: Workload, shape: Shape, device: torch.device) -> dict[s
     found["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
     if device.type == "cuda" and dropout_p == 0:
         found["flex"] = _flex(workload, shape, mask, device)
+    for name in LIBRARIES:
+        if serves(name, workload, shape) and missing(name) is None:
+            found[name] = _xformers(workload) if name == "xformers" else _flash_attn(name, workload, shape)
     return found
+
+
+def serves(library: str, workload: Workload, shape: Shape) -> bool:
+    """Whether a library has the layer's mask without storing it as a matrix, its dropout and its groups of heads."""
+    if library == "xformers":
+        return workload.mask in (None, _causal) and shape["H"] == shape["Hkv"]
+    is_known = workload.mask in (None, _causal, _documents)
+    return is_known and (library == "flash_attn_2" or workload.dropout_p == 0)
 
 
 def _split(x: Tensor, workload: Workload) -> tuple[Tensor, Tensor]:
@@ -196,3 +210,37 @@ def _flex(workload: Workload, shape: Shape, mask: Mask | None, device: torch.dev
         return out.transpose(1, 2)
 
     return flex
+
+
+def _flash_attn(name: str, workload: Workload, shape: Shape) -> Call:
+    """Packed samples by their offsets, as training codes give them to it; gradients in any order, its default."""
+    library, length = load(name), shape["Lq"] // NUM_DOCUMENTS
+    options = {"dropout_p": workload.dropout_p} if workload.dropout_p else {}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = _joined(k, v, workload)
+        if workload.mask is _documents:
+            rows, ends = q.shape[0] * NUM_DOCUMENTS, {}
+            for side in "qk":
+                ends[f"cu_seqlens_{side}"] = (
+                    torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length
+                )
+                ends[f"max_seqlen_{side}"] = length
+            packed = (x.flatten(0, 1) for x in (q, k, v))
+            out = library.flash_attn_varlen_func(*packed, causal=True, **ends, **options)
+        else:
+            out = library.flash_attn_func(q, k, v, causal=workload.mask is _causal, **options)
+        return (out[0] if isinstance(out, tuple) else out).reshape(q.shape)
+
+    return run
+
+
+def _xformers(workload: Workload) -> Call:
+    ops = load("xformers")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = _joined(k, v, workload)
+        mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask() if workload.mask else None
+        return ops.memory_efficient_attention(q, k, v, attn_bias=mask, p=workload.dropout_p)
+
+    return run

@@ -5,15 +5,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from bench.measure import peak_extra_bytes, predicted_s, synchronize
+from bench.peers import PEERS
 from mmkernels._spec import Cost
 
 MODES = ("forward", "backward", "both")
 BUDGET_S = {"cpu": 1.5, "cuda": 0.3}
 WARM_UP_S = 0.2
+# of a call that is repeated less, so that the whole bench takes minutes
+LONG_S = 2.0
+
+
+# Cases that the device's memory did not hold, by group and contender, with their parameters: the JSON has them beside
+# the timed ones.
+OUT_OF_MEMORY: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,36 @@ def step(case: Case) -> Callable[[], object]:
     return lambda: torch.autograd.grad(value, case.wrt, retain_graph=True)
 
 
+def refusal(call: Callable[[], object]) -> str | None:
+    """What a peer says where it does not serve a case, in a line; None where it does."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError, NotImplementedError, TritonError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
 def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
+    """Times the case; skips, and says so, what does not fit into memory and what a peer does not serve."""
+    benchmark.group = f"{case.group} {case.mode}"
+    try:
+        if case.contender in PEERS and (reason := refusal(step(case))):
+            pytest.skip(f"{case.contender} does not serve this: {reason}")
+        _time(benchmark, device, case)
+    except torch.OutOfMemoryError:
+        OUT_OF_MEMORY.append(
+            {
+                "group": benchmark.group,
+                "extra_info": {"contender": case.contender},
+                "params": {name: x for name, x in (benchmark.params or {}).items() if name == "shape"},
+            }
+        )
+        pytest.skip(f"{case.contender} needs more memory than the device has")
+
+
+def _time(benchmark: Any, device: torch.device, case: Case) -> None:
     """Times the case, and writes what the tables show into the benchmark's `extra_info`."""
     call = step(case)
 
@@ -70,12 +109,11 @@ def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
 
     # the first calls of a process find the allocator cold
     began, calls, seconds = time.perf_counter(), 0, 0.0
-    while calls < 2 or time.perf_counter() - began < WARM_UP_S:
+    while calls < (1 if seconds > LONG_S else 2) or time.perf_counter() - began < WARM_UP_S:
         call_began = time.perf_counter()
         timed()
         seconds, calls = time.perf_counter() - call_began, calls + 1
-    rounds = max(5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
-    benchmark.group = f"{case.group} {case.mode}"
+    rounds = max(3 if seconds > LONG_S else 5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
     benchmark.pedantic(timed, rounds=rounds, iterations=1)
     if not benchmark.enabled:
         return
@@ -90,7 +128,7 @@ def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
         info["predicted_s"] = predicted_s(case.cost, case.gemm_rate, device)
     if case.mode in ("both", "update", "step"):
         gradients = sum(x.numel() * x.element_size() for x in case.wrt)
-        extra = peak_extra_bytes(timed, device)
+        extra = peak_extra_bytes(timed, device, runs=1 if seconds > LONG_S else 3)
         info["extra_bytes"] = None if extra is None else max(0, extra - gradients)
         info["error_da"] = None if case.error is None else case.error()
     benchmark.extra_info.update(info)

@@ -7,6 +7,9 @@ import pytest
 import torch
 import triton
 
+from bench.case import OUT_OF_MEMORY
+from bench.peers import facts
+
 COLUMNS = (
     "case",
     "contender",
@@ -36,12 +39,15 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         torch=torch.__version__,
         triton=triton.__version__,
         python=platform.python_version(),
+        peers=facts(),
     )
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Without each round's time, which is most of the file: the percentiles are kept."""
+    """Without each round's time, which is most of the file: the percentiles are kept. With what did not fit."""
     slim(output_json)
+    if OUT_OF_MEMORY:
+        output_json["out_of_memory"] = OUT_OF_MEMORY
 
 
 def slim(document: dict[str, Any]) -> None:
@@ -81,3 +87,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         terminalreporter.line(
             "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths)))
         )
+    for case in OUT_OF_MEMORY:
+        terminalreporter.line(f"{case['group']}  {case['extra_info']['contender']}  out of memory")
+    terminalreporter.line("peers:")
+    for name, fact in facts().items():
+        terminalreporter.line(f"  {name} {fact}")

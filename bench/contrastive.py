@@ -1,13 +1,12 @@
 """What `mmkernels.contrastive_loss` is measured against: the loss as the field writes it."""
 
-from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers import load, missing
 from mmkernels import contrastive_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,29 +27,44 @@ def open_clip(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 def inf_cl(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Inf-CL's one-sided Triton loss, once a direction; it has no process group to reduce over on one GPU."""
-    cal_flash_loss = import_module("inf_cl").cal_flash_loss
-    return (cal_flash_loss(a, b, scale=scale) + cal_flash_loss(b, a, scale=scale)) / 2
+    """Inf-CL's one-sided Triton loss of each row, once a direction, in the largest heads that it knows."""
+    cal_flash_loss, head = load("inf_cl").cal_flash_loss, 256 if a.shape[1] % 256 == 0 else 128
+    rows, cols = (cal_flash_loss(*x, scale=scale, head_dim=head).mean() for x in ((a, b), (b, a)))
+    return (rows + cols) / 2
 
 
 def cut_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Apple's linear cross-entropy, once a direction, without its skipping of small probabilities."""
-    linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
+    linear_cross_entropy = load("cut_cross_entropy").linear_cross_entropy
     target = torch.arange(len(a), device=a.device)
     scaled = (scale * a).to(a.dtype)
     rows = linear_cross_entropy(scaled, b, target, filter_eps=None)
     return (rows + linear_cross_entropy((scale * b).to(b.dtype), a, target, filter_eps=None)) / 2
 
 
-def peers() -> dict[str, Loss]:
-    """Those that are installed; both run on GPUs only."""
-    found = {"inf_cl": inf_cl} if find_spec("inf_cl") else {}
-    return found | ({"cut_cross_entropy": cut_cross_entropy} if find_spec("cut_cross_entropy") else {})
+def sentence_transformers(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """CachedMultipleNegativesRankingLoss of both directions, which is eager, 1,024 rows at a time."""
+    loss = load("sentence_transformers").CachedMultipleNegativesRankingLoss(
+        torch.nn.Identity(),
+        scale=1.0,
+        similarity_fct=lambda x, y: scale * x @ y.T,
+        mini_batch_size=1024,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    return loss.calculate_loss([[a], [b]])
+
+
+PEERS: Mapping[str, Loss] = {
+    "inf_cl": inf_cl,
+    "cut_cross_entropy": cut_cross_entropy,
+    "sentence_transformers": sentence_transformers,
+}
 
 
 def contenders() -> dict[str, Loss]:
-    """By name; `torch.compile` is of the one-product form."""
-    return peers() | {
+    """By name, the peers that are here among them; `torch.compile` is of the one-product form."""
+    return {name: loss for name, loss in PEERS.items() if missing(name) is None} | {
         "mmkernels": contrastive_loss,
         "eager": eager,
         "open_clip": open_clip,

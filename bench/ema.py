@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bench.peers import load
 from mmcore.models.clip import CLIP
 from mmcore.models.clip_configs import CLIP_CONFIGS
 from mmkernels import ema_update_
@@ -39,6 +40,13 @@ def lists(name: str, kind: str, device: torch.device) -> Lists:
 
 def ours(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:
     ema_update_(targets, sources, DECAY, shadows=shadows or None)
+
+
+def timm(sources: list[Tensor]) -> Callable[[], None]:
+    """ModelEmaV3 of a module of the parameters, whose average it makes itself, by foreach."""
+    model = nn.ParameterList(nn.Parameter(x, requires_grad=False) for x in sources)
+    average = load("timm").ModelEmaV3(model, decay=DECAY)
+    return lambda: average.update(model)
 
 
 def foreach(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> None:

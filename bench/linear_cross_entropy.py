@@ -1,22 +1,13 @@
 """What `mmkernels.linear_cross_entropy` is measured against: the loss as the field writes it, and its peers."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers import load, missing
 from mmkernels import linear_cross_entropy
-
-if find_spec("liger_kernel") and torch.cuda.is_available():
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-else:
-    LigerFusedLinearCrossEntropyLoss = None
-if find_spec("cut_cross_entropy") and torch.cuda.is_available():
-    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
-else:
-    cut_cross_entropy = None
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 PEERS = ("liger", "cut_cross_entropy")
@@ -28,17 +19,17 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def contenders() -> dict[str, Loss]:
-    """By name; the peers run on a GPU only, where they are installed."""
+    """By name, the peers that are here among them."""
     found: dict[str, Loss] = {
         "mmkernels": linear_cross_entropy,
         "eager": eager,
         "compile": torch.compile(eager, dynamic=False),
     }
-    if LigerFusedLinearCrossEntropyLoss is not None:
-        liger = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
+    if missing("liger") is None:
+        liger = load("liger").LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
         found["liger"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
-    if cut_cross_entropy is not None:
-        found["cut_cross_entropy"] = cut_cross_entropy
+    if missing("cut_cross_entropy") is None:
+        found["cut_cross_entropy"] = load("cut_cross_entropy").linear_cross_entropy
     return found
 
 

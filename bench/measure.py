@@ -32,13 +32,13 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device, *, runs: int = 3) -> int | None:
     """Most bytes held during `run` beyond what was held before it; None where the system cannot tell.
 
-    On a CPU, where whatever else the process touches counts too, the least of three runs.
+    On a CPU, where whatever else the process touches counts too, the least of several runs.
     """
     if device.type != "cuda":
-        peaks = [_peak_resident_bytes(run) for _ in range(3)] if CLEAR_REFS.exists() else None
+        peaks = [_peak_resident_bytes(run) for _ in range(runs)] if CLEAR_REFS.exists() else None
         return min(peaks) if peaks else None
     gc.collect()
     torch.cuda.synchronize(device)

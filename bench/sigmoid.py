@@ -1,14 +1,13 @@
 """What `mmkernels.sigmoid_loss` is measured against: the loss as the field writes it."""
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contrastive import features
+from bench.peers import load, missing
 from mmkernels import sigmoid_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -22,14 +21,14 @@ def eager(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 
 def contenders() -> dict[str, Loss]:
-    """By name; siglip-kernel, which takes the scale's logarithm, where it is installed and there is a GPU."""
+    """By name, siglip-kernel, which takes the scale's logarithm, among them where it is here."""
     losses: dict[str, Loss] = {
         "mmkernels": sigmoid_loss,
         "eager": eager,
         "compile": torch.compile(eager, dynamic=False),
     }
-    if torch.cuda.is_available() and find_spec("siglip_kernel") is not None:
-        fused = import_module("siglip_kernel").fused_siglip_loss
+    if missing("siglip-kernel") is None:
+        fused = load("siglip-kernel").fused_siglip_loss
         losses["siglip-kernel"] = lambda a, b, scale, bias: fused(a, b, scale.log(), bias)
     return losses
 

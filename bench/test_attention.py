@@ -1,5 +1,5 @@
 """`mmkernels.attention` on the layers of published models: times, memory and errors beside SDPA with the dense mask,
-eager, compile and, on a GPU, FlexAttention."""
+eager, compile and, on a GPU, FlexAttention, flash-attn and xformers."""
 
 import functools
 from typing import Any
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.attention import WORKLOADS, contenders, operands, seen_cost, seen_share
+from bench.attention import LIBRARIES, WORKLOADS, contenders, operands, seen_cost, seen_share
 from bench.case import Case, dtype_id, time_case
 from bench.measure import MIB, gemm_flops_per_s, paired_medians, peak_extra_bytes, relative_error
+from bench.peers import missing
 from mmkernels import attention
 from mmkernels._spec import Shape, shape_id
 from mmkernels.attention.spec import PLAIN
@@ -23,6 +24,8 @@ WEIGHTS_LIMIT = 2**32 if DEVICE == "cuda" else 2**28
 
 
 def skip_reason(name: str, contender: str, shape: Shape, known: bool) -> str | None:
+    if contender in LIBRARIES and (reason := missing(contender)):
+        return f"{contender} {reason}"
     if not known:
         return f"{contender} does not serve this on this machine"
     if contender == "compile" and name not in COMPILED:
@@ -54,7 +57,7 @@ def gold(name: str, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["forward", "both"])
-@pytest.mark.parametrize("contender", ["mmkernels", "sdpa", "eager", "compile", "flex"])
+@pytest.mark.parametrize("contender", ["mmkernels", "sdpa", "eager", "compile", "flex", *LIBRARIES])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_attention(benchmark: Any, device: torch.device, name: str, contender: str, mode: str) -> None:
     workload = WORKLOADS[name]

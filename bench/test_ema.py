@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from bench.case import Case, time_case
-from bench.ema import CONTENDERS, lists, sizes
+from bench.ema import CONTENDERS, lists, sizes, timm
 from bench.measure import machine_rates, paired_medians
+from bench.peers import missing
 from mmkernels._spec import Cost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,16 +21,21 @@ MODELS = ("many", "few", "ViT-B-16", "ViT-L-14") if DEVICE == "cuda" else ("many
 BYTES = 12
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("contender", [*CONTENDERS, "timm"])
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_ema_update(benchmark: Any, device: torch.device, name: str, kind: str, contender: str) -> None:
-    tensors, update = lists(name, kind, device), CONTENDERS[contender]
+    if contender == "timm" and (reason := missing("timm")):
+        pytest.skip(f"timm {reason}")
+    if contender == "timm" and kind != "fp32":
+        pytest.skip("timm keeps no copies in another dtype")
+    tensors = lists(name, kind, device)
+    call = timm(tensors[1]) if contender == "timm" else functools.partial(CONTENDERS[contender], *tensors)
     cost = Cost(bytes_moved=BYTES * sum(sizes(name)))
     case = Case(
         group=f"ema_update_ {kind} {name}-{len(tensors[0])}x{sum(sizes(name)) / 1e6:.0f}M",
         contender=contender,
-        loss=lambda: update(*tensors),
+        loss=call,
         wrt=(),
         mode="update",
         floor_s=cost.bytes_moved / machine_rates(device)[0],

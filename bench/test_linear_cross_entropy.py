@@ -9,6 +9,7 @@ from torch import Tensor
 from bench.case import MODES, Case, dtype_id, time_case
 from bench.linear_cross_entropy import PEERS, contenders, eager, head
 from bench.measure import MIB, gemm_flops_per_s, paired_medians, peak_extra_bytes, relative_error
+from bench.peers import missing
 from mmkernels import linear_cross_entropy
 from mmkernels._spec import shape_id
 from mmkernels.linear_cross_entropy.spec import PLAIN
@@ -38,9 +39,9 @@ def gold(num_rows: int, width: int, vocab: int, ignored: int, device: torch.devi
 @pytest.mark.parametrize("contender", ["mmkernels", "eager", "compile", *PEERS])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_linear_cross_entropy(benchmark, device, shape, contender, mode):
-    loss = contenders().get(contender)
-    if loss is None:
-        pytest.skip(f"{contender} is not installed here, or has no path for a {DEVICE}")
+    if contender in PEERS and (reason := missing(contender)):
+        pytest.skip(f"{contender} {reason}")
+    loss = contenders()[contender]
     if mode == "backward" and contender in ("mmkernels", "liger"):
         pytest.skip(f"{contender} makes its gradients in forward: both is what compares")
     num_rows, width, vocab, ignored = shape["T"], shape["D"], shape["V"], shape["ignored"]

@@ -1,0 +1,145 @@
+"""A training step of CLIP ViT-B/32, ours and as its users write it: model, loss, AdamW, average of the weights."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig as TransformersConfig
+from transformers import CLIPModel
+
+from bench.peers import load
+from mmcore.losses import global_contrastive_loss
+from mmcore.models import clip_names
+from mmcore.models.clip import CLIP, CLIPConfig, TextConfig
+from mmcore.models.clip_configs import CLIP_CONFIGS
+from mmcore.models.vit import VisionConfig
+from mmcore.optim import AdamWEMA
+
+LR, DECAY, WEIGHT_DECAY = 1e-4, 0.9999, 0.1
+# AdamW's and the average's bytes a parameter in float32
+UPDATE_BYTES = 36
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def clip(config: CLIPConfig = CLIP_CONFIGS["ViT-B-32"]) -> CLIP:
+    """The weights that every contender starts from."""
+    torch.manual_seed(0)
+    return CLIP(config)
+
+
+def batch(size: int, config: CLIPConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images, and captions of COCO's lengths, padded to the context as open_clip's tokenizer does."""
+    generator = torch.Generator().manual_seed(1)
+    side, text = config.vision.image_size, config.text
+    images = torch.randn(size, 3, side, side, generator=generator)
+    end = text.vocab_size - 1
+    tokens = torch.randint(1, end - 1, (size, text.context_length), generator=generator)
+    ends = torch.randint(text.context_length // 8, text.context_length // 4, (size, 1), generator=generator)
+    place = torch.arange(text.context_length)
+    tokens = tokens.masked_fill(place == ends, end).masked_fill(place > ends, 0)
+    return images.to(device), tokens.to(device)
+
+
+def step_flops(config: CLIPConfig, size: int) -> float:
+    """Of the products of a step, forward and both gradients."""
+
+    def tower(part: VisionConfig | TextConfig, length: int) -> float:
+        layer = 4 * part.width**2 + 2 * part.width * part.mlp_dim + 2 * length * part.width
+        return part.num_layers * length * layer + part.width * config.embed_dim
+
+    vision, patches = config.vision, config.vision.num_patches
+    pixels = 3 * vision.patch_size**2 * vision.width * patches
+    return (
+        3 * 2 * size * (tower(vision, patches + 1) + tower(config.text, config.text.context_length) + pixels)
+    )
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, as CLIP is trained; float32 on a CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def ours(start: CLIP, device: torch.device) -> Step:
+    model = start.to(device)
+    optimizer = AdamWEMA(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, ema=DECAY)
+
+    def step(images: Tensor, tokens: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with _autocast(device):
+            image, text, scale = model(images, tokens)
+            loss = global_contrastive_loss(image, text, scale)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _eager(
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device, *, fused: bool
+) -> Step:
+    """A loop as people write it: torch's AdamW, and the average after it; `fused` takes the fastest that torch has of
+    both, else AdamW is torch's default and the average a loop."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True if fused else None
+    )
+    weights: list[Tensor] = list(model.parameters())
+    averages = [p.detach().clone() for p in weights]
+
+    def step(images: Tensor, tokens: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with _autocast(device):
+            loss = loss_of(images, tokens)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            if fused:
+                torch._foreach_lerp_(averages, weights, 1 - DECAY)
+            else:
+                for average, weight in zip(averages, weights, strict=True):
+                    average.mul_(DECAY).add_(weight, alpha=1 - DECAY)
+        return loss.detach()
+
+    return step
+
+
+def transformers_clip(start: CLIP, device: torch.device, *, fused: bool, compiled: bool = False) -> Step:
+    """CLIPModel, and OpenAI's loss on its features, which have unit norm."""
+    model = CLIPModel(TransformersConfig(**clip_names.hf_config(start.config)))
+    model.load_state_dict(clip_names.to_hf(start.state_dict(), start.config))
+    model.to(device).train()  # pyright: ignore[reportArgumentType]
+    call: Any = torch.compile(model) if compiled else model
+
+    def loss_of(images: Tensor, tokens: Tensor) -> Tensor:
+        out = call(input_ids=tokens, pixel_values=images)
+        logits = model.logit_scale.exp() * out.image_embeds @ out.text_embeds.T
+        target = torch.arange(len(images), device=images.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    return _eager(model, loss_of, device, fused=fused)
+
+
+def open_clip(start: CLIP, device: torch.device) -> Step:
+    """Its CLIP and its ClipLoss."""
+    library = load("open_clip")
+    model = library.CLIP(**clip_names.open_clip_config(start.config)["model_cfg"])
+    # beside them its causal mask, a buffer
+    model.load_state_dict(clip_names.to_open_clip(start.state_dict(), start.config), strict=False)
+    model.to(device).train()
+    loss = library.ClipLoss()
+    return _eager(model, lambda images, tokens: loss(*model(images, tokens)), device, fused=True)
+
+
+CONTENDERS: Mapping[str, Callable[[CLIP, torch.device], Step]] = {
+    "mmcore": ours,
+    "transformers, AdamW, EMA by a loop": lambda start, device: transformers_clip(start, device, fused=False),
+    "transformers, AdamW(fused), EMA by foreach": lambda start, device: transformers_clip(
+        start, device, fused=True
+    ),
+    "transformers compiled, AdamW(fused), EMA by foreach": lambda start, device: transformers_clip(
+        start, device, fused=True, compiled=True
+    ),
+    "open_clip, AdamW(fused), EMA by foreach": open_clip,
+}

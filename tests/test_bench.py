@@ -1,0 +1,116 @@
+"""What bench says of peers that are not there, of cases that do not fit, and of time that is over."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import case, peers
+from bench.case import Case, refusal, time_case
+from bench.peers import PEERS, Peer, facts, load, missing
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A peer that runs anywhere, whose one file does not exist yet."""
+    monkeypatch.setattr(
+        peers, "PEERS", {"made_up": Peer("made_up_peer", "made-up", "nothing", needs_gpu=False)}
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_up_peer", raising=False)
+    peers._found.cache_clear()
+    return tmp_path / "made_up_peer.py"
+
+
+def test_a_peer_that_is_not_installed_says_so(peer: Path) -> None:
+    assert missing("made_up") == "is not installed"
+    with pytest.raises(ImportError, match="made_up is not installed"):
+        load("made_up")
+
+
+def test_a_peer_that_cannot_be_imported_gives_the_first_line_of_the_error(peer: Path) -> None:
+    peer.write_text("raise OSError('libcudart.so.12: cannot open shared object file\\nand more')")
+    assert missing("made_up") == "cannot be imported: libcudart.so.12: cannot open shared object file"
+
+
+def test_a_peer_that_is_there_is_loaded_and_its_version_said(peer: Path) -> None:
+    peer.write_text("answer = 42")
+    assert load("made_up").answer == 42
+    assert facts() == {"made_up": "of an unknown version"}
+    sys.modules.pop("made_up_peer")
+
+
+def test_a_cpu_has_no_use_for_a_peer_that_needs_a_gpu(peer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer.write_text("raise RuntimeError('imported')")
+    monkeypatch.setattr(peers, "PEERS", {"made_up": Peer("made_up_peer", "made-up", "nothing")})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert missing("made_up") == "runs on GPUs only"
+
+
+class Unused:
+    """A benchmark that is not to be run."""
+
+    group, params, enabled = "", {"shape": {"B": 8}, "contender": "eager"}, True
+
+    def pedantic(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("timed")
+
+
+def fails(error: BaseException) -> Any:
+    def call() -> None:
+        raise error
+
+    return call
+
+
+def test_a_case_that_does_not_fit_is_kept_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case, "OUT_OF_MEMORY", [])
+    call = fails(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(pytest.skip.Exception, match="more memory"):
+        time_case(Unused(), CPU, Case("op B8", "eager", call, (), "step", 1.0))
+    assert case.OUT_OF_MEMORY == [
+        {"group": "op B8 step", "extra_info": {"contender": "eager"}, "params": {"shape": {"B": 8}}}
+    ]
+
+
+def test_a_peer_that_serves_no_such_case_is_skipped_with_its_words() -> None:
+    call = fails(ValueError("D must be 64\nor so"))
+    name = next(iter(PEERS))
+    with pytest.raises(pytest.skip.Exception, match=f"{name} does not serve this: ValueError: D must be 64$"):
+        time_case(Unused(), CPU, Case("op B8", name, call, (), "step", 1.0))
+    assert refusal(lambda: None) is None
+
+
+def test_ours_is_never_skipped_for_an_error() -> None:
+    with pytest.raises(ValueError, match="wrong"):
+        time_case(Unused(), CPU, Case("op B8", "mmkernels", fails(ValueError("wrong")), (), "step", 1.0))
+
+
+def test_a_run_whose_time_is_over_ends_by_itself_and_writes_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "from bench import deadline\n"
+        "def test_first(benchmark):\n"
+        "    benchmark(int)\n"
+        "    deadline._BEGAN -= 100\n"
+        "def test_second(benchmark): benchmark(int)\n"
+    )
+    options = "-q -rs -p bench.deadline --time-limit 100 --benchmark-json=out.json --rootdir=.".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "test_slow.py", *options],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not begun: 100 s are over" in done.stdout
+    assert [b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]] == [
+        "test_first"
+    ]
