@@ -3,6 +3,7 @@
 # make demo-llava   for LLaVA: a tower, both stages, dialogues about held-out pictures
 # make test   the tests, from nothing          make check  lint, format, types
 # make bench  the benchmarks of this machine   make gpu    kernel tests on CUDA, then the benchmarks
+# make docs   the pages' tables from committed JSON, docs/api.md from the docstrings
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
@@ -10,7 +11,7 @@ DEMO   ?= runs/demo
 GPU    ?= gpu
 JOBS   ?= 2
 
-.PHONY: demo demo-blip2 demo-llava test check bench docs-tables gpu clean
+.PHONY: demo demo-blip2 demo-llava test check bench docs docs-tables gpu clean
 .DELETE_ON_ERROR:
 
 # DeepSpeed builds from source and needs torch to be there first.
@@ -55,8 +56,11 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) -m pytest bench/ --benchmark-json=bench/results/latest.json
 
+docs: docs-tables
+	$(RUN) docs/generate.py
+
 docs-tables: $(VENV)/installed
-	$(RUN) -m bench tables README.md kernels/README.md
+	$(RUN) -m bench tables README.md kernels/README.md docs/*.md
 
 # Needs a CUDA device and an environment that has torch for it; installs nothing.
 gpu:

@@ -1,0 +1,267 @@
+"""`python docs/generate.py`: docs/api.md, from the signatures and docstrings of the sources, which are not imported."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 100
+# What stands in a docstring before an indented list or paragraph.
+SECTIONS = ("Args", "Attributes", "Returns", "Raises")
+
+# Modules whose `__all__` is their reference, and names of modules that have none.
+MODULES: dict[str, tuple[str, ...]] = {
+    "mmkernels": (),
+    "mmkernels.masks": (
+        *(
+            "Intervals",
+            "Dense",
+            "intervals",
+            "causal",
+            "key_padding",
+            "lengths",
+            "documents",
+            "prefix_causal",
+        ),
+        *(
+            "media",
+            "tiles",
+            "qformer_itc",
+            "qformer_itm",
+            "qformer_itg",
+            "qformer_pairs",
+            "dense",
+            "from_dense",
+        ),
+    ),
+    "mmcore.losses": (),
+    "mmcore.nn": (),
+    "mmcore.ema": (),
+    "mmcore.optim": ("AdamWEMA",),
+    "mmcore.integrations.contrastive": ("use_global_loss",),
+    "mmcore.integrations.transformers": ("register",),
+    "mmcore.data": (),
+    "mmcore.data.chats": ("ChatConfig", "ChatData", "open_chats"),
+    "mmcore.data.templates": ("ChatTokens",),
+    "mmcore.models.clip": ("CLIP", "CLIPConfig", "TextConfig"),
+    "mmcore.models.clip_configs": ("clip_config",),
+    "mmcore.models.clip_weights": ("load_clip", "save_clip"),
+    "mmcore.models.vit": ("ViT", "VisionConfig"),
+    "mmcore.models.qformer": ("QFormer", "QFormerConfig"),
+    "mmcore.models.blip2": ("BLIP2", "BLIP2Config"),
+    "mmcore.models.blip2_weights": ("load_blip2", "save_blip2"),
+    "mmcore.models.blip2_lm": ("BLIP2LM",),
+    "mmcore.models.blip2_lm_weights": ("load_blip2_lm", "save_blip2_lm"),
+    "mmcore.models.llava": ("Llava", "LlavaConfig", "Lora"),
+    "mmcore.models.llava_weights": ("load_llava", "save_llava", "load_projector"),
+    "mmcore.eval": (),
+    "mmcore.train.run": ("RunConfig",),
+    "mmcore.train.optim": ("OptimConfig",),
+    "mmcore.train.engine": ("EngineConfig", "Engine", "deepspeed_config", "init_distributed"),
+    "mmcore.train.clip": ("ClipConfig", "train_clip"),
+    "mmcore.train.blip2_stage1": ("Blip2Stage1Config", "train_blip2_stage1"),
+    "mmcore.train.blip2_stage2": ("Blip2Stage2Config", "train_blip2_stage2"),
+    "mmcore.train.llava_config": ("LlavaRecipe", "LlavaStage1Config", "LlavaStage2Config"),
+    "mmcore.train.llava": ("train_llava",),
+}
+HEAD = """# API
+
+Written by `python docs/generate.py` from the docstrings; change those. Shapes: B batch, T tokens, H heads, K width of a
+head, D width of a model, V vocabulary, P patches, Q queries; M and N rows and columns of a similarity matrix.
+"""
+# Signatures are not examples, which `python` marks.
+LANGUAGE = "py"
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef | ast.Assign
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module's file, parsed."""
+
+    name: str
+    tree: ast.Module
+
+    @staticmethod
+    def of(name: str) -> "Source":
+        base = ROOT / "kernels" if name.split(".")[0] == "mmkernels" else ROOT
+        path = base.joinpath(*name.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        return Source(name, ast.parse(file.read_text()))
+
+    @property
+    def exported(self) -> list[str]:
+        """Of `__all__`, without modules."""
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                return [x for x in ast.literal_eval(node.value) if x != "masks"]
+        raise ValueError(f"docs: {self.name} must have __all__, got none")
+
+    def find(self, name: str) -> Definition:
+        """What defines a name, here or where it is imported from; of overloads the function itself."""
+        for node in reversed(self.tree.body):
+            if isinstance(node, Function | ast.ClassDef) and node.name == name:
+                return node
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+                return node
+            if isinstance(node, ast.ImportFrom) and node.module and any(x.name == name for x in node.names):
+                return Source.of(node.module).find(name)
+        raise ValueError(f"docs: {self.name} must define {name}, got nothing")
+
+
+def written(node: ast.expr) -> str:
+    """A value or a type as source, quoted and rounded as the house does."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, float):
+        return re.sub(r"e-0(\d)", r"e-\1", repr(node.value))
+    return re.sub(r"'([^'\"]*)'", r'"\1"', ast.unparse(node))
+
+
+def named_type(node: ast.expr) -> str:
+    """A type, without the quotes of one that is named before it is there."""
+    is_quoted = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return str(node.value) if is_quoted else written(node)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def called(head: str, parts: list[str], tail: str = "") -> str:
+    """`head(parts)tail`, a line each where one is too short."""
+    line = f"{head}({', '.join(parts)}){tail}"
+    if len(line) <= WIDTH:
+        return line
+    return f"{head}(\n" + "".join(f"    {part},\n" for part in parts) + f"){tail}"
+
+
+def arguments(function: Function, *, is_method: bool) -> list[str]:
+    """As they stand between the parentheses."""
+    given = function.args
+    plain = [*given.posonlyargs, *given.args]
+    without = [None] * (len(plain) - len(given.defaults))
+    parts = [_argument(x, default) for x, default in zip(plain, [*without, *given.defaults])]
+    if is_method:
+        parts = parts[1:]
+    if given.vararg:
+        parts.append(f"*{_argument(given.vararg, None)}")
+    elif given.kwonlyargs:
+        parts.append("*")
+    parts += [_argument(x, default) for x, default in zip(given.kwonlyargs, given.kw_defaults)]
+    return parts + ([f"**{_argument(given.kwarg, None)}"] if given.kwarg else [])
+
+
+def _argument(argument: ast.arg, default: ast.expr | None) -> str:
+    typed = argument.arg + (f": {named_type(argument.annotation)}" if argument.annotation else "")
+    if default is None:
+        return typed
+    return f"{typed} = {written(default)}" if argument.annotation else f"{typed}={written(default)}"
+
+
+def signature(function: Function, name: str, *, is_method: bool = False) -> str:
+    tail = f" -> {named_type(function.returns)}" if function.returns else ""
+    return called(name, arguments(function, is_method=is_method), tail)
+
+
+def prose(text: str | None) -> str:
+    """A docstring as Markdown: its sections are lists, a line an entry."""
+    lines, found, is_code = (text or "").splitlines(), [], False
+    section, entry_indent = "", 0
+    for line in lines:
+        stripped, indent = line.strip(), len(line) - len(line.lstrip())
+        is_code ^= stripped.startswith("```")
+        if is_code or stripped.startswith("```"):
+            found.append(f"```{LANGUAGE}" if is_code and stripped == "```" else line)
+        elif indent == 0 and stripped.removesuffix(":") in SECTIONS and stripped.endswith(":"):
+            section, entry_indent = stripped, 0
+            found += ["", f"**{stripped.removesuffix(':')}**", ""]
+        elif not section or not stripped:
+            found.append(line)
+        elif indent == 0:
+            section = ""
+            found.append(line)
+        else:
+            entry_indent = entry_indent or indent
+            found.append(_entry(stripped, section, is_new=indent == entry_indent))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(found)).strip()
+
+
+def _entry(line: str, section: str, *, is_new: bool) -> str:
+    named = re.match(r"([\w, *]+): ", line)
+    if not is_new or section == "Returns:":
+        return line if section == "Returns:" else f"  {line}"
+    if named is None:
+        return f"- {line}"
+    names = ", ".join(f"`{x}`" for x in named[1].split(", "))
+    return f"- {names}: {line[named.end() :]}"
+
+
+def fields(node: ast.ClassDef) -> list[tuple[str, str]]:
+    """Declarations of a dataclass or a named tuple, each with the docstring after it."""
+    found = []
+    for x, after in zip(node.body, [*node.body[1:], None]):
+        if not isinstance(x, ast.AnnAssign) or ast.unparse(x.target).startswith("_"):
+            continue
+        value = f" = {written(x.value)}" if x.value else ""
+        text = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            text = " ".join(str(after.value.value).split())
+        found.append((f"{ast.unparse(x.target)}: {named_type(x.annotation)}{value}", text))
+    return found
+
+
+def of_class(node: ast.ClassDef, name: str) -> Iterator[str]:
+    methods = [x for x in node.body if isinstance(x, Function)]
+    made = next((x for x in methods if x.name == "__init__"), None)
+    declared = fields(node) if made is None else []
+    documented = [f"- `{field}`: {text}" for field, text in declared if text]
+    if made is not None:
+        head = called(name, arguments(made, is_method=True))
+    elif len(documented) < len(declared):
+        head = called(name, [field for field, _ in declared])
+    else:
+        bases = [ast.unparse(base) for base in node.bases]
+        head = called(name, bases) if bases else name
+    yield f"```{LANGUAGE}\nclass {head}\n```"
+    yield prose(ast.get_docstring(node))
+    if documented:
+        yield "\n".join(documented)
+    for method in methods:
+        text = ast.get_docstring(method)
+        if method.name.startswith("_") or text is None:
+            continue
+        decorators = {ast.unparse(x) for x in method.decorator_list}
+        if "property" in decorators:
+            yield f"`{name}.{method.name}`: {prose(text)}"
+            continue
+        is_static = "staticmethod" in decorators
+        yield f"```{LANGUAGE}\n{signature(method, f'{name}.{method.name}', is_method=not is_static)}\n```"
+        yield prose(text)
+
+
+def entry(source: Source, name: str) -> str:
+    """A name's part of the page."""
+    node, parts = source.find(name), [f"### {name}"]
+    if isinstance(node, ast.ClassDef):
+        parts += of_class(node, name)
+    elif isinstance(node, Function):
+        parts += [f"```{LANGUAGE}\n{signature(node, name)}\n```", prose(ast.get_docstring(node))]
+    else:
+        parts.append(f"```{LANGUAGE}\n{name} = {written(node.value)}\n```")
+    return "\n\n".join(part for part in parts if part)
+
+
+def api() -> str:
+    """The page."""
+    links = (f"[{module}](#{module.replace('.', '')})" for module in MODULES)
+    parts = [HEAD, ", ".join(links) + "."]
+    for module, names in MODULES.items():
+        source = Source.of(module)
+        parts += [f"## {module}", prose(ast.get_docstring(source.tree))]
+        parts += [entry(source, name) for name in names or source.exported]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+if __name__ == "__main__":
+    page = ROOT / "docs" / "api.md"
+    page.write_text(api())
+    print(page, file=sys.stderr)
