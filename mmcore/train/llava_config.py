@@ -28,6 +28,7 @@ class LlavaRecipe(Recipe):
     """What both stages have in common."""
 
     data: ChatConfig = field(default_factory=ChatConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Which conversations."""
     max_length: int = 2048
     """Tokens of a row, those of images included."""
     pack: bool = True
