@@ -1,32 +1,46 @@
-"""`python -m bench report FILE ...`: Markdown tables on standard output, a PNG beside each file.
+"""`python -m bench report [FILE ...]`: Markdown tables on standard output, and beside the files a page and plots.
 
-`python -m bench tables PAGE ...` writes the tables of Markdown pages anew from the JSON that they name.
+Without a FILE: of every machine's folder under `bench/results`. `python -m bench tables PAGE ...` writes the tables of
+Markdown pages anew from the JSON that they name.
 """
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-from bench.report import fill, load, markdown, plot
+from bench.page import write
+from bench.report import fill, load, markdown
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def report(paths: list[Path]) -> None:
+    """Each folder's files are of one machine."""
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for path in paths:
+        folders[path.parent].append(path)
+    for folder, files in folders.items():
+        documents = load(files)
+        for document in documents:
+            print(markdown(document), end="\n\n")
+        for path in write(folder, documents):
+            print(path)
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) < 2 or arguments[0] not in ("report", "tables"):
-        print("usage: python -m bench report FILE ... | tables PAGE ...", file=sys.stderr)
+    if arguments[:1] not in (["report"], ["tables"]) or arguments == ["tables"]:
+        print("usage: python -m bench report [FILE ...] | tables PAGE ...", file=sys.stderr)
         return 2
     paths = [Path(a) for a in arguments[1:]]
     try:
         if arguments[0] == "tables":
-            for page in paths:
-                fill(page)
-            return 0
-        documents = load(paths)
+            for path in paths:
+                fill(path)
+        else:
+            report(paths or sorted(RESULTS.glob("*/*.json")))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    for path, document in zip(paths, documents):
-        print(markdown(document), end="\n\n")
-        plot(document, path.with_suffix(".png"))
-        print(f"plot: {path.with_suffix('.png')}")
     return 0
 
 

@@ -1,12 +1,9 @@
-"""Tables and a plot from the JSON that `pytest bench/ --benchmark-json` writes."""
+"""Markdown tables from the JSON that `pytest bench/ --benchmark-json` writes."""
 
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from bench.conftest import COLUMNS, row
 
@@ -35,6 +32,15 @@ def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [case for case in document["benchmarks"] if "contender" in case["extra_info"]]
 
 
+# what a case's mode is, for the tables that show the whole of an op's work and nothing else
+WHOLE = (" both", " update", " step")
+
+
+def op_of(case: dict[str, Any]) -> str:
+    """The op's name, `op[]` of the variants of `op`."""
+    return re.sub(r"\[.*\]", "[]", case["group"]).split()[0]
+
+
 def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
     """One Markdown table of the cases of forward and backward, of updates and of training steps, under a line that says
     on what they ran: of all ops or of those named, `op[]` being the variants of `op`."""
@@ -46,8 +52,7 @@ def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
         "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2),
     ]
     for case in cases(document):
-        op = re.sub(r"\[.*\]", "[]", case["group"].split()[0])
-        if case["group"].endswith((" both", " update", " step")) and (not ops or op in ops):
+        if case["group"].endswith(WHOLE) and (not ops or op_of(case) in ops):
             lines.append("| " + " | ".join(row(case)) + " |")
     return "\n".join(lines)
 
@@ -63,35 +68,3 @@ def fill(page: Path) -> None:
         return f"{found[1]}{markdown(document, ops=tuple(found[3].split()))}\n<!-- end -->"
 
     page.write_text(TABLE.sub(table, page.read_text()))
-
-
-def plot(document: dict[str, Any], path: Path, *, op: str = "contrastive_loss") -> None:
-    """Time and peak memory of forward and backward by batch size, log-log, one line a contender, with the roofline."""
-    times: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    memory: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    floor: dict[int, float] = {}
-    for case in cases(document):
-        info = case["extra_info"]
-        if not case["group"].startswith(f"{op} ") or not case["group"].endswith(" both"):
-            continue
-        size, median = case["params"]["shape"]["B"], 1e3 * case["stats"]["median"]
-        times[info["contender"]].append((size, median))
-        floor[size] = min(floor.get(size, median), median * info["roofline_share"])
-        if info.get("extra_bytes"):
-            memory[info["contender"]].append((size, info["extra_bytes"] / 2**20))
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, series, label in zip(
-        figure.subplots(1, 2), (times, memory), ("ms", "MiB beyond inputs and gradients")
-    ):
-        for name, points in series.items():
-            xs, ys = zip(*sorted(points))
-            axes.plot(xs, ys, marker="o", label=name, lw=2.4 if name == "mmkernels" else 1.4)
-        if series is times:
-            axes.plot(*zip(*sorted(floor.items())), "k--", lw=1, label="four bare products")
-        axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label)
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    info = document["machine_info"]
-    figure.suptitle(f"{op}, forward and backward, {info['device']} ({info['cpu']})")
-    figure.savefig(path, dpi=130)

@@ -11,6 +11,7 @@ import torch
 
 from bench import case, peers
 from bench.case import Case, refusal, time_case
+from bench.conftest import slim
 from bench.peers import PEERS, Peer, facts, load, missing
 
 ROOT = Path(__file__).parents[1]
@@ -93,24 +94,36 @@ def test_ours_is_never_skipped_for_an_error() -> None:
         time_case(Unused(), CPU, Case("op B8", "mmkernels", fails(ValueError("wrong")), (), "step", 1.0))
 
 
+def pytest_in(folder: Path, source: str, *options: str) -> str:
+    (folder / "test_it.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--rootdir=.", "test_it.py", *options]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_a_run_whose_time_is_over_ends_by_itself_and_writes_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "test_slow.py").write_text(
+    source = (
         "from bench import deadline\n"
         "def test_first(benchmark):\n"
         "    benchmark(int)\n"
         "    deadline._BEGAN -= 100\n"
         "def test_second(benchmark): benchmark(int)\n"
     )
-    options = "-q -rs -p bench.deadline --time-limit 100 --benchmark-json=out.json --rootdir=.".split()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "test_slow.py", *options],
-        cwd=tmp_path,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "not begun: 100 s are over" in done.stdout
+    options = "-p bench.deadline --time-limit 100 --benchmark-json=out.json".split()
+    assert "not begun: 100 s are over" in pytest_in(tmp_path, source, *options)
     assert [b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]] == [
         "test_first"
     ]
+
+
+def test_a_run_compares_with_the_json_of_another(tmp_path: Path) -> None:
+    """`--benchmark-compare` needs nothing of what `slim` leaves out."""
+    source = "def test_first(benchmark): benchmark(int)\n"
+    pytest_in(tmp_path, source, "--benchmark-json=out.json")
+    document = json.loads((tmp_path / "out.json").read_text())
+    slim(document)
+    (tmp_path / "before.json").write_text(json.dumps(document))
+    shown = pytest_in(tmp_path, source, "--benchmark-compare=before.json")
+    assert "test_first (before)" in shown and "test_first (NOW)" in shown
