@@ -1,4 +1,4 @@
-"""The `mmcore` command: train, eval, export."""
+"""The `mmcore` command: train, eval, export, plan."""
 
 import importlib
 import sys
@@ -28,6 +28,7 @@ _USAGE = """usage: mmcore COMMAND ...
   mmcore eval zeroshot|retrieval RUN     measure a run on its held-out pairs
   mmcore eval caption|vqa RUN            let it describe held-out pictures, or answer questions about them
   mmcore export RUN --out FOLDER         write its weights for transformers or open_clip
+  mmcore plan clip|blip2|llava [options] memory, FLOP, transfers and time of a run, before it is started
 """
 
 
@@ -120,16 +121,21 @@ def _export(arguments: list[str]) -> None:
     print(f"{WEIGHTS[weights]} of step {step} written to {config.out} ({config.format})")
 
 
+def _plan(arguments: list[str]) -> None:
+    # loaded by name, as training is
+    importlib.import_module("mmcore.plan.command").main(arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 2 and one sentence for a user's mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "eval": _eval, "export": _export}
+    commands = {"train": _train, "eval": _eval, "export": _export, "plan": _plan}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return
     try:
         if arguments[0] not in commands:
-            raise ValueError(f"the command must be train, eval or export, got {arguments[0]!r}")
+            raise ValueError(f"the command must be train, eval, export or plan, got {arguments[0]!r}")
         commands[arguments[0]](arguments[1:])
     except (ValueError, OSError) as error:
         sys.exit(complain(error, 2))

@@ -33,7 +33,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "mmcore.checkpoint",
         "mmcore.errors",
     ),
-    "mmcore.cli": tuple(f"mmcore.{p}" for p in "data train eval models checkpoint errors".split()),
+    "mmcore.plan": ("mmkernels", "mmcore.ops", "mmcore.nn", "mmcore.losses", "mmcore.models"),
+    "mmcore.cli": tuple(f"mmcore.{p}" for p in "data train eval plan models checkpoint errors".split()),
     "bench": ("mmkernels", "mmcore"),
     "tests": ("mmkernels", "mmcore", "bench"),
 }
