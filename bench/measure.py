@@ -25,7 +25,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -38,7 +38,7 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, *, runs: int 
     On a CPU, where whatever else the process touches counts too, the least of several runs.
     """
     if device.type != "cuda":
-        peaks = [_peak_resident_bytes(run) for _ in range(runs)] if CLEAR_REFS.exists() else None
+        peaks = [peak_resident_bytes(run) for _ in range(runs)] if CLEAR_REFS.exists() else None
         return min(peaks) if peaks else None
     gc.collect()
     torch.cuda.synchronize(device)
@@ -49,15 +49,15 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, *, runs: int 
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _peak_resident_bytes(run: Callable[[], Any]) -> int:
+def peak_resident_bytes(run: Callable[[], Any]) -> int:
     """The growth of the peak resident size, reset before the run; the allocator's free pages are given back first,
     so that they do not hide an allocation."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     CLEAR_REFS.write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     run()
-    return max(0, _status_bytes("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
 def paired_medians(

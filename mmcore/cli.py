@@ -1,4 +1,4 @@
-"""The `mmcore` command: train, eval, chat, export."""
+"""The `mmcore` command: train, eval, chat, export, plan."""
 
 import importlib
 import sys
@@ -33,6 +33,7 @@ _USAGE = """usage: mmcore COMMAND ...
   mmcore eval caption|vqa RUN            let it describe held-out pictures, or answer questions about them
   mmcore chat RUN --image FILE           ask a LLaVA about images, question after question
   mmcore export RUN --out FOLDER         write its weights for transformers or open_clip
+  mmcore plan clip|blip2|llava [options] memory, FLOP, transfers and time of a run, before it is started
 """
 
 
@@ -169,16 +170,21 @@ def _chat(arguments: list[str]) -> None:
     importlib.import_module("mmcore.chat").main(arguments)
 
 
+def _plan(arguments: list[str]) -> None:
+    # loaded by name, as training is
+    importlib.import_module("mmcore.plan.command").main(arguments)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 2 and one sentence for a user's mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "eval": _eval, "chat": _chat, "export": _export}
+    commands = {"train": _train, "eval": _eval, "chat": _chat, "export": _export, "plan": _plan}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return
     try:
         if arguments[0] not in commands:
-            raise ValueError(f"the command must be train, eval, chat or export, got {arguments[0]!r}")
+            raise ValueError(f"the command must be train, eval, chat, export or plan, got {arguments[0]!r}")
         commands[arguments[0]](arguments[1:])
     except (ValueError, OSError) as error:
         sys.exit(complain(error, 2))

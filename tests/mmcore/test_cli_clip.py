@@ -258,7 +258,7 @@ def test_help_explains_every_option():
             ["eval", "speed", "missing"],
             "must be followed by zeroshot, retrieval, caption or vqa, got 'speed'",
         ),
-        (["paint"], "must be train, eval, chat or export, got 'paint'"),
+        (["paint"], "must be train, eval, chat, export or plan, got 'paint'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

@@ -1,0 +1,196 @@
+"""What a recipe trains, and how it is to be run: all that a plan is made from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from mmcore.plan.demand import Built, Demand, count
+
+Precision = Literal["fp32", "amp_bf16", "bf16"]
+Lever = Literal["accum", "activation_checkpointing", "zero"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run is set up: the options of `mmcore train`, and the machine it has."""
+
+    global_batch: int
+    gpus: int
+    zero: int = 1
+    precision: Precision = "amp_bf16"
+    accum: int = 1
+    activation_checkpointing: bool = False
+    ema: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "gpus", "accum"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        parts = self.gpus * self.accum
+        if self.global_batch % parts:
+            raise ValueError(
+                f"--global-batch must be a multiple of --gpus times --accum, {parts}, got {self.global_batch}"
+            )
+        if self.precision == "bf16" and self.zero == 0:
+            raise ValueError("--precision bf16 must run with --zero 1, 2 or 3, got --zero 0")
+
+    @property
+    def per_rank(self) -> int:
+        """Samples a rank and step."""
+        return self.global_batch // self.gpus
+
+    @property
+    def micro(self) -> int:
+        """Samples a rank and forward: --batch-size."""
+        return self.per_rank // self.accum
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a trained parameter as the module has it, and of its gradient."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def has_autocast(self) -> bool:
+        return self.precision == "amp_bf16"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a model that runs as a whole: equal layers, and what stands around them.
+
+    Attributes:
+        name: for the reader.
+        num_layers: how many it has.
+        depths: two numbers of layers, of which it is built to be counted.
+        build: of layers and samples, on fake tensors, set up as a setting says.
+    """
+
+    name: str
+    num_layers: int
+    build: Callable[[int, int, Setting], Built]
+    depths: tuple[int, int] = (1, 2)
+
+    def counted(self, setting: Setting) -> "Counted":
+        """What it asks for by samples."""
+        few, more = self.depths
+        corners = [[self._count(depth, samples, setting) for samples in (1, 2)] for depth in (few, more)]
+        of_depths = [(b - a, a - (b - a)) for a, b in corners]  # of each sample, and of none
+        (few_each, few_none), (more_each, more_none) = of_depths
+        share = 1 / (more - few)
+        layer_each, layer_none = (more_each - few_each) * share, (more_none - few_none) * share
+        return Counted(
+            few_each + layer_each * (self.num_layers - few),
+            few_none + layer_none * (self.num_layers - few),
+            layer_each,
+        )
+
+    def _count(self, num_layers: int, samples: int, setting: Setting) -> Demand:
+        return count(
+            lambda: self.build(num_layers, samples, setting),
+            dtype=setting.dtype,
+            autocast=setting.has_autocast,
+        )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A piece's demand: of each sample, of none (its weights' share), and of each sample in one layer alone."""
+
+    each: Demand
+    none: Demand
+    layer: Demand
+
+    def of(self, samples: float) -> Demand:
+        return self.each * samples + self.none
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Features of the global batch that meet in a contrastive loss, float32 as the models make them.
+
+    Attributes:
+        width: E.
+        num_tokens: Q, of the side that stays on its rank.
+        has_hard_negatives: whether all similarities are gathered, to draw from them.
+    """
+
+    width: int
+    num_tokens: int = 1
+    has_hard_negatives: bool = False
+
+
+class Numbers(NamedTuple):
+    """Of a module's parameters: how many learn, how many do not, and how many are in tensors of at most `SMALL`."""
+
+    trained: int
+    frozen: int
+    small: int
+
+
+# Tensors that DeepSpeed's stage 3 keeps whole on every rank (`stage3_param_persistence_threshold`).
+SMALL = 100_000
+
+
+def numbers(module: nn.Module) -> Numbers:
+    """Counts a module's parameters; on the meta device it takes no memory."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    trained = sum(size for size, learns in sizes if learns)
+    small = sum(size for size, _ in sizes if size <= SMALL)
+    return Numbers(trained, sum(size for size, _ in sizes) - trained, small)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe trains.
+
+    Attributes:
+        name: for the reader.
+        pieces: what runs.
+        trained: parameters that learn.
+        frozen: parameters that do not, of the dtype of those that do.
+        frozen_low: parameters of a frozen language model, bfloat16 but in a run in fp32.
+        small: of all of them, those in tensors that stage 3 does not release.
+        batch_bytes: of a sample as the loader hands it over.
+        exchange: of a contrastive loss, or None.
+        levers: what `mmcore train` has for it, to take less memory.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+    trained: int
+    batch_bytes: int
+    frozen: int = 0
+    frozen_low: int = 0
+    small: int = 0
+    exchange: Exchange | None = None
+    levers: tuple[Lever, ...] = ("zero",)
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen + self.frozen_low
+
+    def frozen_bytes(self, setting: Setting) -> int:
+        """Of all frozen weights."""
+        low = 4 if setting.precision == "fp32" else 2
+        return self.frozen * setting.weight_bytes + self.frozen_low * low
+
+    def counted(self, setting: Setting) -> tuple[Counted, ...]:
+        """The demands of its pieces, which depend on a few options alone."""
+        return _counted(self, setting.precision, setting.activation_checkpointing, setting.gpus > 1)
+
+
+@cache
+def _counted(
+    job: Job, precision: Precision, activation_checkpointing: bool, has_others: bool
+) -> tuple[Counted, ...]:
+    options = {"precision": precision, "activation_checkpointing": activation_checkpointing}
+    setting = Setting(2, 2, **options) if has_others else Setting(1, 1, **options)
+    return tuple(piece.counted(setting) for piece in job.pieces)

@@ -1,0 +1,106 @@
+"""Language models by the shapes that were published, or by the config.json of a folder; no weights are read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+
+from mmcore.models.language_head import LanguageHead
+from mmcore.ops import attention, require
+from mmcore.plan.demand import Built
+
+OP = "mmcore plan"
+ATTENTION = "mmcore-plan"
+
+
+def _llama(hidden: int, mlp: int, layers: int, heads: int, key_heads: int, vocab: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocab,
+    }
+
+
+def _opt(hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "vocab_size": 50272,
+    }
+
+
+LLMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vicuna-7b": ("llama", _llama(4096, 11008, 32, 32, 32, 32000)),
+    "vicuna-13b": ("llama", _llama(5120, 13824, 40, 40, 40, 32000)),
+    "llama-3-8b": ("llama", _llama(4096, 14336, 32, 32, 8, 128256)),
+    "qwen2-0.5b": ("qwen2", _llama(896, 4864, 24, 14, 2, 151936) | {"tie_word_embeddings": True}),
+    "qwen2-7b": ("qwen2", _llama(3584, 18944, 28, 28, 4, 152064)),
+    "opt-2.7b": ("opt", _opt(2560, 32)),
+    "opt-6.7b": ("opt", _opt(4096, 32)),
+}
+
+
+def language_config(name: str) -> Any:
+    """The configuration of a language model.
+
+    Args:
+        name: a key of `LLMS`, or a folder with the config.json of a causal model of transformers.
+
+    Raises:
+        ValueError: neither, or an encoder-decoder.
+    """
+    if name in LLMS:
+        kind, shape = LLMS[name]
+        return AutoConfig.for_model(kind, **shape)
+    what = "--llm must be one of {}, or a folder with a config.json, got {}"
+    require(OP, (Path(name) / "config.json").is_file(), what, ", ".join(LLMS), name)
+    config = AutoConfig.from_pretrained(name, local_files_only=True)
+    is_causal = not config.is_encoder_decoder
+    require(OP, is_causal, "--llm must be a causal model, got an encoder-decoder in {}", name)
+    return config
+
+
+def language_model(config: Any, dtype: torch.dtype, *, num_layers: int | None = None) -> Any:
+    """The model, on whatever tensors are made where it is called; `num_layers` None = all."""
+    shape = config.to_dict()
+    if num_layers is not None:
+        shape["num_hidden_layers"] = num_layers
+        if shape.get("layer_types"):
+            shape["layer_types"] = shape["layer_types"][:num_layers]
+    config = type(config).from_dict(shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    return model.train()
+
+
+def read(model: Any, samples: int, num_tokens: int, num_learned: int) -> Built:
+    """A pass over `num_tokens` embeddings a sample, which want a gradient, and the loss of the last `num_learned`."""
+    head, embedding = LanguageHead(model.get_output_embeddings()), model.get_input_embeddings().weight
+    shape = (samples, num_tokens, embedding.shape[1])
+    embedded = torch.empty(shape, dtype=embedding.dtype, requires_grad=True)
+    labels = torch.empty(samples, num_learned, dtype=torch.int64)
+
+    def forward() -> list[Tensor]:
+        states = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return [head(states[:, num_tokens - num_learned :], labels)]
+
+    return Built([*model.parameters(), embedded], forward)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What a fused attention leaves to its backward does not depend on the mask."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(q, k, v, scale=options.get("scaling"), backend="mmkernels").contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda **_: None)

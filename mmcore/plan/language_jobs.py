@@ -1,0 +1,133 @@
+"""BLIP-2's second stage and both of LLaVA as a plan sees them: what ends in a language model."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mmcore.models.blip2_configs import blip2_config
+from mmcore.models.clip_configs import clip_config
+from mmcore.models.llava import Llava, LlavaConfig
+from mmcore.models.qformer import QFormer
+from mmcore.models.vit import ViT
+from mmcore.nn import Linear
+from mmcore.ops import require
+from mmcore.plan.demand import Built
+from mmcore.plan.job import Job, Numbers, Piece, Setting, numbers
+from mmcore.plan.language import OP, language_config, language_model, read
+from mmcore.plan.tower import image_bytes, tower_piece
+
+
+def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
+    """Of a configuration by name before a frozen language model; `num_text` tokens of prompt and answer."""
+    config, language = blip2_config(name), language_config(llm)
+    vision = config.vision
+    qformer = replace(config.qformer, has_text=False)
+
+    def between(num_layers: int) -> nn.ModuleList:
+        """What learns: norm, Q-Former, projection."""
+        short = replace(qformer, num_layers=num_layers)
+        norm = nn.LayerNorm(vision.width, eps=vision.norm_eps)
+        return nn.ModuleList([norm, QFormer(short), Linear(qformer.width, _width(language))])
+
+    def build(num_layers: int, samples: int, setting: Setting) -> Built:
+        norm, former, projection = parts = between(num_layers)
+        states = torch.empty(samples, 1 + vision.num_patches, vision.width)
+        return Built(parts.parameters(), lambda: [projection(former(norm(states)))])
+
+    with torch.device("meta"):
+        learned = numbers(between(qformer.num_layers))
+        of_tower = numbers(ViT(vision).requires_grad_(False))
+    of_language = _numbers(language)
+    every = qformer.cross_every
+    return Job(
+        f"BLIP-2 stage 2, {name} before {llm}",
+        (
+            tower_piece(vision),
+            Piece("Q-Former", qformer.num_layers, build, (every, 2 * every)),
+            _language_piece(language, qformer.num_queries + num_text, num_text, learns=False),
+        ),
+        learned.trained,
+        image_bytes(vision) + 8 * num_text,
+        frozen=of_tower.frozen,
+        frozen_low=of_language.trained,
+        small=learned.small + of_tower.small + of_language.small,
+    )
+
+
+def llava_job(
+    stage: Literal[1, 2],
+    vision_name: str,
+    llm: str,
+    *,
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu",
+    num_tokens: int | None = None,
+    train_vision: bool = False,
+) -> Job:
+    """Of a CLIP's tower, less its last layer, before a language model.
+
+    Args:
+        stage: 1 trains the projector, 2 the language model too.
+        vision_name: a key of `CLIP_CONFIGS`.
+        llm: see `language_config`.
+        projector: see `LlavaConfig`.
+        num_tokens: of a conversation, those of its image included; None = a caption of 64 in stage 1, a whole row of
+            2,048 in stage 2.
+        train_vision: the tower learns too, in stage 2.
+
+    Raises:
+        ValueError: an unknown name; fewer tokens than an image has.
+    """
+    whole = clip_config(vision_name).vision
+    vision, language = replace(whole, num_layers=whole.num_layers - 1), language_config(llm)
+    config = LlavaConfig(vision, projector)
+    least = vision.num_patches + 2
+    num_tokens = num_tokens or (vision.num_patches + 64 if stage == 1 else 2048)
+    require(OP, num_tokens >= least, "--tokens must be at least {}, got {}", least, num_tokens)
+    trainable = "projector" if stage == 1 else "all" if train_vision else "language"
+
+    def build(_: int, samples: int, setting: Setting) -> Built:
+        model = Llava(config, language_model(language, setting.dtype, num_layers=1))
+        states = torch.empty(samples, vision.num_patches, vision.width)
+        return Built(model.projector.parameters(), lambda: [model.projector(states)])
+
+    with torch.device("meta"):
+        model = Llava(config, language_model(language, torch.float32), trainable=trainable)
+    of_model = numbers(model)
+    low = 0 if stage == 2 else _numbers(language).trained
+    return Job(
+        f"LLaVA stage {stage}, {vision_name} before {llm}",
+        (
+            tower_piece(vision, learns=train_vision),
+            Piece("projector", 1, build),
+            _language_piece(language, num_tokens, num_tokens - 1, learns=stage == 2),
+        ),
+        of_model.trained,
+        image_bytes(vision) + 3 * 8 * num_tokens,
+        frozen=of_model.frozen - low,
+        frozen_low=low,
+        small=of_model.small,
+    )
+
+
+def _language_piece(config: Any, num_tokens: int, num_learned: int, *, learns: bool) -> Piece:
+    def build(num_layers: int, samples: int, setting: Setting) -> Built:
+        # frozen, it is bfloat16 but in fp32
+        low = not learns and setting.precision != "fp32"
+        dtype = torch.bfloat16 if low else setting.dtype
+        model = language_model(config, dtype, num_layers=num_layers).requires_grad_(learns)
+        return read(model, samples, num_tokens, num_learned)
+
+    name = "language model" if learns else "language model, frozen"
+    return Piece(name, config.num_hidden_layers, build)
+
+
+def _numbers(config: Any) -> Numbers:
+    with torch.device("meta"):
+        return numbers(language_model(config, torch.float32))
+
+
+def _width(config: Any) -> int:
+    with torch.device("meta"):
+        return language_model(config, torch.float32, num_layers=1).get_input_embeddings().embedding_dim

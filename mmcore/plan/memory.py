@@ -1,0 +1,137 @@
+"""Memory of a rank by part, in each phase of a step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from mmcore.plan import zero
+from mmcore.plan.exchange import Loss, loss
+from mmcore.plan.hardware import Gpu
+from mmcore.plan.job import Counted, Job, Setting
+
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "EMA",
+    "activations",
+    "gathered features",
+    "loss workspace",
+    "buffers",
+    "batch",
+)
+# Of a GPU's memory what a plan fills: the rest is for the context, the libraries, and what lies between tensors.
+FILLED = 0.9
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that a rank holds at the height of a phase, by part."""
+
+    name: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
+    """The phases of a step after the first, in order.
+
+    The forward ends with all activations of a micro-batch; the loss comes on top of them, or of the features alone
+    where gradients are accumulated; the backward begins with all of them and ends with all gradients; the optimizer
+    steps.
+    """
+    is_cpu = gpu.is_cpu
+    kept = zero.states(job, setting, is_cpu=is_cpu)
+    always = {
+        "weights": kept.weights,
+        "optimizer": kept.optimizer,
+        "EMA": kept.ema,
+        "gradients": kept.gradients,
+        "buffers": kept.buffers,
+        "batch": job.batch_bytes * setting.per_rank,
+    }
+    plain = job.counted(replace(setting, activation_checkpointing=False))
+    counted = job.counted(setting)
+    activations, forward, backward = _activations(counted, plain, setting)
+    gathered = zero.gathered_bytes(job, setting)
+    reduced = zero.reduction(job, setting, is_cpu=is_cpu)
+    of_loss = rank_loss(job, setting, gpu)
+    features = {} if of_loss is None else _of_loss(of_loss)
+    pending: dict[str, float] = {}  # what is there while micro-batches are accumulated
+    if setting.accum > 1:
+        pending["gradients"] = setting.weight_bytes * job.trained
+        pending["loss workspace"] = _cached_features(job, setting)
+    early = (
+        zero.bucket_bytes(job, setting, is_cpu=False) if _has_early_bucket(setting) and not is_cpu else 0.0
+    )
+    loss_on = _cached_features(job, setting) if setting.accum > 1 else activations
+    found = [
+        Phase("forward", _sum(always, pending, {"weights": gathered, "activations": activations + forward})),
+        Phase(
+            "backward",
+            _sum(
+                always,
+                pending,
+                {"weights": gathered, "activations": activations + backward, "buffers": early},
+            ),
+        ),
+        Phase("reduction", _sum(always, {"gradients": reduced.gradients, "buffers": reduced.buffers})),
+        Phase("step", _sum(always, {"gradients": reduced.gradients_of_step})),
+    ]
+    if features:
+        where = "loss workspace" if setting.accum > 1 else "activations"
+        found.insert(1, Phase("loss", _sum(always, {"weights": gathered, where: loss_on}, features)))
+    return found
+
+
+def peak(found: list[Phase]) -> Phase:
+    """The phase that needs most."""
+    return max(found, key=lambda phase: phase.total)
+
+
+def fits(found: list[Phase], gpu: Gpu) -> bool:
+    return peak(found).total <= FILLED * gpu.memory_bytes
+
+
+def rank_loss(job: Job, setting: Setting, gpu: Gpu) -> Loss | None:
+    """The contrastive loss of a rank, where the job has one."""
+    if job.exchange is None:
+        return None
+    return loss(job.exchange, setting.per_rank, setting.gpus, is_cpu=gpu.is_cpu)
+
+
+def _activations(
+    counted: tuple[Counted, ...], plain: tuple[Counted, ...], setting: Setting
+) -> tuple[float, float, float]:
+    """Of a micro-batch: what the forwards leave; what a forward, and a backward, need beyond that for a while."""
+    micro, kept, forward, backward = setting.micro, 0.0, 0.0, 0.0
+    for piece, whole in zip(counted, plain, strict=True):
+        demand = piece.of(micro)
+        kept += demand.kept
+        forward = max(forward, demand.forward_widest)
+        # what is computed again, layer by layer
+        again = whole.layer.kept * micro if setting.activation_checkpointing else 0.0
+        backward = max(backward, demand.backward_widest + again)
+    return kept, forward, backward
+
+
+def _cached_features(job: Job, setting: Setting) -> float:
+    """Features of all micro-batches, gathered from them and as one, and their gradient."""
+    if job.exchange is None:
+        return 0.0
+    return 3 * 2 * 4 * setting.per_rank * job.exchange.width
+
+
+def _of_loss(found: Loss) -> dict[str, float]:
+    return {"gathered features": found.gathered, "loss workspace": found.workspace}
+
+
+def _has_early_bucket(setting: Setting) -> bool:
+    """Stages 1 and 2 allocate their bucket at the first gradient, but where gradients wait on the parameters."""
+    return setting.zero in (1, 2) and setting.accum == 1
+
+
+def _sum(*all_parts: Mapping[str, float]) -> dict[str, float]:
+    return {part: sum(parts.get(part, 0.0) for parts in all_parts) for part in PARTS}

@@ -1,0 +1,179 @@
+"""`mmcore plan` against the modules that it counts: parameters, FLOP, what a forward leaves to its backward."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcore.integrations.transformers import NAME as ATTENTION
+from mmcore.integrations.transformers import register
+from mmcore.models.blip2 import BLIP2
+from mmcore.models.blip2_configs import blip2_config
+from mmcore.models.blip2_lm import BLIP2LM
+from mmcore.models.clip import CLIP
+from mmcore.models.clip_configs import clip_config
+from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig
+from mmcore.plan.blip2_job import blip2_stage1_job
+from mmcore.plan.clip_job import clip_job
+from mmcore.plan.job import Job, Setting
+from mmcore.plan.language import LLMS, language_config, language_model
+from mmcore.plan.language_jobs import blip2_stage2_job, llava_job
+
+# Of the checkpoints on the hub, as their safetensors have them.
+PUBLISHED = {
+    "vicuna-7b": 6_738_415_616,
+    "vicuna-13b": 13_015_864_320,
+    "llama-3-8b": 8_030_261_248,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-7b": 7_615_616_512,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+}
+FEW = 3
+
+
+def kept_bytes(model: torch.nn.Module, forward: Callable[[], object], *, autocast: bool) -> int:
+    """What autograd saves in a forward, weights aside."""
+    weights = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), cast:
+        alive = forward()
+    assert alive is not None
+    return sum(x.untyped_storage().nbytes() for x in saved.values())
+
+
+def planned(job: Job, setting: Setting, samples: int) -> float:
+    return sum(piece.of(samples).kept for piece in job.counted(setting))
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The config.json of a small Qwen."""
+    folder = tmp_path_factory.mktemp("llm")
+    config = language_config("qwen2-0.5b")
+    small = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 512}
+    shape = config.to_dict() | small | {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    type(config).from_dict(shape).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_language_models_have_the_parameters_of_their_checkpoints(name: str) -> None:
+    with torch.device("meta"):
+        model = language_model(language_config(name), torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+def test_parameters_are_those_of_the_models(tiny_llm: str) -> None:
+    def parts(model: torch.nn.Module) -> tuple[int, int]:
+        learned, frozen = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad is x) for x in (True, False)
+        )
+        return learned, frozen
+
+    config = blip2_config("tiny")
+    # on the CPU: its projection looks at the embedding
+    language = language_model(language_config(tiny_llm), torch.float32)
+    stage2 = BLIP2LM(config.vision, replace(config.qformer, has_text=False), language)
+    whole = clip_config("tiny").vision
+    shape = LlavaConfig(replace(whole, num_layers=whole.num_layers - 1))
+    with torch.device("meta"):
+        models: list[tuple[Job, Any]] = [
+            (clip_job("ViT-L-14"), CLIP(clip_config("ViT-L-14"))),
+            (blip2_stage1_job("ViT-g", 32), BLIP2(blip2_config("ViT-g"))),
+        ]
+    models.append((blip2_stage2_job("tiny", tiny_llm, 8), stage2))
+    stages: tuple[tuple[Any, Any], ...] = ((1, "projector"), (2, "language"))
+    for stage, trainable in stages:
+        language = language_model(language_config(tiny_llm), torch.float32)
+        models.append((llava_job(stage, "tiny", tiny_llm), Llava(shape, language, trainable=trainable)))
+    for job, model in models:
+        assert (job.trained, job.parameters - job.trained) == parts(model), job.name
+        assert job.small == sum(p.numel() for p in model.parameters() if p.numel() <= 100_000), job.name
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointing"),
+    [("fp32", False), ("amp_bf16", False), ("amp_bf16", True), ("bf16", False)],
+)
+def test_clip_leaves_what_autograd_saves(precision: Any, checkpointing: bool) -> None:
+    model = CLIP(clip_config("tiny"))
+    if precision == "bf16":
+        model.to(torch.bfloat16)
+    model.set_activation_checkpointing(checkpointing)
+    images, tokens = torch.randn(FEW, 3, 16, 16), torch.randint(1, 1000, (FEW, 32))
+    found = kept_bytes(model, lambda: model(images, tokens), autocast=precision == "amp_bf16")
+    setting = Setting(FEW, 1, precision=precision, activation_checkpointing=checkpointing)
+    assert planned(clip_job("tiny"), setting, FEW) == pytest.approx(found, rel=1e-4)
+
+
+def test_blip2_leaves_what_autograd_saves() -> None:
+    model, length = BLIP2(blip2_config("tiny")).train(), 8
+    images, tokens = torch.randn(FEW, 3, 16, 16), torch.randint(2, 1000, (FEW, length))
+    num_text = torch.full((FEW,), length)
+
+    def forward() -> object:
+        pairs = model.pairs(images, tokens, num_text)
+        index = torch.arange(FEW).repeat(3)
+        rows = tokens.repeat(3, 1), num_text.repeat(3)
+        return pairs, model.match(pairs.keys_values, pairs.tower[:0], index, *rows)
+
+    found = kept_bytes(model, forward, autocast=True)
+    setting = Setting(FEW, 1)
+    assert planned(blip2_stage1_job("tiny", length), setting, FEW) == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_llava_leaves_what_autograd_saves(stage: Any, tiny_llm: str) -> None:
+    register()
+    whole, length = clip_config("tiny").vision, 48
+    config = LlavaConfig(replace(whole, num_layers=whole.num_layers - 1))
+    dtype = torch.bfloat16 if stage == 1 else torch.float32
+    language = language_model(language_config(tiny_llm), dtype)
+    language.set_attn_implementation(ATTENTION)
+    model = Llava(config, language, trainable="projector" if stage == 1 else "language").train()
+    tokens = torch.randint(2, 500, (FEW, length))
+    tokens[:, 1 : 1 + config.vision.num_patches] = IMAGE_TOKEN
+    labels, images = tokens.clamp(min=0), torch.randn(FEW, 3, 16, 16)
+    found = kept_bytes(model, lambda: model("loss", tokens, labels, images), autocast=True)
+    job = llava_job(stage, "tiny", tiny_llm, num_tokens=length)
+    # of the tokens' embedding, which learns in stage 2, the plan knows nothing
+    assert planned(job, Setting(FEW, 1), FEW) == pytest.approx(found, rel=1e-3 if stage == 1 else 0.02)
+
+
+def test_flops_are_those_of_torchs_counter_and_of_attention() -> None:
+    """Torch's own counter knows the linear layers on a CPU, not its attention."""
+    config = clip_config("tiny")
+    model, setting = CLIP(config), Setting(FEW, 1)
+    images, tokens = torch.randn(FEW, 3, 16, 16), torch.randint(1, 1000, (FEW, 32))
+    with FlopCounterMode(display=False) as counted, torch.autocast("cpu", torch.bfloat16):
+        image, text, scale = model(images, tokens)
+        ((image * text).sum() * scale).sum().backward()
+    towers = ((config.vision, 17), (config.text, 32))
+    # two products forward, five backward
+    attention = sum(FEW * side.num_layers * 7 * 2 * length**2 * side.width for side, length in towers)
+    demands = [piece.of(FEW) for piece in clip_job("tiny").counted(setting)]
+    found = sum(x.forward_flops + x.backward_flops for x in demands)
+    assert found == pytest.approx(counted.get_total_flops() + attention, rel=1e-3)
+
+
+def test_checkpointing_computes_the_layers_again() -> None:
+    plain, again = (
+        clip_job("tiny").counted(Setting(1, 1, precision="fp32", activation_checkpointing=x))[0].layer
+        for x in (False, True)
+    )
+    assert again.forward_flops == plain.forward_flops
+    last = 2 * 17 * 512 * 128  # nothing needs the result of the last product
+    assert again.backward_flops == plain.backward_flops + plain.forward_flops - last
+    assert again.kept == 17 * 128 * 4  # the states between layers, float32

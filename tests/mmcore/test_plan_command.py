@@ -1,0 +1,142 @@
+"""`mmcore plan`: the search for what fits, transfers against a simulated transport, memory against a real run, and what
+the command prints."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.measure import CLEAR_REFS
+from bench.plan import measured
+from bench.published import PAGES, TABLE, filled
+from bench.scale import simulate
+from mmcore import cli
+from mmcore.plan import command
+from mmcore.plan.clip_job import clip_job
+from mmcore.plan.exchange import loss
+from mmcore.plan.hardware import GPUS, MEASURED_COPY, MEASURED_FLOPS
+from mmcore.plan.job import Exchange, Setting
+from mmcore.plan.memory import FILLED, fits, peak, phases
+from mmcore.plan.search import changes, nearest
+from mmcore.plan.step import step
+from mmcore.plan.zero import BUCKET
+
+JOB, GPU = clip_job("tiny"), GPUS["a100-40gb"]
+
+
+def test_a_plan_says_what_fits_and_the_nearest_setting_that_does(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["clip", "--model", "tiny", "--global-batch", "2097152", "--gpus", "8", "--gpu", "a100-40gb"]
+    command.main([*arguments, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and found["memory"][found["peak"]]["total"] > FILLED * 40e9
+    better = found["nearest"]
+    assert better["fits"] and better["memory"][better["peak"]]["total"] <= FILLED * 40e9
+    assert better["samples_per_s"] > 0 and found["parameters"]["trained"] == JOB.trained
+    command.main(arguments)
+    said = capsys.readouterr().out
+    assert (
+        "does not fit" in said and "nearest that fits: --" in said and "loss, features in a ring" not in said
+    )
+
+
+def test_the_nearest_setting_changes_the_fewest_options_and_no_further_than_it_must() -> None:
+    setting = Setting(2097152, 8)
+    assert not fits(phases(JOB, setting, GPU), GPU)
+    found = nearest(JOB, setting, GPU)
+    assert found is not None and fits(phases(JOB, found, GPU), GPU)
+    assert changes(setting, found) == {"--accum": found.accum}
+    assert not fits(phases(JOB, replace(found, accum=found.accum // 2), GPU), GPU)
+    # of settings that fit, the one asked for
+    assert nearest(JOB, found, GPU) == found
+
+
+def test_more_gpus_are_named_where_nothing_else_helps() -> None:
+    fixed = replace(JOB, levers=("zero",))
+    setting = Setting(2097152, 8)
+    found = nearest(fixed, setting, GPU)
+    assert found is not None and found.gpus > 8 and found.zero == setting.zero
+    assert not fits(phases(fixed, Setting(2097152, found.gpus // 2), GPU), GPU)
+
+
+def test_accumulation_and_checkpointing_cost_what_they_compute_again() -> None:
+    plain, accum = (step(JOB, Setting(8192, 8, accum=n), GPUS["h200"]) for n in (1, 4))
+    assert 1.25 < accum.towers_s / plain.towers_s < 1.45  # a third more, but for attention's backward
+    assert plain.samples_per_s == pytest.approx(8192 / plain.total_s)
+    assert accum.mfu < plain.mfu < 1
+
+
+def test_zero_divides_what_its_stages_divide() -> None:
+    by_stage = [phases(JOB, Setting(4096, 8, zero, ema=True), GPU)[-1].parts for zero in (0, 1, 2, 3)]
+    share = JOB.trained / 8
+    assert [x["optimizer"] for x in by_stage] == [8 * JOB.trained, *[12 * share] * 3]
+    assert [x["EMA"] for x in by_stage] == [4 * JOB.trained, *[4 * share] * 3]
+    early = [next(p for p in phases(JOB, Setting(4096, 8, z), GPU) if p.name == "backward") for z in (0, 2)]
+    assert [x.parts["buffers"] for x in early] == [0, 4 * BUCKET]
+
+
+@pytest.mark.parametrize("how", ["gather", "ring"])
+def test_the_loss_sends_what_is_planned_and_is_exact(how: str) -> None:
+    found = simulate(8, how)
+    assert found["sent_bytes"] == pytest.approx(found["planned_sent_bytes"], abs=64)  # some scalars
+    assert max(found["errors"].values()) < 1e-13
+
+
+def test_features_go_around_a_ring_where_gathering_would_not_fit() -> None:
+    kept, ring = (loss(Exchange(768), 2048, ranks, is_cpu=False) for ranks in (128, 512))
+    assert (kept.is_ring, ring.is_ring) == (False, True)
+    assert ring.gathered < kept.gathered / 10
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of the resident size cannot be reset")
+def test_the_peak_of_a_run_is_planned_within_15_percent() -> None:
+    found = measured("quick")
+    assert found["predicted_bytes"] == pytest.approx(found["measured_bytes"], rel=0.15), found
+
+
+def test_rates_say_where_they_are_from() -> None:
+    h200, h100 = GPUS["h200"], GPUS["h100"]
+    assert (h200.bf16_flops.per_s, h200.copy_bytes.per_s) == (MEASURED_FLOPS, MEASURED_COPY)
+    assert (h200.bf16_flops.source, h100.bf16_flops.source, h100.exps.source) == (
+        "measured",
+        "scaled",
+        "sheet",
+    )
+    assert h100.bf16_flops.per_s == MEASURED_FLOPS  # the same chip
+    assert h200.bytes_between(8) == 450e9 and h200.bytes_between(9) == 50e9
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tables_of_the_pages_are_those_of_the_code(page: Path) -> None:
+    """`python -m bench.published` writes them; that of the commands, which takes longer, is held in bench."""
+    written = TABLE.sub(lambda found: "" if found[2] == "examples" else found[0], page.read_text())
+    assert TABLE.search(written)
+    assert filled(written) == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "followed by one of clip"),
+        ("vit", "got vit"),
+        ("clip --global-batch 100 --gpus 8", "multiple of --gpus times --accum, 8, got 100"),
+        ("clip --global-batch 8 --gpus 8 --model ViT-L14", "did you mean 'ViT-L-14'?"),
+        ("clip --global-batch 8 --gpus 8 --zero 0 --precision bf16", "got --zero 0"),
+        ("llava --global-batch 8 --gpus 8 --llm nowhere", "a folder with a config.json, got nowhere"),
+        (
+            "llava --global-batch 8 --gpus 8 --llm qwen2-0.5b --tokens 9",
+            "--tokens must be at least 578, got 9",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *arguments.split()])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_peak_is_the_largest_phase() -> None:
+    found = phases(JOB, Setting(4096, 8, accum=2), GPU)
+    assert [phase.name for phase in found] == ["forward", "loss", "backward", "reduction", "step"]
+    assert peak(found).total == max(sum(phase.parts.values()) for phase in found)
