@@ -2,13 +2,14 @@
 # make demo-blip2   the same for BLIP-2: a tower, both stages, captions of held-out pictures
 # make demo-llava   for LLaVA: a tower, both stages, dialogues about held-out pictures
 # make test   the tests, from nothing          make check  lint, format, types
-# make bench  the benchmarks of this machine   make gpu    kernel tests on CUDA, then the benchmarks
+# make bench  the benchmarks of this machine   make gpu    kernel tests on CUDA, benchmarks and report, in 9 minutes
 # make docs   the pages' tables from committed JSON, docs/api.md from the docstrings
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 DEMO   ?= runs/demo
 GPU    ?= gpu
+GPU_SECONDS ?= 520
 JOBS   ?= 2
 
 .PHONY: demo demo-blip2 demo-llava test check bench docs docs-tables gpu clean
@@ -65,9 +66,7 @@ docs-tables: $(VENV)/installed
 # Needs a CUDA device and an environment that has torch for it; installs nothing.
 gpu:
 	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device and a torch built for it')"
-	mkdir -p bench/results/$(GPU)
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest tests/kernels -m gpu
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest bench/ --benchmark-json=bench/results/$(GPU)/bench.json
+	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu bench/results/$(GPU) --seconds $(GPU_SECONDS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

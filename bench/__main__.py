@@ -1,7 +1,7 @@
 """`python -m bench report [FILE ...]`: Markdown tables on standard output, and beside the files a page and plots.
 
-Without a FILE: of every machine's folder under `bench/results`. `python -m bench tables PAGE ...` writes the tables of
-Markdown pages anew from the JSON that they name.
+Without a FILE: of every machine's folder under `bench/results`; a FILE may be a folder, whose JSON is meant. `python -m
+bench tables PAGE ...` writes the tables of Markdown pages anew from the JSON that they name.
 """
 
 import sys
@@ -37,7 +37,14 @@ def main(arguments: list[str]) -> int:
             for path in paths:
                 fill(path)
         else:
-            report(paths or sorted(RESULTS.glob("*/*.json")))
+            given = paths or sorted(RESULTS.iterdir())
+            report(
+                [
+                    file
+                    for path in given
+                    for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
+                ]
+            )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 NATIVE = "mmkernels/_native.so"
@@ -108,17 +110,51 @@ def site(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_op_of_a_wheel_runs_in_an_empty_folder_without_the_training_packages(site, tmp_path):
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """An empty environment in which pip has put the wheel of the sdist, its requirements found; of what this one has
+    it sees the packages, but not the editable install."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    done = run(
+        "-m", "pip", "--python", folder / "bin/python", "install", "-q", "--no-index", wheel, cwd=folder
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_op_of_a_wheel_runs_in_an_empty_environment_and_folder_without_the_training_packages(
+    environment, tmp_path
+):
     program = (
         "import sys, torch; from mmkernels import contrastive_loss; import mmkernels.native, mmcore.losses\n"
         "x = torch.randn(300, 16, requires_grad=True); contrastive_loss(x, x, 2.0).backward()\n"
         "wanted = {'deepspeed', 'transformers', 'tyro', 'webdataset', 'matplotlib'} & set(sys.modules)\n"
-        "assert not wanted, wanted; print(mmkernels.native.AVAILABLE, mmkernels.__file__)"
+        "assert not wanted, wanted; print(mmkernels.native.AVAILABLE, mmkernels.__file__, mmcore.losses.__file__)"
     )
-    env = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = run("-c", program, cwd=tmp_path, env=env)
+    done = subprocess.run(
+        [environment / "bin/python", "-I", "-c", program],
+        cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{BUILDS_NATIVE} {site}")
+    available, *files = done.stdout.split()
+    assert available == str(BUILDS_NATIVE)
+    assert all(Path(file).is_relative_to(environment) for file in files), files
+    assert (environment / "bin/mmcore").is_file()
+
+
+def test_what_a_wheel_requires_is_looked_for(environment, wheel, tmp_path):
+    """So that the test above cannot pass with a requirement missing."""
+    venv.create(tmp_path / "bare")
+    python = tmp_path / "bare/bin/python"
+    done = run("-m", "pip", "--python", python, "install", "-q", "--no-index", wheel, cwd=tmp_path)
+    assert done.returncode != 0
+    assert re.search("No matching distribution found for (torch|triton)>=", done.stderr)
 
 
 def test_a_library_that_does_not_load_is_an_error_that_says_what_to_do(site, tmp_path):
