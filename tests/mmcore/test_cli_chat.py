@@ -117,6 +117,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
+    def interrupt_until(self, text: str) -> None:
+        """Ctrl-C, again and again until a text comes: CPython's input() misses a signal that arrives after a key's
+        echo and before it waits for the next key."""
+        for _ in range(60):
+            os.kill(self.process.pid, signal.SIGINT)
+            if select.select([self.end], [], [], 1)[0]:
+                break
+        self.wait(text)
+
 
 def test_a_terminal_streams_stops_at_ctrl_c_and_ends_at_ctrl_d(folder: Path) -> None:
     options = ["--template", "v1", "--max-new-tokens", 200, "--image", folder.parent / "1.png"]
@@ -143,8 +152,7 @@ def test_a_terminal_streams_stops_at_ctrl_c_and_ends_at_ctrl_d(folder: Path) -> 
         terminal.wait("you: ")
     terminal.type("half a question")
     terminal.wait("half a question")
-    os.kill(terminal.process.pid, signal.SIGINT)
-    terminal.wait("you: ")
+    terminal.interrupt_until("you: ")
     terminal.type("what is it?\n")
     terminal.wait("model: ")
     assert " [cut: --max-new-tokens" in terminal.wait("you: ")
