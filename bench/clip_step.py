@@ -1,5 +1,6 @@
 """A training step of CLIP ViT-B/32, ours and as its users write it: model, loss, AdamW, average of the weights."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import CLIPModel
 from bench.peers import load
 from mmcore.losses import global_contrastive_loss
 from mmcore.models import clip_names
-from mmcore.models.clip import CLIP, CLIPConfig, TextConfig
+from mmcore.models.clip import CLIP, CLIPConfig, TextConfig, caption_lengths
 from mmcore.models.clip_configs import CLIP_CONFIGS
 from mmcore.models.vit import VisionConfig
 from mmcore.optim import AdamWEMA
@@ -20,7 +21,7 @@ from mmcore.optim import AdamWEMA
 LR, DECAY, WEIGHT_DECAY = 1e-4, 0.9999, 0.1
 # AdamW's and the average's bytes a parameter in float32
 UPDATE_BYTES = 36
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, list[int]], Tensor]
 
 
 def clip(config: CLIPConfig = CLIP_CONFIGS["ViT-B-32"]) -> CLIP:
@@ -29,8 +30,9 @@ def clip(config: CLIPConfig = CLIP_CONFIGS["ViT-B-32"]) -> CLIP:
     return CLIP(config)
 
 
-def batch(size: int, config: CLIPConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images, and captions of COCO's lengths, padded to the context as open_clip's tokenizer does."""
+def batch(size: int, config: CLIPConfig, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Images, and captions of COCO's lengths, padded to the context as open_clip's tokenizer does; the lengths, which
+    a loader knows before a GPU has the captions."""
     generator = torch.Generator().manual_seed(1)
     side, text = config.vision.image_size, config.text
     images = torch.randn(size, 3, side, side, generator=generator)
@@ -39,21 +41,20 @@ def batch(size: int, config: CLIPConfig, device: torch.device) -> tuple[Tensor, 
     ends = torch.randint(text.context_length // 8, text.context_length // 4, (size, 1), generator=generator)
     place = torch.arange(text.context_length)
     tokens = tokens.masked_fill(place == ends, end).masked_fill(place > ends, 0)
-    return images.to(device), tokens.to(device)
+    return images.to(device), tokens.to(device), caption_lengths(tokens, text.eos_token_id)
 
 
-def step_flops(config: CLIPConfig, size: int) -> float:
-    """Of the products of a step, forward and both gradients."""
+def step_flops(config: CLIPConfig, lengths: list[int]) -> float:
+    """Of the products that a step needs, forward and both gradients: those of no token behind an end."""
 
-    def tower(part: VisionConfig | TextConfig, length: int) -> float:
-        layer = 4 * part.width**2 + 2 * part.width * part.mlp_dim + 2 * length * part.width
-        return part.num_layers * length * layer + part.width * config.embed_dim
+    def tower(part: VisionConfig | TextConfig, lengths: list[int]) -> float:
+        weights = 4 * part.width**2 + 2 * part.width * part.mlp_dim
+        layer = sum(length * weights + 2 * length**2 * part.width for length in lengths)
+        return part.num_layers * layer + len(lengths) * part.width * config.embed_dim
 
-    vision, patches = config.vision, config.vision.num_patches
-    pixels = 3 * vision.patch_size**2 * vision.width * patches
-    return (
-        3 * 2 * size * (tower(vision, patches + 1) + tower(config.text, config.text.context_length) + pixels)
-    )
+    vision, patches, size = config.vision, config.vision.num_patches, len(lengths)
+    pixels = size * 3 * vision.patch_size**2 * vision.width * patches
+    return 3 * 2 * (tower(vision, [patches + 1] * size) + tower(config.text, lengths) + pixels)
 
 
 def _autocast(device: torch.device) -> torch.autocast:
@@ -61,14 +62,16 @@ def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def ours(start: CLIP, device: torch.device) -> Step:
+def ours(start: CLIP, device: torch.device, *, pads: bool = False) -> Step:
+    """`pads` computes every caption to the end of the context, as the others do."""
     model = start.to(device)
     optimizer = AdamWEMA(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, ema=DECAY)
 
-    def step(images: Tensor, tokens: Tensor) -> Tensor:
+    def step(images: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
         optimizer.zero_grad()
         with _autocast(device):
-            image, text, scale = model(images, tokens)
+            whole = [tokens.shape[1]] * len(tokens)
+            image, text, scale = model(images, tokens, whole if pads else lengths)
             loss = global_contrastive_loss(image, text, scale)
         loss.backward()
         optimizer.step()
@@ -88,7 +91,7 @@ def _eager(
     weights: list[Tensor] = list(model.parameters())
     averages = [p.detach().clone() for p in weights]
 
-    def step(images: Tensor, tokens: Tensor) -> Tensor:
+    def step(images: Tensor, tokens: Tensor, _: list[int]) -> Tensor:
         optimizer.zero_grad()
         with _autocast(device):
             loss = loss_of(images, tokens)
@@ -134,6 +137,7 @@ def open_clip(start: CLIP, device: torch.device) -> Step:
 
 CONTENDERS: Mapping[str, Callable[[CLIP, torch.device], Step]] = {
     "mmcore": ours,
+    "mmcore, captions padded": functools.partial(ours, pads=True),
     "transformers, AdamW, EMA by a loop": lambda start, device: transformers_clip(start, device, fused=False),
     "transformers, AdamW(fused), EMA by foreach": lambda start, device: transformers_clip(
         start, device, fused=True

@@ -113,11 +113,13 @@ def _steps(case: Case) -> int:
     del model
     size = config.vision.image_size
     images = torch.randn(setting.per_rank, 3, size, size)
-    tokens = torch.randint(1, config.text.vocab_size, (setting.per_rank, config.text.context_length))
+    length, end = config.text.context_length, config.text.vocab_size - 1
+    tokens = torch.randint(1, end, (setting.per_rank, length))
+    tokens[:, -1] = end
     peak = 0
     for i in range(case.steps + 1):
         _give_back()
-        contrastive_backward(engine, images, tokens, setting.accum)
+        contrastive_backward(engine, images, tokens, [length] * setting.per_rank, setting.accum)
         engine.step(1e-4)
         if i:
             peak = max(peak, status_bytes("VmHWM") - before)

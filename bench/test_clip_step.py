@@ -1,5 +1,6 @@
 """A training step of CLIP ViT-B/32, from pixels and tokens to stepped and averaged weights, beside transformers' and
-open_clip's models with torch's AdamW and an average of the weights: the same weights, batch and loss."""
+open_clip's models with torch's AdamW and an average of the weights: the same weights, batch and loss. Ours computes of
+a caption what comes before its end token, on which nothing else depends; they compute the padding too."""
 
 import functools
 import gc
@@ -50,7 +51,8 @@ def step(contender: str, config: CLIPConfig = CONFIG, size: int = SIZE) -> Calla
 def test_clip_step(benchmark: Any, device: torch.device, contender: str) -> None:
     if reason := skip_reason(contender):
         pytest.skip(reason)
-    products = step_flops(CONFIG, SIZE) / gemm_flops_per_s(2048, 768, 3072, DTYPE, device)
+    lengths = batch(SIZE, CONFIG, torch.device("cpu"))[2]
+    products = step_flops(CONFIG, lengths) / gemm_flops_per_s(2048, 768, 3072, DTYPE, device)
     params = sum(p.numel() for p in clip().parameters())
     case = Case(
         group=f"clip ViT-B-32-B{SIZE}",
@@ -75,13 +77,11 @@ def test_all_compute_the_same_losses(contender: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a claim about CPUs")
-def test_a_step_is_not_behind_the_eager_ones_on_a_cpu() -> None:
-    runs = {
-        name: step(name) for name in CONTENDERS if name.startswith(("mmcore", "transformers, AdamW(fused)"))
-    }
+def test_a_step_is_ahead_of_the_best_eager_one_on_a_cpu() -> None:
+    runs = {name: step(name) for name in ("mmcore", "transformers, AdamW(fused), EMA by foreach")}
     first = {name: run().item() for name, run in runs.items()}
     assert max(first.values()) == pytest.approx(min(first.values()), rel=1e-4), first
     medians = paired_medians(runs, 3, DEVICE)
     ratio = min(s for name, s in medians.items() if name != "mmcore") / medians["mmcore"]
     print(f"CLIP ViT-B/32 step, {SIZE} pairs: {medians}: {ratio:.2f}x")
-    assert ratio >= 1.0
+    assert ratio >= 1.2

@@ -75,7 +75,8 @@ def scalar_tensor(op: str, name: str, value: float | Tensor, of_name: str, of: T
 def autocast_operands(*operands: Tensor) -> tuple[Tensor, ...]:
     """The operands as autocast would hand them to a matrix product; float64 is left alone, as there."""
     first = operands[0]
-    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
+    device = first.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or first.dtype == torch.float64:
         return operands
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) for x in operands)

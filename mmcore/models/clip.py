@@ -1,6 +1,7 @@
 """CLIP: an image tower and a text tower whose normalised embeddings meet (arXiv 2103.00020)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.models.vit import VisionConfig, ViT, check_tower
-from mmcore.nn import Linear, Transformer
+from mmcore.nn import Linear, Packing, Transformer
 
 # transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
 LEGACY_EOS_TOKEN_ID = 2
@@ -79,6 +80,16 @@ def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
     return (tokens == eos_token_id).int().argmax(dim=-1)
 
 
+def caption_lengths(tokens: Tensor, eos_token_id: int | None) -> list[int]:
+    """How many tokens of each caption count: those up to its end token, behind which a causal tower never looks.
+
+    Args:
+        tokens: [B, T] integer ids; reading them waits for a GPU that they are on.
+        eos_token_id: see `eos_positions`.
+    """
+    return (eos_positions(tokens, eos_token_id) + 1).tolist()
+
+
 class VisionTower(ViT):
     """ViT with a class token: images [B, 3, S, S] to embeddings [B, E], not yet normalised."""
 
@@ -117,20 +128,49 @@ class TextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.proj.weight, std=width**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T] int64 to [B, E]; T may be shorter than the context."""
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """[B, T] int64 to [B, E]; T may be shorter than the context. For `lengths` see `CLIP.encode_text`."""
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.context_length:
             raise ValueError(
                 f"CLIP: tokens must be [B, T] with 1 <= T <= {self.context_length}, got {list(tokens.shape)}"
             )
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"CLIP: tokens must be int64, got {tokens.dtype}")
-        x = self.token_embedding(tokens)  # [B, T, D]
-        x = self.transformer(x + self.position_embedding[: tokens.shape[1]])
         ends = eos_positions(tokens, self.eos_token_id)
+        if lengths is None and tokens.is_cpu and not torch.compiler.is_compiling():
+            lengths = (ends + 1).tolist()
+        positions = self.position_embedding[: tokens.shape[1]]
+        if lengths is None or _check_lengths(tokens, ends, lengths) == tokens.numel():
+            x = self.transformer(self.token_embedding(tokens) + positions)  # [B, T, D]
+            x = x[torch.arange(len(x), device=x.device), ends]
+        else:
+            packing = Packing.of(lengths, tokens.device)
+            ids = packing.pack(tokens[:, : packing.length])
+            place = packing.places % packing.length
+            x = self.token_embedding(ids) + F.embedding(place, positions)  # [1, N, D]
+            x = self.transformer(x, packing)[0, packing.starts + ends]
         # LayerNorm is per token, so one row a caption is enough
-        x = self.norm_final(x[torch.arange(x.shape[0], device=x.device), ends])
-        return self.proj(x)
+        return self.proj(self.norm_final(x))
+
+
+def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
+    """Their sum."""
+    most = tokens.shape[1]
+    if len(lengths) != len(tokens) or not all(1 <= length <= most for length in lengths):
+        raise ValueError(
+            f"CLIP: lengths must be {len(tokens)} from 1 to {most}, one a caption, got {list(lengths)}"
+        )
+    if (
+        sum(lengths) < tokens.numel()
+        and tokens.is_cpu
+        and not (behind := torch.tensor(lengths, dtype=torch.int64) > ends).all()
+    ):
+        first = int((~behind).nonzero()[0])
+        raise ValueError(
+            f"CLIP: lengths must reach each caption's end token, got {lengths[first]} for caption {first}, "
+            f"which ends at token {int(ends[first])}"
+        )
+    return sum(lengths)
 
 
 def _unit_norm(x: Tensor) -> Tensor:
@@ -166,22 +206,24 @@ class CLIP(nn.Module):
         """
         return _unit_norm(self.visual(images))
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Unit-norm caption embeddings.
 
         Args:
             tokens: [B, T] int64, T at most the context length, each row with its end token; B may be 0.
+            lengths: of the captions, by `caption_lengths` before the tokens go to a GPU: the rest is not computed,
+                which changes nothing. None = looked up on a CPU; on a GPU, and under torch.compile, all T are.
 
         Returns:
             [B, E] float32.
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: another shape or dtype; lengths out of range, or (on a CPU) short of an end token.
         """
-        return _unit_norm(self.text(tokens))
+        return _unit_norm(self.text(tokens, lengths))
 
     def forward(
-        self, images: Tensor | None, tokens: Tensor | None
+        self, images: Tensor | None, tokens: Tensor | None, lengths: Sequence[int] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Embed images and captions; pass None for a side that is not there.
 
@@ -191,13 +233,14 @@ class CLIP(nn.Module):
         Args:
             images: [B, 3, S, S], or None.
             tokens: [B', T], or None.
+            lengths: see `encode_text`.
 
         Returns:
             image embeddings [B, E] (or None), text embeddings [B', E] (or None), and the logit scale
             exp(logit_scale), [1]; all float32.
         """
         image_features = None if images is None else self.encode_image(images)
-        text_features = None if tokens is None else self.encode_text(tokens)
+        text_features = None if tokens is None else self.encode_text(tokens, lengths)
         return image_features, text_features, self.logit_scale.float().exp()
 
     def set_activation_checkpointing(self, enable: bool) -> None:

@@ -7,6 +7,7 @@ from mmcore.nn.linear import Linear, quicken
 from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.multiway import MultiwayBlock
+from mmcore.nn.packing import Packing
 from mmcore.nn.pooler import AttentionalPooler
 from mmcore.nn.positions import interpolate_positions
 from mmcore.nn.qformer import QFormerBlock
@@ -27,6 +28,7 @@ __all__ = [
     "Linear",
     "MomentumEncoder",
     "MultiwayBlock",
+    "Packing",
     "PerceiverResampler",
     "QFormerBlock",
     "Transformer",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.nn.linear import Linear
+from mmcore.nn.packing import Packing
 from mmcore.ops import attention, masks, require
 
 
@@ -58,7 +59,11 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: masks.Mask | None = None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        mask: masks.Mask | None = None,
+        cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Attention among the tokens of a row, and to those of a cache before them.
 
@@ -68,6 +73,8 @@ class Attention(nn.Module):
                 `is_causal` it narrows the causal one, and must be intervals (`masks.lengths` for padding). A
                 token that sees nothing gets `out`'s bias.
             cache: of what came before, to which `x` is added.
+            packing: where `x` [1, N, D] is packed; for causal attention without mask and cache, in which no token
+                sees the padding behind it.
 
         Returns:
             [B, T, D].
@@ -76,17 +83,28 @@ class Attention(nn.Module):
             ValueError: a wrong shape or mask.
         """
         check_tokens("Attention", "x", x, self.qkv.in_features)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, T, H, K]
+        qkv = self.qkv(x)
+        if packing is not None:
+            has_others = mask is not None, cache is not None
+            require(
+                "Attention",
+                self.is_causal and not any(has_others),
+                "packing must come to a causal one without mask and cache, got is_causal={}, mask {}, cache {}",
+                self.is_causal,
+                *has_others,
+            )
+            qkv = packing.pad(qkv)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, T, H, K]
         if cache is not None:
             k, v = cache.extended(KeyValues(k, v))
         if self.is_causal:
-            mask = self._causal(x, k.shape[1], mask)
-        y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(y.flatten(2))
+            mask = self._causal(q, k.shape[1], mask)
+        y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0).flatten(2)
+        return self.out(y if packing is None else packing.pack(y))
 
     @staticmethod
-    def _causal(x: Tensor, num_keys: int, mask: masks.Mask | None) -> masks.Intervals:
-        causal = masks.causal(x.shape[1], num_keys, device=x.device)
+    def _causal(q: Tensor, num_keys: int, mask: masks.Mask | None) -> masks.Intervals:
+        causal = masks.causal(q.shape[1], num_keys, device=q.device)
         if mask is None:
             return causal
         if isinstance(mask, masks.Dense):

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmcore.nn.attention import Attention
 from mmcore.nn.mlp import MLP
+from mmcore.nn.packing import Packing
 
 
 class Block(nn.Module):
@@ -20,9 +21,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, mlp_dim, activation=activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]; for `packing` see `Attention`."""
+        x = x + self.attn(self.norm1(x), packing=packing)
         return x + self.mlp(self.norm2(x))
 
     @torch.no_grad()
@@ -61,9 +62,9 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             block.init_weights(num_layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]."""
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]; for `packing` see `Attention`."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = checkpoint(block, x, packing, use_reentrant=False) if recompute else block(x, packing)
         return x

@@ -1,10 +1,11 @@
 """CLIP's training as a plan sees it."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mmcore.models.clip import CLIP, CLIPConfig, TextTower, VisionTower
 from mmcore.models.clip_configs import clip_config
@@ -36,7 +37,8 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
     def texts(num_layers: int, samples: int, setting: Setting) -> Built:
         tower = TextTower(replace(text, num_layers=num_layers), config.embed_dim)
         tower.transformer.activation_checkpointing = setting.activation_checkpointing
-        return _embedding(tower, torch.empty(samples, text.context_length, dtype=torch.int64))
+        tokens = torch.empty(samples, text.context_length, dtype=torch.int64)
+        return _embedding(tower, tokens, [text.context_length] * samples)
 
     return Job(
         f"CLIP {name}",
@@ -49,6 +51,6 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
     )
 
 
-def _embedding(tower: nn.Module, x: Tensor) -> Built:
-    """From an input to features of unit norm, as `CLIP` makes them."""
-    return Built(tower.parameters(), lambda: [F.normalize(tower(x).float(), dim=-1)])
+def _embedding(tower: nn.Module, *inputs: Any) -> Built:
+    """From inputs to features of unit norm, as `CLIP` makes them."""
+    return Built(tower.parameters(), lambda: [F.normalize(tower(*inputs).float(), dim=-1)])

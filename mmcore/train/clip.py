@@ -11,7 +11,7 @@ from mmcore import checkpoint
 from mmcore.data import Batch, PairData, open_data
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mmcore.eval.clip import evaluate_clip, load_run, report
-from mmcore.models.clip import CLIP, CLIPConfig
+from mmcore.models.clip import CLIP, CLIPConfig, caption_lengths
 from mmcore.models.clip_configs import clip_config
 from mmcore.models.clip_weights import load_clip
 from mmcore.train.engine import Engine, init_distributed
@@ -85,10 +85,10 @@ def _make_model(config: ClipConfig, start: Start, tokenizer: Tokenizer) -> CLIP:
     return model
 
 
-def _backward(engine: Engine, batch: Batch, accum: int) -> dict[str, Tensor]:
-    longest = int(batch.tokens.any(dim=0).nonzero().max()) + 1  # what follows is padding in every caption
-    images, tokens = batch.images.to(engine.device), batch.tokens[:, :longest].to(engine.device)
-    return {"loss": contrastive_backward(engine, images, tokens, accum)}
+def _backward(engine: Engine, batch: Batch, eos_token_id: int | None, accum: int) -> dict[str, Tensor]:
+    lengths = caption_lengths(batch.tokens, eos_token_id)  # while they are on the host
+    images, tokens = batch.images.to(engine.device), batch.tokens.to(engine.device)
+    return {"loss": contrastive_backward(engine, images, tokens, lengths, accum)}
 
 
 def train_clip(config: ClipConfig) -> Path:
@@ -112,7 +112,7 @@ def train_clip(config: ClipConfig) -> Path:
         return evaluate_clip(engine, tokenizer, data, image_size=image_size, device=engine.device)
 
     def backward(engine: Engine, _: int, batch: Batch) -> dict[str, Tensor]:
-        return _backward(engine, batch, config.run.accum)
+        return _backward(engine, batch, model.config.text.eos_token_id, config.run.accum)
 
     records = run_recipe(
         config, start, config.model, model, data, loader, backward=backward, evaluate=evaluate

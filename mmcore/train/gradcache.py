@@ -1,5 +1,7 @@
 """One contrastive step over the whole batch in micro-batches: GradCache (arXiv 2101.06983) under the engine."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,9 @@ from mmcore.losses import global_contrastive_loss
 from mmcore.train.engine import Engine
 
 
-def contrastive_backward(engine: Engine, images: Tensor, tokens: Tensor, accum: int) -> Tensor:
+def contrastive_backward(
+    engine: Engine, images: Tensor, tokens: Tensor, lengths: Sequence[int], accum: int
+) -> Tensor:
     """Loss and gradient of the global batch, holding the activations of one micro-batch at a time.
 
     With `accum` > 1 the features of all micro-batches are computed without gradient, the loss and the gradients
@@ -16,10 +20,11 @@ def contrastive_backward(engine: Engine, images: Tensor, tokens: Tensor, accum: 
     (the two forwards have to agree), which CLIP is.
 
     Args:
-        engine: a CLIP model under the engine: `engine(images, tokens) -> (image_features [b, E],
+        engine: a CLIP model under the engine: `engine(images, tokens, lengths) -> (image_features [b, E],
             text_features [b, E], logit_scale [1])`.
         images: [B, 3, S, S]; B is divisible by `accum`.
         tokens: [B, T] int64.
+        lengths: of the captions, see `CLIP.encode_text`.
         accum: number of micro-batches.
 
     Returns:
@@ -30,12 +35,14 @@ def contrastive_backward(engine: Engine, images: Tensor, tokens: Tensor, accum: 
             f"contrastive_backward: the batch must be divisible by accum={accum}, got {images.shape[0]}"
         )
     if accum == 1:
-        image, text, scale = engine(images, tokens)
+        image, text, scale = engine(images, tokens, lengths)
         loss = global_contrastive_loss(image, text, scale)
         engine.backward(loss)
         return loss.detach()
 
-    micro = list(zip(images.chunk(accum), tokens.chunk(accum), strict=True))
+    size = len(lengths) // accum
+    of_micro = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    micro = list(zip(images.chunk(accum), tokens.chunk(accum), of_micro, strict=True))
     with torch.no_grad():
         outputs = [engine(*m) for m in micro]
     leaves = [torch.cat([o[i] for o in outputs]).requires_grad_() for i in (0, 1)]

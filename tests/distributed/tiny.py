@@ -21,7 +21,10 @@ class TwoTower(nn.Module):
                     p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
         self.to(dtype)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, tokens: Tensor, of_captions: list[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert of_captions in (None, lengths(tokens))
         image = F.normalize(self.image(images), dim=-1)
         text = F.normalize(self.text(self.embed(tokens).mean(1)), dim=-1)
         return image, text, self.logit_scale.exp()
@@ -32,6 +35,11 @@ def batch(num: int, step: int, dtype: torch.dtype = torch.float32) -> tuple[Tens
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(num, 3, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
     return images, torch.randint(0, 11, (num, 5), generator=generator)
+
+
+def lengths(tokens: Tensor) -> list[int]:
+    """A number of each caption, which has to stay with it."""
+    return tokens.sum(1).tolist()
 
 
 def share(x: Tensor, rank: int, world_size: int) -> Tensor:

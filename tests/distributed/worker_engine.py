@@ -46,7 +46,8 @@ def main() -> None:
         losses, norms = [], []
         for step in range(start, run["steps"]):
             images, tokens = (tiny.share(x, rank, world_size) for x in tiny.batch(8, step))
-            losses.append(float(contrastive_backward(engine, images, tokens, run.get("accum", 1))))
+            loss = contrastive_backward(engine, images, tokens, tiny.lengths(tokens), run.get("accum", 1))
+            losses.append(float(loss))
             norms.append(engine.step(OPTIM.lr))
             if run.get("save_at") == step + 1:
                 save_state(engine, Path(run["save"]), step + 1, {"note": "kept"}, {"rank": rank}, keep=2)

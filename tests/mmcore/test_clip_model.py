@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmcore.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig, eos_positions
 from mmcore.models.clip_configs import CLIP_CONFIGS, clip_config
@@ -121,7 +122,82 @@ def test_what_follows_the_end_token_does_not_matter():
     model, (_, tokens) = tiny_clip(), batch(3)
     other = tokens.clone()
     other[:, 7:] = 49
-    assert torch.equal(model.encode_text(tokens), model.encode_text(other))
+    for lengths in (None, WHOLE):
+        ours, theirs = (model.encode_text(x, lengths) for x in (tokens, other))
+        assert torch.equal(ours, theirs)
+
+
+WHOLE = [9, 9, 9]
+
+
+def uneven() -> torch.Tensor:
+    """Captions of 3, 9 and 1 tokens."""
+    tokens = torch.randint(1, 48, (3, 9), generator=torch.Generator().manual_seed(7))
+    for row, end in enumerate((2, 8, 0)):
+        tokens[row, end], tokens[row, end + 1 :] = 49, 0
+    return tokens
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 9, 1], [5, 9, 2]])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_captions_without_what_follows_their_end_give_the_same_and_the_same_gradients(
+    lengths: list[int] | None, checkpointing: bool
+):
+    found = []
+    for of_captions in (lengths, WHOLE):
+        model = tiny_clip().double()
+        model.set_activation_checkpointing(checkpointing)
+        features = model.text(uneven(), of_captions)
+        (features * torch.arange(64)).sum().backward()
+        found.append([features.detach(), *(p.grad for p in model.text.parameters())])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12 * float(whole.abs().max()))
+
+
+def test_no_token_behind_an_end_is_computed():
+    counts = []
+    for lengths in (None, WHOLE):
+        with FlopCounterMode(display=False) as counted:
+            tiny_clip().encode_text(uneven(), lengths)
+        counts.append(counted.get_flop_counts()["Global"][torch.ops.aten.addmm])
+    assert counts[0] * 27 == counts[1] * 13
+
+
+def test_lengths_are_all_that_a_device_has_to_know():
+    model = tiny_clip().to("meta")
+    features = model(None, uneven().to("meta"), [3, 9, 1])[1]
+    assert features.shape == (3, 64)
+
+
+def test_compiled_the_text_tower_is_one_graph():
+    model, tokens = tiny_clip(), uneven()
+    compiled = torch.compile(model.encode_text, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens), model.encode_text(tokens), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "match"),
+    [
+        ([3, 9], r"lengths must be 3 from 1 to 9, one a caption, got \[3, 9\]"),
+        ([3, 10, 1], r"got \[3, 10, 1\]"),
+        ([3, 9, 0], r"got \[3, 9, 0\]"),
+        ([2, 9, 1], "must reach each caption's end token, got 2 for caption 0, which ends at token 2"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_captions_are_refused(lengths: list[int], match: str):
+    with pytest.raises(ValueError, match=match):
+        tiny_clip().encode_text(uneven(), lengths)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_not_waited_for():
+    model, tokens = tiny_clip().cuda(), uneven().cuda()
+    model.encode_text(tokens, [3, 9, 1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.encode_text(tokens, [3, 9, 1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 17, 16), (1, 3, 32, 32), (1, 1, 16, 16), (3, 16, 16)])

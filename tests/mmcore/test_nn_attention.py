@@ -6,7 +6,7 @@ from torch import nn
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
-from mmcore.nn import Attention, CrossAttention, shared_keys_values
+from mmcore.nn import Attention, CrossAttention, Packing, shared_keys_values
 from mmkernels import masks
 from tests.mmcore.nn_fixtures import copy_norm, copy_rows, gradients, randn, torchs
 
@@ -43,6 +43,17 @@ class TestAttention:
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(
             gradients(out, x, *ours.parameters()), gradients(expected, x, *theirs.parameters())
+        )
+
+    def test_packed_rows_are_those_of_each_alone(self) -> None:
+        attention, lengths = Attention(D, H, is_causal=True).double(), [3, 1, 7]
+        x = randn(1, sum(lengths), D)
+        alone = [attention(row) for row in x.split(lengths, 1)]
+        packed = attention(x, packing=Packing.of(lengths))
+        torch.testing.assert_close(packed, torch.cat(alone, 1))
+        parameters = x, *attention.parameters()
+        torch.testing.assert_close(
+            gradients(packed, *parameters), gradients(torch.cat(alone, 1), *parameters)
         )
 
     def test_dropout_acts_in_training_alone_and_keeps_the_mean(self) -> None:
@@ -113,6 +124,17 @@ class TestCrossAttention:
         out = attention(torch.randn(1, T, D), torch.randn(1, LK, D), masks.lengths(torch.tensor([0]), T, LK))
         assert torch.equal(out, attention.out.bias.expand_as(out))
 
+    def test_packed_rows_are_those_of_each_alone(self) -> None:
+        attention, lengths = Attention(D, H, is_causal=True).double(), [3, 1, 7]
+        x = randn(1, sum(lengths), D)
+        alone = [attention(row) for row in x.split(lengths, 1)]
+        packed = attention(x, packing=Packing.of(lengths))
+        torch.testing.assert_close(packed, torch.cat(alone, 1))
+        parameters = x, *attention.parameters()
+        torch.testing.assert_close(
+            gradients(packed, *parameters), gradients(torch.cat(alone, 1), *parameters)
+        )
+
     def test_dropout_acts_in_training_alone(self) -> None:
         attention = CrossAttention(D, H, dropout=0.3)
         x, states = torch.randn(B, T, D), torch.randn(B, LK, D)
@@ -177,6 +199,11 @@ BAD = {
     ),
     "batch": (lambda: CrossAttention(D, H)(X[:2], X), "q must have a batch of 1 or 3 like k, got 2"),
     "mask": (lambda: Attention(D, H)(X, masks.causal(T, LK)), "mask must be of Lk = 7 keys, got 11"),
+    "packing": (
+        lambda: Attention(D, H)(X[:1], packing=Packing.of([3, 4])),
+        "packing must come to a causal one without mask and cache, got is_causal=False, mask False, cache False",
+    ),
+    "lengths": (lambda: Packing.of([3, 0]), r"lengths must be at least 1, got \[3, 0\]"),
     "causal mask": (
         lambda: Attention(D, H, is_causal=True)(X, masks.dense(torch.eye(T).bool())),
         "mask must be intervals where is_causal, got a dense one",

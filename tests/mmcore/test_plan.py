@@ -103,6 +103,13 @@ def test_parameters_are_those_of_the_models(tiny_llm: str) -> None:
         assert job.small == sum(p.numel() for p in model.parameters() if p.numel() <= 100_000), job.name
 
 
+def long_captions() -> torch.Tensor:
+    """As long as the context, which is what a plan takes them for."""
+    tokens = torch.randint(1, 999, (FEW, 32))
+    tokens[:, -1] = 999
+    return tokens
+
+
 @pytest.mark.parametrize(
     ("precision", "checkpointing"),
     [("fp32", False), ("amp_bf16", False), ("amp_bf16", True), ("bf16", False)],
@@ -112,7 +119,7 @@ def test_clip_leaves_what_autograd_saves(precision: Any, checkpointing: bool) ->
     if precision == "bf16":
         model.to(torch.bfloat16)
     model.set_activation_checkpointing(checkpointing)
-    images, tokens = torch.randn(FEW, 3, 16, 16), torch.randint(1, 1000, (FEW, 32))
+    images, tokens = torch.randn(FEW, 3, 16, 16), long_captions()
     found = kept_bytes(model, lambda: model(images, tokens), autocast=precision == "amp_bf16")
     setting = Setting(FEW, 1, precision=precision, activation_checkpointing=checkpointing)
     assert planned(clip_job("tiny"), setting, FEW) == pytest.approx(found, rel=1e-4)
@@ -156,7 +163,7 @@ def test_flops_are_those_of_torchs_counter_and_of_attention() -> None:
     """Torch's own counter knows the linear layers on a CPU, not its attention."""
     config = clip_config("tiny")
     model, setting = CLIP(config), Setting(FEW, 1)
-    images, tokens = torch.randn(FEW, 3, 16, 16), torch.randint(1, 1000, (FEW, 32))
+    images, tokens = torch.randn(FEW, 3, 16, 16), long_captions()
     with FlopCounterMode(display=False) as counted, torch.autocast("cpu", torch.bfloat16):
         image, text, scale = model(images, tokens)
         ((image * text).sum() * scale).sum().backward()

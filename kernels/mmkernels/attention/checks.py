@@ -98,8 +98,7 @@ def _check_keys(name: str, x: Tensor, q: Tensor, like: Tensor) -> None:
         x.shape[2],
     )
     # under autocast a LayerNorm of queries and keys is float32 and values are not; it brings all to one dtype
-    is_cast = torch.is_autocast_enabled(q.device.type) and {x.dtype, q.dtype} <= AUTOCAST
-    same = x.dtype == q.dtype or is_cast
+    same = x.dtype == q.dtype or ({x.dtype, q.dtype} <= AUTOCAST and torch.is_autocast_enabled(q.device.type))
     require(OP, same, "{} must have the dtype of q, {}, got {}", name, q.dtype, x.dtype)
     check_beside(OP, name, x, "q", q)
 

@@ -1,0 +1,48 @@
+"""Rows of different lengths laid end to end: what stands between tokens is computed for them alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmcore.ops import require
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`; make one with `Packing.of`.
+
+    Attributes:
+        places: int64 [N], of each token among the B * T.
+        starts: int64 [B], of each row among the N.
+        num_rows: B.
+        length: T, of the longest row.
+    """
+
+    places: Tensor
+    starts: Tensor
+    num_rows: int
+    length: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Packing":
+        """Of rows by their lengths, each at least 1; known on the host, so that no device is waited for.
+
+        Raises:
+            ValueError: a length below 1.
+        """
+        require("Packing", min(lengths, default=1) >= 1, "lengths must be at least 1, got {}", list(lengths))
+        length, each = max(lengths, default=0), torch.tensor(lengths, dtype=torch.int64)
+        places = (torch.arange(length) < each[:, None]).flatten().nonzero()[:, 0]
+        places, starts = (x.to(device, non_blocking=True) for x in (places, each.cumsum(0) - each))
+        return cls(places, starts, len(lengths), length)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] to [1, N, ...]."""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[1, N, ...] to [B, T, ...], zero where no token is."""
+        padded = x.new_zeros(self.num_rows * self.length, *x.shape[2:])
+        return padded.index_copy(0, self.places, x[0]).unflatten(0, (self.num_rows, self.length))
