@@ -7,20 +7,24 @@ bench tables PAGE ...` writes the tables of Markdown pages anew from the JSON th
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from bench.page import write
-from bench.report import fill, load, markdown
+from bench.pages import fill
+from bench.report import load, load_folder, markdown
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def report(paths: list[Path]) -> None:
     """Each folder's files are of one machine."""
-    folders: dict[Path, list[Path]] = defaultdict(list)
+    folders: dict[Path, list[dict[str, Any]]] = defaultdict(list)
     for path in paths:
-        folders[path.parent].append(path)
-    for folder, files in folders.items():
-        documents = load(files)
+        if path.is_dir():
+            folders[path] += load_folder(path)
+        else:
+            folders[path.parent] += load([path])
+    for folder, documents in folders.items():
         for document in documents:
             print(markdown(document), end="\n\n")
         for path in write(folder, documents):
@@ -37,14 +41,7 @@ def main(arguments: list[str]) -> int:
             for path in paths:
                 fill(path)
         else:
-            given = paths or sorted(RESULTS.iterdir())
-            report(
-                [
-                    file
-                    for path in given
-                    for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
-                ]
-            )
+            report(paths or sorted(RESULTS.iterdir()))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench import summary
 from bench.plots import OURS, bars, scaling, sweeps
 from bench.report import WHOLE, cases, op_of
 
@@ -148,11 +149,15 @@ def page(title: str, documents: list[dict[str, Any]], plots: dict[str, dict[str,
         _section(op, part, did_not_fit, "".join(_image(f, f"{op}, {kind}") for kind, f in plots[op].items()))
         for op, part in timed.items()
     )
+    glance = ""
+    if summary.rivals(documents):
+        image = _image(summary.figure(documents), "ours against the best other contender, by op")
+        glance = f"<section><h2>At a glance</h2>{image}</section>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f'<body><main><h1>{html.escape(title)}</h1><p class="lead">{LEAD}</p>{_facts(documents)}'
-        f"<nav>{links}</nav>{sections}</main></body></html>\n"
+        f"{glance}<nav>{links}</nav>{sections}</main></body></html>\n"
     )
 
 
@@ -162,6 +167,9 @@ def write(folder: Path, documents: list[dict[str, Any]]) -> list[Path]:
     target = folder / "report.html"
     target.write_text(page(f"mmcore bench: {documents[-1]['machine_info']['device']}", documents, plots))
     written = [target]
+    if summary.rivals(documents):
+        written.append(folder / "summary.png")
+        summary.figure(documents).savefig(written[-1], dpi=130)
     for op, kinds in plots.items():
         for kind, figure in kinds.items():
             written.append(folder / f"{op.replace('[]', '-variants')}-{kind}.png")

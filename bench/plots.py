@@ -79,7 +79,8 @@ def _colours(contenders: list[str]) -> dict[str, str]:
     return found | FIXED | dict.fromkeys(OURS, OUR_COLOUR)
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
+    """The look of all plots."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, which="both", length=0)
@@ -93,7 +94,7 @@ def scaling(sweep: Sweep) -> Figure:
     for axes, series, label in zip(
         figure.subplots(1, 2), (sweep.times, sweep.memory), ("ms", "MiB beyond inputs and gradients")
     ):
-        _dress(axes)
+        dress(axes)
         if series is sweep.times:
             axes.plot(*zip(*sorted(sweep.roofline.items())), "--", color=INK, lw=1.2, label="roofline")
         for name in sweep.contenders:
@@ -151,7 +152,7 @@ def bars(op: str, cases: list[dict[str, Any]]) -> Figure | None:
     names = list(dict.fromkeys(group for group, _, _ in rows))
     figure = Figure(figsize=(10.5, 1.3 + 0.24 * (len(rows) + len(names))), layout="constrained")
     axes, y, ticks = figure.subplots(), 0.0, []
-    _dress(axes)
+    dress(axes)
     axes.grid(visible=False, axis="y")
     for group in names:
         part = [row for row in rows if row[0] == group]
@@ -186,16 +187,20 @@ def _short(group: str) -> str:
     return " ".join(([variant[1].replace("_", " ")] if variant else []) + rest)
 
 
-def _finish_bars(
-    figure: Figure, axes: Axes, rows: list[tuple[str, str, float]], ticks: list[tuple[float, str]]
-) -> None:
-    ratios = [ratio for _, _, ratio in rows]
-    low, high = min(0.8, min(ratios) / 1.25), max(1.25, max(ratios) * 1.35)
+def ratio_axis(axes: Axes, ratios: list[float], *, room: float = 1.35) -> None:
+    """A logarithmic axis of ratios, with room for words behind the largest."""
+    low, high = min(0.8, min(ratios) / 1.25), max(1.25, max(ratios) * room)
     marks = [x for x in (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if low <= x <= high]
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_xticks(marks, [f"{x:g}x" for x in marks])
     axes.minorticks_off()
+
+
+def _finish_bars(
+    figure: Figure, axes: Axes, rows: list[tuple[str, str, float]], ticks: list[tuple[float, str]]
+) -> None:
+    ratio_axis(axes, [ratio for _, _, ratio in rows])
     axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
     axes.set_ylim(max(at for at, _ in ticks) + 1.6, -1)
     handles, labels = axes.get_legend_handles_labels()

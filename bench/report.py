@@ -27,6 +27,12 @@ def load(paths: list[Path]) -> list[dict[str, Any]]:
     return documents
 
 
+def load_folder(folder: Path) -> list[dict[str, Any]]:
+    """The benchmark documents among a folder's JSON files, by name."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [document for document in found if "benchmarks" in document]
+
+
 def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
     """The timed cases: those that say which contender they are."""
     return [case for case in document["benchmarks"] if "contender" in case["extra_info"]]
@@ -41,12 +47,17 @@ def op_of(case: dict[str, Any]) -> str:
     return re.sub(r"\[.*\]", "[]", case["group"]).split()[0]
 
 
+def ran_on(document: dict[str, Any]) -> str:
+    """Device, torch and day."""
+    info = document["machine_info"]
+    return f"{info['device']} ({info['cpu']}), torch {info['torch']}, {document['datetime'][:10]}"
+
+
 def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
     """One Markdown table of the cases of forward and backward, of updates and of training steps, under a line that says
     on what they ran: of all ops or of those named, `op[]` being the variants of `op`."""
-    info = document["machine_info"]
     lines = [
-        f"{info['device']} ({info['cpu']}), torch {info['torch']}, {document['datetime'][:10]}",
+        ran_on(document),
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2),
@@ -55,16 +66,3 @@ def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
         if case["group"].endswith(WHOLE) and (not ops or op_of(case) in ops):
             lines.append("| " + " | ".join(row(case)) + " |")
     return "\n".join(lines)
-
-
-TABLE = re.compile(r"(<!-- bench: (\S+)((?: [\w\[\]-]+)*) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
-
-
-def fill(page: Path) -> None:
-    """Writes each `<!-- bench: FILE OP ... -->` table of a Markdown page anew from the FILE it names."""
-
-    def table(found: re.Match[str]) -> str:
-        document = load([page.parent / found[2]])[0]
-        return f"{found[1]}{markdown(document, ops=tuple(found[3].split()))}\n<!-- end -->"
-
-    page.write_text(TABLE.sub(table, page.read_text()))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tyro
 
-from bench.report import fill
+from bench.pages import fill
 from mmcore import cli
 
 ROOT = Path(__file__).parents[1]

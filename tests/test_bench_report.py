@@ -11,8 +11,10 @@ import pytest
 
 from bench import __main__ as command
 from bench.page import page, write
+from bench.pages import fill
 from bench.plots import bars, scaling, sweeps
 from bench.report import cases, load, op_of
+from bench.summary import figure, rivals
 
 BENCH = Path(__file__).parents[1] / "bench/results/cpu-2core/bench.json"
 
@@ -109,9 +111,56 @@ def test_without_a_file_it_reports_each_machine_folder(
     for machine in ("one", "two"):
         (tmp_path / machine).mkdir()
         (tmp_path / machine / "bench.json").write_text(json.dumps(few))
+        (tmp_path / machine / "plan.json").write_text('{"cases": {}}')  # not pytest-benchmark's
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     assert command.main(["report"]) == 0
     assert (tmp_path / "one/report.html").exists() and (tmp_path / "two/report.html").exists()
     assert "| case | contender |" in capsys.readouterr().out
     assert command.main(["report", str(tmp_path / "none.json")]) == 2
     assert "none.json, which does not exist" in capsys.readouterr().err
+
+
+def made(group: str, **medians_ms: float) -> list[dict[str, Any]]:
+    """Cases of contenders by their times."""
+    return [
+        {
+            "group": group,
+            "extra_info": {"contender": name.replace("_", " ", 1), "extra_bytes": 2**20 * i},
+            "stats": {"median": ms / 1e3},
+        }
+        for i, (name, ms) in enumerate(medians_ms.items())
+    ]
+
+
+SUMMED = [
+    *made("op float32 B8 both", mmkernels=2.0, eager=1.0, compile=3.0),
+    *made("op[variant] float32 B64 both", mmkernels=10.0, eager=40.0, compile=25.0),
+    *made("op float32 B64 forward", mmkernels=1.0, eager=900.0),
+    *made("alone float32 B8 both", mmkernels=2.0),
+    {"group": "train step", "extra_info": {"contender": "mmcore"}, "stats": {"median": 4.0}},
+    {"group": "train step", "extra_info": {"contender": "mmcore, padded"}, "stats": {"median": 1.0}},
+    {"group": "train step", "extra_info": {"contender": "eager"}, "stats": {"median": 6.0}},
+]
+
+
+def test_a_summary_sets_ours_against_the_best_other_at_each_ops_largest_case(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    summed = document | {"benchmarks": SUMMED}
+    assert {op: [r.ratio for r in found] for op, found in rivals([summed]).items()} == {
+        "op": [0.5, 2.5],
+        "train": [1.5],
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/some.json").write_text(json.dumps(summed))
+    (tmp_path / "results/plan.json").write_text("{}")
+    (tmp_path / "page.md").write_text("<!-- summary: results -->\n<!-- end -->\n")
+    fill(tmp_path / "page.md")
+    *_, op, train, _ = (tmp_path / "page.md").read_text().splitlines()
+    assert op == (
+        "| op | [variant] float32 B64 both | 10.00 | compile | 25.00 | 2.50x | 0 and 2 | 0.50x to 2.50x, 2 |"
+    )
+    assert train == "| train | step | 4000.00 | eager | 6000.00 | 1.50x | ? and ? | 1.50x |"
+    axes = figure([summed]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["2.50x, compile", "1.50x, eager"]
+    assert "At a glance" not in page("none", [document | {"benchmarks": []}], {})

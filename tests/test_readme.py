@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import TABLE
+from bench.pages import TABLE
 from tests.pages import ROOT, blocks, check_tables
 
 
