@@ -85,7 +85,7 @@ def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
     """Times the case; skips, and says so, what does not fit into memory and what a peer does not serve."""
     benchmark.group = f"{case.group} {case.mode}"
     try:
-        if case.contender in PEERS and (reason := refusal(step(case))):
+        if case.contender in PEERS and (reason := refusal(lambda: step(case)())):
             pytest.skip(f"{case.contender} does not serve this: {reason}")
         _time(benchmark, device, case)
     except torch.OutOfMemoryError:

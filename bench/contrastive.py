@@ -45,7 +45,7 @@ def cut_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def sentence_transformers(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """CachedMultipleNegativesRankingLoss of both directions, which is eager, 1,024 rows at a time."""
     loss = load("sentence_transformers").CachedMultipleNegativesRankingLoss(
-        torch.nn.Identity(),
+        torch.nn.Sequential(torch.nn.Identity()),
         scale=1.0,
         similarity_fct=lambda x, y: scale * x @ y.T,
         mini_batch_size=1024,

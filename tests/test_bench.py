@@ -81,11 +81,12 @@ def test_a_case_that_does_not_fit_is_kept_as_such(monkeypatch: pytest.MonkeyPatc
     ]
 
 
-def test_a_peer_that_serves_no_such_case_is_skipped_with_its_words() -> None:
+@pytest.mark.parametrize("mode", ["forward", "backward", "both", "step"])
+def test_a_peer_that_serves_no_such_case_is_skipped_with_its_words(mode: str) -> None:
     call = fails(ValueError("D must be 64\nor so"))
     name = next(iter(PEERS))
     with pytest.raises(pytest.skip.Exception, match=f"{name} does not serve this: ValueError: D must be 64$"):
-        time_case(Unused(), CPU, Case("op B8", name, call, (), "step", 1.0))
+        time_case(Unused(), CPU, Case("op B8", name, call, (), mode, 1.0))
     assert refusal(lambda: None) is None
 
 
