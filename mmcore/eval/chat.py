@@ -121,6 +121,16 @@ def _asked(
     return found
 
 
+def answers_recur(train: ConversationSet, val: ConversationSet) -> bool:
+    """Whether some held-out answer is one that training has. Where none is, as among captions of pictures, no share of
+    equal answers says how good they are."""
+    known, wanted = (
+        {normalize_answer(t.text) for c in chats.conversations for t in c.turns if t.role == "assistant"}
+        for chats in (train, val)
+    )
+    return not known.isdisjoint(wanted)
+
+
 def accuracy(found: Sequence[Reply]) -> float:
     """The share of right answers, in [0, 1]."""
     return sum(reply.is_right for reply in found) / len(found)

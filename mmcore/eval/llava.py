@@ -17,7 +17,7 @@ from mmcore.data.derived_chats import DESCRIBE
 from mmcore.data.prompts import Task
 from mmcore.data.templates import ChatTokens
 from mmcore.eval.answers import Answerer, Decoding
-from mmcore.eval.chat import Reply, accuracy, majority_accuracy, replies
+from mmcore.eval.chat import Reply, accuracy, answers_recur, majority_accuracy, replies
 from mmcore.eval.chat_model import model_of_run
 from mmcore.eval.clip import WEIGHTS
 from mmcore.eval.dialogue import Dialogue, Sampling
@@ -141,8 +141,9 @@ def _answerer(trained: TrainedLlava, decoding: Decoding) -> Answerer:
 def print_answers(
     trained: TrainedLlava, data: ChatData, decoding: Decoding, *, most: int | None = None
 ) -> list[Path]:
-    """Prints the accuracy of held-out answers, each after what was said before it; writes them, and draws dialogues
-    about some pictures, in which the model reads its own answers, into the run's folder.
+    """Prints the accuracy of held-out answers, each after what was said before it, where such a share says something
+    (`answers_recur`); writes them, and draws dialogues about some pictures, in which the model reads its own answers,
+    into the run's folder.
 
     Args:
         trained: the model.
@@ -163,10 +164,15 @@ def print_answers(
     found = replies(model, trained.tokens, model.config, data.val, most=most, **options)
     if not found:
         raise ValueError(f"{data.name} has no held-out conversation that can be answered")
-    numbers = f"{100 * accuracy(found):.1f} % (majority {100 * majority_accuracy(data.train, found):.1f} %)"
-    is_part = most is not None and most < len(data.val)
-    part = f", {most} of {len(data.val)} conversations" if is_part else ""
-    print(f"answer accuracy (held-out): {numbers}{part}")
+    if answers_recur(data.train, data.val):
+        share, of_majority = accuracy(found), majority_accuracy(data.train, found)
+        numbers = f"{100 * share:.1f} % (majority {100 * of_majority:.1f} %)"
+        is_part = most is not None and most < len(data.val)
+        part = f", {most} of {len(data.val)} conversations" if is_part else ""
+        print(f"answer accuracy (held-out): {numbers}{part}")
+    else:
+        numbers = "no answer is one of training's"
+        print(f"answers (held-out): {numbers}, so that they are to be read, not counted")
     files = [trained.run.folder / "answers.json"]
     answers = [
         {

@@ -18,7 +18,7 @@ from mmcore.data.chats import ChatData, open_chats
 from mmcore.data.conversations import IMAGE
 from mmcore.data.loader import MapLoader
 from mmcore.data.templates import TEMPLATES, ChatTokens
-from mmcore.eval.chat import accuracy, replies
+from mmcore.eval.chat import accuracy, answers_recur, replies
 from mmcore.eval.llava import load_run, report
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
@@ -210,8 +210,10 @@ def train_llava(name: str, config: LlavaStage1Config | LlavaStage2Config) -> Pat
     tokens = _tokens(config, load_language_tokenizer(folder))
     loader = _loader(config, data, tokens, model.config, rank, world_size)
 
+    has_accuracy = data.val is not None and answers_recur(data.train, data.val)
+
     def evaluate(engine: Engine) -> dict[str, float]:
-        if data.val is None:
+        if data.val is None or not has_accuracy:
             return {}
         options: Any = {"device": engine.device, "most": MAX_EVALUATED, "max_new_tokens": config.max_answer}
         return {"answer accuracy": accuracy(replies(engine, tokens, model.config, data.val, **options))}

@@ -1,6 +1,7 @@
 """`mmcore eval` and `mmcore export` of runs of LLaVA."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from mmcore.cli import main
 from mmcore.data.chat_loader import processor_config, views
 from mmcore.data.conversations import IMAGE, Turn
 from mmcore.data.templates import ChatSample, expand
-from mmcore.eval.llava import load_run
+from mmcore.eval.answers import Decoding
+from mmcore.eval.chat import answers_recur
+from mmcore.eval.llava import chats_of, load_run, print_answers
 from mmcore.models.anyres import Size
 from mmcore.models.llava import LlavaConfig
 from mmcore.models.vit import VisionConfig
@@ -47,6 +50,24 @@ def test_held_out_answers_are_those_that_the_run_printed(
     answers = json.loads((second / "answers.json").read_text())
     right = sum(a["answer"] == a["wanted"] for a in answers)
     assert f": {100 * right / len(answers):.1f} %" in line
+
+
+def test_answers_of_which_training_has_none_are_not_counted(
+    runs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_run(runs[0])
+    data = chats_of(trained.run)
+    val = data.val
+    assert val is not None and answers_recur(data.train, val)
+    turn = Turn("assistant", "a word that no training answer is")
+    unique = [replace(c, turns=(*c.turns[:-1], turn)) for c in val.conversations]
+    val = replace(val, conversations=unique)
+    assert not answers_recur(data.train, val)
+    print_answers(trained, replace(data, val=val), Decoding(), most=2)
+    printed = capsys.readouterr().out
+    assert printed == (
+        "answers (held-out): no answer is one of training's, so that they are to be read, not counted\n"
+    )
 
 
 def test_pictures_that_the_run_held_out_are_described(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
