@@ -101,7 +101,7 @@ class VisionTower(ViT):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] to [B, E]."""
-        return self.proj(self.norm_post(super().forward(images)[:, 0]))
+        return self.proj(self.norm_post(self.transformer(self.embed(images), pool=lambda x: x[:, 0])))
 
 
 class TextTower(nn.Module):
@@ -141,15 +141,16 @@ class TextTower(nn.Module):
             lengths = (ends + 1).tolist()
         positions = self.position_embedding[: tokens.shape[1]]
         if lengths is None or _check_lengths(tokens, ends, lengths) == tokens.numel():
-            x = self.transformer(self.token_embedding(tokens) + positions)  # [B, T, D]
-            x = x[torch.arange(len(x), device=x.device), ends]
+            rows = torch.arange(len(tokens), device=tokens.device)
+            x = self.token_embedding(tokens) + positions  # [B, T, D]
+            x = self.transformer(x, pool=lambda x: x[rows, ends])
         else:
             packing = Packing.of(lengths, tokens.device)
             ids = packing.pack(tokens[:, : packing.length])
             place = packing.places % packing.length
             x = self.token_embedding(ids) + F.embedding(place, positions)  # [1, N, D]
-            x = self.transformer(x, packing)[0, packing.starts + ends]
-        # LayerNorm is per token, so one row a caption is enough
+            rows = packing.starts + ends
+            x = self.transformer(x, packing, pool=lambda x: x[0, rows])
         return self.proj(self.norm_final(x))
 
 

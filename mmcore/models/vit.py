@@ -95,6 +95,10 @@ class ViT(nn.Module):
         Raises:
             ValueError: another shape or dtype.
         """
+        return self.transformer(self.embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What the transformer reads, of shapes as in `forward`."""
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"ViT: images must be [B, 3, {size}, {size}], got {list(images.shape)}")
@@ -103,4 +107,4 @@ class ViT(nn.Module):
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [B, D, S / P, S / P]
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
         x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
-        return self.transformer(self.norm_pre(x + self.position_embedding))
+        return self.norm_pre(x + self.position_embedding)

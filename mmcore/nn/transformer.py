@@ -1,5 +1,7 @@
 """Pre-LN transformer blocks, as CLIP's two towers stack them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -7,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from mmcore.nn.attention import Attention
 from mmcore.nn.mlp import MLP
 from mmcore.nn.packing import Packing
+
+Pool = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -21,9 +25,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, mlp_dim, activation=activation)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D]; for `packing` see `Attention`."""
+    def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone. For
+        `packing` see `Attention`."""
         x = x + self.attn(self.norm1(x), packing=packing)
+        x = x if pool is None else pool(x)
         return x + self.mlp(self.norm2(x))
 
     @torch.no_grad()
@@ -62,9 +68,12 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             block.init_weights(num_layers)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D]; for `packing` see `Attention`."""
+    def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D], or to `[B, D]`, say, where `pool` takes of the states those that are read; for
+        `packing` see `Attention`."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, packing, use_reentrant=False) if recompute else block(x, packing)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            inputs = x, packing, pool if i == last else None
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return x

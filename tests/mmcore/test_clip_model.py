@@ -1,6 +1,7 @@
 """CLIP's towers: contracts, pooling, initialisation, checkpointing, position embeddings."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -154,13 +155,26 @@ def test_captions_without_what_follows_their_end_give_the_same_and_the_same_grad
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12 * float(whole.abs().max()))
 
 
-def test_no_token_behind_an_end_is_computed():
-    counts = []
-    for lengths in (None, WHOLE):
-        with FlopCounterMode(display=False) as counted:
-            tiny_clip().encode_text(uneven(), lengths)
-        counts.append(counted.get_flop_counts()["Global"][torch.ops.aten.addmm])
-    assert counts[0] * 27 == counts[1] * 13
+def flops_of_layers(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counted:
+        call()
+    return counted.get_flop_counts()["Global"][torch.ops.aten.addmm]
+
+
+def expected_flops(side: TextConfig | VisionConfig, num_tokens: int, num_read: int) -> int:
+    """Of all linear layers but the projections: the last feed-forward is of what is read alone."""
+    attention, feed_forward = 4 * side.width**2, 2 * side.width * side.mlp_dim
+    whole = side.num_layers * num_tokens * (attention + feed_forward)
+    return 2 * (whole - (num_tokens - num_read) * feed_forward)
+
+
+def test_nothing_is_computed_that_is_not_read():
+    model, images = tiny_clip(), batch(3)[0]
+    vision, text = model.config.vision, model.config.text
+    for lengths, num_tokens in ((None, 13), (WHOLE, 27)):
+        found = flops_of_layers(lambda lengths=lengths: model.encode_text(uneven(), lengths))
+        assert found == expected_flops(text, num_tokens, 3)
+    assert flops_of_layers(lambda: model.encode_image(images)) == expected_flops(vision, 3 * 17, 3)
 
 
 def test_lengths_are_all_that_a_device_has_to_know():
