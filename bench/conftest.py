@@ -1,6 +1,8 @@
-"""Machine facts in the JSON, and one table that says what pytest-benchmark's does not."""
+"""Machine facts in the JSON, one table that says what pytest-benchmark's does not, and what this machine lacks."""
 
 import platform
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import triton
 from bench.case import OUT_OF_MEMORY
 from bench.peers import facts
 
+OURS = ("bench", "mmcore", "mmkernels")
 COLUMNS = (
     "case",
     "contender",
@@ -21,6 +24,24 @@ COLUMNS = (
     "error dA",
     "roofline %",
 )
+
+
+class BenchFile(pytest.Module):
+    """Skipped, with its reason, where it needs a package that is not installed; else the machine's other benchmarks
+    would not be run either."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            if isinstance(cause, ModuleNotFoundError) and cause.name and not cause.name.startswith(OURS):
+                pytest.skip(f"{cause.name} is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return BenchFile.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,11 @@
 import ctypes
 import functools
 import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,12 @@ from mmkernels._spec import Cost
 
 MIB = 2**20
 CLEAR_REFS = Path("/proc/self/clear_refs")
+ROOT = Path(__file__).parents[1]
+# Every block of a tensor's size goes back to the system when it is freed: what is resident is what is held.
+MALLOC = {
+    f"MALLOC_{name}_": value
+    for name, value in (("MMAP_THRESHOLD", "65536"), ("TRIM_THRESHOLD", "65536"), ("TOP_PAD", "0"))
+}
 
 
 def synchronize(device: torch.device) -> None:
@@ -126,3 +136,20 @@ def predicted_s(cost: Cost, gemm_rate: float, device: torch.device) -> float:
 def relative_error(found: Tensor, gold: Tensor) -> float:
     """max |found - gold| / max |gold|."""
     return float((found.double() - gold.double()).abs().max() / gold.double().abs().max())
+
+
+def assert_agrees(found: Tensor, gold: Tensor) -> None:
+    """That half of the dtype's digits are right, which no other formula's are: contenders compute the same thing."""
+    error, bound = relative_error(found, gold), torch.finfo(found.dtype).eps ** 0.5
+    assert error <= bound, f"an error of {error:.1e}, more than {bound:.1e}"
+
+
+def in_process(module: str, *arguments: str) -> dict[str, Any]:
+    """What `python -m MODULE ...` prints last, JSON, where every block that is freed goes back to the system."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, **MALLOC, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

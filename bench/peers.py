@@ -42,7 +42,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "siglip-kernel": Peer("siglip_kernel", "siglip-kernel", "sigmoid_loss"),
     "timm": Peer("timm.utils.model_ema", "timm", "ema_update_", needs_gpu=False),
-    "transformers": Peer("transformers", "transformers", "clip", needs_gpu=False),
+    "transformers": Peer("transformers", "transformers", "clip, blip2, llava, layers", needs_gpu=False),
     "xformers": Peer("xformers.ops", "xformers", "attention"),
 }
 

@@ -6,9 +6,7 @@
 import ctypes
 import gc
 import json
-import os
 import platform
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import CLEAR_REFS, status_bytes
+from bench.measure import CLEAR_REFS, in_process, status_bytes
 from mmcore.models.clip import CLIP, CLIPConfig, TextConfig
 from mmcore.models.vit import VisionConfig
 from mmcore.plan import memory
@@ -26,13 +24,6 @@ from mmcore.plan.job import Setting
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
 from mmcore.train.gradcache import contrastive_backward
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
-
-ROOT = Path(__file__).parents[1]
-# Every block of a tensor's size goes back to the system when it is freed: what is resident is what is held.
-MALLOC = {
-    f"MALLOC_{name}_": value
-    for name, value in (("MMAP_THRESHOLD", "65536"), ("TRIM_THRESHOLD", "65536"), ("TOP_PAD", "0"))
-}
 
 
 def _model(width: int, num_layers: int) -> CLIPConfig:
@@ -70,17 +61,6 @@ CASES: dict[str, Case] = {
 def measured(name: str) -> dict[str, Any]:
     """Runs a case in a process of its own."""
     return in_process("bench.plan", name)
-
-
-def in_process(module: str, *arguments: str) -> dict[str, Any]:
-    """What `python -m MODULE ...` prints last, JSON, where every block that is freed goes back to the system."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", module, *arguments]
-    environment = {**os.environ, **MALLOC, "PYTHONPATH": paths}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[2:])} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(case: Case) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
-from bench.measure import peak_resident_bytes
-from bench.plan import in_process
+from bench.measure import in_process, peak_resident_bytes
 from bench.ranks import Alone, Ranks
 from mmcore.losses import global_contrastive_loss
 from mmcore.ops import contrastive_loss

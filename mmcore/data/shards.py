@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.filters import shuffle
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import Batch, DataConfig, LoaderSpec
@@ -90,6 +89,8 @@ class ShardBatches(IterableDataset):
 
     def samples(self, stream: int, num_pass: int) -> Iterator[Sample]:
         """The undecoded samples of one pass of a stream, in training order."""
+        from webdataset.filters import shuffle  # noqa: PLC0415 (see `mmcore.data.tar`)
+
         order = np.random.default_rng([self.spec.seed, _SHARDS, num_pass]).permutation(len(self.shards))
         first = self.spec.rank * len(self.cursors) + stream
         mine = order[first :: self.spec.world_size * len(self.cursors)]

@@ -1,4 +1,7 @@
-"""webdataset tar shards: names, safe members, and an index by headers alone."""
+"""webdataset tar shards: names, safe members, and an index by headers alone.
+
+webdataset is imported where a shard is read, and not before: no other source of data needs it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
-
-from webdataset.gopen import gopen
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources import parse_image_id
@@ -64,6 +63,8 @@ def expand_shards(pattern: str, argument: str) -> list[str]:
     Raises:
         ValueError: naming `argument`, where a local shard does not exist.
     """
+    from webdataset.shardlists import expand_urls  # noqa: PLC0415 (see above)
+
     shards = expand_urls(pattern)
     missing = [s for s in shards if not is_remote(s) and not Path(s).is_file()]
     if missing:
@@ -78,6 +79,8 @@ def expand_shards(pattern: str, argument: str) -> list[str]:
 
 def shard_samples(urls: Iterator[str]) -> Iterator[Sample]:
     """Undecoded samples of shards in turn; what was refused shows as a suffix 'refused-N' of its sample."""
+    from webdataset.tariterators import group_by_keys  # noqa: PLC0415 (see above)
+
     return group_by_keys(_members(urls))
 
 
@@ -134,6 +137,8 @@ def sample_id(sample: Sample) -> str:
 
 def _members(urls: Iterator[str]) -> Iterator[dict[str, Any]]:
     """Members of shards in webdataset's form: {fname, data, __url__}, and {} at the end of a shard."""
+    from webdataset.gopen import gopen  # noqa: PLC0415 (see above)
+
     for url in urls:
         complete = False
         with ExitStack() as stack:
@@ -176,8 +181,15 @@ def _tar_members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
                 yield {"fname": member.name, "data": file.read(), "__url__": url}
             else:
                 num_refused += 1
-                key = base_plus_ext(member.name)[0] or "(member)"
+                key = _split_name(member.name)[0] or "(member)"
                 yield {"fname": f"{key}.{_REFUSED}{num_refused}", "data": reason.encode(), "__url__": url}
+
+
+def _split_name(name: str) -> tuple[str | None, str | None]:
+    """A member's key and suffix."""
+    from webdataset.tariterators import base_plus_ext  # noqa: PLC0415 (see above)
+
+    return base_plus_ext(name)
 
 
 def _is_meta(name: str) -> bool:
@@ -197,7 +209,7 @@ def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
         return "special file in tar"
     if member.size > MAX_MEMBER_BYTES:
         return "member above the size limit"
-    key, suffix = base_plus_ext(member.name)
+    key, suffix = _split_name(member.name)
     if key is None or suffix is None:
         return None
     if suffix.startswith("__"):
@@ -246,7 +258,7 @@ def index_shard(shard: str) -> list[IndexedPair]:
         with tarfile.open(shard, mode="r:", tarinfo=_StrictTarInfo) as tar:
             for member in tar:
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                key, suffix = base_plus_ext(member.name)
+                key, suffix = _split_name(member.name)
                 if key is None or suffix is None or _refusal(member, names) is not None:
                     continue
                 found.setdefault(key, {})[suffix.lower()] = member

@@ -124,9 +124,11 @@ class FeatureQueue(nn.Module):
             parts = [torch.empty_like(features) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, features.contiguous(), group=group)
             features = torch.cat(parts)
-        end = self.num_enqueued + len(features)
-        places = torch.arange(max(end - size, self.num_enqueued), end, device=self.features.device) % size
-        self.features[places] = features[len(features) - len(places) :].to(self.features)
+        end, last = self.num_enqueued + len(features), features[-size:]
+        start = (end - len(last)) % size
+        before_end = min(len(last), size - start)
+        self.features[start : start + before_end] = last[:before_end]
+        self.features[: len(last) - before_end] = last[before_end:]
         self.num_enqueued = end
 
     def get_extra_state(self) -> int:

@@ -145,15 +145,18 @@ def _waves(positions: Tensor, theta: float, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The first `2 * cos.shape[-1]` dimensions of `x` turned."""
-    dims = 2 * cos.shape[-1]
-    wide = x.to(cos.dtype)
-    a, b = (
-        wide[..., :dims].unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide[..., :dims].chunk(2, -1)
-    )
-    turned = a * cos - b * sin, b * cos + a * sin
-    parts = (torch.stack(turned, -1).flatten(-2),) if interleaved else turned
-    return torch.cat((*parts, wide[..., dims:]), -1).to(x.dtype)
+    """The first `2 * cos.shape[-1]` dimensions of `x` turned: each times its cosine, and its partner times the sine."""
+    dims, wide = 2 * cos.shape[-1], x.to(cos.dtype)
+    part = wide[..., :dims]
+    if interleaved:
+        cos, sin = (wave.repeat_interleave(2, -1) for wave in (cos, sin))
+        partners = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+    else:
+        cos, sin = (torch.cat((wave, wave), -1) for wave in (cos, sin))
+        first, second = part.chunk(2, -1)
+        partners = torch.cat((-second, first), -1)
+    turned = (part * cos).add_(partners * sin)
+    return (turned if dims == x.shape[-1] else torch.cat((turned, wide[..., dims:]), -1)).to(x.dtype)
 
 
 def _check_rank(op: str, name: str, x: Tensor, middle: str) -> None:

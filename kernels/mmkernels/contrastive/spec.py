@@ -1,6 +1,6 @@
 """The contrastive ops' entries in the contract test and in bench."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,11 @@ def _wide_rectangle(draw: Callable[[int, int], int]) -> Shape:
     return {"M": rows, "N": rows + draw(0, 70), "D": draw(24, 70)}
 
 
+# a rank's rows, the second's, against the gathered batch
+_RANKS: Mapping[str, tuple[Shape, ...]] = {
+    "cpu": ({"M": 512, "N": 4096, "D": 512, "offset": 512},),
+    "cuda": ({"M": 8192, "N": 65536, "D": 768, "offset": 8192},),
+}
 Extra = Callable[[Inputs, Shape, int], Inputs]
 
 
@@ -170,7 +175,7 @@ STATS = OpSpec(
     cases=CASES,
     differentiable=("a", "b", "logit_scale"),
     cost=lambda shape, size: contrastive_cost(shape["M"], shape["N"], shape["D"], size),
-    bench_shapes={},
+    bench_shapes=_RANKS,
 )
 
 LSE = OpSpec(
@@ -183,7 +188,7 @@ LSE = OpSpec(
     cases=("random", "trained"),
     differentiable=("a", "b", "logit_scale"),
     cost=lambda shape, size: contrastive_cost(shape["M"], shape["N"], shape["D"], size),
-    bench_shapes={},
+    bench_shapes=_RANKS,
 )
 
 LOSS = OpSpec(

@@ -223,6 +223,7 @@ STATS = _spec(
     _masks,
     loss=False,
     cases=CASES,
+    bench_shapes={"cpu": (_shape(64, 32, 1024, 256),), "cuda": (_shape(128, 32, 1024, 256),)},
     with_totals=True,
 )
 LATE = _spec(
