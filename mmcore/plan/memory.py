@@ -108,15 +108,16 @@ def _activations(
     counted: tuple[Counted, ...], plain: tuple[Counted, ...], setting: Setting
 ) -> tuple[float, float, float]:
     """Of a micro-batch: what the forwards leave; what a forward, and a backward, need beyond that for a while."""
-    micro, kept, forward, backward = setting.micro, 0.0, 0.0, 0.0
+    micro, kept, cast, forward, backward = setting.micro, 0.0, 0.0, 0.0, 0.0
     for piece, whole in zip(counted, plain, strict=True):
         demand = piece.of(micro)
         kept += demand.kept
+        cast += demand.cast
         forward = max(forward, demand.forward_widest)
         # what is computed again, layer by layer
         again = whole.layer.kept * micro if setting.activation_checkpointing else 0.0
         backward = max(backward, demand.backward_widest + again)
-    return kept, forward, backward
+    return kept, cast + forward, backward
 
 
 def _cached_features(job: Job, setting: Setting) -> float:
