@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.measure import CLEAR_REFS, status_bytes
-from bench.plan_models import Trained, TrainedClip
+from bench.plan_models import Trained, TrainedClip, TrainedLlava
 from mmcore.plan import memory
 from mmcore.plan.hardware import Gpu, Rate
 from mmcore.plan.job import Setting
@@ -45,14 +45,20 @@ class Case:
 
 _plain = Setting(64, 1, zero=1, precision="fp32", ema=True)
 _few = replace(_plain, global_batch=24)
-_clip = TrainedClip(512, 8)
+_again = replace(_few, activation_checkpointing=True)
+_clip, _llava = TrainedClip(512, 8), TrainedLlava(256, 2)
 CASES: dict[str, Case] = {
     "quick": Case(TrainedClip(256, 4), _few, steps=1),
     "plain": Case(_clip, _plain),
     "accum": Case(_clip, replace(_plain, accum=4)),
     "activation-checkpointing": Case(_clip, replace(_plain, activation_checkpointing=True)),
     "bf16 autocast": Case(_clip, replace(_plain, precision="amp_bf16")),
+    "llava-accum": Case(_llava, replace(_plain, global_batch=12, accum=3), steps=1),
+    "llava-activation-checkpointing": Case(_llava, _again, steps=1),
+    "llava-stage1-activation-checkpointing": Case(TrainedLlava(256, 4, "projector"), _again, steps=1),
 }
+# What takes seconds: a CLIP, and what LLaVA has to take less memory.
+QUICK = ("quick", "llava-accum", "llava-activation-checkpointing")
 
 
 def measured(name: str) -> dict[str, Any]:
