@@ -15,25 +15,12 @@ from typing import Any
 import torch
 
 from bench.measure import CLEAR_REFS, in_process, status_bytes
-from mmcore.models.clip import CLIP, CLIPConfig, TextConfig
-from mmcore.models.vit import VisionConfig
+from bench.plan_models import Trained, TrainedClip, TrainedLlava
 from mmcore.plan import memory
-from mmcore.plan.clip_job import clip_job_of
 from mmcore.plan.hardware import Gpu, Rate
 from mmcore.plan.job import Setting
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
-from mmcore.train.gradcache import contrastive_backward
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
-
-
-def _model(width: int, num_layers: int) -> CLIPConfig:
-    vision = VisionConfig(112, 16, width, num_layers, width // 64, 4 * width)
-    text = TextConfig(8192, 32, width // 2, num_layers, width // 128, 2 * width)
-    return CLIPConfig(256, vision, text)
-
-
-WARM_UP, QUICK, SMALL = _model(128, 1), _model(256, 4), _model(512, 8)
-
 
 _NO_RATE = Rate(float("inf"), "measured")
 CPU = Gpu("cpu", 0.0, _NO_RATE, _NO_RATE, _NO_RATE, _NO_RATE, _NO_RATE, _NO_RATE, is_cpu=True)
@@ -43,19 +30,27 @@ CPU = Gpu("cpu", 0.0, _NO_RATE, _NO_RATE, _NO_RATE, _NO_RATE, _NO_RATE, _NO_RATE
 class Case:
     """A model, how it is trained, and how many steps are measured."""
 
-    config: CLIPConfig
+    trained: Trained
     setting: Setting
     steps: int = 2
 
 
 _plain = Setting(64, 1, zero=1, precision="fp32", ema=True)
+_few = replace(_plain, global_batch=24)
+_again = replace(_few, activation_checkpointing=True)
+_clip, _llava = TrainedClip(512, 8), TrainedLlava(256, 2)
 CASES: dict[str, Case] = {
-    "quick": Case(QUICK, replace(_plain, global_batch=24), steps=1),
-    "plain": Case(SMALL, _plain),
-    "accum": Case(SMALL, replace(_plain, accum=4)),
-    "activation-checkpointing": Case(SMALL, replace(_plain, activation_checkpointing=True)),
-    "bf16 autocast": Case(SMALL, replace(_plain, precision="amp_bf16")),
+    "quick": Case(TrainedClip(256, 4), _few, steps=1),
+    "plain": Case(_clip, _plain),
+    "accum": Case(_clip, replace(_plain, accum=4)),
+    "activation-checkpointing": Case(_clip, replace(_plain, activation_checkpointing=True)),
+    "bf16 autocast": Case(_clip, replace(_plain, precision="amp_bf16")),
+    "llava-accum": Case(_llava, replace(_plain, global_batch=12, accum=3), steps=1),
+    "llava-activation-checkpointing": Case(_llava, _again, steps=1),
+    "llava-stage1-activation-checkpointing": Case(TrainedLlava(256, 4, "projector"), _again, steps=1),
 }
+# What takes seconds: a CLIP, and what LLaVA has to take less memory.
+QUICK = ("quick", "llava-accum", "llava-activation-checkpointing")
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -66,8 +61,9 @@ def measured(name: str) -> dict[str, Any]:
 def run(case: Case) -> dict[str, Any]:
     """Predicts a case and measures it, in this process."""
     init_distributed()
-    _steps(replace(case, config=WARM_UP, setting=replace(case.setting, global_batch=8)))
-    job = clip_job_of("", case.config)
+    few = replace(case.setting, global_batch=2 * case.setting.accum)
+    _steps(replace(case, trained=case.trained.small(), setting=few))
+    job = case.trained.job()
     phases = memory.phases(job, case.setting, CPU)
     return {
         "setting": asdict(case.setting),
@@ -83,23 +79,17 @@ def _steps(case: Case) -> int:
     """The growth of the resident size at its height, in the steps after the first."""
     _give_back()
     before = status_bytes("VmRSS")
-    setting, config = case.setting, case.config
-    model = CLIP(config)
-    model.set_activation_checkpointing(setting.activation_checkpointing)
+    setting, trained = case.setting, case.trained
+    model = trained.model(setting)
     optim = OptimConfig(ema=0.99)
     options = EngineConfig(zero=setting.zero, precision=setting.precision)  # pyright: ignore[reportArgumentType]
     resolved, precision = deepspeed_config(options, optim, batch_size=setting.per_rank, world_size=1)
     engine = Engine(model, make_optimizer(param_groups(model, 0.2), optim), resolved, precision)
     del model
-    size = config.vision.image_size
-    images = torch.randn(setting.per_rank, 3, size, size)
-    length, end = config.text.context_length, config.text.vocab_size - 1
-    tokens = torch.randint(1, end, (setting.per_rank, length))
-    tokens[:, -1] = end
-    peak = 0
+    batch, peak = trained.batch(setting), 0
     for i in range(case.steps + 1):
         _give_back()
-        contrastive_backward(engine, images, tokens, [length] * setting.per_rank, setting.accum)
+        trained.backward(engine, batch, setting)
         engine.step(1e-4)
         if i:
             peak = max(peak, status_bytes("VmHWM") - before)

@@ -13,6 +13,10 @@ from mmcore.plan.demand import Built
 from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
 
 
+# the last layer's feed-forward is of pooled tokens alone, so that one layer is not like the others
+DEPTHS = 2, 3
+
+
 def clip_job(name: str) -> Job:
     """Of a configuration by name; every caption as long as the context.
 
@@ -42,7 +46,10 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
 
     return Job(
         f"CLIP {name}",
-        (Piece("image tower", vision.num_layers, images), Piece("text tower", text.num_layers, texts)),
+        (
+            Piece("image tower", vision.num_layers, images, DEPTHS),
+            Piece("text tower", text.num_layers, texts, DEPTHS),
+        ),
         of_model.trained,
         batch_bytes=4 * 3 * vision.image_size**2 + 8 * text.context_length,
         small=of_model.small,

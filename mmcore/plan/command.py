@@ -3,7 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import tyro
@@ -43,34 +43,30 @@ class PlanConfig:
     """Print JSON: bytes, FLOP and seconds of a rank."""
 
     def setting(self) -> Setting:
-        """The options that a run has."""
-        return Setting(self.global_batch, self.gpus, self.zero, self.precision, ema=self.ema)
+        """The options that a run has, of those that the recipe has."""
+        names = [x.name for x in fields(Setting)]
+        return Setting(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
 
 @dataclass(frozen=True)
-class ClipPlan(PlanConfig):
-    """Plan a run of mmcore train clip."""
+class MicroBatchPlan(PlanConfig):
+    """What recipes have in common that can do with less memory and more time."""
 
-    model: str = "ViT-L-14"
-    """As --model of mmcore train clip."""
     accum: int = 1
     """Micro-batches a step."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward."""
 
+
+@dataclass(frozen=True)
+class ClipPlan(MicroBatchPlan):
+    """Plan a run of mmcore train clip."""
+
+    model: str = "ViT-L-14"
+    """As --model of mmcore train clip."""
+
     def job(self) -> Job:
         return clip_job(self.model)
-
-    def setting(self) -> Setting:
-        return Setting(
-            self.global_batch,
-            self.gpus,
-            self.zero,
-            self.precision,
-            self.accum,
-            self.activation_checkpointing,
-            self.ema,
-        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class Blip2Stage2Plan(PlanConfig):
 
 
 @dataclass(frozen=True)
-class LlavaPlan(PlanConfig):
+class LlavaPlan(MicroBatchPlan):
     """Plan a run of LLaVA."""
 
     vision: str = "ViT-L-14-336"

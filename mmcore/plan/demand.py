@@ -1,6 +1,7 @@
 """What a forward and a backward ask for, counted while the real modules run on fake tensors: nothing is computed, and
 nothing of a model's size is allocated."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -21,12 +22,14 @@ class Demand:
 
     Attributes:
         kept: bytes that the forward leaves to the backward, weights aside.
+        cast: bytes of weights in autocast's dtype that the forward holds until it ends, beyond `kept`.
         forward_flops, backward_flops: of matrix products; causal attention is counted whole.
         forward_moved, backward_moved: bytes that all other operations read and write, one after the other.
         forward_widest, backward_widest: bytes that one operation reads and writes, the most, weights aside.
     """
 
     kept: float = 0.0
+    cast: float = 0.0
     forward_flops: float = 0.0
     backward_flops: float = 0.0
     forward_moved: float = 0.0
@@ -84,7 +87,10 @@ def count(build: Callable[[], Built], *, dtype: torch.dtype, autocast: bool) -> 
         cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
         with _Counter(weights) as forward, saved_tensors_hooks(keep, lambda x: x), cast:
             results = built.forward()
+            copies = [x for x in (copy() for copy in forward.copies) if x is not None]
+            cast_bytes = sum(x.nbytes for x in copies if _storage(x) not in kept)
         total = sum(size for size, _ in kept.values())
+        copies.clear()
         kept.clear()
         learned = [x for x in results if x.requires_grad]
         with _Counter(weights) as backward:
@@ -92,6 +98,7 @@ def count(build: Callable[[], Built], *, dtype: torch.dtype, autocast: bool) -> 
                 torch.autograd.backward(learned, [torch.empty_like(x) for x in learned])
     return Demand(
         total,
+        cast_bytes,
         forward.flops,
         backward.flops,
         forward.moved,
@@ -108,6 +115,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.weights = weights
         self.flops = self.moved = self.widest = 0
+        self.copies: list[weakref.ref[Tensor]] = []  # of weights, in another dtype
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,6 +130,8 @@ class _Counter(TorchDispatchMode):
         moved = _moved(func, args, out)
         self.widest = max(self.widest, sum(size for place, size in moved if place not in self.weights))
         packet, name = func.overloadpacket, func._schema.name
+        if packet is torch.ops.aten._to_copy and _storage(args[0]) in self.weights:
+            self.copies.append(weakref.ref(out))
         if name in FORMULAS:
             self.flops += FORMULAS[name](*args)
         elif packet in flop_registry:

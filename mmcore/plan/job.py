@@ -177,6 +177,10 @@ class Job:
     def parameters(self) -> int:
         return self.trained + self.frozen + self.frozen_low
 
+    def forwards(self, setting: Setting) -> int:
+        """Of a micro-batch: where all of a step's meet in one loss, one before it and one after it (GradCache)."""
+        return 2 if setting.accum > 1 and self.exchange is not None else 1
+
     def frozen_bytes(self, setting: Setting) -> int:
         """Of all frozen weights."""
         low = 4 if setting.precision == "fp32" else 2

@@ -91,7 +91,7 @@ def read(model: Any, samples: int, num_tokens: int, num_learned: int) -> Built:
         states = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return [head(states[:, num_tokens - num_learned :], labels)]
 
-    return Built([*model.parameters(), embedded], forward)
+    return Built(model.parameters(), forward)
 
 
 def _attend(

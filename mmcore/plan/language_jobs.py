@@ -1,5 +1,6 @@
 """BLIP-2's second stage and both of LLaVA as a plan sees them: what ends in a language model."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from mmcore.models.blip2_configs import blip2_config
 from mmcore.models.clip_configs import clip_config
-from mmcore.models.llava import Llava, LlavaConfig
+from mmcore.models.llava import Llava, LlavaConfig, Trainable
 from mmcore.models.qformer import QFormer
 from mmcore.models.vit import ViT
 from mmcore.nn import Linear
@@ -24,6 +25,9 @@ def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
     config, language = blip2_config(name), language_config(llm)
     vision = config.vision
     qformer = replace(config.qformer, has_text=False)
+
+    def prepare(model: Any, _: Setting) -> Any:
+        return model.requires_grad_(False).eval()
 
     def between(num_layers: int) -> nn.ModuleList:
         """What learns: norm, Q-Former, projection."""
@@ -46,7 +50,7 @@ def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
         (
             tower_piece(vision),
             Piece("Q-Former", qformer.num_layers, build, (every, 2 * every)),
-            _language_piece(language, qformer.num_queries + num_text, num_text, learns=False),
+            _language_piece(language, qformer.num_queries + num_text, num_text, prepare, learns=False),
         ),
         learned.trained,
         image_bytes(vision) + 8 * num_text,
@@ -80,43 +84,61 @@ def llava_job(
         ValueError: an unknown name; fewer tokens than an image has.
     """
     whole = clip_config(vision_name).vision
-    vision, language = replace(whole, num_layers=whole.num_layers - 1), language_config(llm)
-    config = LlavaConfig(vision, projector)
+    vision = replace(whole, num_layers=whole.num_layers - 1)
     least = vision.num_patches + 2
     num_tokens = num_tokens or (vision.num_patches + 64 if stage == 1 else 2048)
     require(OP, num_tokens >= least, "--tokens must be at least {}, got {}", least, num_tokens)
     trainable = "projector" if stage == 1 else "all" if train_vision else "language"
+    name = f"LLaVA stage {stage}, {vision_name} before {llm}"
+    return llava_job_of(name, LlavaConfig(vision, projector), language_config(llm), trainable, num_tokens)
 
-    def build(_: int, samples: int, setting: Setting) -> Built:
+
+def llava_job_of(name: str, config: LlavaConfig, language: Any, trainable: Trainable, num_tokens: int) -> Job:
+    """Of any configuration, `language` one of transformers."""
+    vision, learns = config.vision, trainable != "projector"
+
+    def prepare(model: Any, setting: Setting) -> Any:
+        short = replace(config, vision=replace(vision, num_layers=1))
+        whole = Llava(short, model, trainable=trainable)
+        whole.set_activation_checkpointing(setting.activation_checkpointing)
+        return whole.train().language_model
+
+    def project(_: int, samples: int, setting: Setting) -> Built:
         model = Llava(config, language_model(language, setting.dtype, num_layers=1))
-        states = torch.empty(samples, vision.num_patches, vision.width)
+        shape = (samples, vision.num_patches, vision.width)
+        states = torch.empty(shape, requires_grad=trainable == "all")
         return Built(model.projector.parameters(), lambda: [model.projector(states)])
 
     with torch.device("meta"):
         model = Llava(config, language_model(language, torch.float32), trainable=trainable)
     of_model = numbers(model)
-    low = 0 if stage == 2 else _numbers(language).trained
+    low = 0 if learns else _numbers(language).trained
     return Job(
-        f"LLaVA stage {stage}, {vision_name} before {llm}",
+        name,
         (
-            tower_piece(vision, learns=train_vision),
-            Piece("projector", 1, build),
-            _language_piece(language, num_tokens, num_tokens - 1, learns=stage == 2),
+            tower_piece(vision, learns=trainable == "all"),
+            Piece("projector", 1, project),
+            _language_piece(language, num_tokens, num_tokens - 1, prepare, learns=learns),
         ),
         of_model.trained,
         image_bytes(vision) + 3 * 8 * num_tokens,
         frozen=of_model.frozen - low,
         frozen_low=low,
         small=of_model.small,
+        levers=("accum", "activation_checkpointing", "zero"),
     )
 
 
-def _language_piece(config: Any, num_tokens: int, num_learned: int, *, learns: bool) -> Piece:
+def _language_piece(
+    config: Any, num_tokens: int, num_learned: int, prepare: Callable[[Any, Setting], Any], *, learns: bool
+) -> Piece:
+    """A language model, which `prepare` makes ready for training."""
+
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
         # frozen, it is bfloat16 but in fp32
         low = not learns and setting.precision != "fp32"
         dtype = torch.bfloat16 if low else setting.dtype
-        model = language_model(config, dtype, num_layers=num_layers).requires_grad_(learns)
+        model = prepare(language_model(config, dtype, num_layers=num_layers), setting)
         return read(model, samples, num_tokens, num_learned)
 
     name = "language model" if learns else "language model, frozen"

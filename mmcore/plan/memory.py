@@ -38,19 +38,21 @@ class Phase:
 def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
     """The phases of a step after the first, in order.
 
-    The forward ends with all activations of a micro-batch; the loss comes on top of them, or of the features alone
-    where gradients are accumulated; the backward begins with all of them and ends with all gradients; the optimizer
-    steps.
+    The forward ends with all activations of a micro-batch, beside the gradients of those before it; the contrastive
+    loss comes on top of them, or of the features alone where there are several; the backward begins with all of them
+    and ends with all gradients; the optimizer steps.
     """
     is_cpu = gpu.is_cpu
     kept = zero.states(job, setting, is_cpu=is_cpu)
+    # a GPU is given the images that it needs at once: of a micro-batch, but for a loss in which all meet
+    on_device = setting.per_rank if is_cpu or job.exchange is not None else setting.micro
     always = {
         "weights": kept.weights,
         "optimizer": kept.optimizer,
         "EMA": kept.ema,
         "gradients": kept.gradients,
         "buffers": kept.buffers,
-        "batch": job.batch_bytes * setting.per_rank,
+        "batch": job.batch_bytes * on_device,
     }
     plain = job.counted(replace(setting, activation_checkpointing=False))
     counted = job.counted(setting)
@@ -106,15 +108,16 @@ def _activations(
     counted: tuple[Counted, ...], plain: tuple[Counted, ...], setting: Setting
 ) -> tuple[float, float, float]:
     """Of a micro-batch: what the forwards leave; what a forward, and a backward, need beyond that for a while."""
-    micro, kept, forward, backward = setting.micro, 0.0, 0.0, 0.0
+    micro, kept, cast, forward, backward = setting.micro, 0.0, 0.0, 0.0, 0.0
     for piece, whole in zip(counted, plain, strict=True):
         demand = piece.of(micro)
         kept += demand.kept
+        cast += demand.cast
         forward = max(forward, demand.forward_widest)
         # what is computed again, layer by layer
         again = whole.layer.kept * micro if setting.activation_checkpointing else 0.0
         backward = max(backward, demand.backward_widest + again)
-    return kept, forward, backward
+    return kept, cast + forward, backward
 
 
 def _cached_features(job: Job, setting: Setting) -> float:

@@ -74,9 +74,8 @@ def model_flops(job: Job, setting: Setting) -> float:
 
 
 def _towers(job: Job, setting: Setting) -> tuple[float, float]:
-    """FLOP and bytes moved of a rank's micro-batches; where they are accumulated, each has a forward before the loss
-    and one after it."""
-    forwards = 2 if setting.accum > 1 else 1
+    """FLOP and bytes moved of a rank's micro-batches."""
+    forwards = job.forwards(setting)
     flops = moved = 0.0
     for piece in job.counted(setting):
         demand = piece.of(setting.micro)

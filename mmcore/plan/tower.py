@@ -15,6 +15,7 @@ def tower_piece(config: VisionConfig, *, learns: bool = False) -> Piece:
 
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
         tower = ViT(replace(config, num_layers=num_layers)).requires_grad_(learns)
+        tower.transformer.activation_checkpointing = setting.activation_checkpointing
         images = torch.empty(samples, 3, config.image_size, config.image_size)
 
         def forward() -> list[Tensor]:

@@ -99,7 +99,8 @@ def traffic(job: Job, setting: Setting) -> dict[str, float]:
         return {"gradients": 2 * gradients, "weights": weights}
     everything = weights + job.frozen_bytes(setting) * once
     small = size * job.small * once
-    again = max(0, job.parameters - REUSE // 2) / job.parameters if setting.accum == 1 else 1.0
-    forwards = 1 if setting.accum == 1 else 2 * setting.accum
-    times = forwards + setting.accum * again
+    forwards = job.forwards(setting)
+    # after a forward that has no backward nothing is known of what will be needed again, and nothing stays
+    again = max(0, job.parameters - REUSE // 2) / job.parameters if forwards == 1 else 1.0
+    times = setting.accum * (forwards + again)
     return {"gradients": gradients, "weights": small + (everything - small) * times}

@@ -29,9 +29,9 @@ class RunConfig:
     steps: int | None = None
     """Optimizer steps in all; None = what --epochs gives."""
     batch_size: int = 256
-    """Pairs a rank and micro-batch; the contrastive batch is this times --accum times the number of ranks."""
+    """Samples a rank and micro-batch; the whole batch is this times --accum times the number of ranks."""
     accum: int = 1
-    """Micro-batches a step. The loss still sees the whole batch (GradCache), at the memory of one micro-batch."""
+    """Micro-batches a step, at the memory of one. A contrastive loss still sees the whole batch (GradCache)."""
     seed: int = 0
     """Seed of the weights, the split and the order of the data."""
     save_every: int | None = None

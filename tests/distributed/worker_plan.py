@@ -1,6 +1,6 @@
 """Runs the real engine as one rank of many, the others being fake: what it sends in a step and holds between steps.
 
-Prints a line of JSON a setting: {"zero", "precision", "accum", "sent": {...}, "held"}.
+Prints a line of JSON a case: {"case", "sent": {...}, "held"}.
 """
 
 import gc
@@ -8,7 +8,8 @@ import json
 import os
 import sys
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,20 +17,73 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
 
+from mmcore.data.chat_loader import ChatPart
 from mmcore.models.clip import CLIP
 from mmcore.models.clip_configs import clip_config
+from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig
+from mmcore.models.vit import VisionConfig
+from mmcore.plan.clip_job import clip_job
+from mmcore.plan.job import Job, Setting
+from mmcore.plan.language import language_model
+from mmcore.plan.language_jobs import llava_job_of
 from mmcore.plan.zero import BUCKET
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
+from mmcore.train.llava import llava_backward
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 
-SETTINGS = (
-    (0, "fp32", 1),
-    (1, "fp32", 1),
-    (1, "bf16", 1),
-    (2, "amp_bf16", 4),
-    (3, "bf16", 1),
-    (3, "fp32", 4),
+MICRO, LENGTH = 2, 24
+VISION = VisionConfig(image_size=16, patch_size=8, width=128, num_layers=2, num_heads=2, mlp_dim=512)
+LANGUAGE = LlamaConfig(
+    vocab_size=1000, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2
+)
+
+
+class Case(NamedTuple):
+    """What is trained, and how."""
+
+    recipe: Literal["clip", "llava-stage1", "llava-stage2"]
+    zero: int
+    precision: Any
+    accum: int = 1
+    activation_checkpointing: bool = False
+
+    def job(self) -> Job:
+        if self.recipe == "clip":
+            return clip_job("tiny")
+        return llava_job_of("", LlavaConfig(VISION), LANGUAGE, self._trainable(), LENGTH)
+
+    def setting(self, ranks: int) -> Setting:
+        options = self.precision, self.accum, self.activation_checkpointing
+        return Setting(MICRO * self.accum * ranks, ranks, self.zero, *options, ema=True)
+
+    def model(self) -> Any:
+        if self.recipe == "clip":
+            model: Any = CLIP(clip_config("tiny"))
+        else:
+            low = self.recipe == "llava-stage1" and self.precision != "fp32"
+            language = language_model(LANGUAGE, torch.bfloat16 if low else torch.float32)
+            model = Llava(LlavaConfig(VISION), language, trainable=self._trainable()).train()
+        model.set_activation_checkpointing(self.activation_checkpointing)
+        return model
+
+    def _trainable(self) -> Literal["projector", "language"]:
+        return "projector" if self.recipe == "llava-stage1" else "language"
+
+
+CASES = (
+    Case("clip", 0, "fp32"),
+    Case("clip", 1, "fp32"),
+    Case("clip", 1, "bf16"),
+    Case("clip", 2, "amp_bf16", 4),
+    Case("clip", 3, "bf16"),
+    Case("clip", 3, "fp32", 4),
+    Case("llava-stage2", 0, "fp32", 2),
+    Case("llava-stage2", 2, "fp32", 2),
+    Case("llava-stage2", 3, "fp32", 2),
+    Case("llava-stage2", 3, "bf16", 1, True),
+    Case("llava-stage1", 3, "bf16", 3, True),
 )
 
 
@@ -60,30 +114,46 @@ def held() -> dict[int, int]:
     return {place: size for place, size in found.items() if size not in (2 * BUCKET, 4 * BUCKET)}
 
 
-def measure(zero: int, precision: Any, accum: int, ranks: int) -> dict[str, Any]:
-    before = set(held())
-    optim = OptimConfig(ema=0.99)
-    config = EngineConfig(zero=zero, precision=precision)  # pyright: ignore[reportArgumentType]
-    resolved, precision = deepspeed_config(config, optim, batch_size=2 * accum, world_size=ranks)
-    model = CLIP(clip_config("tiny"))
-    engine = Engine(model, make_optimizer(param_groups(model, 0.2), optim), resolved, precision)
-    del model
-    images, tokens = torch.randn(2, 3, 16, 16), torch.randint(1, 1000, (2, 32))
+def _clip_backward(engine: Engine, accum: int) -> Callable[[], object]:
+    images, tokens = torch.randn(MICRO, 3, 16, 16), torch.randint(1, 1000, (MICRO, 32))
 
     def forward() -> Tensor:
         a, b, scale = engine(images, tokens)
         return ((a * b).sum() * scale).sum()
 
-    def step() -> None:
+    def backward() -> None:
         if accum == 1:
             engine.backward(forward())
-        else:
-            with torch.no_grad():
-                for _ in range(accum):
-                    forward()
-            with engine.accumulate():
-                for i in range(accum):
-                    engine.backward(forward(), last=i == accum - 1)
+            return
+        with torch.no_grad():
+            for _ in range(accum):
+                forward()
+        with engine.accumulate():
+            for i in range(accum):
+                engine.backward(forward(), last=i == accum - 1)
+
+    return backward
+
+
+def _llava_backward(engine: Engine, accum: int) -> Callable[[], object]:
+    tokens = torch.randint(1, 1000, (MICRO, LENGTH))
+    tokens[:, 1 : 1 + VISION.num_patches] = IMAGE_TOKEN
+    part = ChatPart(tokens, tokens.clamp(min=0), torch.randn(MICRO, 3, 16, 16), None, None)
+    return lambda: llava_backward(engine, [part] * accum)
+
+
+def measure(case: Case, ranks: int) -> dict[str, Any]:
+    before = set(held())
+    optim = OptimConfig(ema=0.99)
+    config = EngineConfig(zero=case.zero, precision=case.precision)  # pyright: ignore[reportArgumentType]
+    resolved, precision = deepspeed_config(config, optim, batch_size=MICRO * case.accum, world_size=ranks)
+    model = case.model()
+    engine = Engine(model, make_optimizer(param_groups(model, 0.2), optim), resolved, precision)
+    del model
+    backward = (_clip_backward if case.recipe == "clip" else _llava_backward)(engine, case.accum)
+
+    def step() -> None:
+        backward()
         engine.step(1e-3)
 
     step()
@@ -93,7 +163,7 @@ def measure(zero: int, precision: Any, accum: int, ranks: int) -> dict[str, Any]
     of_engine = sum(size for place, size in now.items() if place not in before)
     sent = dict(traffic.sent)
     engine.close()
-    return {"zero": zero, "precision": precision, "accum": accum, "sent": sent, "held": of_engine}
+    return {"case": case, "sent": sent, "held": of_engine}
 
 
 def main(ranks: int) -> None:
@@ -102,8 +172,8 @@ def main(ranks: int) -> None:
     )
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     init_distributed()
-    for zero, precision, accum in SETTINGS:
-        print(json.dumps(measure(zero, precision, accum, ranks)), flush=True)
+    for case in CASES:
+        print(json.dumps(measure(case, ranks)), flush=True)
 
 
 if __name__ == "__main__":

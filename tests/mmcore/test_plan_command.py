@@ -4,14 +4,18 @@ the command prints."""
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.measure import CLEAR_REFS
-from bench.plan import measured
+from bench.plan import QUICK, measured
+from bench.plan_models import TrainedLlava
 from bench.published import PAGES, TABLE, filled
 from bench.scale import simulate
 from mmcore import cli
+from mmcore.models.llava_runs import LLAVA_STAGE1, LLAVA_STAGE2
+from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
 from mmcore.plan import command
 from mmcore.plan.clip_job import clip_job
 from mmcore.plan.exchange import loss
@@ -21,8 +25,22 @@ from mmcore.plan.memory import FILLED, fits, peak, phases
 from mmcore.plan.search import changes, nearest
 from mmcore.plan.step import step
 from mmcore.plan.zero import BUCKET
+from mmcore.train.blip2_stage1 import Blip2Stage1Config
+from mmcore.train.blip2_stage2 import Blip2Stage2Config
+from mmcore.train.clip import ClipConfig
+from mmcore.train.llava_config import LlavaStage1Config, LlavaStage2Config
 
 JOB, GPU = clip_job("tiny"), GPUS["a100-40gb"]
+LLAVA = TrainedLlava(256, 2).job()
+RECIPES = {
+    ClipConfig: "clip",
+    Blip2Stage1Config: BLIP2_STAGE1,
+    Blip2Stage2Config: BLIP2_STAGE2,
+    LlavaStage1Config: LLAVA_STAGE1,
+    LlavaStage2Config: LLAVA_STAGE2,
+}
+# no bucket of a GPU's size beside a model as small as that
+CPU = replace(GPUS["h200"], is_cpu=True)
 
 
 def test_a_plan_says_what_fits_and_the_nearest_setting_that_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +77,47 @@ def test_more_gpus_are_named_where_nothing_else_helps() -> None:
     assert not fits(phases(fixed, Setting(2097152, found.gpus // 2), GPU), GPU)
 
 
+@pytest.mark.parametrize(
+    ("setting", "changed"),
+    [
+        (Setting(64, 1, precision="fp32"), "--accum"),
+        (Setting(64, 64, precision="fp32"), "--activation-checkpointing"),  # nothing is left to divide
+    ],
+    ids=["accum", "checkpointing"],
+)
+def test_llavas_memory_is_divided_by_what_costs_least(setting: Setting, changed: str) -> None:
+    job = TrainedLlava(256, 6, num_tokens=2048).job()
+    gpu = replace(CPU, memory_bytes=0.7 * peak(phases(job, setting, CPU)).total / FILLED)
+    found = nearest(job, setting, gpu)
+    assert found is not None and fits(phases(job, found, gpu), gpu)
+    assert list(changes(setting, found)) == [changed]
+
+
+@pytest.mark.parametrize("train", RECIPES)
+def test_a_plan_has_what_its_recipe_has_to_take_less_memory(train: type[Any]) -> None:
+    """BLIP-2 refuses --accum, which all runs have."""
+    config = command.PLANS[RECIPES[train]]
+    has_levers = hasattr(train, "activation_checkpointing")
+    options: dict[str, Any] = {"accum": 4, "activation_checkpointing": True} if has_levers else {}
+    asked = config(64, 2, **options)
+    assert asked.setting() == Setting(64, 2, **options)
+    assert asked.job().levers == (*options, "zero")
+    assert has_levers == hasattr(config, "accum") == hasattr(config, "activation_checkpointing")
+
+
+def test_gradients_wait_beside_later_micro_batches() -> None:
+    for job in (JOB, LLAVA):
+        one, more = (phases(job, Setting(16, 1, accum=n), GPU)[0].parts["gradients"] for n in (1, 2))
+        assert (one, more) == (0, 4 * job.trained)
+
+
+def test_a_gpu_holds_the_images_that_its_forward_sees() -> None:
+    """Of LLaVA those of a micro-batch; CLIP's recipe hands over all that meet in its loss."""
+    for job, held in ((JOB, 16), (LLAVA, 4)):
+        assert phases(job, Setting(16, 1, accum=4), GPU)[0].parts["batch"] == held * job.batch_bytes
+        assert phases(job, Setting(16, 1, accum=4), CPU)[0].parts["batch"] == 16 * job.batch_bytes
+
+
 def test_accumulation_and_checkpointing_cost_what_they_compute_again() -> None:
     plain, accum = (step(JOB, Setting(8192, 8, accum=n), GPUS["h200"]) for n in (1, 4))
     assert 1.25 < accum.towers_s / plain.towers_s < 1.45  # a third more, but for attention's backward
@@ -89,8 +148,9 @@ def test_features_go_around_a_ring_where_gathering_would_not_fit() -> None:
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of the resident size cannot be reset")
-def test_the_peak_of_a_run_is_planned_within_15_percent() -> None:
-    found = measured("quick")
+@pytest.mark.parametrize("name", QUICK)
+def test_the_peak_of_a_run_is_planned_within_15_percent(name: str) -> None:
+    found = measured(name)
     assert found["predicted_bytes"] == pytest.approx(found["measured_bytes"], rel=0.15), found
 
 
