@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ema import sizes
+from bench.ema import tensors
 from mmkernels import adamw_update_
 
 LR, DECAY, STEP = 1e-6, 0.9999, 100
@@ -19,15 +19,15 @@ class Lists:
     the new weights and of their averages."""
 
     def __init__(self, name: str, kind: str, device: torch.device) -> None:
-        def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-            return [torch.randn(n, device=device).to(dtype) for n in sizes(name)]
+        def made(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+            return tensors(name, dtype, device)
 
         half = torch.bfloat16 if kind == "bf16" else None
-        self.params, self.exp_avgs, self.averages = tensors(), tensors(), tensors()
-        self.exp_avg_sqs = [x.abs() for x in tensors()]
-        self.grads = tensors(half or torch.float32)
-        self.copies = tensors(half) if half else None
-        self.shadows = tensors(half) if half else None
+        self.params, self.exp_avgs, self.averages = made(), made(), made()
+        self.exp_avg_sqs = [x.abs() for x in made()]
+        self.grads = made(half or torch.float32)
+        self.copies = made(half) if half else None
+        self.shadows = made(half) if half else None
 
 
 def ours(lists: Lists) -> Callable[[], None]:

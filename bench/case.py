@@ -15,10 +15,15 @@ from bench.peers import PEERS
 from mmkernels._spec import Cost
 
 MODES = ("forward", "backward", "both")
+# Seconds of a case's rounds: at most BUDGET_S, and less in a run of many cases, whose rounds all together take half of
+# SESSION_S (what each takes besides, to begin, for its memory and its error, is more than that).
 BUDGET_S = {"cpu": 1.5, "cuda": 0.3}
+SESSION_S = {"cpu": 300.0, "cuda": 300.0}
 WARM_UP_S = 0.2
 # of a call that is repeated less, so that the whole bench takes minutes
-LONG_S = 2.0
+LONG_S = 0.25
+# of bare products; a forward or a backward of more is timed with the other alone, on a CPU
+APART_S = 0.03
 
 
 # Cases that the device's memory did not hold, by group and contender, with their parameters: the JSON has them beside
@@ -54,6 +59,12 @@ class Case:
     error: Callable[[], float] | None = None
 
 
+def share_time(num_cases: int) -> None:
+    """Sets the seconds of a case, of as many in this run."""
+    for device, most in SESSION_S.items():
+        BUDGET_S[device] = min(BUDGET_S[device], most / 2 / max(num_cases, 1))
+
+
 def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -84,6 +95,11 @@ def refusal(call: Callable[[], object]) -> str | None:
 def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
     """Times the case; skips, and says so, what does not fit into memory and what a peer does not serve."""
     benchmark.group = f"{case.group} {case.mode}"
+    if device.type == "cpu" and case.mode in ("forward", "backward"):
+        if case.floor_s > APART_S:
+            pytest.skip("large cases of a CPU are timed forward and backward together")
+        if case.contender == "compile":
+            pytest.skip("compiled forward and backward together on a CPU: each compilation takes seconds")
     try:
         if case.contender in PEERS and (reason := refusal(lambda: step(case)())):
             pytest.skip(f"{case.contender} does not serve this: {reason}")

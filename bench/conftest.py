@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from bench.case import OUT_OF_MEMORY
+from bench.case import OUT_OF_MEMORY, share_time
 from bench.peers import facts
 
 OURS = ("bench", "mmcore", "mmkernels")
@@ -42,6 +42,23 @@ class BenchFile(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
     return BenchFile.from_parent(parent, path=module_path)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--claims",
+        action="store_true",
+        help="also assert what is said of the results, in paired runs of their own",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    claims = [item for item in ours if "benchmark" not in getattr(item, "fixturenames", ())]
+    share_time(len(ours) - len(claims))
+    if not config.getoption("--claims"):
+        for item in claims:
+            item.add_marker(pytest.mark.skip(reason="a claim, which --claims asserts"))
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +117,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks:
         return
-    cases = [b.as_dict(include_data=False) for b in session.benchmarks if b.stats.rounds]
+    # one that was interrupted has no rounds, or does not say whose it is
+    made = [b.as_dict(include_data=False) for b in session.benchmarks if b.stats.rounds]
+    cases = [case for case in made if "contender" in case["extra_info"]]
     rows = [COLUMNS, *(row(case) for case in cases)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
     terminalreporter.section("mmcore bench")

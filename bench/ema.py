@@ -29,12 +29,17 @@ def sizes(name: str) -> tuple[int, ...]:
     return tuple(p.numel() for p in model.parameters())
 
 
+def tensors(name: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Of a list's sizes, each a repeated draw: to draw all would take longer than to time them."""
+    drawn = torch.randn(1 << 20, device=device, dtype=dtype)
+    return [drawn.repeat(-(-n // len(drawn)))[:n].clone() for n in sizes(name)]
+
+
 def lists(name: str, kind: str, device: torch.device) -> Lists:
     """Averages, parameters and copies; "fp32" has none of these and float32 all through, "bf16" has bfloat16
     parameters and copies."""
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    targets = [torch.randn(n, device=device) for n in sizes(name)]
-    sources = [torch.randn(n, device=device, dtype=dtype) for n in sizes(name)]
+    targets, sources = tensors(name, torch.float32, device), tensors(name, dtype, device)
     return targets, sources, [] if kind == "fp32" else [torch.empty_like(x) for x in sources]
 
 

@@ -21,7 +21,7 @@ from mmcore.models.clip_configs import CLIP_CONFIGS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 # a rank's batch on a GPU; seconds a step on two cores
-SIZE = 256 if DEVICE.type == "cuda" else 8
+SIZE = 256 if DEVICE.type == "cuda" else 4
 CONFIG = CLIP_CONFIGS["ViT-B-32"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import case, peers
-from bench.case import Case, refusal, time_case
+from bench.case import SESSION_S, Case, refusal, share_time, time_case
 from bench.conftest import slim
 from bench.peers import PEERS, Peer, facts, load, missing
 
@@ -86,13 +86,39 @@ def test_a_peer_that_serves_no_such_case_is_skipped_with_its_words(mode: str) ->
     call = fails(ValueError("D must be 64\nor so"))
     name = next(iter(PEERS))
     with pytest.raises(pytest.skip.Exception, match=f"{name} does not serve this: ValueError: D must be 64$"):
-        time_case(Unused(), CPU, Case("op B8", name, call, (), mode, 1.0))
+        time_case(Unused(), CPU, Case("op B8", name, call, (), mode, 1e-6))
     assert refusal(lambda: None) is None
 
 
 def test_ours_is_never_skipped_for_an_error() -> None:
     with pytest.raises(ValueError, match="wrong"):
         time_case(Unused(), CPU, Case("op B8", "mmkernels", fails(ValueError("wrong")), (), "step", 1.0))
+
+
+def test_the_cases_of_a_run_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case, "BUDGET_S", {"cpu": 1.5, "cuda": 0.3})
+    share_time(2)
+    assert case.BUDGET_S == {"cpu": 1.5, "cuda": 0.3}
+    share_time(600)
+    assert all(600 * case.BUDGET_S[device] <= most / 2 for device, most in SESSION_S.items())
+
+
+@pytest.mark.parametrize(("contender", "floor_s"), [("compile", 1e-6), ("eager", 1.0)])
+def test_what_takes_long_is_timed_whole_on_a_cpu(contender: str, floor_s: float) -> None:
+    for mode in ("forward", "backward"):
+        with pytest.raises(pytest.skip.Exception, match="forward and backward together"):
+            time_case(Unused(), CPU, Case("op B8", contender, fails(ValueError("ran")), (), mode, floor_s))
+    with pytest.raises(ValueError, match="ran"):
+        time_case(Unused(), CPU, Case("op B8", contender, fails(ValueError("ran")), (), "both", floor_s))
+
+
+def test_a_claim_is_asserted_where_it_is_asked_for() -> None:
+    name = "bench/test_llava.py::test_the_mix_is_as_large_as_published"
+    for options, said in (((), "a claim, which --claims asserts"), (("--claims",), "1 passed")):
+        command = [sys.executable, "-m", "pytest", name, "-q", "-rs", *options]
+        env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 
 def pytest_in(folder: Path, source: str, *options: str) -> str:

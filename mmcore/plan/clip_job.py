@@ -12,7 +12,6 @@ from mmcore.models.clip_configs import clip_config
 from mmcore.plan.demand import Built
 from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
 
-
 # the last layer's feed-forward is of pooled tokens alone, so that one layer is not like the others
 DEPTHS = 2, 3
 
