@@ -69,7 +69,9 @@ def phases(folder: Path) -> list[Phase]:
     for group, (names, share) in GROUPS.items():
         chosen = [every.pop(name) for name in names.split() if name in every] or list(every.values())
         files = (str(path.relative_to(ROOT)) for path in chosen)
-        command = (*pytest, *files, f"--benchmark-json={folder / f'{group}.json'}")
+        # of ops what is claimed is of CPUs, of steps of GPUs too
+        claims = ["--claims"] if group == "steps" else []
+        command = (*pytest, *files, *claims, f"--benchmark-json={folder / f'{group}.json'}")
         found.append(Phase(group, command, share, is_pytest=True))
     return [*found, Phase("report", (python, "-m", "bench", "report", str(folder)), 0.8)]
 

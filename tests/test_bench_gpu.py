@@ -56,6 +56,8 @@ def test_the_benchmarks_are_all_of_them_each_once_and_pytest_ends_before_it_is_s
 ) -> None:
     chosen = [x for phase in phases(tmp_path) for x in phase.command if x.startswith("bench/test_")]
     assert sorted(chosen) == [f"bench/{path.name}" for path in sorted(BENCH.glob("test_*.py"))]
+    asserting = [phase for phase in phases(tmp_path) if "--claims" in phase.command]
+    assert [phase.name for phase in asserting] == ["steps"] and "bench/test_llava.py" in asserting[0].command
     for phase in phases(tmp_path):
         if phase.is_pytest:
             assert float(phase.limited(100.0)[-1].removeprefix("--time-limit=")) <= 80
