@@ -149,7 +149,8 @@ class TextTower(nn.Module):
             ids = packing.pack(tokens[:, : packing.length])
             place = packing.places % packing.length
             x = self.token_embedding(ids) + F.embedding(place, positions)  # [1, N, D]
-            rows = packing.starts + ends
+            # what a GPU cannot be asked beforehand is an index out of range: a length short of its end token
+            rows = torch.where(ends < packing.lengths, packing.starts + ends, sum(lengths))
             x = self.transformer(x, packing, pool=lambda x: x[0, rows])
         return self.proj(self.norm_final(x))
 
@@ -219,7 +220,8 @@ class CLIP(nn.Module):
             [B, E] float32.
 
         Raises:
-            ValueError: another shape or dtype; lengths out of range, or (on a CPU) short of an end token.
+            ValueError: another shape or dtype; lengths out of range, or short of an end token (on a GPU, an index out
+                of range).
         """
         return _unit_norm(self.text(tokens, lengths))
 

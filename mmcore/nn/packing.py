@@ -15,12 +15,14 @@ class Packing:
 
     Attributes:
         places: int64 [N], of each token among the B * T.
+        lengths: int64 [B], of each row.
         starts: int64 [B], of each row among the N.
         num_rows: B.
         length: T, of the longest row.
     """
 
     places: Tensor
+    lengths: Tensor
     starts: Tensor
     num_rows: int
     length: int
@@ -35,8 +37,9 @@ class Packing:
         require("Packing", min(lengths, default=1) >= 1, "lengths must be at least 1, got {}", list(lengths))
         length, each = max(lengths, default=0), torch.tensor(lengths, dtype=torch.int64)
         places = (torch.arange(length) < each[:, None]).flatten().nonzero()[:, 0]
-        places, starts = (x.to(device, non_blocking=True) for x in (places, each.cumsum(0) - each))
-        return cls(places, starts, len(lengths), length)
+        made = places, each, each.cumsum(0) - each
+        places, each, starts = (x.to(device, non_blocking=True) for x in made)
+        return cls(places, each, starts, len(lengths), length)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [1, N, ...]."""

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmcore.models import clip
 from mmcore.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig, eos_positions
 from mmcore.models.clip_configs import CLIP_CONFIGS, clip_config
 from mmcore.nn import Attention, interpolate_positions, quick_gelu
@@ -201,6 +202,15 @@ def test_compiled_the_text_tower_is_one_graph():
 def test_lengths_that_do_not_fit_the_captions_are_refused(lengths: list[int], match: str):
     with pytest.raises(ValueError, match=match):
         tiny_clip().encode_text(uneven(), lengths)
+
+
+def test_where_lengths_cannot_be_asked_one_that_is_short_is_an_index_out_of_range(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(clip, "_check_lengths", lambda tokens, ends, lengths: sum(lengths))
+    tiny_clip().encode_text(uneven(), [3, 9, 1])
+    with pytest.raises(IndexError, match="out of"):
+        tiny_clip().encode_text(uneven(), [2, 9, 1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
