@@ -87,10 +87,13 @@ _FOUND: dict[str, Any] = {}
 
 def _run_sdpa(problem: Problem, is_causal: bool, *, backend: SDPBackend | None = None) -> Tensor:
     (k, v), *_ = problem.segments
+    bias = problem.bias
+    if bias is not None and bias.dtype == torch.float32 and problem.q.dtype == torch.float64:
+        bias = bias.double()  # torch's own conversion is wrong on processors without AVX-512
     call = partial(
         F.scaled_dot_product_attention,
         *(x.transpose(1, 2) for x in (problem.q, k, v)),
-        attn_mask=problem.bias,
+        attn_mask=bias,
         is_causal=is_causal,
         scale=problem.scale,
         enable_gqa=problem.num_groups > 1,
