@@ -14,10 +14,16 @@ def _is_of_intel() -> bool:
     return CPU_INFO.exists() and "GenuineIntel" in CPU_INFO.read_text()
 
 
-# Whether oneDNN's products of float32 are called by name: torch.mm goes to MKL, which on AMD's processors runs at half
-# of their speed (Zen 5, two cores: 210 against 440 GFLOP/s), and on Intel's ahead of it (Sapphire Rapids, one core,
-# 3400 x 384 x 1536: 198 against 183 GFLOP/s, the gradient of the weight 158 against 114).
-CALLS_ONEDNN: bool = torch.backends.mkldnn.is_available() and not _is_of_intel()
+# Whether oneDNN's products of float32 are called by name: torch.mm goes to MKL, which takes AVX-512 on Intel's
+# processors alone. On AMD's that have it MKL runs at half of oneDNN's speed (Zen 5, two cores: 210 against 440
+# GFLOP/s); on those that have not it is ahead (Zen 1, two cores, 2047 x 640 x 1024: 67 against 61, its gradients 65
+# against 40), and so on Intel's (Sapphire Rapids, one core, 3400 x 384 x 1536: 198 against 183, the gradient of the
+# weight 158 against 114).
+CALLS_ONEDNN: bool = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and not _is_of_intel()
+)
 
 
 def matmul_nt(x: Tensor, y: Tensor) -> Tensor:
