@@ -178,7 +178,7 @@ def _operands(problem: ContrastiveProblem) -> tuple[Tensor | bool | None, ...]:
 
 
 def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveStats:
-    stats = torch.ops.mmkernels.contrastive_fwd(*_operands(problem), normalized)
+    *stats, _ = torch.ops.mmkernels.contrastive_fwd(*_operands(problem), normalized)
     stats = ContrastiveStats(*(x.double() for x in stats))
     if not normalized:
         return stats

@@ -10,7 +10,7 @@ from mmkernels._launch import chunk_rows
 from mmkernels._spec import Cost
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.contrastive.launch import MAX_PROGRAMS
-from mmkernels.contrastive.loss import STORED_LOGITS
+from mmkernels.contrastive.op import STORED_LOGITS
 from mmkernels.contrastive.spec import contrastive_cost
 
 # Models make their features float32, whatever they compute in.

@@ -8,7 +8,7 @@ from mmkernels._device import INTERPRETED
 from mmkernels.attention import blockwise as attention_blockwise
 from mmkernels.attention import op as attention_op
 from mmkernels.attention import pieces
-from mmkernels.contrastive import blockwise, kernel, loss, problem
+from mmkernels.contrastive import blockwise, kernel, op, problem
 from mmkernels.distill import blockwise as distill_blockwise
 from mmkernels.distill import kernel as distill_kernel
 from mmkernels.distill import op as distill_op
@@ -30,7 +30,7 @@ SMALL = {
     pieces: {"MIN_ROWS": 4, "MIN_COLS": 4, "MASK_ENTRIES": 256},
     blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
-    loss: {"STORED_LOGITS": 0},
+    op: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24},
     distill_blockwise: {"BLOCK": 256},
     distill_kernel: {"MIN_PROGRAMS": 6},

@@ -14,7 +14,7 @@ from mmkernels import contrastive_loss, contrastive_loss_ref, contrastive_stats,
 from mmkernels._contract import cast_inputs, check, evaluate
 from mmkernels._device import INTERPRETED, runs_triton
 from mmkernels._spec import OpSpec
-from mmkernels.contrastive import blockwise, kernel, loss
+from mmkernels.contrastive import blockwise, kernel, op
 from mmkernels.contrastive.problem import Problem
 from mmkernels.contrastive.spec import CASES, LOSS, STATS, VARIANTS
 
@@ -39,9 +39,38 @@ def test_the_eager_form_of_small_shapes_obeys_the_contract(spec: OpSpec) -> None
         check(spec, spec.shapes[-1], case, dtype)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps no logits")
+def test_statistics_whose_logits_are_kept_obey_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "TILE", 32)
+    for case, dtype in itertools.product(STATS.cases, (*STATS.dtypes, torch.float64)):
+        for shape in STATS.shapes:
+            check(STATS, shape, case, dtype)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps no logits")
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_kept_logits_are_computed_once_and_serve_a_second_backward(
+    has_teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, *teacher = features(40, 56, 40, 56)
+    computed: list[int] = []
+    for module in (op, blockwise):
+        product = module.matmul_nt
+        monkeypatch.setattr(module, "matmul_nt", lambda *xs, f=product: computed.append(1) or f(*xs))
+    stats = contrastive_stats(
+        a, b, 2.0, positives=torch.arange(40), teacher=(teacher[0], teacher[1]) if has_teacher else None
+    )
+    total = torch.stack([x.sum() for x in stats[:5]]).sum()
+    first = torch.autograd.grad(total, (a, b), retain_graph=True)
+    # the teacher's in both passes
+    assert len(computed) == (3 if has_teacher else 1)
+    second = torch.autograd.grad(total, (a, b))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path; thousands of the interpreter's tiles")
 def test_real_tiles_with_ragged_edges_obey_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "STORED_LOGITS", 0)
+    monkeypatch.setattr(op, "STORED_LOGITS", 0)
     shape = {"M": 1, "N": blockwise.TILE + 1, "D": 8, "offset": blockwise.TILE}
     check(STATS, shape, "random", torch.float32, seeds=range(2))
     check(LOSS, {"B": blockwise.TILE + 1, "D": 8}, "trained", torch.float32, seeds=range(2))
@@ -209,12 +238,22 @@ def test_the_registered_ops_pass_opcheck(with_everything: bool, streamed: None) 
     options = (None, None, None, False)
     if with_everything:
         options = (torch.arange(5), *(torch.randn_like(x) for x in (a, b)), True)
-    args = (a, b, scale, *options)
-    torch.library.opcheck(torch.ops.mmkernels.contrastive_fwd.default, (*args, False))
-    stats = [x.detach() for x in torch.ops.mmkernels.contrastive_fwd(*args, False)]
+    keep = with_everything and not INTERPRETED
+    args = (a, b, scale, *options, False, keep)
+    torch.library.opcheck(torch.ops.mmkernels.contrastive_fwd.default, args)
+    *stats, cosines = (x.detach() for x in torch.ops.mmkernels.contrastive_fwd(*args))
     grads = [torch.ones_like(x) for x in stats[:5]]
     for needs in ([True, True, True], [False, True, False]):
-        args = (a.detach(), b.detach(), scale.detach(), *options, stats, grads, needs)
+        args = (
+            a.detach(),
+            b.detach(),
+            scale.detach(),
+            *options,
+            stats,
+            grads,
+            needs,
+            cosines if keep else None,
+        )
         torch.library.opcheck(torch.ops.mmkernels.contrastive_bwd.default, args)
 
 

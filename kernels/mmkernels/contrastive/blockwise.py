@@ -40,7 +40,7 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
     teacher_col = _Sums(a, len(b) if problem.teacher and problem.symmetric else 0)
     positive = a.new_zeros(0 if problem.positives is None else len(a))
     for of_rows, of_cols in _tiles(len(a), len(b), TILE):
-        cosines = matmul_nt(a[of_rows], b[of_cols])
+        cosines = _cosines(problem, of_rows, of_cols)
         if problem.positives is not None:
             _take_positives(cosines, problem.positives[of_rows] - of_cols.start, scale, positive[of_rows])
         if problem.teacher is not None:
@@ -115,7 +115,7 @@ def _grad_tile(
 ) -> Tensor:
     """Write a tile of dL/dS, zero at the positives; returns its share of the scale's gradient."""
     of_rows, of_cols = place
-    cosines = matmul_nt(problem.a[of_rows], problem.b[of_cols])
+    cosines = _cosines(problem, of_rows, of_cols)
     total = grad_tile(
         cosines,
         float(problem.scale),
@@ -138,7 +138,14 @@ def _grad_tile(
         of_teacher,
     )
     out.add_(of_teacher)
-    return total + cosines.sub_(center).mul_(of_teacher).sum(dtype=torch.float64)
+    return total + cosines.sub(center).mul_(of_teacher).sum(dtype=torch.float64)
+
+
+def _cosines(problem: Problem, of_rows: slice, of_cols: slice) -> Tensor:
+    """A tile of `a b^T`, not to be written to."""
+    if problem.cosines is not None:
+        return problem.cosines[of_rows, of_cols]
+    return matmul_nt(problem.a[of_rows], problem.b[of_cols])
 
 
 class _Sums:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels._checks import accumulator, check_index, require
-from mmkernels._device import runs_triton
 from mmkernels._numerics import widen
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.op import (
@@ -16,6 +15,7 @@ from mmkernels.contrastive.op import (
     check_features,
     check_positives,
     contrastive_stats,
+    logits_are_kept,
     operands,
 )
 from mmkernels.contrastive.problem import ContrastiveStats, Problem
@@ -23,8 +23,6 @@ from mmkernels.contrastive.reference import contrastive_loss_ref
 from mmkernels.contrastive.stored import StoredLoss
 
 REDUCTIONS = ("none", "mean", "sum")
-# On a CPU so many logits are kept: three products, and 16 MiB, where the streamed form has four.
-STORED_LOGITS = 2048 * 2048
 
 
 def contrastive_loss(
@@ -333,8 +331,7 @@ def _check_pairing(
 
 
 def _logits_are_kept(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool) -> bool:
-    """A pure function of shape: logits that stay in a CPU's cache are cheaper kept than recomputed."""
-    num_logits = a.shape[0] * (b.shape[0] + (0 if negatives is None else negatives.shape[0]))
     # a compiled graph cannot raise
-    checked = normalized and is_compiling()
-    return not (a.is_cuda or runs_triton(a) or checked) and 0 < num_logits < STORED_LOGITS
+    if normalized and is_compiling():
+        return False
+    return logits_are_kept(a, len(b) + (0 if negatives is None else len(negatives)))

@@ -1,5 +1,7 @@
 """Differentiable contrastive statistics, registered with torch."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,15 @@ from mmkernels._checks import (
     scalar_tensor,
 )
 from mmkernels._device import Kernels, runs_triton
+from mmkernels._gemm import matmul_nt
+from mmkernels._numerics import widen
 from mmkernels.contrastive import blockwise
 from mmkernels.contrastive.problem import ContrastiveStats, Problem, poisoned
 
 kernel = Kernels("mmkernels.contrastive")
+
+# On a CPU so many logits are kept for a backward: three products, and 16 MiB, where the streamed form has four.
+STORED_LOGITS = 2048 * 2048
 
 # With `normalized=True` all exponentials are shifted by scale - 64: above this scale that is no longer safe.
 MAX_SHIFTED_SCALE = 128.0
@@ -33,7 +40,8 @@ def contrastive_stats(
     normalized: bool = False,
 ) -> ContrastiveStats:
     """Row and column log-sum-exp of `S = logit_scale * a b^T`, the logits of the positives, and the
-    expectations of S under a teacher's softmax, `row_cross_i = sum_j T_ij S_ij`; no matrix is ever stored.
+    expectations of S under a teacher's softmax, `row_cross_i = sum_j T_ij S_ij`; no matrix is ever stored (but up
+    to 16 MiB on a CPU, for a backward).
 
     Any contrastive softmax loss is vector arithmetic on these, and they are differentiable in `a`, `b` and
     `logit_scale`. Inputs need not have unit norm. Under autocast the features are cast as a matrix product
@@ -69,9 +77,10 @@ def contrastive_stats(
         check_positives(a, b, positives, -1)
         positives = positives.contiguous()
     teacher_a, teacher_b = teacher or (None, None)
-    return ContrastiveStats(
-        *_contrastive_fwd(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized)
-    )
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
+    keep = learned and logits_are_kept(a, len(b))
+    *stats, _ = _contrastive_fwd(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized, keep)
+    return ContrastiveStats(*stats)
 
 
 def contrastive_lse(a: Tensor, b: Tensor, logit_scale: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +101,11 @@ def contrastive_lse(a: Tensor, b: Tensor, logit_scale: float | Tensor) -> tuple[
     """
     stats = contrastive_stats(a, b, logit_scale)
     return stats.row_lse, stats.col_lse
+
+
+def logits_are_kept(a: Tensor, num_cols: int) -> bool:
+    """A pure function of shape: logits that stay in a CPU's cache are cheaper kept than recomputed."""
+    return not (a.is_cuda or runs_triton(a)) and 0 < len(a) * num_cols < STORED_LOGITS
 
 
 def operands(
@@ -166,24 +180,30 @@ def _contrastive_fwd(
     teacher_b: Tensor | None,
     symmetric: bool,
     normalized: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The statistics, and all cosines `[M, N]` where they are to be kept (on the blockwise path), else `[0, 0]`."""
     problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized)
     path = kernel if runs_triton(a) else blockwise
     with torch.autocast(a.device.type, enabled=False):
         broken = broken_claim(problem) if normalized else None
+        if keep:
+            problem = replace(problem, cosines=matmul_nt(widen(a), widen(b)))
         stats = path.contrastive_fwd(problem)
         if normalized and gives_nan(a):
             stats = poisoned(stats, scale, broken)
-    return tuple(stats)  # pyright: ignore[reportReturnType]
+    cosines = a.new_empty(0, 0, dtype=accumulator(a.dtype)) if problem.cosines is None else problem.cosines
+    return (*stats, cosines)  # pyright: ignore[reportReturnType]
 
 
 @_contrastive_fwd.register_fake
-def _(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized):
+def _(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized, keep=False):
     num_rows, num_cols = a.shape[0], b.shape[0] if symmetric else 0
     rows, cols = (num_rows, num_cols) if teacher_a is not None else (0, 0)
     of_positives = 0 if positives is None else num_rows
     sizes = (num_rows, num_cols, of_positives, rows, cols, num_rows, num_cols, rows, cols)
-    return tuple(a.new_empty(size, dtype=accumulator(a.dtype)) for size in sizes)
+    kept = (num_rows, b.shape[0]) if keep else (0, 0)
+    return tuple(a.new_empty(size, dtype=accumulator(a.dtype)) for size in (*sizes, kept))
 
 
 @torch.library.custom_op("mmkernels::contrastive_bwd", mutates_args=())
@@ -198,8 +218,9 @@ def _contrastive_bwd(
     stats: list[Tensor],
     grads: list[Tensor],
     needs: list[bool],
+    cosines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric)
+    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric, cosines=cosines)
     path = kernel if runs_triton(a) else blockwise
     with torch.autocast(a.device.type, enabled=False):
         contiguous = [d.contiguous() for d in grads]
@@ -211,24 +232,25 @@ def _contrastive_bwd(
 
 
 @_contrastive_bwd.register_fake
-def _(a, b, scale, positives, teacher_a, teacher_b, symmetric, stats, grads, needs):
+def _(a, b, scale, positives, teacher_a, teacher_b, symmetric, stats, grads, needs, cosines=None):
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((a, b, scale), needs))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    a, b, scale, positives, teacher_a, teacher_b, symmetric, _ = inputs
+    a, b, scale, positives, teacher_a, teacher_b, symmetric, *_ = inputs
     ctx.save_for_backward(a, b, scale, positives, teacher_a, teacher_b, *output)
     ctx.symmetric = symmetric
     ctx.mark_non_differentiable(*output[5:])
 
 
 def _backward(ctx, *grads: Tensor):
-    a, b, scale, positives, teacher_a, teacher_b, *stats = ctx.saved_tensors
+    a, b, scale, positives, teacher_a, teacher_b, *stats, cosines = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
+    kept = cosines if cosines.numel() else None
     results = _contrastive_bwd(
-        a, b, scale, positives, teacher_a, teacher_b, ctx.symmetric, stats, list(grads[:5]), needs
+        a, b, scale, positives, teacher_a, teacher_b, ctx.symmetric, stats, list(grads[:5]), needs, kept
     )
-    return *(dx if needed else None for dx, needed in zip(results, needs)), None, None, None, None, None
+    return *(dx if needed else None for dx, needed in zip(results, needs)), None, None, None, None, None, None
 
 
 _contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -20,7 +20,8 @@ NO_UNDERFLOW_SCALE = 75.0
 class Problem:
     """Checked operands; `positives` int64 `[M]` with -1 for none; the teacher of the shapes of a and b.
 
-    `normalized`: the claim that no logit is above the scale, which a path may go by.
+    `normalized`: the claim that no logit is above the scale, which a path may go by. `cosines`: all of `a b^T`,
+    `[M, N]`, which the blockwise path reads where it is given; else it computes tile by tile, in each pass.
     """
 
     a: Tensor
@@ -31,6 +32,7 @@ class Problem:
     teacher_b: Tensor | None
     symmetric: bool
     normalized: bool = False
+    cosines: Tensor | None = None
 
     @property
     def teacher(self) -> tuple[Tensor, Tensor] | None:
@@ -40,7 +42,8 @@ class Problem:
         """The same columns against some of the rows."""
         positives = None if self.positives is None else self.positives[rows]
         teacher_a = None if self.teacher_a is None else self.teacher_a[rows]
-        return replace(self, a=self.a[rows], positives=positives, teacher_a=teacher_a)
+        cosines = None if self.cosines is None else self.cosines[rows]
+        return replace(self, a=self.a[rows], positives=positives, teacher_a=teacher_a, cosines=cosines)
 
 
 class ContrastiveStats(NamedTuple):

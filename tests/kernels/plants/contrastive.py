@@ -10,8 +10,8 @@ BLOCKWISE = {
     "unwritten column": ("for c in range(0, num_cols, width)", "for c in range(0, num_cols - 1, width)"),
     # in the accumulator's dtype: an operand that is not widened has no such tile
     "missing cast": (
-        "        cosines = matmul_nt(a[of_rows], b[of_cols])\n        if",
-        "        cosines = matmul_nt(a[of_rows], b[of_cols]).half().to(a.dtype)\n        if",
+        "        cosines = _cosines(problem, of_rows, of_cols)\n        if",
+        "        cosines = _cosines(problem, of_rows, of_cols).half().to(a.dtype)\n        if",
     ),
     "teacher's sums not rescaled to the new maximum": ("total.mul_(shrink)", "total.mul_(1)"),
     "positive counted twice": (
