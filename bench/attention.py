@@ -92,9 +92,11 @@ WORKLOADS: Mapping[str, Workload] = {
     "OpenFlamingo": Workload(_shape(64, 8, 8, 256, 320, 64), {"B": 8}, _media(5)),
     "IDEFICS": Workload(_shape(8, 32, 32, 2048, 640, 128), {"B": 1, "H": 8, "Hkv": 8}, _media(10)),
     "resampler": Workload(_shape(128, 16, 16, 64, 321, 96), {"B": 8}, first_keys=257),
-    "Llama-3.2-Vision": Workload(_shape(1, 32, 8, 2048, 6404, 128), {"H": 4, "Hkv": 1}, _two_tiles),
+    "Llama-3.2-Vision": Workload(
+        _shape(1, 32, 8, 2048, 6404, 128), {"H": 4, "Hkv": 1, "Lq": 1024}, _two_tiles
+    ),
     "Llama-3.2-Vision 4 images": Workload(
-        _shape(1, 32, 8, 4096, 25616, 128), {"H": 4, "Hkv": 1, "Lq": 2048, "Lk": 12808}, _media(4)
+        _shape(1, 32, 8, 4096, 25616, 128), {"H": 4, "Hkv": 1, "Lq": 1024, "Lk": 6404}, _media(4)
     ),
     "Llama-3.2-Vision tower": Workload(
         _shape(1, 16, 16, 6432, 6432, 80), {"H": 4, "Hkv": 4, "Lq": 1608, "Lk": 1608}
@@ -104,7 +106,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "SD1.5": Workload(_shape(16, 8, 8, 4096, 77, 40), {"B": 1}),
     "video resampler": Workload(_shape(1, 16, 16, 64, 73728, 64), {"H": 4, "Hkv": 4, "Lk": 18432}),
     "LLaVA packed": Workload(
-        _shape(1, 32, 8, 32768, 32768, 128), {"H": 4, "Hkv": 1, "Lq": 4096, "Lk": 4096}, _documents
+        _shape(1, 32, 8, 32768, 32768, 128), {"H": 4, "Hkv": 1, "Lq": 2048, "Lk": 2048}, _documents
     ),
 }
 

@@ -22,11 +22,11 @@ Past = list[tuple[Tensor, Tensor]]
 FAR = -1e4
 
 
-def model(dropout: float, device: torch.device) -> BLIP2:
-    """The published Q-Former."""
+def model(dropout: float, device: torch.device, num_layers: int) -> BLIP2:
+    """The published Q-Former, which has twelve layers, or the first of them."""
     torch.manual_seed(0)
     config = blip2_config("ViT-g", vision=TOWER)
-    qformer = replace(config.qformer, dropout=dropout, attention_dropout=dropout)
+    qformer = replace(config.qformer, num_layers=num_layers, dropout=dropout, attention_dropout=dropout)
     return BLIP2(replace(config, qformer=qformer)).to(device).train()
 
 

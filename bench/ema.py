@@ -31,8 +31,10 @@ def sizes(name: str) -> tuple[int, ...]:
 
 def tensors(name: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Of a list's sizes, each a repeated draw: to draw all would take longer than to time them."""
-    drawn = torch.randn(1 << 20, device=device, dtype=dtype)
-    return [drawn.repeat(-(-n // len(drawn)))[:n].clone() for n in sizes(name)]
+    longest = max(sizes(name))
+    drawn = torch.randn(min(longest, 1 << 20), device=device, dtype=dtype)
+    drawn = drawn.repeat(-(-longest // len(drawn)))
+    return [drawn[:n].clone() for n in sizes(name)]
 
 
 def lists(name: str, kind: str, device: torch.device) -> Lists:

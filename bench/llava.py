@@ -119,7 +119,7 @@ CPU = Shape(
     VisionConfig(192, 16, 192, 4, 3, 768, "quick_gelu"),
     llama(384, 4, 128, 6_144),
     scale=4,
-    batch_size=8,
+    batch_size=4,
     dtype=torch.float32,
 )
 

@@ -21,7 +21,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # a CPU's forward is in its forward and backward
 MODES = ("both",) if DEVICE == "cpu" else ("forward", "both")
 # a compilation takes up to half a minute, and eager's weights much memory
-COMPILED = ("Q-Former", "OpenFlamingo", "SDXL")
+COMPILED = ("Q-Former",) if DEVICE == "cpu" else ("Q-Former", "OpenFlamingo", "SDXL")
 WEIGHTS_LIMIT = 1 << (25 if DEVICE == "cpu" else 32)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.case import Case, time_case
 from bench.clip_step import CONTENDERS, UPDATE_BYTES, batch, clip, step_flops
+from bench.ema import sizes
 from bench.measure import gemm_flops_per_s, machine_rates, paired_medians
 from bench.peers import missing
 from mmcore.models.clip import CLIPConfig
@@ -53,7 +54,7 @@ def test_clip_step(benchmark: Any, device: torch.device, contender: str) -> None
         pytest.skip(reason)
     lengths = batch(SIZE, CONFIG, torch.device("cpu"))[2]
     products = step_flops(CONFIG, lengths) / gemm_flops_per_s(2048, 768, 3072, DTYPE, device)
-    params = sum(p.numel() for p in clip().parameters())
+    params = sum(sizes("ViT-B-32"))
     case = Case(
         group=f"clip ViT-B-32-B{SIZE}",
         contender=contender,

@@ -66,7 +66,7 @@ VARIANTS: dict[str, Callable[[Tensor, int], Kwargs]] = {
     "locked": locked,
 }
 SHAPES = {
-    "cpu": ({"M": 512, "N": 4096, "D": 512}, {"M": 2047, "N": 8191, "D": 640}),
+    "cpu": ({"M": 512, "N": 4096, "D": 512}, {"M": 1023, "N": 6143, "D": 640}),
     "cuda": ({"M": 4096, "N": 65536, "D": 768}, {"M": 8192, "N": 65536, "D": 768}),
 }[DEVICE]
 
