@@ -16,6 +16,7 @@ import torch
 
 from bench.measure import CLEAR_REFS, in_process, status_bytes
 from bench.plan_models import Trained, TrainedClip, TrainedLlava
+from mmcore.models.llava import Lora
 from mmcore.plan import memory
 from mmcore.plan.hardware import Gpu, Rate
 from mmcore.plan.job import Setting
@@ -48,6 +49,10 @@ CASES: dict[str, Case] = {
     "llava-accum": Case(_llava, replace(_plain, global_batch=12, accum=3), steps=1),
     "llava-activation-checkpointing": Case(_llava, _again, steps=1),
     "llava-stage1-activation-checkpointing": Case(TrainedLlava(256, 4, "projector"), _again, steps=1),
+    "llava-lora": Case(TrainedLlava(256, 2, lora=Lora(16, 32, 0.05)), _few, steps=1),
+    "llava-lora, bf16 autocast": Case(
+        TrainedLlava(256, 2, lora=Lora(16, 32, 0.05)), replace(_few, precision="amp_bf16"), steps=1
+    ),
 }
 # What takes seconds: a CLIP, and what LLaVA has to take less memory.
 QUICK = ("quick", "llava-accum", "llava-activation-checkpointing")

@@ -1,6 +1,6 @@
 """What `bench.plan` trains: a CLIP and a LLaVA, of any size, each as its recipe runs it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +10,9 @@ from transformers import LlamaConfig
 from mmcore.data.chat_loader import ChatPart
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
+from mmcore.models.adapters import add_adapters
 from mmcore.models.clip import CLIP, CLIPConfig, TextConfig
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Trainable
+from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Lora, Trainable
 from mmcore.models.vit import VisionConfig
 from mmcore.plan.clip_job import clip_job_of
 from mmcore.plan.job import Job, Setting
@@ -89,6 +90,7 @@ class TrainedLlava:
     num_layers: int
     trainable: Trainable = "language"
     num_tokens: int = 128
+    lora: Lora | None = None
 
     @property
     def config(self) -> LlavaConfig:
@@ -105,17 +107,21 @@ class TrainedLlava:
         )
 
     def small(self) -> "TrainedLlava":
-        return TrainedLlava(128, 1, self.trainable, 64)
+        return replace(self, width=128, num_layers=1, num_tokens=64)
 
     def job(self) -> Job:
-        return llava_job_of("", self.config, self.language, self.trainable, self.num_tokens)
+        return llava_job_of("", self.config, self.language, self.trainable, self.num_tokens, self.lora)
 
     def model(self, setting: Setting) -> nn.Module:
         register()
-        low = self.trainable == "projector" and setting.precision != "fp32"
+        is_frozen = self.trainable == "projector" or self.lora is not None
+        low = is_frozen and setting.precision != "fp32"
         language = language_model(self.language, torch.bfloat16 if low else torch.float32)
         language.set_attn_implementation(ATTENTION)
         model = Llava(self.config, language, trainable=self.trainable)
+        if self.lora is not None:
+            add_adapters(language, self.lora)
+            model.set_trainable(self.trainable)
         model.set_activation_checkpointing(setting.activation_checkpointing)
         return model.train()
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from mmcore.models.llava import Lora
 from mmcore.models.llava_runs import LLAVA_STAGE1, LLAVA_STAGE2
 from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
 from mmcore.plan.blip2_job import blip2_stage1_job
@@ -128,12 +129,15 @@ class LlavaStage2Plan(LlavaPlan):
 
     train_vision: bool = False
     """Train the image tower too."""
+    lora: int | None = None
+    """Train adapters of this rank, as --lora of mmcore train llava-stage2."""
 
     def job(self) -> Job:
-        return _llava_job(self, 2, train_vision=self.train_vision)
+        lora = None if self.lora is None else Lora(self.lora, 2 * self.lora, dropout=0.05)
+        return _llava_job(self, 2, train_vision=self.train_vision, lora=lora)
 
 
-def _llava_job(config: LlavaPlan, stage: int, **options: bool) -> Job:
+def _llava_job(config: LlavaPlan, stage: int, **options: Any) -> Job:
     make: Callable[..., Job] = importlib.import_module(LANGUAGE_JOBS).llava_job
     options_of_both: dict[str, Any] = {"projector": config.projector, "num_tokens": config.tokens}
     return make(stage, config.vision, config.llm, **options_of_both, **options)

@@ -1,15 +1,17 @@
 """BLIP-2's second stage and both of LLaVA as a plan sees them: what ends in a language model."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mmcore.models.blip2_configs import blip2_config
 from mmcore.models.clip_configs import clip_config
-from mmcore.models.llava import Llava, LlavaConfig, Trainable
+from mmcore.models.llava import Llava, LlavaConfig, Lora, Trainable
 from mmcore.models.qformer import QFormer
 from mmcore.models.vit import ViT
 from mmcore.nn import Linear
@@ -68,6 +70,7 @@ def llava_job(
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu",
     num_tokens: int | None = None,
     train_vision: bool = False,
+    lora: Lora | None = None,
 ) -> Job:
     """Of a CLIP's tower, less its last layer, before a language model.
 
@@ -79,6 +82,7 @@ def llava_job(
         num_tokens: of a conversation, those of its image included; None = a caption of 64 in stage 1, a whole row of
             2,048 in stage 2.
         train_vision: the tower learns too, in stage 2.
+        lora: of the adapters that learn in place of the language model's weights, in stage 2.
 
     Raises:
         ValueError: an unknown name; fewer tokens than an image has.
@@ -90,16 +94,35 @@ def llava_job(
     require(OP, num_tokens >= least, "--tokens must be at least {}, got {}", least, num_tokens)
     trainable = "projector" if stage == 1 else "all" if train_vision else "language"
     name = f"LLaVA stage {stage}, {vision_name} before {llm}"
-    return llava_job_of(name, LlavaConfig(vision, projector), language_config(llm), trainable, num_tokens)
+    if lora is not None:
+        name += f" with adapters of rank {lora.rank}"
+    return llava_job_of(
+        name, LlavaConfig(vision, projector), language_config(llm), trainable, num_tokens, lora
+    )
 
 
-def llava_job_of(name: str, config: LlavaConfig, language: Any, trainable: Trainable, num_tokens: int) -> Job:
+def llava_job_of(
+    name: str,
+    config: LlavaConfig,
+    language: Any,
+    trainable: Trainable,
+    num_tokens: int,
+    lora: Lora | None = None,
+) -> Job:
     """Of any configuration, `language` one of transformers."""
-    vision, learns = config.vision, trainable != "projector"
+    vision, learns = config.vision, trainable != "projector" and lora is None
+
+    def adapted(config: LlavaConfig, model: Any) -> Llava:
+        whole = Llava(config, model, trainable=trainable)
+        if lora is not None:  # loaded by name: peft takes seconds to import
+            importlib.import_module("mmcore.models.adapters").add_adapters(model, lora)
+            whole.set_trainable(trainable)
+        return whole
 
     def prepare(model: Any, setting: Setting) -> Any:
-        short = replace(config, vision=replace(vision, num_layers=1))
-        whole = Llava(short, model, trainable=trainable)
+        whole = adapted(replace(config, vision=replace(vision, num_layers=1)), model)
+        if setting.precision == "bf16":
+            whole.bfloat16()  # the adapters, as its engine does
         whole.set_activation_checkpointing(setting.activation_checkpointing)
         return whole.train().language_model
 
@@ -110,8 +133,7 @@ def llava_job_of(name: str, config: LlavaConfig, language: Any, trainable: Train
         return Built(model.projector.parameters(), lambda: [model.projector(states)])
 
     with torch.device("meta"):
-        model = Llava(config, language_model(language, torch.float32), trainable=trainable)
-    of_model = numbers(model)
+        of_model = numbers(adapted(config, language_model(language, torch.float32)))
     low = 0 if learns else _numbers(language).trained
     return Job(
         name,
@@ -138,7 +160,12 @@ def _language_piece(
         # frozen, it is bfloat16 but in fp32
         low = not learns and setting.precision != "fp32"
         dtype = torch.bfloat16 if low else setting.dtype
-        model = prepare(language_model(config, dtype, num_layers=num_layers), setting)
+        if learns:
+            model = prepare(language_model(config, dtype, num_layers=num_layers), setting)
+        else:  # peft moves its weights, which fake ones refuse; that ties are undone is nothing to frozen ones
+            with unset_fake_temporarily(), torch.device("meta"):
+                model = prepare(language_model(config, dtype, num_layers=num_layers), setting)
+            model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))
         return read(model, samples, num_tokens, num_learned)
 
     name = "language model" if learns else "language model, frozen"

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.plan_models import Trained, TrainedClip, TrainedLlava
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
+from mmcore.models.adapters import add_adapters
 from mmcore.models.blip2 import BLIP2
 from mmcore.models.blip2_configs import blip2_config
 from mmcore.models.blip2_lm import BLIP2LM
 from mmcore.models.clip import CLIP
 from mmcore.models.clip_configs import clip_config
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig
+from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Lora
 from mmcore.plan.blip2_job import blip2_stage1_job
 from mmcore.plan.clip_job import clip_job
 from mmcore.plan.hardware import GPUS
@@ -42,6 +43,7 @@ PUBLISHED = {
     "opt-6.7b": 6_658_473_984,
 }
 FEW = 3
+LORA = Lora(8, 16, 0.05)
 
 
 def kept_bytes(model: torch.nn.Module, forward: Callable[[], object], *, autocast: bool) -> int:
@@ -106,6 +108,10 @@ def test_parameters_are_those_of_the_models(tiny_llm: str) -> None:
     for stage, trainable in stages:
         language = language_model(language_config(tiny_llm), torch.float32)
         models.append((llava_job(stage, "tiny", tiny_llm), Llava(shape, language, trainable=trainable)))
+    adapted = Llava(shape, language_model(language_config(tiny_llm), torch.float32), trainable="language")
+    add_adapters(adapted.language_model, LORA)
+    adapted.set_trainable("language")
+    models.append((llava_job(2, "tiny", tiny_llm, lora=LORA), adapted))
     for job, model in models:
         assert (job.trained, job.parameters - job.trained) == parts(model), job.name
         assert job.small == sum(p.numel() for p in model.parameters() if p.numel() <= 100_000), job.name
@@ -219,17 +225,20 @@ def llava_rest(trained: TrainedLlava, setting: Setting) -> int:
     passed = 7 + 2 * is_again
     total = attention_flops([tower], passed if trained.trainable == "all" else 2)
     total += attention_flops([(trained.num_layers, length, trained.width)], passed)
-    products = 2 if trained.trainable == "projector" else 3
+    products = 2 if trained.trainable == "projector" or trained.lora is not None else 3
     return total + products * 2 * (length - 1) * trained.width * language.vocab_size
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("accum", [1, 2])
-@pytest.mark.parametrize("trainable", ["projector", "language", "all"])
+@pytest.mark.parametrize(
+    ("trainable", "lora"),
+    [("projector", None), ("language", None), ("all", None), ("language", LORA), ("all", LORA)],
+)
 def test_flops_of_llavas_step_are_those_of_torchs_counter(
-    trainable: Any, accum: int, checkpointing: bool
+    trainable: Any, lora: Lora | None, accum: int, checkpointing: bool
 ) -> None:
-    trained = TrainedLlava(128, 2, trainable, 64)
+    trained = TrainedLlava(128, 2, trainable, 64, lora)
     setting = Setting(2 * accum, 1, accum=accum, activation_checkpointing=checkpointing)
     rest = setting.per_rank * llava_rest(trained, setting)
     found = step(trained.job(), setting, GPUS["h200"]).flops

@@ -200,3 +200,17 @@ def test_peak_is_the_largest_phase() -> None:
     found = phases(JOB, Setting(4096, 8, accum=2), GPU)
     assert [phase.name for phase in found] == ["forward", "loss", "backward", "reduction", "step"]
     assert peak(found).total == max(sum(phase.parts.values()) for phase in found)
+
+
+def test_adapters_take_the_states_of_the_language_models_weights_and_leave_more_to_the_backward() -> None:
+    whole, adapted = (
+        command.LlavaStage2Plan(64, 8, llm="qwen2-0.5b", tokens=640, lora=rank).job() for rank in (None, 16)
+    )
+    assert adapted.name == whole.name + " with adapters of rank 16"
+    assert whole.trained > 494e6 and adapted.trained < 40e6
+    assert adapted.frozen_low == 494_032_768
+    of_whole, of_adapted = (phases(job, Setting(64, 8), GPU) for job in (whole, adapted))
+    assert of_adapted[-1].parts["optimizer"] < 0.1 * of_whole[-1].parts["optimizer"]
+    assert of_adapted[0].parts["activations"] > of_whole[0].parts["activations"]
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        command.LlavaStage2Plan(64, 8, lora=0).job()
