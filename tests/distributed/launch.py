@@ -1,4 +1,4 @@
-"""Runs a worker of this folder on several gloo ranks, through the launcher that users use."""
+"""Runs a worker of this folder on several gloo ranks."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, TIMEOUT_S, run_main
 
 
 def environment() -> dict[str, str]:
@@ -46,10 +46,18 @@ def run_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    command += ["-m", f"tests.distributed.{worker}", str(folder)]
-    env = environment() | ({"TRITON_INTERPRET": "1"} if interpret else {})
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{worker} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    module = f"tests.distributed.{worker}"
+    if interpret:  # what triton is bound to when it is imported
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "-m", module, str(folder)]
+        env = environment() | {"TRITON_INTERPRET": "1"}
+        done = [subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)]
+    else:
+        size = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+        env = [environment() | size | meet | rank for rank in ranks]
+        done = run_main(module, *[[str(folder)]] * num_ranks, env=env)
+    for ended in done:
+        assert ended.returncode == 0, f"{worker} failed:\n{ended.stdout[-3000:]}\n{ended.stderr[-6000:]}"
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(num_ranks)]

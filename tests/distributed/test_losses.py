@@ -1,5 +1,6 @@
 """The losses over the global batch on W ranks against one process with the whole batch."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -63,11 +64,16 @@ LOSSES = {
 }
 
 
+@functools.cache
+def truth_of(key: str, case: str) -> list[Tensor]:
+    named, reference, first, scales = LOSSES[key]
+    return on_one_process(reference, named[case], cases.batch(), first, scales)
+
+
 @pytest.mark.parametrize("key", LOSSES)
 def test_every_variant_has_the_loss_and_the_gradients_of_one_process(results, key):
-    named, reference, first, scales = LOSSES[key]
     for run in results[0][key]:
-        truth = on_one_process(reference, named[run.split("; ")[0]], cases.batch(), first, scales)
+        truth = truth_of(key, run.split("; ")[0])
         for found, expected in zip(together(results, key, run), truth, strict=True):
             assert found.shape == expected.shape
             assert expected.abs().max() > 1e-3, f"{run}: the check needs a gradient that is not zero"

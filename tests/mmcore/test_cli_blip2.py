@@ -17,7 +17,7 @@ from tests.distributed.launch import free_port
 from tests.mmcore.test_cli_clip import losses, run
 
 TRAIN = ["train", "blip2-stage1", "--steps", 4, "--save-every", 2, "--eval-every", 3, "--log-every", 1]
-SMALL = [*TRAIN, "--batch-size", 32, "--lr", "1e-3", "--ema", "0.9", "--val-fraction", "0.05"]
+SMALL = [*TRAIN, "--batch-size", 32, "--lr", "1e-3", "--ema", "0.9", "--val-fraction", "0.02"]
 
 
 @pytest.fixture(scope="module")

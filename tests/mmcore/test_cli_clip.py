@@ -14,16 +14,23 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 from mmcore import checkpoint
 from mmcore.eval.clip import load_run
-from tests.distributed.launch import ROOT, environment, free_port
+from tests.distributed.launch import environment, free_port
 from tests.mmcore.data_fixtures import write_pairs, write_shards, write_stamps
+from tests.processes import ROOT, TIMEOUT_S, run_main
 
 MMCORE = [sys.executable, "-c", "from mmcore.cli import main; main()"]
 SMALL = ["--batch-size", "64", "--lr", "1e-3", "--ema", "0.9", "--log-every", "1", "--save-every", "2"]
 
 
 def run(*arguments: object, launcher: list[str] | None = None, code: int = 0) -> subprocess.CompletedProcess:
-    command = [*(launcher or MMCORE), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    words = [str(x) for x in arguments]
+    if launcher is None:
+        [done] = run_main("mmcore", words, env=[environment()])
+    else:
+        command = [*launcher, *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+        )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
 

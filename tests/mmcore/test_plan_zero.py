@@ -18,7 +18,7 @@ RANKS = 8
 @cache
 def counted() -> dict[Case, dict[str, Any]]:
     command = [sys.executable, "-m", "tests.distributed.worker_plan", str(RANKS)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     return {Case(*line["case"]): line for line in lines}
