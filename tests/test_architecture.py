@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "mmcore.errors",
     ),
     "mmcore.plan": ("mmkernels", "mmcore.ops", "mmcore.nn", "mmcore.losses", "mmcore.models"),
+    "mmcore.__main__": ("mmcore.cli",),
     "mmcore.cli": tuple(f"mmcore.{p}" for p in "data train eval plan models checkpoint errors".split()),
     "bench": ("mmkernels", "mmcore"),
     "docs": ("mmkernels", "mmcore"),
