@@ -101,7 +101,8 @@ def check(
     """Raise AssertionError, naming each output and gradient that breaks the bound.
 
     The maxima are over all seeds: a scalar's error on one draw alone says nothing of the size of such errors. Where
-    the reference was lucky in all of them, three times as many more decide.
+    the reference may have been lucky in all of them, the bound being missed by less than twice, three times as many
+    more decide.
     """
 
     def drawn(seed: int) -> dict[str, Error]:
@@ -111,18 +112,19 @@ def check(
     seeds = list(seeds)
     draws = [drawn(seed) for seed in seeds]
     broken = _broken(draws)
-    if broken:
+    if broken and not _broken(draws, 2.0):
         draws += [drawn(seed) for seed in range(max(seeds) + 1, max(seeds) + 1 + 3 * len(seeds))]
         broken = _broken(draws)
     if broken:
         raise AssertionError(f"{spec.name} {dict(shape)} {case} {dtype}: {', '.join(broken)}")
 
 
-def _broken(draws: list[dict[str, Error]]) -> list[str]:
+def _broken(draws: list[dict[str, Error]], times: float = 1.0) -> list[str]:
+    """What is further off than so many times its bound."""
     broken = []
     for name in draws[0]:
         error, bound = max(draw[name].of_op for draw in draws), bound_of([draw[name] for draw in draws])
-        if not all(draw[name].of_op <= bound for draw in draws):  # so that a NaN breaks it too
+        if not all(draw[name].of_op <= times * bound for draw in draws):  # so that a NaN breaks it too
             broken.append(f"{name}: error {error:.3g}, bound {bound:.3g}")
     return broken
 
