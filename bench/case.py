@@ -24,9 +24,8 @@ WARM_UP_S = 0.2
 LONG_S = 0.25
 # of bare products; a forward or a backward of more is timed with the other alone, on a CPU
 APART_S = 0.03
-# of bare products, on a CPU; of more the error is not computed: a case half as large has shown it, and float64 takes
-# longer than all the rounds
-EXACT_S = 0.1
+# of bare products, on a CPU; of more the error is not computed: float64 would take longer than all the rounds
+EXACT_S = 0.5
 
 
 # Cases that the device's memory did not hold, by group and contender, with their parameters: the JSON has them beside

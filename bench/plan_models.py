@@ -120,8 +120,7 @@ class TrainedLlava:
         language.set_attn_implementation(ATTENTION)
         model = Llava(self.config, language, trainable=self.trainable)
         if self.lora is not None:
-            add_adapters(language, self.lora)
-            model.set_trainable(self.trainable)
+            add_adapters(model, self.lora)
         model.set_activation_checkpointing(setting.activation_checkpointing)
         return model.train()
 

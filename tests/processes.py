@@ -33,7 +33,9 @@ def run_main(
             _context.Process(target=_run, args=(module, list(arguments), dict(variables), str(out)))
             for arguments, variables, out in zip(ranks, env, outs, strict=True)
         ]
-        for process in started:
+        for process, out in zip(started, outs, strict=True):
+            for suffix in (".out", ".err"):  # there, whatever becomes of the process
+                out.with_suffix(suffix).touch()
             process.start()
         _wait(started)
         return [
@@ -58,6 +60,7 @@ def _wait(started: Sequence[Any]) -> None:
         process.join()
 
 
+# in the new process
 def _run(module: str, arguments: list[str], variables: dict[str, str], out: str) -> None:
     for number, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(out + suffix, os.O_WRONLY | os.O_CREAT)

@@ -1,24 +1,24 @@
 """Low-rank adapters beside a language model's linear layers (LoRA, arXiv:2106.09685), by peft."""
 
-from typing import Any
-
 import torch
 from peft import LoraConfig, LoraModel
 from torch import nn
 
-from mmcore.models.llava import Lora, is_adapter
+from mmcore.models.llava import Llava, Lora, is_adapter
 
 
-def add_adapters(language: Any, lora: Lora) -> LoraModel:
-    """Puts an adapter beside each linear layer but the head; what it adds is 0 until it has learned.
+def add_adapters(model: Llava, lora: Lora) -> LoraModel:
+    """Puts an adapter, which learns, beside each linear layer of the language model but the head; what it adds is 0
+    until it has learned.
 
     Args:
-        language: of transformers; it stays the same object, its adapters float32 and named `...lora_A.default.weight`.
+        model: its language model stays the same object, with adapters of float32 named `...lora_A.default.weight`.
         lora: their shape.
 
     Returns:
         What `merge_adapters` takes.
     """
+    language = model.language_model
     head = language.get_output_embeddings()
     names = [n for n, x in language.named_modules() if isinstance(x, nn.Linear) and x is not head]
     config = LoraConfig(
@@ -28,6 +28,7 @@ def add_adapters(language: Any, lora: Lora) -> LoraModel:
     for name, parameter in language.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
+    model.set_trainable(model.trainable)
     return tuner
 
 

@@ -24,6 +24,10 @@ Trainable = Literal["projector", "language", "all"]
 """What learns: the projector alone (stage 1), the language model with it (stage 2), the tower too (NeXT)."""
 
 
+LORA_DROPOUT = 0.05
+"""Before the adapters, as LLaVA's recipes have it."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters beside the language model's linear layers (LoRA, arXiv:2106.09685): W x + alpha / rank B A x.

@@ -80,8 +80,7 @@ def load_trained(model: Llava, lora: Lora | None, state: dict[str, Tensor]) -> A
         require("Llava", not adapters, "weights must hold no adapters, got {}", list(adapters)[:3])
         return None
     # loaded by name: peft takes seconds to import
-    tuner = importlib.import_module("mmcore.models.adapters").add_adapters(model.language_model, lora)
-    model.set_trainable(model.trainable)
+    tuner = importlib.import_module("mmcore.models.adapters").add_adapters(model, lora)
     if adapters:
         ours = {name for name in model.state_dict() if is_adapter(name)}
         missing = sorted(ours - adapters.keys())[:3]

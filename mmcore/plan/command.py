@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from mmcore.models.llava import Lora
+from mmcore.models.llava import LORA_DROPOUT, Lora
 from mmcore.models.llava_runs import LLAVA_STAGE1, LLAVA_STAGE2
 from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
 from mmcore.plan.blip2_job import blip2_stage1_job
@@ -133,7 +133,7 @@ class LlavaStage2Plan(LlavaPlan):
     """Train adapters of this rank, as --lora of mmcore train llava-stage2."""
 
     def job(self) -> Job:
-        lora = None if self.lora is None else Lora(self.lora, 2 * self.lora, dropout=0.05)
+        lora = None if self.lora is None else Lora(self.lora, 2 * self.lora, LORA_DROPOUT)
         return _llava_job(self, 2, train_vision=self.train_vision, lora=lora)
 
 

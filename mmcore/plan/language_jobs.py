@@ -115,8 +115,7 @@ def llava_job_of(
     def adapted(config: LlavaConfig, model: Any) -> Llava:
         whole = Llava(config, model, trainable=trainable)
         if lora is not None:  # loaded by name: peft takes seconds to import
-            importlib.import_module("mmcore.models.adapters").add_adapters(model, lora)
-            whole.set_trainable(trainable)
+            importlib.import_module("mmcore.models.adapters").add_adapters(whole, lora)
         return whole
 
     def prepare(model: Any, setting: Setting) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mmcore.data.chats import ChatConfig
-from mmcore.models.llava import Lora, Trainable
+from mmcore.models.llava import LORA_DROPOUT, Lora, Trainable
 from mmcore.train.optim import OptimConfig
 from mmcore.train.recipe import Recipe
 from mmcore.train.run import RunConfig
@@ -106,7 +106,7 @@ class LlavaStage2Config(LlavaRecipe):
     --projector-lr 2e-5. None = train the weights."""
     lora_alpha: int | None = None
     """The adapters count alpha / rank times; None = twice the rank."""
-    lora_dropout: float = 0.05
+    lora_dropout: float = LORA_DROPOUT
     """Dropout before the adapters."""
 
     def __post_init__(self) -> None:

@@ -109,8 +109,7 @@ def test_parameters_are_those_of_the_models(tiny_llm: str) -> None:
         language = language_model(language_config(tiny_llm), torch.float32)
         models.append((llava_job(stage, "tiny", tiny_llm), Llava(shape, language, trainable=trainable)))
     adapted = Llava(shape, language_model(language_config(tiny_llm), torch.float32), trainable="language")
-    add_adapters(adapted.language_model, LORA)
-    adapted.set_trainable("language")
+    add_adapters(adapted, LORA)
     models.append((llava_job(2, "tiny", tiny_llm, lora=LORA), adapted))
     for job, model in models:
         assert (job.trained, job.parameters - job.trained) == parts(model), job.name
