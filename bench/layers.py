@@ -135,7 +135,7 @@ def cross_attention(rows: int) -> Layer:
 
 
 def keys_values(rows: int) -> Layer:
-    """Those of the Q-Former's six layers, of one product and of two a layer."""
+    """Those of the Q-Former's six layers: together, layer by layer, and of two products a layer."""
     ours = nn.ModuleList(CrossAttention(768, 12, key_width=1408) for _ in range(6))
     theirs = nn.ModuleList(nn.Linear(1408, 768) for _ in range(12))
     for i, layer in enumerate(ours):

@@ -81,18 +81,25 @@ Out out_of(const Tensor& out, const Tensor& cosines) {
   return {out.mutable_data_ptr(), out.stride(0), bfloat16};
 }
 
+Sums from(Sums sums, int64_t first) {
+  return {sums.max + first, sums.sum + first, sums.cross ? sums.cross + first : nullptr};
+}
+
 // Folds all rows into the online sums of the rows and, where they are not null, of the columns.
-void fold_panels(const Tile& tile, int64_t rows, float* row_max, float* row_sum, float* col_max, float* col_sum) {
+void fold_panels(const Tile& tile, const Values& values, int64_t rows, const Sums& to_rows, const Sums& to_cols) {
   const int64_t cols = tile.cols, panels = num_panels(rows);
   if (!rows || !cols) return;
-  const int64_t padded = col_max ? (cols + PAD - 1) / PAD * PAD : 0;
-  const std::unique_ptr<float[]> partial(col_max ? new float[2 * panels * padded] : nullptr);
-  float *part_max = partial.get(), *part_sum = part_max + panels * padded;
+  const int64_t padded = to_cols.max ? (cols + PAD - 1) / PAD * PAD : 0, size = panels * padded;
+  const std::unique_ptr<float[]> partial(size ? new float[(values.data ? 3 : 2) * size] : nullptr);
+  Sums parts = {};
+  if (size) parts = {partial.get(), partial.get() + size, values.data ? partial.get() + 2 * size : nullptr};
   for_panels(rows, cols, [&](int64_t first, int64_t count, int64_t panel) {
-    const int64_t at = panel * padded;
-    kernels.fold({from_row(tile, first), row_max + first, row_sum + first, part_max + at, part_sum + at}, count);
+    Fold part = {from_row(tile, first), values, from(to_rows, first), {}};
+    if (values.data) part.values.data += first * values.stride;
+    if (size) part.cols = from(parts, panel * padded);
+    kernels.fold(part, count);
   });
-  if (col_max) kernels.combine(part_max, part_sum, panels, padded, cols, col_max, col_sum);
+  if (size) kernels.combine(parts, panels, padded, cols, to_cols);
 }
 
 // Writes all rows of the gradient; the sum of out * (cosine - center).
@@ -111,21 +118,33 @@ double grad_panels(const Grad& whole, const Out& to, int64_t rows) {
   return std::accumulate(totals.begin(), totals.end(), 0.0);
 }
 
+float* vector_of(const std::optional<Tensor>& x, int64_t size, const char* name) {
+  if (!x) return nullptr;
+  check_vector(*x, size, ScalarType::Float, name);
+  return x->mutable_data_ptr<float>();
+}
+
 void fold_tile(const Tensor& cosines, double scale, const Tensor& row_max, const Tensor& row_sum,
-               const std::optional<Tensor>& col_max, const std::optional<Tensor>& col_sum) {
+               const std::optional<Tensor>& col_max, const std::optional<Tensor>& col_sum,
+               const std::optional<Tensor>& values, const std::optional<Tensor>& row_cross,
+               const std::optional<Tensor>& col_cross) {
   const Tile tile = tile_of(cosines, scale);
   const int64_t rows = cosines.size(0), cols = tile.cols;
-  check_vector(row_max, rows, ScalarType::Float, "row_max");
-  check_vector(row_sum, rows, ScalarType::Float, "row_sum");
   STD_TORCH_CHECK(col_max.has_value() == col_sum.has_value(), "col_max and col_sum come together");
-  const bool has_cols = col_max.has_value();
-  if (has_cols) {
-    check_vector(*col_max, cols, ScalarType::Float, "col_max");
-    check_vector(*col_sum, cols, ScalarType::Float, "col_sum");
+  STD_TORCH_CHECK(values.has_value() == row_cross.has_value() &&
+                      (values.has_value() && col_max.has_value()) == col_cross.has_value(),
+                  "values and the cross sums come together");
+  Values weighed = {};
+  if (values) {
+    const Tile like = tile_of(*values, 1);
+    STD_TORCH_CHECK(values->size(0) == rows && like.cols == cols, "values must have the shape of cosines");
+    weighed = {like.cosines, like.stride};
   }
-  fold_panels(tile, rows, row_max.mutable_data_ptr<float>(), row_sum.mutable_data_ptr<float>(),
-              has_cols ? col_max->mutable_data_ptr<float>() : nullptr,
-              has_cols ? col_sum->mutable_data_ptr<float>() : nullptr);
+  fold_panels(tile, weighed, rows,
+              {vector_of(row_max, rows, "row_max"), vector_of(row_sum, rows, "row_sum"),
+               vector_of(row_cross, rows, "row_cross")},
+              {vector_of(col_max, cols, "col_max"), vector_of(col_sum, cols, "col_sum"),
+               vector_of(col_cross, cols, "col_cross")});
 }
 
 Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, const Tensor& row_coef,
@@ -165,7 +184,7 @@ Tensor info_nce_tile(const Tensor& cosines, double scale, std::optional<double> 
   std::vector<float> vectors(4 * size);
   float *row_max = vectors.data(), *col_max = row_max + size, *row_sum = col_max + size, *col_sum = row_sum + size;
   std::fill_n(row_max, 2 * size, -std::numeric_limits<float>::infinity());
-  fold_panels(tile, size, row_max, row_sum, col_max, col_sum);
+  fold_panels(tile, {}, size, {row_max, row_sum}, {col_max, col_sum});
 
   float* entries = cosines.mutable_data_ptr<float>();
   const float offset = static_cast<float>(center.value_or(0));
@@ -310,7 +329,7 @@ void dropout_tile(const Tensor& weights, const Tensor& heads, int64_t first_row,
 STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "fold_tile(Tensor cosines, float scale, Tensor(a!) row_max, Tensor(b!) row_sum, "
-      "Tensor(c!)? col_max, Tensor(d!)? col_sum) -> ()");
+      "Tensor(c!)? col_max, Tensor(d!)? col_sum, Tensor? values, Tensor(e!)? row_cross, Tensor(f!)? col_cross) -> ()");
   m.def(
       "grad_tile(Tensor cosines, float scale, Tensor row_lse, Tensor row_coef, Tensor? col_lse, "
       "Tensor? col_coef, Tensor? skip, float? center, Tensor(a!) out) -> Tensor");

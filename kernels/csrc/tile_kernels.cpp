@@ -26,66 +26,84 @@ INLINE float row_maximum(const Tile& tile, const float* cosines, float* col_max)
   return maximum(largest);
 }
 
-template <bool COLS>
-INLINE double row_total(const Tile& tile, const float* cosines, float row_shift, const float* col_max,
-                        float* col_sum) {
-  double total = 0;
-  for (int64_t first = 0; first < tile.cols; first += CHUNK) {
-    Vec part{};
-    for_vectors(first, chunk_end(first, tile.cols), [&](int64_t j, auto lanes) ALWAYS_INLINE {
-      Vec s = inside(load(cosines + j, lanes) * tile.scale, -INF, lanes);
-      part += exp(s - row_shift);
+struct Totals {
+  double sum = 0, cross = 0;
+};
+
+template <bool COLS, bool CROSS>
+INLINE Totals row_totals(const Fold& fold, int64_t i, float row_shift) {
+  const float* cosines = fold.tile.cosines + i * fold.tile.stride;
+  const float* values = CROSS ? fold.values.data + i * fold.values.stride : nullptr;
+  Totals totals;
+  for (int64_t first = 0; first < fold.tile.cols; first += CHUNK) {
+    Vec sums{}, crosses{};
+    for_vectors(first, chunk_end(first, fold.tile.cols), [&](int64_t j, auto lanes) ALWAYS_INLINE {
+      Vec s = inside(load(cosines + j, lanes) * fold.tile.scale, -INF, lanes);
+      Vec value = CROSS ? load(values + j, lanes) : Vec{};
+      Vec e = exp(s - row_shift);
+      sums += e;
+      if (CROSS) crosses = fma(e, value, crosses);
       if (COLS) {
-        Vec e = exp(s - shift_of(load(col_max + j, All{})));
-        store(col_sum + j, load(col_sum + j, All{}) + e, All{});
+        e = exp(s - shift_of(load(fold.cols.max + j, All{})));
+        store(fold.cols.sum + j, load(fold.cols.sum + j, All{}) + e, All{});
+        if (CROSS) store(fold.cols.cross + j, fma(e, value, load(fold.cols.cross + j, All{})), All{});
       }
     });
-    total += sum(part);
+    totals.sum += sum(sums);
+    if (CROSS) totals.cross += sum(crosses);
   }
-  return total;
+  return totals;
 }
 
-template <bool COLS>
+template <bool COLS, bool CROSS>
 void fold_panel(const Fold& fold, int64_t rows) {
   const Tile tile = fold.tile;
   if (COLS) {
     for (int64_t j = 0; j < tile.cols; j += W) {
-      store(fold.col_max + j, splat(-INF), All{});
-      store(fold.col_sum + j, Vec{}, All{});
+      store(fold.cols.max + j, splat(-INF), All{});
+      store(fold.cols.sum + j, Vec{}, All{});
+      if (CROSS) store(fold.cols.cross + j, Vec{}, All{});
     }
   }
   float largest[PANEL];
   for (int64_t i = 0; i < rows; ++i)
-    largest[i] = row_maximum<COLS>(tile, tile.cosines + i * tile.stride, fold.col_max);
+    largest[i] = row_maximum<COLS>(tile, tile.cosines + i * tile.stride, fold.cols.max);
   for (int64_t i = 0; i < rows; ++i) {
-    const float before = fold.row_max[i];
+    const float before = fold.rows.max[i];
     const float after = largest[i] > before ? largest[i] : before;
     const float shift = after > -MOST ? after : -MOST;
-    const double total =
-        row_total<COLS>(tile, tile.cosines + i * tile.stride, shift, fold.col_max, fold.col_sum);
-    fold.row_sum[i] = (float)((double)fold.row_sum[i] * exp(before - shift) + total);
-    fold.row_max[i] = after;
+    const Totals totals = row_totals<COLS, CROSS>(fold, i, shift);
+    const double shrink = exp(before - shift);
+    fold.rows.max[i] = after;
+    fold.rows.sum[i] = (float)(fold.rows.sum[i] * shrink + totals.sum);
+    if (CROSS) fold.rows.cross[i] = (float)(fold.rows.cross[i] * shrink + totals.cross);
   }
 }
 
 void fold(const Fold& work, int64_t rows) {
-  work.col_max ? fold_panel<true>(work, rows) : fold_panel<false>(work, rows);
+  if (work.values.data)
+    work.cols.max ? fold_panel<true, true>(work, rows) : fold_panel<false, true>(work, rows);
+  else
+    work.cols.max ? fold_panel<true, false>(work, rows) : fold_panel<false, false>(work, rows);
 }
 
-void combine(const float* part_max, const float* part_sum, int64_t panels, int64_t padded, int64_t cols,
-             float* col_max, float* col_sum) {
+void combine(const Sums& parts, int64_t panels, int64_t padded, int64_t cols, const Sums& to) {
   for_vectors(0, cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
-    const Vec before = load(col_max + j, lanes);
+    const Vec before = load(to.max + j, lanes);
     Vec after = before;
-    for (int64_t p = 0; p < panels; ++p) after = larger(load(part_max + p * padded + j, All{}), after);
+    for (int64_t p = 0; p < panels; ++p) after = larger(load(parts.max + p * padded + j, All{}), after);
     const Vec shift = shift_of(after);
-    Doubles total = widened(load(col_sum + j, lanes) * exp(before - shift));
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t at = p * padded + j;
-      total += widened(load(part_sum + at, All{}) * exp(load(part_max + at, All{}) - shift));
-    }
-    store(col_max + j, after, lanes);
-    store(col_sum + j, __builtin_convertvector(total, Vec), lanes);
+    const auto combined = [&](const float* part, float* whole) ALWAYS_INLINE {
+      Doubles total = widened(load(whole + j, lanes) * exp(before - shift));
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t at = p * padded + j;
+        total += widened(load(part + at, All{}) * exp(load(parts.max + at, All{}) - shift));
+      }
+      store(whole + j, __builtin_convertvector(total, Vec), lanes);
+    };
+    combined(parts.sum, to.sum);
+    if (to.cross) combined(parts.cross, to.cross);
+    store(to.max + j, after, lanes);
   });
 }
 

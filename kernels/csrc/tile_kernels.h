@@ -18,11 +18,23 @@ struct Tile {
   float scale;
 };
 
+// What one exponential each is a weight of; `data` null: nothing, and no cross sums.
+struct Values {
+  const float* data;
+  int64_t stride;
+};
+
+// Online sums of rows or of columns: the maximum, sum exp(S - max), and sum exp(S - max) value.
+struct Sums {
+  float *max, *sum, *cross;
+};
+
 struct Fold {
   Tile tile;
-  float *row_max, *row_sum;
+  Values values;
+  Sums rows;
   // the panel's own partial sums [padded], written; or null
-  float *col_max, *col_sum;
+  Sums cols;
 };
 
 struct Grad {
@@ -72,8 +84,7 @@ struct Kernels {
   // Fold `rows` rows into the online sums of the rows, and into the panel's partial sums of the columns.
   void (*fold)(const Fold&, int64_t rows);
   // Combine the panels' partial sums [panels, padded] with the online sums of the columns, in order.
-  void (*combine)(const float* part_max, const float* part_sum, int64_t panels, int64_t padded, int64_t cols,
-                  float* col_max, float* col_sum);
+  void (*combine)(const Sums& parts, int64_t panels, int64_t padded, int64_t cols, const Sums& to);
   // Write `rows` rows of the gradient; their sum of out * (cosine - center).
   double (*grad)(const Grad&, int64_t rows);
   // The sums of the losses, of the gradient and of gradient * cosine over `rows` rows.

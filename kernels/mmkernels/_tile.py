@@ -28,6 +28,9 @@ def fold_tile(
     row_sum: Tensor,
     col_max: Tensor | None = None,
     col_sum: Tensor | None = None,
+    values: Tensor | None = None,
+    row_cross: Tensor | None = None,
+    col_cross: Tensor | None = None,
 ) -> None:
     """Fold `S = scale * cosines` into the online sums `sum exp(S - max)` of its rows and, where given, columns.
 
@@ -35,20 +38,26 @@ def fold_tile(
         cosines: [m, n], float32 or float64, any device; unit column stride. Left as it is.
         row_max, row_sum: [m], of the same dtype, contiguous; updated in place. They start at -inf and zero.
         col_max, col_sum: [n], likewise; both or neither.
+        values: [m, n], like `cosines`: `sum exp(S - max) values` is folded too.
+        row_cross, col_cross: those sums, [m] and [n], which start at zero; with `values` alone.
 
     A NaN makes its sums NaN, and so does +inf; a row or column of -inf alone adds nothing.
     """
     if not cosines.numel():
         return
     if _runs_native(cosines):
-        torch.ops.mmkernels.fold_tile(cosines, scale, row_max, row_sum, col_max, col_sum)
+        torch.ops.mmkernels.fold_tile(
+            cosines, scale, row_max, row_sum, col_max, col_sum, values, row_cross, col_cross
+        )
         return
     for rows in _blocks(cosines):
         logits = cosines[rows] * scale
         work = torch.empty_like(logits)
-        _fold(logits, 1, row_max[rows], row_sum[rows], work)
+        weighed = None if values is None else values[rows]
+        cross = None if row_cross is None else row_cross[rows]
+        _fold(logits, 1, row_max[rows], row_sum[rows], work, weighed, cross)
         if col_max is not None and col_sum is not None:
-            _fold(logits, 0, col_max, col_sum, work)
+            _fold(logits, 0, col_max, col_sum, work, weighed, col_cross)
 
 
 def grad_tile(
@@ -175,11 +184,22 @@ def _blocks(cosines: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, len(cosines), rows)]
 
 
-def _fold(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, work: Tensor) -> None:
+def _fold(
+    logits: Tensor,
+    dim: int,
+    running_max: Tensor,
+    running_sum: Tensor,
+    work: Tensor,
+    values: Tensor | None,
+    running_cross: Tensor | None,
+) -> None:
     new_max = torch.maximum(running_max, logits.amax(dim))
     shift = new_max.clamp_min(torch.finfo(new_max.dtype).min)  # -inf - -inf would be NaN
     torch.sub(logits, shift.unsqueeze(dim), out=work)
-    running_sum.mul_(_exp_(running_max.sub_(shift))).add_(_exp_(work).sum(dim))
+    shrink = _exp_(running_max.sub_(shift))
+    running_sum.mul_(shrink).add_(_exp_(work).sum(dim))
+    if values is not None and running_cross is not None:
+        running_cross.mul_(shrink).add_(work.mul_(values).sum(dim))
     running_max.copy_(new_max)
 
 

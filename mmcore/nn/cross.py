@@ -107,10 +107,11 @@ class CrossAttention(nn.Module):
 
 
 def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list[KeyValues]:
-    """`[layer.keys_values(states) for layer in layers]`, with one matrix product for all layers.
+    """`[layer.keys_values(states) for layer in layers]`, on a GPU with one matrix product for all layers.
 
     For a GPU that one layer's product leaves idle; on a CPU the copy of all weights into one matrix costs more than
-    it saves. The weights are read outside the forward of their layers: ZeRO-3 must be told to gather them.
+    it saves, and each layer has its own product. The weights of one product are read outside the forward of their
+    layers: ZeRO-3 must be told to gather them.
 
     Args:
         states: [B, Lk, D_k].
@@ -125,6 +126,14 @@ def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list
     alike = len(kinds) == 1
     require(op, alike, "layers must be of one key_width and bias, got {}", sorted(kinds))
     check_tokens(op, "states", states, projections[0].in_features)
+    if states.is_cpu:
+        return [layer.keys_values(states) for layer in layers]
+    return by_one_product(states, layers)
+
+
+def by_one_product(states: Tensor, layers: Sequence[CrossAttention]) -> list[KeyValues]:
+    """`shared_keys_values` of checked arguments, on any device."""
+    projections = [layer.kv for layer in layers]
     weight = torch.cat([kv.weight for kv in projections])
     bias = None if projections[0].bias is None else torch.cat([kv.bias for kv in projections])
     parts = F.linear(states, weight, bias).split([kv.out_features for kv in projections], 2)

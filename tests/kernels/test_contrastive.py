@@ -14,7 +14,7 @@ from mmkernels import contrastive_loss, contrastive_loss_ref, contrastive_stats,
 from mmkernels._contract import cast_inputs, check, evaluate
 from mmkernels._device import INTERPRETED, runs_triton
 from mmkernels._spec import OpSpec
-from mmkernels.contrastive import blockwise, kernel, op
+from mmkernels.contrastive import blockwise, kernel, loss, op
 from mmkernels.contrastive.problem import Problem
 from mmkernels.contrastive.spec import CASES, LOSS, STATS, VARIANTS
 
@@ -40,11 +40,15 @@ def test_the_eager_form_of_small_shapes_obeys_the_contract(spec: OpSpec) -> None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps no logits")
-def test_statistics_whose_logits_are_kept_obey_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", [STATS, *VARIANTS], ids=lambda spec: spec.name)
+def test_statistics_whose_logits_are_kept_obey_the_contract(
+    spec: OpSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blockwise, "TILE", 32)
-    for case, dtype in itertools.product(STATS.cases, (*STATS.dtypes, torch.float64)):
-        for shape in STATS.shapes:
-            check(STATS, shape, case, dtype)
+    monkeypatch.setattr(loss, "EAGER_LOGITS", 0)
+    for case, dtype in itertools.product(spec.cases, (*spec.dtypes, torch.float64)):
+        for shape in spec.shapes:
+            check(spec, shape, case, dtype)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps no logits")

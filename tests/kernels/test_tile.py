@@ -1,5 +1,6 @@
 """The elementwise step on a tile, by ATen and by native code: one meaning, no further from float64 than eager."""
 
+import itertools
 import math
 
 import pytest
@@ -36,6 +37,18 @@ def gradient(cosines: Tensor, scale: float, row: Vectors, col: Vectors | None, s
     if skip is not None:
         grad = grad.masked_fill(skip[:, None] == torch.arange(cosines.shape[1]), 0)
     return grad
+
+
+def halves(size: int) -> tuple[slice, slice]:
+    return slice(size // 2), slice(size // 2, None)
+
+
+def unweighed(cosines: Tensor, scale: float) -> Vectors:
+    """The rows' sums, tile by tile."""
+    sums = empty_sums(len(cosines))
+    for rows, cols in itertools.product(*map(halves, cosines.shape)):
+        fold_tile(cosines[rows, cols], scale, *(x[rows] for x in sums))
+    return sums
 
 
 @pytest.mark.parametrize("scale", [1.0, 200.0, -7.0, 0.0])
@@ -82,6 +95,33 @@ def test_sums_of_rows_alone_are_those_beside_columns(path) -> None:
     alone = empty_sums(45)
     fold_tile(cosines, 50.0, *alone)
     assert all(torch.equal(x, y) for x, y in zip(alone, fold(cosines, 50.0)[0], strict=True))
+
+
+@pytest.mark.parametrize("with_cols", [True, False], ids=["both", "rows alone"])
+@pytest.mark.parametrize("scale", [1.0, 200.0, -7.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_are_weighed_as_exactly_as_eagers_softmax(path, shape, scale: float, with_cols: bool) -> None:
+    cosines, values = draw("far apart", *shape), draw("random", *shape, seed=1)
+    tile, weighed = framed(cosines)[0], framed(values)[0]
+    row, col = (empty_sums(size) for size in shape)
+    row_cross, col_cross = (framed(torch.zeros(size))[0] for size in shape)
+    for rows, cols in itertools.product(*map(halves, shape)):
+        fold_tile(
+            tile[rows, cols],
+            scale,
+            *(x[rows] for x in row),
+            *((x[cols] for x in col) if with_cols else (None, None)),
+            weighed[rows, cols],
+            row_cross[rows],
+            col_cross[cols] if with_cols else None,
+        )
+    for dim, sums, cross in ((1, row, row_cross), (0, col, col_cross))[: 2 if with_cols else 1]:
+        ref, gold = (
+            ((scale * x).softmax(dim) * y).sum(dim)
+            for x, y in ((cosines, values), (cosines.double(), values.double()))
+        )
+        assert_bound(cross / sums[1], ref, gold)
+    assert all(torch.equal(x, y) for x, y in zip(row, unweighed(cosines, scale), strict=True))
 
 
 @pytest.mark.parametrize("with_cols", [True, False], ids=["both", "rows alone"])

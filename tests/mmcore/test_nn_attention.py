@@ -7,6 +7,7 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
 from mmcore.nn import Attention, CrossAttention, Packing, shared_keys_values
+from mmcore.nn.cross import by_one_product
 from mmkernels import masks
 from tests.mmcore.nn_fixtures import copy_norm, copy_rows, gradients, randn, torchs
 
@@ -155,15 +156,21 @@ class TestSharedKeysValues:
         inputs = [states, *layers[1].k_norm.parameters()]
         inputs += [p for layer in layers for p in layer.kv.parameters()]
         results = []
-        for keys_values in (shared_keys_values(states, layers), [x.keys_values(states) for x in layers]):
-            flat = torch.cat([x.flatten() for pair in keys_values for x in pair])
+        ways = (
+            shared_keys_values,
+            by_one_product,
+            lambda states, layers: [x.keys_values(states) for x in layers],
+        )
+        for way in ways:
+            flat = torch.cat([x.flatten() for pair in way(states, layers) for x in pair])
             results.append((flat, gradients(flat, *inputs)))
-        torch.testing.assert_close(*results)
+        for result in results[:2]:
+            torch.testing.assert_close(result, results[2])
 
-    def test_take_one_matrix_product(self) -> None:
+    def test_take_one_matrix_product_on_a_gpu(self) -> None:
         layers = [CrossAttention(D, H) for _ in range(3)]
         with torch.profiler.profile() as profile:
-            shared_keys_values(torch.randn(B, LK, D), layers)
+            by_one_product(torch.randn(B, LK, D), layers)
         products = [e for e in profile.events() or () if e.name in ("aten::addmm", "aten::mm")]
         assert len(products) == 1
 

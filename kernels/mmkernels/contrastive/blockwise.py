@@ -44,22 +44,24 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
         if problem.positives is not None:
             _take_positives(cosines, problem.positives[of_rows] - of_cols.start, scale, positive[of_rows])
         if problem.teacher is not None:
-            teacher_logits = matmul_nt(problem.teacher[0][of_rows], problem.teacher[1][of_cols]).mul_(scale)
-            logits = cosines * scale
-            _add_cross(teacher_row, of_rows, teacher_logits, logits, dim=1)
-            if problem.symmetric:
-                _add_cross(teacher_col, of_cols, teacher_logits, logits, dim=0)
-        if problem.symmetric:
-            fold_tile(cosines, scale, row.max[of_rows], row.sum[of_rows], col.max[of_cols], col.sum[of_cols])
-        else:
-            fold_tile(cosines, scale, row.max[of_rows], row.sum[of_rows])
+            of_teacher = matmul_nt(problem.teacher[0][of_rows], problem.teacher[1][of_cols])
+            fold_tile(
+                of_teacher,
+                scale,
+                *teacher_row.of(of_rows),
+                *(teacher_col.of(of_cols) if problem.symmetric else (None, None)),
+                cosines,
+                teacher_row.cross[of_rows],
+                teacher_col.cross[of_cols] if problem.symmetric else None,
+            )
+        fold_tile(cosines, scale, *row.of(of_rows), *(col.of(of_cols) if problem.symmetric else ()))
     (row_lse, row_rest), (col_lse, col_rest) = log_sum_exp(row.max, row.sum), log_sum_exp(col.max, col.sum)
     return ContrastiveStats(
         row_lse,
         col_lse,
         positive,
-        teacher_row.cross / teacher_row.sum,
-        teacher_col.cross / teacher_col.sum,
+        scale * teacher_row.cross / teacher_row.sum,
+        scale * teacher_col.cross / teacher_col.sum,
         row_rest,
         col_rest,
         teacher_row.max + teacher_row.sum.log(),
@@ -155,6 +157,9 @@ class _Sums:
         self.max = like.new_full((size,), -torch.inf)
         self.sum, self.cross = like.new_zeros(2, size)
 
+    def of(self, place: slice) -> tuple[Tensor, Tensor]:
+        return self.max[place], self.sum[place]
+
 
 def _tiles(num_rows: int, num_cols: int, width: int) -> Iterator[tuple[slice, slice]]:
     for r in range(0, num_rows, TILE):
@@ -172,14 +177,3 @@ def _take_positives(cosines: Tensor, place: Tensor, scale: float, out: Tensor) -
     inside = (place >= 0) & (place < cosines.shape[1])
     found = cosines.gather(1, place.clamp(0, cosines.shape[1] - 1)[:, None])[:, 0]
     torch.where(inside, found * scale, out, out=out)
-
-
-def _add_cross(sums: _Sums, place: slice, teacher_logits: Tensor, logits: Tensor, dim: int) -> None:
-    """Fold a tile into `sum exp(x - max)` and `sum exp(x - max) logits` along `dim`, online."""
-    old_max, total, cross = sums.max[place], sums.sum[place], sums.cross[place]
-    new_max = torch.maximum(old_max, teacher_logits.amax(dim))
-    exponentials = torch.sub(teacher_logits, new_max.unsqueeze(dim)).exp_()
-    shrink = (old_max - new_max).exp_()
-    total.mul_(shrink).add_(exponentials.sum(dim))
-    cross.mul_(shrink).add_(exponentials.mul_(logits).sum(dim))
-    old_max.copy_(new_max)

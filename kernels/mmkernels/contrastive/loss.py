@@ -24,6 +24,9 @@ from mmkernels.contrastive.stored import StoredLoss
 
 REDUCTIONS = ("none", "mean", "sum")
 
+# Of fewer logits on a CPU, calls are what the variants cost, and the eager form has the fewest.
+EAGER_LOGITS = 512 * 1024
+
 
 def contrastive_loss(
     a: Tensor,
@@ -79,12 +82,13 @@ def contrastive_loss(
     a, b, scale, teacher, negatives = checked_inputs(
         a, b, logit_scale, positives, labels, negatives, teacher, options
     )
-    if _logits_are_kept(a, b, negatives, normalized):
+    is_plain = options in PLAIN and positives is labels is negatives is None
+    way = _way_of_stored_logits(a, b, negatives, normalized, is_plain)
+    if way is not None:
         if normalized:
             broken_claim(Problem(a, b, scale, None, *(teacher or (None, None)), symmetric))
-        is_plain = options in PLAIN and positives is labels is negatives is None
         with torch.autocast(a.device.type, enabled=False):
-            if is_plain and not is_compiling():
+            if way == "stored":
                 return StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
             return contrastive_loss_ref(
                 widen(a),
@@ -330,8 +334,14 @@ def _check_pairing(
         )
 
 
-def _logits_are_kept(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool) -> bool:
+def _way_of_stored_logits(
+    a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool, is_plain: bool
+) -> str | None:
+    """Whether the whole matrix of logits is stored, by `StoredLoss` or by the eager form; None: by the statistics."""
+    num_cols = len(b) + (0 if negatives is None else len(negatives))
     # a compiled graph cannot raise
-    if normalized and is_compiling():
-        return False
-    return logits_are_kept(a, len(b) + (0 if negatives is None else len(negatives)))
+    if not logits_are_kept(a, num_cols) or (normalized and is_compiling()):
+        return None
+    if is_plain and not is_compiling():
+        return "stored"
+    return "eager" if len(a) * num_cols < EAGER_LOGITS else None

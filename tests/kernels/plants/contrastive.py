@@ -13,7 +13,14 @@ BLOCKWISE = {
         "        cosines = _cosines(problem, of_rows, of_cols)\n        if",
         "        cosines = _cosines(problem, of_rows, of_cols).half().to(a.dtype)\n        if",
     ),
-    "teacher's sums not rescaled to the new maximum": ("total.mul_(shrink)", "total.mul_(1)"),
+    "wrong factor on the teacher's expectation": (
+        "scale * teacher_row.cross / teacher_row.sum",
+        "1.001 * scale * teacher_row.cross / teacher_row.sum",
+    ),
+    "the teacher's expectation of its own logits": (
+        "(teacher_col.of(of_cols) if problem.symmetric else (None, None)),\n                cosines,",
+        "(teacher_col.of(of_cols) if problem.symmetric else (None, None)),\n                of_teacher,",
+    ),
     "positive counted twice": (
         "None if problem.positives is None else problem.positives[of_rows] - of_cols.start,",
         "None,",
