@@ -110,10 +110,10 @@ def test_values_are_weighed_as_exactly_as_eagers_softmax(path, shape, scale: flo
             tile[rows, cols],
             scale,
             *(x[rows] for x in row),
-            *((x[cols] for x in col) if with_cols else (None, None)),
-            weighed[rows, cols],
-            row_cross[rows],
-            col_cross[cols] if with_cols else None,
+            *((x[cols] for x in col) if with_cols else ()),
+            values=weighed[rows, cols],
+            row_cross=row_cross[rows],
+            col_cross=col_cross[cols] if with_cols else None,
         )
     for dim, sums, cross in ((1, row, row_cross), (0, col, col_cross))[: 2 if with_cols else 1]:
         ref, gold = (

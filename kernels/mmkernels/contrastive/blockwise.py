@@ -49,10 +49,10 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
                 of_teacher,
                 scale,
                 *teacher_row.of(of_rows),
-                *(teacher_col.of(of_cols) if problem.symmetric else (None, None)),
-                cosines,
-                teacher_row.cross[of_rows],
-                teacher_col.cross[of_cols] if problem.symmetric else None,
+                *(teacher_col.of(of_cols) if problem.symmetric else ()),
+                values=cosines,
+                row_cross=teacher_row.cross[of_rows],
+                col_cross=teacher_col.cross[of_cols] if problem.symmetric else None,
             )
         fold_tile(cosines, scale, *row.of(of_rows), *(col.of(of_cols) if problem.symmetric else ()))
     (row_lse, row_rest), (col_lse, col_rest) = log_sum_exp(row.max, row.sum), log_sum_exp(col.max, col.sum)

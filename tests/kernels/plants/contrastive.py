@@ -18,8 +18,8 @@ BLOCKWISE = {
         "1.001 * scale * teacher_row.cross / teacher_row.sum",
     ),
     "the teacher's expectation of its own logits": (
-        "(teacher_col.of(of_cols) if problem.symmetric else (None, None)),\n                cosines,",
-        "(teacher_col.of(of_cols) if problem.symmetric else (None, None)),\n                of_teacher,",
+        "values=cosines",
+        "values=of_teacher",
     ),
     "positive counted twice": (
         "None if problem.positives is None else problem.positives[of_rows] - of_cols.start,",
