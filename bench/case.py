@@ -20,10 +20,12 @@ MODES = ("forward", "backward", "both")
 BUDGET_S = {"cpu": 1.5, "cuda": 0.3}
 SESSION_S = {"cpu": 300.0, "cuda": 300.0}
 WARM_UP_S = 0.2
-# of a call that is repeated less, so that the whole bench takes minutes
+# of a call whose memory is measured once, and that is warm after one
 LONG_S = 0.25
 # of bare products; a forward or a backward of more is timed with the other alone, on a CPU
 APART_S = 0.03
+# of bare products of an op, on a CPU: a case of more is left out, so that a slow one's run takes minutes too
+MOST_S = 1.0
 # of bare products, on a CPU; of more the error is not computed: float64 would take longer than all the rounds
 EXACT_S = 0.5
 
@@ -97,6 +99,8 @@ def refusal(call: Callable[[], object]) -> str | None:
 def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
     """Times the case; skips, and says so, what does not fit into memory and what a peer does not serve."""
     benchmark.group = f"{case.group} {case.mode}"
+    if device.type == "cpu" and case.mode in MODES and case.floor_s > MOST_S:
+        pytest.skip(f"its products alone would take more than {MOST_S:g} s here")
     if device.type == "cpu" and case.mode in ("forward", "backward"):
         if case.floor_s > APART_S:
             pytest.skip("large cases of a CPU are timed forward and backward together")
@@ -131,7 +135,7 @@ def _time(benchmark: Any, device: torch.device, case: Case) -> None:
         call_began = time.perf_counter()
         timed()
         seconds, calls = time.perf_counter() - call_began, calls + 1
-    rounds = max(3 if seconds > LONG_S else 5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
+    rounds = max(5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
     benchmark.pedantic(timed, rounds=rounds, iterations=1)
     if not benchmark.enabled:
         return

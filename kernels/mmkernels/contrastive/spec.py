@@ -202,7 +202,7 @@ LOSS = OpSpec(
     differentiable=("a", "b", "logit_scale"),
     cost=lambda shape, size: contrastive_cost(shape["B"], shape["B"], shape["D"], size),
     bench_shapes={
-        "cpu": tuple({"B": size, "D": 512} for size in (64, 256, 1024, 2048, 4096)),
+        "cpu": tuple({"B": size, "D": 512} for size in (64, 256, 1024, 2048, 4096, 8192)),
         "cuda": tuple(
             {"B": size, "D": width}
             for size in (1024, 4096, 8192, 16384, 32768, 65536)

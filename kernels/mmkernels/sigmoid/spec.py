@@ -103,7 +103,7 @@ LOSS = _spec(
     _make_inputs,
     SQUARES,
     _square,
-    cpu=tuple({"B": size, "D": 512} for size in (64, 256, 1024, 4096)),
+    cpu=tuple({"B": size, "D": 512} for size in (64, 256, 1024, 4096, 8192)),
     cuda=({"B": 8192, "D": 512}, {"B": 32768, "D": 768}, {"B": 65536, "D": 768}),
 )
 ROWS = _spec("sigmoid_loss[rows]", _rows, SQUARES, _square)
