@@ -38,7 +38,7 @@ def test_adamw_update(benchmark: Any, device: torch.device, name: str, kind: str
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a claim about CPUs")
-@pytest.mark.parametrize(("kind", "least"), [("fp32", 1.0), ("bf16", 2.0)])
+@pytest.mark.parametrize(("kind", "least"), [("fp32", 1.0), ("bf16", 1.5)])
 def test_a_step_and_its_average_are_ahead_of_two_passes_on_a_cpu(kind: str, least: float) -> None:
     """In float32 the bytes, 40 a parameter against 36, allow 1.11 times where memory is all that counts."""
     device = torch.device("cpu")

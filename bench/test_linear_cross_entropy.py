@@ -69,7 +69,7 @@ def test_linear_cross_entropy(benchmark, device, shape, contender, mode):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a claim about CPUs")
-@pytest.mark.parametrize(("ignored", "speedup"), [(0, 1.8), (50, 3.0)])
+@pytest.mark.parametrize(("ignored", "speedup"), [(0, 1.5), (50, 2.5)])
 def test_on_a_cpu_it_is_faster_than_eager_in_80_mib_beside_the_gradients(ignored, speedup):
     device = torch.device("cpu")
     hidden, weight, targets = head(1024, 512, 32000, ignored, torch.float32, device)
