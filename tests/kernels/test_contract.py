@@ -19,6 +19,8 @@ from mmkernels.specs import SPECS
 
 # the interpreter takes milliseconds a tile
 SEEDS = range(4) if INTERPRETED else range(8)
+# of what no draw decides: check draws more where the bound is missed by little
+FEW_SEEDS = range(2) if INTERPRETED else range(8)
 EXAMPLES = 4 if INTERPRETED else 20
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -75,7 +77,7 @@ def test_shapes_of_any_size_obey_the_bound(spec: OpSpec, data: st.DataObject) ->
     shape = spec.draw_shape(lambda low, high: data.draw(st.integers(low, high)))
     case, dtype = data.draw(st.sampled_from(spec.cases)), data.draw(st.sampled_from(spec.dtypes))
     first = data.draw(st.integers(0, 99))
-    check(spec, shape, case, dtype, seeds=range(first, first + len(SEEDS)))
+    check(spec, shape, case, dtype, seeds=range(first, first + len(FEW_SEEDS)))
 
 
 @each_device
@@ -86,7 +88,7 @@ def test_any_strides_obey_the_bound(
 ) -> None:
     if layout is broadcast and ("normalized" in spec.name or "gated" in spec.name):
         pytest.skip("columns made equal have no unit norm, and no gradient through one")
-    check(spec, last_shape(spec), spec.cases[0], torch.float32, device, SEEDS, layout)
+    check(spec, last_shape(spec), spec.cases[0], torch.float32, device, FEW_SEEDS, layout)
 
 
 @each_device
@@ -105,7 +107,7 @@ def test_nothing_is_read_before_it_is_written(
 ) -> None:
     assert torch.empty(1).isnan().all()
     for shape in spec.shapes:
-        check(spec, shape, spec.cases[0], dtype, device, SEEDS)
+        check(spec, shape, spec.cases[0], dtype, device, FEW_SEEDS)
 
 
 @pytest.fixture
