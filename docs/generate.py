@@ -1,6 +1,7 @@
 """`python docs/generate.py`: docs/api.md, from the signatures and docstrings of the sources, which are not imported."""
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ class Source:
     tree: ast.Module
 
     @staticmethod
+    @functools.cache
     def of(name: str) -> "Source":
         base = ROOT / "kernels" if name.split(".")[0] == "mmkernels" else ROOT
         path = base.joinpath(*name.split("."))
@@ -105,12 +107,34 @@ class Source:
         """What defines a name, here or where it is imported from; of overloads the function itself."""
         for node in reversed(self.tree.body):
             if isinstance(node, Function | ast.ClassDef) and node.name == name:
-                return node
+                return Defaults(self).visit(node)
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
                 return node
             if isinstance(node, ast.ImportFrom) and node.module and any(x.name == name for x in node.names):
                 return Source.of(node.module).find(name)
         raise ValueError(f"docs: {self.name} must define {name}, got nothing")
+
+
+class Defaults(ast.NodeTransformer):
+    """Puts the values of a module's constants where they are defaults."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def value(self, node: ast.expr | None) -> ast.expr | None:
+        if not isinstance(node, ast.Name) or not node.id.isupper():
+            return node
+        constant = self.source.find(node.id)
+        return constant.value if isinstance(constant, ast.Assign) else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.args.defaults = [x for x in map(self.value, node.args.defaults) if x is not None]
+        node.args.kw_defaults = [*map(self.value, node.args.kw_defaults)]
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+        node.value = self.value(node.value)
+        return node
 
 
 def written(node: ast.expr) -> str:
