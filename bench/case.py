@@ -135,7 +135,7 @@ def _time(benchmark: Any, device: torch.device, case: Case) -> None:
         call_began = time.perf_counter()
         timed()
         seconds, calls = time.perf_counter() - call_began, calls + 1
-    rounds = max(5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
+    rounds = max(3 if seconds > 1 else 5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
     benchmark.pedantic(timed, rounds=rounds, iterations=1)
     if not benchmark.enabled:
         return
