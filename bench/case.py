@@ -100,7 +100,7 @@ def time_case(benchmark: Any, device: torch.device, case: Case) -> None:
     """Times the case; skips, and says so, what does not fit into memory and what a peer does not serve."""
     benchmark.group = f"{case.group} {case.mode}"
     if device.type == "cpu" and case.mode in MODES and case.floor_s > MOST_S:
-        pytest.skip(f"its products alone would take more than {MOST_S:g} s here")
+        pytest.skip(f"bare products alone would take more than {MOST_S:g} s here")
     if device.type == "cpu" and case.mode in ("forward", "backward"):
         if case.floor_s > APART_S:
             pytest.skip("large cases of a CPU are timed forward and backward together")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._gemm import matmul_nt
+from mmkernels._gemm import matmul, matmul_nt
 from mmkernels._spec import Cost
 
 MIB = 2**20
@@ -87,24 +87,20 @@ def paired_medians(
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+@functools.cache
 def gemm_flops_per_s(
     num_rows: int, num_cols: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """FLOP/s of the best bare product [M, D] x [D, N] that torch carries, in tiles of at most 2,048 rows on a CPU."""
+    """FLOP/s of the best bare product that torch carries, once a run: of [M, D] x [D, N] as logits have it, or of
+    [M, N] x [N, D] as gradients do; in tiles of at most 2,048 rows on a CPU."""
     rows = num_rows if device.type == "cuda" else min(num_rows, 2048)
     cols = num_cols if device.type == "cuda" else min(num_cols, 2048)
     a, b = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, cols))
-    best = min(
-        paired_medians(
-            {
-                "mm": lambda: torch.mm(a, b.T),
-                **({} if device.type == "cuda" else {"nt": lambda: matmul_nt(a, b)}),
-            },
-            9,
-            device,
-        ).values()
-    )
-    return 2 * rows * cols * width / best
+    grad = torch.randn(rows, cols, device=device, dtype=dtype)
+    ways: dict[str, Callable[[], Any]] = {"nt": lambda: torch.mm(a, b.T), "nn": lambda: torch.mm(grad, b)}
+    if device.type != "cuda":
+        ways |= {"our nt": lambda: matmul_nt(a, b), "our nn": lambda: matmul(grad, b)}
+    return 2 * rows * cols * width / min(paired_medians(ways, 9, device).values())
 
 
 def copy_bytes_per_s(device: torch.device) -> float:

@@ -43,8 +43,9 @@ def weights(shape: Shape) -> int:
 
 @functools.cache
 def gemm_rate(num_queries: int, num_keys: int, width: int, device: torch.device) -> float:
-    """FLOP/s of one bare product [Lq, K] x [K, Lk]."""
-    return gemm_flops_per_s(num_queries, num_keys, width, DTYPE, device)
+    """FLOP/s of one bare product [Lq, K] x [K, Lk], and of no fewer than 2,048 queries and keys: all heads together
+    are as many."""
+    return gemm_flops_per_s(max(num_queries, 2048), max(num_keys, 2048), width, DTYPE, device)
 
 
 @functools.cache

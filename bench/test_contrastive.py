@@ -1,6 +1,7 @@
 """`mmkernels.contrastive_loss` at real shapes: times, memory and errors beside eager, open_clip's form and compile."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from bench.measure import MIB, gemm_flops_per_s, paired_medians, peak_extra_byte
 from bench.peers import missing
 from mmkernels import contrastive_loss
 from mmkernels._spec import shape_id
+from mmkernels.contrastive.op import logits_are_kept
 from mmkernels.contrastive.spec import LOSS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float32) if DEVICE == "cuda" else (torch.float32,)
 SHAPES = LOSS.bench_shapes[DEVICE]
-COMPILED = {"cpu": (1024, 4096, 8192), "cuda": (8192, 32768)}[
-    DEVICE
-]  # a compilation takes up to half a minute
+# a compilation takes up to half a minute
+COMPILED = {"cpu": (1024, 4096, 8192), "cuda": (8192, 32768)}[DEVICE]
 FULL_PRECISION_ON_CUDA = (8192, 768)
 # eager holds several copies of [B, B]; a GPU says itself what is too much
 STORED_LOGITS_LIMIT = 2**34 if DEVICE == "cuda" else 2**27
@@ -61,6 +62,8 @@ def test_contrastive_loss(benchmark, device, shape, contender, dtype, mode):
         pytest.skip(reason)
     inputs, loss = features(size, width, dtype, device), contenders()[contender]
     forward, backward = LOSS.cost(shape, inputs[0].element_size())
+    if logits_are_kept(inputs[0], size):
+        backward = replace(backward, flops=2 * forward.flops)
     cost = {"forward": forward, "backward": backward, "both": forward + backward}[mode]
     rate = gemm_rate(size, width, dtype, device)
 

@@ -21,9 +21,8 @@ from mmkernels.sigmoid.spec import LOSS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SHAPES = LOSS.bench_shapes[DEVICE]
-COMPILED = {"cpu": (1024, 4096, 8192), "cuda": (8192, 32768)}[
-    DEVICE
-]  # a compilation takes up to half a minute
+# a compilation takes up to half a minute
+COMPILED = {"cpu": (1024, 4096, 8192), "cuda": (8192, 32768)}[DEVICE]
 # eager holds several copies of [B, B]; a GPU says itself what is too much
 STORED_LOGITS_LIMIT = 2**34 if DEVICE == "cuda" else 2**27
 
