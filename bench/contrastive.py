@@ -1,6 +1,7 @@
 """What `mmkernels.contrastive_loss` is measured against: the loss as the field writes it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from bench.peers import load, missing
 from mmkernels import contrastive_loss
+from mmkernels._spec import Cost
+from mmkernels.contrastive.op import logits_are_kept
+from mmkernels.contrastive.spec import contrastive_cost
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -84,3 +88,11 @@ def features(
     b = F.normalize(0.3 * a + (1 - 0.3**2) ** 0.5 * noise, dim=-1)
     a, b = (x.to(dtype).requires_grad_() for x in (a, b))
     return a, b, torch.tensor(100.0, device=device, requires_grad=True)
+
+
+def cost(a: Tensor, num_cols: int, learned: float = 1.0) -> tuple[Cost, Cost]:
+    """`contrastive_cost` of the form that is run: the logits again where they are not kept, the gradients of the rows,
+    and those of a share of the columns."""
+    forward, backward = contrastive_cost(len(a), num_cols, a.shape[1], a.element_size())
+    products = (not logits_are_kept(a, num_cols)) + 1 + learned
+    return forward, replace(backward, flops=int(products * forward.flops))

@@ -41,7 +41,6 @@ def weights(shape: Shape) -> int:
     return shape["B"] * shape["H"] * shape["Lq"] * shape["Lk"]
 
 
-@functools.cache
 def gemm_rate(num_queries: int, num_keys: int, width: int, device: torch.device) -> float:
     """FLOP/s of one bare product [Lq, K] x [K, Lk], and of no fewer than 2,048 queries and keys: all heads together
     are as many."""

@@ -1,7 +1,6 @@
 """`mmkernels.contrastive_loss` at real shapes: times, memory and errors beside eager, open_clip's form and compile."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +8,11 @@ from torch import Tensor
 
 from bench.case import MODES, Case, dtype_id, time_case
 from bench.contrastive import PEERS, contenders, eager, features
+from bench.contrastive import cost as cost_of
 from bench.measure import MIB, gemm_flops_per_s, paired_medians, peak_extra_bytes, relative_error
 from bench.peers import missing
 from mmkernels import contrastive_loss
 from mmkernels._spec import shape_id
-from mmkernels.contrastive.op import logits_are_kept
 from mmkernels.contrastive.spec import LOSS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +25,6 @@ FULL_PRECISION_ON_CUDA = (8192, 768)
 STORED_LOGITS_LIMIT = 2**34 if DEVICE == "cuda" else 2**27
 
 
-@functools.cache
 def gemm_rate(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of one bare product [B, D] x [D, B]."""
     return gemm_flops_per_s(num_rows, num_rows, width, dtype, device)
@@ -61,9 +59,7 @@ def test_contrastive_loss(benchmark, device, shape, contender, dtype, mode):
     if reason := skip_reason(size, width, contender, dtype):
         pytest.skip(reason)
     inputs, loss = features(size, width, dtype, device), contenders()[contender]
-    forward, backward = LOSS.cost(shape, inputs[0].element_size())
-    if logits_are_kept(inputs[0], size):
-        backward = replace(backward, flops=2 * forward.flops)
+    forward, backward = cost_of(inputs[0], size)
     cost = {"forward": forward, "backward": backward, "both": forward + backward}[mode]
     rate = gemm_rate(size, width, dtype, device)
 

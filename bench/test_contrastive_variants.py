@@ -4,7 +4,6 @@ A rank's rows against the gathered batch, several captions an image, a queue, mo
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import MODES, Case, dtype_id, time_case
+from bench.contrastive import cost as cost_of
 from bench.contrastive import features
 from bench.measure import gemm_flops_per_s, relative_error
 from mmkernels import contrastive_loss, contrastive_loss_ref
 from mmkernels._spec import Cost, shape_id
-from mmkernels.contrastive.op import logits_are_kept
-from mmkernels.contrastive.spec import contrastive_cost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -97,10 +95,7 @@ def test_contrastive_loss_variant(benchmark, device, shape, variant, contender, 
         gold = contrastive_loss(gold_a, columns.detach().double(), scale.detach().double(), **wide)
         return relative_error(da, torch.autograd.grad(gold, gold_a)[0])
 
-    forward, backward = contrastive_cost(num_rows, num_cols, width, a.element_size())
-    # the logits again where they are not kept, and the gradients of the rows and of the columns that learn
-    products = (not logits_are_kept(a, num_cols)) + 1 + (0 if variant == "locked" else len(b) / num_cols)
-    backward = replace(backward, flops=int(products * forward.flops))
+    forward, backward = cost_of(a, num_cols, 0 if variant == "locked" else len(b) / num_cols)
     if variant == "momentum":
         more = Cost(forward.flops, 0, forward.exps)
         forward, backward = forward + more, backward + more

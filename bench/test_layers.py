@@ -89,7 +89,6 @@ def gold(name: str) -> tuple[Tensor, int]:
     return leaves[0].grad, counter.get_total_flops()
 
 
-@functools.cache
 def gemm_rate() -> float:
     return gemm_flops_per_s(2048, 768, 768, DTYPE, torch.device(DEVICE))
 

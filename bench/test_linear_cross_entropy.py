@@ -20,7 +20,6 @@ SHAPES = PLAIN.bench_shapes[DEVICE]
 GOLD_LOGITS = 2**29  # float64 is slow on a GPU
 
 
-@functools.cache
 def gemm_rate(num_rows: int, vocab: int, width: int, device: torch.device) -> float:
     """FLOP/s of one bare product [T, D] x [D, V]."""
     return gemm_flops_per_s(num_rows, vocab, width, DTYPE, device)

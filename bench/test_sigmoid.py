@@ -27,7 +27,6 @@ COMPILED = {"cpu": (1024, 4096, 8192), "cuda": (8192, 32768)}[DEVICE]
 STORED_LOGITS_LIMIT = 2**34 if DEVICE == "cuda" else 2**27
 
 
-@functools.cache
 def gemm_rate(num_rows: int, width: int, device: torch.device) -> float:
     """FLOP/s of one bare product [B, D] x [D, B]."""
     return gemm_flops_per_s(num_rows, num_rows, width, DTYPE, device)

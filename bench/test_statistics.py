@@ -2,7 +2,6 @@
 same with whole matrices, eager and compiled."""
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, dtype_id, time_case
+from bench.contrastive import cost as cost_of
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
+from bench.token_contrastive import cost as token_cost
 from mmkernels._contract import cast_inputs
 from mmkernels._spec import Inputs, OpSpec, shape_id
-from mmkernels.contrastive.op import logits_are_kept
 from mmkernels.contrastive.spec import LSE, STATS
 from mmkernels.token_contrastive.spec import STATS as TOKEN_STATS
 
@@ -30,7 +30,6 @@ CONTENDERS = {
 }
 
 
-@functools.cache
 def gemm_rate(shape: tuple[int, int, int]) -> float:
     return gemm_flops_per_s(*shape, DTYPE, torch.device(DEVICE))
 
@@ -71,11 +70,7 @@ def test_statistics(benchmark: Any, device: torch.device, op: str, contender: st
     shape, given, call = spec.bench_shapes[DEVICE][0], inputs(op, DTYPE), CONTENDERS[contender](spec)
     wrt = tuple(given[x] for x in spec.differentiable)
     assert_agrees(gradient(call, inputs(op, torch.float32)), gold(op))
-    forward, backward = spec.cost(shape, wrt[0].element_size())
-    if "Q" not in shape and logits_are_kept(wrt[0], shape["N"]):
-        backward = replace(backward, flops=2 * forward.flops)
-    if "Q" in shape and DEVICE == "cpu":  # of the products of a pair one counts in the gradients
-        backward = replace(backward, flops=int((1 + 2 / shape["Q"]) * forward.flops))
+    forward, backward = token_cost(shape, wrt[0]) if "Q" in shape else cost_of(wrt[0], shape["N"])
     cost = forward if mode == "forward" else forward + backward
     rate = gemm_rate((shape["M"] * shape.get("Q", 1), shape["N"], shape["D"]))
     case = Case(

@@ -1,7 +1,6 @@
 """`mmkernels.token_contrastive_loss` at BLIP-2's shapes: times, memory, errors beside two eager forms and compile."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from bench.case import MODES, Case, dtype_id, time_case
 from bench.measure import MIB, gemm_flops_per_s, paired_medians, peak_extra_bytes, relative_error
 from bench.token_contrastive import contenders, eager, features, ours
+from bench.token_contrastive import cost as cost_of
 from mmkernels._spec import shape_id
 from mmkernels.token_contrastive.spec import LOSS
 
@@ -24,7 +24,6 @@ LAVIS_LIMIT = {"cpu": 2**18, "cuda": 2**29}[DEVICE]
 Sizes = tuple[int, int, int, int]
 
 
-@functools.cache
 def gemm_rate(shape: Sizes, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of one bare product [M * Q, D] x [D, N]."""
     num_rows, num_tokens, num_cols, width = shape
@@ -63,9 +62,7 @@ def test_token_contrastive_loss(benchmark, device, shape, contender, dtype, mode
     if reason := skip_reason(sizes, contender, dtype):
         pytest.skip(reason)
     inputs, loss = features(sizes, dtype, device), contenders()[contender]
-    forward, backward = LOSS.cost(shape, inputs[0].element_size())
-    if DEVICE == "cpu":  # of the products of a pair one counts in the gradients
-        backward = replace(backward, flops=int((1 + 2 / shape["Q"]) * forward.flops))
+    forward, backward = cost_of(shape, inputs[0])
     cost = {"forward": forward, "backward": backward, "both": forward + backward}[mode]
     rate = gemm_rate(sizes, dtype, device)
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from bench.case import Case, time_case
+from bench.contrastive import cost
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
 from bench.two_ranks import CONTENDERS, NUM_RANKS, ROWS, WIDTH, first_rank, leaves, two_ranks, whole_batch
 from mmkernels import contrastive_loss
-from mmkernels.contrastive.spec import contrastive_cost
 
 CPU = torch.device("cpu")
 
@@ -40,14 +40,14 @@ def test_global_contrastive_loss(benchmark: Any, ranks: None, contender: str) ->
     mine = leaves()
     da = torch.autograd.grad(first_rank(contender, mine), mine)[0]
     assert_agrees(da, gold())
-    forward, _ = contrastive_cost(ROWS, NUM_RANKS * ROWS, WIDTH, 4)
+    forward, backward = cost(mine[0], NUM_RANKS * ROWS)
     case = Case(
         group=f"global_contrastive_loss float32 W{NUM_RANKS}-B{ROWS}-D{WIDTH}",
         contender=contender,
         loss=lambda: first_rank(contender, mine),
         wrt=mine,
         mode="both",
-        floor_s=3 * forward.flops / gemm_flops_per_s(ROWS, ROWS, WIDTH, torch.float32, CPU),
+        floor_s=(forward + backward).flops / gemm_flops_per_s(ROWS, ROWS, WIDTH, torch.float32, CPU),
         error=lambda: relative_error(da, gold()),
     )
     time_case(benchmark, CPU, case)

@@ -1,12 +1,15 @@
 """What `mmkernels.token_contrastive_loss` is measured against: BLIP-2's loss as the field writes it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import token_contrastive_loss
+from mmkernels._spec import Cost, Shape
+from mmkernels.token_contrastive.spec import LOSS
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -62,3 +65,11 @@ def features(
     tokens[:, 0] = F.normalize(0.3 * b[:num_rows] + (1 - 0.3**2) ** 0.5 * tokens[:, 0], dim=-1)
     tokens, b = (x.to(dtype).requires_grad_() for x in (tokens, b))
     return tokens, b, torch.tensor(1 / 0.07, device=device, requires_grad=True)
+
+
+def cost(shape: Shape, tokens: Tensor) -> tuple[Cost, Cost]:
+    """`LOSS.cost` of the form that is run: on a CPU one of the Q products of a pair counts in the gradients."""
+    forward, backward = LOSS.cost(shape, tokens.element_size())
+    if tokens.is_cpu:
+        backward = replace(backward, flops=int((1 + 2 / shape["Q"]) * forward.flops))
+    return forward, backward
