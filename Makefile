@@ -35,7 +35,7 @@ demo-blip2: $(VENV)/installed
 
 # On pictures of things, tuxpaint's stamps, where the package of them can be fetched, else on scans of digits.
 demo-llava: $(VENV)/installed
-	@if $(RUN) -c "import sys; sys.tracebacklimit = 0; from mmcore.data.stamps import find_stamps; find_stamps(None)"; \
+	@if $(RUN) -c "import sys; sys.tracebacklimit = 0; from mmcore.data.sources.stamps import find_stamps; find_stamps(None)"; \
 	then data=stamps epochs=40; \
 	else echo "no stamps here: the demo is on digits"; data=digits epochs=20; fi; \
 	set -ex; run=$(DEMO)-llava; common="--data $$data --val-fraction 0.2 --lr 1e-3"; \

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.data.wordpiece import Texts
-from mmcore.models.blip2 import BLIP2, IGNORED
-from mmcore.models.blip2_configs import blip2_config
-from mmcore.models.vit import VisionConfig
+from mmcore.data.text.wordpiece import Texts
+from mmcore.labels import IGNORED
 from mmcore.nn import Attention, CrossAttention, QFormerBlock
-from mmcore.train.blip2_steps import LABEL_SMOOTHING, stage1_backward
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.blip2.model import BLIP2
+from mmcore.systems.blip2.shapes import blip2_config
+from mmcore.systems.blip2.steps import LABEL_SMOOTHING, stage1_backward
 
 # ViT-g's states, from a tower that costs nothing: they are computed before, as a frozen tower's may be
 TOWER = VisionConfig(patch_size=14, width=1408, num_layers=1, num_heads=16, mlp_dim=64, norm_eps=1e-6)

@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, OPTForCausalLM
 
 from bench.blip2 import Plain
-from mmcore.data.prompts import Prompted
-from mmcore.models import blip2_names
-from mmcore.models.blip2 import IGNORED
-from mmcore.models.blip2_configs import VIT_G
-from mmcore.models.blip2_lm import BLIP2LM
-from mmcore.models.language_weights import language_weights
-from mmcore.models.qformer import QFormerConfig
-from mmcore.train.blip2_steps import stage2_backward
+from mmcore.data.text.prompts import Prompted
+from mmcore.labels import IGNORED
+from mmcore.parts.language_weights import language_weights
+from mmcore.systems.blip2 import names as blip2_names
+from mmcore.systems.blip2.lm import BLIP2LM
+from mmcore.systems.blip2.qformer import QFormerConfig
+from mmcore.systems.blip2.shapes import VIT_G
+from mmcore.systems.blip2.steps import stage2_backward
 
 PAD, LENGTH = 1, 32
 # a layer of ViT-g's width: the tower is no part of what differs

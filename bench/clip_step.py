@@ -12,11 +12,11 @@ from transformers import CLIPModel
 
 from bench.peers import load
 from mmcore.losses import global_contrastive_loss
-from mmcore.models import clip_names
-from mmcore.models.clip import CLIP, CLIPConfig, TextConfig, caption_lengths
-from mmcore.models.clip_configs import CLIP_CONFIGS
-from mmcore.models.vit import VisionConfig
 from mmcore.optim import AdamWEMA
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.clip import names as clip_names
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, caption_lengths
+from mmcore.systems.clip.shapes import CLIP_CONFIGS
 
 LR, DECAY, WEIGHT_DECAY = 1e-4, 0.9999, 0.1
 # AdamW's and the average's bytes a parameter in float32

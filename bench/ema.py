@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers import load
-from mmcore.models.clip import CLIP
-from mmcore.models.clip_configs import CLIP_CONFIGS
+from mmcore.systems.clip.model import CLIP
+from mmcore.systems.clip.shapes import CLIP_CONFIGS
 from mmkernels import ema_update_
 
 DECAY = 0.999

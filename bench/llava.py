@@ -27,14 +27,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaForConditionalGeneration
 from transformers import LlavaConfig as HFLlavaConfig
 
-from mmcore.data.chat_batches import ChatBatch, PackedBatch, collate, group_by_modality_length, pack
-from mmcore.data.templates import ChatSample
+from mmcore.data.text.chat_batches import ChatBatch, PackedBatch, collate, group_by_modality_length, pack
+from mmcore.data.text.templates import ChatSample
 from mmcore.integrations.transformers import NAME, register
-from mmcore.models import llava_names
-from mmcore.models.blip2 import IGNORED
-from mmcore.models.language_weights import language_weights
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig
-from mmcore.models.vit import VisionConfig
+from mmcore.labels import IGNORED, IMAGE_TOKEN
+from mmcore.parts.language_weights import language_weights
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.llava import names as llava_names
+from mmcore.systems.llava.model import Llava, LlavaConfig
 
 # what Vicuna's template writes before a conversation, and around a round of it
 SYSTEM_TOKENS, ROUND_TOKENS = 35, 9

@@ -16,10 +16,10 @@ import torch
 
 from bench.measure import CLEAR_REFS, in_process, status_bytes
 from bench.plan_models import Trained, TrainedClip, TrainedLlava
-from mmcore.models.llava import Lora
 from mmcore.plan import memory
 from mmcore.plan.hardware import Gpu, Rate
 from mmcore.plan.job import Setting
+from mmcore.systems.llava.model import Lora
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 

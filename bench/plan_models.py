@@ -7,20 +7,21 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from mmcore.data.chat_loader import ChatPart
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
-from mmcore.models.adapters import add_adapters
-from mmcore.models.clip import CLIP, CLIPConfig, TextConfig
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Lora, Trainable
-from mmcore.models.vit import VisionConfig
-from mmcore.plan.clip_job import clip_job_of
+from mmcore.labels import IMAGE_TOKEN
+from mmcore.parts.adapters import add_adapters
+from mmcore.parts.vit import VisionConfig
 from mmcore.plan.job import Job, Setting
 from mmcore.plan.language import language_model
-from mmcore.plan.language_jobs import llava_job_of
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig
+from mmcore.systems.clip.plan import clip_job_of
+from mmcore.systems.llava.loader import ChatPart
+from mmcore.systems.llava.model import Llava, LlavaConfig, Lora, Trainable
+from mmcore.systems.llava.plan import llava_job_of
+from mmcore.systems.llava.recipe import llava_backward
 from mmcore.train.engine import Engine
 from mmcore.train.gradcache import contrastive_backward
-from mmcore.train.llava import llava_backward
 
 
 class Trained(Protocol):

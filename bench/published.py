@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmcore.plan.blip2_job import blip2_stage1_job
-from mmcore.plan.clip_job import clip_job
 from mmcore.plan.exchange import loss
 from mmcore.plan.hardware import GPUS, Gpu
 from mmcore.plan.job import Exchange, Job, Setting
-from mmcore.plan.language_jobs import llava_job
 from mmcore.plan.memory import fits, peak, phases
 from mmcore.plan.report import plan
 from mmcore.plan.search import changes
 from mmcore.plan.step import step
+from mmcore.systems.blip2.plan import blip2_stage1_job
+from mmcore.systems.clip.plan import clip_job
+from mmcore.systems.llava.plan import llava_job
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu-2core"

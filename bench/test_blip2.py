@@ -14,7 +14,7 @@ from bench.case import Case, time_case
 from bench.measure import gemm_flops_per_s, paired_medians, synchronize
 from mmcore.nn import Linear
 from mmcore.ops import CALLS_ONEDNN
-from mmcore.train.blip2_steps import stage1_backward
+from mmcore.systems.blip2.steps import stage1_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # a rank's batch and the published layers on a GPU; on two slow cores these would take ten seconds a step

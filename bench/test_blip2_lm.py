@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.blip2_lm import CONTENDERS, CPU, GPU, LENGTH, batch, our_step, ours, step_flops, theirs
 from bench.case import Case, time_case
 from bench.measure import assert_agrees, gemm_flops_per_s
-from mmcore.data.prompts import Prompted
+from mmcore.data.text.prompts import Prompted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = GPU if DEVICE.type == "cuda" else CPU

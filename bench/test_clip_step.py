@@ -16,8 +16,8 @@ from bench.clip_step import CONTENDERS, UPDATE_BYTES, batch, clip, step_flops
 from bench.ema import sizes
 from bench.measure import gemm_flops_per_s, machine_rates, paired_medians
 from bench.peers import missing
-from mmcore.models.clip import CLIPConfig
-from mmcore.models.clip_configs import CLIP_CONFIGS
+from mmcore.systems.clip.model import CLIPConfig
+from mmcore.systems.clip.shapes import CLIP_CONFIGS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -11,8 +11,7 @@ from torch import Tensor
 from bench.case import Case, time_case
 from bench.llava import CONTENDERS, CPU, EAGER, GPU, MIX, PACKED, Batch, batch, ours, step_flops, theirs
 from bench.measure import gemm_flops_per_s, paired_medians, peak_extra_bytes
-from mmcore.models.blip2 import IGNORED
-from mmcore.models.llava import IMAGE_TOKEN
+from mmcore.labels import IGNORED, IMAGE_TOKEN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = GPU if DEVICE.type == "cuda" else CPU

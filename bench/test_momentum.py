@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bench.case import Case, time_case
 from bench.measure import assert_agrees, gemm_flops_per_s, machine_rates, relative_error
-from mmcore.models.clip_configs import CLIP_CONFIGS
-from mmcore.models.vit import ViT
 from mmcore.nn import FeatureQueue, MomentumEncoder
+from mmcore.parts.vit import ViT
+from mmcore.systems.clip.shapes import CLIP_CONFIGS
 from mmkernels import contrastive_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

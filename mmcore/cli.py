@@ -11,16 +11,16 @@ import tyro
 from mmcore.checkpoint import write_json
 from mmcore.data import DataConfig
 from mmcore.data.held_out import open_held_out
-from mmcore.data.images import image_processor_config
-from mmcore.data.prompts import Task
+from mmcore.data.text.prompts import Task
+from mmcore.data.transforms.images import image_processor_config
 from mmcore.errors import complain
-from mmcore.eval import blip2
-from mmcore.eval.answers import Decoding
-from mmcore.eval.clip import WEIGHTS, load_run, print_retrieval, print_zero_shot
-from mmcore.eval.speaker import print_captions, print_vqa
-from mmcore.models.blip2_weights import save_blip2
-from mmcore.models.clip_weights import save_clip
-from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_STAGE2, WeightsKey, find_run
+from mmcore.runs import BLIP2_STAGE1, BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_STAGE2, WEIGHTS, WeightsKey, find_run
+from mmcore.systems.blip2 import retrieval as blip2
+from mmcore.systems.blip2.weights import save_blip2
+from mmcore.systems.clip.evaluate import load_run, print_retrieval, print_zero_shot
+from mmcore.systems.clip.weights import save_clip
+from mmcore.tasks.answers import Decoding
+from mmcore.tasks.speaker import print_captions, print_vqa
 
 _USAGE = """usage: mmcore COMMAND ...
 
@@ -110,7 +110,7 @@ def _speak(task: Task, config: SpeakConfig) -> None:
     recipe = find_run(config.run).recipe
     is_llava = recipe in (LLAVA_STAGE1, LLAVA_STAGE2)
     # loaded by name: what else is measured does without transformers
-    models = importlib.import_module(f"mmcore.eval.{'llava' if is_llava else 'blip2_lm'}")
+    models = importlib.import_module(f"mmcore.systems.{'llava.evaluate' if is_llava else 'blip2.speaker'}")
     if config.data is None and (config.annotations or config.image_root):
         given = config.annotations or config.image_root
         raise ValueError(f"--annotations and --image-root have no effect without --data, got {given}")
@@ -141,13 +141,13 @@ def _export(arguments: list[str]) -> None:
     if not has_language and config.llm is not None:
         raise ValueError(f"--llm has no effect on a run of {recipe}, got {config.llm}")
     if has_language:
-        kind = "stage2" if recipe == BLIP2_STAGE2 else "llava_runs"
-        export = importlib.import_module(f"mmcore.models.{kind}").export
+        kind = "blip2.start" if recipe == BLIP2_STAGE2 else "llava.runs"
+        export = importlib.import_module(f"mmcore.systems.{kind}").export
         shape, step, weights = export(config.run, config.out, config.weights, config.llm)
         if recipe == BLIP2_STAGE2:
             settings = image_processor_config(shape)
         else:
-            settings = importlib.import_module("mmcore.data.chat_loader").processor_config(shape)
+            settings = importlib.import_module("mmcore.systems.llava.loader").processor_config(shape)
     elif recipe == BLIP2_STAGE1:
         trained = blip2.load_run(config.run, config.weights)
         save_blip2(trained.model, config.out)
@@ -167,7 +167,7 @@ def _export(arguments: list[str]) -> None:
 
 def _chat(arguments: list[str]) -> None:
     # loaded by name: the others do without transformers
-    importlib.import_module("mmcore.chat").main(arguments)
+    importlib.import_module("mmcore.tasks.terminal").main(arguments)
 
 
 def _plan(arguments: list[str]) -> None:

@@ -9,13 +9,13 @@ MODULES = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.opt.modeling_opt",
     "transformers.models.qwen2.modeling_qwen2",
-    "mmcore.chat",
+    "mmcore.tasks.terminal",
     "mmcore.cli",
-    "mmcore.models.adapters",
-    "mmcore.train.blip2_stage1",
-    "mmcore.train.blip2_stage2",
-    "mmcore.train.clip",
-    "mmcore.train.llava",
+    "mmcore.parts.adapters",
+    "mmcore.systems.blip2.stage1",
+    "mmcore.systems.blip2.stage2",
+    "mmcore.systems.clip.recipe",
+    "mmcore.systems.llava.recipe",
 )
 for name in MODULES:
     import_module(name)

@@ -18,26 +18,47 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "mmcore.optim": ("mmcore.ops", "mmcore.ema"),
     "mmcore.nn": ("mmcore.ops", "mmcore.ema"),
     "mmcore.integrations": ("mmcore.ops", "mmcore.losses"),
-    "mmcore.integrations.lmms_eval": ("mmcore.data", "mmcore.eval", "mmcore.models"),
-    "mmcore.losses": ("mmcore.ops", "mmcore.nn"),
-    "mmcore.models": ("mmcore.ops", "mmcore.nn", "mmcore.checkpoint"),
-    "mmcore.data": ("mmcore.models",),
-    "mmcore.eval": ("mmcore.data", "mmcore.models", "mmcore.losses", "mmcore.checkpoint"),
-    "mmcore.chat": tuple(f"mmcore.{p}" for p in "data eval models errors".split()),
-    "mmcore.train": (
+    "mmcore.integrations.lmms_eval": (
         "mmcore.data",
-        "mmcore.eval",
-        "mmcore.models",
-        "mmcore.losses",
-        "mmcore.ema",
-        "mmcore.optim",
-        "mmcore.integrations",
-        "mmcore.checkpoint",
-        "mmcore.errors",
+        "mmcore.metrics",
+        "mmcore.systems",
+        "mmcore.tasks",
+        "mmcore.runs",
     ),
-    "mmcore.plan": ("mmkernels", "mmcore.ops", "mmcore.nn", "mmcore.losses", "mmcore.models"),
+    "mmcore.losses": ("mmcore.ops", "mmcore.nn"),
+    "mmcore.labels": (),
+    "mmcore.weights": ("mmcore.ops", "mmcore.checkpoint"),
+    "mmcore.metrics": (),
+    "mmcore.data": ("mmcore.labels",),
+    "mmcore.report": ("mmcore.data", "mmcore.checkpoint"),
+    "mmcore.parts": (
+        "mmcore.ops",
+        "mmcore.nn",
+        "mmcore.weights",
+        "mmcore.data",
+        "mmcore.labels",
+        "mmcore.checkpoint",
+        "mmcore.runs",
+        "mmcore.systems",
+    ),
+    "mmcore.runs": ("mmcore.systems", "mmcore.parts", "mmcore.checkpoint"),
+    "mmcore.tasks": tuple(
+        f"mmcore.{p}" for p in "data metrics report parts runs checkpoint errors systems".split()
+    ),
+    "mmcore.train": tuple(
+        f"mmcore.{p}" for p in "data losses ema optim checkpoint errors systems runs".split()
+    ),
+    "mmcore.systems": tuple(
+        f"mmcore.{p}"
+        for p in (
+            "ops nn losses labels weights metrics data report parts runs tasks train plan checkpoint integrations"
+        ).split()
+    ),
+    "mmcore.plan": ("mmkernels", *(f"mmcore.{p}" for p in "ops nn losses parts runs systems".split())),
     "mmcore.__main__": ("mmcore.cli",),
-    "mmcore.cli": tuple(f"mmcore.{p}" for p in "data train eval plan models checkpoint errors".split()),
+    "mmcore.cli": tuple(
+        f"mmcore.{p}" for p in "data train tasks metrics systems runs plan checkpoint errors".split()
+    ),
     "bench": ("mmkernels", "mmcore"),
     "docs": ("mmkernels", "mmcore"),
     "examples": ("mmkernels", "mmcore"),
@@ -97,7 +118,7 @@ def test_imports_point_down(name: str, path: Path) -> None:
 def test_an_import_that_points_up_is_seen() -> None:
     assert violations("mmcore.nn.transformer", "from mmcore.train.engine import Engine")
     assert violations("mmkernels.contrastive.op", "import mmcore")
-    assert violations("mmcore.train.clip", "import deepspeed")
+    assert violations("mmcore.systems.clip.recipe", "import deepspeed")
     assert not violations("mmcore.train.engine", "import deepspeed\nfrom mmcore.losses import x")
 
 

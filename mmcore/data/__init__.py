@@ -2,11 +2,11 @@
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.config import Batch, DataConfig, LoaderSpec
-from mmcore.data.images import IMAGE_MEAN, IMAGE_STD
 from mmcore.data.loader import TrainLoader
 from mmcore.data.pairs import PairData, open_data
-from mmcore.data.questions import Question, QuestionSet
-from mmcore.data.sources import EvalSet
+from mmcore.data.sources.base import EvalSet
+from mmcore.data.sources.questions import Question, QuestionSet
+from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD
 
 __all__ = [
     "IMAGE_MEAN",

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmcore.data.config import DataConfig
-from mmcore.data.conversations import ConversationSet, open_conversations
-from mmcore.data.derived_chats import digit_conversations, stamp_conversations
-from mmcore.data.digits import open_digits
-from mmcore.data.split import split_linked
-from mmcore.data.stamps import Stamps, open_stamps
+from mmcore.data.sources.conversations import ConversationSet, open_conversations
+from mmcore.data.sources.derived_chats import digit_conversations, stamp_conversations
+from mmcore.data.sources.digits import open_digits
+from mmcore.data.sources.split import split_linked
+from mmcore.data.sources.stamps import Stamps, open_stamps
 
 _BUILT_IN = ("digits", "stamps")
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from mmcore.data.config import DataConfig
-from mmcore.data.files import FilePairs
 from mmcore.data.pairs import PairData, open_data, source_kind
-from mmcore.data.shards import open_held_out_shards
-from mmcore.data.sources import by_image
+from mmcore.data.sources.base import by_image
+from mmcore.data.sources.files import FilePairs
+from mmcore.data.sources.shards import open_held_out_shards
 
 
 def open_held_out(config: DataConfig) -> PairData:

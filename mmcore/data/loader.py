@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import Batch, LoaderSpec
-from mmcore.data.images import resize_center_crop, to_tensor
-from mmcore.data.sources import PairSource, Tokenize, check_tokens
+from mmcore.data.sources.base import PairSource, Tokenize, check_tokens
+from mmcore.data.transforms.images import resize_center_crop, to_tensor
 
 _ORDER, _SAMPLE = 0x04DE4, 0x5A3B1E
 _MAX_TRIES = 1_000

@@ -7,16 +7,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from mmcore.data.annotations import open_json
 from mmcore.data.broken import BrokenTally
 from mmcore.data.config import Batch, DataConfig, LoaderSpec, SourceKind
-from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
 from mmcore.data.loader import MapLoader, PairBatches, TrainLoader
-from mmcore.data.questions import QuestionSet
-from mmcore.data.shards import ShardSource, open_shards
-from mmcore.data.sources import EvalSet, PairSource, Tokenize
-from mmcore.data.stamps import open_stamps
-from mmcore.data.table import open_table
+from mmcore.data.sources.annotations import open_json
+from mmcore.data.sources.base import EvalSet, PairSource, Tokenize
+from mmcore.data.sources.digits import (
+    DIGIT_NAMES,
+    DIGIT_TEMPLATES,
+    digit_captions,
+    digit_questions,
+    open_digits,
+)
+from mmcore.data.sources.questions import QuestionSet
+from mmcore.data.sources.shards import ShardSource, open_shards
+from mmcore.data.sources.stamps import open_stamps
+from mmcore.data.sources.table import open_table
 
 _BUILT_IN = ("digits", "stamps")
 _TABLE_SUFFIXES = (".csv", ".tsv")

@@ -9,17 +9,17 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from mmcore.models.llava import LORA_DROPOUT, Lora
-from mmcore.models.llava_runs import LLAVA_STAGE1, LLAVA_STAGE2
-from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
-from mmcore.plan.blip2_job import blip2_stage1_job
-from mmcore.plan.clip_job import clip_job
 from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Job, Precision, Setting
 from mmcore.plan.report import as_json, plan, show
+from mmcore.runs import BLIP2_STAGE1, BLIP2_STAGE2
+from mmcore.systems.blip2.plan import blip2_stage1_job
+from mmcore.systems.clip.plan import clip_job
+from mmcore.systems.llava.model import LORA_DROPOUT, Lora
+from mmcore.systems.llava.runs import LLAVA_STAGE1, LLAVA_STAGE2
 
 # Loaded by name: transformers takes seconds, and CLIP needs none of it.
-LANGUAGE_JOBS = "mmcore.plan.language_jobs"
+LANGUAGE_JOBS = "mmcore.systems.llava.plan"
 SHORT = {"blip2": BLIP2_STAGE1, "llava": LLAVA_STAGE2}
 """What is meant by a model's name alone: BLIP-2's first stage, LLaVA's second, which needs most."""
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
-from mmcore.models.language_head import LanguageHead
 from mmcore.ops import attention, require
+from mmcore.parts.language_head import LanguageHead
 from mmcore.plan.demand import Built
 
 OP = "mmcore plan"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmcore.models.vit import VisionConfig, ViT
+from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.plan.demand import Built
 from mmcore.plan.job import Piece, Setting
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 import tyro
 
 from mmcore.errors import complain
-from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_STAGE2
-from mmcore.train.blip2_stage1 import Blip2Stage1Config, train_blip2_stage1
-from mmcore.train.blip2_stage2 import Blip2Stage2Config, train_blip2_stage2
-from mmcore.train.clip import ClipConfig, train_clip
-from mmcore.train.llava import train_llava
-from mmcore.train.llava_config import LlavaStage1Config, LlavaStage2Config
+from mmcore.runs import BLIP2_STAGE1, BLIP2_STAGE2, LLAVA_STAGE1, LLAVA_STAGE2
+from mmcore.systems.blip2.stage1 import Blip2Stage1Config, train_blip2_stage1
+from mmcore.systems.blip2.stage2 import Blip2Stage2Config, train_blip2_stage2
+from mmcore.systems.clip.recipe import ClipConfig, train_clip
+from mmcore.systems.llava.config import LlavaStage1Config, LlavaStage2Config
+from mmcore.systems.llava.recipe import train_llava
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "clip": (ClipConfig, train_clip),

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmcore.data.prompts import Prompted
-from mmcore.models.blip2_lm import BLIP2LM
-from mmcore.models.qformer import QFormerConfig
-from mmcore.models.vit import VisionConfig
+from mmcore.data.text.prompts import Prompted
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.blip2.lm import BLIP2LM
+from mmcore.systems.blip2.qformer import QFormerConfig
 
 B, LENGTH, VOCAB = 4, 7, 40
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmcore.data.chat_loader import ChatPart
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Lora, Trainable
-from mmcore.models.llava_runs import load_trained
-from mmcore.models.vit import VisionConfig
+from mmcore.labels import IMAGE_TOKEN
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.llava.loader import ChatPart
+from mmcore.systems.llava.model import Llava, LlavaConfig, Lora, Trainable
+from mmcore.systems.llava.runs import load_trained
 
 B, LENGTH, VOCAB = 4, 32, 40
 IMAGE = (20, 50)

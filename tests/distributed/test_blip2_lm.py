@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmcore.train.blip2_steps import stage2_backward
+from mmcore.systems.blip2.steps import stage2_backward
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from tests.distributed import blip2_lm
 from tests.distributed.launch import run_ranks

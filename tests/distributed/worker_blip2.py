@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.data.wordpiece import Texts
+from mmcore.data.text.wordpiece import Texts
 from mmcore.losses import fetch_rows, global_token_contrastive_loss, hard_negatives, pair_labels
-from mmcore.models.blip2 import BLIP2, BLIP2Config
-from mmcore.models.qformer import QFormerConfig
-from mmcore.models.vit import VisionConfig
-from mmcore.train.blip2_steps import stage1_backward
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.blip2.model import BLIP2, BLIP2Config
+from mmcore.systems.blip2.qformer import QFormerConfig
+from mmcore.systems.blip2.steps import stage1_backward
 from tests.distributed.launch import finish
 
 SIZE, LENGTH, VOCAB = 8, 6, 50

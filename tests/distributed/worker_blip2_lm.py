@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from mmcore import checkpoint
-from mmcore.data.prompts import Prompted
-from mmcore.train.blip2_steps import stage2_backward
+from mmcore.data.text.prompts import Prompted
+from mmcore.systems.blip2.steps import stage2_backward
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from mmcore.train.state import save_state

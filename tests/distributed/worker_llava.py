@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mmcore.systems.llava.recipe import llava_backward
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
-from mmcore.train.llava import llava_backward
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 from tests.distributed import llava
 from tests.distributed.launch import finish

@@ -19,18 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from mmcore.data.chat_loader import ChatPart
-from mmcore.models.clip import CLIP
-from mmcore.models.clip_configs import clip_config
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig
-from mmcore.models.vit import VisionConfig
-from mmcore.plan.clip_job import clip_job
+from mmcore.labels import IMAGE_TOKEN
+from mmcore.parts.vit import VisionConfig
 from mmcore.plan.job import Job, Setting
 from mmcore.plan.language import language_model
-from mmcore.plan.language_jobs import llava_job_of
 from mmcore.plan.zero import BUCKET
+from mmcore.systems.clip.model import CLIP
+from mmcore.systems.clip.plan import clip_job
+from mmcore.systems.clip.shapes import clip_config
+from mmcore.systems.llava.loader import ChatPart
+from mmcore.systems.llava.model import Llava, LlavaConfig
+from mmcore.systems.llava.plan import llava_job_of
+from mmcore.systems.llava.recipe import llava_backward
 from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
-from mmcore.train.llava import llava_backward
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 
 MICRO, LENGTH = 2, 24

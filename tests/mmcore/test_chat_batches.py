@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcore.data.chat_batches import collate, epoch_generator, group_by_modality_length, pack
-from mmcore.data.templates import ChatSample, ChatTokens, expand
+from mmcore.data.text.chat_batches import collate, epoch_generator, group_by_modality_length, pack
+from mmcore.data.text.templates import ChatSample, ChatTokens, expand
 from mmkernels import masks
 from tests.mmcore.chat_fixtures import byte_bpe, conversation
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcore.data.conversations import (
+from mmcore.data.sources.conversations import (
     IMAGE,
     MAX_SIDE,
     BrokenField,
@@ -22,7 +22,7 @@ from mmcore.data.conversations import (
     open_conversations,
     parse_conversation,
 )
-from mmcore.data.mixes import parse_sampling, read_mix
+from mmcore.data.sources.mixes import parse_sampling, read_mix
 from tests.mmcore.data_fixtures import image_bytes, write_images, write_json, write_tar
 
 ASKED = {"from": "human", "value": f"{IMAGE}\nWhat is it?"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmcore.data import IMAGE_MEAN, IMAGE_STD, BrokenRecord
-from mmcore.data.images import (
+from mmcore.data.transforms.images import (
     MAX_IMAGE_PIXELS,
     decode_rgb,
     pad_to_square,

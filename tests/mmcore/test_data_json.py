@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmcore.data import DataConfig, open_data
-from mmcore.data.json_formats import read_json
+from mmcore.data.sources.json_formats import read_json
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     fake_tokenizer,

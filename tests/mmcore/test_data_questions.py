@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmcore.data import DataConfig, PairData, Question, QuestionSet, open_data
-from mmcore.data.digits import DIGIT_NAMES, Digits
+from mmcore.data.sources.digits import DIGIT_NAMES, Digits
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     fake_tokenizer,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.data import DataConfig, TrainLoader, open_data, shards, tar
-from mmcore.data.shards import ShardBatches
+from mmcore.data import DataConfig, TrainLoader, open_data
+from mmcore.data.sources import shards, tar
+from mmcore.data.sources.shards import ShardBatches
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     fake_tokenizer,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcore.data import DataConfig, open_data
-from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits
-from mmcore.data.images import resize_center_crop
-from mmcore.data.split import split_pairs
+from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits
+from mmcore.data.sources.split import split_pairs
+from mmcore.data.transforms.images import resize_center_crop
 from tests.mmcore.data_fixtures import fake_tokenizer, spec, take
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmcore.data import BrokenRecord, DataConfig, open_data
-from mmcore.data.stamps import Stamps, find_stamps, parse_stamp_caption
+from mmcore.data.sources.stamps import Stamps, find_stamps, parse_stamp_caption
 from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, write_stamps
 
 CACHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcore" / "tuxpaint-stamps"

@@ -12,10 +12,10 @@ import pytest
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.config import DataConfig
-from mmcore.data.conversations import IMAGE, Conversation, ConversationSet, parse_conversation
-from mmcore.data.derived_chats import MAX_TURNS, digit_conversations, draw_named, stamp_conversations
-from mmcore.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, open_digits
-from mmcore.data.stamps import OpenStamps, Stamps, open_stamps
+from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, parse_conversation
+from mmcore.data.sources.derived_chats import MAX_TURNS, digit_conversations, draw_named, stamp_conversations
+from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, open_digits
+from mmcore.data.sources.stamps import OpenStamps, Stamps, open_stamps
 from tests.mmcore.data_fixtures import write_stamps
 
 ASKED = {

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcore.eval import bleu, caption_tokens, cider
+from mmcore.metrics import bleu, caption_tokens, cider
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text("utf-8"))
 WORDS = "a the red dog cat man's can't runs sits 5 st. t-shirt".split()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmcore.eval import relevance_of, retrieval_recall, top_k_accuracy, zero_shot_weights
+from mmcore.metrics import relevance_of, retrieval_recall, top_k_accuracy, zero_shot_weights
 
 # two images, three captions: unit vectors in the plane, scores are cosines of the angles between
 ANGLES_IMAGES = [0.0, 90.0]

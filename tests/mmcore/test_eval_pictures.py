@@ -9,9 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmcore.eval import fonts, sheets
-from mmcore.eval.pictures import plot_curves, plot_retrieval
-from mmcore.eval.sheets import Exchange, plot_captions, plot_dialogues
+from mmcore.report import fonts, sheets
+from mmcore.report.pictures import plot_curves, plot_retrieval
+from mmcore.report.sheets import Exchange, plot_captions, plot_dialogues
 
 GREEN, RED = (26, 143, 76), (208, 52, 44)
 

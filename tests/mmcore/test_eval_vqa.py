@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcore.eval import normalize_answer, vqa_accuracy
+from mmcore.metrics import normalize_answer, vqa_accuracy
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "vqa.json").read_text("utf-8"))
 QUESTIONS: list[dict[str, Any]] = GOLDEN["questions"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcore.data.picture_facts import COLOURS, Colour, main_colour, proportions
+from mmcore.data.sources.picture_facts import COLOURS, Colour, main_colour, proportions
 
 SHADES: dict[Colour, list[tuple[int, int, int]]] = {
     "black": [(0, 0, 0), (40, 40, 45), (45, 5, 5)],

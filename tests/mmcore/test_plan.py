@@ -16,21 +16,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.plan_models import Trained, TrainedClip, TrainedLlava
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
-from mmcore.models.adapters import add_adapters
-from mmcore.models.blip2 import BLIP2
-from mmcore.models.blip2_configs import blip2_config
-from mmcore.models.blip2_lm import BLIP2LM
-from mmcore.models.clip import CLIP
-from mmcore.models.clip_configs import clip_config
-from mmcore.models.llava import IMAGE_TOKEN, Llava, LlavaConfig, Lora
-from mmcore.plan.blip2_job import blip2_stage1_job
-from mmcore.plan.clip_job import clip_job
+from mmcore.labels import IMAGE_TOKEN
+from mmcore.parts.adapters import add_adapters
 from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Job, Setting
 from mmcore.plan.language import LLMS, language_config, language_model
-from mmcore.plan.language_jobs import blip2_stage2_job, llava_job
 from mmcore.plan.memory import rank_loss
 from mmcore.plan.step import step
+from mmcore.systems.blip2.lm import BLIP2LM
+from mmcore.systems.blip2.model import BLIP2
+from mmcore.systems.blip2.plan import blip2_stage1_job
+from mmcore.systems.blip2.shapes import blip2_config
+from mmcore.systems.clip.model import CLIP
+from mmcore.systems.clip.plan import clip_job
+from mmcore.systems.clip.shapes import clip_config
+from mmcore.systems.llava.model import Llava, LlavaConfig, Lora
+from mmcore.systems.llava.plan import blip2_stage2_job, llava_job
 
 # Of the checkpoints on the hub, as their safetensors have them.
 PUBLISHED = {

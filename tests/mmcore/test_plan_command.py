@@ -14,10 +14,7 @@ from bench.plan_models import TrainedLlava
 from bench.published import PAGES, TABLE, filled
 from bench.scale import simulate
 from mmcore import cli
-from mmcore.models.llava_runs import LLAVA_STAGE1, LLAVA_STAGE2
-from mmcore.models.runs import BLIP2_STAGE1, BLIP2_STAGE2
 from mmcore.plan import command
-from mmcore.plan.clip_job import clip_job
 from mmcore.plan.exchange import loss
 from mmcore.plan.hardware import GPUS, MEASURED_COPY, MEASURED_FLOPS
 from mmcore.plan.job import Exchange, Setting
@@ -25,10 +22,13 @@ from mmcore.plan.memory import FILLED, fits, peak, phases
 from mmcore.plan.search import changes, nearest
 from mmcore.plan.step import step
 from mmcore.plan.zero import BUCKET
-from mmcore.train.blip2_stage1 import Blip2Stage1Config
-from mmcore.train.blip2_stage2 import Blip2Stage2Config
-from mmcore.train.clip import ClipConfig
-from mmcore.train.llava_config import LlavaStage1Config, LlavaStage2Config
+from mmcore.runs import BLIP2_STAGE1, BLIP2_STAGE2
+from mmcore.systems.blip2.stage1 import Blip2Stage1Config
+from mmcore.systems.blip2.stage2 import Blip2Stage2Config
+from mmcore.systems.clip.plan import clip_job
+from mmcore.systems.clip.recipe import ClipConfig
+from mmcore.systems.llava.config import LlavaStage1Config, LlavaStage2Config
+from mmcore.systems.llava.runs import LLAVA_STAGE1, LLAVA_STAGE2
 
 JOB, GPU = clip_job("tiny"), GPUS["a100-40gb"]
 LLAVA = TrainedLlava(256, 2).job()

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mmcore.data.prompts import PromptTokens, prompt_texts
-from mmcore.models.language import tiny_tokenizer
+from mmcore.data.text.prompts import PromptTokens, prompt_texts
+from mmcore.parts.language import tiny_tokenizer
 
 TEXTS = ["a photo of a cat\n", "Question: what is it? Answer: a dog\n", "two dogs\n"] * 5
 

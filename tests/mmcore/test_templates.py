@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.conversations import IMAGE, Conversation, Turn
-from mmcore.data.templates import AUTO, IMAGE_TOKEN, TEMPLATES, ChatSample, ChatTokens, expand
+from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
+from mmcore.data.text.templates import AUTO, TEMPLATES, ChatSample, ChatTokens, expand
+from mmcore.labels import IMAGE_TOKEN
 from tests.mmcore.chat_fixtures import byte_bpe, conversation, llama
 
 IGNORED = -100

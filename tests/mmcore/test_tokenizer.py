@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcore.data.tokenizer import END_TOKEN, START_TOKEN, Tokenizer, load_tokenizer, train_tokenizer
-from mmcore.models.clip import eos_positions
+from mmcore.data.text.tokenizer import END_TOKEN, START_TOKEN, Tokenizer, load_tokenizer, train_tokenizer
+from mmcore.systems.clip.model import eos_positions
 
 CAPTIONS = [
     "A photo of a cat",
@@ -108,7 +108,7 @@ def test_special_tokens_spelled_out_in_a_caption_are_plain_text(tokenizer: Token
 
 def test_training_is_the_same_in_every_process():
     code = (
-        "from mmcore.data.tokenizer import train_tokenizer\n"
+        "from mmcore.data.text.tokenizer import train_tokenizer\n"
         "words = [a + b + c + d for a in 'abcde' for b in 'fghij' for c in 'klmno' for d in 'pqrst'] * 2\n"
         "print(train_tokenizer(words, vocab_size=700, context_length=8)._bpe.to_str())"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from mmcore.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 
 CAPTIONS = [
     "A small dog runs across the snow.",
@@ -35,7 +35,7 @@ def test_ids_are_those_of_transformers(learned: WordPiece, tmp_path: Path) -> No
 
 def test_learning_is_the_same_in_every_process(learned: WordPiece) -> None:
     code = (
-        "import json,sys; from mmcore.data.wordpiece import train_wordpiece;"
+        "import json,sys; from mmcore.data.text.wordpiece import train_wordpiece;"
         "print(json.dumps(train_wordpiece(json.loads(sys.argv[1]), vocab_size=160).words))"
     )
     for _ in range(2):

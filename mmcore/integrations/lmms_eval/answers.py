@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mmcore.data.chat_batches import collate
-from mmcore.data.conversations import IMAGE, Conversation, Turn
-from mmcore.data.templates import expand
-from mmcore.eval.chat_inputs import SeenImage, generate_inputs, image_inputs, prompt_of, see
-from mmcore.eval.chat_model import ChatModel
-from mmcore.eval.dialogue import Sampling, num_positions
+from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
+from mmcore.data.text.chat_batches import collate
+from mmcore.data.text.templates import expand
+from mmcore.systems.llava.chat import ChatModel
+from mmcore.systems.llava.dialogue import Sampling, num_positions
+from mmcore.systems.llava.inputs import SeenImage, generate_inputs, image_inputs, prompt_of, see
 
 MAX_NEW_TOKENS = 1024
 """Where a task names none."""

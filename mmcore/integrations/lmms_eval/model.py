@@ -12,10 +12,10 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 from tqdm import tqdm
 
-from mmcore.eval.chat_model import load_chat_model
 from mmcore.integrations.lmms_eval import NAME
 from mmcore.integrations.lmms_eval.answers import Answerer, Question
-from mmcore.models.runs import WeightsKey
+from mmcore.runs import WeightsKey
+from mmcore.systems.llava.chat import load_chat_model
 
 
 class MmcoreLlava(lmms):

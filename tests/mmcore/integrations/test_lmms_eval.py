@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data.conversations import IMAGE, Conversation, Turn
-from mmcore.data.templates import ChatTokens, expand
-from mmcore.eval.chat_inputs import image_inputs, see
-from mmcore.eval.dialogue import Dialogue, Sampling
+from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
+from mmcore.data.text.templates import ChatTokens, expand
 from mmcore.integrations import lmms_eval as adapter
-from mmcore.models.llava import Llava
-from mmcore.models.llava_weights import save_llava
+from mmcore.systems.llava.dialogue import Dialogue, Sampling
+from mmcore.systems.llava.inputs import image_inputs, see
+from mmcore.systems.llava.model import Llava
+from mmcore.systems.llava.weights import save_llava
 from tests.distributed.launch import ROOT
-from tests.mmcore.llava_fixtures import chat_tokens, image, llava, tokenizer, write_run
+from tests.systems.llava.fixtures import chat_tokens, image, llava, tokenizer, write_run
 
 CPU = torch.device("cpu")
 TASK, SPLIT = "tiny", "test"

@@ -1,0 +1,1 @@
+"""Where images, captions, questions and conversations come from."""

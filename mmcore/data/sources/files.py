@@ -1,0 +1,89 @@
+"""Image files, with or without captions: what tables and JSON files name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from mmcore.data.broken import BrokenRecord
+from mmcore.data.sources.base import stable_hash
+from mmcore.data.transforms.images import decode_rgb, random_resized_crop
+
+Files = TypeVar("Files", bound="ImageFiles")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files, as TrainImages.
+
+    Args:
+        paths: file of each sample's image.
+        identities: which image each sample shows; samples of one image have the same.
+    """
+
+    paths: list[str]
+    identities: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def sample_id(self, i: int) -> str:
+        """Path of image `i`."""
+        return self.paths[i]
+
+    def raw_image(self, i: int) -> Image.Image:
+        """RGB image `i`; raises BrokenRecord."""
+        return decode_rgb(read_image_file(self.paths[i]))
+
+    def image_id(self, i: int) -> int:
+        """Hash of the identity of image `i`."""
+        return stable_hash(self.identities[i])
+
+    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+        """Random resized crop."""
+        return random_resized_crop(image, size, rng)
+
+    def take(self: Files, indices: list[int]) -> Files:
+        """The samples at `indices`."""
+        kept = {f.name: [getattr(self, f.name)[i] for i in indices] for f in fields(self)}
+        return type(self)(**kept)
+
+
+@dataclass(frozen=True)
+class FilePairs(ImageFiles):
+    """Image files with a caption each, as a PairSource.
+
+    Args:
+        texts: caption of each pair.
+    """
+
+    texts: list[str]
+
+    def question(self, i: int) -> None:
+        """Captions stand alone."""
+
+    def caption(self, i: int, rng: np.random.Generator) -> str:
+        """Caption of pair `i`."""
+        return self.texts[i]
+
+    def all_captions(self, i: int) -> list[str]:
+        """Caption of pair `i`, alone."""
+        return [self.texts[i]]
+
+    def label(self, i: int, caption: str) -> int:
+        """Equal captions are positives of each other."""
+        return stable_hash(caption)
+
+
+def read_image_file(path: str) -> bytes:
+    """Bytes of an image file; raises BrokenRecord where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise BrokenRecord("missing file") from None
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise BrokenRecord("unreadable file") from None

@@ -1,0 +1,263 @@
+"""The JSON files that captions and questions come in, told apart by their content."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from mmcore.data.broken import BrokenRecord
+from mmcore.data.sources.base import parse_image_id
+from mmcore.data.sources.questions import Question
+
+JsonFormat = Literal[
+    "LAVIS captions", "LAVIS questions", "COCO captions", "VQAv2 questions", "VQAv2 annotations"
+]
+
+_KNOWN = frozenset(
+    "images annotations questions id file_name image image_id caption question question_id answer answers "
+    "question_type answer_type".split()
+)
+_NUM_PROBED = 100
+_NUM_SHOWN = 8
+_MAX_DIGITS = 18
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class _Shrink:
+    """Makes of each JSON object, as it is parsed, what we keep of it: known keys, equal texts stored once.
+
+    An annotator's answer, an object of four entries, becomes its text: VQAv2 has 4.4 million of them.
+    """
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.dropped: dict[str, None] = {}
+        """Unknown keys of the first objects, for messages."""
+        self.num_seen = 0
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Any:
+        kept = {key: self._share(value) for key, value in pairs if key in _KNOWN}
+        if self.num_seen < _NUM_PROBED:
+            self.num_seen += 1
+            self.dropped.update(dict.fromkeys(key for key, _ in pairs if key not in _KNOWN))
+        if "answer" in kept and "question" not in kept and "image" not in kept:
+            return kept["answer"]
+        return kept
+
+    def _share(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.texts.setdefault(value, value)
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            return [self._share(item) for item in value]
+        return value
+
+
+@dataclass(frozen=True)
+class JsonFile:
+    """A JSON file whose format is known.
+
+    Args:
+        path: the file.
+        argument: the setting that named it, for messages.
+        format: what it holds.
+        content: the parsed file, less what no format needs.
+    """
+
+    path: str
+    argument: str
+    format: JsonFormat
+    content: Any
+
+    @property
+    def what(self) -> str:
+        """The setting and its value, for messages."""
+        return f"{self.argument}={self.path!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A caption or a question with its image.
+
+    Args:
+        image: name of the image's file, or its number where the format gives no name.
+        image_id: the image's identity, or None where the file gives none.
+        text: the caption, or the question with its answers.
+    """
+
+    image: str | int
+    image_id: str | None
+    text: str | Question
+
+
+def read_json(path: str, argument: str) -> JsonFile:
+    """Parse a file once and tell its format.
+
+    Raises:
+        ValueError: naming `argument`: no such file, no JSON, or no format that fits.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"data: {argument} must be an existing file, got {path!r}")
+    shrink = _Shrink()
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            content = json.load(file, object_pairs_hook=shrink)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"data: {argument}={path!r} must be JSON in UTF-8, got: {error}") from None
+    found = _recognise(content)
+    if found is None:
+        raise ValueError(
+            f"data: {argument}={path!r} must hold LAVIS's captions [{{image, caption}}] or questions "
+            "[{image, question, answer}], COCO's captions {images, annotations} or VQAv2's questions "
+            f"{{questions}}, got {_describe(content, list(shrink.dropped))}"
+        )
+    return JsonFile(path, argument, found, content)
+
+
+def _recognise(content: Any) -> JsonFormat | None:
+    if isinstance(content, list):
+        keys = _keys(content)
+        if {"image", "question", "answer"} <= keys:
+            return "LAVIS questions"
+        return "LAVIS captions" if {"image", "caption"} <= keys else None
+    if not isinstance(content, dict):
+        return None
+    if {"question", "image_id", "question_id"} <= _keys(content.get("questions")):
+        return "VQAv2 questions"
+    annotations = _keys(content.get("annotations"))
+    if {"question_id", "answers"} <= annotations:
+        return "VQAv2 annotations"
+    images = _keys(content.get("images"))
+    fits = {"image_id", "caption"} <= annotations and {"id", "file_name"} <= images
+    return "COCO captions" if fits else None
+
+
+def _keys(records: Any) -> set[str]:
+    """Keys of the first records of a list; none for anything else."""
+    if not isinstance(records, list):
+        return set()
+    return {key for record in records[:_NUM_PROBED] if isinstance(record, dict) for key in record}
+
+
+def _describe(content: Any, dropped: list[str]) -> str:
+    """What a file of no known format holds, in a few words."""
+    if isinstance(content, list):
+        if not content:
+            return "an empty list"
+        keys = [*sorted(_keys(content)), *dropped]
+        return (
+            f"a list with the keys {keys[:_NUM_SHOWN]}" if keys else f"a list of {type(content[0]).__name__}"
+        )
+    if isinstance(content, dict):
+        return f"an object with the keys {[*content, *dropped][:_NUM_SHOWN]}"
+    return type(content).__name__
+
+
+def records(file: JsonFile, answers: JsonFile | None) -> tuple[Iterable[Any], Callable[[int, Any], Record]]:
+    """The undigested records of a file in order, and what makes a `Record` of the n-th or raises BrokenRecord.
+
+    Args:
+        file: captions or questions; an image with five captions gives five records.
+        answers: VQAv2's annotations where `file` holds VQAv2's questions.
+    """
+    content = file.content
+    if file.format == "COCO captions":
+        names = {str(i["id"]): i.get("file_name") for i in content["images"] if _has_id(i, "id")}
+        return content["annotations"], partial(_coco_caption, names)
+    if file.format == "LAVIS captions":
+        return _single_captions(content), _lavis_caption
+    if file.format == "LAVIS questions":
+        return content, _lavis_question
+    assert answers is not None
+    return content["questions"], partial(_vqa_question, _by_question(answers))
+
+
+def _by_question(file: JsonFile) -> dict[Any, dict[str, Any]]:
+    """VQAv2's annotations by question_id."""
+    return {a["question_id"]: a for a in file.content["annotations"] if _has_id(a, "question_id")}
+
+
+def _single_captions(content: list[Any]) -> Iterator[Any]:
+    for record in content:
+        captions = record.get("caption") if isinstance(record, dict) else None
+        if isinstance(captions, list) and captions:
+            yield from ({**record, "caption": caption} for caption in captions)
+        else:
+            yield record
+
+
+def _lavis_caption(number: int, record: Any) -> Record:
+    entries = _entries(record)
+    image, image_id = _text(entries, "image"), parse_image_id(entries.get("image_id"))
+    return Record(image, image_id, _text(entries, "caption"))
+
+
+def _lavis_question(number: int, record: Any) -> Record:
+    entries = _entries(record)
+    image, image_id = _text(entries, "image"), parse_image_id(entries.get("image_id"))
+    question_id = entries["question_id"] if _has_id(entries, "question_id") else number
+    question = Question(question_id, _text(entries, "question"), _answers(entries.get("answer")))
+    return Record(image, image_id, question)
+
+
+def _coco_caption(names: dict[str, Any], number: int, record: Any) -> Record:
+    entries = _entries(record)
+    image_id = parse_image_id(entries.get("image_id"))
+    if image_id not in names:
+        raise BrokenRecord("image_id is not among the images")
+    return Record(_text({"file_name": names[image_id]}, "file_name"), image_id, _text(entries, "caption"))
+
+
+def _vqa_question(answers: dict[Any, dict[str, Any]], number: int, record: Any) -> Record:
+    entries = _entries(record)
+    image_id = parse_image_id(entries.get("image_id"))
+    if image_id is None or not image_id.isdecimal() or len(image_id) > _MAX_DIGITS:
+        raise BrokenRecord("image_id is not a number")
+    if not _has_id(entries, "question_id") or entries["question_id"] not in answers:
+        raise BrokenRecord("question without annotation")
+    annotation = answers[entries["question_id"]]
+    types = (v if isinstance(v := annotation.get(k), str) else None for k in ("question_type", "answer_type"))
+    text, given = _text(entries, "question"), _answers(annotation.get("answers"))
+    return Record(int(image_id), image_id, Question(entries["question_id"], text, given, *types))
+
+
+def _entries(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise BrokenRecord("record is not an object")
+    return record
+
+
+def _has_id(record: Any, key: str) -> bool:
+    value = record.get(key) if isinstance(record, dict) else None
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _text(entries: dict[str, Any], key: str) -> str:
+    """The entry as stripped text; raises BrokenRecord where there is none."""
+    value = entries.get(key)
+    if value is None:
+        raise BrokenRecord(f"no {key}")
+    if not isinstance(value, str) or not is_unicode(value):
+        raise BrokenRecord(f"{key} is not text")
+    if not value.strip():
+        raise BrokenRecord(f"empty {key}")
+    return value.strip()
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    """All answers to a question, at least one of which is not blank; a single text is one answer."""
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, list) or not any(isinstance(a, str) and a.strip() for a in answers):
+        raise BrokenRecord("no answer")
+    if not all(isinstance(a, str) and is_unicode(a) for a in answers):
+        raise BrokenRecord("answer is not text")
+    return tuple(answers)
+
+
+def is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    return text.isascii() or _SURROGATE.search(text) is None

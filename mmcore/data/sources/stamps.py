@@ -1,0 +1,283 @@
+"""Tux Paint's stamps: 785 pictures with captions in many languages (Debian: tuxpaint-stamps-default).
+
+The stamps are under GPL-2, so they are fetched and read where the program runs, and are no part of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mmcore.data.broken import BrokenRecord, BrokenTally
+from mmcore.data.config import DataConfig
+from mmcore.data.sources.base import EvalSet
+from mmcore.data.sources.files import FilePairs
+from mmcore.data.sources.questions import NUM_ANNOTATORS, Question, QuestionSet
+from mmcore.data.sources.split import split_pairs
+from mmcore.data.transforms.images import pad_to_square
+
+_LOG = logging.getLogger(__name__)
+
+STAMPS_PACKAGE = "tuxpaint-stamps-default"
+_INSIDE = Path("usr/share/tuxpaint/stamps")
+_APT_TIMEOUT_S = 900
+
+_CLASS_NAMES = {
+    "en": {
+        "naturalforces": "forces of nature",
+        "household": "household things",
+        "symbols": "symbols and signs",
+    },
+    "zh_CN": {
+        "animals": "动物",
+        "clothes": "衣服",
+        "food": "食物",
+        "hobbies": "爱好",
+        "household": "家居用品",
+        "medical": "医疗",
+        "military": "军事",
+        "naturalforces": "自然现象",
+        "people": "人物",
+        "plants": "植物",
+        "seasonal": "节日",
+        "space": "太空",
+        "sports": "运动",
+        "symbols": "符号",
+        "town": "城镇",
+        "vehicles": "交通工具",
+    },
+}
+STAMP_TEMPLATES = {
+    "en": ["a picture of {}", "{}", "a stamp about {}"],
+    "zh_CN": ["{}的图片", "{}", "关于{}的图章"],
+}
+
+_QUESTION = {"en": "which kind of thing is this?", "zh_CN": "这是哪一类东西？"}
+
+
+@dataclass(frozen=True)
+class Stamps(FilePairs):
+    """Stamps with a caption each; `identities` are their paths under the folder of the stamps."""
+
+    def sample_id(self, i: int) -> str:
+        """Path of stamp `i` under the folder of the stamps."""
+        return self.identities[i]
+
+    def raw_image(self, i: int) -> Image.Image:
+        """Stamp `i` on a white square, RGB, so that no crop cuts its ends off; raises BrokenRecord."""
+        return pad_to_square(super().raw_image(i))
+
+
+@dataclass(frozen=True)
+class OpenStamps:
+    """Training stamps, held-out stamps, and what comes of classes by top folder (None where there are no folders)."""
+
+    train: Stamps
+    val: EvalSet | None
+    class_names: list[str] | None
+    templates: list[str] | None
+    questions: QuestionSet | None
+    val_questions: QuestionSet | None
+
+
+def open_stamps(config: DataConfig, seed: int) -> OpenStamps:
+    """The stamps that have a caption in `config.language`, split by caption; fetched where they are absent.
+
+    Args:
+        config: `language`, `stamps_dir`, `val_fraction`, `max_broken`.
+        seed: seed of the split.
+
+    Raises:
+        ValueError: no stamps and no way to fetch them, or too few with a caption in that language.
+    """
+    root = find_stamps(config.stamps_dir)
+    tally = BrokenTally(config.max_broken, f"the stamps in {root}")
+    names: list[str] = []
+    texts: list[str] = []
+    for png in sorted(root.rglob("*.png")):
+        text_file = png.with_suffix(".txt")
+        if not text_file.is_file():
+            continue
+        name = png.relative_to(root).as_posix()
+        try:
+            caption = parse_stamp_caption(text_file.read_bytes(), config.language)
+        except BrokenRecord as error:
+            tally.add(1, [(name, error.reason)])
+            continue
+        tally.add(1)
+        if caption is not None:
+            names.append(name)
+            texts.append(caption)
+    tally.check(final=True)
+    if not names:
+        raise ValueError(
+            f"data: the stamps in {root} must have captions in language={config.language!r}, got none"
+        )
+    stamps = Stamps([str(root / name) for name in names], names, texts)
+    # Stamps that lie loose in the folder have no class.
+    folders = sorted({name.split("/")[0] for name in names}) if all("/" in name for name in names) else []
+    class_names = [_class_name(folder, config) for folder in folders]
+    train, val = (stamps.take(side) for side in split_pairs(names, texts, config.val_fraction, seed))
+    held_out = None
+    if len(val):
+        labels = [folders.index(name.split("/")[0]) for name in val.identities] if folders else None
+        held_out = EvalSet(val, range(len(val)), [[text] for text in val.texts], labels, config.max_broken)
+    if not folders:
+        return OpenStamps(train, held_out, None, None, None, None)
+    questions, val_questions = (
+        _stamp_questions(side, config) if len(side) else None for side in (train, val)
+    )
+    templates = STAMP_TEMPLATES[config.language]
+    return OpenStamps(train, held_out, class_names, templates, questions, val_questions)
+
+
+def _stamp_questions(stamps: Stamps, config: DataConfig) -> QuestionSet:
+    """A question about each stamp, derived from its top folder: which kind of thing it is."""
+    questions = [
+        Question(
+            name, _QUESTION[config.language], (_class_name(name, config),) * NUM_ANNOTATORS, "which", "other"
+        )
+        for name in stamps.identities
+    ]
+    return QuestionSet("stamps (derived questions)", stamps, questions, True, config.max_broken)
+
+
+def _class_name(name: str, config: DataConfig) -> str:
+    """Name of the class of a stamp, or of a top folder."""
+    folder = name.split("/")[0]
+    return _CLASS_NAMES[config.language].get(folder, folder)
+
+
+def parse_stamp_caption(data: bytes, language: str) -> str | None:
+    """Caption in `language` from a stamp's text: English on the first line, then lines 'zh_CN.utf8=...'.
+
+    Returns:
+        The caption, or None where the file has none in that language.
+
+    Raises:
+        BrokenRecord: not UTF-8.
+    """
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise BrokenRecord("caption is not UTF-8") from None
+    if language == "en":
+        return (lines[0].strip() or None) if lines else None
+    prefix = f"{language}.utf8="
+    found = next((line.removeprefix(prefix).strip() for line in lines if line.startswith(prefix)), None)
+    return found or None
+
+
+def find_stamps(stamps_dir: Path | None) -> Path:
+    """Folder of the stamps: `stamps_dir` or the user's cache, filled from Debian's archive if absent.
+
+    Raises:
+        ValueError: the folder holds no stamps, or they cannot be fetched.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcore" / "tuxpaint-stamps"
+    target = cache if stamps_dir is None else stamps_dir.expanduser()
+    try:
+        if not target.exists():
+            with _lock(target.parent):
+                # Another rank may have been here while this one waited.
+                if not target.exists():
+                    _fetch(target)
+    except OSError as error:
+        raise _fetch_error(str(error)) from None
+    root = target / _INSIDE if (target / _INSIDE).is_dir() else target
+    if not any(root.rglob("*.png")):
+        raise ValueError(
+            f"data: stamps_dir must hold stamps (PNG files with .txt captions), got {str(target)!r}"
+        )
+    return root
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".mmcore-stamps.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(target: Path) -> None:
+    """Download and unpack the package without root, and move pictures and captions to `target` at once."""
+    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
+    if missing:
+        raise ValueError(
+            f"data: 'stamps' needs {missing[0]}, which is not installed, to fetch Debian's {STAMPS_PACKAGE}; "
+            "unpack it elsewhere with dpkg-deb -x and give the folder as --stamps-dir"
+        )
+    _LOG.warning("fetching Debian's package %s (161 MB, once) into %s", STAMPS_PACKAGE, target)
+    with tempfile.TemporaryDirectory(prefix=".stamps-", dir=target.parent) as temporary:
+        work = Path(temporary)
+        package = _download(work)
+        _command(["dpkg-deb", "-x", str(package), str(work / "unpacked")], work)
+        staging = work / "staging"
+        source = work / "unpacked" / _INSIDE
+        for file in (*source.rglob("*.png"), *source.rglob("*.txt")):
+            copy = staging / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(copy)
+        if not staging.exists():
+            raise _fetch_error(f"{package.name} has no {_INSIDE}")
+        staging.rename(target)
+
+
+def _download(work: Path) -> Path:
+    """The package's file, by the machine's package lists or, where they lack it, by fresh ones."""
+    lists, archives = work / "state" / "lists" / "partial", work / "cache" / "archives" / "partial"
+    lists.mkdir(parents=True)
+    archives.mkdir(parents=True)
+    unsandboxed = ["-o", "APT::Sandbox::User="]
+    own = [*unsandboxed, "-o", f"Dir::State={work / 'state'}", "-o", f"Dir::Cache={work / 'cache'}"]
+    if not _succeeds(["apt-get", *unsandboxed, "download", STAMPS_PACKAGE], work):
+        _command(["apt-get", *own, "update"], work)
+        _command(["apt-get", *own, "download", STAMPS_PACKAGE], work)
+    packages = list(work.glob("*.deb"))
+    if len(packages) != 1:
+        raise _fetch_error(f"apt-get left {len(packages)} packages")
+    return packages[0]
+
+
+def _succeeds(command: list[str], folder: Path) -> bool:
+    return _run(command, folder).returncode == 0
+
+
+def _command(command: list[str], folder: Path) -> None:
+    result = _run(command, folder)
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise _fetch_error(lines[-1] if lines else f"{command[0]} ended with status {result.returncode}")
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_APT_TIMEOUT_S,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired:
+        raise _fetch_error(f"{command[0]} took longer than {_APT_TIMEOUT_S} s") from None
+
+
+def _fetch_error(cause: str) -> ValueError:
+    return ValueError(
+        f"data: Debian's package {STAMPS_PACKAGE} could not be fetched ({cause}); "
+        "unpack it elsewhere with dpkg-deb -x and give the folder as --stamps-dir"
+    )

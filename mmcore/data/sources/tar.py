@@ -1,0 +1,306 @@
+"""webdataset tar shards: names, safe members, and an index by headers alone.
+
+webdataset is imported where a shard is read, and not before: no other source of data needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from mmcore.data.broken import BrokenRecord
+from mmcore.data.sources.base import parse_image_id
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CAPTION_SUFFIX = "txt"
+METADATA_SUFFIX = "json"
+MAX_MEMBER_BYTES = 64 << 20
+"""Larger members of a tar are refused unread."""
+
+_REFUSED = "refused-"
+_BLOCK = 1 << 16
+# The parameter of `fromtarfile` has the module's name.
+_ReadError = tarfile.ReadError
+_HEADER_CUT_OFF = (
+    tarfile.EmptyHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+    tarfile.TruncatedHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+)
+_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
+
+Sample = dict[str, Any]
+"""A group of members with one key: `__key__`, `__url__`, and bytes by lower-case suffix."""
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header that does not take the end of the file for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """The next header; raises ReadError where the file ends before the archive's end mark."""
+        try:
+            return super().fromtarfile(tarfile)
+        except _HEADER_CUT_OFF as error:
+            raise _ReadError(f"unexpected end of file ({error})") from None
+
+
+def is_remote(url: str) -> bool:
+    """True for what webdataset opens by a scheme of its own ('pipe:...', 's3://...') and not as a path."""
+    return url.startswith("pipe:") or "://" in url
+
+
+def expand_shards(pattern: str, argument: str) -> list[str]:
+    """The shards that a brace pattern such as 'a/{000..009}.tar' names.
+
+    Raises:
+        ValueError: naming `argument`, where a local shard does not exist.
+    """
+    from webdataset.shardlists import expand_urls  # noqa: PLC0415 (see above)
+
+    shards = expand_urls(pattern)
+    missing = [s for s in shards if not is_remote(s) and not Path(s).is_file()]
+    if missing:
+        raise ValueError(
+            f"data: {argument}={pattern!r} must name existing shards, but {len(missing)} of {len(shards)} "
+            f"are missing, the first is {missing[0]}"
+        )
+    if len(set(shards)) < len(shards):
+        raise ValueError(f"data: {argument}={pattern!r} must name each shard once")
+    return shards
+
+
+def shard_samples(urls: Iterator[str]) -> Iterator[Sample]:
+    """Undecoded samples of shards in turn; what was refused shows as a suffix 'refused-N' of its sample."""
+    from webdataset.tariterators import group_by_keys  # noqa: PLC0415 (see above)
+
+    return group_by_keys(_members(urls))
+
+
+def pair_bytes(sample: Sample) -> tuple[bytes, str]:
+    """Encoded image and caption of a sample.
+
+    Raises:
+        BrokenRecord: a member was refused or is missing, or the caption is empty or not UTF-8.
+    """
+    for suffix, reason in sample.items():
+        if suffix.startswith(_REFUSED):
+            raise BrokenRecord(reason.decode())
+    image = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
+    if image is None:
+        raise BrokenRecord("no image")
+    if CAPTION_SUFFIX not in sample:
+        raise BrokenRecord("no caption")
+    return image, decode_caption(sample[CAPTION_SUFFIX])
+
+
+def decode_caption(data: bytes) -> str:
+    """Caption of UTF-8 bytes, stripped; raises BrokenRecord where it is empty or not UTF-8."""
+    try:
+        caption = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BrokenRecord("caption is not UTF-8") from None
+    if not caption:
+        raise BrokenRecord("empty caption")
+    return caption
+
+
+def image_identity(sample: Sample) -> str:
+    """Which image a sample shows: the "image_id" in its .json, else its shard and key.
+
+    Raises:
+        BrokenRecord: the .json is no JSON object, or its "image_id" is neither text nor a whole number.
+    """
+    own = f"{sample['__url__']}:{sample['__key__']}"
+    if METADATA_SUFFIX not in sample:
+        return own
+    try:
+        metadata = json.loads(sample[METADATA_SUFFIX])
+    except (ValueError, RecursionError):
+        raise BrokenRecord("metadata is not JSON") from None
+    if not isinstance(metadata, dict):
+        raise BrokenRecord("metadata is not JSON")
+    return parse_image_id(metadata.get("image_id")) or own
+
+
+def sample_id(sample: Sample) -> str:
+    """Name of a sample: its shard's file name and its key."""
+    return f"{sample['__url__'].rsplit('/', 1)[-1]}:{sample['__key__']}"
+
+
+def _members(urls: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Members of shards in webdataset's form: {fname, data, __url__}, and {} at the end of a shard."""
+    from webdataset.gopen import gopen  # noqa: PLC0415 (see above)
+
+    for url in urls:
+        complete = False
+        with ExitStack() as stack:
+            try:
+                stream = gopen(url)
+                stack.callback(_close_quietly, stream)
+                yield from _tar_members(cast(BinaryIO, stream), url)
+                # A pipe's command is let come to its end, which tells whether it succeeded.
+                while stream.read(_BLOCK):
+                    pass
+                stream.close()
+                complete = True
+            except _TAR_ERRORS:
+                pass
+        if not complete:
+            yield {}
+            yield {"fname": f"(shard).{_REFUSED}0", "data": b"damaged tar", "__url__": url}
+        yield {}
+
+
+def _close_quietly(stream: Any) -> None:
+    with suppress(OSError):
+        stream.close()
+
+
+def _tar_members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
+    """Members of one shard; in place of a refused one stands a member that holds the reason."""
+    num_refused = 0
+    names: set[str] = set()
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+        for member in tar:
+            # tarfile keeps every header it has seen, which grows with the shard.
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+            if member.isdir() or _is_meta(member.name):
+                continue
+            reason = _refusal(member, names)
+            if reason is None:
+                file = tar.extractfile(member)
+                assert file is not None
+                yield {"fname": member.name, "data": file.read(), "__url__": url}
+            else:
+                num_refused += 1
+                key = _split_name(member.name)[0] or "(member)"
+                yield {"fname": f"{key}.{_REFUSED}{num_refused}", "data": reason.encode(), "__url__": url}
+
+
+def _split_name(name: str) -> tuple[str | None, str | None]:
+    """A member's key and suffix."""
+    from webdataset.tariterators import base_plus_ext  # noqa: PLC0415 (see above)
+
+    return base_plus_ext(name)
+
+
+def _is_meta(name: str) -> bool:
+    return name.startswith("__") and "/" not in name and name.endswith("__")
+
+
+def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
+    """Why a member is not read, or None; remembers its name in `names`."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute():
+        return "absolute path in tar"
+    if ".." in path.parts:
+        return "path with .. in tar"
+    if member.issym() or member.islnk():
+        return "link in tar"
+    if not member.isreg():
+        return "special file in tar"
+    if member.size > MAX_MEMBER_BYTES:
+        return "member above the size limit"
+    key, suffix = _split_name(member.name)
+    if key is None or suffix is None:
+        return None
+    if suffix.startswith("__"):
+        return "reserved suffix in tar"
+    if (name := f"{key}.{suffix.lower()}") in names:
+        return "duplicate name in tar"
+    names.add(name)
+    return None
+
+
+@dataclass(frozen=True)
+class IndexedPair:
+    """Where a pair lies in an uncompressed tar.
+
+    Args:
+        shard: path of the tar.
+        key: the sample's name without suffix.
+        image_offset: first byte of the encoded image.
+        image_size: its length in bytes.
+        caption_offset: first byte of the caption.
+        caption_size: its length in bytes.
+        metadata_offset: first byte of the sample's .json, or None where there is none.
+        metadata_size: its length in bytes.
+    """
+
+    shard: str
+    key: str
+    image_offset: int
+    image_size: int
+    caption_offset: int
+    caption_size: int
+    metadata_offset: int | None = None
+    metadata_size: int = 0
+
+
+def index_shard(shard: str) -> list[IndexedPair]:
+    """The pairs of one local shard, by reading its headers alone.
+
+    Raises:
+        ValueError: the shard cannot be read to its end, or is compressed.
+    """
+    pairs: list[IndexedPair] = []
+    names: set[str] = set()
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(shard, mode="r:", tarinfo=_StrictTarInfo) as tar:
+            for member in tar:
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+                key, suffix = _split_name(member.name)
+                if key is None or suffix is None or _refusal(member, names) is not None:
+                    continue
+                found.setdefault(key, {})[suffix.lower()] = member
+    except _TAR_ERRORS as error:
+        raise ValueError(
+            f"data: {shard} must be an undamaged, uncompressed tar to be held out, "
+            f"or else num_samples be given to train on it, got: {error}"
+        ) from None
+    for key, members in found.items():
+        image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+        caption = members.get(CAPTION_SUFFIX)
+        if image is not None and caption is not None:
+            where = [image.offset_data, image.size, caption.offset_data, caption.size]
+            metadata = members.get(METADATA_SUFFIX)
+            if metadata is not None:
+                where += [metadata.offset_data, metadata.size]
+            pairs.append(IndexedPair(shard, key, *where))
+    return pairs
+
+
+def index_images(shard: str) -> dict[str, tuple[int, int]]:
+    """First byte and length of each image in one local tar by its name, by reading the headers alone.
+
+    Raises:
+        ValueError: the tar cannot be read to its end, or is compressed.
+    """
+    names: set[str] = set()
+    images: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard, mode="r:", tarinfo=_StrictTarInfo) as tar:
+            for member in tar:
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+                path = PurePosixPath(member.name)
+                if path.suffix[1:].lower() in IMAGE_SUFFIXES and _refusal(member, names) is None:
+                    images[str(path)] = (member.offset_data, member.size)
+    except _TAR_ERRORS as error:
+        raise ValueError(f"data: {shard} must be an undamaged, uncompressed tar, got: {error}") from None
+    return images
+
+
+def read_range(shard: str, offset: int, size: int) -> bytes:
+    """`size` bytes of `shard` from `offset`."""
+    with Path(shard).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)

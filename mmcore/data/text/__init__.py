@@ -1,0 +1,1 @@
+"""Text as tokens: tokenizers, prompts, chat templates."""

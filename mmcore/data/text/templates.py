@@ -1,0 +1,352 @@
+"""How a conversation is written for a language model, and which of its tokens are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from mmcore.data.broken import BrokenRecord
+from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
+from mmcore.labels import IGNORED, IMAGE_TOKEN
+
+EOS = "{eos}"
+"""In a template, the tokenizer's end of text."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """What is written around the texts of a conversation.
+
+    Args:
+        system: text of the system where the conversation has none.
+        system_marks: written before and after the system's text; nothing where that is empty.
+        user_marks: written before and after the user's text.
+        answer_mark: the end of a prompt; what follows it is learned.
+        answer_space: between that and the answer.
+        answer_end: ends an answer and is learned; `EOS` in it becomes the tokenizer's.
+        answer_gap: written after that, and not learned.
+        images_only: of the user's text only the images are written, and there is one answer, a caption.
+    """
+
+    system: str = ""
+    system_marks: tuple[str, str] = ("", "")
+    user_marks: tuple[str, str] = ("", "")
+    answer_mark: str = ""
+    answer_space: str = ""
+    answer_end: str = EOS
+    answer_gap: str = ""
+    images_only: bool = False
+
+
+TEMPLATES: dict[str, Template] = {
+    "plain": Template(answer_end="\n", images_only=True),
+    "v1": Template(
+        system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions.",
+        system_marks=("", " "),
+        user_marks=("USER: ", " "),
+        answer_mark="ASSISTANT:",
+        answer_space=" ",
+    ),
+    "llama_3": Template(
+        system="You are a helpful language and vision assistant. You are able to understand the visual content that "
+        "the user provides, and assist the user with a variety of tasks using natural language.",
+        system_marks=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        user_marks=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        answer_mark="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer_end="<|eot_id|>",
+    ),
+    "chatml": Template(
+        system="You are a helpful assistant.",
+        system_marks=("<|im_start|>system\n", "<|im_end|>\n"),
+        user_marks=("<|im_start|>user\n", "<|im_end|>\n"),
+        answer_mark="<|im_start|>assistant\n",
+        answer_end="<|im_end|>",
+        answer_gap="\n",
+    ),
+}
+"""LLaVA's stage 1 (`plain`), LLaVA-1.5's Vicuna (`v1`), and LLaVA-NeXT's Llama 3 and Qwen. The last two learn there
+the assistant's role marker too, which a prompt already holds; here an answer and its end are learned alone."""
+AUTO = "auto"
+"""The tokenizer's own chat template."""
+
+
+class ChatSample(NamedTuple):
+    """A conversation in tokens."""
+
+    tokens: Tensor  # int64 [T], IMAGE_TOKEN for each image, or for each of its features once expanded
+    labels: Tensor  # int64 [T], the token itself where it is learned, else -100
+
+    @property
+    def num_images(self) -> int:
+        """Images of a sample that is not expanded; fewer than the conversation's where it was cut."""
+        return int((self.tokens == IMAGE_TOKEN).sum())
+
+
+def expand(sample: ChatSample, counts: Sequence[int]) -> ChatSample:
+    """The sample with `IMAGE_TOKEN` once for each feature of an image.
+
+    Args:
+        sample: with `IMAGE_TOKEN` once for each image.
+        counts: features of each image, at least 1.
+
+    Raises:
+        ValueError: another number of images, or an image without features.
+    """
+    if len(counts) != sample.num_images or any(count < 1 for count in counts):
+        raise ValueError(
+            f"expand: counts must be at least 1 for each of {sample.num_images} images, got {list(counts)}"
+        )
+    repeats = torch.ones_like(sample.tokens)
+    repeats[sample.tokens == IMAGE_TOKEN] = torch.tensor(list(counts), dtype=torch.int64)
+    return ChatSample(sample.tokens.repeat_interleave(repeats), sample.labels.repeat_interleave(repeats))
+
+
+class _Written(NamedTuple):
+    """A conversation as text, and where in it is what is learned."""
+
+    text: str
+    learned: list[tuple[int, int]]
+
+
+class ChatTokens:
+    """A tokenizer of transformers with a template.
+
+    Args:
+        tokenizer: with an end of text, which also pads where there is no padding token.
+        template: a name of `TEMPLATES`, or `AUTO`.
+        max_length: tokens of a sample, features of images included; what is longer is cut.
+
+    Raises:
+        ValueError: an unknown template, one whose end of an answer is no token, or a tokenizer that lacks what is
+            needed.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, max_length: int) -> None:
+        if max_length < 2:
+            raise ValueError(f"ChatTokens: max_length must be at least 2, got {max_length}")
+        if template != AUTO and template not in TEMPLATES:
+            names = ", ".join([*TEMPLATES, AUTO])
+            raise ValueError(f"ChatTokens: template must be one of {names}, got {template!r}")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("ChatTokens: tokenizer must have an end of text, got none")
+        if template == AUTO and not tokenizer.chat_template:
+            raise ValueError("ChatTokens: tokenizer must have a chat template for 'auto', got none")
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.template = None if template == AUTO else TEMPLATES[template]
+        self.pad_token_id: int = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        begin = tokenizer("").input_ids[:1]
+        # A chat template writes the begin of a text itself.
+        self._begin = begin if self.template is not None and begin == [tokenizer.bos_token_id] else []
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = sorted((added | set(tokenizer.all_special_tokens)) - {IMAGE})
+        if self.template is not None and not self.template.images_only:
+            end = self._ids(self.template.answer_end.replace(EOS, tokenizer.eos_token))
+            if len(end) != 1:
+                raise ValueError(
+                    f"ChatTokens: template {template!r} needs {self.template.answer_end!r} as one token, got {len(end)}"
+                )
+        probe = Conversation("probe", ("",), (Turn("user", f"{IMAGE}\na"), Turn("assistant", "a")))
+        labels = self._sample(probe).labels
+        self.stops: frozenset[int] = frozenset({tokenizer.eos_token_id, int(labels[labels != IGNORED][-1])})
+        """Tokens that end an answer."""
+
+    def sample(self, conversation: Conversation, counts: Sequence[int] | None = None) -> ChatSample:
+        """What a model learns of a conversation: each answer and its end, after all that was written before it.
+
+        Args:
+            conversation: as read.
+            counts: features of each image, at least 1; None = 1 each.
+
+        Returns:
+            Tokens with `IMAGE_TOKEN` once for each image. Where the sample would be longer than `max_length` once
+            expanded, it is cut, before an image that does not fit as a whole.
+
+        Raises:
+            BrokenRecord: nothing to learn within `max_length`; a special token in a text; for `plain`, no image or
+                several answers.
+            ValueError: naming the conversation's id: its tokens do not begin with those of a prompt of it, so that
+                no tokens are the answer's own; another number of counts than of images.
+        """
+        counts = [1] * len(conversation.images) if counts is None else counts
+        sample = self._cut(self._sample(conversation), counts, conversation.id)
+        if not (sample.labels[1:] != IGNORED).any():
+            raise BrokenRecord(f"no answer within {self.max_length} tokens")
+        return sample
+
+    def prompt(self, turns: Sequence[Turn]) -> Tensor:
+        """Tokens to generate an answer from, int64 [T]: those that a sample with the answer begins with.
+
+        Args:
+            turns: the last is the user's.
+
+        Raises:
+            ValueError: the last turn is not the user's; a special token in a text; for `plain`, no image.
+        """
+        if not turns or turns[-1].role != "user":
+            raise ValueError("ChatTokens: turns must end with the user's, got none such")
+        try:
+            text = self._prompt_text(self._cleaned(turns))
+        except BrokenRecord as error:
+            raise ValueError(
+                f"ChatTokens: turns must be as those to learn from, got: {error.reason}"
+            ) from None
+        return torch.tensor(self._encode(text))
+
+    def text(self, ids: Tensor) -> str:
+        """The answer in what a model generated, int64 [T]: up to the end, trimmed."""
+        said = takewhile(lambda token: token not in self.stops, ids.tolist())
+        return self.tokenizer.decode(list(said), skip_special_tokens=True).strip()
+
+    def without_marks(self, text: str) -> str:
+        """A text without what would not be read as text: spelled special tokens, and `IMAGE`."""
+        marks = [IMAGE, *self._special]
+        while found := [mark for mark in marks if mark in text]:  # taking one out may make another
+            for mark in found:
+                text = text.replace(mark, "")
+        return text
+
+    def _sample(self, conversation: Conversation) -> ChatSample:
+        text, learned = self._write(conversation)
+        tokens = self._encode(text)
+        labels = [IGNORED] * len(tokens)
+        for begin, end in learned:
+            first, last = (self._boundary(text, place, tokens, conversation.id) for place in (begin, end))
+            labels[first:last] = tokens[first:last]
+        return ChatSample(torch.tensor(tokens), torch.tensor(labels))
+
+    def _boundary(self, text: str, place: int, tokens: list[int], name: str) -> int:
+        """How many tokens stand before a place of the text."""
+        before = self._encode(text[:place])
+        if tokens[: len(before)] != before:
+            raise ValueError(
+                f"ChatTokens: the tokens of conversation {name!r} must begin with those of its begin, got others up "
+                f"to {text[max(0, place - 20) : place]!r}, which the tokenizer merges with {text[place : place + 20]!r}"
+            )
+        return len(before)
+
+    def _cut(self, sample: ChatSample, counts: Sequence[int], name: str) -> ChatSample:
+        if sample.num_images != len(counts):
+            raise ValueError(
+                f"ChatTokens: counts must be given for the {sample.num_images} images of conversation {name!r}, "
+                f"got {len(counts)}"
+            )
+        widths = torch.ones_like(sample.tokens)
+        widths[sample.tokens == IMAGE_TOKEN] = torch.tensor(list(counts), dtype=torch.int64)
+        kept = int((widths.cumsum(0) <= self.max_length).sum())
+        return ChatSample(sample.tokens[:kept], sample.labels[:kept])
+
+    def _cleaned(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns with trimmed texts; the only image of a turn goes first, as LLaVA has it."""
+        cleaned = []
+        for turn in turns:
+            text = turn.text.strip()
+            rest = text.replace(IMAGE, "")
+            if any(token in rest for token in self._special):
+                raise BrokenRecord("a special token of the tokenizer in a text")
+            if text.count(IMAGE) == 1:
+                text = f"{IMAGE}\n{rest.strip()}".strip()
+            cleaned.append(Turn(turn.role, text))
+        return cleaned
+
+    def _write(self, conversation: Conversation) -> _Written:
+        turns = self._cleaned(conversation.turns)
+        if self.template is None:
+            return self._write_auto(turns, conversation.id)
+        if self.template.images_only and sum(turn.role == "assistant" for turn in turns) != 1:
+            raise BrokenRecord("several answers, where a caption is learned")
+        text, learned = "", []
+        for n, turn in enumerate(turns):
+            if turn.role == "assistant":
+                before = self._prompt_text(turns[:n])
+                answer = self._answer_text(turn.text)
+                learned.append((len(before), len(before) + len(answer)))
+                text = before + answer + self.template.answer_gap
+        return _Written(text, learned)
+
+    def _answer_text(self, text: str) -> str:
+        assert self.template is not None
+        end = self.template.answer_end.replace(EOS, self.tokenizer.eos_token)
+        return f"{self.template.answer_space}{text}{end}"
+
+    def _prompt_text(self, turns: Sequence[Turn]) -> str:
+        """All that is written before the answer to the last turn."""
+        template = self.template
+        if template is None:
+            return self._apply(turns, is_prompt=True)
+        if template.images_only:
+            images = sum(turn.text.count(IMAGE) for turn in turns)
+            if not images:
+                raise BrokenRecord("no image, where a caption is learned")
+            return IMAGE * images
+        has_system = turns[0].role == "system"
+        system = turns[0].text if has_system else template.system
+        texts = [system.join(template.system_marks)] if system else []
+        for turn in turns[has_system:]:
+            if turn.role == "user":
+                texts += [turn.text.join(template.user_marks), template.answer_mark]
+            else:
+                texts += [self._answer_text(turn.text), template.answer_gap]
+        return "".join(texts)
+
+    def _write_auto(self, turns: list[Turn], name: str) -> _Written:
+        text = self._apply(turns, is_prompt=False)
+        learned = []
+        for n, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before, after = self._prompt_text(turns[:n]), self._apply(turns[: n + 1], is_prompt=False)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ValueError(
+                    f"ChatTokens: the tokenizer's chat template must write the begin of conversation {name!r} as it "
+                    f"writes it alone, got another text up to turn {n}"
+                )
+            learned.append((len(before), self._answer_end(after, turn.text, name)))
+        return _Written(text, learned)
+
+    def _answer_end(self, written: str, answer: str, name: str) -> int:
+        """Where the end of an answer is: white space after its marker is no part of it, unless it is the marker."""
+        trimmed = written.rstrip()
+        if not trimmed.endswith(answer):
+            return len(trimmed)
+        if trimmed == written:
+            raise ValueError(
+                f"ChatTokens: the tokenizer's chat template must write an end of an answer, got none in conversation "
+                f"{name!r}"
+            )
+        return len(written)
+
+    def _apply(self, turns: Sequence[Turn], *, is_prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=is_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"ChatTokens: the tokenizer's chat template refuses a conversation: {error}"
+            ) from None
+        num_images = sum(turn.text.count(IMAGE) for turn in turns)
+        if text.count(IMAGE) != num_images:
+            raise ValueError(
+                f"ChatTokens: the tokenizer's chat template must write {num_images} {IMAGE}, got {text.count(IMAGE)}"
+            )
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        ids = list(self._begin)
+        for n, chunk in enumerate(text.split(IMAGE)):
+            ids += [IMAGE_TOKEN] * (n > 0) + self._ids(chunk)
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        # Some tokenizers begin even an empty text with a space.
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []

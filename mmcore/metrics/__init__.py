@@ -1,0 +1,21 @@
+"""Metrics by the field's definitions: retrieval, zero-shot, captions, VQA."""
+
+from mmcore.metrics.captions import bleu, cider
+from mmcore.metrics.ptb import caption_tokens
+from mmcore.metrics.retrieval import Relevance, relevance_of, retrieval_recall
+from mmcore.metrics.vqa import VQAAccuracy, normalize_answer, vqa_accuracy
+from mmcore.metrics.zeroshot import top_k_accuracy, zero_shot_weights
+
+__all__ = [
+    "Relevance",
+    "VQAAccuracy",
+    "bleu",
+    "caption_tokens",
+    "cider",
+    "normalize_answer",
+    "relevance_of",
+    "retrieval_recall",
+    "top_k_accuracy",
+    "vqa_accuracy",
+    "zero_shot_weights",
+]

@@ -1,0 +1,188 @@
+"""Image-text retrieval: R@k both ways, with several captions an image and equal captions shared by images."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmcore.metrics.ranking import RelevanceRows, check_features, check_ks, wrong_above_best
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Which caption is right for which image.
+
+    A caption is right for its own image and for every image that has an equal caption.
+
+    Attributes:
+        image_index: [N] int64, the image of each caption.
+        group: [N] int64 in [0, number of distinct captions), one value for equal captions.
+        num_images: images; each has at least one caption.
+    """
+
+    image_index: Tensor
+    group: Tensor
+    num_images: int
+
+    def texts_of_images(self, start: int, stop: int) -> Tensor:
+        """Bool mask [stop - start, N] of the captions that are right for a range of images."""
+        owned = (self.image_index >= start) & (self.image_index < stop)
+        num_groups = int(self.group.max()) + 1
+        has_group = torch.zeros(stop - start, num_groups, dtype=torch.bool)
+        has_group[self.image_index[owned] - start, self.group[owned]] = True
+        return has_group[:, self.group]
+
+    def images_of_texts(self, start: int, stop: int) -> Tensor:
+        """Bool mask [stop - start, num_images] of the images that are right for a range of captions."""
+        groups, row = self.group[start:stop].unique(return_inverse=True)
+        position = torch.full((int(self.group.max()) + 1,), -1)
+        position[groups] = torch.arange(len(groups))
+        here = position[self.group] >= 0
+        images = torch.zeros(len(groups), self.num_images, dtype=torch.bool)
+        images[position[self.group[here]], self.image_index[here]] = True
+        return images[row]
+
+
+def relevance_of(
+    captions: Sequence[str], image_index: Sequence[int] | Tensor, *, num_images: int
+) -> Relevance:
+    """Relevance from the captions' own text: equal but for case and white space is equal.
+
+    Args:
+        captions: [N] strings.
+        image_index: [N], the image of each caption, in [0, num_images).
+        num_images: each must have at least one caption.
+
+    Raises:
+        ValueError: lengths that differ, an index out of range, an image without a caption.
+    """
+    index = torch.as_tensor(image_index, dtype=torch.int64).cpu()
+    if not captions or index.shape != (len(captions),):
+        raise ValueError(
+            f"relevance_of: image_index must hold one image for each caption, "
+            f"got {list(index.shape)} for {len(captions)} captions"
+        )
+    if index.min() < 0 or index.max() >= num_images:
+        raise ValueError(
+            f"relevance_of: image_index must be in [0, {num_images}), got up to {int(index.max())}"
+        )
+    if bare := sorted(set(range(num_images)) - set(index.tolist())):
+        raise ValueError(f"relevance_of: each image must have a caption, got none for image {bare[0]}")
+    ids: dict[str, int] = {}
+    group = [ids.setdefault(" ".join(caption.split()).lower(), len(ids)) for caption in captions]
+    return Relevance(image_index=index, group=torch.tensor(group), num_images=num_images)
+
+
+@torch.no_grad()
+def retrieval_recall(
+    image_features: Tensor,
+    text_features: Tensor,
+    relevance: Relevance,
+    *,
+    ks: tuple[int, ...] = (1, 5, 10),
+    chunk_size: int = 1024,
+) -> dict[str, float]:
+    """Share of queries that find at least one right answer among the k nearest, and what chance would find.
+
+    Ties count against the query. Chance is a random order of the same candidates with the same right answers:
+    1 - C(N - r, k) / C(N, k), averaged over queries.
+
+    Args:
+        image_features: [I, E] floating point.
+        text_features: [N, E].
+        relevance: of I images and N captions.
+        ks: ranks.
+        chunk_size: queries scored at a time; memory is chunk_size x max(I, N).
+
+    Returns:
+        "image_to_text_R@k", "text_to_image_R@k" and the same with "_chance_R@k", each in [0, 1].
+
+    Raises:
+        ValueError: shapes that do not fit, features that are not finite.
+    """
+    check_features("retrieval_recall", image_features=image_features, text_features=text_features)
+    check_ks("retrieval_recall", ks)
+    sizes = (len(image_features), len(text_features))
+    if sizes != (relevance.num_images, len(relevance.group)):
+        raise ValueError(
+            f"retrieval_recall: features must be of {relevance.num_images} images and "
+            f"{len(relevance.group)} texts, got {sizes[0]} and {sizes[1]}"
+        )
+    out: dict[str, float] = {}
+    directions: tuple[tuple[str, Tensor, Tensor, RelevanceRows], ...] = (
+        ("image_to_text", image_features, text_features, relevance.texts_of_images),
+        ("text_to_image", text_features, image_features, relevance.images_of_texts),
+    )
+    for name, queries, candidates, rows in directions:
+        chunks = list(wrong_above_best(queries, candidates, rows, chunk_size=chunk_size))
+        above = torch.cat([a for a, _ in chunks])
+        num_right = torch.cat([r for _, r in chunks])
+        for k in ks:
+            out[f"{name}_R@{k}"] = (above < k).double().mean().item()
+            out[f"{name}_chance_R@{k}"] = _chance(num_right, len(candidates), k)
+    return out
+
+
+def recall_of_scores(
+    image_to_text: Tensor, text_to_image: Tensor, relevance: Relevance, *, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """`retrieval_recall` of scores that no inner product gives, such as re-ranked ones.
+
+    Args:
+        image_to_text: [I, N] floating point.
+        text_to_image: [N, I].
+        relevance: of I images and N captions.
+        ks: ranks.
+
+    Returns:
+        As `retrieval_recall`.
+
+    Raises:
+        ValueError: shapes that do not fit, a score that is NaN.
+    """
+    op, sizes = "recall_of_scores", (relevance.num_images, len(relevance.group))
+    check_ks(op, ks)
+    out: dict[str, float] = {}
+    directions = (
+        ("image_to_text", image_to_text, sizes, relevance.texts_of_images),
+        ("text_to_image", text_to_image, sizes[::-1], relevance.images_of_texts),
+    )
+    for name, scores, shape, rows in directions:
+        if scores.shape != shape or scores.isnan().any():
+            raise ValueError(f"{op}: {name} must be {list(shape)} without NaN, got {list(scores.shape)}")
+        right = rows(0, len(scores)).to(scores.device)
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        above, num_right = ((scores >= best) & ~right).sum(dim=1), right.sum(dim=1)
+        for k in ks:
+            out[f"{name}_R@{k}"] = (above < k).double().mean().item()
+            out[f"{name}_chance_R@{k}"] = _chance(num_right, shape[1], k)
+    return out
+
+
+def encoded_once(captions: Sequence[str], encode: Callable[[list[str]], Tensor], batch_size: int) -> Tensor:
+    """[N, E] embeddings of captions, each of the distinct ones encoded once, in order, `batch_size` at a time."""
+    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    distinct = list(row_of)
+    chunks = [encode(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
+    return torch.cat(chunks)[[row_of[caption] for caption in captions]]
+
+
+def recall_lines(recalls: Mapping[str, float], ks: tuple[int, ...] = (1, 5, 10)) -> list[str]:
+    """`retrieval_recall`'s result to be printed, a line each way, in % with chance in brackets."""
+    lines = []
+    for direction in ("image_to_text", "text_to_image"):
+        cells = (
+            f"R@{k} {100 * recalls[f'{direction}_R@{k}']:.1f} ({100 * recalls[f'{direction}_chance_R@{k}']:.1f})"
+            for k in ks
+        )
+        lines.append(f"  {direction.replace('_', ' ')}: {'  '.join(cells)}")
+    return lines
+
+
+def _chance(num_right: Tensor, num_candidates: int, k: int) -> float:
+    """Mean over queries of 1 - C(N - r, k) / C(N, k), as a product of k ratios."""
+    drawn = torch.arange(min(k, num_candidates), dtype=torch.float64)
+    wrong = (num_candidates - num_right.cpu().double())[:, None]  # [Q, 1]
+    misses = ((wrong - drawn).clamp_min(0) / (num_candidates - drawn)).prod(dim=1)
+    return (1 - misses).mean().item()

@@ -1,0 +1,1 @@
+"""What several systems are made of: encoders, language models, adapters, decoding."""

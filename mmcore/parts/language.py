@@ -1,0 +1,145 @@
+"""Language models of transformers, from folders; and a tiny one, to be trained from nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from mmcore.checkpoint import describe
+from mmcore.ops import require
+from mmcore.parts.language_head import check_head
+from mmcore.systems.blip2.lm_weights import load_blip2_lm
+from mmcore.systems.llava.weights import load_llava
+from mmcore.weights.files import read_json
+
+disable_progress_bar()  # of each shard that is read; a run has a bar of its own
+
+PAD, START, END = "<pad>", "<s>", "</s>"
+
+
+def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
+    """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU.
+
+    Args:
+        folder: config.json and safetensors, as transformers writes them; of a Blip2ForConditionalGeneration or
+            a Llava, its language model.
+        dtype: of the weights; None = as they are stored.
+
+    Raises:
+        ValueError: no such folder; files that transformers does not load; weights that are missing; a model whose
+            logits are not its last layer's, W x + b.
+    """
+    op = "load_language_model"
+    kind = read_json(op, folder / "config.json").get("model_type")
+    if kind == "blip-2":
+        model = load_blip2_lm(folder, dtype=dtype).language_model
+    elif kind in ("llava", "llava_next"):
+        model = load_llava(folder, dtype=dtype).language_model
+    else:
+        model = _from_transformers(op, folder, dtype)
+    if not model.config.is_encoder_decoder:
+        check_head(op, model)
+    return model.eval()
+
+
+def _from_transformers(op: str, folder: Path, dtype: torch.dtype | None) -> Any:
+    # pickles are not read
+    require(op, any(folder.glob("*.safetensors")), "folder must hold *.safetensors, got {}", folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, info = kind.from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{op}: folder must hold a language model, got {folder}: {error}") from error
+    missing = sorted(info["missing_keys"])[:3]
+    require(op, not missing, "folder must hold every weight of the model, missing {}", ", ".join(missing))
+    return model
+
+
+def load_language_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a language model; padding is what it pads with, else its end of text.
+
+    Raises:
+        ValueError: none, or one with neither padding nor an end of text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(
+            f"load_language_tokenizer: folder must hold a tokenizer, got {folder}: {error}"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ends = tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None
+    require(
+        "load_language_tokenizer", ends, "folder's tokenizer must have an end of text, got {} without", folder
+    )
+    return tokenizer
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of each file that makes the model and its tokenizer."""
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".model", ".txt")]
+    return {p.name: describe(p) for p in files}
+
+
+def tiny_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> Any:
+    """A byte-level BPE learned from texts; the same texts give the same one.
+
+    Raises:
+        ValueError: no texts.
+    """
+    require("tiny_tokenizer", len(texts) > 0, "texts must hold at least one string, got {}", "none")
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=alphabet,
+    )
+    learner.train_from_iterator(texts, trainer, length=len(texts))
+    # a text begins with a token that the model knows to begin a text, whatever comes before that
+    start = (START, learner.token_to_id(START))
+    learner.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[start])
+    return PreTrainedTokenizerFast(tokenizer_object=learner, pad_token=PAD, bos_token=START, eos_token=END)
+
+
+def tiny_language_model(tokenizer: Any) -> LlamaForCausalLM:
+    """A Llama of a million parameters, untrained."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)

@@ -1,0 +1,1 @@
+"""Curves and sheets of pictures as PNG."""

@@ -1,0 +1,1 @@
+"""Systems: a folder each, found by itself."""

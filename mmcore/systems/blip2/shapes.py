@@ -1,0 +1,71 @@
+"""BLIP-2's shapes by name: as published, and two small ones for a first run."""
+
+import difflib
+from dataclasses import replace
+
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.blip2.model import BLIP2Config
+from mmcore.systems.blip2.qformer import QFormerConfig
+
+# EVA-CLIP's ViT-g without its last layer, as LAVIS has it
+VIT_G = VisionConfig(
+    patch_size=14,
+    width=1408,
+    num_layers=39,
+    num_heads=16,
+    mlp_dim=6144,
+    norm_eps=1e-6,
+    has_norm_pre=False,
+    has_patch_bias=True,
+)
+_TINY = VisionConfig(image_size=16, patch_size=4, width=128, num_layers=3, num_heads=4, mlp_dim=512)
+_SMALL = VisionConfig(image_size=64, patch_size=8, width=256, num_layers=5, num_heads=4, mlp_dim=1024)
+
+BLIP2_CONFIGS: dict[str, BLIP2Config] = {
+    # for the towers of CLIP's `tiny` and `small`
+    "tiny": BLIP2Config(
+        _TINY,
+        QFormerConfig(8, 128, 4, 4, 512, _TINY.width, vocab_size=1024, max_text=64),
+        embed_dim=64,
+        decoder_token_id=1023,
+    ),
+    "small": BLIP2Config(
+        _SMALL,
+        QFormerConfig(16, 256, 4, 4, 1024, _SMALL.width, vocab_size=4096, max_text=64),
+        embed_dim=128,
+        decoder_token_id=4095,
+    ),
+    "ViT-g": BLIP2Config(VIT_G, QFormerConfig(image_width=VIT_G.width)),
+}
+
+
+def blip2_config(
+    name: str,
+    *,
+    vision: VisionConfig | None = None,
+    vocab_size: int | None = None,
+    pad_token_id: int = 0,
+    decoder_token_id: int | None = None,
+) -> BLIP2Config:
+    """The named configuration, fitted to an image tower and a tokenizer.
+
+    Args:
+        name: a key of `BLIP2_CONFIGS`.
+        vision: of the tower; None keeps the configuration's own.
+        vocab_size, pad_token_id, decoder_token_id: the tokenizer's; None keeps the configuration's own.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in BLIP2_CONFIGS:
+        near = difflib.get_close_matches(name, BLIP2_CONFIGS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"blip2_config: name must be one of {', '.join(BLIP2_CONFIGS)}, got {name!r}{hint}")
+    config = BLIP2_CONFIGS[name]
+    vision = config.vision if vision is None else vision
+    vocab_size = config.qformer.vocab_size if vocab_size is None else vocab_size
+    qformer = replace(
+        config.qformer, image_width=vision.width, vocab_size=vocab_size, pad_token_id=pad_token_id
+    )
+    decoder_token_id = vocab_size - 1 if decoder_token_id is None else decoder_token_id
+    return replace(config, vision=vision, qformer=qformer, decoder_token_id=decoder_token_id)

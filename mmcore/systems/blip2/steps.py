@@ -1,0 +1,144 @@
+"""BLIP-2's steps over the batches of all ranks (arXiv:2301.12597): contrast, matching and captions, 1:1:1, in stage 1;
+answers by a frozen language model in stage 2."""
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmcore.data.text.prompts import Prompted
+from mmcore.data.text.wordpiece import Texts
+from mmcore.losses import (
+    fetch_rows,
+    global_ratio,
+    global_token_contrastive_loss,
+    hard_negatives,
+    matching_loss,
+    pair_labels,
+)
+from mmcore.losses.ranks import world_size_of
+from mmcore.systems.blip2.model import Pairs
+
+LABEL_SMOOTHING = 0.1
+
+
+class Runner(Protocol):
+    """A `BLIP2` or a `BLIP2LM` as an engine runs it."""
+
+    def __call__(self, *inputs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+
+def stage1_backward(
+    engine: Runner,
+    images: Tensor,
+    texts: Texts,
+    *,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Losses and gradients of one batch; every rank calls it.
+
+    Args:
+        engine: a `BLIP2` under the engine.
+        images: [B, 3, S, S].
+        texts: of the images, each rank's padded to the same length.
+        image_ids: int64 [B], equal for equal images on all ranks: no image is a negative of its own captions.
+        text_ids: int64 [B], equal for equal captions on all ranks.
+        generator: of the negatives, of a seed of its own for each rank and step.
+
+    Returns:
+        "loss" and its three parts, detached.
+    """
+    texts = _trimmed(texts)
+    pairs: Pairs = engine("pairs", images, *texts, LABEL_SMOOTHING)
+    labels = pair_labels(image_ids, text_ids)
+    contrast = global_token_contrastive_loss(
+        pairs.image,
+        pairs.text,
+        1 / pairs.temperature,
+        labels=(labels, labels),
+        label_smoothing=LABEL_SMOOTHING,
+    )
+    captions = global_ratio(pairs.caption_loss, pairs.num_tokens)
+    matching = _matching(engine, pairs, texts, image_ids, text_ids, generator)
+    loss = contrast + matching + captions
+    engine.backward(loss)
+    parts = {"loss": loss, "contrast": contrast, "matching": matching, "captions": captions}
+    return {name: x.detach() for name, x in parts.items()}
+
+
+def _trimmed(texts: Texts) -> Texts:
+    """Without what is padding in every text of every rank."""
+    longest = texts.num_text.max()
+    if world_size_of(None) > 1:
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return Texts(texts.tokens[:, : int(longest)], texts.num_text)
+
+
+def _matching(
+    engine: Runner,
+    pairs: Pairs,
+    texts: Texts,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Of right pairs, of each text with a hard image, and of each image with a hard text."""
+    negatives = hard_negatives(
+        pairs.image,
+        pairs.text,
+        1 / pairs.temperature,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        generator=generator,
+    )
+    own = torch.arange(len(image_ids), device=image_ids.device)
+    images, of_text = _chosen(negatives.images, own)
+    more, image_index = _images_to_fetch(pairs, images)
+    chosen_texts, of_image = _chosen(negatives.texts, own)
+    fetched = Texts(*(fetch_rows(x, chosen_texts) for x in texts))
+    rows = Texts(*(torch.cat([x, x[of_text], y]) for x, y in zip(texts, fetched, strict=True)))
+    index = torch.cat([own, image_index, of_image])
+    logits = engine("match", pairs.keys_values, more, index, *rows)
+    is_match = torch.arange(len(index), device=index.device) < len(own)
+    return matching_loss(logits, is_match)
+
+
+def _chosen(numbers: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The negatives that there are, and whose they are."""
+    there = numbers >= 0
+    return numbers[there], own[there]
+
+
+def _images_to_fetch(pairs: Pairs, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """States of the images that other ranks have, and where each image stands in this rank's and those."""
+    size = len(pairs.tower)
+    first = dist.get_rank() * size if world_size_of(None) > 1 else 0
+    is_own = (numbers >= first) & (numbers < first + size)
+    foreign, place = numbers[~is_own].unique(return_inverse=True)
+    index = numbers - first
+    index[~is_own] = size + place
+    return fetch_rows(pairs.tower, foreign), index
+
+
+def stage2_backward(
+    engine: Runner, images: Tensor, texts: Prompted, has_image: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Loss and gradients of one batch: the cross-entropy, averaged over the answers' tokens of all ranks.
+
+    Args:
+        engine: a `BLIP2LM` under the engine.
+        images: [B, 3, S, S]; of anything for rows without one.
+        texts: prompts and answers.
+        has_image: bool [B]; None = all have one. A rank may have none at all.
+
+    Returns:
+        "loss", detached.
+    """
+    loss = global_ratio(*engine("loss", images, *texts, has_image))
+    engine.backward(loss)
+    return {"loss": loss.detach()}

@@ -1,0 +1,258 @@
+"""CLIP: an image tower and a text tower whose normalised embeddings meet (arXiv 2103.00020)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcore.nn import Linear, Packing, Transformer
+from mmcore.parts.vit import VisionConfig, ViT, check_tower
+
+# transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
+LEGACY_EOS_TOKEN_ID = 2
+_DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of the text tower.
+
+    `eos_token_id` says where a caption is pooled: at the first token of that id. None, or transformers'
+    legacy value 2, means the first token with the highest id of its row, which is open_clip's rule.
+    """
+
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        check_tower(
+            "TextConfig",
+            self.width,
+            self.num_heads,
+            self.activation,
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            num_layers=self.num_layers,
+            mlp_dim=self.mlp_dim,
+        )
+        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError(
+                f"TextConfig: eos_token_id must be in [0, {self.vocab_size}), got {self.eos_token_id}"
+            )
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers, the width `embed_dim` of the space they share, and the log of the first logit scale."""
+
+    embed_dim: int = 512
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    init_log_logit_scale: float = _DEFAULT_LOGIT_SCALE
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise ValueError(f"CLIPConfig: embed_dim must be at least 1, got {self.embed_dim}")
+
+
+def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
+    """Index of each row's first end token, by the one rule that transformers and open_clip agree with.
+
+    Args:
+        tokens: [B, T] integer ids; each row is expected to hold its end token (a row without pools at 0).
+        eos_token_id: the id, or None (or transformers' legacy 2) for the highest id of the row.
+
+    Returns:
+        [B] int64.
+    """
+    if eos_token_id is None or eos_token_id == LEGACY_EOS_TOKEN_ID:
+        return tokens.argmax(dim=-1)
+    return (tokens == eos_token_id).int().argmax(dim=-1)
+
+
+def caption_lengths(tokens: Tensor, eos_token_id: int | None) -> list[int]:
+    """How many tokens of each caption count: those up to its end token, behind which a causal tower never looks.
+
+    Args:
+        tokens: [B, T] integer ids; reading them waits for a GPU that they are on.
+        eos_token_id: see `eos_positions`.
+    """
+    return (eos_positions(tokens, eos_token_id) + 1).tolist()
+
+
+class VisionTower(ViT):
+    """ViT with a class token: images [B, 3, S, S] to embeddings [B, E], not yet normalised."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__(config)
+        self.norm_post = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.proj = Linear(config.width, embed_dim, bias=False)
+        nn.init.normal_(self.proj.weight, std=config.width**-0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] to [B, E]."""
+        return self.proj(self.norm_post(self.transformer(self.embed(images), pool=lambda x: x[:, 0])))
+
+
+class TextTower(nn.Module):
+    """Causal transformer pooled at the end token: tokens [B, T] to embeddings [B, E], not yet normalised."""
+
+    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.context_length = config.context_length
+        self.eos_token_id = config.eos_token_id
+        width = config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
+        self.transformer = Transformer(
+            width,
+            config.num_layers,
+            config.num_heads,
+            config.mlp_dim,
+            is_causal=True,
+            activation=config.activation,
+            norm_eps=config.norm_eps,
+        )
+        self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
+        self.proj = Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=width**-0.5)
+
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """[B, T] int64 to [B, E]; T may be shorter than the context. For `lengths` see `CLIP.encode_text`."""
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.context_length:
+            raise ValueError(
+                f"CLIP: tokens must be [B, T] with 1 <= T <= {self.context_length}, got {list(tokens.shape)}"
+            )
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"CLIP: tokens must be int64, got {tokens.dtype}")
+        ends = eos_positions(tokens, self.eos_token_id)
+        if lengths is None and tokens.is_cpu and not torch.compiler.is_compiling():
+            lengths = (ends + 1).tolist()
+        positions = self.position_embedding[: tokens.shape[1]]
+        if lengths is None or _check_lengths(tokens, ends, lengths) == tokens.numel():
+            rows = torch.arange(len(tokens), device=tokens.device)
+            x = self.token_embedding(tokens) + positions  # [B, T, D]
+            x = self.transformer(x, pool=lambda x: x[rows, ends])
+        else:
+            packing = Packing.of(lengths, tokens.device)
+            ids = packing.pack(tokens[:, : packing.length])
+            place = packing.places % packing.length
+            x = self.token_embedding(ids) + F.embedding(place, positions)  # [1, N, D]
+            # what a GPU cannot be asked beforehand is an index out of range: a length short of its end token
+            rows = torch.where(ends < packing.lengths, packing.starts + ends, sum(lengths))
+            x = self.transformer(x, packing, pool=lambda x: x[0, rows])
+        return self.proj(self.norm_final(x))
+
+
+def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
+    """Their sum."""
+    most = tokens.shape[1]
+    if len(lengths) != len(tokens) or not all(1 <= length <= most for length in lengths):
+        raise ValueError(
+            f"CLIP: lengths must be {len(tokens)} from 1 to {most}, one a caption, got {list(lengths)}"
+        )
+    if (
+        sum(lengths) < tokens.numel()
+        and tokens.is_cpu
+        and not (behind := torch.tensor(lengths, dtype=torch.int64) > ends).all()
+    ):
+        first = int((~behind).nonzero()[0])
+        raise ValueError(
+            f"CLIP: lengths must reach each caption's end token, got {lengths[first]} for caption {first}, "
+            f"which ends at token {int(ends[first])}"
+        )
+    return sum(lengths)
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
+
+
+class CLIP(nn.Module):
+    """CLIP with unit-norm float32 embeddings and a learned logit scale.
+
+    `logit_scale` is a log of shape [1]: DeepSpeed does not take 0-d parameters. Checkpoints that hold it 0-d,
+    as transformers and open_clip do, load as they are; `save_clip` writes it 0-d.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision, config.embed_dim)
+        self.text = TextTower(config.text, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.full((1,), config.init_log_logit_scale))
+        self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-norm image embeddings.
+
+        Args:
+            images: [B, 3, S, S] floating point, normalised pixels, S the configured image size; B may be 0.
+
+        Returns:
+            [B, E] float32.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        return _unit_norm(self.visual(images))
+
+    def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Unit-norm caption embeddings.
+
+        Args:
+            tokens: [B, T] int64, T at most the context length, each row with its end token; B may be 0.
+            lengths: of the captions, by `caption_lengths` before the tokens go to a GPU: the rest is not computed,
+                which changes nothing. None = looked up on a CPU; on a GPU, and under torch.compile, all T are.
+
+        Returns:
+            [B, E] float32.
+
+        Raises:
+            ValueError: another shape or dtype; lengths out of range, or short of an end token (on a GPU, an index out
+                of range).
+        """
+        return _unit_norm(self.text(tokens, lengths))
+
+    def forward(
+        self, images: Tensor | None, tokens: Tensor | None, lengths: Sequence[int] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Embed images and captions; pass None for a side that is not there.
+
+        Under ZeRO-3 parameters are whole only inside a module's forward, so training and evaluation both
+        go through here.
+
+        Args:
+            images: [B, 3, S, S], or None.
+            tokens: [B', T], or None.
+            lengths: see `encode_text`.
+
+        Returns:
+            image embeddings [B, E] (or None), text embeddings [B', E] (or None), and the logit scale
+            exp(logit_scale), [1]; all float32.
+        """
+        image_features = None if images is None else self.encode_image(images)
+        text_features = None if tokens is None else self.encode_text(tokens, lengths)
+        return image_features, text_features, self.logit_scale.float().exp()
+
+    def set_activation_checkpointing(self, enable: bool) -> None:
+        """Keep only each block's input for backward and recompute the rest."""
+        self.visual.transformer.activation_checkpointing = enable
+        self.text.transformer.activation_checkpointing = enable
+
+
+def _accept_0d_logit_scale(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    key = prefix + "logit_scale"
+    if key in state_dict and state_dict[key].ndim == 0:
+        state_dict[key] = state_dict[key].reshape(1)

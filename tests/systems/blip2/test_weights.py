@@ -1,0 +1,91 @@
+"""BLIP-2's folders there and back, and image towers from wherever they come."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Blip2ForImageTextRetrieval
+
+from mmcore.parts.towers import load_tower
+from mmcore.parts.vit import ViT
+from mmcore.systems.blip2.weights import load_blip2, save_blip2
+from mmcore.systems.clip.model import CLIP
+from mmcore.systems.clip.shapes import CLIP_CONFIGS
+from mmcore.systems.clip.weights import save_clip
+from tests.systems.blip2.test_model import batch, hf_model, ours_of
+
+
+def test_what_is_saved_is_what_transformers_loads_and_what_loads_again(tmp_path: Path) -> None:
+    ours = ours_of(hf_model(torch.float32))
+    with torch.no_grad():
+        ours.temperature.fill_(0.05)
+    save_blip2(ours, tmp_path / "ours")
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "ours").eval()
+    images, tokens, num_text = batch()
+    mask = (torch.arange(tokens.shape[1]) < num_text[:, None]).long()
+    with torch.no_grad():
+        found = theirs(images.float(), tokens, mask, use_image_text_matching_head=True).logits_per_image
+        expected = ours("match", None, images.float(), torch.arange(3), tokens, num_text)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    again = load_blip2(tmp_path / "ours")
+    assert again.config == ours.config
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
+
+
+def test_a_folder_of_transformers_loads_and_what_it_lacks_starts_anew(tmp_path: Path) -> None:
+    theirs = hf_model(torch.float32)
+    theirs.save_pretrained(tmp_path)
+    ours = load_blip2(tmp_path)
+    expected = ours_of(theirs).state_dict()
+    for name, x in ours.state_dict().items():
+        assert torch.equal(x, expected[name]) or name.startswith("text_head.transform"), name
+    assert ours.temperature.item() == pytest.approx(0.07)
+
+
+class TestTowers:
+    def test_of_a_clip_without_its_last_layer(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        clip = CLIP(CLIP_CONFIGS["tiny"]).eval()
+        save_clip(clip, tmp_path / "clip")
+        tower = load_tower(tmp_path / "clip")
+        assert tower.config.num_layers == clip.config.vision.num_layers - 1
+        vit = ViT(tower.config).eval()
+        vit.load_state_dict(tower.state)
+        seen = []
+        last = clip.visual.transformer.blocks[-1]
+        last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        images = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            clip.encode_image(images)
+            torch.testing.assert_close(vit(images), seen[0])
+
+    def test_of_a_blip2_as_it_is(self, tmp_path: Path) -> None:
+        theirs = hf_model(torch.float32)
+        theirs.save_pretrained(tmp_path)
+        tower = load_tower(tmp_path)
+        vit = ViT(tower.config).eval()
+        vit.load_state_dict(tower.state)
+        images = batch()[0].float()
+        with torch.no_grad():
+            expected = theirs.vision_model(images).last_hidden_state
+            found = theirs.vision_model.post_layernorm(vit(images))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
+    ours = ours_of(hf_model(torch.float32))
+    save_blip2(ours, tmp_path / "ours")
+    file = tmp_path / "ours" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({n: x for n, x in tensors.items() if n != "itm_head.bias"}, file)
+    for call, message in (
+        (lambda: load_blip2(tmp_path / "none"), "load_blip2: folder must hold config.json, got"),
+        (lambda: load_blip2(tmp_path / "ours"), "load_blip2: .* missing itm_head.bias"),
+        (lambda: save_blip2(ours, tmp_path / "ours"), "save_blip2: folder must not exist yet, got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    file.write_bytes(b"short")
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        load_blip2(tmp_path / "ours")

@@ -1,0 +1,391 @@
+"""CLIP's towers: contracts, pooling, initialisation, checkpointing, position embeddings."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcore.nn import Attention, interpolate_positions, quick_gelu
+from mmcore.systems.clip import model as clip
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, VisionConfig, eos_positions
+from mmcore.systems.clip.shapes import CLIP_CONFIGS, clip_config
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def tiny_clip(seed: int = 0) -> CLIP:
+    torch.manual_seed(seed)
+    return CLIP(clip_config("tiny", vocab_size=50, context_length=9, eos_token_id=49))
+
+
+def batch(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(num, 3, 16, 16, generator=generator)
+    tokens = torch.randint(1, 48, (num, 9), generator=generator)
+    tokens[:, 6], tokens[:, 7:] = 49, 0
+    return images, tokens
+
+
+def loss_of(model: CLIP, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    a, b, scale = model(images, tokens)
+    return torch.nn.functional.cross_entropy(scale * a @ b.T, torch.arange(len(a)))
+
+
+def test_embeddings_are_unit_norm_float32_and_scale_is_one_over_the_temperature():
+    model = tiny_clip()
+    a, b, scale = model(*batch(3))
+    assert a.shape == b.shape == (3, 64) and a.dtype == b.dtype == torch.float32
+    for features in (a, b):
+        assert (features.norm(dim=-1) - 1).abs().max() < 4 * EPS32
+    assert scale.shape == (1,)
+    assert scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    images, tokens = batch(3)
+    assert torch.equal(a, model.encode_image(images)) and torch.equal(b, model.encode_text(tokens))
+
+
+def test_either_side_may_be_absent():
+    model, (images, tokens) = tiny_clip(), batch(2)
+    a, b, scale = model(images, None)
+    assert a.shape == (2, 64) and b is None and scale.shape == (1,)
+    a, b, scale = model(None, tokens)
+    assert a is None and b.shape == (2, 64) and scale.shape == (1,)
+
+
+def test_an_empty_batch_runs_forward_and_backward_through_both_towers():
+    model = tiny_clip()
+    a, b, scale = model(torch.zeros(0, 3, 16, 16), torch.zeros(0, 9, dtype=torch.int64))
+    assert a.shape == b.shape == (0, 64)
+    (a.sum() + b.sum() + scale.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradient_flows_to_every_parameter():
+    model = tiny_clip()
+    loss_of(model, *batch(4)).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+
+
+def test_activation_checkpointing_gives_bit_equal_gradients_and_keeps_less():
+    def saved_bytes_and_gradients(enable: bool) -> tuple[int, list[torch.Tensor]]:
+        model, kept = tiny_clip(), 0
+        model.set_activation_checkpointing(enable)
+
+        def count(t: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = loss_of(model, *batch(4))
+        in_forward = kept
+        loss.backward()
+        return in_forward, [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain_bytes, plain = saved_bytes_and_gradients(False)
+    less_bytes, recomputed = saved_bytes_and_gradients(True)
+    assert len(plain) == len(recomputed)
+    assert all(torch.equal(x, y) for x, y in zip(plain, recomputed))
+    assert less_bytes < plain_bytes / 4
+
+
+def test_bfloat16_autocast_trains_and_normalises_in_float32():
+    model, (images, tokens) = tiny_clip(), batch(8)
+    exact = model(images, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a, b, scale = model(images, tokens)
+    assert a.dtype == b.dtype == scale.dtype == torch.float32
+    for features, gold in ((a, exact[0]), (b, exact[1])):
+        assert (features.norm(dim=-1) - 1).abs().max() < 4 * EPS32
+        # 8 bits of mantissa through a handful of layers
+        assert (features * gold).sum(-1).min() > 0.999
+    (a @ b.T * scale).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_bfloat16_weights_take_float32_images():
+    a, b, scale = tiny_clip().bfloat16()(*batch(2))
+    assert a.dtype == b.dtype == scale.dtype == torch.float32
+
+
+def test_shorter_captions_equal_padded_ones():
+    model, (_, tokens) = tiny_clip(), batch(3)
+    torch.testing.assert_close(
+        model.encode_text(tokens[:, :7]), model.encode_text(tokens), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_what_follows_the_end_token_does_not_matter():
+    model, (_, tokens) = tiny_clip(), batch(3)
+    other = tokens.clone()
+    other[:, 7:] = 49
+    for lengths in (None, WHOLE):
+        ours, theirs = (model.encode_text(x, lengths) for x in (tokens, other))
+        assert torch.equal(ours, theirs)
+
+
+WHOLE = [9, 9, 9]
+
+
+def uneven() -> torch.Tensor:
+    """Captions of 3, 9 and 1 tokens."""
+    tokens = torch.randint(1, 48, (3, 9), generator=torch.Generator().manual_seed(7))
+    for row, end in enumerate((2, 8, 0)):
+        tokens[row, end], tokens[row, end + 1 :] = 49, 0
+    return tokens
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 9, 1], [5, 9, 2]])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_captions_without_what_follows_their_end_give_the_same_and_the_same_gradients(
+    lengths: list[int] | None, checkpointing: bool
+):
+    found = []
+    for of_captions in (lengths, WHOLE):
+        model = tiny_clip().double()
+        model.set_activation_checkpointing(checkpointing)
+        features = model.text(uneven(), of_captions)
+        (features * torch.arange(64)).sum().backward()
+        found.append([features.detach(), *(p.grad for p in model.text.parameters())])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12 * float(whole.abs().max()))
+
+
+def flops_of_layers(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counted:
+        call()
+    return counted.get_flop_counts()["Global"][torch.ops.aten.addmm]
+
+
+def expected_flops(side: TextConfig | VisionConfig, num_tokens: int, num_read: int) -> int:
+    """Of all linear layers but the projections: the last feed-forward is of what is read alone."""
+    attention, feed_forward = 4 * side.width**2, 2 * side.width * side.mlp_dim
+    whole = side.num_layers * num_tokens * (attention + feed_forward)
+    return 2 * (whole - (num_tokens - num_read) * feed_forward)
+
+
+def test_nothing_is_computed_that_is_not_read():
+    model, images = tiny_clip(), batch(3)[0]
+    vision, text = model.config.vision, model.config.text
+    for lengths, num_tokens in ((None, 13), (WHOLE, 27)):
+        found = flops_of_layers(lambda lengths=lengths: model.encode_text(uneven(), lengths))
+        assert found == expected_flops(text, num_tokens, 3)
+    assert flops_of_layers(lambda: model.encode_image(images)) == expected_flops(vision, 3 * 17, 3)
+
+
+def test_lengths_are_all_that_a_device_has_to_know():
+    model = tiny_clip().to("meta")
+    features = model(None, uneven().to("meta"), [3, 9, 1])[1]
+    assert features.shape == (3, 64)
+
+
+def test_compiled_the_text_tower_is_one_graph():
+    model, tokens = tiny_clip(), uneven()
+    compiled = torch.compile(model.encode_text, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens), model.encode_text(tokens), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "match"),
+    [
+        ([3, 9], r"lengths must be 3 from 1 to 9, one a caption, got \[3, 9\]"),
+        ([3, 10, 1], r"got \[3, 10, 1\]"),
+        ([3, 9, 0], r"got \[3, 9, 0\]"),
+        ([2, 9, 1], "must reach each caption's end token, got 2 for caption 0, which ends at token 2"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_captions_are_refused(lengths: list[int], match: str):
+    with pytest.raises(ValueError, match=match):
+        tiny_clip().encode_text(uneven(), lengths)
+
+
+def test_where_lengths_cannot_be_asked_one_that_is_short_is_an_index_out_of_range(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(clip, "_check_lengths", lambda tokens, ends, lengths: sum(lengths))
+    tiny_clip().encode_text(uneven(), [3, 9, 1])
+    with pytest.raises(IndexError, match="out of"):
+        tiny_clip().encode_text(uneven(), [2, 9, 1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_not_waited_for():
+    model, tokens = tiny_clip().cuda(), uneven().cuda()
+    model.encode_text(tokens, [3, 9, 1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.encode_text(tokens, [3, 9, 1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 17, 16), (1, 3, 32, 32), (1, 1, 16, 16), (3, 16, 16)])
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, 16, 16\], got \[") as error:
+        tiny_clip().encode_image(torch.zeros(shape))
+    assert str(list(shape)) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        (torch.zeros(1, 10, dtype=torch.int64), r"\[B, T\] with 1 <= T <= 9, got \[1, 10\]"),
+        (torch.zeros(9, dtype=torch.int64), r"got \[9\]"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"got \[1, 0\]"),
+        (torch.zeros(1, 9), "tokens must be int64, got torch.float32"),
+    ],
+)
+def test_tokens_of_another_shape_or_dtype_are_refused(tokens: torch.Tensor, match: str):
+    with pytest.raises(ValueError, match=match):
+        tiny_clip().encode_text(tokens)
+
+
+def test_integer_images_are_refused():
+    with pytest.raises(ValueError, match=r"floating point, got torch\.uint8"):
+        tiny_clip().encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+@given(
+    st.lists(st.lists(st.integers(3, 30), min_size=4, max_size=4), min_size=1, max_size=5), st.integers(3, 30)
+)
+def test_end_of_caption_is_the_first_end_token_or_the_first_highest_id(rows: list[list[int]], eos: int):
+    tokens = torch.tensor(rows)
+    firsts = [row.index(eos) if eos in row else 0 for row in rows]
+    highest = [row.index(max(row)) for row in rows]
+    assert eos_positions(tokens, eos).tolist() == firsts
+    assert eos_positions(tokens, None).tolist() == highest
+    assert eos_positions(tokens, 2).tolist() == highest
+
+
+def test_initial_weights_have_the_published_standard_deviations():
+    config = clip_config("small")
+    torch.manual_seed(0)
+    model = CLIP(config)
+    for tower, width, layers in ((model.visual, 256, 6), (model.text, 256, 4)):
+        assert tower.proj.weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
+        for block in tower.transformer.blocks:
+            out_std = width**-0.5 * (2 * layers) ** -0.5
+            assert block.attn.qkv.weight.std().item() == pytest.approx(width**-0.5, rel=0.05)  # pyright: ignore
+            assert block.attn.out.weight.std().item() == pytest.approx(out_std, rel=0.05)  # pyright: ignore
+            assert block.mlp.fc1.weight.std().item() == pytest.approx((2 * width) ** -0.5, rel=0.05)  # pyright: ignore
+            assert block.mlp.fc2.weight.std().item() == pytest.approx(out_std, rel=0.05)  # pyright: ignore
+            assert not block.attn.qkv.bias.any() and not block.mlp.fc1.bias.any()  # pyright: ignore
+    assert model.text.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.text.position_embedding.std().item() == pytest.approx(0.01, rel=0.05)
+    assert model.visual.position_embedding.std().item() == pytest.approx(256**-0.5, rel=0.05)
+    assert model.visual.class_embedding.std().item() == pytest.approx(256**-0.5, rel=0.2)
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_no_parameter_is_0d():
+    assert min(p.ndim for p in tiny_clip().parameters()) == 1
+
+
+def test_causal_attention_sees_the_past_only():
+    torch.manual_seed(0)
+    attention, x = Attention(16, 2, is_causal=True), torch.randn(1, 5, 16)
+    changed = x.clone()
+    changed[:, 3:] += 1
+    before, after = attention(x), attention(changed)
+    assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(before[:, 3:], after[:, 3:])
+
+
+def test_quick_gelu_is_x_times_sigmoid():
+    x = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+    expected = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
+    assert quick_gelu(x).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_positions_at_the_same_size_are_the_same():
+    positions = torch.randn(17, 8)
+    assert interpolate_positions(positions, 16) is positions
+
+
+def test_interpolated_positions_keep_the_prefix_constants_and_orientation():
+    positions = torch.randn(2 + 16, 3)
+    positions[2:, 0] = 7
+    rows = torch.arange(4.0).repeat_interleave(4)
+    positions[2:, 1], positions[2:, 2] = rows, rows.reshape(4, 4).T.reshape(-1)
+    out = interpolate_positions(positions, 64, num_prefix=2)
+    assert torch.equal(out[:2], positions[:2])
+    torch.testing.assert_close(out[2:, 0], torch.full((64,), 7.0))
+    grid = out[2:].reshape(8, 8, 3)
+    # rows grow downwards and are constant along x; columns the other way round
+    assert (grid[1:, :, 1] > grid[:-1, :, 1]).all() and grid[:, :, 1].std(dim=1).max() < 1e-5
+    torch.testing.assert_close(grid[:, :, 2], grid[:, :, 1].T)
+
+
+def test_interpolation_there_and_back_returns_smooth_positions():
+    ramp = torch.linspace(-1, 1, 8)
+    smooth = torch.stack([ramp.repeat_interleave(8), (ramp * 2).cos().repeat(8)], dim=1)
+    positions = torch.cat([torch.zeros(1, 2), smooth])
+    back = interpolate_positions(interpolate_positions(positions, 256), 64)
+    inner = (back - positions)[1:].reshape(8, 8, 2)[1:-1, 1:-1]
+    assert inner.abs().max() < 0.03
+    assert interpolate_positions(positions.bfloat16(), 16).dtype == torch.bfloat16
+
+
+def test_grids_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match="positions must hold a square grid of patches, got 15"):
+        interpolate_positions(torch.zeros(16, 4), 16)
+    with pytest.raises(ValueError, match="num_patches must be a square number, got 15"):
+        interpolate_positions(torch.zeros(17, 4), 15)
+
+
+def test_configurations_have_the_published_sizes():
+    published = {
+        "ViT-B-32": 151_277_313,
+        "ViT-B-16": 149_620_737,
+        "ViT-L-14": 427_616_513,
+        "ViT-L-14-336": 427_944_193,
+    }
+    for name, count in published.items():
+        for full in (name, f"{name}-quickgelu"):
+            with torch.device("meta"):
+                model = CLIP(CLIP_CONFIGS[full])
+            assert sum(p.numel() for p in model.parameters()) == count, full
+    assert CLIP_CONFIGS["ViT-L-14"].vision.activation == "gelu"
+    assert CLIP_CONFIGS["ViT-L-14-quickgelu"].text.activation == "quick_gelu"
+
+
+def test_a_configuration_is_fitted_to_the_tokenizer():
+    config = clip_config("ViT-B-32", vocab_size=300, context_length=20, eos_token_id=299)
+    assert (config.text.vocab_size, config.text.context_length, config.text.eos_token_id) == (300, 20, 299)
+    assert clip_config("ViT-B-32") == CLIP_CONFIGS["ViT-B-32"]
+    assert clip_config("ViT-B-32", vocab_size=300).text.eos_token_id is None
+    assert clip_config("ViT-B-32", vocab_size=50_000).text.eos_token_id == 49407
+
+
+def test_an_unknown_configuration_is_refused_with_the_known_names_and_a_near_one():
+    with pytest.raises(
+        ValueError, match=r"tiny, small, ViT-B-32, .*got 'ViT-B32'; did you mean 'ViT-B-32'\?"
+    ):
+        clip_config("ViT-B32")
+    with pytest.raises(ValueError, match=r"got 'zzz'$"):
+        clip_config("zzz")
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: VisionConfig(image_size=225), "image_size must be a multiple of patch_size 32, got 225"),
+        (lambda: VisionConfig(num_heads=5), "num_heads must divide width 768, got 5"),
+        (lambda: VisionConfig(num_layers=0), "num_layers must be at least 1, got 0"),
+        (lambda: TextConfig(activation="relu"), "activation must be one of .*got 'relu'"),
+        (lambda: TextConfig(vocab_size=10, eos_token_id=10), r"eos_token_id must be in \[0, 10\), got 10"),
+        (lambda: CLIPConfig(embed_dim=0), "embed_dim must be at least 1, got 0"),
+    ],
+)
+def test_impossible_configurations_are_refused(build, match: str):
+    with pytest.raises(ValueError, match=match):
+        build()
+
+
+def test_configurations_are_values():
+    assert replace(clip_config("tiny"), embed_dim=64) == clip_config("tiny")
+    assert hash(clip_config("tiny")) == hash(clip_config("tiny"))

@@ -1,0 +1,365 @@
+"""CLIP's weights in other libraries' layouts: parity with transformers, open_clip's names, refusals."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmcore.systems.clip import names as clip_names
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig
+from mmcore.systems.clip.shapes import CLIP_CONFIGS, clip_config
+from mmcore.systems.clip.weights import load_clip, save_clip
+
+transformers = pytest.importorskip("transformers")
+
+
+def small_config(**text: object) -> CLIPConfig:
+    config = clip_config("tiny")
+    vision = replace(config.vision, num_layers=2, width=32, num_heads=2, mlp_dim=48)
+    settings = {"vocab_size": 60, "num_layers": 2, "width": 16, "num_heads": 2, "mlp_dim": 40, **text}
+    return CLIPConfig(embed_dim=12, vision=vision, text=replace(config.text, **settings))
+
+
+def randomized(config: CLIPConfig, seed: int = 0) -> CLIP:
+    """A CLIP with no parameter at its initial 0 or 1, so that a swapped or forgotten one shows."""
+    torch.manual_seed(seed)
+    model = CLIP(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return model
+
+
+def captions(config: TextConfig, *, eos: int, num: int) -> Tensor:
+    """[num, T] random captions of different lengths, `eos` once or, in the second row, as padding too."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, config.vocab_size - 2, (num, config.context_length), generator=generator)
+    for row in range(num):
+        end = 2 + row
+        tokens[row, end] = eos
+        tokens[row, end + 1 :] = eos if row == 1 else 0
+    return tokens
+
+
+def hf_forward(model, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = model(input_ids=tokens, pixel_values=images)
+    return out.image_embeds, out.text_embeds, model.logit_scale.exp().reshape(1)
+
+
+def contrast(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
+    logits = scale * image_features @ text_features.T
+    labels = torch.arange(len(logits))
+    return torch.nn.functional.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "eos"),
+    [
+        ("small", 2),
+        ("small", 59),
+        ("small", 7),
+        ("small", None),
+        ("tiny", None),
+        ("ViT-B-32-quickgelu", 49407),
+    ],
+)
+def test_outputs_and_gradients_equal_transformers(name: str, eos: int | None, tmp_path: Path):
+    config = small_config(eos_token_id=eos) if name == "small" else CLIP_CONFIGS[name]
+    end = config.text.vocab_size - 1 if eos in (None, 2) else eos
+    ours = randomized(config)
+    save_clip(ours, tmp_path / "clip")
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "clip", attn_implementation="eager")
+    size = config.vision.image_size
+    images = torch.randn(2, 3, size, size)
+    tokens = captions(config.text, eos=end, num=2)
+
+    a, b = ours(images, tokens), hf_forward(theirs, images, tokens)
+    for mine, other in zip(a, b):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    contrast(*a).backward()
+    contrast(*b).backward()
+    mine = clip_names.to_hf({n: p.grad for n, p in ours.named_parameters() if p.grad is not None}, config)
+    # the gradient of a key's bias is 0 but for rounding, which scales with the largest gradient
+    rounding = 1e-6 * max(g.abs().max().item() for g in mine.values())
+    for key, p in theirs.named_parameters():
+        assert p.grad is not None, key
+        atol = max(1e-4 * p.grad.abs().max().item(), rounding)
+        torch.testing.assert_close(mine[key], p.grad, atol=atol, rtol=1e-4, msg=key)
+
+
+def test_transformers_own_folder_loads_with_the_same_outputs(tmp_path: Path):
+    ours = randomized(small_config())
+    theirs_config = transformers.CLIPConfig(**clip_names.hf_config(ours.config))
+    torch.manual_seed(3)
+    theirs = transformers.CLIPModel(theirs_config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_clip(tmp_path / "theirs")
+    images, tokens = torch.randn(3, 3, 16, 16), captions(ours.config.text, eos=59, num=3)
+    with torch.no_grad():
+        for mine, other in zip(loaded(images, tokens), hf_forward(theirs, images, tokens)):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    assert loaded.config == replace(ours.config)
+
+
+@pytest.mark.parametrize("format", ["hf", "open_clip"])
+def test_round_trip_is_bit_exact_and_keeps_the_configuration(format, tmp_path: Path):
+    ours = randomized(small_config())
+    save_clip(ours, tmp_path / "a" / "clip", format=format)
+    back = load_clip(tmp_path / "a" / "clip")
+    assert back.config == ours.config
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name]), name
+    save_clip(back, tmp_path / "b", format=format)
+    for file in (tmp_path / "b").iterdir():
+        assert file.read_bytes() == (tmp_path / "a" / "clip" / file.name).read_bytes()
+
+
+def test_both_layouts_of_one_model_load_to_the_same_weights(tmp_path: Path):
+    ours = randomized(small_config())
+    save_clip(ours, tmp_path / "hf", format="hf")
+    save_clip(ours, tmp_path / "oc", format="open_clip")
+    a, b = load_clip(tmp_path / "hf").state_dict(), load_clip(tmp_path / "oc").state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# open_clip's CLIP class, width 768, 12 layers, read from its source and its published ViT-B-32 files
+OPEN_CLIP_B32 = {
+    "logit_scale": (),
+    "positional_embedding": (77, 512),
+    "text_projection": (512, 512),
+    "token_embedding.weight": (49408, 512),
+    "ln_final.weight": (512,),
+    "ln_final.bias": (512,),
+    "visual.class_embedding": (768,),
+    "visual.positional_embedding": (50, 768),
+    "visual.proj": (768, 512),
+    "visual.conv1.weight": (768, 3, 32, 32),
+    "visual.ln_pre.weight": (768,),
+    "visual.ln_pre.bias": (768,),
+    "visual.ln_post.weight": (768,),
+    "visual.ln_post.bias": (768,),
+}
+OPEN_CLIP_BLOCK = {
+    "ln_1.weight": lambda d: (d,),
+    "ln_1.bias": lambda d: (d,),
+    "attn.in_proj_weight": lambda d: (3 * d, d),
+    "attn.in_proj_bias": lambda d: (3 * d,),
+    "attn.out_proj.weight": lambda d: (d, d),
+    "attn.out_proj.bias": lambda d: (d,),
+    "ln_2.weight": lambda d: (d,),
+    "ln_2.bias": lambda d: (d,),
+    "mlp.c_fc.weight": lambda d: (4 * d, d),
+    "mlp.c_fc.bias": lambda d: (4 * d,),
+    "mlp.c_proj.weight": lambda d: (d, 4 * d),
+    "mlp.c_proj.bias": lambda d: (d,),
+}
+
+
+def test_open_clip_file_has_the_names_and_shapes_of_open_clip():
+    with torch.device("meta"):
+        config = clip_config("ViT-B-32")
+        state = CLIP(config).state_dict()
+    zeros = {name: torch.zeros(t.shape) for name, t in state.items()}
+    shapes = {name: tuple(t.shape) for name, t in clip_names.to_open_clip(zeros, config).items()}
+    wanted = dict(OPEN_CLIP_B32)
+    for tower, width in (("visual.transformer", 768), ("transformer", 512)):
+        for layer in range(12):
+            for leaf, shape in OPEN_CLIP_BLOCK.items():
+                wanted[f"{tower}.resblocks.{layer}.{leaf}"] = shape(width)
+    assert shapes == wanted
+    # the published parameter count of open_clip's ViT-B-32
+    assert sum(t.numel() for t in state.values()) == 151_277_313
+
+
+def test_open_clip_projection_multiplies_from_the_right_as_in_open_clip():
+    ours = randomized(small_config())
+    file = clip_names.to_open_clip(ours.state_dict(), ours.config)
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(x @ file["visual.proj"], ours.visual.proj(x))
+
+
+def test_a_trainer_checkpoint_of_open_clip_loads_given_its_configuration(tmp_path: Path):
+    ours = randomized(small_config())
+    file = clip_names.to_open_clip(ours.state_dict(), ours.config)
+    state = {f"module.{name}": tensor for name, tensor in file.items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state}, tmp_path / "epoch_3.pt")
+    with pytest.raises(ValueError, match=r"open_clip_config\.json must lie beside"):
+        load_clip(tmp_path / "epoch_3.pt")
+    back = load_clip(tmp_path / "epoch_3.pt", config=ours.config)
+    assert all(torch.equal(t, back.state_dict()[n]) for n, t in ours.state_dict().items())
+
+
+def test_half_precision_weights_load_as_float32(tmp_path: Path):
+    ours = randomized(small_config())
+    save_clip(ours, tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    save_file({n: t.half() for n, t in load_file(file).items()}, file)
+    assert {t.dtype for t in load_clip(file).state_dict().values()} == {torch.float32}
+
+
+def test_weights_of_another_resolution_are_interpolated_and_run(tmp_path: Path):
+    ours = randomized(small_config())
+    save_clip(ours, tmp_path / "clip")
+    larger = load_clip(tmp_path / "clip", image_size=24)
+    assert larger.config.vision.image_size == 24
+    assert larger.visual.position_embedding.shape == (37, 32)
+    assert torch.equal(larger.visual.position_embedding[0], ours.visual.position_embedding[0])
+    features = larger.encode_image(torch.randn(2, 3, 24, 24))
+    features.sum().backward()
+    assert features.shape == (2, 12) and larger.visual.position_embedding.grad is not None
+
+
+def test_logit_scale_is_0d_in_files_and_1d_in_the_model(tmp_path: Path):
+    ours = randomized(small_config())
+    save_clip(ours, tmp_path / "hf", format="hf")
+    save_clip(ours, tmp_path / "oc", format="open_clip")
+    for file in ("hf/model.safetensors", "oc/open_clip_model.safetensors"):
+        assert load_file(tmp_path / file)["logit_scale"].shape == ()
+    state = ours.state_dict()
+    assert state["logit_scale"].shape == (1,)
+    state["logit_scale"] = torch.tensor(1.5)
+    ours.load_state_dict(state)
+    assert ours.logit_scale.tolist() == [1.5]
+
+
+def test_legacy_eos_and_position_buffers_of_transformers_files_load(tmp_path: Path):
+    ours = randomized(small_config())
+    save_clip(ours, tmp_path / "clip")
+    assert json.loads((tmp_path / "clip" / "config.json").read_text())["text_config"]["eos_token_id"] == 2
+    file = tmp_path / "clip" / "model.safetensors"
+    buffers = {
+        "text_model.embeddings.position_ids": torch.arange(32)[None],
+        "vision_model.embeddings.position_ids": torch.arange(17)[None],
+    }
+    save_file({**load_file(file), **buffers}, file)
+    assert load_clip(file).config.text.eos_token_id is None
+
+
+def test_other_weights_can_be_saved_in_the_place_of_the_models(tmp_path: Path):
+    ours = randomized(small_config())
+    average = {name: tensor * 0.5 for name, tensor in ours.state_dict().items()}
+    save_clip(ours, tmp_path / "clip", state_dict=average)
+    back = load_clip(tmp_path / "clip").state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in average.items())
+    with pytest.raises(ValueError, match=r"state_dict must hold the model's names, differs in logit_scale"):
+        save_clip(ours, tmp_path / "x", state_dict={n: t for n, t in average.items() if n != "logit_scale"})
+    with pytest.raises(ValueError, match=r"logit_scale must be \[1\], got \[0\]"):
+        save_clip(ours, tmp_path / "x", state_dict={**average, "logit_scale": torch.empty(0)})
+
+
+def test_saving_never_touches_an_existing_folder_and_leaves_nothing_half_written(tmp_path: Path):
+    ours = randomized(small_config())
+    (tmp_path / "clip").mkdir()
+    with pytest.raises(ValueError, match="folder must not exist yet"):
+        save_clip(ours, tmp_path / "clip")
+    with pytest.raises(ValueError, match="format must be one of"):
+        save_clip(ours, tmp_path / "other", format="onnx")  # pyright: ignore[reportArgumentType]
+    assert [p.name for p in tmp_path.iterdir()] == ["clip"] and not list((tmp_path / "clip").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "match"),
+    [
+        ({"norm_eps": 1e-6}, {}, "norm_eps"),
+        ({"activation": "quick_gelu"}, {}, "one activation"),
+        ({"eos_token_id": 7}, {}, "highest id"),
+    ],
+)
+def test_what_open_clip_cannot_express_is_refused(text: dict, vision: dict, match: str, tmp_path: Path):
+    config = small_config(**text)
+    with pytest.raises(ValueError, match=match):
+        save_clip(CLIP(config), tmp_path / "clip", format="open_clip")
+    assert not list(tmp_path.iterdir())
+
+
+class _Payload:
+    def __reduce__(self):
+        return (Path("pwned").touch, ())
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": _Payload()}, tmp_path / "evil.pt")
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps({"weight": _Payload()}, protocol=2))
+    for file in ("evil.pt", "plain.bin"):
+        with pytest.raises(ValueError, match="pickled objects, which could run code"):
+            load_clip(tmp_path / file)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")  # pyright: ignore
+    with pytest.raises(ValueError, match="TorchScript"):
+        load_clip(tmp_path / "script.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_damaged_missing_and_foreign_files_are_refused_in_one_sentence(tmp_path: Path):
+    ours = randomized(small_config())
+    save_clip(ours, tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+
+    def refused(match: str, state: dict[str, Tensor]) -> None:
+        save_file(state, file)
+        with pytest.raises(ValueError, match=match):
+            load_clip(tmp_path / "clip")
+
+    key = "text_model.encoder.layers.1.self_attn.k_proj.weight"
+    refused(f"missing {key}", {n: t for n, t in tensors.items() if n != key})
+    refused("got also extra.weight", {**tensors, "extra.weight": torch.zeros(1)})
+    refused(
+        r"text\.proj\.weight must be \[12, 16\], got \[12, 17\]",
+        {**tensors, "text_projection.weight": torch.zeros(12, 17)},
+    )
+    refused("one shape", {**tensors, key: torch.zeros(15, 16)})
+    refused("got neither's names", {"weight": torch.zeros(1)})
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        load_clip(tmp_path / "clip")
+    (tmp_path / "cut.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="whole torch file"):
+        load_clip(tmp_path / "cut.pt")
+    with pytest.raises(ValueError, match="path must be a weights file or a folder"):
+        load_clip(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        load_clip(tmp_path / "clip" / "config.json")
+    file.write_bytes(whole)
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model_type 'clip', got 'bert'"):
+        load_clip(tmp_path / "clip")
+    (tmp_path / "clip" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="must hold JSON"):
+        load_clip(tmp_path / "clip")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"vision_cfg": {"timm_model_name": "convnext"}}, "plain ViT CLIP, got .*timm_model_name"),
+        ({"text_cfg": {"hf_model_name": "roberta"}}, "plain ViT CLIP, got .*hf_model_name"),
+        ({"vision_cfg": None}, "must hold model_cfg.vision_cfg"),
+    ],
+)
+def test_open_clip_models_of_another_kind_are_refused(change: dict, match: str):
+    raw = clip_names.open_clip_config(small_config())["model_cfg"]
+    with pytest.raises(ValueError, match=match):
+        clip_names.config_from_open_clip(
+            {"model_cfg": {**raw, **change, **({} if "vision_cfg" in change else {"vision_cfg": {}})}}
+        )
+
+
+def test_published_configurations_read_with_each_librarys_defaults():
+    bare = {"model_type": "clip", "text_config": {}, "vision_config": {}}
+    assert clip_names.config_from_hf(bare) == replace(
+        CLIP_CONFIGS["ViT-B-32-quickgelu"], init_log_logit_scale=2.6592
+    )
+    theirs = {"embed_dim": 512, "vision_cfg": {"patch_size": 16}, "text_cfg": {}}
+    expected = CLIP_CONFIGS["ViT-B-16"]
+    assert clip_names.config_from_open_clip(theirs) == replace(
+        expected, text=replace(expected.text, eos_token_id=None)
+    )
+    dropout = {**bare, "text_config": {"attention_dropout": 0.1}}
+    with pytest.raises(ValueError, match=r"attention_dropout must be 0, got 0\.1"):
+        clip_names.config_from_hf(dropout)
