@@ -53,6 +53,7 @@ check: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(RUN)
+	$(RUN) -m tests.lines
 
 bench: $(VENV)/installed
 	$(RUN) -m pytest bench/ --benchmark-json=bench/results/latest.json

@@ -59,9 +59,7 @@ def native_modules() -> list[Extension]:
         lacks = "there is neither ninja nor make"
     else:
         return [Extension("mmkernels._native", sources=[])]
-    print(
-        f"mmkernels: the CPU's native step is not built, ATen serves in its place: {lacks}", file=sys.stderr
-    )
+    print(f"mmkernels: the CPU's native step is not built, ATen serves in its place: {lacks}", file=sys.stderr)
     return []
 
 

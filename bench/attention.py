@@ -92,15 +92,11 @@ WORKLOADS: Mapping[str, Workload] = {
     "OpenFlamingo": Workload(_shape(64, 8, 8, 256, 320, 64), {"B": 8}, _media(5)),
     "IDEFICS": Workload(_shape(8, 32, 32, 2048, 640, 128), {"B": 1, "H": 8, "Hkv": 8}, _media(10)),
     "resampler": Workload(_shape(128, 16, 16, 64, 321, 96), {"B": 8}, first_keys=257),
-    "Llama-3.2-Vision": Workload(
-        _shape(1, 32, 8, 2048, 6404, 128), {"H": 4, "Hkv": 1, "Lq": 1024}, _two_tiles
-    ),
+    "Llama-3.2-Vision": Workload(_shape(1, 32, 8, 2048, 6404, 128), {"H": 4, "Hkv": 1, "Lq": 1024}, _two_tiles),
     "Llama-3.2-Vision 4 images": Workload(
         _shape(1, 32, 8, 4096, 25616, 128), {"H": 4, "Hkv": 1, "Lq": 1024, "Lk": 6404}, _media(4)
     ),
-    "Llama-3.2-Vision tower": Workload(
-        _shape(1, 16, 16, 6432, 6432, 80), {"H": 4, "Hkv": 4, "Lq": 1608, "Lk": 1608}
-    ),
+    "Llama-3.2-Vision tower": Workload(_shape(1, 16, 16, 6432, 6432, 80), {"H": 4, "Hkv": 4, "Lq": 1608, "Lk": 1608}),
     "CoCa pooler": Workload(_shape(256, 8, 8, 256, 256, 96), {"B": 8}),
     "SDXL": Workload(_shape(16, 10, 10, 4096, 77, 64), {"B": 1}),
     "SD1.5": Workload(_shape(16, 8, 8, 4096, 77, 40), {"B": 1}),
@@ -149,9 +145,7 @@ def contenders(workload: Workload, shape: Shape, device: torch.device) -> dict[s
         q, k, v = (x.transpose(1, 2) for x in (q, *_joined(k, v, workload)))
         groups = q.shape[1] != k.shape[1]
         with sdpa_kernel(FUSED) if q.is_cuda else nullcontext():
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=dense, dropout_p=dropout_p, enable_gqa=groups
-            )
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, dropout_p=dropout_p, enable_gqa=groups)
         return out.transpose(1, 2)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -224,9 +218,7 @@ def _flash_attn(name: str, workload: Workload, shape: Shape) -> Call:
         if workload.mask is _documents:
             rows, ends = q.shape[0] * NUM_DOCUMENTS, {}
             for side in "qk":
-                ends[f"cu_seqlens_{side}"] = (
-                    torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length
-                )
+                ends[f"cu_seqlens_{side}"] = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length
                 ends[f"max_seqlen_{side}"] = length
             packed = (x.flatten(0, 1) for x in (q, k, v))
             out = library.flash_attn_varlen_func(*packed, causal=True, **ends, **options)

@@ -3,11 +3,10 @@ stored, a pass for each objective."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcore.data.text.wordpiece import Texts
 from mmcore.labels import IGNORED
@@ -15,7 +14,7 @@ from mmcore.nn import Attention, CrossAttention, QFormerBlock
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2
 from mmcore.systems.blip2.shapes import blip2_config
-from mmcore.systems.blip2.steps import LABEL_SMOOTHING, stage1_backward
+from mmcore.systems.blip2.steps import LABEL_SMOOTHING, Pair, stage1_losses
 
 # ViT-g's states, from a tower that costs nothing: they are computed before, as a frozen tower's may be
 TOWER = VisionConfig(patch_size=14, width=1408, num_layers=1, num_heads=16, mlp_dim=64, norm_eps=1e-6)
@@ -61,24 +60,12 @@ def step_flops(blip2: BLIP2, size: int, length: int, num_patches: int) -> float:
     return 3 * 2 * (layers(size, 2 * length) + layers(pairs, length) + keys_values + head)
 
 
-class Plain:
-    """A model run without an engine."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-
 def ours(blip2: BLIP2, states: Tensor, texts: Texts) -> Tensor:
     ids = torch.arange(len(states), device=states.device)
     generator = torch.Generator().manual_seed(0)
-    engine = Plain(blip2)
-    return stage1_backward(engine, states, texts, image_ids=ids, text_ids=ids, generator=generator)["loss"]
+    loss = stage1_losses(blip2, Pair(states, texts, ids, ids), generator)["loss"]
+    loss.backward()
+    return loss.detach()
 
 
 def lavis(blip2: BLIP2, states: Tensor, texts: Texts) -> Tensor:
@@ -112,9 +99,7 @@ def lavis(blip2: BLIP2, states: Tensor, texts: Texts) -> Tensor:
     return loss.detach()
 
 
-def _match(
-    blip2: BLIP2, image: Tensor, tokens: Tensor, is_text: Tensor, of_images: Tensor, of_texts: Tensor
-) -> Tensor:
+def _match(blip2: BLIP2, image: Tensor, tokens: Tensor, is_text: Tensor, of_images: Tensor, of_texts: Tensor) -> Tensor:
     size, num_queries = len(image), blip2.config.qformer.num_queries
     chosen = []
     with torch.no_grad():
@@ -164,16 +149,11 @@ def _qformer(
     return x, kept
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, layer: Attention | CrossAttention
-) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, layer: Attention | CrossAttention) -> Tensor:
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[3] ** 0.5
     weights = (scores if bias is None else scores + bias).softmax(-1)
     weights = F.dropout(weights, layer.dropout, layer.training)
     return torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2)
 
 
-CONTENDERS: Mapping[str, Callable[[BLIP2, Tensor, Texts], Tensor]] = {
-    "mmcore": ours,
-    "eager, as LAVIS": lavis,
-}
+CONTENDERS: Mapping[str, Callable[[BLIP2, Tensor, Texts], Tensor]] = {"mmcore": ours, "eager, as LAVIS": lavis}

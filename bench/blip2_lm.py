@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, OPTForCausalLM
 
-from bench.blip2 import Plain
 from mmcore.data.text.prompts import Prompted
 from mmcore.labels import IGNORED
-from mmcore.parts.language_weights import language_weights
+from mmcore.parts.language_weights import beside_language, language_weights
 from mmcore.systems.blip2 import names as blip2_names
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.shapes import VIT_G
-from mmcore.systems.blip2.steps import stage2_backward
+from mmcore.systems.blip2.steps import stage2_loss
 
 PAD, LENGTH = 1, 32
 # a layer of ViT-g's width: the tower is no part of what differs
@@ -50,18 +49,16 @@ CPU = Shape(
 
 def ours(shape: Shape, dropout: float, device: torch.device) -> BLIP2LM:
     torch.manual_seed(0)
-    qformer = QFormerConfig(
-        num_layers=shape.num_layers, has_text=False, dropout=dropout, attention_dropout=dropout
-    )
+    qformer = QFormerConfig(num_layers=shape.num_layers, has_text=False, dropout=dropout, attention_dropout=dropout)
     language: Any = OPTForCausalLM(shape.opt)
     return BLIP2LM(TOWER, qformer, language).to(device).train()
 
 
 def theirs(model: BLIP2LM, attention: str) -> Any:
     """transformers' with the weights of ours, and what BLIP-2 freezes frozen."""
-    settings = blip2_names.stage2_hf_config(model, model.language_model.config.vocab_size - 1)
+    settings = blip2_names.stage2_config(model, model.language_model.config.vocab_size - 1)
     vocab_size = settings["text_config"]["vocab_size"]
-    state = blip2_names.stage2_to_hf(model) | language_weights(model.language_model, vocab_size)
+    state = blip2_names.HF.write(beside_language(model)) | language_weights(model.language_model, vocab_size)
     config: Any = Blip2Config.from_dict(settings)
     config.qformer_config.hidden_dropout_prob = model.qformer.config.dropout
     config.qformer_config.attention_probs_dropout_prob = model.qformer.config.attention_dropout
@@ -89,7 +86,9 @@ def batch(shape: Shape, device: torch.device) -> tuple[Tensor, Prompted]:
 
 def our_step(model: BLIP2LM, images: Tensor, texts: Prompted) -> Tensor:
     model.zero_grad()
-    return stage2_backward(Plain(model), images, texts)["loss"]
+    loss = stage2_loss(model, images, texts)
+    loss.backward()
+    return loss.detach()
 
 
 def their_step(model: Any, images: Tensor, texts: Prompted) -> Tensor:
@@ -129,8 +128,6 @@ def step_flops(model: BLIP2LM, texts: Prompted) -> float:
     block = 4 * opt.hidden_size**2 + 2 * opt.hidden_size * opt.ffn_dim + positions * opt.hidden_size
     language = positions * opt.num_hidden_layers * block
     head = texts.num_text.double().mean().item() * opt.hidden_size * opt.vocab_size
-    tower = TOWER.num_layers * (
-        4 * TOWER.width**2 + 2 * TOWER.width * TOWER.mlp_dim + 2 * patches * TOWER.width
-    )
+    tower = TOWER.num_layers * (4 * TOWER.width**2 + 2 * TOWER.width * TOWER.mlp_dim + 2 * patches * TOWER.width)
     pixels = 3 * TOWER.patch_size**2 * TOWER.width
     return 2 * size * (3 * qformer + 2 * (language + head) + patches * (tower + pixels))

@@ -80,14 +80,10 @@ def ours(start: CLIP, device: torch.device, *, pads: bool = False) -> Step:
     return step
 
 
-def _eager(
-    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device, *, fused: bool
-) -> Step:
+def _eager(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device, *, fused: bool) -> Step:
     """A loop as people write it: torch's AdamW, and the average after it; `fused` takes the fastest that torch has of
     both, else AdamW is torch's default and the average a loop."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True if fused else None
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True if fused else None)
     weights: list[Tensor] = list(model.parameters())
     averages = [p.detach().clone() for p in weights]
 
@@ -110,8 +106,8 @@ def _eager(
 
 def transformers_clip(start: CLIP, device: torch.device, *, fused: bool, compiled: bool = False) -> Step:
     """CLIPModel, and OpenAI's loss on its features, which have unit norm."""
-    model = CLIPModel(TransformersConfig(**clip_names.hf_config(start.config)))
-    model.load_state_dict(clip_names.to_hf(start.state_dict(), start.config))
+    model = CLIPModel(TransformersConfig(**clip_names.HF_SETTINGS.write("clip_step", start.config)))
+    model.load_state_dict(clip_names.HF.write(start.state_dict()))
     model.to(device).train()  # pyright: ignore[reportArgumentType]
     call: Any = torch.compile(model) if compiled else model
 
@@ -127,9 +123,10 @@ def transformers_clip(start: CLIP, device: torch.device, *, fused: bool, compile
 def open_clip(start: CLIP, device: torch.device) -> Step:
     """Its CLIP and its ClipLoss."""
     library = load("open_clip")
-    model = library.CLIP(**clip_names.open_clip_config(start.config)["model_cfg"])
+    settings = clip_names.OPEN_CLIP_SETTINGS.write("clip_step", start.config)
+    model = library.CLIP(**settings["model_cfg"])
     # beside them its causal mask, a buffer
-    model.load_state_dict(clip_names.to_open_clip(start.state_dict(), start.config), strict=False)
+    model.load_state_dict(clip_names.OPEN_CLIP.write(start.state_dict()), strict=False)
     model.to(device).train()
     loss = library.ClipLoss()
     return _eager(model, lambda images, tokens: loss(*model(images, tokens)), device, fused=True)
@@ -139,9 +136,7 @@ CONTENDERS: Mapping[str, Callable[[CLIP, torch.device], Step]] = {
     "mmcore": ours,
     "mmcore, captions padded": functools.partial(ours, pads=True),
     "transformers, AdamW, EMA by a loop": lambda start, device: transformers_clip(start, device, fused=False),
-    "transformers, AdamW(fused), EMA by foreach": lambda start, device: transformers_clip(
-        start, device, fused=True
-    ),
+    "transformers, AdamW(fused), EMA by foreach": lambda start, device: transformers_clip(start, device, fused=True),
     "transformers compiled, AdamW(fused), EMA by foreach": lambda start, device: transformers_clip(
         start, device, fused=True, compiled=True
     ),

@@ -14,17 +14,7 @@ from bench.case import OUT_OF_MEMORY, share_time
 from bench.peers import facts
 
 OURS = ("bench", "mmcore", "mmkernels")
-COLUMNS = (
-    "case",
-    "contender",
-    "median ms",
-    "p20",
-    "p80",
-    "predicted ms",
-    "extra MiB",
-    "error dA",
-    "roofline %",
-)
+COLUMNS = ("case", "contender", "median ms", "p20", "p80", "predicted ms", "extra MiB", "error dA", "roofline %")
 
 
 class BenchFile(pytest.Module):
@@ -47,9 +37,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--claims",
-        action="store_true",
-        help="also assert what is said of the results, in paired runs of their own",
+        "--claims", action="store_true", help="also assert what is said of the results, in paired runs of their own"
     )
 
 

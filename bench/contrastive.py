@@ -76,15 +76,10 @@ def contenders() -> dict[str, Loss]:
     }
 
 
-def features(
-    num_rows: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def features(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Unit-norm leaves as after some training: positive cosine about .3, scale 100."""
     generator = torch.Generator(device).manual_seed(0)
-    a, noise = (
-        F.normalize(torch.randn(num_rows, width, generator=generator, device=device), dim=-1)
-        for _ in range(2)
-    )
+    a, noise = (F.normalize(torch.randn(num_rows, width, generator=generator, device=device), dim=-1) for _ in range(2))
     b = F.normalize(0.3 * a + (1 - 0.3**2) ** 0.5 * noise, dim=-1)
     a, b = (x.to(dtype).requires_grad_() for x in (a, b))
     return a, b, torch.tensor(100.0, device=device, requires_grad=True)

@@ -9,9 +9,7 @@ _BEGAN = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--time-limit", type=float, default=None, metavar="SECONDS", help="begin no test after it"
-    )
+    parser.addoption("--time-limit", type=float, default=None, metavar="SECONDS", help="begin no test after it")
 
 
 @pytest.hookimpl(tryfirst=True)

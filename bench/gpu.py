@@ -20,10 +20,7 @@ BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 # files that share a process, with their share of the time; the training steps are all others
 GROUPS = {
-    "losses": (
-        "contrastive contrastive_variants sigmoid distill token_contrastive statistics two_ranks",
-        5.0,
-    ),
+    "losses": ("contrastive contrastive_variants sigmoid distill token_contrastive statistics two_ranks", 5.0),
     "attention": ("attention positions layers", 5.0),
     "lists": ("linear linear_cross_entropy ema adamw norms momentum", 4.0),
     "steps": ("", 3.0),

@@ -101,10 +101,7 @@ def attention(rows: int) -> Layer:
     theirs = torchs_attention(ours)
     return Layer(
         (torch.randn(rows, 197, 768),),
-        {
-            "mmcore": Contender(ours, plain),
-            "eager": Contender(theirs, lambda m, x: m(x, x, x, need_weights=False)[0]),
-        },
+        {"mmcore": Contender(ours, plain), "eager": Contender(theirs, lambda m, x: m(x, x, x, need_weights=False)[0])},
     )
 
 
@@ -144,9 +141,7 @@ def keys_values(rows: int) -> Layer:
     return Layer(
         (torch.randn(rows, 257, 1408),),
         {
-            "mmcore": Contender(
-                ours, lambda m, x: joined([y for kv in shared_keys_values(x, m) for y in kv])
-            ),
+            "mmcore": Contender(ours, lambda m, x: joined([y for kv in shared_keys_values(x, m) for y in kv])),
             "mmcore, layer by layer": Contender(
                 ours, lambda m, x: joined([y for layer in m for y in layer.keys_values(x)])
             ),
@@ -172,10 +167,7 @@ class Flamingos(nn.Module):
         self.to_kv = nn.Linear(ours.attn.kv.in_features, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
         hidden = ours.mlp.fc1.out_features
-        self.fc1, self.fc2 = (
-            nn.Linear(width, hidden, bias=False),
-            nn.Linear(hidden, width, bias=False),
-        )
+        self.fc1, self.fc2 = (nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False))
         self.attn_gate, self.ff_gate = (nn.Parameter(x.clone()) for x in (ours.attn_gate, ours.mlp_gate))
         for linear, other in (
             (ours.attn.q, self.to_q),
@@ -333,10 +325,7 @@ def multiway(rows: int) -> Layer:
     ours, sizes = MultiwayBlock(768, 12, 3072), (197, 64)
     return Layer(
         (torch.randn(rows, sum(sizes), 768),),
-        {
-            "mmcore": Contender(ours, lambda m, x: m(x, sizes)),
-            "eager": Contender(Multiway(ours, sizes), plain),
-        },
+        {"mmcore": Contender(ours, lambda m, x: m(x, sizes)), "eager": Contender(Multiway(ours, sizes), plain)},
     )
 
 

@@ -27,11 +27,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaForConditionalGeneration
 from transformers import LlavaConfig as HFLlavaConfig
 
-from mmcore.data.text.chat_batches import ChatBatch, PackedBatch, collate, group_by_modality_length, pack
+from mmcore.data.grouping import group_by_modality_length
+from mmcore.data.text.chat_batches import ChatBatch, PackedBatch, collate, pack
 from mmcore.data.text.templates import ChatSample
 from mmcore.integrations.transformers import NAME, register
 from mmcore.labels import IGNORED, IMAGE_TOKEN
-from mmcore.parts.language_weights import language_weights
+from mmcore.parts.language_weights import beside_language, language_weights
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.llava import names as llava_names
 from mmcore.systems.llava.model import Llava, LlavaConfig
@@ -206,9 +207,7 @@ def batch(shape: Shape, device: torch.device) -> Batch:
     images = torch.randn(len(samples), 3, side, side, generator=generator).to(device, shape.dtype)
     packed, padded = pack(samples, shape.max_length, 0), collate(samples, 0)
     order = [i for row in packed.samples for i in row]
-    packed = packed._replace(
-        **{n: getattr(packed, n).to(device) for n in ("tokens", "labels", "position_ids")}
-    )
+    packed = packed._replace(**{n: getattr(packed, n).to(device) for n in ("tokens", "labels", "position_ids")})
     return Batch(packed, images[order], ChatBatch(*(x.to(device) for x in padded)), images)
 
 
@@ -245,7 +244,9 @@ def theirs(model: Llava, attention: str) -> Any:
     found: Any = LlavaForConditionalGeneration.from_pretrained(
         None,
         config=config,
-        state_dict=llava_names.to_hf(model) | language_weights(model.language_model, vocab_size),
+        state_dict=llava_names.hf_layout().write(beside_language(model))
+        | llava_names.unread_norm(model)
+        | language_weights(model.language_model, vocab_size),
         dtype=model.language_model.dtype,
         attn_implementation=attention,
     )
@@ -276,9 +277,7 @@ def stored_step(model: Llava, batch: Batch) -> Tensor:
 
     model.zero_grad()
     with patch.object(model.language_head, "forward", loss):
-        total, count = model.loss(
-            rows.tokens, rows.labels, batch.packed_images, position_ids=rows.position_ids
-        )
+        total, count = model.loss(rows.tokens, rows.labels, batch.packed_images, position_ids=rows.position_ids)
     return _backward(total / count)
 
 

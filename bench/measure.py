@@ -70,9 +70,7 @@ def peak_resident_bytes(run: Callable[[], Any]) -> int:
     return max(0, status_bytes("VmHWM") - before)
 
 
-def paired_medians(
-    contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[str, float]:
+def paired_medians(contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each contender, the contenders taking turns so that a slow minute slows them all."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
@@ -88,9 +86,7 @@ def paired_medians(
 
 
 @functools.cache
-def gemm_flops_per_s(
-    num_rows: int, num_cols: int, width: int, dtype: torch.dtype, device: torch.device
-) -> float:
+def gemm_flops_per_s(num_rows: int, num_cols: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the best bare product that torch carries, once a run: of [M, D] x [D, N] as logits have it, or of
     [M, N] x [N, D] as gradients do; in tiles of at most 2,048 rows on a CPU."""
     rows = num_rows if device.type == "cuda" else min(num_rows, 2048)

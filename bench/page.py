@@ -91,9 +91,7 @@ def _table(timed: list[dict[str, Any]], did_not_fit: list[dict[str, Any]]) -> st
         for case in did_not_fit:
             if case["group"] == group:
                 name = html.escape(case["extra_info"]["contender"])
-                lines.append(
-                    f'<tr><td>{name}</td><td class="misfit" colspan="{len(HEAD) - 1}">out of memory</td></tr>'
-                )
+                lines.append(f'<tr><td>{name}</td><td class="misfit" colspan="{len(HEAD) - 1}">out of memory</td></tr>')
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
@@ -116,9 +114,7 @@ def _facts(documents: list[dict[str, Any]]) -> str:
     shown["commits"] = ", ".join(
         dict.fromkeys(document.get("commit_info", {}).get("id", "?")[:9] for document in documents)
     )
-    facts = "".join(
-        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in shown.items()
-    )
+    facts = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in shown.items())
     peers = "; ".join(f"{name} {fact}" for name, fact in info.get("peers", {}).items())
     note = f'<p class="note">Peers: {html.escape(peers)}.</p>' if peers else ""
     return f"<section><dl>{facts}</dl>{note}</section>"

@@ -23,16 +23,12 @@ class Peer:
 
 
 PEERS: Mapping[str, Peer] = {
-    "cut_cross_entropy": Peer(
-        "cut_cross_entropy", "cut-cross-entropy", "contrastive_loss, linear_cross_entropy"
-    ),
+    "cut_cross_entropy": Peer("cut_cross_entropy", "cut-cross-entropy", "contrastive_loss, linear_cross_entropy"),
     "flash_attn_2": Peer("flash_attn.flash_attn_interface", "flash-attn", "attention"),
     "flash_attn_3": Peer("flash_attn_interface", "flash_attn_3", "attention"),
     "flash_attn_4": Peer("flash_attn.cute", "flash-attn-4", "attention"),
     "inf_cl": Peer("inf_cl", "inf-cl", "contrastive_loss"),
-    "liger": Peer(
-        "liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel", "linear_cross_entropy"
-    ),
+    "liger": Peer("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel", "linear_cross_entropy"),
     "open_clip": Peer("open_clip", "open_clip_torch", "clip", needs_gpu=False),
     "sentence_transformers": Peer(
         "sentence_transformers.sentence_transformer.losses",

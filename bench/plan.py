@@ -16,11 +16,13 @@ import torch
 
 from bench.measure import CLEAR_REFS, in_process, status_bytes
 from bench.plan_models import Trained, TrainedClip, TrainedLlava
+from mmcore.parts.adapters import Lora
 from mmcore.plan import memory
 from mmcore.plan.hardware import Gpu, Rate
 from mmcore.plan.job import Setting
-from mmcore.systems.llava.model import Lora
-from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
+from mmcore.train.config import EngineConfig
+from mmcore.train.deepspeed_json import deepspeed_config
+from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 
 _NO_RATE = Rate(float("inf"), "measured")
@@ -89,7 +91,7 @@ def _steps(case: Case) -> int:
     optim = OptimConfig(ema=0.99)
     options = EngineConfig(zero=setting.zero, precision=setting.precision)  # pyright: ignore[reportArgumentType]
     resolved, precision = deepspeed_config(options, optim, batch_size=setting.per_rank, world_size=1)
-    engine = Engine(model, make_optimizer(param_groups(model, 0.2), optim), resolved, precision)
+    engine = Engine(model, make_optimizer(param_groups(model, optim), optim), resolved, precision)
     del model
     batch, peak = trained.batch(setting), 0
     for i in range(case.steps + 1):

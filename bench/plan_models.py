@@ -10,18 +10,19 @@ from transformers import LlamaConfig
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
 from mmcore.labels import IMAGE_TOKEN
-from mmcore.parts.adapters import add_adapters
+from mmcore.parts.adapters import Lora
 from mmcore.parts.vit import VisionConfig
 from mmcore.plan.job import Job, Setting
 from mmcore.plan.language import language_model
+from mmcore.recipe import Step
 from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig
 from mmcore.systems.clip.plan import clip_job_of
+from mmcore.systems.clip.recipe import Clip, ClipBatch
 from mmcore.systems.llava.loader import ChatPart
-from mmcore.systems.llava.model import Llava, LlavaConfig, Lora, Trainable
+from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable
 from mmcore.systems.llava.plan import llava_job_of
-from mmcore.systems.llava.recipe import llava_backward
+from mmcore.systems.llava.recipe import LlavaStage2
 from mmcore.train.engine import Engine
-from mmcore.train.gradcache import contrastive_backward
 
 
 class Trained(Protocol):
@@ -78,9 +79,9 @@ class TrainedClip:
         return images, tokens
 
     def backward(self, engine: Engine, batch: Any, setting: Setting) -> None:
-        images, tokens = batch
-        lengths = [tokens.shape[1]] * len(tokens)
-        contrastive_backward(engine, images, tokens, lengths, setting.accum)
+        images, tokens = (x.chunk(setting.accum) for x in batch)
+        parts = [ClipBatch(a, b, [b.shape[1]] * len(b)) for a, b in zip(images, tokens, strict=True)]
+        Clip().backward(engine, parts, Step(0, 1, 0))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class TrainedLlava:
         language.set_attn_implementation(ATTENTION)
         model = Llava(self.config, language, trainable=self.trainable)
         if self.lora is not None:
-            add_adapters(model, self.lora)
+            model.add_adapters(self.lora)
         model.set_activation_checkpointing(setting.activation_checkpointing)
         return model.train()
 
@@ -138,4 +139,4 @@ class TrainedLlava:
         ]
 
     def backward(self, engine: Engine, batch: Any, setting: Setting) -> None:
-        llava_backward(engine, batch)
+        LlavaStage2().backward(engine, batch, Step(0, 1, 0))

@@ -174,9 +174,7 @@ def bars(op: str, cases: list[dict[str, Any]]) -> Figure | None:
         y += 1
     axes.axvline(1, color=OUR_COLOUR, lw=2)
     _finish_bars(figure, axes, rows, ticks)
-    figure.suptitle(
-        f"{op}: time against ours, which is the line", color=INK, fontweight="bold", x=0.01, ha="left"
-    )
+    figure.suptitle(f"{op}: time against ours, which is the line", color=INK, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
@@ -206,10 +204,5 @@ def _finish_bars(
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     figure.legend(
-        unique.values(),
-        unique.keys(),
-        frameon=False,
-        fontsize=8,
-        loc="outside upper right",
-        ncols=len(unique),
+        unique.values(), unique.keys(), frameon=False, fontsize=8, loc="outside upper right", ncols=len(unique)
     )

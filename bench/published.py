@@ -23,11 +23,7 @@ RESULTS = ROOT / "bench" / "results" / "cpu-2core"
 PAGES = (ROOT / "docs" / "plan.md", ROOT / "docs" / "scale.md")
 
 # Inf-CL, arXiv:2410.17243: memory of the loss on each of 8 A800, ViT-L/14, GB, by global batch; None = out of memory.
-INF_CL: dict[int, tuple[float, float | None]] = {
-    32_768: (0.18, 2.27),
-    262_144: (1.45, None),
-    1_048_576: (6.53, None),
-}
+INF_CL: dict[int, tuple[float, float | None]] = {32_768: (0.18, 2.27), 262_144: (1.45, None), 1_048_576: (6.53, None)}
 INF_CL_RANKS, INF_CL_WIDTH = 8, 768
 
 
@@ -60,22 +56,12 @@ def eager_loss_bytes(rows: int, ranks: int, width: int) -> float:
 def inf_cl_table() -> list[Sequence[str]]:
     memory = GPUS["a800"].memory_bytes
     rows: list[Sequence[str]] = [
-        (
-            "global batch",
-            "Inf-CL, published",
-            "ours: ring",
-            "gathered",
-            "taken",
-            "OpenCLIP, published",
-            "by formula",
-        )
+        ("global batch", "Inf-CL, published", "ours: ring", "gathered", "taken", "OpenCLIP, published", "by formula")
     ]
     for batch, (theirs, open_clip) in INF_CL.items():
         own = batch // INF_CL_RANKS
         exchange = Exchange(INF_CL_WIDTH)
-        ring, gathered = (
-            loss(exchange, own, INF_CL_RANKS, is_cpu=False, is_ring=is_ring) for is_ring in (True, False)
-        )
+        ring, gathered = (loss(exchange, own, INF_CL_RANKS, is_cpu=False, is_ring=is_ring) for is_ring in (True, False))
         chosen = loss(exchange, own, INF_CL_RANKS, is_cpu=False)
         eager = eager_loss_bytes(own, INF_CL_RANKS, INF_CL_WIDTH)
         rows.append(
@@ -105,14 +91,7 @@ def predicted(run: Run) -> tuple[Setting, float, bool]:
 
 def open_clip_table() -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
-        (
-            "model",
-            "GPUs x batch",
-            "GB without checkpointing",
-            "published, a GPU",
-            "predicted, a GPU",
-            "reached",
-        )
+        ("model", "GPUs x batch", "GB without checkpointing", "published, a GPU", "predicted, a GPU", "reached")
     ]
     gpu = GPUS["a100-40gb"]
     for run in OPEN_CLIP:
@@ -155,16 +134,7 @@ def examples_table() -> list[Sequence[str]]:
         ),
     )
     rows: list[Sequence[str]] = [
-        (
-            "`mmcore plan`",
-            "peak, GB",
-            "activations",
-            "fits",
-            "a step",
-            "nearest that fits",
-            "its peak",
-            "its step",
-        )
+        ("`mmcore plan`", "peak, GB", "activations", "fits", "a step", "nearest that fits", "its peak", "its step")
     ]
     for command, job, setting, gpu in cases:
         found = plan(job, setting, gpu)
@@ -174,8 +144,7 @@ def examples_table() -> list[Sequence[str]]:
             rows.append((*line, "", "", ""))
             continue
         flags = " ".join(
-            flag if value is True else f"{flag} {value}"
-            for flag, value in changes(setting, other.setting).items()
+            flag if value is True else f"{flag} {value}" for flag, value in changes(setting, other.setting).items()
         )
         rows.append((*line, f"`{flags}`", _peak(other)[0], f"{other.step.total_s:.2f} s"))
     return rows
@@ -188,16 +157,7 @@ def _peak(found: Any) -> tuple[str, str]:
 
 def gpus_table() -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
-        (
-            "GPU",
-            "memory GB",
-            "bf16 TFLOP/s",
-            "fp32 TFLOP/s",
-            "copy TB/s",
-            "Texp/s",
-            "NVLink GB/s",
-            "network GB/s",
-        )
+        ("GPU", "memory GB", "bf16 TFLOP/s", "fp32 TFLOP/s", "copy TB/s", "Texp/s", "NVLink GB/s", "network GB/s")
     ]
     for gpu in GPUS.values():
         rates = (
@@ -233,16 +193,7 @@ def measured_table() -> list[Sequence[str]]:
 
 def scale_table() -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
-        (
-            "ranks",
-            "features",
-            "error of the loss",
-            "of dA",
-            "of dB",
-            "of the scale's",
-            "sent by a rank",
-            "planned",
-        )
+        ("ranks", "features", "error of the loss", "of dA", "of dB", "of the scale's", "sent by a rank", "planned")
     ]
     for case in json.loads((RESULTS / "scale.json").read_text())["simulated"]:
         errors = (f"{case['errors'][name]:.0e}" for name in ("loss", "da", "db", "dscale"))

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from mmcore.losses import contrastive, ranks, shards, softmax, statistics
+from mmcore.losses import contrastive, ranks, shards, softmax
 
 T = TypeVar("T")
 # The modules of mmcore.losses that a contrastive loss talks through.
-TALKING = (contrastive, ranks, shards, softmax, statistics)
+TALKING = (contrastive, ranks, shards, softmax)
 
 
 @dataclass

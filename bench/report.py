@@ -17,9 +17,7 @@ def load(paths: list[Path]) -> list[dict[str, Any]]:
     documents = []
     for path in paths:
         if not path.is_file():
-            raise ValueError(
-                f"bench report: FILE must be pytest-benchmark's JSON, got {path}, which does not exist"
-            )
+            raise ValueError(f"bench report: FILE must be pytest-benchmark's JSON, got {path}, which does not exist")
         document = json.loads(path.read_text())
         if "benchmarks" not in document:
             raise ValueError(f"bench report: FILE must be pytest-benchmark's JSON, got {path}")
@@ -56,12 +54,7 @@ def ran_on(document: dict[str, Any]) -> str:
 def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
     """One Markdown table of the cases of forward and backward, of updates and of training steps, under a line that says
     on what they ran: of all ops or of those named, `op[]` being the variants of `op`."""
-    lines = [
-        ran_on(document),
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2),
-    ]
+    lines = [ran_on(document), "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2)]
     for case in cases(document):
         if case["group"].endswith(WHOLE) and (not ops or op_of(case) in ops):
             lines.append("| " + " | ".join(row(case)) + " |")

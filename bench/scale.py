@@ -66,9 +66,7 @@ def simulate(num_ranks: int, how: str, rows: int = ROWS, width: int = WIDTH) -> 
     }
 
 
-def measure_one(
-    num_ranks: int, how: str, rows: int = ROWS_OF_ONE, width: int = WIDTH_OF_ONE
-) -> dict[str, Any]:
+def measure_one(num_ranks: int, how: str, rows: int = ROWS_OF_ONE, width: int = WIDTH_OF_ONE) -> dict[str, Any]:
     """The memory of one rank's loss and gradients, float32; in a process of its own, see `measured_one`."""
     a, b, scale = make_features(rows, rows, width, 0, "trained", 0)
     leaves, few = (_leaves(x.float(), y.float(), scale) for x, y in ((a, b), (a[:8], b[:8])))
@@ -107,8 +105,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         rows, width = points[0]["rows"], points[0]["width"]
         for how in HOW:
             line = [
-                planned(loss(Exchange(width), rows, n, is_cpu=True, is_ring=how == "ring", size=size))
-                for n in ranks
+                planned(loss(Exchange(width), rows, n, is_cpu=True, is_ring=how == "ring", size=size)) for n in ranks
             ]
             axes.plot(ranks, line, color=colours[how], lw=1.6, label=f"{how}, planned")
             of_how = [p for p in points if p["how"] == how]

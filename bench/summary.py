@@ -76,9 +76,7 @@ def table(documents: list[dict[str, Any]]) -> str:
             f"{1e3 * at.other_s:.2f}",
             f"{at.ratio:.2f}x",
             " and ".join("?" if n is None else f"{n / 2**20:.0f}" for n in (at.ours_bytes, at.other_bytes)),
-            f"{min(ratios):.2f}x to {max(ratios):.2f}x, {len(ratios)}"
-            if len(ratios) > 1
-            else f"{ratios[0]:.2f}x",
+            f"{min(ratios):.2f}x to {max(ratios):.2f}x, {len(ratios)}" if len(ratios) > 1 else f"{ratios[0]:.2f}x",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -76,9 +76,7 @@ def test_attention(benchmark: Any, device: torch.device, name: str, contender: s
         pytest.skip(f"{contender} does not serve this: {refusal}")
     assert found.isfinite().all(), "what is timed gives NaN"
     mask = None if workload.mask is None else workload.mask(shape, device)
-    made, scaled = (
-        seen_cost(x, seen_share(shape, mask)) for x in PLAIN.cost(shape, inputs[0].element_size())
-    )
+    made, scaled = (seen_cost(x, seen_share(shape, mask)) for x in PLAIN.cost(shape, inputs[0].element_size()))
     cost = made if mode == "forward" else made + scaled
     rate = gemm_rate(shape["Lq"], shape["Lk"], shape["K"], device)
 
@@ -115,9 +113,7 @@ def paired(name: str, rounds: int, mode: str) -> tuple[float, float]:
     runs = {who: functools.partial(run, calls[who]) for who in ("mmkernels", "sdpa")}
     medians = paired_medians(runs, rounds, device)
     ratio = medians["sdpa"] / medians["mmkernels"]
-    print(
-        f"{name} {mode}: mmkernels {medians['mmkernels']:.4f} s, SDPA {medians['sdpa']:.4f} s: {ratio:.2f}x"
-    )
+    print(f"{name} {mode}: mmkernels {medians['mmkernels']:.4f} s, SDPA {medians['sdpa']:.4f} s: {ratio:.2f}x")
     return medians["mmkernels"], medians["sdpa"]
 
 

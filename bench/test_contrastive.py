@@ -92,8 +92,6 @@ def test_contrastive_loss_on_a_cpu_is_well_ahead_of_eager_in_64_mib():
     medians = paired_medians(runs, 7, device)
     extra = peak_extra_bytes(runs["ours"], device)
     ratio = medians["eager"] / medians["ours"]
-    print(
-        f"eager {medians['eager']:.3f} s, mmkernels {medians['ours']:.3f} s: {ratio:.2f}x; extra {extra} bytes"
-    )
+    print(f"eager {medians['eager']:.3f} s, mmkernels {medians['ours']:.3f} s: {ratio:.2f}x; extra {extra} bytes")
     assert ratio >= 1.6
     assert extra is None or extra - sum(x.numel() * 4 for x in inputs) <= 64 * MIB

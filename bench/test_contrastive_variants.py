@@ -45,12 +45,7 @@ def momentum(b: Tensor, num_rows: int) -> Kwargs:
     noise = torch.randn(b.shape, generator=generator, device=b.device, dtype=torch.float32)
     teacher = F.normalize(b.detach() + 0.3 * F.normalize(noise, dim=1), dim=1).to(b.dtype)
     positives = torch.arange(num_rows, device=b.device)
-    return {
-        "teacher": (teacher[:num_rows], teacher),
-        "alpha": 0.4,
-        "positives": positives,
-        "symmetric": False,
-    }
+    return {"teacher": (teacher[:num_rows], teacher), "alpha": 0.4, "positives": positives, "symmetric": False}
 
 
 def locked(b: Tensor, num_rows: int) -> Kwargs:

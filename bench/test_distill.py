@@ -19,9 +19,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TEMPS = (0.1, 0.04)
 
 
-def eager(
-    student: Tensor, teacher: Tensor, student_temp: float, teacher_temp: float, center: Tensor
-) -> Tensor:
+def eager(student: Tensor, teacher: Tensor, student_temp: float, teacher_temp: float, center: Tensor) -> Tensor:
     """As DINO has it, in float32."""
     target = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)
     return torch.sum(-target * F.log_softmax(student.float() / student_temp, dim=-1), dim=-1).mean()
@@ -35,14 +33,10 @@ CONTENDERS: dict[str, Loss] = {
 }
 
 
-def logits(
-    num_rows: int, num_cols: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def logits(num_rows: int, num_cols: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines as a DINO head gives them, a leaf for the student, and a centre."""
     generator = torch.Generator(device).manual_seed(0)
-    student, teacher = (
-        torch.randn(2, num_rows, num_cols, generator=generator, device=device).mul_(0.3).tanh_()
-    )
+    student, teacher = torch.randn(2, num_rows, num_cols, generator=generator, device=device).mul_(0.3).tanh_()
     center = 0.1 * torch.randn(num_cols, generator=generator, device=device)
     return student.to(dtype).requires_grad_(), teacher.to(dtype), center
 
@@ -93,9 +87,7 @@ def test_on_a_cpu_it_is_twice_as_fast_as_eager(shape):
     device = torch.device("cpu")
     student, teacher, center = logits(shape[0], shape[1], torch.float32, device)
     runs = {
-        name: lambda loss=CONTENDERS[name]: torch.autograd.grad(
-            loss(student, teacher, *TEMPS, center), student
-        )
+        name: lambda loss=CONTENDERS[name]: torch.autograd.grad(loss(student, teacher, *TEMPS, center), student)
         for name in ("mmkernels", "eager")
     }
     medians = paired_medians(runs, 7, device)

@@ -47,9 +47,7 @@ def test_ema_update(benchmark: Any, device: torch.device, name: str, kind: str, 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a claim about CPUs")
 @pytest.mark.parametrize(("kind", "least"), [("fp32", 0.95), ("bf16", 1.5)])
-def test_ema_update_of_a_clip_on_a_cpu_is_level_with_foreach_and_ahead_in_mixed_dtypes(
-    kind: str, least: float
-) -> None:
+def test_ema_update_of_a_clip_on_a_cpu_is_level_with_foreach_and_ahead_in_mixed_dtypes(kind: str, least: float) -> None:
     """And moves its 12 bytes a parameter at 85 % of a copy's rate, or more."""
     device, count = torch.device("cpu"), sum(sizes("ViT-B-32"))
     tensors, (source, target) = lists("ViT-B-32", kind, device), torch.randn(2, count).unbind()

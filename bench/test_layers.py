@@ -56,9 +56,7 @@ def layer(name: str) -> tuple[tuple[Tensor, ...], dict[str, Contender]]:
     torch.manual_seed(0)
     made = make(on_gpu if DEVICE == "cuda" else on_cpu)
     inputs = tuple(x.to(DEVICE, DTYPE).requires_grad_() for x in made.inputs)
-    contenders = {
-        who: found._replace(module=found.module.to(DEVICE, DTYPE)) for who, found in made.contenders.items()
-    }
+    contenders = {who: found._replace(module=found.module.to(DEVICE, DTYPE)) for who, found in made.contenders.items()}
     if name in COMPILED and (other := contenders.get(OTHERS.get(name, ("eager",))[-1])):
         contenders["compile"] = other._replace(call=torch.compile(other.call, dynamic=False))
     return inputs, contenders

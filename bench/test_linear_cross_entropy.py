@@ -79,9 +79,7 @@ def test_on_a_cpu_it_is_faster_than_eager_in_80_mib_beside_the_gradients(ignored
     medians = paired_medians(runs, 5, device)
     extra = peak_extra_bytes(runs["ours"], device)
     ratio = medians["eager"] / medians["ours"]
-    print(
-        f"eager {medians['eager']:.3f} s, mmkernels {medians['ours']:.3f} s: {ratio:.2f}x; extra {extra} bytes"
-    )
+    print(f"eager {medians['eager']:.3f} s, mmkernels {medians['ours']:.3f} s: {ratio:.2f}x; extra {extra} bytes")
     assert ratio >= speedup
     # 64 MiB of logits beside the gradients
     assert extra is None or extra - 4 * (hidden.numel() + weight.numel()) <= 80 * MIB

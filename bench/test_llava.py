@@ -36,9 +36,7 @@ def step(contender: str) -> Callable[[], Tensor]:
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_llava_stage2(benchmark: Any, device: torch.device, contender: str) -> None:
     text = SHAPE.text
-    rate = gemm_flops_per_s(
-        inputs().num_tokens, text.intermediate_size, text.hidden_size, SHAPE.dtype, device
-    )
+    rate = gemm_flops_per_s(inputs().num_tokens, text.intermediate_size, text.hidden_size, SHAPE.dtype, device)
     case = Case(
         group=f"llava-stage2 {SHAPE.name}",
         contender=contender,
@@ -56,9 +54,7 @@ def test_llava_stage2(benchmark: Any, device: torch.device, contender: str) -> N
 def test_the_mix_is_as_large_as_published() -> None:
     """In conversations and, at four bytes a token, 60 of JSON a message and 120 a conversation, about in bytes."""
     assert sum(part.conversations for part in MIX) == 665_298
-    size = sum(
-        part.conversations * (120 + part.rounds * (2 * 60 + 4 * (part.asked + part.answered))) for part in MIX
-    )
+    size = sum(part.conversations * (120 + part.rounds * (2 * 60 + 4 * (part.asked + part.answered))) for part in MIX)
     assert size == pytest.approx(1.03e9, rel=0.1)
 
 
@@ -71,9 +67,7 @@ def test_the_rows_hold_the_conversations_of_the_padded_batch() -> None:
     assert torch.equal(*texts) and int((packed.labels != IGNORED).sum()) == found.num_learned
     assert int((packed.tokens == IMAGE_TOKEN).sum()) == len(found.packed_images) * SHAPE.vision.num_patches
     shares = [f"{1 - found.num_tokens / rows.tokens.numel():.0%}" for rows in (packed, padded)]
-    print(
-        f"{found.num_tokens} tokens, {found.num_learned} learned; padding {shares[0]}, unpacked {shares[1]}"
-    )
+    print(f"{found.num_tokens} tokens, {found.num_learned} learned; padding {shares[0]}, unpacked {shares[1]}")
 
 
 def test_all_compute_the_same_loss_and_gradient() -> None:
@@ -95,9 +89,7 @@ def test_a_packed_step_is_ahead_of_the_padded_one() -> None:
     medians = paired_medians({name: step(name) for name in CONTENDERS}, 5, DEVICE)
     print(f"llava-stage2 {SHAPE.name}, {inputs().num_tokens} tokens that are no padding:")
     for name, seconds in medians.items():
-        print(
-            f"  {name}: {inputs().num_tokens / seconds:.0f} tokens/s, {seconds / medians[PACKED]:.2f}x the time"
-        )
+        print(f"  {name}: {inputs().num_tokens / seconds:.0f} tokens/s, {seconds / medians[PACKED]:.2f}x the time")
     assert medians[EAGER] / medians[PACKED] >= (1.4 if DEVICE.type == "cuda" else 1.5)
 
 

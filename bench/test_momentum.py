@@ -91,11 +91,7 @@ class Foreach(MoCo):
         self.queue = torch.cat([self.queue[:, len(keys) :], keys.T], 1)
 
 
-CONTENDERS: dict[str, type[Ours] | type[MoCo]] = {
-    "mmcore": Ours,
-    "loop, pointer": MoCo,
-    "foreach, cat": Foreach,
-}
+CONTENDERS: dict[str, type[Ours] | type[MoCo]] = {"mmcore": Ours, "loop, pointer": MoCo, "foreach, cat": Foreach}
 
 
 @functools.cache
@@ -110,8 +106,7 @@ def features() -> tuple[Tensor, Tensor, Tensor]:
     """Of unit norm: queries, which are a leaf, their keys, and a queue."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     queries, noise, queue = (
-        F.normalize(torch.randn(n, WIDTH, generator=generator, device=DEVICE), dim=1)
-        for n in (ROWS, ROWS, QUEUE)
+        F.normalize(torch.randn(n, WIDTH, generator=generator, device=DEVICE), dim=1) for n in (ROWS, ROWS, QUEUE)
     )
     keys = F.normalize(0.5 * queries + noise, dim=1)
     return queries.requires_grad_(), keys, queue

@@ -59,9 +59,7 @@ def torchscales(q: Tensor, k: Tensor, positions: Tensor) -> Pair:
     angles = at * (1.0 / THETA ** (even / WIDTH))
 
     def turned(x: Tensor, scale: Tensor) -> Tensor:
-        cos, sin = (
-            (y * scale).repeat_interleave(2, -1).to(x.dtype)[:, None] for y in (angles.cos(), angles.sin())
-        )
+        cos, sin = ((y * scale).repeat_interleave(2, -1).to(x.dtype)[:, None] for y in (angles.cos(), angles.sin()))
         two_by_two = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
         return x * cos + two_by_two * sin
 

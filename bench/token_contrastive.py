@@ -43,12 +43,7 @@ def lavis(tokens: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 def contenders() -> dict[str, Loss]:
     """By name; `torch.compile` is of the one-product form."""
-    return {
-        "mmkernels": ours,
-        "eager": eager,
-        "lavis": lavis,
-        "compile": torch.compile(eager, dynamic=False),
-    }
+    return {"mmkernels": ours, "eager": eager, "lavis": lavis, "compile": torch.compile(eager, dynamic=False)}
 
 
 def features(

@@ -22,12 +22,7 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        convolutions = (
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, 2, padding=1),
-            nn.ReLU(),
-        )
+        convolutions = (nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, padding=1), nn.ReLU())
         self.layers = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64 * 16, 64))
 
     def forward(self, images: Tensor) -> Tensor:

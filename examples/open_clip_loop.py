@@ -72,9 +72,7 @@ def main(epochs: int) -> None:
     towers = TwoTowers()
     model: Any = DistributedDataParallel(towers) if world_size > 1 else towers
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    loss = ClipLoss(
-        local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=world_size
-    )
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=world_size)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for i, (images, texts) in enumerate(loader):

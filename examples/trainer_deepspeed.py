@@ -22,12 +22,7 @@ from mmcore.integrations.contrastive import use_global_loss
 WORDS = "a photo of the number zero one two three four five six seven eight nine <end>".split()
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 END = len(WORDS) - 1
-TEXT = SMALL | {
-    "vocab_size": len(WORDS),
-    "max_position_embeddings": 7,
-    "bos_token_id": 0,
-    "eos_token_id": END,
-}
+TEXT = SMALL | {"vocab_size": len(WORDS), "max_position_embeddings": 7, "bos_token_id": 0, "eos_token_id": END}
 VISION = SMALL | {"image_size": 8, "patch_size": 4, "num_channels": 1}
 
 

@@ -29,6 +29,13 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
+def replace_path(source: Path, target: Path) -> None:
+    """Moves a file or folder to where another may be."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, after forcing it to disk."""
     with path.open("rb+") as file:
@@ -122,3 +129,8 @@ def tensors(folder: Path, key: str) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
                 yield name, file.get_tensor(name)
+
+
+def buffers(folder: Path) -> dict[str, Tensor]:
+    """The buffers of a checkpoint's model by name; none of a run from before they were kept."""
+    return dict(tensors(folder, "buffer")) if any(folder.glob("buffer-*.safetensors")) else {}

@@ -1,20 +1,19 @@
-"""Models read back from the runs that trained them."""
+"""Runs read back: the recipe, what it keeps, and the model it trained."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from mmcore import checkpoint
-from mmcore.parts.vit import VisionConfig
-from mmcore.systems.blip2.model import BLIP2, BLIP2Config
-from mmcore.systems.blip2.qformer import QFormerConfig
-from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig
+from mmcore.recipe import Purpose, Recipe
+from mmcore.settings import from_json
+from mmcore.systems import recipe_entry
 
-BLIP2_STAGE1, BLIP2_STAGE2 = "blip2-stage1", "blip2-stage2"
-LLAVA_STAGE1, LLAVA_STAGE2 = "llava-stage1", "llava-stage2"
 FROZEN = "frozen.safetensors"
 """What a run does not train, written once into its folder."""
 
@@ -59,9 +58,7 @@ def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
         ValueError: no checkpoint, or a damaged one.
     """
     if not where.exists():
-        raise ValueError(
-            f"RUN must be a run's folder or one of its checkpoints, got {where}, which does not exist"
-        )
+        raise ValueError(f"RUN must be a run's folder or one of its checkpoints, got {where}, which does not exist")
     found = checkpoint.find(where)
     checkpoint.verify(found)
     folder = found.parents[1]
@@ -70,47 +67,81 @@ def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
     return SavedRun(folder, found, key, saved["recipe"], saved)
 
 
-def clip_of(run: SavedRun) -> CLIP:
-    """The CLIP that a run trained.
-
-    Raises:
-        ValueError: a run of another recipe, or no such weights in it.
-    """
-    if run.recipe != "clip":
-        raise ValueError(f"RUN must be of mmcore train clip, got {run.folder}, which is of {run.recipe}")
-    shape = run.saved["model"]
-    config = CLIPConfig(
-        **{**shape, "vision": VisionConfig(**shape["vision"]), "text": TextConfig(**shape["text"])}
-    )
-    model = CLIP(config)
-    model.load_state_dict(dict(checkpoint.tensors(run.checkpoint, run.key)))
-    return model
-
-
 def is_run(where: Path) -> bool:
     """Whether a folder is a run's or one of its checkpoints."""
     return (where / "checkpoints").is_dir() or (where / checkpoint.MANIFEST).is_file()
 
 
-def blip2_shape(saved: dict[str, Any]) -> BLIP2Config:
-    """A configuration as a run's config.json holds it."""
-    parts = {"vision": VisionConfig(**saved["vision"]), "qformer": QFormerConfig(**saved["qformer"])}
-    return BLIP2Config(**{**saved, **parts})
+@dataclass(frozen=True)
+class Trained:
+    """A run read back: its recipe with the settings that it had, what it keeps, and the model, ready for use."""
+
+    run: SavedRun
+    recipe: Recipe
+    assets: Any
+    model: nn.Module
 
 
-def blip2_of(run: SavedRun) -> BLIP2:
-    """The BLIP-2 of stage 1 that a run trained, with the tower that it left as it was.
+def read_run(
+    where: Path, weights: WeightsKey = "auto", *, llm: Path | None = None, purpose: Purpose = "use"
+) -> Trained:
+    """Reads the newest checkpoint (or the one given) of a run of any recipe.
+
+    Args:
+        where: the run.
+        weights: the averaged ones or not, see `find_run`.
+        llm: where its language model is now; None = where it was.
+        purpose: what for.
 
     Raises:
-        ValueError: a run of another recipe, or no such weights in it.
+        ValueError: no checkpoint, a damaged one, no such weights in it, a language model that is gone or changed.
     """
-    if run.recipe != BLIP2_STAGE1:
-        raise ValueError(
-            f"RUN must be of mmcore train blip2-stage1, got {run.folder}, which is of {run.recipe}"
-        )
-    model = BLIP2(blip2_shape(run.saved["model"]))
-    state = dict(checkpoint.tensors(run.checkpoint, run.key))
-    if (run.folder / FROZEN).is_file():
-        state |= load_file(run.folder / FROZEN)
-    model.load_trained(state)
-    return model
+    run = find_run(where, weights)
+    recipe = recipe_of(run, llm)
+    assets = read_assets(recipe, run.folder, run.saved, purpose)
+    model = recipe.build(assets)
+    load_weights(model, dict(checkpoint.tensors(run.checkpoint, run.key)))
+    for name, x in checkpoint.buffers(run.checkpoint).items():
+        model.get_buffer(name).copy_(x)
+    return Trained(run, recipe, assets, recipe.in_use(model))
+
+
+def recipe_of(run: SavedRun, llm: Path | None = None) -> Recipe:
+    """The recipe of a run, with the settings that it had."""
+    recipe: Recipe = from_json(recipe_entry(run.recipe).load(), run.saved["settings"])
+    if hasattr(recipe, "llm"):
+        return replace(recipe, llm=llm and str(llm))  # pyright: ignore[reportCallIssue]
+    if llm is not None:
+        raise ValueError(f"--llm has no effect on a run of {run.recipe}, which has none, got {llm}")
+    return recipe
+
+
+def read_assets(recipe: Recipe, folder: Path, saved: Mapping[str, Any], purpose: Purpose = "train") -> Any:
+    """What a run keeps in its folder; `saved` is its config.json."""
+    return recipe.load_assets(folder, saved["model"], read_frozen(folder), purpose)
+
+
+def read_frozen(folder: Path) -> dict[str, Tensor]:
+    """The weights that a run does not train, by name."""
+    return load_file(folder / FROZEN) if (folder / FROZEN).is_file() else {}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, is_whole: bool = True) -> None:
+    """Loads weights by name into a model; those that do not learn may have been put there by whoever built it.
+
+    Args:
+        model: the model.
+        state: of its names and shapes.
+        is_whole: every weight that learns has to be there.
+
+    Raises:
+        ValueError: missing or unknown names, other shapes.
+    """
+    ours = model.state_dict()
+    learns = [name for name, p in model.named_parameters() if p.requires_grad]
+    missing = [name for name in learns if is_whole and name not in state]
+    unknown = [name for name in state if name not in ours or state[name].shape != ours[name].shape]
+    if missing or unknown:
+        kind, differ = type(model).__name__, [*missing, *unknown][:3]
+        raise ValueError(f"{kind}: weights must have its names and shapes, got a difference in {differ}")
+    model.load_state_dict(dict(state), strict=False)

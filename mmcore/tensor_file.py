@@ -94,9 +94,7 @@ def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
     if unknown:
         raise ValueError(f"read_layout: {path} must be of dtypes that are known, got {unknown}")
     if begin + end != size:
-        raise ValueError(
-            f"read_layout: path must be a whole file of {begin + end} bytes, got {size} in {path}"
-        )
+        raise ValueError(f"read_layout: path must be a whole file of {begin + end} bytes, got {size} in {path}")
     return {name: (_DTYPES[e["dtype"]], torch.Size(e["shape"])) for name, e in entries}, metadata
 
 

@@ -14,11 +14,7 @@ from mmcore import cli
 
 ROOT = Path(__file__).parents[1]
 GENERATED = "docs/api.md"
-PAGES = [
-    "README.md",
-    "kernels/README.md",
-    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
-]
+PAGES = ["README.md", "kernels/README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 # Commands of others, which stand on pages as they are.
 FOREIGN = ("pip", "git", "cd", "bash")
 
@@ -65,9 +61,7 @@ def parse(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
         # a module of its own holds each name that the command looks up
         patch.setattr(tyro, "cli", _raise_parsed(tyro.cli))
-        patch.setattr(
-            tyro.extras, "subcommand_cli_from_dict", _raise_parsed(tyro.extras.subcommand_cli_from_dict)
-        )
+        patch.setattr(tyro.extras, "subcommand_cli_from_dict", _raise_parsed(tyro.extras.subcommand_cli_from_dict))
         cli.main(words)
 
 
@@ -95,18 +89,14 @@ def check_command(words: list[str]) -> None:
 
 def anchors(text: str) -> set[str]:
     """Those that GitHub gives the headings of a page."""
-    heads = re.findall(
-        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
-    )
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def broken_links(page: str) -> list[str]:
     """Links to files and headings that are not there."""
     found, text = [], (ROOT / page).read_text()
-    for target in re.findall(
-        r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    ):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)):
         if re.match(r"\w+:", target):
             continue
         file, _, anchor = target.partition("#")

@@ -9,13 +9,18 @@ MODULES = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.opt.modeling_opt",
     "transformers.models.qwen2.modeling_qwen2",
-    "mmcore.tasks.terminal",
-    "mmcore.cli",
-    "mmcore.parts.adapters",
-    "mmcore.systems.blip2.stage1",
-    "mmcore.systems.blip2.stage2",
+    "mmcore.export",
+    "mmcore.plan.command",
+    "mmcore.systems.blip2.recipe",
     "mmcore.systems.clip.recipe",
     "mmcore.systems.llava.recipe",
+    "mmcore.tasks.caption",
+    "mmcore.tasks.command",
+    "mmcore.tasks.retrieval",
+    "mmcore.tasks.terminal",
+    "mmcore.tasks.vqa",
+    "mmcore.tasks.zeroshot",
+    "mmcore.train.trainer",
 )
 for name in MODULES:
     import_module(name)

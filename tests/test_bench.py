@@ -21,9 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A peer that runs anywhere, whose one file does not exist yet."""
-    monkeypatch.setattr(
-        peers, "PEERS", {"made_up": Peer("made_up_peer", "made-up", "nothing", needs_gpu=False)}
-    )
+    monkeypatch.setattr(peers, "PEERS", {"made_up": Peer("made_up_peer", "made-up", "nothing", needs_gpu=False)})
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "made_up_peer", raising=False)
     peers._found.cache_clear()
@@ -140,9 +138,7 @@ def test_a_run_whose_time_is_over_ends_by_itself_and_writes_what_it_has(tmp_path
     )
     options = "-p bench.deadline --time-limit 100 --benchmark-json=out.json".split()
     assert "not begun: 100 s are over" in pytest_in(tmp_path, source, *options)
-    assert [b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]] == [
-        "test_first"
-    ]
+    assert [b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]] == ["test_first"]
 
 
 def test_a_run_compares_with_the_json_of_another(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ HIDDEN = ("deepspeed", "tyro", "webdataset")
 # no tensor goes in: a constant of H numbers
 NO_TENSOR = ("alibi_slopes",)
 # Linear, and a sum of two; a stack of Block, which the step of CLIP has
-IN_OTHERS = ("MLP", "Transformer")
+IN_OTHERS = ("BatchNorm", "MLP", "Transformer")  # of one process, BatchNorm is torch's
 HIDE = f"""
 from importlib.machinery import PathFinder
 
@@ -47,9 +47,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def benched(name: str, collected: list[str]) -> bool:
     """Whether a case of ours has it in its test's name or its parameters."""
     place = re.compile(rf"(test_|[\[-]){name.rstrip('_')}_?[\[-]", re.IGNORECASE)
-    return any(
-        place.search(line) and re.search(r"mm(kernels|core)", line.partition("::")[2]) for line in collected
-    )
+    return any(place.search(line) and re.search(r"mm(kernels|core)", line.partition("::")[2]) for line in collected)
 
 
 @pytest.mark.parametrize(

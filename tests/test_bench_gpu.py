@@ -51,9 +51,7 @@ def test_no_phase_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
     assert {x.status for x in run_all(phases(tmp_path), KILL_AFTER_S, clock.run, clock)} == {"not begun"}
 
 
-def test_the_benchmarks_are_all_of_them_each_once_and_pytest_ends_before_it_is_stopped(
-    tmp_path: Path,
-) -> None:
+def test_the_benchmarks_are_all_of_them_each_once_and_pytest_ends_before_it_is_stopped(tmp_path: Path) -> None:
     chosen = [x for phase in phases(tmp_path) for x in phase.command if x.startswith("bench/test_")]
     assert sorted(chosen) == [f"bench/{path.name}" for path in sorted(BENCH.glob("test_*.py"))]
     asserting = [phase for phase in phases(tmp_path) if "--claims" in phase.command]

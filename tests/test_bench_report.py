@@ -24,16 +24,10 @@ def document() -> dict[str, Any]:
     """The committed one, where eager found no memory for the largest batch."""
     found = copy.deepcopy(load([BENCH])[0])
     group = "contrastive_loss float32 B8192-D512 both"
-    missing = {
-        "group": group,
-        "extra_info": {"contender": "eager"},
-        "params": {"shape": {"B": 8192, "D": 512}},
-    }
+    missing = {"group": group, "extra_info": {"contender": "eager"}, "params": {"shape": {"B": 8192, "D": 512}}}
     found["out_of_memory"] = [missing]
     found["benchmarks"] = [
-        case
-        for case in found["benchmarks"]
-        if (case["group"], case["extra_info"].get("contender")) != (group, "eager")
+        case for case in found["benchmarks"] if (case["group"], case["extra_info"].get("contender")) != (group, "eager")
     ]
     found["machine_info"] |= {"peers": {"made_up": "is not installed"}}
     return found
@@ -70,9 +64,7 @@ def test_the_sweep_of_an_op_is_its_widest_series_of_batch_sizes(document: dict[s
     assert sweep.roofline[4096] <= floor * (1 + 1e-9)
 
 
-def test_a_plot_has_a_line_a_contender_the_roofline_and_a_cross_for_what_did_not_fit(
-    document: dict[str, Any],
-) -> None:
+def test_a_plot_has_a_line_a_contender_the_roofline_and_a_cross_for_what_did_not_fit(document: dict[str, Any]) -> None:
     time, memory = scaling(sweeps(cases(document), document["out_of_memory"])["contrastive_loss"]).axes
     labels = [line.get_label() for line in time.lines]
     assert labels == ["roofline", "mmkernels", "compile", "eager", "open_clip", "eager: out of memory"]
@@ -89,23 +81,13 @@ def test_bars_say_how_many_times_as_long_as_ours_the_others_take(document: dict[
         for case in part
         if case["group"].endswith(" both")
     }
-    ratios = {
-        f"{t / medians[group, 'mmkernels']:.2f}x"
-        for (group, name), t in medians.items()
-        if name != "mmkernels"
-    }
+    ratios = {f"{t / medians[group, 'mmkernels']:.2f}x" for (group, name), t in medians.items() if name != "mmkernels"}
     assert {text.get_text() for text in figure.axes[0].texts} == ratios
-    assert (
-        bars("contrastive_loss", [case for case in part if case["extra_info"]["contender"] == "mmkernels"])
-        is None
-    )
+    assert bars("contrastive_loss", [case for case in part if case["extra_info"]["contender"] == "mmkernels"]) is None
 
 
 def test_without_a_file_it_reports_each_machine_folder(
-    document: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = document | {"benchmarks": cases(document)[:4]}
     for machine in ("one", "two"):
@@ -157,9 +139,7 @@ def test_a_summary_sets_ours_against_the_best_other_at_each_ops_largest_case(
     (tmp_path / "page.md").write_text("<!-- summary: results -->\n<!-- end -->\n")
     fill(tmp_path / "page.md")
     *_, op, train, _ = (tmp_path / "page.md").read_text().splitlines()
-    assert op == (
-        "| op | [variant] float32 B64 both | 10.00 | compile | 25.00 | 2.50x | 0 and 2 | 0.50x to 2.50x, 2 |"
-    )
+    assert op == ("| op | [variant] float32 B64 both | 10.00 | compile | 25.00 | 2.50x | 0 and 2 | 0.50x to 2.50x, 2 |")
     assert train == "| train | step | 4000.00 | eager | 6000.00 | 1.50x | ? and ? | 1.50x |"
     axes = figure([summed]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["2.50x, compile", "1.50x, eager"]

@@ -64,13 +64,9 @@ def test_the_api_page_is_what_the_docstrings_say() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "mmcore train clip --bach-size 3",
-        "mmcore eval zero RUN",
-        "make nothing",
-        "python examples/none.py",
-        "xyz",
+        "mmcore train clip --bach-size 3", "mmcore eval zero RUN", "make nothing", "python examples/none.py", "xyz",
     ],
-)
+)  # fmt: skip
 def test_a_command_that_is_wrong_is_seen(command: str) -> None:
     with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
         check_command(command.split())

@@ -17,13 +17,7 @@ def run(*command: str) -> str:
     """What it prints."""
     env = environment() | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -34,11 +28,7 @@ def on_two_ranks(*command: str) -> str:
 
 
 def numbers(text: str, pattern: str) -> list[float]:
-    return [
-        float(x)
-        for found in re.findall(pattern, text)
-        for x in (found if isinstance(found, tuple) else [found])
-    ]
+    return [float(x) for found in re.findall(pattern, text) for x in (found if isinstance(found, tuple) else [found])]
 
 
 def test_open_clips_loop_learns_and_two_ranks_go_one_way() -> None:
@@ -58,7 +48,5 @@ def test_transformers_trainer_under_deepspeed_learns_on_two_ranks() -> None:
 
 
 def test_moco_learns_what_an_untrained_encoder_does_not_know() -> None:
-    before, after = numbers(
-        run("examples/moco.py", "--steps", "200"), r"neighbour: ([\d.]+) before, ([\d.]+) after"
-    )
+    before, after = numbers(run("examples/moco.py", "--steps", "200"), r"neighbour: ([\d.]+) before, ([\d.]+) after")
     assert after > before + 0.07

@@ -87,9 +87,8 @@ def test_the_build_says_why_it_leaves_the_native_step_out(tree, tmp_path):
     for env, reason in (({"PATH": str(tmp_path)}, "there is no cmake"), ({"MMKERNELS_NATIVE": "0"}, "=0")):
         done = run("setup.py", "--name", cwd=tree, env=os.environ | env)
         assert done.returncode == 0, done.stderr
-        assert (
-            f"the CPU's native step is not built, ATen serves in its place: {reason}"
-            in done.stderr.replace("MMKERNELS_NATIVE=0", "=0")
+        assert f"the CPU's native step is not built, ATen serves in its place: {reason}" in done.stderr.replace(
+            "MMKERNELS_NATIVE=0", "=0"
         )
 
 
@@ -118,16 +117,12 @@ def environment(wheel, tmp_path_factory) -> Path:
     venv.create(folder)
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    done = run(
-        "-m", "pip", "--python", folder / "bin/python", "install", "-q", "--no-index", wheel, cwd=folder
-    )
+    done = run("-m", "pip", "--python", folder / "bin/python", "install", "-q", "--no-index", wheel, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-def test_the_op_of_a_wheel_runs_in_an_empty_environment_and_folder_without_the_training_packages(
-    environment, tmp_path
-):
+def test_the_op_of_a_wheel_runs_in_an_empty_environment_and_folder_without_the_training_packages(environment, tmp_path):
     program = (
         "import sys, torch; from mmkernels import contrastive_loss; import mmkernels.native, mmcore.losses\n"
         "x = torch.randn(300, 16, requires_grad=True); contrastive_loss(x, x, 2.0).backward()\n"
@@ -171,10 +166,6 @@ def test_every_tested_version_is_pinned(wheel):
     archive = zipfile.ZipFile(wheel)
     metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))).decode()
     requires = re.findall(r"^Requires-Dist: ([\w.-]+)(.*)$", metadata, re.MULTILINE)
-    needed = {
-        name for name, rest in requires if "extra" not in rest or "'train'" in rest or '"train"' in rest
-    }
-    pinned = {
-        line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    }
+    needed = {name for name, rest in requires if "extra" not in rest or "'train'" in rest or '"train"' in rest}
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {"torch", "deepspeed"} <= needed <= pinned

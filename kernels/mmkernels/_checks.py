@@ -21,15 +21,7 @@ def check_dtype(op: str, name: str, x: Tensor) -> None:
 
 def check_beside(op: str, name: str, x: Tensor, of_name: str, of: Tensor) -> None:
     """`x` must be on the device of `of`."""
-    require(
-        op,
-        x.device == of.device,
-        "{} must be on the device of {}, {}, got {}",
-        name,
-        of_name,
-        of.device,
-        x.device,
-    )
+    require(op, x.device == of.device, "{} must be on the device of {}, {}, got {}", name, of_name, of.device, x.device)
 
 
 def check_index(op: str, name: str, x: Tensor, size: int, of_name: str, of: Tensor) -> None:
@@ -61,9 +53,7 @@ def scalar_tensor(op: str, name: str, value: float | Tensor, of_name: str, of: T
         require(op, -math.inf < value < math.inf, "{} must be finite, got {}", name, value)
         return torch.full((), value, dtype=accumulator(of.dtype), device=of.device)
     shape = list(value.shape)
-    require(
-        op, shape in ([], [1]), "{} must be a float or a tensor of one element, got shape {}", name, shape
-    )
+    require(op, shape in ([], [1]), "{} must be a float or a tensor of one element, got shape {}", name, shape)
     require(op, value.dtype in DTYPES, "{} must be floating point, got {}", name, value.dtype)
     check_beside(op, name, value, of_name, of)
     if not value.is_cuda and not torch.compiler.is_compiling():

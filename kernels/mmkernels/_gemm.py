@@ -20,9 +20,7 @@ def _is_of_intel() -> bool:
 # against 40), and so on Intel's (Sapphire Rapids, one core, 3400 x 384 x 1536: 198 against 183, the gradient of the
 # weight 158 against 114).
 CALLS_ONEDNN: bool = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and not _is_of_intel()
+    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_of_intel()
 )
 
 

@@ -46,9 +46,7 @@ def fold_tile(
     if not cosines.numel():
         return
     if _runs_native(cosines):
-        torch.ops.mmkernels.fold_tile(
-            cosines, scale, row_max, row_sum, col_max, col_sum, values, row_cross, col_cross
-        )
+        torch.ops.mmkernels.fold_tile(cosines, scale, row_max, row_sum, col_max, col_sum, values, row_cross, col_cross)
         return
     for rows in _blocks(cosines):
         logits = cosines[rows] * scale
@@ -231,9 +229,7 @@ def _grad(
     return total
 
 
-def _sigmoid(
-    cosines: Tensor, scale: float, bias: float, equal: Tensor, row_loss: Tensor, out: Tensor | None
-) -> Tensor:
+def _sigmoid(cosines: Tensor, scale: float, bias: float, equal: Tensor, row_loss: Tensor, out: Tensor | None) -> Tensor:
     logits, work = cosines * scale, torch.empty_like(cosines)
     against = logits.add_(bias).mul_(_minus_where(equal, work))
     losses = _exp_(torch.abs(against, out=work).neg_()).log1p_().sum(1)

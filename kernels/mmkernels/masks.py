@@ -119,9 +119,7 @@ class Dense:
 Mask = Intervals | Dense
 
 
-def intervals(
-    num_keys: int, lo: Tensor, hi: Tensor, lo2: Tensor | None = None, hi2: Tensor | None = None
-) -> Intervals:
+def intervals(num_keys: int, lo: Tensor, hi: Tensor, lo2: Tensor | None = None, hi2: Tensor | None = None) -> Intervals:
     """The keys from `lo` to `hi` - 1, and from `lo2` to `hi2` - 1, of each query.
 
     Args:
@@ -134,9 +132,7 @@ def intervals(
         ValueError: a wrong shape, dtype or device; ends out of range (looked at on a CPU alone: to read a
             GPU's would wait for it).
     """
-    require(
-        "masks.intervals", (lo2 is None) == (hi2 is None), "lo2 and hi2 must come together, got {}", "one"
-    )
+    require("masks.intervals", (lo2 is None) == (hi2 is None), "lo2 and hi2 must come together, got {}", "one")
     ends = [x for x in (lo, hi, lo2, hi2) if x is not None]
     require("masks.intervals", lo.ndim == 2, "lo must be [B, Lq], got shape {}", list(lo.shape))
     for name, x in zip(("lo", "hi", "lo2", "hi2"), ends, strict=False):
@@ -250,9 +246,7 @@ def media(locations: Tensor, num_media: int, tokens_per_media: int, *, latest: b
     time = locations.cumsum(1)
     if not time.is_cuda and not is_compiling() and time.numel():
         most = int(time.max())
-        require(
-            op, most <= num_media, "num_media must be at least the {} of locations, got {}", most, num_media
-        )
+        require(op, most <= num_media, "num_media must be at least the {} of locations, got {}", most, num_media)
     hi = time.int() * tokens_per_media
     lo = (hi - tokens_per_media).clamp(min=0) if latest else torch.zeros_like(hi)
     return Intervals(num_media * tokens_per_media, lo, hi)

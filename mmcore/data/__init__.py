@@ -1,9 +1,11 @@
 """Images with captions or questions: built-in real data, shards, tables, JSON; resumable to the exact sample."""
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.config import Batch, DataConfig, LoaderSpec
-from mmcore.data.loader import TrainLoader
-from mmcore.data.pairs import PairData, open_data
+from mmcore.data.collate import Batch, PairSample, collate_pairs, pair_sample
+from mmcore.data.config import DataConfig, LoaderSpec, StepBatch
+from mmcore.data.loader import Reader, TrainLoader
+from mmcore.data.pair_data import PairData
+from mmcore.data.pairs import open_data
 from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.questions import Question, QuestionSet
 from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD
@@ -17,8 +19,13 @@ __all__ = [
     "EvalSet",
     "LoaderSpec",
     "PairData",
+    "PairSample",
     "Question",
     "QuestionSet",
+    "Reader",
+    "StepBatch",
     "TrainLoader",
+    "collate_pairs",
     "open_data",
+    "pair_sample",
 ]

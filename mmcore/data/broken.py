@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +54,16 @@ class BrokenTally:
             if sample_id not in self._logged and len(self._logged) < _MAX_LOGGED:
                 self._logged.add(sample_id)
                 _LOG.warning("skipped %s: %s", sample_id, reason)
+
+    @contextmanager
+    def record(self, sample_id: str) -> Iterator[None]:
+        """Count the record that this block reads; it is broken where the block raises BrokenRecord, which ends here."""
+        broken = []
+        try:
+            yield
+        except BrokenRecord as error:
+            broken.append((sample_id, error.reason))
+        self.add(1, broken)
 
     def check(self, *, final: bool) -> None:
         """Raise a ValueError where too many were broken; `final`: all of an epoch has been read."""

@@ -77,7 +77,10 @@ def open_chats(config: ChatConfig, *, seed: int, captions_only: bool = False) ->
     if config.data in _BUILT_IN:
         train, val = _derived(config, fraction, seed, captions_only)
     else:
-        train, val = _split(_read(config, config.data, seed), fraction, seed)
+        train, val = _read(config, config.data, seed), None
+        if fraction > 0:  # by images: conversations about one are on one side
+            sides = split_linked([c.images for c in train.conversations], fraction, seed)
+            train, val = (train.take(side) for side in sides)
     if config.val_data is not None:
         val = _read(config, config.val_data, seed)
     if len(train) < 2:
@@ -97,27 +100,12 @@ def _derived(
         scans, held_out = open_digits(fraction, seed)
         val = None if held_out is None else digit_conversations(held_out, **options)
         return digit_conversations(scans, **options), val
-    pairs = DataConfig(
-        data="stamps",
-        val_fraction=fraction,
-        language=config.language,
-        max_broken=config.max_broken,
-        stamps_dir=config.stamps_dir,
-    )
-    stamps = open_stamps(pairs, seed)
-    options |= {"language": config.language, "max_broken": config.max_broken}
-    train = stamp_conversations(stamps.train, stamps.questions, **options)
+    shared: Any = {"language": config.language, "max_broken": config.max_broken}
+    stamps = open_stamps(DataConfig("stamps", val_fraction=fraction, stamps_dir=config.stamps_dir, **shared), seed)
+    options |= shared
+    assert isinstance(stamps.source, Stamps)
+    train = stamp_conversations(stamps.source, stamps.questions, **options)
     if stamps.val is None:
         return train, None
     assert isinstance(stamps.val.source, Stamps)
     return train, stamp_conversations(stamps.val.source, stamps.val_questions, is_held_out=True, **options)
-
-
-def _split(
-    source: ConversationSet, fraction: float, seed: int
-) -> tuple[ConversationSet, ConversationSet | None]:
-    """By images: conversations about one are on one side."""
-    if fraction == 0:
-        return source, None
-    train, held_out = split_linked([c.images for c in source.conversations], fraction, seed)
-    return source.take(train), source.take(held_out)

@@ -1,13 +1,11 @@
-"""What the data layer is asked for (`DataConfig`, `LoaderSpec`) and what it hands over (`Batch`)."""
+"""What the data layer is asked for (`DataConfig`, `LoaderSpec`) and what it hands over (`StepBatch`)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
-
-from torch import Tensor
+from typing import Any, Literal
 
 SourceKind = Literal["digits", "stamps", "shards", "csv", "json"]
 
@@ -15,14 +13,9 @@ SourceKind = Literal["digits", "stamps", "shards", "csv", "json"]
 _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
     "val_data": ("shards", "csv", "json"),
     "val_fraction": ("digits", "stamps", "csv", "json"),
-    "annotations": ("json",),
-    "val_annotations": ("json",),
-    "image_root": ("json",),
-    "language": ("stamps",),
-    "stamps_dir": ("stamps",),
-    "csv_separator": ("csv",),
-    "csv_img_key": ("csv",),
-    "csv_caption_key": ("csv",),
+    **dict.fromkeys(("annotations", "val_annotations", "image_root"), ("json",)),
+    **dict.fromkeys(("language", "stamps_dir"), ("stamps",)),
+    **dict.fromkeys(("csv_separator", "csv_img_key", "csv_caption_key"), ("csv",)),
     "num_samples": ("shards",),
 }
 
@@ -80,73 +73,54 @@ class DataConfig:
             if kinds is not None and kind not in kinds and value != field.default:
                 raise ValueError(f"data: {field.name}={value!r} has no effect on {self.data!r}, leave it out")
         if self.val_data is not None and self.val_fraction != DataConfig.val_fraction:
-            raise ValueError(
-                f"data: val_fraction={self.val_fraction} has no effect beside val_data={self.val_data!r}"
-            )
+            raise ValueError(f"data: val_fraction={self.val_fraction} has no effect beside val_data={self.val_data!r}")
 
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """How one rank reads the training pairs.
+    """How one rank reads the training records.
 
     Args:
-        image_size: pixels on each side of the square images.
-        batch_size: pairs per rank and optimizer step.
+        batch_size: samples per rank and optimizer step.
         rank: this process, 0 to world_size - 1.
         world_size: number of processes.
         seed: seed of order, captions and augmentation, at least 0.
         workers: loading processes per rank; 0 loads in the calling process.
-        augment: random crops or shifts of the training images; False gives them as evaluation sees them.
+        accum: parts that a rank's batch of a step comes in, each of the same number of samples.
     """
 
-    image_size: int
     batch_size: int
     rank: int
     world_size: int
     seed: int
     workers: int = 0
-    augment: bool = True
+    accum: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("image_size", 1),
-            ("batch_size", 1),
-            ("world_size", 1),
-            ("seed", 0),
-            ("workers", 0),
-        ):
+        for name, least in (("batch_size", 1), ("world_size", 1), ("seed", 0), ("workers", 0), ("accum", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"data: {name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"data: rank must be in [0, {self.world_size}), got {self.rank}")
+        if self.batch_size % self.accum:
+            raise ValueError(f"data: accum must divide the batch of {self.batch_size}, got {self.accum}")
 
     @property
     def global_batch(self) -> int:
-        """Pairs of all ranks in one optimizer step."""
+        """Samples of all ranks in one optimizer step."""
         return self.batch_size * self.world_size
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One rank's pairs for one optimizer step.
+class StepBatch:
+    """One rank's samples for one optimizer step.
 
     Args:
-        images: float32 [B, 3, S, S], normalised with CLIP's mean and standard deviation.
-        tokens: int64 [B, T], what the tokenizer made of the captions; T = 0 without a tokenizer.
-        labels: int64 [B]; equal labels (the same class, or the same caption) are positives of each other, on
-            all ranks.
+        parts: what a recipe's `collate` made of them, `accum` times as many samples each.
         epoch: epoch that the step belongs to, from 0.
-        ids: B names of the samples, for logs and tests.
-        image_ids: int64 [B]; equal for samples of the same image, on all ranks and in all epochs.
-        captions: B captions as text; answers to `questions` where there are some.
-        questions: B questions as text, or None where captions stand alone.
+        ids: names of the samples, for logs.
     """
 
-    images: Tensor
-    tokens: Tensor
-    labels: Tensor
+    parts: tuple[Any, ...]
     epoch: int
     ids: list[str]
-    image_ids: Tensor
-    captions: list[str]
-    questions: list[str] | None = None

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from mmcore.data.config import DataConfig
-from mmcore.data.pairs import PairData, open_data, source_kind
-from mmcore.data.sources.base import by_image
+from mmcore.data.pair_data import PairData
+from mmcore.data.pairs import open_data, source_kind
 from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.shards import open_held_out_shards
 
@@ -29,4 +29,4 @@ def open_held_out(config: DataConfig) -> PairData:
     if pairs is None:
         return replace(data, val_questions=data.questions)
     assert isinstance(pairs, FilePairs)
-    return replace(data, val=by_image(pairs, pairs.identities, pairs.texts, config.max_broken))
+    return replace(data, val=pairs.held_out(config.max_broken))

@@ -1,6 +1,6 @@
 """The exponential moving average of a model's weights, kept in float32 beside it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmcore.ema.schedules import Schedule, check_decay
 from mmcore.ema.teacher import Teacher
+from mmcore.ema.watch import overwrite
 from mmcore.ema.weights import Whole, is_engine, unwrapped, weights_of
 from mmcore.ops import ema_update_, require
 from mmcore.tensor_file import Layout, read_layout, read_tensors, write_tensors
@@ -108,9 +109,7 @@ class EMA:
         Raises:
             ValueError: as `update`.
         """
-        require(
-            "EMA", not self._is_swapped, "update must be outside of {}, got {}", "swapped()", "a call within"
-        )
+        require("EMA", not self._is_swapped, "update must be outside of {}, got {}", "swapped()", "a call within")
         if self._weights.refresh():
             self._collect()
         if self._teacher is not None:
@@ -212,11 +211,7 @@ class EMA:
             ValueError: under ZeRO-1 to 3, where they are one rank's: use `save`.
         """
         self._check_whole("state_dict", "save")
-        return {
-            "num_updates": self.num_updates,
-            "averages": dict(self.averages),
-            "buffers": dict(self.buffer_averages),
-        }
+        return {"num_updates": self.num_updates, "averages": dict(self.averages), "buffers": dict(self.buffer_averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict`, on whatever device it lies.
@@ -227,9 +222,7 @@ class EMA:
         self._check_whole("load_state_dict", "load")
         for kind, held in (("averages", self.averages), ("buffers", self.buffer_averages)):
             differ = sorted(held.keys() ^ state[kind].keys())
-            require(
-                "EMA.load_state_dict", not differ, "state must have this model's {}, got {}", kind, differ[:3]
-            )
+            require("EMA.load_state_dict", not differ, "state must have this model's {}, got {}", kind, differ[:3])
             _copy(state[kind], held)
         self.num_updates = state["num_updates"]
         self._show()
@@ -239,7 +232,7 @@ class EMA:
         self._teacher = Teacher(module, self._weights, self._averaged)
         shadows = self._teacher.shadows
         if all(x.dtype == y.dtype for x, y in zip(shadows, self._targets, strict=True)):
-            _overwrite(shadows, self._targets)
+            overwrite(shadows, self._targets)
             self._targets = shadows
         else:
             self._shadows = shadows
@@ -250,7 +243,7 @@ class EMA:
         """Writes what the averages are into the teacher."""
         if self._teacher is not None:
             if self._shadows is not None:
-                _overwrite(self._shadows, self._targets)
+                overwrite(self._shadows, self._targets)
             self._teacher.finish(self._copies)
 
     def _collect(self) -> None:
@@ -271,9 +264,7 @@ class EMA:
 
     def _layout(self) -> Layout:
         """Dtype and shape of `_everything`."""
-        wide, narrow = (
-            {name: (x.dtype, x.shape) for name, x in part.items()} for part in self._sorted_buffers()
-        )
+        wide, narrow = ({name: (x.dtype, x.shape) for name, x in part.items()} for part in self._sorted_buffers())
         return wide | self._weights.layout(self._of_weights()) | narrow
 
     def _sorted_buffers(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -289,11 +280,6 @@ class EMA:
 
 def _widened(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
-
-
-def _overwrite(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    for x, y in zip(targets, sources, strict=True):
-        x.copy_(y)
 
 
 @torch.no_grad()

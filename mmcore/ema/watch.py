@@ -1,5 +1,6 @@
 """Models that must stay what they were when something was made of them."""
 
+from collections.abc import Iterable
 from operator import attrgetter, is_
 
 import torch
@@ -50,13 +51,17 @@ def check_teacher(teacher: nn.Module, student: nn.Module, device: torch.device) 
     require("EMA", not differ, "teacher must have the model's weights, got a difference in {}", differ[:3])
     for name, p in wanted.items():
         x = held[name]
-        require(
-            "EMA", x.shape == p.shape, "teacher's {} must be {}, got {}", name, list(p.shape), list(x.shape)
-        )
+        require("EMA", x.shape == p.shape, "teacher's {} must be {}, got {}", name, list(p.shape), list(x.shape))
         require("EMA", x.device == device, "teacher's {} must be on {}, got {}", name, device, x.device)
         own = x is not p and (x.numel() == 0 or x.data_ptr() != p.data_ptr())
         require("EMA", own, "teacher's {} must be a copy, got {}", name, "the model's own")
     return held
+
+
+def overwrite(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copies tensors, one by one, in place."""
+    for x, y in zip(targets, sources, strict=True):
+        x.copy_(y)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmcore.ema.watch import Watch, check_teacher
+from mmcore.ema.watch import Watch, check_teacher, overwrite
 from mmcore.ema.zero import Follower, Shards
 from mmcore.ops import require
 from mmcore.tensor_file import Layout
@@ -17,9 +17,7 @@ from mmcore.tensor_file import Layout
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself, without torch.compile's and DistributedDataParallel's wrappers."""
     while True:
-        inner = (
-            model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-        )
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -45,9 +43,7 @@ def weights_of(model: Any) -> "Whole | Shards":
     if is_engine(model):
         return Whole(module) if model.zero_optimization_stage() == 0 else Shards(model, module)
     parts = [name for name, p in module.named_parameters() if hasattr(p, "ds_id")]
-    require(
-        "EMA", not parts, "model must be DeepSpeed's engine, got a module with {} cut up by ZeRO-3", parts[:1]
-    )
+    require("EMA", not parts, "model must be DeepSpeed's engine, got a module with {} cut up by ZeRO-3", parts[:1])
     return Whole(module)
 
 
@@ -80,11 +76,9 @@ class Whole:
         return True
 
     def layout(self, of: Sequence[Tensor]) -> Layout:
-        """Dtype and shape by name, in the order of `whole`."""
         return {name: (x.dtype, x.shape) for name, x in self.whole(of)}
 
     def parts(self, of: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What is held here, by name."""
         return dict(zip(self.params, of, strict=True))
 
     def whole(self, of: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -92,30 +86,24 @@ class Whole:
         yield from sorted(zip(self.params, of, strict=True), key=lambda item: -item[1].itemsize)
 
     def scatter(self, tensors: Mapping[str, Tensor], into: Sequence[Tensor]) -> None:
-        """Writes whole tensors in their places."""
         held = self.parts(into)
         for name, x in tensors.items():
             held[name].detach().copy_(x)
 
     @contextmanager
     def shown(self, of: Sequence[Tensor]) -> Iterator[None]:
-        """`of` in the parameters for as long as the block lasts."""
         held = [p.detach() for p in self.flats]
         before = [x.clone() for x in held]
         try:
-            for x, y in zip(held, of, strict=True):
-                x.copy_(y)
+            overwrite(held, of)
             yield
         finally:
-            for x, y in zip(held, before, strict=True):
-                x.copy_(y)
+            overwrite(held, before)
 
     def follow(self, teacher: nn.Module) -> Follower:
         """The teacher's parameters, to be written beside what they follow."""
         held = check_teacher(teacher, self.module, self.device)
         for name, p in self.params.items():
             dense, strides = held[name].stride() == p.stride(), list(p.stride())
-            require(
-                "EMA", dense, "teacher's {} must have strides {}, got {}", name, strides, held[name].stride()
-            )
+            require("EMA", dense, "teacher's {} must have strides {}, got {}", name, strides, held[name].stride())
         return Follower([held[name].detach() for name in self.params], lambda: None)

@@ -1,6 +1,6 @@
 """Where ZeRO keeps a model's weights: each rank's fp32 parts, by full names. DeepSpeed itself is not imported."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmcore.ema.watch import Watch, check_teacher
+from mmcore.ema.watch import Watch, check_teacher, overwrite
 from mmcore.ops import require
 from mmcore.tensor_file import Layout
 
@@ -16,8 +16,13 @@ from mmcore.tensor_file import Layout
 PIECE_BYTES = 2 << 30
 
 
+# Tensors laid out like `Shards.flats`, all of them or some by their number.
+Flats = Sequence[Tensor] | Mapping[int, Tensor]
+
+
 class _Place(NamedTuple):
-    """A rank's part of a parameter: which of the flat tensors, where in it, where in the parameter, how long."""
+    """A rank's part of a parameter: which of the flat tensors, where in it, where in the parameter, how long (0 = the
+    rank has none)."""
 
     group: int
     offset: int
@@ -46,6 +51,7 @@ class Shards:
         params: the trainable parameters, by name.
         flats: what the client optimizer is handed: a flat fp32 tensor a parameter group, in stage 3 a sub-group;
             in stage 0 the parameters themselves.
+        members: names of the parameters that each of `flats` holds parts of, on this rank or another.
     """
 
     def __init__(self, engine: Any, module: nn.Module) -> None:
@@ -56,6 +62,9 @@ class Shards:
         self._zero: Any = engine.optimizer
         self.flats: list[Tensor] = self._flats()
         self._places = {name: self._place(name) for name in self.params}
+        self.members: list[list[str]] = [[] for _ in self.flats]
+        for name, place in self._places.items():
+            self.members[place.group].append(name)
         self._stamp, self._watch = _stamp(self.flats), Watch(module)
 
     def refresh(self) -> bool:
@@ -77,7 +86,7 @@ class Shards:
         groups = getattr(self._zero, "single_partition_of_fp32_groups", None)
         return list(self._zero.fp32_groups_flat_partition if groups is None else groups)
 
-    def _place(self, name: str) -> _Place | None:
+    def _place(self, name: str) -> _Place:
         p = self.params[name]
         if self.stage == 0:
             return _Place(list(self.params).index(name), 0, 0, p.numel())
@@ -90,7 +99,7 @@ class Shards:
             numel = min(numel, p.ds_numel - start)  # the last ranks' partitions are padded
             held = self.flats[group].numel() >= offset + max(numel, 0)
             require("Shards", held, "{} must be in memory, got weights offloaded to {}", name, "NVMe")
-            return _Place(group, offset, start, numel) if numel > 0 else None
+            return _Place(group, offset, start, max(numel, 0))
         # not by p._hp_mapping, which DeepSpeed 0.19.8 gets wrong under round_robin_gradients
         groups = enumerate(self._flat_weights())
         found = [(i, _offset(p, flat)) for i, flat in groups if _is_within(p, flat)]
@@ -100,12 +109,12 @@ class Shards:
             start, end = max(offset, first), min(offset + p.numel(), first + self.flats[group].numel())
             if start < end:
                 return _Place(group, start - first, start - offset, end - start)
-        return None
+        return _Place(found[0][0] if found else 0, 0, 0, 0)
 
-    def fragment(self, name: str, of: Sequence[Tensor]) -> tuple[Tensor, int] | None:
+    def fragment(self, name: str, of: Flats) -> tuple[Tensor, int] | None:
         """This rank's part of a parameter in `of`, flat, and the number of its first element; None = it has none."""
         place = self._places[name]
-        if place is None:
+        if place.numel == 0:
             return None
         return of[place.group].detach().view(-1).narrow(0, place.offset, place.numel), place.start
 
@@ -119,11 +128,11 @@ class Shards:
         p = self.params[name]
         return p.ds_shape if self.stage == 3 else p.shape
 
-    def pieces(self) -> list[list[str]]:
-        """All names, in order, in lists of at most `PIECE_BYTES` of fp32 (or one parameter)."""
+    def pieces(self, names: Iterable[str] | None = None) -> list[list[str]]:
+        """Names, all where none are given, in order, in lists of at most `PIECE_BYTES` of fp32 (or one parameter)."""
         pieces: list[list[str]] = [[]]
         size = 0
-        for name in self.params:
+        for name in self.params if names is None else names:
             num_bytes = 4 * self.numel(name)
             if pieces[-1] and size + num_bytes > PIECE_BYTES:
                 pieces.append([])
@@ -132,7 +141,13 @@ class Shards:
             size += num_bytes
         return pieces
 
-    def gather(self, names: Sequence[str], of: Sequence[Tensor]) -> dict[str, Tensor]:
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place. Collective."""
+        if self.stage > 0:
+            dist.all_reduce(x, group=self._zero.dp_process_group)
+        return x
+
+    def gather(self, names: Sequence[str], of: Flats) -> dict[str, Tensor]:
         """Whole fp32 tensors on every rank. Collective: one all-reduce."""
         sizes = [self.numel(name) for name in names]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
@@ -142,11 +157,10 @@ class Shards:
             if fragment is not None:
                 source, start = fragment
                 part.narrow(0, start, source.numel()).copy_(source)
-        if self.stage > 0:
-            dist.all_reduce(flat, group=self._zero.dp_process_group)
+        self.total(flat)
         return {n: part.view(self.shape(n)) for n, part in zip(names, parts, strict=True)}
 
-    def scatter(self, tensors: Mapping[str, Tensor], into: Sequence[Tensor]) -> None:
+    def scatter(self, tensors: Mapping[str, Tensor], into: Flats) -> None:
         """Writes whole tensors into this rank's parts; no communication."""
         for name, value in tensors.items():
             fragment = self.fragment(name, into)
@@ -185,8 +199,7 @@ class Shards:
             yield
         finally:
             with self._partitioned():
-                for x, y in zip(held, before, strict=True):
-                    x.copy_(y)
+                overwrite(held, before)
 
     @contextmanager
     def _partitioned(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """transformers' dual encoders on our losses, exact over the batches of all ranks."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def use_global_loss(model: nn.Module) -> None:
     assert scale is not None
     if scale.ndim == 0:
         model.logit_scale = nn.Parameter(scale.detach().reshape(1), requires_grad=scale.requires_grad)
-        model.register_state_dict_post_hook(_write_0d)
-        model.register_load_state_dict_pre_hook(_read_0d)
+        model.register_state_dict_post_hook(partial(_reshape, ()))
+        model.register_load_state_dict_pre_hook(partial(_reshape, (1,)))
     model.register_forward_hook(_replace_loss)
 
 
@@ -60,15 +61,9 @@ def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _write_0d(_: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    _reshape(state, prefix + "logit_scale", ())
-
-
-def _read_0d(_: nn.Module, state: dict[str, Tensor], prefix: str, *_args: Any) -> None:
-    _reshape(state, prefix + "logit_scale", (1,))
-
-
-def _reshape(state: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> None:
+def _reshape(shape: tuple[int, ...], _: nn.Module, state: dict[str, Tensor], prefix: str, *_args: Any) -> None:
+    """Of the scale in a state dict that is written or read."""
+    key = prefix + "logit_scale"
     # of ZeRO-3's parts a rank holds one element or none
     if key in state and state[key].numel() == 1:
         state[key] = state[key].reshape(torch.Size(shape))

@@ -69,22 +69,15 @@ def attention_forward(
         ValueError: the weights, or what `mmkernels.attention` does not have, are asked for; see there for the rest.
     """
     for name in REFUSED:
-        require(
-            NAME, kwargs.get(name) is None, "{} must be None, got {}", name, type(kwargs.get(name)).__name__
-        )
-    require(
-        NAME,
-        not (kwargs.get("output_attentions") or _weights_are_awaited()),
-        "output_attentions must be False, since weights are never stored (eager has them), got {}",
-        True,
-    )
+        require(NAME, kwargs.get(name) is None, "{} must be None, got {}", name, type(kwargs.get(name)).__name__)
+    wants_weights = kwargs.get("output_attentions") or _weights_are_awaited()
+    sentence = "output_attentions must be False, since weights are never stored (eager has them), got {}"
+    require(NAME, not wants_weights, sentence, True)
     seen = None if attention_mask is None else seen_by(attention_mask, query.shape[2])
     if position_bias is not None:
         seen = _with_bias(position_bias, seen)
     out = attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        *(x.transpose(1, 2) for x in (query, key, value)),
         mask=None if seen is None else seen.mask,
         scale=scaling,
         dropout_p=dropout if module.training else 0.0,

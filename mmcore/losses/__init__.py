@@ -2,14 +2,7 @@
 
 from mmcore.losses.contrastive import global_contrastive_loss
 from mmcore.losses.drop_in import BackpropType, ClipLoss, ContrastiveLossWithTemperature, SigLipLoss
-from mmcore.losses.matching import (
-    Negatives,
-    fetch_rows,
-    global_ratio,
-    hard_negatives,
-    matching_loss,
-    pair_labels,
-)
+from mmcore.losses.matching import Negatives, fetch_rows, global_ratio, hard_negatives, matching_loss, pair_labels
 from mmcore.losses.sigmoid import global_sigmoid_loss
 from mmcore.losses.token import global_token_contrastive_loss
 

@@ -20,7 +20,8 @@ from mmcore.losses.ranks import (
 )
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
 from mmcore.losses.statistics import Columns, GlobalStats
-from mmcore.ops import (
+from mmkernels import contrastive_loss
+from mmkernels.pieces import (
     ContrastiveProblem,
     ContrastiveStats,
     LinearMeans,
@@ -29,7 +30,6 @@ from mmcore.ops import (
     accumulator,
     broken_claim,
     checked_inputs,
-    contrastive_loss,
     first_match,
     gives_nan,
     pair_losses,
@@ -110,9 +110,7 @@ def global_contrastive_loss(
         )
 
     def check() -> tuple[_Inputs, Header]:
-        require(
-            OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes
-        )
+        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         inputs = _checked(a, b, logit_scale, labels, negatives, teacher, options)
         return inputs, _header(inputs, options, gather_limit_bytes)
 
@@ -137,18 +135,14 @@ def _checked(
     teacher: tuple[Tensor, Tensor] | None,
     options: Options,
 ) -> _Inputs:
-    a, b, scale, teacher, negatives = checked_inputs(
-        a, b, logit_scale, None, labels, negatives, teacher, options
-    )
+    a, b, scale, teacher, negatives = checked_inputs(a, b, logit_scale, None, labels, negatives, teacher, options)
     a, b, scale = a.contiguous(), b.contiguous(), scale.reshape(()).double()
     broken = None
     if options.normalized:
         teacher_a, teacher_b = teacher or (None, None)
         broken = broken_claim(ContrastiveProblem(a, b, scale, None, teacher_a, teacher_b, False))
         if negatives is not None:
-            of_negatives = broken_claim(
-                ContrastiveProblem(negatives, negatives, scale, None, None, None, False)
-            )
+            of_negatives = broken_claim(ContrastiveProblem(negatives, negatives, scale, None, None, None, False))
             broken = None if broken is None or of_negatives is None else broken | of_negatives
     return _Inputs(a, b, scale, labels, teacher, negatives, broken)
 
@@ -166,9 +160,7 @@ def _header(inputs: _Inputs, options: Options, gather_limit_bytes: int) -> Heade
     return Header(len(inputs.a), len(inputs.b), same | asdict(options))
 
 
-def _columns(
-    inputs: _Inputs, layout: Layout, options: Options, gather_limit_bytes: int
-) -> tuple[Match, Columns]:
+def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_bytes: int) -> tuple[Match, Columns]:
     """Each row's positives among all columns, and what its statistics are made from."""
     labels, weights = None, None
     if inputs.labels is None:
@@ -180,9 +172,7 @@ def _columns(
         all_cols = gather_rows(inputs.labels[1], layout.cols, layout.group)
         first, cols = first_match(inputs.labels[0], all_cols)
         rows = first_match(inputs.labels[0], all_rows)[1]
-        num_rows, num_cols = (
-            (first_match(x, y)[1] > 0).sum() for x, y in ((all_rows, all_cols), (all_cols, all_rows))
-        )
+        num_rows, num_cols = ((first_match(x, y)[1] > 0).sum() for x, y in ((all_rows, all_cols), (all_cols, all_rows)))
         labels = (inputs.labels[0], all_cols)
         match = Match(first, labels, cols, rows, num_rows, num_cols)
         place, count = first_match(all_cols, all_cols)
@@ -195,23 +185,12 @@ def _columns(
         broken = broken > 0
     teacher_a, *teacher_b = inputs.teacher or (None,)
     shards = shards_of(layout, [inputs.b, *teacher_b], gather_limit_bytes)
-    return match, Columns(
-        layout,
-        shards,
-        first,
-        labels,
-        weights,
-        inputs.negatives,
-        teacher_a,
-        options.symmetric,
-        options.normalized and gives_nan(inputs.a),
-        broken,
-    )
+    of_rows = first, labels, weights, inputs.negatives, teacher_a
+    is_normalized = options.normalized and gives_nan(inputs.a)
+    return match, Columns(layout, shards, *of_rows, options.symmetric, is_normalized, broken)
 
 
-def _linear_means(
-    inputs: _Inputs, layout: Layout, match: Match, target: Tensor, options: Options
-) -> LinearMeans:
+def _linear_means(inputs: _Inputs, layout: Layout, match: Match, target: Tensor, options: Options) -> LinearMeans:
     """What `mmkernels.contrastive` takes from means of features, these over all ranks; float64."""
     dtype = accumulator(inputs.a.dtype)
     a, b, scale, group = inputs.a.to(dtype), inputs.b.to(dtype), inputs.scale, layout.group

@@ -34,13 +34,8 @@ class _InGroup(nn.Module):
 
         def check() -> tuple[bool, Header]:
             place = (dist.get_rank() if size > 1 else 0, size)
-            require(
-                op,
-                self.place == place,
-                "rank and world_size must be those of the process group, {}, got {}",
-                place,
-                self.place,
-            )
+            sentence = "rank and world_size must be those of the process group, {}, got {}"
+            require(op, self.place == place, sentence, place, self.place)
             return True, Header(0, 0, {})
 
         self.agreed = check()[0] if size == 1 else agree(op, None, device, check)[0]
@@ -155,12 +150,9 @@ class ContrastiveLossWithTemperature(nn.Module):
         logit_scale_max: float | None = math.log(100),
     ) -> None:
         super().__init__()
-        require(
-            "ContrastiveLossWithTemperature",
-            logit_scale_min is not None or logit_scale_max is not None,
-            "logit_scale_min must be given where logit_scale_max is None, got {}",
-            None,
-        )
+        is_limited = logit_scale_min is not None or logit_scale_max is not None
+        sentence = "logit_scale_min must be given where logit_scale_max is None, got {}"
+        require("ContrastiveLossWithTemperature", is_limited, sentence, None)
         self.logit_scale_min, self.logit_scale_max = logit_scale_min, logit_scale_max
         if not isinstance(logit_scale, nn.Parameter):
             logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
@@ -187,9 +179,7 @@ class ContrastiveLossWithTemperature(nn.Module):
         require(op, exact, "backprop_type must be GLOBAL, got {}", backprop_type)
         options = dict(cross_entropy_kwargs or {})
         smoothing = options.pop("label_smoothing", 0.0)
-        require(
-            op, not options, "cross_entropy_kwargs must hold label_smoothing alone, got {}", list(options)
-        )
+        require(op, not options, "cross_entropy_kwargs must hold label_smoothing alone, got {}", list(options))
         with torch.no_grad():
             self.logit_scale.clamp_(self.logit_scale_min, self.logit_scale_max)
         labels = None if mask is None else _labels_of(op, mask, embeddings_a)
@@ -200,14 +190,8 @@ class ContrastiveLossWithTemperature(nn.Module):
 
 def _labels_of(op: str, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Labels that pair row i with column i where the mask holds; elsewhere none has a partner."""
-    require(
-        op,
-        mask.dtype == torch.bool and mask.shape == like.shape[:1],
-        "mask must be bool [{}], got {} {}",
-        len(like),
-        mask.dtype,
-        list(mask.shape),
-    )
+    fits = mask.dtype == torch.bool and mask.shape == like.shape[:1]
+    require(op, fits, "mask must be bool [{}], got {} {}", len(like), mask.dtype, list(mask.shape))
     rank = dist.get_rank() if world_size_of(None) > 1 else 0
     pairs = torch.arange(len(like), device=like.device) + (rank << 32)
     return torch.where(mask, pairs, -1), torch.where(mask, pairs, -2)

@@ -77,9 +77,7 @@ class Ring:
         group, rank, size = self.layout.group, self.layout.rank, self.layout.world_size
         coming = [x.new_empty(self.layout.cols[owner], *x.shape[1:]) for x in held]
         ops = [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size) for x in held if len(x)]
-        ops += [
-            dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size) for x in coming if len(x)
-        ]
+        ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size) for x in coming if len(x)]
         return coming, dist.batch_isend_irecv(ops) if ops else []
 
 

@@ -9,7 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from mmcore.losses.ranks import Header, agree, gather_rows, global_mean, wanted_gradients, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
-from mmcore.ops import accumulator, checked_sigmoid_operands, require, sigmoid_loss
+from mmkernels import sigmoid_loss
+from mmkernels.pieces import accumulator, checked_sigmoid_operands, require, sigmoid_block
 
 OP = "global_sigmoid_loss"
 
@@ -54,9 +55,7 @@ def global_sigmoid_loss(
         return sigmoid_loss(a, b, logit_scale, logit_bias, labels=labels)
 
     def check() -> tuple[tuple[Tensor, ...], Header]:
-        require(
-            OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes
-        )
+        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         inputs = checked_sigmoid_operands(a, b, logit_scale, logit_bias, labels)
         same = {
             "D": a.shape[1],
@@ -101,13 +100,14 @@ class _SigmoidSum(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * 4
         for cols, (of_cols,) in shards.blocks():
             labels = columns.row_labels, columns.col_labels[cols]
-            loss, *grads = torch.ops.mmkernels.sigmoid_fwd(a, of_cols, scale, bias, *labels, True, needs)
+            loss, *grads = sigmoid_block((a, of_cols, scale, bias), labels, needs)
             total += loss
             if needs[1]:
                 shards.add_grad(grads[1])
             for i in (0, 2, 3):
                 if needs[i]:
-                    sums[i] = grads[i] if sums[i] is None else sums[i] + grads[i]
+                    so_far = sums[i]
+                    sums[i] = grads[i] if so_far is None else so_far + grads[i]
         if needs[1]:
             sums[1] = shards.own_grad()
         ctx.save_for_backward(*sums)

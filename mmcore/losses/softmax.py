@@ -2,14 +2,16 @@
 the rounding of large log-sum-exps."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmcore.losses.ranks import Group
-from mmcore.ops import log_sum_exp
+from mmkernels.pieces import ContrastiveStats, TokenContrastiveStats, log_sum_exp
+
+Stats = TypeVar("Stats", ContrastiveStats, TokenContrastiveStats)
 
 
 class Softmax(NamedTuple):
@@ -41,10 +43,38 @@ def merged(parts: list[Softmax], group: Group | None = None, over_ranks: bool = 
     return Softmax(lse, rest, teacher_top + teacher_total.log(), cross_total / teacher_total)
 
 
-def rounded(lse: Tensor, rest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """In `dtype`, the rest taking up what that loses."""
-    lost = ((lse - lse.to(dtype)) + rest).nan_to_num(0.0, 0.0, 0.0)
-    return lse.to(dtype), lost.to(dtype)
+def rounded(stats: Stats, dtype: torch.dtype) -> Stats:
+    """Statistics in `dtype`, the rests of log-sum-exps taking up what that loses."""
+    found = {name: x.to(dtype) for name, x in stats._asdict().items()}
+    for lse, rest in ((stats.row_lse, "row_rest"), (stats.col_lse, "col_rest")):
+        lost = (lse - lse.to(dtype)) + getattr(stats, rest)
+        found[rest] = lost.nan_to_num(0.0, 0.0, 0.0).to(dtype)
+    return type(stats)(**found)
+
+
+def in_block(positives: Tensor, cols: slice, num_cols: int) -> Tensor:
+    """Columns of the batch as columns of a block of `num_cols` from `cols.start` on, -1 for those of other blocks."""
+    place = positives - cols.start
+    return torch.where((place >= 0) & (place < num_cols), place, -1)
+
+
+def at_columns(fields: Sequence[Tensor], is_of_cols: Sequence[bool], cols: slice | None) -> list[Tensor]:
+    """Statistics, or their gradients, with those of columns cut to a block's; of None to none."""
+    return [x[cols or slice(0)] if of_cols else x for x, of_cols in zip(fields, is_of_cols)]
+
+
+def reduced(
+    grads: Sequence[Tensor], is_of_cols: Sequence[bool], centers: Sequence[Tensor], group: Group
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients with those of the columns' statistics summed over the ranks; the mean of all blocks' centers."""
+    own = [d for d, of_cols in zip(grads, is_of_cols) if of_cols]
+    packed = torch.cat([*own, torch.stack(list(centers)).mean().double().reshape(1)])
+    dist.all_reduce(packed, group=group)
+    *summed, center = packed.split([*map(len, own), 1])
+    whole = iter(summed)
+    return [next(whole) if of_cols else d for d, of_cols in zip(grads, is_of_cols)], center[0] / dist.get_world_size(
+        group
+    )
 
 
 def excess(*of_lse: tuple[Tensor, Tensor, Tensor]) -> Tensor:

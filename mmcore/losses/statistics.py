@@ -5,24 +5,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmcore.losses.ranks import Group, Layout
+from mmcore.losses.ranks import Layout
 from mmcore.losses.shards import Shards
-from mmcore.losses.softmax import Softmax, excess, merged, own_excess, rounded
-from mmcore.ops import (
+from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged, own_excess, reduced, rounded
+from mmkernels.pieces import (
     NO_UNDERFLOW_SCALE,
     ContrastiveProblem,
     ContrastiveStats,
     accumulator,
+    contrastive_block,
+    contrastive_block_grads,
     label_sums,
     mean_cosine,
     poisoned,
 )
 
-COLUMN_FIELDS = ("col_lse", "col_cross", "col_rest", "teacher_col_lse")
+IS_OF_COLS = [name in ("col_lse", "col_cross", "col_rest", "teacher_col_lse") for name in ContrastiveStats._fields]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class Columns:
     def blocks(self, a: Tensor, scale: Tensor) -> Iterator[tuple[slice | None, ContrastiveProblem]]:
         """Which columns of the batch, and the rows against them; the negatives, which are none, last."""
         for cols, (b, *of_teacher) in self.shards.blocks():
-            place = self.positives - cols.start
-            place = torch.where((place >= 0) & (place < len(b)), place, -1)
+            place = in_block(self.positives, cols, len(b))
             teacher_b = of_teacher[0] if of_teacher else None
             yield cols, ContrastiveProblem(a, b, scale, place, self.teacher_a, teacher_b, self.symmetric)
         if self.negatives is not None:
@@ -82,15 +82,18 @@ class GlobalStats(torch.autograd.Function):
             if cols is None:
                 continue
             positive += stats.positive
-            for whole, part in zip(of_cols, _cols_of(stats), strict=True):
+            own_cols = stats.col_lse, stats.col_rest, stats.teacher_col_lse, stats.col_cross
+            for whole, part in zip(of_cols, own_cols, strict=True):
                 whole[cols] = part
             if columns.labels is not None and columns.weights is not None:
                 weighted = problem.b.to(target.dtype) * columns.weights[cols, None]
                 target += label_sums(weighted, columns.labels[1][cols], columns.labels[0])
-        of_rows = merged([_rows_of(part) for part in parts])
+        of_rows = merged([Softmax(p.row_lse, p.row_rest, p.teacher_row_lse, p.row_cross) for p in parts])
         if columns.symmetric:
             of_cols = merged([of_cols], columns.layout.group, over_ranks=True)
-        stats = _stats_of(of_rows, of_cols, positive)
+        lse, rest = (of_rows.lse, of_cols.lse), (of_rows.rest, of_cols.rest)
+        of_teacher = of_rows.teacher_lse, of_cols.teacher_lse
+        stats = ContrastiveStats(*lse, positive, of_rows.cross, of_cols.cross, *rest, *of_teacher)
         if columns.normalized:
             stats = poisoned(stats, scale, columns.broken)
         ctx.columns, ctx.parts, ctx.centers = columns, parts, centers
@@ -103,29 +106,25 @@ class GlobalStats(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         a, scale, *saved = ctx.saved_tensors
         columns, stats, needs = ctx.columns, ContrastiveStats(*saved), list(ctx.needs_input_grad[:3])
-        dtype, group = accumulator(a.dtype), columns.layout.group
-        d_stats, center = _reduced(grads[:5], torch.stack(ctx.centers).mean(), group)
+        dtype = accumulator(a.dtype)
+        d_stats, center = reduced(grads[:5], IS_OF_COLS, ctx.centers, columns.layout.group)
         of_rows, own_cols, all_cols = (grads[0], grads[3]), (grads[1], grads[4]), (d_stats[1], d_stats[4])
-        in_dtype = _rounded(stats, dtype)
+        in_dtype = rounded(stats, dtype)
         da = torch.zeros_like(a, dtype=dtype)
         ds = center * own_excess(of_rows, own_cols, all_cols, len(ctx.parts))
-        for (cols, problem), part, part_center in zip(
-            columns.blocks(a, scale), ctx.parts, ctx.centers, strict=True
-        ):
-            of_block = [x.to(dtype) for x in _at_columns(d_stats, cols)]
+        for (cols, problem), part, part_center in zip(columns.blocks(a, scale), ctx.parts, ctx.centers, strict=True):
+            of_block = [x.to(dtype) for x in at_columns(d_stats, IS_OF_COLS, cols)]
             # the op takes each of these for a part of its dL/dS
             assert problem.positives is not None
             of_block[2] = of_block[2].where(problem.positives >= 0, 0.0)
-            da_part, db, ds_part = torch.ops.mmkernels.contrastive_bwd(
-                *_operands(problem),
-                _at_columns(in_dtype, cols),
-                of_block,
-                [needs[0], needs[1] and cols is not None, needs[2]],
+            wanted = [needs[0], needs[1] and cols is not None, needs[2]]
+            da_part, db, ds_part = contrastive_block_grads(
+                problem, at_columns(in_dtype, IS_OF_COLS, cols), of_block, wanted
             )
             if needs[0]:
                 da += da_part
             if needs[2]:
-                whole = ContrastiveStats(*_at_columns(stats, cols))
+                whole = ContrastiveStats(*at_columns(stats, IS_OF_COLS, cols))
                 ds += ds_part + (part_center - center) * _excess(part, whole, of_block)
             if needs[1] and cols is not None:
                 db = db.to(dtype)
@@ -141,45 +140,15 @@ class GlobalStats(torch.autograd.Function):
         )
 
 
-def _rows_of(stats: ContrastiveStats) -> Softmax:
-    return Softmax(stats.row_lse, stats.row_rest, stats.teacher_row_lse, stats.row_cross)
-
-
-def _cols_of(stats: ContrastiveStats) -> Softmax:
-    return Softmax(stats.col_lse, stats.col_rest, stats.teacher_col_lse, stats.col_cross)
-
-
-def _stats_of(rows: Softmax, cols: Softmax, positive: Tensor) -> ContrastiveStats:
-    return ContrastiveStats(
-        row_lse=rows.lse,
-        col_lse=cols.lse,
-        positive=positive,
-        row_cross=rows.cross,
-        col_cross=cols.cross,
-        row_rest=rows.rest,
-        col_rest=cols.rest,
-        teacher_row_lse=rows.teacher_lse,
-        teacher_col_lse=cols.teacher_lse,
-    )
-
-
 def _no_columns(a: Tensor, columns: Columns) -> Softmax:
     """Room for every column of the batch, `[N]`, or for none."""
     num_cols = sum(columns.layout.cols) if columns.symmetric else 0
     of_teacher = 0 if columns.teacher_a is None else num_cols
-    return Softmax(
-        *(a.new_zeros(n, dtype=torch.float64) for n in (num_cols, num_cols, of_teacher, of_teacher))
-    )
-
-
-def _operands(problem: ContrastiveProblem) -> tuple[Tensor | bool | None, ...]:
-    p = problem
-    return p.a, p.b, p.scale, p.positives, p.teacher_a, p.teacher_b, p.symmetric
+    return Softmax(*(a.new_zeros(n, dtype=torch.float64) for n in (num_cols, num_cols, of_teacher, of_teacher)))
 
 
 def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveStats:
-    *stats, _ = torch.ops.mmkernels.contrastive_fwd(*_operands(problem), normalized)
-    stats = ContrastiveStats(*(x.double() for x in stats))
+    stats = ContrastiveStats(*(x.double() for x in contrastive_block(problem, normalized=normalized)))
     if not normalized:
         return stats
 
@@ -190,13 +159,6 @@ def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveSt
     return stats._replace(row_lse=revived(stats.row_lse), col_lse=revived(stats.col_lse))
 
 
-def _rounded(stats: ContrastiveStats, dtype: torch.dtype) -> ContrastiveStats:
-    row_lse, row_rest = rounded(stats.row_lse, stats.row_rest, dtype)
-    col_lse, col_rest = rounded(stats.col_lse, stats.col_rest, dtype)
-    others = ContrastiveStats(*(x.to(dtype) for x in stats))
-    return others._replace(row_lse=row_lse, col_lse=col_lse, row_rest=row_rest, col_rest=col_rest)
-
-
 def _excess(part: ContrastiveStats, whole: ContrastiveStats, grads: Sequence[Tensor]) -> Tensor:
     d_row, d_col, _, d_row_cross, d_col_cross = grads
     return excess(
@@ -205,18 +167,3 @@ def _excess(part: ContrastiveStats, whole: ContrastiveStats, grads: Sequence[Ten
         (d_row_cross, part.teacher_row_lse, whole.teacher_row_lse),
         (d_col_cross, part.teacher_col_lse, whole.teacher_col_lse),
     )
-
-
-def _at_columns(fields: Sequence[Tensor], cols: slice | None) -> list[Tensor]:
-    """Statistics, or their gradients, with those of columns cut to a block's; of None to none."""
-    cut = cols or slice(0)
-    return [x[cut] if name in COLUMN_FIELDS else x for name, x in zip(ContrastiveStats._fields, fields)]
-
-
-def _reduced(grads: Sequence[Tensor], center: Tensor, group: Group) -> tuple[list[Tensor], Tensor]:
-    """The gradients with those of the columns' statistics summed over the ranks; the mean of their centers."""
-    d_row, d_col, d_positive, d_row_cross, d_col_cross = grads
-    packed = torch.cat([d_col, d_col_cross, center.double().reshape(1)])
-    dist.all_reduce(packed, group=group)
-    d_col, d_col_cross, centers = packed.split([len(d_col), len(d_col_cross), 1])
-    return [d_row, d_col, d_positive, d_row_cross, d_col_cross], centers[0] / dist.get_world_size(group)

@@ -1,40 +1,25 @@
 """The image-text contrastive loss of token features over the global batch, exact on any number of ranks."""
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmcore.losses.ranks import (
-    Header,
-    Layout,
-    agree,
-    gather_rows,
-    global_mean,
-    wanted_gradients,
-    world_size_of,
-)
+from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, wanted_gradients, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
 from mmcore.losses.token_statistics import GlobalTokenStats, TokenColumns
-from mmcore.ops import (
+from mmkernels import token_contrastive_loss
+from mmkernels.pieces import (
     TokenContrastiveStats,
     accumulator,
     check_token_labels,
     check_token_masks,
     label_counts,
     require,
-    token_contrastive_loss,
     token_cross_entropy,
     token_operands,
 )
 
 OP = "global_token_contrastive_loss"
-
-
-class _Options(NamedTuple):
-    symmetric: bool
-    label_smoothing: float
 
 
 def global_token_contrastive_loss(
@@ -76,16 +61,14 @@ def global_token_contrastive_loss(
 
     Reference: `mmkernels.token_contrastive_loss_ref` on the concatenated ranks. Paper: arXiv:2301.12597.
     """
-    options = _Options(symmetric, label_smoothing)
+    options = {"symmetric": symmetric, "label_smoothing": label_smoothing}
     masks = None if mask is None else (mask, None)
     if world_size_of(group) == 1:
         _check_one_side(b)
-        return token_contrastive_loss(tokens, b, logit_scale, labels=labels, masks=masks, **options._asdict())
+        return token_contrastive_loss(tokens, b, logit_scale, labels=labels, masks=masks, **options)
 
     def check() -> tuple[tuple[Tensor, Tensor, Tensor], Header]:
-        require(
-            OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes
-        )
+        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         require(OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing)
         _check_one_side(b)
         inputs = token_operands(tokens, b, logit_scale)
@@ -101,7 +84,7 @@ def global_token_contrastive_loss(
             "gather_limit_bytes": gather_limit_bytes,
             "requires_grad": wanted_gradients(**dict(zip(("tokens", "b", "logit_scale"), inputs))),
         }
-        return inputs, Header(len(tokens), len(b), same | options._asdict())
+        return inputs, Header(len(tokens), len(b), same | options)
 
     (tokens, b, scale), layout = agree(OP, group, tokens.device, check)
     with torch.autocast(tokens.device.type, enabled=False):
@@ -119,7 +102,7 @@ def global_token_contrastive_loss(
             label_smoothing > 0,
         )
         stats = GlobalTokenStats.apply(tokens.contiguous(), b, scale.reshape(()).double(), columns)
-        loss = _own_share(TokenContrastiveStats(*stats), layout, all_labels, options)  # pyright: ignore[reportGeneralTypeIssues]
+        loss = _own_share(TokenContrastiveStats(*stats), layout, all_labels, symmetric, label_smoothing)  # pyright: ignore[reportGeneralTypeIssues]
         return global_mean(loss, group).to(accumulator(tokens.dtype))
 
 
@@ -129,29 +112,25 @@ def _check_one_side(b: Tensor) -> None:
 
 
 def _own_share(
-    stats: TokenContrastiveStats, layout: Layout, labels: tuple[Tensor, ...] | None, options: _Options
+    stats: TokenContrastiveStats, layout: Layout, labels: tuple[Tensor, ...] | None, symmetric: bool, smoothing: float
 ) -> Tensor:
     """The part of the global loss that this rank's rows, and its own columns, make."""
     own_rows, own_cols = layout.rows_of(layout.rank), layout.cols_of(layout.rank)
-    num_rows, num_cols, smoothing = sum(layout.rows), sum(layout.cols), options.label_smoothing
+    num_rows, num_cols = sum(layout.rows), sum(layout.cols)
     col_lse, col_rest, col_total, col_matched = (
         x[own_cols] for x in (stats.col_lse, stats.col_rest, stats.col_total, stats.col_matched)
     )
     if labels is None:
-        rows = token_cross_entropy(
-            stats.row_lse, stats.row_rest, stats.positive, stats.row_total, num_cols, smoothing
-        )
+        rows = token_cross_entropy(stats.row_lse, stats.row_rest, stats.positive, stats.row_total, num_cols, smoothing)
         cols = token_cross_entropy(col_lse, col_rest, stats.positive, col_total, num_rows, smoothing)
-        losses = (rows + cols) / 2 if options.symmetric else rows
+        losses = (rows + cols) / 2 if symmetric else rows
         return losses.sum() / max(num_rows, 1)
     row_counts, col_counts = label_counts(*labels), label_counts(labels[1], labels[0])
     row_count, col_count = row_counts[own_rows], col_counts[own_cols]
     row_target, col_target = stats.row_matched / row_count.clamp(min=1), col_matched / col_count.clamp(min=1)
-    rows = token_cross_entropy(
-        stats.row_lse, stats.row_rest, row_target, stats.row_total, num_cols, smoothing
-    )
+    rows = token_cross_entropy(stats.row_lse, stats.row_rest, row_target, stats.row_total, num_cols, smoothing)
     rows = rows.where(row_count > 0, 0).sum() / (row_counts > 0).sum().clamp(min=1)
-    if not options.symmetric:
+    if not symmetric:
         return rows
     cols = token_cross_entropy(col_lse, col_rest, col_target, col_total, num_rows, smoothing)
     return (rows + cols.where(col_count > 0, 0).sum() / (col_counts > 0).sum().clamp(min=1)) / 2

@@ -1,6 +1,6 @@
 """The token-contrastive statistics of the global batch, as `mmcore.losses.statistics` has the contrastive ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +8,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmcore.losses.ranks import Group, Layout
+from mmcore.losses.ranks import Layout
 from mmcore.losses.shards import Shards
-from mmcore.losses.softmax import Softmax, excess, merged, own_excess, rounded
-from mmcore.ops import TokenContrastiveStats, TokenProblem, accumulator, token_mean_cosine
+from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged, own_excess, reduced, rounded
+from mmkernels.pieces import (
+    TokenContrastiveStats,
+    TokenProblem,
+    accumulator,
+    token_block,
+    token_block_grads,
+    token_mean_cosine,
+)
 
 COLUMN_FIELDS = ("col_lse", "col_total", "col_matched", "col_rest")
+IS_OF_COLS = [name in COLUMN_FIELDS for name in TokenContrastiveStats._fields]
 NUM_DIFFERENTIABLE = 8
 
 
@@ -35,15 +43,9 @@ class TokenColumns:
     def blocks(self, tokens: Tensor, scale: Tensor) -> Iterator[tuple[slice, TokenProblem]]:
         row_labels, col_labels = self.labels or (None, None)
         for cols, (b,) in self.shards.blocks():
-            place = None
-            if self.positives is not None:
-                place = self.positives - cols.start
-                place = torch.where((place >= 0) & (place < len(b)), place, -1)
+            place = None if self.positives is None else in_block(self.positives, cols, len(b))
             of_cols = None if col_labels is None else col_labels[cols]
-            yield (
-                cols,
-                TokenProblem(tokens, b, scale, place, row_labels, of_cols, self.mask, None, self.with_totals),
-            )
+            yield cols, TokenProblem(tokens, b, scale, place, row_labels, of_cols, self.mask, None, self.with_totals)
 
 
 class GlobalTokenStats(torch.autograd.Function):
@@ -57,8 +59,7 @@ class GlobalTokenStats(torch.autograd.Function):
         parts: list[TokenContrastiveStats] = []
         places, centers = [], []
         for cols, problem in columns.blocks(tokens, scale):
-            fields = torch.ops.mmkernels.token_contrastive_fwd(*_operands(problem))
-            parts.append(TokenContrastiveStats(*(x.double() for x in fields)))
+            parts.append(TokenContrastiveStats(*(x.double() for x in token_block(problem))))
             places.append(cols.start)
             centers.append(token_mean_cosine(problem))
         none = tokens.new_zeros(len(parts), 0, dtype=torch.float64).unbind()
@@ -72,15 +73,9 @@ class GlobalTokenStats(torch.autograd.Function):
         col_total, col_matched = linear.split([len(of_cols["col_total"]), len(of_cols["col_matched"])])
         rows = ("positive", "col_positive", "row_total", "row_matched")
         sums = {name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in rows}
-        stats = TokenContrastiveStats(
-            row_lse=of_rows.lse,
-            col_lse=whole_cols.lse,
-            col_total=col_total,
-            col_matched=col_matched,
-            row_rest=of_rows.rest,
-            col_rest=whole_cols.rest,
-            **sums,
-        )
+        sums |= {"col_total": col_total, "col_matched": col_matched}
+        sums |= {"row_lse": of_rows.lse, "row_rest": of_rows.rest}
+        stats = TokenContrastiveStats(col_lse=whole_cols.lse, col_rest=whole_cols.rest, **sums)
         ctx.columns, ctx.parts, ctx.centers = columns, parts, centers
         ctx.save_for_backward(tokens, scale, *stats)
         ctx.mark_non_differentiable(*stats[NUM_DIFFERENTIABLE:])
@@ -92,29 +87,21 @@ class GlobalTokenStats(torch.autograd.Function):
         tokens, scale, *saved = ctx.saved_tensors
         columns, stats, needs = ctx.columns, TokenContrastiveStats(*saved), list(ctx.needs_input_grad[:3])
         dtype = accumulator(tokens.dtype)
-        d_stats, center = _reduced(
-            grads[:NUM_DIFFERENTIABLE], torch.stack(ctx.centers).mean(), columns.layout.group
-        )
-        row_lse, row_rest = rounded(stats.row_lse, stats.row_rest, dtype)
-        col_lse, col_rest = rounded(stats.col_lse, stats.col_rest, dtype)
-        in_dtype = TokenContrastiveStats(*(x.to(dtype) for x in stats))._replace(
-            row_lse=row_lse, col_lse=col_lse, row_rest=row_rest, col_rest=col_rest
-        )
+        d_stats, center = reduced(grads[:NUM_DIFFERENTIABLE], IS_OF_COLS, ctx.centers, columns.layout.group)
+        in_dtype = rounded(stats, dtype)
         dtokens = torch.zeros_like(tokens, dtype=dtype)
         ds = center * own_excess(grads[:1], grads[1:2], d_stats[1:2], len(ctx.parts))
         for (cols, problem), part, part_center in zip(
             columns.blocks(tokens, scale), ctx.parts, ctx.centers, strict=True
         ):
-            of_block = [x.to(dtype) for x in _at_columns(d_stats, cols)]
-            part_grads = torch.ops.mmkernels.token_contrastive_bwd(
-                *_operands(problem), _at_columns(in_dtype, cols), of_block, needs
-            )
+            of_block = [x.to(dtype) for x in at_columns(d_stats, IS_OF_COLS, cols)]
+            part_grads = token_block_grads(problem, at_columns(in_dtype, IS_OF_COLS, cols), of_block, needs)
             if needs[0]:
                 dtokens += part_grads[0]
             if needs[1]:
                 columns.shards.add_grad(part_grads[1].to(dtype))
             if needs[2]:
-                whole = TokenContrastiveStats(*_at_columns(stats, cols))
+                whole = TokenContrastiveStats(*at_columns(stats, IS_OF_COLS, cols))
                 ds += part_grads[2] + (part_center - center) * excess(
                     (of_block[0], part.row_lse + part.row_rest, whole.row_lse + whole.row_rest),
                     (of_block[1], part.col_lse + part.col_rest, whole.col_lse + whole.col_rest),
@@ -125,28 +112,3 @@ class GlobalTokenStats(torch.autograd.Function):
             ds.to(scale.dtype) if needs[2] else None,
             None,
         )
-
-
-def _operands(problem: TokenProblem) -> tuple[Tensor | bool | None, ...]:
-    p = problem
-    labels = (p.row_labels, p.col_labels)
-    return p.tokens, p.b, p.scale, p.positives, *labels, p.tokens_mask, p.b_mask, p.with_totals
-
-
-def _at_columns(fields: Sequence[Tensor], cols: slice) -> list[Tensor]:
-    """Statistics, or their gradients, with those of columns cut to a block's."""
-    names = TokenContrastiveStats._fields
-    return [x[cols] if name in COLUMN_FIELDS else x for name, x in zip(names, fields)]
-
-
-def _reduced(grads: Sequence[Tensor], center: Tensor, group: Group) -> tuple[list[Tensor], Tensor]:
-    """The gradients with those of the columns' statistics summed over the ranks; the mean of their centers."""
-    names = TokenContrastiveStats._fields
-    of_cols = [i for i, _ in enumerate(grads) if names[i] in COLUMN_FIELDS]
-    packed = torch.cat([*(grads[i] for i in of_cols), center.double().reshape(1)])
-    dist.all_reduce(packed, group=group)
-    *reduced, centers = packed.split([*(len(grads[i]) for i in of_cols), 1])
-    whole = list(grads)
-    for i, d in zip(of_cols, reduced, strict=True):
-        whole[i] = d
-    return whole, centers[0] / dist.get_world_size(group)

@@ -97,10 +97,7 @@ def _weighted(tokens: list[str], idf: dict[Ngram, float], unseen: float) -> list
 
 def _clipped_cosine(candidate: dict[Ngram, float], reference: dict[Ngram, float]) -> float:
     """min(c, r) . r / |c| |r|, and 0 where either is 0."""
-    dot = sum(
-        min(weight, reference.get(ngram, 0.0)) * reference.get(ngram, 0.0)
-        for ngram, weight in candidate.items()
-    )
+    dot = sum(min(weight, reference.get(ngram, 0.0)) * reference.get(ngram, 0.0) for ngram, weight in candidate.items())
     norms = math.hypot(*candidate.values()) * math.hypot(*reference.values())
     return dot / norms if norms else 0.0
 

@@ -11,10 +11,7 @@ _REPLACED: dict[str, str] = (
     | dict.fromkeys('"“”«»‘’', "'")
     | dict.fromkeys("–—―…", "-")
 )
-_ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'", "nbsp": " "} | {
-    "ndash": "-",
-    "mdash": "-",
-}
+_ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'", "nbsp": " "} | {"ndash": "-", "mdash": "-"}
 _ENTITY = re.compile(f"&({'|'.join(_ENTITIES)});")
 _CURLY = re.compile(r"’(?=(?:s|m|d|re|ve|ll)\b)|(?<=n)’(?=t\b)", re.IGNORECASE)
 
@@ -30,9 +27,7 @@ wisc wm wyo
 _CAPITALIZED = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
 _NUMBERED = "art ca fig figs no nos op pp prop"
 # apart from o'clock, d'or, l'eau and their like
-_WITH_APOSTROPHE = (
-    "ma'am s'mores ne'er e'er hallowe'en hawai'i c'mon c'est n'est li'l ol' 'em 'cause 'till? 'n"
-)
+_WITH_APOSTROPHE = "ma'am s'mores ne'er e'er hallowe'en hawai'i c'mon c'est n'est li'l ol' 'em 'cause 'till? 'n"
 # after these a letter's period ends a sentence
 _OPENING = """
 A About According Additionally After An As At But He Her Here However If In It Last Many Mr. Ms. More Now Once One Other

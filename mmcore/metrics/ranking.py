@@ -18,9 +18,7 @@ def check_features(caller: str, **features: Tensor) -> None:
             )
         # a NaN is never above another score, so it would count as a hit
         if not t.isfinite().all():
-            raise ValueError(
-                f"{caller}: {name} must be finite, got {int((~t.isfinite()).sum())} values that are not"
-            )
+            raise ValueError(f"{caller}: {name} must be finite, got {int((~t.isfinite()).sum())} values that are not")
     if len(set(widths.values())) > 1:
         raise ValueError(f"{caller}: features must share their last dimension, got {widths}")
 

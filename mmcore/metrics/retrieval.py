@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmcore.metrics.ranking import RelevanceRows, check_features, check_ks, wrong_above_best
+from mmcore.metrics.ranking import check_features, check_ks, wrong_above_best
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Relevance:
         return images[row]
 
 
-def relevance_of(
-    captions: Sequence[str], image_index: Sequence[int] | Tensor, *, num_images: int
-) -> Relevance:
+def relevance_of(captions: Sequence[str], image_index: Sequence[int] | Tensor, *, num_images: int) -> Relevance:
     """Relevance from the captions' own text: equal but for case and white space is equal.
 
     Args:
@@ -64,9 +62,7 @@ def relevance_of(
             f"got {list(index.shape)} for {len(captions)} captions"
         )
     if index.min() < 0 or index.max() >= num_images:
-        raise ValueError(
-            f"relevance_of: image_index must be in [0, {num_images}), got up to {int(index.max())}"
-        )
+        raise ValueError(f"relevance_of: image_index must be in [0, {num_images}), got up to {int(index.max())}")
     if bare := sorted(set(range(num_images)) - set(index.tolist())):
         raise ValueError(f"relevance_of: each image must have a caption, got none for image {bare[0]}")
     ids: dict[str, int] = {}
@@ -110,17 +106,13 @@ def retrieval_recall(
             f"{len(relevance.group)} texts, got {sizes[0]} and {sizes[1]}"
         )
     out: dict[str, float] = {}
-    directions: tuple[tuple[str, Tensor, Tensor, RelevanceRows], ...] = (
+    directions = (
         ("image_to_text", image_features, text_features, relevance.texts_of_images),
         ("text_to_image", text_features, image_features, relevance.images_of_texts),
     )
     for name, queries, candidates, rows in directions:
-        chunks = list(wrong_above_best(queries, candidates, rows, chunk_size=chunk_size))
-        above = torch.cat([a for a, _ in chunks])
-        num_right = torch.cat([r for _, r in chunks])
-        for k in ks:
-            out[f"{name}_R@{k}"] = (above < k).double().mean().item()
-            out[f"{name}_chance_R@{k}"] = _chance(num_right, len(candidates), k)
+        above, num_right = zip(*wrong_above_best(queries, candidates, rows, chunk_size=chunk_size))
+        out |= _recalls(name, torch.cat(above), torch.cat(num_right), len(candidates), ks)
     return out
 
 
@@ -153,10 +145,16 @@ def recall_of_scores(
             raise ValueError(f"{op}: {name} must be {list(shape)} without NaN, got {list(scores.shape)}")
         right = rows(0, len(scores)).to(scores.device)
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        above, num_right = ((scores >= best) & ~right).sum(dim=1), right.sum(dim=1)
-        for k in ks:
-            out[f"{name}_R@{k}"] = (above < k).double().mean().item()
-            out[f"{name}_chance_R@{k}"] = _chance(num_right, shape[1], k)
+        out |= _recalls(name, ((scores >= best) & ~right).sum(dim=1), right.sum(dim=1), shape[1], ks)
+    return out
+
+
+def _recalls(name: str, above: Tensor, num_right: Tensor, num_candidates: int, ks: tuple[int, ...]) -> dict[str, float]:
+    """R@k and its chance, of queries with so many wrong candidates above the best right one."""
+    out: dict[str, float] = {}
+    for k in ks:
+        out[f"{name}_R@{k}"] = (above < k).double().mean().item()
+        out[f"{name}_chance_R@{k}"] = _chance(num_right, num_candidates, k)
     return out
 
 

@@ -108,9 +108,7 @@ def vqa_accuracy(
             raise ValueError(f"vqa_accuracy: types must be {len(predictions)} strings, got {len(types)}")
         for kind, score in zip(types, scores):
             by_type.setdefault(kind, []).append(score)
-    return VQAAccuracy(
-        overall=sum(scores) / len(scores), by_type={kind: sum(of) / len(of) for kind, of in by_type.items()}
-    )
+    return VQAAccuracy(sum(scores) / len(scores), {kind: sum(of) / len(of) for kind, of in by_type.items()})
 
 
 def _score(prediction: str, people: Sequence[str]) -> float:

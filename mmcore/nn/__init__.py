@@ -1,6 +1,7 @@
 """Building blocks of the models: attention of every kind, transformer blocks, position embeddings, momentum."""
 
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
+from mmcore.nn.batch_norm import BatchNorm
 from mmcore.nn.cross import CrossAttention, shared_keys_values
 from mmcore.nn.gated import GatedCrossAttentionBlock
 from mmcore.nn.linear import Linear, quicken
@@ -19,6 +20,7 @@ __all__ = [
     "MLP",
     "Attention",
     "AttentionalPooler",
+    "BatchNorm",
     "Block",
     "CrossAttention",
     "FeatureQueue",

@@ -85,14 +85,9 @@ class Attention(nn.Module):
         check_tokens("Attention", "x", x, self.qkv.in_features)
         qkv = self.qkv(x)
         if packing is not None:
-            has_others = mask is not None, cache is not None
-            require(
-                "Attention",
-                self.is_causal and not any(has_others),
-                "packing must come to a causal one without mask and cache, got is_causal={}, mask {}, cache {}",
-                self.is_causal,
-                *has_others,
-            )
+            got = self.is_causal, mask is not None, cache is not None
+            sentence = "packing must come to a causal one without mask and cache, got is_causal={}, mask {}, cache {}"
+            require("Attention", got == (True, False, False), sentence, *got)
             qkv = packing.pad(qkv)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, T, H, K]
         if cache is not None:

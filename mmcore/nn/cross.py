@@ -65,10 +65,7 @@ class CrossAttention(nn.Module):
         self.k_norm = HeadNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
 
     def forward(
-        self,
-        x: Tensor,
-        states: Tensor | KeyValues | tuple[KeyValues, KeyValues],
-        mask: masks.Mask | None = None,
+        self, x: Tensor, states: Tensor | KeyValues | tuple[KeyValues, KeyValues], mask: masks.Mask | None = None
     ) -> Tensor:
         """What each token reads from the states.
 

@@ -1,4 +1,4 @@
-"""Flamingo's way to let a frozen language model see."""
+"""Flamingo's gated cross-attention, by which a frozen language model reads images."""
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,7 @@ class GatedCrossAttentionBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_dim: int,
-        *,
-        media_width: int | None = None,
-        head_dim: int | None = None,
+        self, width: int, num_heads: int, mlp_dim: int, *, media_width: int | None = None, head_dim: int | None = None
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)

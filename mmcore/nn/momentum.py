@@ -39,16 +39,14 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         module = module_of(student)
         parts = [name for name, p in module.named_parameters() if hasattr(p, "ds_id")]
-        require(
-            "MomentumEncoder", not parts, "student must hold its weights, got {} cut up by ZeRO-3", parts[:1]
-        )
+        require("MomentumEncoder", not parts, "student must hold its weights, got {} cut up by ZeRO-3", parts[:1])
         self.teacher = copy.deepcopy(module)
         self.ema = EMA(student, decay, teacher=self.teacher)
         self._followed = student, decay  # a tuple, so that it is no part of this module
         self._has_moved = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the teacher makes of them, without gradients."""
+        """The teacher's output, without gradients."""
         with torch.no_grad():
             return self.teacher(*args, **kwargs)
 
@@ -102,12 +100,12 @@ class FeatureQueue(nn.Module):
 
     @property
     def filled(self) -> Tensor:
-        """[n, D]: those there are, in no order; a copy, so that `enqueue` may come before `backward`."""
+        """[n, D]: the features enqueued so far, in no order; a copy, so that `enqueue` may come before `backward`."""
         return self.features[: self.num_enqueued].clone()
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
-        """Takes the place of the oldest.
+        """Puts features in the place of the oldest.
 
         Args:
             features: [B, D], of any dtype; of more than N the last.

@@ -1,4 +1,4 @@
-"""A layer that modalities share but for their feed-forwards."""
+"""A layer whose attention is shared by the modalities, with a feed-forward for each."""
 
 from collections.abc import Sequence
 

@@ -32,9 +32,7 @@ def interpolate_positions(positions: Tensor, num_patches: int, *, num_prefix: in
         raise ValueError(f"interpolate_positions: positions must hold a square grid of patches, got {old}")
     if num_patches < 1 or new_side**2 != num_patches:
         raise ValueError(f"interpolate_positions: num_patches must be a square number, got {num_patches}")
-    grid = (
-        positions[num_prefix:].float().reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)
-    )  # [1, D, h, w]
+    grid = positions[num_prefix:].float().reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=True, align_corners=False)
     grid = grid.permute(0, 2, 3, 1).reshape(num_patches, -1)  # [P, D]
     return torch.cat([positions[:num_prefix], grid.to(positions.dtype)])

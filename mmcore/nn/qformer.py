@@ -103,7 +103,5 @@ class QFormerBlock(nn.Module):
         if text.shape[1] == 0:
             return queries
         if self.text_mlp is None:
-            raise ValueError(
-                f"QFormerBlock: x must hold no text without has_text, got {text.shape[1]} tokens"
-            )
+            raise ValueError(f"QFormerBlock: x must hold no text without has_text, got {text.shape[1]} tokens")
         return torch.cat([queries, self.text_norm(text, self.text_mlp(text))], 1)

@@ -1,38 +1,70 @@
 """Low-rank adapters beside a language model's linear layers (LoRA, arXiv:2106.09685), by peft."""
 
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from peft import LoraConfig, LoraModel
 from torch import nn
 
-from mmcore.systems.llava.model import Llava, Lora, is_adapter
+from mmcore.ops import require
+
+LORA_DROPOUT = 0.05
+"""Before the adapters, as LLaVA's recipes have it."""
 
 
-def add_adapters(model: Llava, lora: Lora) -> LoraModel:
-    """Puts an adapter, which learns, beside each linear layer of the language model but the head; what it adds is 0
-    until it has learned.
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside the language model's linear layers (LoRA, arXiv:2106.09685): W x + alpha / rank B A x.
 
     Args:
-        model: its language model stays the same object, with adapters of float32 named `...lora_A.default.weight`.
+        rank: rows of A, at least 1.
+        alpha: above 0.
+        dropout: of x before A, in [0, 1).
+    """
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require("Lora", self.rank >= 1, "rank must be at least 1, got {}", self.rank)
+        require("Lora", self.alpha > 0, "alpha must be above 0, got {}", self.alpha)
+        require("Lora", 0 <= self.dropout < 1, "dropout must be in [0, 1), got {}", self.dropout)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of this name is an adapter's."""
+    return ".lora_" in name
+
+
+def add_adapters(language: Any, lora: Lora) -> Any:
+    """Puts an adapter beside each linear layer of a language model but the head; what it adds is 0 until it has
+    learned.
+
+    Args:
+        language: stays the same object, with adapters of float32 named `...lora_A.default.weight`.
         lora: their shape.
 
     Returns:
         What `merge_adapters` takes.
     """
-    language = model.language_model
+    peft = importlib.import_module("peft")  # takes seconds
     head = language.get_output_embeddings()
     names = [n for n, x in language.named_modules() if isinstance(x, nn.Linear) and x is not head]
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none"
-    )
-    tuner = LoraModel(language, config, "default")
+    options = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    config = peft.LoraConfig(target_modules=names, bias="none", **options)
+    tuner = peft.LoraModel(language, config, "default")
     for name, parameter in language.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
-    model.set_trainable(model.trainable)
     return tuner
 
 
 @torch.no_grad()
-def merge_adapters(tuner: LoraModel) -> None:
-    """Adds what the adapters learned to the layers' own weights, and takes the adapters away."""
+def merge_adapters(language: Any, tuner: Any) -> None:
+    """Adds what the adapters learned to the layers' own weights, in float32 at least, and takes the adapters away."""
+    stored = next(p.dtype for name, p in language.named_parameters() if not is_adapter(name))
+    language.to(torch.promote_types(stored, torch.float32))
     tuner.merge_and_unload(progressbar=False)
+    language.to(stored)

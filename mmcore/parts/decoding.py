@@ -76,13 +76,7 @@ def nucleus(
 
 
 def beam_search(
-    step: Step,
-    start: Tensor,
-    *,
-    num_beams: int,
-    max_length: int,
-    eos_token_id: int,
-    pad_token_id: int,
+    step: Step, start: Tensor, *, num_beams: int, max_length: int, eos_token_id: int, pad_token_id: int
 ) -> Tensor:
     """The text a row of the highest mean log-probability, its end token's included, among those that a beam meets.
 

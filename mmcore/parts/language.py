@@ -21,8 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from mmcore.checkpoint import describe
 from mmcore.ops import require
 from mmcore.parts.language_head import check_head
-from mmcore.systems.blip2.lm_weights import load_blip2_lm
-from mmcore.systems.llava.weights import load_llava
+from mmcore.systems import entries
 from mmcore.weights.files import read_json
 
 disable_progress_bar()  # of each shard that is read; a run has a bar of its own
@@ -34,8 +33,8 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU.
 
     Args:
-        folder: config.json and safetensors, as transformers writes them; of a Blip2ForConditionalGeneration or
-            a Llava, its language model.
+        folder: config.json and safetensors, as transformers writes them; of a larger model that is known here, such
+            as a Blip2ForConditionalGeneration or a Llava, its language model.
         dtype: of the weights; None = as they are stored.
 
     Raises:
@@ -43,11 +42,12 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
             logits are not its last layer's, W x + b.
     """
     op = "load_language_model"
-    kind = read_json(op, folder / "config.json").get("model_type")
-    if kind == "blip-2":
-        model = load_blip2_lm(folder, dtype=dtype).language_model
-    elif kind in ("llava", "llava_next"):
-        model = load_llava(folder, dtype=dtype).language_model
+    kind = str(read_json(op, folder / "config.json").get("model_type"))
+    systems = entries("FOLDERS")
+    if kind in systems:
+        whole = systems[kind].load()(folder, dtype=dtype)
+        require(op, hasattr(whole, "language_model"), "folder must hold a language model, got a {} in {}", kind, folder)
+        model = whole.language_model
     else:
         model = _from_transformers(op, folder, dtype)
     if not model.config.is_encoder_decoder:
@@ -84,15 +84,11 @@ def load_language_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except OSError as error:
-        raise ValueError(
-            f"load_language_tokenizer: folder must hold a tokenizer, got {folder}: {error}"
-        ) from None
+        raise ValueError(f"load_language_tokenizer: folder must hold a tokenizer, got {folder}: {error}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     ends = tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None
-    require(
-        "load_language_tokenizer", ends, "folder's tokenizer must have an end of text, got {} without", folder
-    )
+    require("load_language_tokenizer", ends, "folder's tokenizer must have an end of text, got {} without", folder)
     return tokenizer
 
 

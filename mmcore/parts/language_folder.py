@@ -1,37 +1,117 @@
-"""Where the language model of a run lies: in the run's folder, or in one that is known by its files' hashes."""
+"""The language model of a run: one in a folder, known by its files' hashes, or a tiny one that was trained first."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmcore.parts.language import fingerprint
+import torch
+from transformers import AutoConfig
+
+from mmcore.parts.language import fingerprint, load_language_model, load_language_tokenizer
+from mmcore.parts.tiny_lm import STEPS, Said, train_tiny_lm
 
 LANGUAGE_MODEL = "language_model"
-"""Folder of a language model that a run trained for itself."""
+"""Of a run's folder, the folder of a language model that it trained for itself; of its config.json, what it knows of
+its language model."""
+TINY = "tiny"
 
 
-def language_model_folder(folder: Path, saved: Mapping[str, Any], moved_to: Path | None = None) -> Path:
-    """Where the frozen language model of a run of stage 2 is, its files compared with those it was trained with.
+@dataclass(frozen=True)
+class Language:
+    """A language model of transformers, frozen or not.
 
     Args:
-        folder: the run's.
+        tokenizer: its own.
+        folder: where it lies; None = it was trained here, and no run's folder has it yet.
+        model: at hand; None = `load` reads it.
+        dtype: of what `load` reads, None = as it is stored.
+    """
+
+    tokenizer: Any
+    folder: Path | None
+    model: Any | None = None
+    dtype: torch.dtype | None = torch.float32
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it is of T5's kind."""
+        if self.model is not None:
+            return self.model.config.is_encoder_decoder
+        assert self.folder is not None
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return config.get_text_config().is_encoder_decoder
+
+    def load(self) -> Any:
+        """The model, in evaluation mode on the CPU.
+
+        Raises:
+            ValueError: see `load_language_model`.
+        """
+        if self.model is not None:
+            return self.model
+        assert self.folder is not None
+        return load_language_model(self.folder, dtype=self.dtype)
+
+    def save(self, run: Path) -> dict[str, Any]:
+        """Writes one that was trained here into a run's folder; what the run's config.json knows of it."""
+        if self.folder is None:
+            assert self.model is not None
+            self.model.save_pretrained(run / LANGUAGE_MODEL)
+            self.tokenizer.save_pretrained(run / LANGUAGE_MODEL)
+        files = fingerprint(self.folder or run / LANGUAGE_MODEL)
+        return {"folder": LANGUAGE_MODEL if self.folder is None else str(self.folder), "files": files}
+
+
+def check_llm_steps(llm: str | None, steps: int | None) -> None:
+    """Raises a ValueError for steps where nothing is trained."""
+    if steps is not None and (llm != TINY or steps < 1):
+        raise ValueError(f"--llm-steps must be at least 1 and beside --llm {TINY}, got {steps}")
+
+
+def read_language(folder: Path) -> Language:
+    """One in a folder, read into memory in float32.
+
+    Raises:
+        ValueError: see `load_language_model` and `load_language_tokenizer`.
+    """
+    model = load_language_model(folder, dtype=torch.float32)
+    return Language(load_language_tokenizer(folder), folder.resolve(), model)
+
+
+def tiny_language(said: Callable[[], Sequence[Sequence[Said]]], *, seed: int, steps: int | None) -> Language:
+    """A tiny one, trained on what is said of each picture; says so."""
+    texts = said()
+    model, tokenizer, loss = train_tiny_lm(texts, seed=seed, steps=steps or STEPS)
+    size, count = sum(p.numel() for p in model.parameters()) / 1e6, sum(map(len, texts))
+    print(f"a tiny language model ({size:.1f} M parameters) learned {count} texts to a loss of {loss:.2f}")
+    return Language(tokenizer, None, model)
+
+
+def language_of(
+    run: Path, saved: Mapping[str, Any], moved_to: Path | None, dtype: torch.dtype | None, *, verify: bool = True
+) -> Language:
+    """The language model of a run.
+
+    Args:
+        run: its folder.
         saved: "model" of its config.json.
-        moved_to: where it is now; None = where it was.
+        moved_to: where the language model is now; None = where it was.
+        dtype: see `Language`.
+        verify: compare its files with those it was trained with.
 
     Raises:
         ValueError: it is gone, or changed.
     """
     known = saved[LANGUAGE_MODEL]
-    found = folder / known["folder"] if moved_to is None else moved_to
-    if not found.is_dir():
-        raise ValueError(
-            f"the language model of {folder} must be in {found}, which is gone: say where by --llm"
-        )
-    files = fingerprint(found)
+    folder = run / known["folder"] if moved_to is None else moved_to
+    if not folder.is_dir():
+        raise ValueError(f"the language model of {run} must be in {folder}, which is gone: say where by --llm")
+    files = fingerprint(folder) if verify else known["files"]
     differ = sorted(n for n in known["files"].keys() | files.keys() if known["files"].get(n) != files.get(n))
     if differ:
         raise ValueError(
-            f"the language model of {folder} must be the one it was trained with, got {found}, "
-            f"which differs in {', '.join(differ[:3])}"
+            f"the language model of {run} must be the one it was trained with, got {folder}, which differs in "
+            f"{', '.join(differ[:3])}"
         )
-    return found
+    return Language(load_language_tokenizer(folder), folder, dtype=dtype)

@@ -1,18 +1,18 @@
 """Language models of transformers as parts of larger models: their weights, and the token that stands for an image."""
 
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AddedToken,
-)
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AddedToken
 
+from mmcore.checkpoint import write_json
 from mmcore.ops import require
+from mmcore.weights.files import read_folder, read_json, save_folder
+from mmcore.weights.layout import Layout
 
 IMAGE_MARK = "<image>"
 """What transformers' processors put in a prompt where the model puts what it read of an image."""
@@ -67,18 +67,105 @@ def language_model_of(op: str, text: Any, state: dict[str, Tensor], dtype: torch
     return model
 
 
-def without_image_row(language: Any, num_rows: int, image_token: int) -> Any:
-    """The language model without the row of the image's token, the last, that a larger model's file had for it."""
-    if num_rows < language.config.vocab_size == image_token + 1:
+def load_with_language(
+    op: str,
+    folder: Path,
+    whole: Any,
+    dtype: torch.dtype | None,
+    layout: Layout,
+    build: Callable[[Any], nn.Module],
+    *,
+    unread: Sequence[str] = (),
+) -> Any:
+    """A model with a language model in it, from a folder of transformers or `save_with_language`, in training mode.
+
+    The row that the language model has there for the image's token is taken away, and the generation_config.json
+    beside it is the language model's.
+
+    Args:
+        op: named in errors.
+        folder: with config.json and *.safetensors.
+        whole: transformers' configuration of the model, with a text_config of a kind that `check_language_kind` knows.
+        dtype: of the language model, None = as it is stored; the rest is float32.
+        layout: of the weights that are not the language model's.
+        build: a model, given its language model; what it makes itself is replaced.
+        unread: of `Layout.read`.
+
+    Raises:
+        ValueError: no language model, missing or unknown names, wrong shapes, a damaged file.
+    """
+    tensors, text = layout.renamed(read_folder(op, folder)), whole.text_config
+    state = {n.removeprefix(LANGUAGE): x for n, x in tensors.items() if n.startswith(LANGUAGE)}
+    require(op, bool(state), "folder must hold a language model, got {}", folder)
+    language = language_model_of(op, text, state, dtype)
+    num_rows = read_json(op, folder / "config.json").get("language_vocab_size", text.vocab_size)
+    if num_rows < language.config.vocab_size == whole.image_token_index + 1:
         language.resize_token_embeddings(num_rows)
-    return language
+    settings = folder / "generation_config.json"
+    if settings.is_file():
+        stated = {name: value for name, value in read_json(op, settings).items() if value is not None}
+        language.generation_config.update(**stated)
+    with torch.device("meta"):
+        model = build(language)
+    beside = {n: x for n, x in tensors.items() if not n.startswith(LANGUAGE)}
+    state = layout.read(op, beside, beside_language(model), unread=unread)
+    model.load_state_dict(state, strict=False, assign=True)
+    return model.train()
 
 
-def image_token_of(language: Any, marked: Any | None) -> int:
-    """The id of the image's token: what the tokenizer calls so, or the first after the vocabulary."""
-    if marked is None:
-        return language.get_input_embeddings().num_embeddings
-    return marked.get_vocab()[IMAGE_MARK]
+def beside_language(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model that are not its language model's."""
+    return {n: x for n, x in model.state_dict().items() if not n.startswith((LANGUAGE, "language_head."))}
+
+
+def language_settings(op: str, language: Any, image_token: int) -> dict[str, Any]:
+    """What config.json says of a language model, which there has a row for the image token's id; our own setting, how
+    many rows it has here, beside it.
+
+    Raises:
+        ValueError: embeddings of another width than the states.
+    """
+    embedding, wanted = language.get_input_embeddings(), language.config.hidden_size
+    num_rows, width = embedding.num_embeddings, embedding.embedding_dim
+    require(op, wanted == width, "embeddings must be as wide as the states, {}, got {}", wanted, width)
+    dtype = str(language.dtype).removeprefix("torch.")
+    sizes = {"dtype": dtype, "vocab_size": max(num_rows, image_token + 1)}
+    text = language.config.to_dict() | sizes
+    return {"image_token_index": image_token, "language_vocab_size": num_rows, "text_config": text}
+
+
+def save_with_language(
+    op: str,
+    folder: Path | str,
+    language: Any,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any | None,
+    processor: Mapping[str, Any],
+) -> None:
+    """Writes a new folder of a model with a language model in it.
+
+    Args:
+        op: named in errors.
+        folder: must not exist yet.
+        language: the language model.
+        config: of the whole, with `language_settings`.
+        tensors: the weights that are not the language model's.
+        tokenizer: of `with_image_mark`.
+        processor: the processor_config.json beside a tokenizer.
+
+    Raises:
+        ValueError: an existing folder.
+    """
+
+    def write_more(staged: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+            write_json(staged / "processor_config.json", processor)
+        language.generation_config.to_json_file(staged / "generation_config.json")
+
+    weights = language_weights(language, config["text_config"]["vocab_size"])
+    save_folder(op, folder, config, {**tensors, **weights}, write_more)
 
 
 def language_weights(language: Any, vocab_size: int) -> dict[str, Tensor]:
@@ -97,12 +184,15 @@ def language_weights(language: Any, vocab_size: int) -> dict[str, Tensor]:
     return out
 
 
-def with_image_mark(tokenizer: Any, *, is_encoder_decoder: bool = False) -> Any:
-    """A copy of a language model's tokenizer that knows `<image>`; a causal model's pads on the left."""
-    tokenizer = deepcopy(tokenizer)
+def with_image_mark(language: Any, tokenizer: Any | None) -> tuple[Any | None, int]:
+    """A copy of a language model's tokenizer that knows `<image>`, where a causal model's pads on the left, and that
+    token's id; without a tokenizer None and the first id after the vocabulary."""
+    if tokenizer is None:
+        return None, language.get_input_embeddings().num_embeddings
+    marked: Any = deepcopy(tokenizer)
     # as Blip2Processor adds it
-    tokenizer.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)], special_tokens=True)
-    if not is_encoder_decoder:
+    marked.add_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)], special_tokens=True)
+    if not language.config.is_encoder_decoder:
         # only what was asked for when it was made is written
-        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
-    return tokenizer
+        marked.init_kwargs["padding_side"] = marked.padding_side = "left"
+    return marked, marked.get_vocab()[IMAGE_MARK]

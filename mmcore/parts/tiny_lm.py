@@ -90,9 +90,7 @@ def train_tiny_lm(said: Sequence[Sequence[Said]], *, seed: int, steps: int) -> t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = tiny_language_model(rows.tokenizer)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.1, fused=True
-        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
         losses = []
         for _ in track(range(steps), "training a tiny language model", transient=True):

@@ -1,6 +1,7 @@
 """A vision transformer: images to the states of their patches (arXiv:2010.11929)."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,19 @@ class VisionConfig:
         )
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"VisionConfig: image_size must be a multiple of patch_size {self.patch_size}, "
-                f"got {self.image_size}"
+                f"VisionConfig: image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
             )
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+
+class Tower(NamedTuple):
+    """The shape of a ViT and its weights by their names in it."""
+
+    config: VisionConfig
+    state: dict[str, Tensor]
 
 
 class ViT(nn.Module):
@@ -67,9 +74,7 @@ class ViT(nn.Module):
         self.config = config
         self.image_size = config.image_size
         width = config.width
-        self.patch_embed = nn.Conv2d(
-            3, width, config.patch_size, stride=config.patch_size, bias=config.has_patch_bias
-        )
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.has_patch_bias)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.position_embedding = nn.Parameter(torch.randn(config.num_patches + 1, width) * width**-0.5)
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()

@@ -96,16 +96,8 @@ def count(build: Callable[[], Built], *, dtype: torch.dtype, autocast: bool) -> 
         with _Counter(weights) as backward:
             if learned:
                 torch.autograd.backward(learned, [torch.empty_like(x) for x in learned])
-    return Demand(
-        total,
-        cast_bytes,
-        forward.flops,
-        backward.flops,
-        forward.moved,
-        backward.moved,
-        forward.widest,
-        backward.widest,
-    )
+    both = [(getattr(forward, name), getattr(backward, name)) for name in ("flops", "moved", "widest")]
+    return Demand(total, cast_bytes, *(x for pair in both for x in pair))
 
 
 class _Counter(TorchDispatchMode):
@@ -159,44 +151,23 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _linear(x: Tensor, weight: Tensor, *_: Any) -> int:
-    return 2 * x.numel() * weight.shape[0]
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return sdpa_flop_count(*(_heads_first(x) for x in (q, k, v)))
-
-
-def _attention_backward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return sdpa_backward_flop_count(*(_heads_first(x) for x in (q, q, k, v)))
-
-
-def _heads_first(x: Tensor) -> tuple[int, ...]:
-    batch, length, heads, width = x.shape
-    return batch, heads, length, width
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _sdpa_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return sdpa_backward_flop_count(d_out.shape, q.shape, k.shape, v.shape)
-
-
-def _linear_cross_entropy(hidden: Tensor, weight: Tensor, *rest: Any) -> int:
-    """The logits, and a product for each of the two gradients that is wanted: its forward makes them."""
-    needs = rest[-1]
-    return 2 * hidden.numel() * len(weight) * (1 + sum(needs[:2]))
+def _heads_first(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of [B, L, H, K] as [B, H, L, K]."""
+    return [(batch, heads, length, width) for batch, length, heads, width in (x.shape for x in tensors)]
 
 
 ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided")
 # What torch's own counter does not know.
 FORMULAS: dict[str, Callable[..., int]] = {
-    "mkldnn::_linear_pointwise": _linear,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _sdpa,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _sdpa_backward,
-    "mmkernels::attention_fwd": _attention,
-    "mmkernels::attention_bwd": _attention_backward,
-    "mmkernels::linear_cross_entropy_fwd": _linear_cross_entropy,
+    "mkldnn::_linear_pointwise": lambda x, weight, *_: 2 * x.numel() * len(weight),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_: sdpa_flop_count(q.shape, k.shape, v.shape),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda dy, q, k, v, *_: sdpa_backward_flop_count(
+        dy.shape, q.shape, k.shape, v.shape
+    ),
+    "mmkernels::attention_fwd": lambda q, k, v, *_: sdpa_flop_count(*_heads_first(q, k, v)),
+    "mmkernels::attention_bwd": lambda q, k, v, *_: sdpa_backward_flop_count(*_heads_first(q, q, k, v)),
+    # the logits, and a product for each of the two gradients that is wanted: its forward makes them
+    "mmkernels::linear_cross_entropy_fwd": lambda x, weight, *rest: (
+        2 * x.numel() * len(weight) * (1 + sum(rest[-1][:2]))
+    ),
 }

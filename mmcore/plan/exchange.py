@@ -6,12 +6,7 @@ from typing import NamedTuple
 from mmcore.losses.ranks import HEADER_BYTES
 from mmcore.losses.shards import GATHER_LIMIT_BYTES
 from mmcore.plan.job import Exchange
-from mmkernels._launch import chunk_rows
-from mmkernels._spec import Cost
-from mmkernels.contrastive.blockwise import TILE
-from mmkernels.contrastive.launch import MAX_PROGRAMS
-from mmkernels.contrastive.op import STORED_LOGITS
-from mmkernels.contrastive.spec import contrastive_cost
+from mmkernels.pieces import Cost, contrastive_bytes, contrastive_cost, keeps_logits
 
 # Models make their features float32, whatever they compute in.
 FEATURE_BYTES = 4
@@ -39,20 +34,11 @@ class Loss:
 
 
 def loss(
-    exchange: Exchange,
-    rows: int,
-    ranks: int,
-    *,
-    is_cpu: bool,
-    is_ring: bool | None = None,
-    size: int = FEATURE_BYTES,
+    exchange: Exchange, rows: int, ranks: int, *, is_cpu: bool, is_ring: bool | None = None, size: int = FEATURE_BYTES
 ) -> Loss:
-    """Of a rank.
+    """Of each of `ranks` ranks with `rows` samples.
 
     Args:
-        exchange: which features.
-        rows: samples on each rank.
-        ranks: how many.
         is_cpu: the op runs blockwise, not in Triton.
         is_ring: None = as `global_contrastive_loss` chooses.
         size: bytes of an element of a feature; its gradient has 4 at least.
@@ -63,11 +49,11 @@ def loss(
         is_ring = ranks * shard.features > GATHER_LIMIT_BYTES
     held = rows if is_ring else columns
     workspace = shard.gradient * (1 + exchange.num_tokens)  # of both sides
-    tiles = _tiles(rows * exchange.num_tokens, held, exchange.width, size, is_cpu=is_cpu)
-    gathered = _similarities(exchange, rows, columns)
+    tiles = contrastive_bytes(rows * exchange.num_tokens, held, exchange.width, size, is_cpu=is_cpu)
+    # all similarities of the batch, gathered on every rank, and what negatives are drawn by, in float64
+    gathered = 4 * columns**2 + 3 * 8 * rows * columns if exchange.has_hard_negatives else 0.0
     if ranks == 1:
-        # on a CPU, logits that stay in its cache are kept
-        workspace += of_grad * rows**2 if is_cpu and rows**2 < STORED_LOGITS else tiles
+        workspace += of_grad * rows**2 if keeps_logits(rows**2, is_cpu=is_cpu) else tiles
     else:
         workspace += shard.gradient * exchange.num_tokens  # the sum over blocks, of the side that stays
         workspace += 8 * columns * (VECTORS_OF_RING if is_ring else VECTORS)
@@ -91,29 +77,11 @@ class _Shard(NamedTuple):
     gradient: int
 
 
-def _similarities(exchange: Exchange, rows: int, columns: int) -> float:
-    """All of the batch's, gathered on every rank, and what negatives are drawn by, in float64."""
-    return 4 * columns**2 + 3 * 8 * rows * columns if exchange.has_hard_negatives else 0.0
-
-
-def _tiles(rows: int, columns: int, width: int, size: int, *, is_cpu: bool) -> float:
-    """What the op holds of the matrix of logits, and partial sums beside it."""
-    of_grad = max(size, 4)
-    if is_cpu:
-        # the tile, its gradient, and the product that is added to the columns' gradient
-        return of_grad * (2 * min(rows, TILE) * min(columns, TILE) + min(columns, TILE) * width)
-    chunk = min(chunk_rows(columns, size), rows)
-    partials = 2 * min(-(-rows // 128), MAX_PROGRAMS) * columns * 4
-    return max(partials, chunk * columns * size + columns * width * of_grad)
-
-
 def _sent(exchange: Exchange, shard: _Shard, rows: int, ranks: int, *, is_ring: bool) -> dict[str, float]:
     # of the columns' statistics: maxima, sums, and their gradient, float64, by all-reduce; and a header
     statistics = 3 * 2 * (ranks - 1) * 8 * rows
     sent: dict[str, float] = {
-        "features": (ranks - 1)
-        * shard.features
-        * (2 if is_ring else 1),  # a backward's ring brings them again
+        "features": (ranks - 1) * shard.features * (2 if is_ring else 1),  # a backward's ring brings them again
         "their gradients": (ranks if is_ring else ranks - 1) * shard.gradient,
         "statistics": statistics + HEADER_BYTES * (ranks - 1),
     }

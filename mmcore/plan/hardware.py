@@ -1,7 +1,7 @@
 """GPUs and what they reach: measured where that was done, else the vendor's sheet times the share that was reached on
 the one that was measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Source = Literal["measured", "sheet", "scaled"]
@@ -13,8 +13,7 @@ MEASURED_COPY, SHEET_COPY = 4.3e12, 4.8e12
 
 @dataclass(frozen=True)
 class Rate:
-    """Something a second, and where the number is from: "scaled" is a sheet's times an H200's measured share of its
-    own sheet."""
+    """A rate per second and its source; "scaled" is the vendor's sheet times the measured share of an H200's sheet."""
 
     per_s: float
     source: Source
@@ -81,14 +80,13 @@ def _nvidia(
 _AMPERE_EXPS, _HOPPER_EXPS, _BLACKWELL_EXPS = 16 * 108 * 1.41e9, 16 * 132 * 1.98e9, 16 * 148 * 1.98e9
 # A node's network: an adapter a GPU, of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200, B200).
 _A100 = {"bf16_tflops": 312, "fp32_tflops": 19.5, "network_gbit_per_s": 200, "exps": _AMPERE_EXPS}
-_HOPPER = {
-    "bf16_tflops": 989,
-    "fp32_tflops": 67,
-    "nvlink_gb_per_s": 900,
-    "network_gbit_per_s": 400,
-    "exps": _HOPPER_EXPS,
-}
-_H200 = _nvidia("h200", memory_gb=141, memory_tb_per_s=4.8, **_HOPPER)
+_HOPPER = {"bf16_tflops": 989, "fp32_tflops": 67, "network_gbit_per_s": 400, "exps": _HOPPER_EXPS}
+_BLACKWELL = {"bf16_tflops": 2250, "fp32_tflops": 75, "network_gbit_per_s": 400, "exps": _BLACKWELL_EXPS}
+_H200 = replace(
+    _nvidia("h200", memory_gb=141, memory_tb_per_s=4.8, nvlink_gb_per_s=900, **_HOPPER),
+    bf16_flops=Rate(MEASURED_FLOPS, "measured"),
+    copy_bytes=Rate(MEASURED_COPY, "measured"),
+)
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
@@ -96,26 +94,8 @@ GPUS: dict[str, Gpu] = {
         _nvidia("a100-40gb", memory_gb=40, memory_tb_per_s=1.555, nvlink_gb_per_s=600, **_A100),
         _nvidia("a100-80gb", memory_gb=80, memory_tb_per_s=2.039, nvlink_gb_per_s=600, **_A100),
         _nvidia("a800", memory_gb=80, memory_tb_per_s=2.039, nvlink_gb_per_s=400, **_A100),
-        _nvidia("h100", memory_gb=80, memory_tb_per_s=3.35, **_HOPPER),
-        Gpu(
-            _H200.name,
-            _H200.memory_bytes,
-            Rate(MEASURED_FLOPS, "measured"),
-            _H200.fp32_flops,
-            Rate(MEASURED_COPY, "measured"),
-            _H200.exps,
-            _H200.link_bytes,
-            _H200.network_bytes,
-        ),
-        _nvidia(
-            "b200",
-            memory_gb=180,
-            bf16_tflops=2250,
-            fp32_tflops=75,
-            memory_tb_per_s=8.0,
-            nvlink_gb_per_s=1800,
-            network_gbit_per_s=400,
-            exps=_BLACKWELL_EXPS,
-        ),
+        _nvidia("h100", memory_gb=80, memory_tb_per_s=3.35, nvlink_gb_per_s=900, **_HOPPER),
+        _H200,
+        _nvidia("b200", memory_gb=180, memory_tb_per_s=8.0, nvlink_gb_per_s=1800, **_BLACKWELL),
     )
 }

@@ -32,9 +32,8 @@ class Setting:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         parts = self.gpus * self.accum
         if self.global_batch % parts:
-            raise ValueError(
-                f"--global-batch must be a multiple of --gpus times --accum, {parts}, got {self.global_batch}"
-            )
+            what = "--global-batch must be a multiple of --gpus times --accum"
+            raise ValueError(f"{what}, {parts}, got {self.global_batch}")
         if self.precision == "bf16" and self.zero == 0:
             raise ValueError("--precision bf16 must run with --zero 1, 2 or 3, got --zero 0")
 
@@ -50,16 +49,12 @@ class Setting:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a trained parameter as the module has it, and of its gradient."""
+        """Bytes of a trained parameter as the module holds it, and of its gradient."""
         return 2 if self.precision == "bf16" else 4
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    @property
-    def has_autocast(self) -> bool:
-        return self.precision == "amp_bf16"
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Piece:
     Attributes:
         name: for the reader.
         num_layers: how many it has.
-        depths: two numbers of layers, of which it is built to be counted.
+        depths: two numbers of layers, of which it is built to be counted; twice the same = as it is, whole.
         build: of layers and samples, on fake tensors, set up as a setting says.
     """
 
@@ -79,25 +74,22 @@ class Piece:
     depths: tuple[int, int] = (1, 2)
 
     def counted(self, setting: Setting) -> "Counted":
-        """What it asks for by samples."""
+        """Its demand as a function of the number of samples."""
         few, more = self.depths
+        if few == more:
+            one, two = (self._count(few, samples, setting) for samples in (1, 2))
+            return Counted(two - one, one - (two - one), two - one)
         corners = [[self._count(depth, samples, setting) for samples in (1, 2)] for depth in (few, more)]
         of_depths = [(b - a, a - (b - a)) for a, b in corners]  # of each sample, and of none
         (few_each, few_none), (more_each, more_none) = of_depths
         share = 1 / (more - few)
         layer_each, layer_none = (more_each - few_each) * share, (more_none - few_none) * share
-        return Counted(
-            few_each + layer_each * (self.num_layers - few),
-            few_none + layer_none * (self.num_layers - few),
-            layer_each,
-        )
+        further = self.num_layers - few
+        return Counted(few_each + layer_each * further, few_none + layer_none * further, layer_each)
 
     def _count(self, num_layers: int, samples: int, setting: Setting) -> Demand:
-        return count(
-            lambda: self.build(num_layers, samples, setting),
-            dtype=setting.dtype,
-            autocast=setting.has_autocast,
-        )
+        is_amp = setting.precision == "amp_bf16"
+        return count(lambda: self.build(num_layers, samples, setting), dtype=setting.dtype, autocast=is_amp)
 
 
 @dataclass(frozen=True)
@@ -128,7 +120,7 @@ class Exchange:
 
 
 class Numbers(NamedTuple):
-    """Of a module's parameters: how many learn, how many do not, and how many are in tensors of at most `SMALL`."""
+    """Counts of a module's parameters: trained, frozen, and those in tensors of at most `SMALL` elements."""
 
     trained: int
     frozen: int
@@ -178,11 +170,11 @@ class Job:
         return self.trained + self.frozen + self.frozen_low
 
     def forwards(self, setting: Setting) -> int:
-        """Of a micro-batch: where all of a step's meet in one loss, one before it and one after it (GradCache)."""
+        """Forwards of a micro-batch: two where all micro-batches of a step meet in one loss (GradCache), else one."""
         return 2 if setting.accum > 1 and self.exchange is not None else 1
 
     def frozen_bytes(self, setting: Setting) -> int:
-        """Of all frozen weights."""
+        """Bytes of all frozen weights."""
         low = 4 if setting.precision == "fp32" else 2
         return self.frozen * setting.weight_bytes + self.frozen_low * low
 
@@ -192,9 +184,7 @@ class Job:
 
 
 @cache
-def _counted(
-    job: Job, precision: Precision, activation_checkpointing: bool, has_others: bool
-) -> tuple[Counted, ...]:
+def _counted(job: Job, precision: Precision, activation_checkpointing: bool, has_others: bool) -> tuple[Counted, ...]:
     options = {"precision": precision, "activation_checkpointing": activation_checkpointing}
     setting = Setting(2, 2, **options) if has_others else Setting(1, 1, **options)
     return tuple(piece.counted(setting) for piece in job.pieces)

@@ -1,40 +1,31 @@
 """Language models by the shapes that were published, or by the config.json of a folder; no weights are read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from mmcore.ops import attention, require
 from mmcore.parts.language_head import LanguageHead
 from mmcore.plan.demand import Built
+from mmcore.plan.job import Numbers, Piece, Setting, numbers
 
 OP = "mmcore plan"
 ATTENTION = "mmcore-plan"
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, key_heads: int, vocab: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "vocab_size": vocab,
-    }
+    counts = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    return {"hidden_size": hidden, "intermediate_size": mlp, "vocab_size": vocab} | counts
 
 
 def _opt(hidden: int, layers: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "word_embed_proj_dim": hidden,
-        "ffn_dim": 4 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "vocab_size": 50272,
-    }
+    widths = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden}
+    return widths | {"num_hidden_layers": layers, "num_attention_heads": 32, "vocab_size": 50272}
 
 
 LLMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,6 +83,37 @@ def read(model: Any, samples: int, num_tokens: int, num_learned: int) -> Built:
         return [head(states[:, num_tokens - num_learned :], labels)]
 
     return Built(model.parameters(), forward)
+
+
+def language_piece(
+    config: Any, num_tokens: int, num_learned: int, prepare: Callable[[Any, Setting], Any], *, learns: bool
+) -> Piece:
+    """A language model, which `prepare` makes ready for training."""
+
+    def build(num_layers: int, samples: int, setting: Setting) -> Built:
+        # frozen, it is bfloat16 but in fp32
+        low = not learns and setting.precision != "fp32"
+        dtype = torch.bfloat16 if low else setting.dtype
+        if learns:
+            model = prepare(language_model(config, dtype, num_layers=num_layers), setting)
+        else:  # peft moves its weights, which fake ones refuse; that ties are undone is nothing to frozen ones
+            with unset_fake_temporarily(), torch.device("meta"):
+                model = prepare(language_model(config, dtype, num_layers=num_layers), setting)
+            model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))
+        return read(model, samples, num_tokens, num_learned)
+
+    name = "language model" if learns else "language model, frozen"
+    return Piece(name, config.num_hidden_layers, build)
+
+
+def language_numbers(config: Any) -> Numbers:
+    with torch.device("meta"):
+        return numbers(language_model(config, torch.float32))
+
+
+def language_width(config: Any) -> int:
+    with torch.device("meta"):
+        return language_model(config, torch.float32, num_layers=1).get_input_embeddings().embedding_dim
 
 
 def _attend(

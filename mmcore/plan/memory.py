@@ -6,18 +6,11 @@ from dataclasses import dataclass, replace
 from mmcore.plan import zero
 from mmcore.plan.exchange import Loss, loss
 from mmcore.plan.hardware import Gpu
-from mmcore.plan.job import Counted, Job, Setting
+from mmcore.plan.job import Job, Setting
 
 PARTS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "EMA",
-    "activations",
-    "gathered features",
-    "loss workspace",
-    "buffers",
-    "batch",
+    *("weights", "gradients", "optimizer", "EMA", "activations"),
+    *("gathered features", "loss workspace", "buffers", "batch"),
 )
 # Of a GPU's memory what a plan fills: the rest is for the context, the libraries, and what lies between tensors.
 FILLED = 0.9
@@ -54,37 +47,32 @@ def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
         "buffers": kept.buffers,
         "batch": job.batch_bytes * on_device,
     }
-    plain = job.counted(replace(setting, activation_checkpointing=False))
-    counted = job.counted(setting)
-    activations, forward, backward = _activations(counted, plain, setting)
+    activations, forward, backward = _activations(job, setting)
     gathered = zero.gathered_bytes(job, setting)
     reduced = zero.reduction(job, setting, is_cpu=is_cpu)
     of_loss = rank_loss(job, setting, gpu)
-    features = {} if of_loss is None else _of_loss(of_loss)
     pending: dict[str, float] = {}  # what is there while micro-batches are accumulated
     if setting.accum > 1:
         pending["gradients"] = setting.weight_bytes * job.trained
         pending["loss workspace"] = _cached_features(job, setting)
-    early = (
-        zero.bucket_bytes(job, setting, is_cpu=False) if _has_early_bucket(setting) and not is_cpu else 0.0
-    )
-    loss_on = _cached_features(job, setting) if setting.accum > 1 else activations
+    # stages 1 and 2 allocate their bucket at the first gradient, but where gradients wait on the parameters
+    has_early_bucket = setting.zero in (1, 2) and setting.accum == 1 and not is_cpu
+    early = zero.bucket_bytes(job, setting, is_cpu=False) if has_early_bucket else 0.0
     found = [
         Phase("forward", _sum(always, pending, {"weights": gathered, "activations": activations + forward})),
         Phase(
             "backward",
-            _sum(
-                always,
-                pending,
-                {"weights": gathered, "activations": activations + backward, "buffers": early},
-            ),
+            _sum(always, pending, {"weights": gathered, "activations": activations + backward, "buffers": early}),
         ),
         Phase("reduction", _sum(always, {"gradients": reduced.gradients, "buffers": reduced.buffers})),
         Phase("step", _sum(always, {"gradients": reduced.gradients_of_step})),
     ]
-    if features:
-        where = "loss workspace" if setting.accum > 1 else "activations"
-        found.insert(1, Phase("loss", _sum(always, {"weights": gathered, where: loss_on}, features)))
+    if of_loss is not None:
+        features = {"gathered features": of_loss.gathered, "loss workspace": of_loss.workspace}
+        kept_for = (
+            {"loss workspace": _cached_features(job, setting)} if setting.accum > 1 else {"activations": activations}
+        )
+        found.insert(1, Phase("loss", _sum(always, {"weights": gathered}, kept_for, features)))
     return found
 
 
@@ -104,10 +92,9 @@ def rank_loss(job: Job, setting: Setting, gpu: Gpu) -> Loss | None:
     return loss(job.exchange, setting.per_rank, setting.gpus, is_cpu=gpu.is_cpu)
 
 
-def _activations(
-    counted: tuple[Counted, ...], plain: tuple[Counted, ...], setting: Setting
-) -> tuple[float, float, float]:
-    """Of a micro-batch: what the forwards leave; what a forward, and a backward, need beyond that for a while."""
+def _activations(job: Job, setting: Setting) -> tuple[float, float, float]:
+    """Bytes of a micro-batch: what forwards keep, and what a forward and a backward need beyond that for a while."""
+    counted, plain = job.counted(setting), job.counted(replace(setting, activation_checkpointing=False))
     micro, kept, cast, forward, backward = setting.micro, 0.0, 0.0, 0.0, 0.0
     for piece, whole in zip(counted, plain, strict=True):
         demand = piece.of(micro)
@@ -125,15 +112,6 @@ def _cached_features(job: Job, setting: Setting) -> float:
     if job.exchange is None:
         return 0.0
     return 3 * 2 * 4 * setting.per_rank * job.exchange.width
-
-
-def _of_loss(found: Loss) -> dict[str, float]:
-    return {"gathered features": found.gathered, "loss workspace": found.workspace}
-
-
-def _has_early_bucket(setting: Setting) -> bool:
-    """Stages 1 and 2 allocate their bucket at the first gradient, but where gradients wait on the parameters."""
-    return setting.zero in (1, 2) and setting.accum == 1
 
 
 def _sum(*all_parts: Mapping[str, float]) -> dict[str, float]:

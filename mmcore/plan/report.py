@@ -1,6 +1,5 @@
 """A plan, put together, as JSON and as tables."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,15 +45,8 @@ def as_json(found: Plan) -> dict[str, Any]:
     return {
         "job": found.job.name,
         "setting": asdict(found.setting),
-        "parameters": {
-            "trained": found.job.trained,
-            "frozen": found.job.parameters - found.job.trained,
-        },
-        "gpu": {
-            "name": gpu.name,
-            "memory_bytes": gpu.memory_bytes,
-            **{r: asdict(getattr(gpu, r)) for r in rates},
-        },
+        "parameters": {"trained": found.job.trained, "frozen": found.job.parameters - found.job.trained},
+        "gpu": {"name": gpu.name, "memory_bytes": gpu.memory_bytes, **{r: asdict(getattr(gpu, r)) for r in rates}},
         "memory": {phase.name: {**phase.parts, "total": phase.total} for phase in found.phases},
         "peak": peak(found.phases).name,
         "fits": found.fits,
@@ -116,20 +108,12 @@ def _step_table(found: Plan) -> Table:
     of_towers = of_step.flops - (0 if of_loss is None else of_loss.cost.flops)
     table.add_row("forwards and backwards", f"{of_towers / 1e12:,.1f} TFLOP", _ms(of_step.towers_s))
     if of_loss is not None:
-        how = (
-            ""
-            if found.setting.gpus == 1
-            else ", features in a ring"
-            if of_loss.is_ring
-            else ", features gathered"
-        )
+        how = "" if found.setting.gpus == 1 else ", features in a ring" if of_loss.is_ring else ", features gathered"
         table.add_row(f"loss{how}", f"{of_loss.cost.flops / 1e12:,.1f} TFLOP", _ms(of_step.loss_s))
     table.add_row("optimizer", "", _ms(of_step.optimizer_s))
     behind = set(() if of_loss is None or not of_loss.is_ring else of_loss.sent)
     for what, size in of_step.sent.items():
-        table.add_row(
-            f"sent: {what}" + (" (behind the loss)" if what in behind else ""), f"{_gb(size)} GB", ""
-        )
+        table.add_row(f"sent: {what}" + (" (behind the loss)" if what in behind else ""), f"{_gb(size)} GB", "")
     table.add_row("transfers that nothing hides", "", _ms(of_step.communication_s))
     table.add_section()
     rate = f"{of_step.samples_per_s:,.0f} samples/s, MFU {100 * of_step.mfu:.0f} %"
@@ -149,15 +133,12 @@ def _verdict(found: Plan) -> str:
     if found.nearest is None:
         return f"{said}\nno setting of this recipe fits"
     other = found.nearest
-    flags = _flags(changes(found.setting, other.setting))
+    changed = changes(found.setting, other.setting).items()
+    flags = " ".join(flag if value is True else f"{flag} {value}" for flag, value in changed)
     return (
         f"{said}\nnearest that fits: [bold]{flags}[/] (--batch-size {other.setting.micro}), "
         f"{_gb(peak(other.phases).total)} GB, {other.step.samples_per_s:,.0f} samples/s"
     )
-
-
-def _flags(changed: Mapping[str, object]) -> str:
-    return " ".join(flag if value is True else f"{flag} {value}" for flag, value in changed.items())
 
 
 def _gb(size: float) -> str:

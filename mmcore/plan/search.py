@@ -12,9 +12,8 @@ MOST_GPUS = 1 << 14
 
 
 def nearest(job: Job, setting: Setting, gpu: Gpu) -> Setting | None:
-    """Of the settings of the same global batch that fit, that with the fewest options changed, and of those the
-    fastest: on as many GPUs if there is one, else on the fewest of twice, four times... as many; None if there is none.
-    """
+    """The setting of the same global batch that fits with the fewest options changed, the fastest of those: on the same
+    number of GPUs if there is one, else on the fewest of twice, four times... as many; None if there is none."""
     gpus = setting.gpus
     while gpus <= MOST_GPUS and setting.global_batch % (gpus * setting.accum) == 0:
         found = [x for x in _neighbours(job, replace(setting, gpus=gpus)) if fits(phases(job, x, gpu), gpu)]
@@ -27,11 +26,8 @@ def nearest(job: Job, setting: Setting, gpu: Gpu) -> Setting | None:
 def changes(before: Setting, after: Setting) -> dict[str, object]:
     """The options that differ, as flags of the command line."""
     names = ("gpus", "zero", "accum", "activation_checkpointing")
-    return {
-        f"--{name.replace('_', '-')}": getattr(after, name)
-        for name in names
-        if getattr(before, name) != getattr(after, name)
-    }
+    changed = [name for name in names if getattr(before, name) != getattr(after, name)]
+    return {f"--{name.replace('_', '-')}": getattr(after, name) for name in changed}
 
 
 def _neighbours(job: Job, setting: Setting) -> Iterator[Setting]:
@@ -41,8 +37,7 @@ def _neighbours(job: Job, setting: Setting) -> Iterator[Setting]:
         for activation_checkpointing in sorted(again):
             accum = setting.accum
             while setting.per_rank % accum == 0:
-                options = {"zero": zero, "activation_checkpointing": activation_checkpointing}
-                yield replace(setting, accum=accum, **options)
+                yield replace(setting, zero=zero, accum=accum, activation_checkpointing=activation_checkpointing)
                 if "accum" not in job.levers:
                     break
                 accum *= 2

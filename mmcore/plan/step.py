@@ -40,7 +40,7 @@ class Step:
 
 
 def step(job: Job, setting: Setting, gpu: Gpu) -> Step:
-    """Predicts a step; the data is taken to be there in time."""
+    """Predicts a step; data loading is taken to be hidden behind it."""
     flops, moved = _towers(job, setting)
     rate = gpu.fp32_flops if setting.precision == "fp32" else gpu.bf16_flops
     towers_s = flops / rate.per_s + moved / gpu.copy_bytes.per_s
@@ -68,7 +68,7 @@ def step(job: Job, setting: Setting, gpu: Gpu) -> Step:
 
 
 def model_flops(job: Job, setting: Setting) -> float:
-    """Of a sample's forward and backward, nothing twice."""
+    """FLOP of a sample's forward and backward, without recomputation."""
     plain = job.counted(replace(setting, activation_checkpointing=False))
     return sum(piece.each.forward_flops + piece.each.backward_flops for piece in plain)
 

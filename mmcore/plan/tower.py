@@ -28,5 +28,5 @@ def tower_piece(config: VisionConfig, *, learns: bool = False) -> Piece:
 
 
 def image_bytes(config: VisionConfig) -> int:
-    """Of an image as the loader hands it over, float32."""
+    """Bytes of an image as the loader hands it over, float32."""
     return 4 * 3 * config.image_size**2

@@ -89,18 +89,15 @@ def traffic(job: Job, setting: Setting) -> dict[str, float]:
     """
     ranks, size = setting.gpus, setting.weight_bytes
     once = (ranks - 1) / ranks
-    gradients = size * job.trained * once
-    weights = size * job.trained * once
+    learned = size * job.trained * once
     if ranks == 1:
         return {}
-    if setting.zero == 0:
-        return {"gradients": 2 * gradients}
     if setting.zero < 3:
-        return {"gradients": 2 * gradients, "weights": weights}
-    everything = weights + job.frozen_bytes(setting) * once
+        return {"gradients": 2 * learned} | ({"weights": learned} if setting.zero else {})
+    everything = learned + job.frozen_bytes(setting) * once
     small = size * job.small * once
     forwards = job.forwards(setting)
     # after a forward that has no backward nothing is known of what will be needed again, and nothing stays
     again = max(0, job.parameters - REUSE // 2) / job.parameters if forwards == 1 else 1.0
     times = setting.accum * (forwards + again)
-    return {"gradients": gradients, "weights": small + (everything - small) * times}
+    return {"gradients": learned, "weights": small + (everything - small) * times}

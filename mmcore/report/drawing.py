@@ -11,9 +11,7 @@ from matplotlib.patches import Rectangle
 RIGHT, WRONG = "#1a8f4c", "#d0342c"
 INK, MIDDLE, FAINT = "#22262b", "#4a5560", "#8b939c"
 COLOURS = ("#2f6fb5", "#d9822b", "#1a8f4c", "#8a4fb0", "#c23b6b", "#7a5c3e", "#4a5560", "#1799a6")
-FONT_NOTE = (
-    "No installed font has some of the characters: they are shown as code points (install a Noto font)."
-)
+FONT_NOTE = "No installed font has some of the characters: they are shown as code points (install a Noto font)."
 
 DPI = 130
 
@@ -37,9 +35,7 @@ def draw_image(axes: Axes, image: Any, frame: str | None) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     if frame is not None:
-        axes.add_patch(
-            Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, ec=frame, lw=4, clip_on=False)
-        )
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, ec=frame, lw=4, clip_on=False))
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -12,17 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from mmcore.report.drawing import (
-    COLOURS,
-    FAINT,
-    FONT_NOTE,
-    INK,
-    WRONG,
-    colour_of,
-    draw_image,
-    mark,
-    save,
-)
+from mmcore.report.drawing import COLOURS, FAINT, FONT_NOTE, INK, WRONG, colour_of, draw_image, mark, save
 from mmcore.report.fonts import escape_undrawable, families_for, wrap
 
 
@@ -59,13 +49,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 
 def plot_retrieval(
-    queries: Sequence[str],
-    scores: Tensor,
-    relevant: Tensor,
-    images: Sequence[Any],
-    path: str | Path,
-    *,
-    top_k: int = 5,
+    queries: Sequence[str], scores: Tensor, relevant: Tensor, images: Sequence[Any], path: str | Path, *, top_k: int = 5
 ) -> None:
     """Draw each query with the images it finds, right ones framed green, wrong ones red, as one PNG.
 
@@ -135,14 +119,10 @@ def _draw_loss(
     loss = np.array([float(row["loss"]) for row in rows])
     finite = np.isfinite(loss)
     noisy = len(rows) > 40
-    axes.plot(
-        steps[finite], loss[finite], color=COLOURS[0], lw=0.8 if noisy else 1.8, alpha=0.35 if noisy else 1
-    )
+    axes.plot(steps[finite], loss[finite], color=COLOURS[0], lw=0.8 if noisy else 1.8, alpha=0.35 if noisy else 1)
     if noisy:
         window = max(len(rows) // 40, 5)
-        axes.plot(
-            steps[finite], _running_mean(loss[finite], window), color=COLOURS[0], lw=2, label="training"
-        )
+        axes.plot(steps[finite], _running_mean(loss[finite], window), color=COLOURS[0], lw=2, label="training")
     else:
         axes.lines[0].set_label("training")
     for colour, (name, (at, values)) in zip(COLOURS[1:], held_out.items()):
@@ -156,9 +136,7 @@ def _draw_loss(
 
 def _draw_rate(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     with_rate = [row for row in rows if row.get("lr") is not None]
-    axes.fill_between(
-        [r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=FAINT, alpha=0.25, lw=0
-    )
+    axes.fill_between([r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=FAINT, alpha=0.25, lw=0)
     axes.plot([r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=FAINT, lw=1.4)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
@@ -172,15 +150,8 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     for name in names:
         steps, values = series[name]
-        axes.plot(
-            steps,
-            values,
-            color=colours[name],
-            lw=1.8,
-            marker="o",
-            ms=3.5,
-            label=f"{_title(name)}  {values[-1]:.1%}",
-        )
+        label = f"{_title(name)}  {values[-1]:.1%}"
+        axes.plot(steps, values, color=colours[name], lw=1.8, marker="o", ms=3.5, label=label)
     for name, (steps, values) in series.items():
         if "chance" in name:
             owner = next((n for n in names if n == name.replace("_chance", "").replace("chance_", "")), None)

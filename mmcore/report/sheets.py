@@ -43,14 +43,10 @@ def plot_captions(
     given = {"captions": captions, "references": references, "questions": questions, "right": right}
     lengths = {name: len(values) for name, values in given.items() if values is not None}
     if not images or any(n != len(images) for n in lengths.values()):
-        raise ValueError(
-            f"plot_captions: all must be as many as images, not 0, got {len(images)} and {lengths}"
-        )
+        raise ValueError(f"plot_captions: all must be as many as images, not 0, got {len(images)} and {lengths}")
     for i, people in enumerate(references):
         if isinstance(people, str) or not people:
-            raise ValueError(
-                f"plot_captions: each of references must be a list of texts, got {people!r} at {i}"
-            )
+            raise ValueError(f"plot_captions: each of references must be a list of texts, got {people!r} at {i}")
     lines: list[list[_Line]] = []
     for i, people in enumerate(references):
         sign, frame = ("", INK) if right is None else (mark(right[i]) + " ", colour_of(right[i]))
@@ -109,11 +105,7 @@ class _Line(NamedTuple):
 
 
 def _draw(
-    images: Sequence[Any],
-    frames: Sequence[str | None],
-    lines: Sequence[Sequence[_Line]],
-    path: str | Path,
-    title: str,
+    images: Sequence[Any], frames: Sequence[str | None], lines: Sequence[Sequence[_Line]], path: str | Path, title: str
 ) -> None:
     families = families_for([line.text for of_one in lines for line in of_one])
     figure = Figure(facecolor="white", dpi=DPI)

@@ -1,1 +1,80 @@
-"""What a model is measured by: each task asks it for a capability, not for its name."""
+"""What a model is measured by: each task asks a recipe for a capability, not for its name.
+
+A task is a module here of its name, with `follow(subject)`, the numbers that a run watches, `report(subject, options)`,
+what `mmcore eval` and the end of a run print and write, and `Options`, the flags of the former.
+"""
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+from mmcore.report.pictures import plot_curves
+from mmcore.runs import WEIGHTS, Trained, read_run
+from mmcore.tasks.subject import Subject, default_device
+
+TASKS = {
+    "zeroshot": "embeds",
+    "retrieval": "embeds",
+    "matching": "matches",
+    "caption": "speaks",
+    "vqa": "speaks",
+    "conversation": "converses",
+}
+"""Each task, and the capability that it asks for."""
+
+
+def task(name: str) -> Any:
+    """The module of a task.
+
+    Raises:
+        ValueError: an unknown one; the nearest is told.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"the task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
+    return importlib.import_module(f"mmcore.tasks.{name}")
+
+
+def check_capability(name: str, recipe: Any, said: str) -> None:
+    """That a recipe has what a task asks for.
+
+    Raises:
+        ValueError: it has not; what it can be measured by is told.
+    """
+    if not hasattr(recipe, TASKS[name]):
+        able = [other for other, capability in TASKS.items() if hasattr(recipe, capability)]
+        raise ValueError(
+            f"{name} asks for a model that {TASKS[name]}, which {said} does not; it can be measured by "
+            f"{', '.join(able) or 'nothing here'}"
+        )
+
+
+def follow(subject: Subject) -> dict[str, float]:
+    """The numbers of a recipe's own tasks while it trains, in [0, 1] unless their names say otherwise; none where
+    nothing is held out. Under an engine, every rank alike."""
+    found: dict[str, float] = {}
+    for name in subject.recipe.tasks:
+        found |= task(name).follow(subject)
+    return found
+
+
+def subject_of(trained: Trained, data: Any = None) -> Subject:
+    """A run read back, on the GPU where there is one, with the data that it was trained on or other data."""
+    data = trained.recipe.open_data() if data is None else data
+    device = default_device()
+    return Subject(trained.recipe, trained.assets, trained.model.to(device), data, device, trained.run)
+
+
+def report(folder: Path, records: list[dict[str, Any]]) -> None:
+    """What a finished run prints and draws: measured on its checkpoint, as `mmcore eval` would."""
+    trained = read_run(folder)
+    plot_curves(records, folder / "curves.png")
+    written = [folder / "metrics.jsonl", folder / "curves.png"]
+    subject = subject_of(trained)
+    for name in trained.recipe.tasks:
+        written += task(name).report(subject, None)
+    print(f"measured on {WEIGHTS[trained.run.key]} of step {trained.run.step}; written:")
+    for file in [*written, trained.run.checkpoint]:
+        print(f"  {file}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -25,8 +25,7 @@ from mmcore.data.sources.files import read_image_file
 from mmcore.data.transforms.images import decode_rgb
 from mmcore.errors import complain
 from mmcore.runs import WeightsKey
-from mmcore.systems.llava.chat import load_chat_model
-from mmcore.systems.llava.dialogue import Dialogue, Sampling
+from mmcore.tasks.talks import Sampling, load_chat_model
 
 HELP = """\
   /image FILE ...   show one or more images with the next question
@@ -85,9 +84,7 @@ class Talk:
         is_person: whether someone reads along; else the answers alone are printed, one a line.
     """
 
-    def __init__(
-        self, dialogue: Dialogue, images: Sequence[tuple[str, Image.Image]], *, is_person: bool
-    ) -> None:
+    def __init__(self, dialogue: Any, images: Sequence[tuple[str, Image.Image]], *, is_person: bool) -> None:
         self.dialogue, self.first, self.is_person = dialogue, images, is_person
         self.waiting: list[Image.Image] = []
         """What the next question shows."""
@@ -187,7 +184,7 @@ def main(arguments: list[str]) -> None:
     try:
         chat = load_chat_model(config.run, weights=config.weights, llm=config.llm, template=config.template)
         torch.manual_seed(config.seed)
-        dialogue = Dialogue(chat.model, chat.tokens, system=config.system, sampling=config.sampling)
+        dialogue = chat.dialogue(config.system, config.sampling)
         if is_person:
             device = next(chat.model.parameters()).device.type
             print(f"{chat.origin}, on {device}. /help lists what else can be typed, Ctrl-D ends.")

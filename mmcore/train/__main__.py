@@ -2,7 +2,7 @@
 
 import sys
 
-from mmcore.train.launch import main
+from mmcore.launch import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -13,76 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mmcore import checkpoint
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run goes, how long it lasts, and what it leaves."""
-
-    out: Path | None = None
-    """Folder of the run, which must be new unless --resume; None = runs/RECIPE-DATE-TIME."""
-    resume: str | None = None
-    """'latest' = go on from the newest checkpoint of --out (from the start where it has none yet), or the folder
-    of one checkpoint."""
-    epochs: int = 32
-    """Passes over the training pairs."""
-    steps: int | None = None
-    """Optimizer steps in all; None = what --epochs gives."""
-    batch_size: int = 256
-    """Samples a rank and micro-batch; the whole batch is this times --accum times the number of ranks."""
-    accum: int = 1
-    """Micro-batches a step, at the memory of one. A contrastive loss still sees the whole batch (GradCache)."""
-    seed: int = 0
-    """Seed of the weights, the split and the order of the data."""
-    save_every: int | None = None
-    """Steps between checkpoints; None = one an epoch, and always one at the end."""
-    keep: int = 3
-    """Checkpoints that stay, the newest."""
-    eval_every: int | None = None
-    """Steps between evaluations on the held-out pairs; None = ten in the run."""
-    log_every: int = 10
-    """Steps between records in metrics.jsonl."""
-    tensorboard: bool = False
-    """Write TensorBoard event files too, into the run's folder."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "steps",
-            "batch_size",
-            "accum",
-            "save_every",
-            "keep",
-            "eval_every",
-            "log_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}")
-
-
-# Settings that may differ between a run and its continuation, since they do not change what is computed.
-FREE_ON_RESUME = frozenset(
-    {
-        "out",
-        "resume",
-        "save_every",
-        "keep",
-        "eval_every",
-        "log_every",
-        "tensorboard",
-        "workers",
-        "image_root",
-        "vision",
-        "start",
-        "llm",
-        "llm_steps",
-        "max_answer",
-    }
-)
-FREE_ON_RESUME |= {"zero", "deepspeed", "batch_size", "accum", "stamps_dir", "activation_checkpointing"}
+from mmcore.train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -102,9 +33,7 @@ def open_run(recipe: str, run: RunConfig) -> Start:
     if run.resume is None:
         folder = run.out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
         if folder.exists():
-            raise ValueError(
-                f"--out must be a new folder, got {folder}, which exists; --resume latest continues it"
-            )
+            raise ValueError(f"--out must be a new folder, got {folder}, which exists; --resume latest continues it")
         return Start(folder, None)
     if run.resume == "latest":
         if run.out is None:
@@ -113,17 +42,13 @@ def open_run(recipe: str, run: RunConfig) -> Start:
         if not found:
             leftover = run.out / "config.json"
             if run.out.exists() and any(run.out.iterdir()) and not leftover.is_file():
-                raise ValueError(
-                    f"--out must be a run to resume or a new folder, got {run.out}, which is neither"
-                )
+                raise ValueError(f"--out must be a run to resume or a new folder, got {run.out}, which is neither")
             return Start(run.out, None)
         folder = checkpoint.step_folder(run.out / "checkpoints", found[-1])
     else:
         folder = Path(run.resume)
         if run.out is not None and run.out.resolve() != folder.resolve().parents[1]:
-            raise ValueError(
-                f"--resume {folder} belongs to the run {folder.parents[1]}, but --out is {run.out}"
-            )
+            raise ValueError(f"--resume {folder} belongs to the run {folder.parents[1]}, but --out is {run.out}")
     checkpoint.verify(folder)
     newest = checkpoint.step_folder(folder.parent, checkpoint.steps(folder.parent)[-1])
     if newest.name != folder.name:  # 'latest' would later mix the two continuations
@@ -134,28 +59,9 @@ def open_run(recipe: str, run: RunConfig) -> Start:
     return Start(folder.parents[1], folder)
 
 
-def check_settings(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
-    """Compares the settings of a run with those of its continuation.
-
-    Raises:
-        ValueError: one that changes what is computed differs; the message names it and both values.
-    """
-    for name in sorted(saved.keys() | now.keys()):
-        old, new = saved.get(name), now.get(name)
-        if name in FREE_ON_RESUME or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            check_settings(old, new, f"{prefix}{name}.")
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        raise ValueError(f"{flag} must be {old!r} as in the run that is resumed, got {new!r}")
-
-
 def peak_memory() -> str:
     """Peak memory of this process, for the progress bar."""
-    for line in (
-        Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
-    ):
+    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []:
         if line.startswith("VmHWM"):
             return f"{int(line.split()[1]) / 2**20:.1f} GB"
     return "n/a"
@@ -177,12 +83,7 @@ class Metrics:
             checkpoint.write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self._file = self.path.open("a")
         self._board = _summary_writer(folder) if tensorboard else None
-        columns = [
-            TextColumn("[bold]step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-        ]
+        columns = [TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}")]
         columns += [TextColumn("ETA"), TimeRemainingColumn()]
         console = Console(stderr=True)
         self._bar = Progress(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal)

@@ -2,12 +2,16 @@
 
 import json
 import os
+import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +21,9 @@ from mmcore.ops import require
 
 SHARD_BYTES = 5_000_000_000
 """Weights beyond this are written as several files."""
+# what torch's unpickler raises on damaged input
+_UNPICKLER = (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+_UNPICKLER += (AssertionError, struct.error)
 
 
 def read_json(op: str, file: Path) -> dict[str, Any]:
@@ -44,6 +51,24 @@ def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{op}: {file} must be a whole safetensors file, got: {error}") from error
+
+
+def read_pickle(op: str, file: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, on the CPU, those of "state_dict" where it has that; no other object is made.
+
+    Raises:
+        ValueError: no such file, a damaged one, one of something else.
+    """
+    require(op, file.is_file(), "file must exist, got {}", file)
+    try:
+        raw = torch.load(file, map_location="cpu", weights_only=True)
+    except _UNPICKLER as error:
+        why = f"{type(error).__name__}: {error}".split(". ")[0]
+        raise ValueError(f"{op}: {file} must be a whole pickle of tensors and nothing else, got {why}") from error
+    raw = raw["state_dict"] if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict) else raw
+    is_state = isinstance(raw, dict) and all(isinstance(x, Tensor) for x in raw.values())
+    require(op, is_state, "{} must hold tensors by name, got {}", file, type(raw).__name__)
+    return raw
 
 
 def read_folder(op: str, folder: Path) -> dict[str, Tensor]:
@@ -77,31 +102,29 @@ def new_folder(op: str, folder: Path) -> Iterator[Path]:
         staged.rename(folder)
 
 
+def save_folder(
+    op: str,
+    folder: Path | str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    write_more: Callable[[Path], object] = lambda staged: None,
+) -> None:
+    """Writes a new folder as transformers does: config.json, *.safetensors, and what is written besides.
+
+    Raises:
+        ValueError: it exists already.
+    """
+    with new_folder(op, Path(folder)) as staged:
+        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
+        for file, names in split.filename_to_tensors.items():
+            write_safetensors(staged / file, {name: tensors[name] for name in names})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(staged / "model.safetensors.index.json", index)
+        write_json(staged / "config.json", config)
+        write_more(staged)
+
+
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a file that transformers' from_pretrained, which reads the framework from the metadata, loads."""
     save_file(dict(tensors), file, metadata={"format": "pt"})
-
-
-def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes model.safetensors, or files of up to `SHARD_BYTES` and an index of them, as transformers does."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD_BYTES
-    for name, x in tensors.items():
-        if shards[-1] and x.nbytes > room:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = x
-        room -= x.nbytes
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", tensors)
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / name, shard)
-        weight_map |= dict.fromkeys(shard, name)
-    size = sum(x.nbytes for x in tensors.values())
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": size}, "weight_map": weight_map},
-    )

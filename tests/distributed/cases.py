@@ -39,17 +39,14 @@ class Case:
 
 EVERYTHING = {"alpha": 0.4, "label_smoothing": 0.1}
 CASES = {
-    "plain": Case(),
-    "rows alone": Case(options={"symmetric": False}),
-    "labels": Case(("labels",)),
-    "smoothing": Case(options={"label_smoothing": 0.2}),
-    "negatives": Case(("negatives",)),
+    "plain": Case(), "rows alone": Case(options={"symmetric": False}), "labels": Case(("labels",)),
+    "smoothing": Case(options={"label_smoothing": 0.2}), "negatives": Case(("negatives",)),
     "teacher": Case(("teacher",), {"alpha": 0.4}),
     "teacher and negatives": Case(("teacher", "negatives"), {"alpha": 0.4}),
     "everything": Case(("labels", "teacher", "negatives"), EVERYTHING),
     "everything, rows alone": Case(("labels", "teacher", "negatives"), EVERYTHING | {"symmetric": False}),
     "normalized": Case(("labels", "negatives"), {"normalized": True}),
-}
+}  # fmt: skip
 SIGMOID_CASES = {"plain": Case(), "labels": Case(("labels",))}
 
 TOKEN_CASES = {

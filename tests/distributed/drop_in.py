@@ -70,8 +70,7 @@ def compared() -> dict[str, Any]:
         lambda a, b, s: with_temperature(a, b, s, mask=mask, **smoothing),
     )
     return {
-        name: {"ours": run(ours, rows), "published": run(published, rows)}
-        for name, (ours, published) in pairs.items()
+        name: {"ours": run(ours, rows), "published": run(published, rows)} for name, (ours, published) in pairs.items()
     }
 
 

@@ -38,15 +38,20 @@ def finish(folder: Path, result: dict[str, Any]) -> NoReturn:
 
 
 def run_ranks(
-    worker: str, num_ranks: int, folder: Path, interpret: bool = False, **arguments: Any
+    worker: str,
+    num_ranks: int,
+    folder: Path,
+    interpret: bool = False,
+    package: str = "tests.distributed",
+    **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Runs `tests.distributed.<worker>` on `num_ranks` ranks; returns what each wrote to its result file.
+    """Runs `<package>.<worker>` on `num_ranks` ranks; returns what each wrote to its result file.
 
     `interpret`: the Triton kernels run, by their interpreter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.json").write_text(json.dumps(arguments))
-    module = f"tests.distributed.{worker}"
+    module = f"{package}.{worker}"
     if interpret:  # what triton is bound to when it is imported
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
         command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "-m", module, str(folder)]

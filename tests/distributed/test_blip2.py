@@ -21,32 +21,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 class TestOnRanks:
     def test_rows_come_from_the_ranks_that_have_them(self, results: Results, num_ranks: int) -> None:
         for result in results[num_ranks]:
-            assert result["fetched"] == result["uneven"] == result["wanted"]
-            assert result["nothing"] == [0, 5]
+            assert result["fetched"] == result["uneven"] == result["wanted"] and result["nothing"] == [0, 5]
 
-    def test_pairs_that_share_an_image_or_a_text_have_one_label(
-        self, results: Results, num_ranks: int
-    ) -> None:
+    def test_pairs_that_share_an_image_or_a_text_have_one_label(self, results: Results, num_ranks: int) -> None:
         labels = [x for result in results[num_ranks] for x in result["labels"]]
         assert labels == results[1][0]["labels"]
         groups = [{i for i, x in enumerate(labels) if x == y} for y in labels]
         assert groups[1] == {1, 5} and groups[2] == {2, 6} and groups[0] == {0}
 
-    def test_negatives_are_never_right_and_as_hard_as_softmax_has_them(
-        self, results: Results, num_ranks: int
-    ) -> None:
+    def test_negatives_are_never_right_and_as_hard_as_softmax_has_them(self, results: Results, num_ranks: int) -> None:
         generator = torch.Generator().manual_seed(3)
         tokens = torch.nn.functional.normalize(torch.randn(8, 3, 8, generator=generator), dim=-1)
         b = torch.nn.functional.normalize(torch.randn(8, 8, generator=generator), dim=-1)
         logits = 5 * torch.einsum("mqd,nd->mnq", tokens, b).amax(2)
-        right = (worker.IMAGE_IDS[:, None] == worker.IMAGE_IDS) | (
-            worker.TEXT_IDS[:, None] == worker.TEXT_IDS
-        )
+        right = (worker.IMAGE_IDS[:, None] == worker.IMAGE_IDS) | (worker.TEXT_IDS[:, None] == worker.TEXT_IDS)
         for name, of_rows in (("texts", logits), ("images", logits.T)):
             expected = of_rows.masked_fill(right, -torch.inf).softmax(1)
-            drawn = torch.cat(
-                [torch.tensor(r["negatives"][name]).T for r in results[num_ranks]]
-            )  # [8, draws]
+            drawn = torch.cat([torch.tensor(r["negatives"][name]).T for r in results[num_ranks]])  # [8, draws]
             assert not right.gather(1, drawn).any()
             share = torch.stack([(drawn == j).double().mean(1) for j in range(8)], 1)
             # five standard deviations of 400 draws
@@ -66,9 +57,7 @@ class TestOnRanks:
                 found = torch.tensor(result["step"]["grads"][name], dtype=torch.float64)
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8, msg=name)
 
-    def test_the_contrastive_gradient_is_exact_where_laviss_is_not(
-        self, results: Results, num_ranks: int
-    ) -> None:
+    def test_the_contrastive_gradient_is_exact_where_laviss_is_not(self, results: Results, num_ranks: int) -> None:
         """LAVIS gathers features without their gradients: what the losses say of them as candidates is lost."""
         exact = torch.tensor(results[1][0]["contrast"]["ours"])
         torch.testing.assert_close(torch.tensor(results[1][0]["contrast"]["lavis"]), exact)

@@ -16,51 +16,34 @@ RUNS: list[dict[str, Any]] = [
     {"id": "zero1", "zero": 1, "precision": "fp32", "teacher": "fp32", "buffers": "average"},
     {"id": "zero3-persistent", "zero": 3, "precision": "fp32"},
     {
-        "id": "zero2-round-robin",
-        "zero": 2,
-        "precision": "fp32",
-        "teacher": "bf16",
-        "buffers": "average",
+        "id": "zero2-round-robin", "zero": 2, "precision": "fp32", "teacher": "bf16", "buffers": "average",
         "zero_optimization": {"round_robin_gradients": True},
     },
     {
-        "id": "zero3-sub-groups",
-        "zero": 3,
-        "precision": "fp32",
+        "id": "zero3-sub-groups", "zero": 3, "precision": "fp32",
         "zero_optimization": {"sub_group_size": 60, "stage3_param_persistence_threshold": 13},
     },
     {"id": "zero1-bf16", "zero": 1, "precision": "bf16", "teacher": "bf16"},
     {
-        "id": "zero1-bf16-fp32-gradients",
-        "zero": 1,
-        "precision": "bf16",
-        "teacher": "fp32",
+        "id": "zero1-bf16-fp32-gradients", "zero": 1, "precision": "bf16", "teacher": "fp32",
         "config": {"data_types": {"grad_accum_dtype": "fp32"}},
     },
     {
-        "id": "zero3-bf16",
-        "zero": 3,
-        "precision": "bf16",
+        "id": "zero3-bf16", "zero": 3, "precision": "bf16",
         "zero_optimization": {"stage3_param_persistence_threshold": 0},
     },
     {
-        "id": "zero2-bf16-offloaded",
-        "zero": 2,
-        "precision": "bf16",
-        "teacher": "bf16",
-        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
-        "config": {"zero_force_ds_cpu_optimizer": False},
+        "id": "zero2-bf16-offloaded", "zero": 2, "precision": "bf16", "teacher": "bf16",
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "config": {"zero_force_ds_cpu_optimizer": False},
     },
     {
-        "id": "zero3-offloaded",
-        "zero": 3,
-        "precision": "fp32",
+        "id": "zero3-offloaded", "zero": 3, "precision": "fp32",
         "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
         "config": {"zero_force_ds_cpu_optimizer": False},
     },
     {"id": "zero2-bf16-ours", "zero": 2, "precision": "bf16", "teacher": "bf16", "ours": True},
     {"id": "zero3-bf16-persistent", "zero": 3, "precision": "bf16", "buffers": "average"},
-]
+]  # fmt: skip
 
 
 BY_ID = pytest.mark.parametrize("run", RUNS, ids=[run["id"] for run in RUNS])
@@ -79,39 +62,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @BY_ID
-def test_two_ranks_average_their_parts_as_one_process_does_to_the_bit(
-    runs: Runs, run: dict[str, Any]
-) -> None:
+def test_two_ranks_average_teach_swap_and_load_as_one_process_does_to_the_bit(runs: Runs, run: dict[str, Any]) -> None:
     results = [result[run["id"]] for result in runs[1]]
     for result in results:
         assert result["averages"] == result["averages after"] == result["exported"] == []
         assert result["num_updates"] == 6
+        # an update communicates for a teacher alone, once a parameter group
+        assert result["collectives"] == ["_allgather_base_"] * (2 if run["zero"] in (1, 2) else 0)
+        # swapped, it computes with the averages, and all comes back
+        assert result["shown"] == {"computes": True, "changed": [], "computes as before": True, "moved": True}
+        if run["zero"] < 3:
+            assert result["teacher"] == [] and result["teacher computes"]
+        loaded = result["loaded"]  # in another stage, or of one process
+        assert loaded["averages"] == loaded.get("teacher", []) == []
+        assert loaded["num_updates"] == (41 if run is RUNS[0] else 6)
     held, whole = [result["held"] for result in results], results[0]["whole"]
     assert sum(held) == (whole if run["zero"] else 2 * whole)
     assert max(held) < whole or run["zero"] == 0
-
-
-@BY_ID
-def test_an_update_communicates_only_for_a_teacher(runs: Runs, run: dict[str, Any]) -> None:
-    is_gathered = run["zero"] in (1, 2)
-    for result in runs[1]:
-        # one a parameter group
-        assert result[run["id"]]["collectives"] == ["_allgather_base_"] * (2 if is_gathered else 0)
-
-
-@BY_ID
-def test_swapped_computes_with_the_averages_and_brings_all_back_to_the_bit(
-    runs: Runs, run: dict[str, Any]
-) -> None:
-    for result in runs[1]:
-        expected = {"computes": True, "changed": [], "computes as before": True, "moved": True}
-        assert result[run["id"]]["shown"] == expected
-
-
-@pytest.mark.parametrize("run", [r for r in RUNS if r["zero"] < 3], ids=lambda r: r["id"])
-def test_a_teacher_is_the_single_process_one_to_the_bit(runs: Runs, run: dict[str, Any]) -> None:
-    for result in runs[1]:
-        assert result[run["id"]]["teacher"] == [] and result[run["id"]]["teacher computes"]
 
 
 @BY_ID
@@ -124,16 +91,7 @@ def test_a_file_of_two_ranks_is_read_by_one_process(runs: Runs, run: dict[str, A
     assert stored["body.0.weight"].dtype == torch.float32
     ema = EMA(Averaged())
     ema.load(path)
-    assert ema.num_updates == 6
-    assert all(torch.equal(x, expected[name]) for name, x in ema.averages.items())
-
-
-@BY_ID
-def test_a_file_is_loaded_in_another_stage_or_of_one_process(runs: Runs, run: dict[str, Any]) -> None:
-    for result in runs[1]:
-        loaded = result[run["id"]]["loaded"]
-        assert loaded["averages"] == loaded.get("teacher", []) == []
-        assert loaded["num_updates"] == (41 if run is RUNS[0] else 6)
+    assert ema.num_updates == 6 and all(torch.equal(x, expected[name]) for name, x in ema.averages.items())
 
 
 @BY_ID
@@ -150,13 +108,8 @@ def test_what_cannot_be_is_refused_on_every_rank(runs: Runs, run: dict[str, Any]
             assert "EMA: teacher must be under ZeRO stage 0, 1 or 2, got 3, " in refused["teacher"]
 
 
-def test_a_momentum_encoder_of_an_engine_is_the_single_process_one_to_the_bit(runs: Runs) -> None:
+def test_a_momentum_encoder_of_an_engine_is_the_single_process_one_and_ranks_share_a_queue(runs: Runs) -> None:
     for result in runs[1]:
-        assert result["momentum"]["teacher"] == []
-        assert result["momentum"]["state"].endswith("use EMA.save")
-
-
-def test_ranks_share_a_queue(runs: Runs) -> None:
-    for result in runs[1]:
+        assert result["momentum"]["teacher"] == [] and result["momentum"]["state"].endswith("use EMA.save")
         # 0 1 10 11 2, then 3 12 13 in the places of the oldest
         assert result["momentum"]["queue"] == [3.0, 12.0, 13.0, 11.0, 2.0]

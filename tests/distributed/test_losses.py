@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcore.losses import global_contrastive_loss, global_token_contrastive_loss
+from mmcore.losses import global_token_contrastive_loss
 from mmkernels import contrastive_loss_ref, sigmoid_loss_ref, token_contrastive_loss_ref
-from tests.distributed import cases, tiny
+from tests.distributed import cases, tiny, worker_losses
 from tests.distributed.launch import run_ranks
+from tests.mmcore.integrations import dual_encoders
 
 WHOLE = slice(0, cases.NUM)
 
@@ -127,16 +128,7 @@ def test_a_model_gets_the_gradient_of_the_global_batch(results):
             assert (found - p.grad).abs().max() < 1e-10, name
 
 
-SAME = [
-    "D",
-    "dtype",
-    "labels",
-    "negatives",
-    "teacher",
-    "symmetric",
-    "label_smoothing",
-    "gather_limit_bytes",
-]
+SAME = ["D", "dtype", "labels", "negatives", "teacher", "symmetric", "label_smoothing", "gather_limit_bytes"]
 
 
 @pytest.mark.parametrize("name", [*SAME, "requires_grad"])
@@ -149,22 +141,17 @@ def test_ranks_that_differ_get_one_error_on_every_rank(results, name):
 
 
 def test_ranks_in_different_losses_get_an_error_each(results):
-    differ = (
-        "loss must be the same on every rank, got global_contrastive_loss on rank 0, global_sigmoid_loss on"
-    )
+    differ = "loss must be the same on every rank, got global_contrastive_loss on rank 0, global_sigmoid_loss on"
     for result in results:
         assert f": {differ} rank {len(results) - 1}" in result["refusals"]["loss"]
 
 
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [
-        ("b", "contrastive: b must have the shape of a, [2, 6], got [1, 6]"),
-        ("labels", "contrastive: labels[1] must be int64 [2], got torch.int32 [2]"),
-        ("claim", "contrastive: a must have rows of unit norm, as normalized=True claims"),
-        ("scale", "contrastive: logit_scale must be finite, got nan"),
-    ],
-)
+@pytest.mark.parametrize(("name", "complaint"), [
+    ("b", "contrastive: b must have the shape of a, [2, 6], got [1, 6]"),
+    ("labels", "contrastive: labels[1] must be int64 [2], got torch.int32 [2]"),
+    ("claim", "contrastive: a must have rows of unit norm, as normalized=True claims"),
+    ("scale", "contrastive: logit_scale must be finite, got nan"),
+])  # fmt: skip
 def test_a_mistake_of_one_rank_is_an_error_on_all(results, name, complaint):
     *others, odd = (result["refusals"][f"a rank's own {name}"] for result in results)
     assert odd.startswith(complaint)
@@ -176,8 +163,7 @@ def test_a_mistake_of_one_rank_is_an_error_on_all(results, name, complaint):
 def test_the_ring_never_holds_the_gathered_features(results):
     gathered, two_shards = len(results) * 2 * 4096 * 4, 2 * 2 * 4096 * 4
     for result in results:
-        assert result["largest"]["gathered"] >= gathered
-        assert result["largest"]["ring"] < two_shards
+        assert result["largest"]["gathered"] >= gathered and result["largest"]["ring"] < two_shards
 
 
 def test_the_drop_in_classes_are_their_published_formulas(results):
@@ -203,70 +189,40 @@ def test_a_place_that_the_process_group_contradicts_is_refused_on_every_rank(res
 
 
 @pytest.mark.parametrize("exchange", cases.EXCHANGES)
-class TestSpecialInputs:
-    def special(self, results: list[dict], exchange: str, name: str) -> list[Any]:
+def test_nan_far_blocks_large_logits_no_grad_and_autocast_are_as_on_one_process(results, exchange):
+    def special(name: str) -> list[Any]:
         return [result["special"][f"{name}, {exchange}"] for result in results]
 
-    def test_a_nan_on_one_rank_is_a_nan_on_all(self, results, exchange):
-        assert all(self.special(results, exchange, "nan"))
-
-    def test_normalized_survives_blocks_without_any_logit_in_reach(self, results, exchange):
-        x = cases.apart()
-        expected = contrastive_loss_ref(x, x, 100.0).item()
-        for found in self.special(results, exchange, "apart"):
-            assert abs(found - expected) < 1e-10 * expected
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_a_small_loss_is_not_lost_in_the_rounding_of_large_logits(self, results, exchange, dtype):
-        """Log-sum-exps near 100 are rounded by 32 epsilon."""
-        expected = math.log1p((cases.NUM - 1) * math.exp(-11))
-        for found in self.special(results, exchange, f"small {dtype}"):
-            assert abs(found - expected) < 4 * torch.finfo(dtype).eps
-
-    def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(self, results, exchange):
-        batch = cases.batch()
-        b = batch["b"].clone().requires_grad_()
-        (db,) = torch.autograd.grad(contrastive_loss_ref(batch["a"], b, 5.0, symmetric=False), b)
-        found = torch.cat([tensor(x) for x in self.special(results, exchange, "frozen")]) / len(results)
-        assert (found - db).abs().max() < 1e-12
-
-    def test_without_grad_the_loss_is_the_same(self, results, exchange):
-        batch = cases.batch()
-        expected = contrastive_loss_ref(batch["a"], batch["b"], 5.0).item()
-        for found in self.special(results, exchange, "no_grad"):
-            assert abs(found - expected) < 1e-10
-
-    def test_autocast_casts_the_features(self, results, exchange):
-        assert not any(self.special(results, exchange, "autocast"))
+    batch, x = cases.batch(), cases.apart()
+    far = contrastive_loss_ref(x, x, 100.0).item()  # no logit of another block is in reach
+    small = math.log1p((cases.NUM - 1) * math.exp(-11))  # log-sum-exps near 100 are rounded by 32 epsilon
+    plain = contrastive_loss_ref(batch["a"], batch["b"], 5.0).item()
+    table = [("apart", far, 1e-10 * far), ("no_grad", plain, 1e-10)]
+    table += [(f"small {dtype}", small, 4 * torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64)]
+    for name, expected, bound in table:
+        assert all(abs(found - expected) < bound for found in special(name)), name
+    assert all(special("nan")) and not any(special("autocast"))
+    b = batch["b"].clone().requires_grad_()
+    (db,) = torch.autograd.grad(contrastive_loss_ref(batch["a"], b, 5.0, symmetric=False), b)
+    found = torch.cat([tensor(x) for x in special("frozen")]) / len(results)
+    assert (found - db).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_gradients_under_zero_0_to_3_are_those_of_one_process(num_ranks, tmp_path):
-    model = tiny.TwoTower(torch.float64)
-    loss = tiny.eager_loss(*model(*tiny.batch(12, 0, torch.float64)))
+@pytest.mark.parametrize("name", worker_losses.DUAL_ENCODERS)
+def test_transformers_dual_encoders_have_the_loss_and_the_gradients_of_the_global_batch(results, name):
+    model = dual_encoders.make(name)
+    loss = model(**dual_encoders.batch(12), return_loss=True).loss
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    for result in run_ranks("worker_float64", num_ranks, tmp_path):
-        for zero in "0123":
-            assert abs(result[zero]["loss"] - loss.item()) < 1e-10
-            assert result[zero]["gradients"].keys() == gradients.keys()
-            for name, expected in gradients.items():
-                assert expected is not None
-                found = tensor(result[zero]["gradients"][name])
-                assert (found - expected).abs().max() < 1e-10, (zero, name)
-
-
-def test_without_a_process_group_it_is_the_plain_loss():
-    case = cases.CASES["everything"]
-    batch = cases.batch()
-    arguments = case.arguments(batch, WHOLE, WHOLE)
-    found = global_contrastive_loss(batch["a"], batch["b"], cases.SCALE, **arguments)
-    assert abs(found - contrastive_loss_ref(batch["a"], batch["b"], cases.SCALE, **arguments)) < 1e-12
+    expected = {parameter: p.grad for parameter, p in model.named_parameters() if p.grad is not None}
+    assert expected["logit_scale"].abs().max() > 1e-3
+    for found in (result["dual encoders"][name] for result in results):
+        assert abs(found["loss"] - loss.item()) < 1e-10 and found["gradients"].keys() == expected.keys()
+        for parameter, gradient in expected.items():
+            difference = tensor(found["gradients"][parameter]).reshape(gradient.shape) - gradient
+            assert difference.abs().max() <= 1e-10 * gradient.abs().max() + 1e-14, parameter
 
 
 def test_the_token_loss_refuses_tokens_on_both_sides():
     tokens = torch.ones(3, 2, 4)
-    with pytest.raises(
-        ValueError, match=r"^global_token_contrastive_loss: b must be \[n, D\], got shape \[3, 2, 4\]$"
-    ):
+    with pytest.raises(ValueError, match=r"^global_token_contrastive_loss: b must be \[n, D\], got shape \[3, 2, 4\]$"):
         global_token_contrastive_loss(tokens, tokens, 1.0)

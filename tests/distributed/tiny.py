@@ -1,8 +1,25 @@
 """A two-tower model small enough for many launches, with CLIP's interface, and its single-process truth."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mmcore.train.optim import OptimConfig, Rule
+
+RULES = (Rule("logit_scale", clamp=(0.0, 4.6)),)
+TOTAL = 6  # steps that a schedule of the weight decay is made for
+
+
+def rules(frozen_until: int) -> tuple[Rule, ...]:
+    """Those of TwoTower; where its text tower is frozen at first, its embeddings have a fixed learning rate."""
+    more = Rule("text.", frozen_until=frozen_until), Rule("embed.", fixed_lr=True)
+    return (*RULES, *(more if frozen_until else ()))
+
+
+def optim(settings: dict[str, Any]) -> OptimConfig:
+    return OptimConfig(**{"lr": 1e-2, "ema": 0.99, **settings})
 
 
 class TwoTower(nn.Module):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcore.data.text.wordpiece import Texts
 from mmcore.losses import fetch_rows, global_token_contrastive_loss, hard_negatives, pair_labels
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
-from mmcore.systems.blip2.steps import stage1_backward
+from mmcore.systems.blip2.steps import Pair, stage1_losses
 from tests.distributed.launch import finish
 
 SIZE, LENGTH, VOCAB = 8, 6, 50
@@ -23,34 +23,13 @@ IMAGE_IDS = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])
 TEXT_IDS = torch.tensor([10, 11, 12, 13, 14, 15, 12, 17])
 
 
-class Plain:
-    """A model as an engine runs it, without DeepSpeed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self.model(*inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-
 def model() -> BLIP2:
     torch.manual_seed(0)
     vision = VisionConfig(image_size=16, patch_size=8, width=24, num_layers=1, num_heads=2, mlp_dim=48)
     qformer = QFormerConfig(
-        num_queries=3,
-        width=16,
-        num_layers=2,
-        num_heads=2,
-        mlp_dim=32,
-        image_width=24,
-        vocab_size=VOCAB,
-        max_text=10,
-        dropout=0.0,
-        attention_dropout=0.0,
-    )
+        num_queries=3, width=16, num_layers=2, num_heads=2, mlp_dim=32, image_width=24, vocab_size=VOCAB, max_text=10,
+        dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
     # so small a temperature leaves nothing to chance
     config = BLIP2Config(vision, qformer, embed_dim=8, decoder_token_id=VOCAB - 1, init_temperature=1e-3)
     found = BLIP2(config).double().train()
@@ -72,14 +51,9 @@ def step(rows: slice) -> dict[str, Any]:
     """Losses, and the mean over ranks of the gradients of all of them."""
     blip2, (images, texts) = model(), batch()
     generator = torch.Generator().manual_seed(7 + dist.get_rank())
-    losses = stage1_backward(
-        Plain(blip2),
-        images[rows],
-        Texts(*(x[rows] for x in texts)),
-        image_ids=IMAGE_IDS[rows],
-        text_ids=TEXT_IDS[rows],
-        generator=generator,
-    )
+    mine = Texts(*(x[rows] for x in texts))
+    losses = stage1_losses(blip2, Pair(images[rows], mine, IMAGE_IDS[rows], TEXT_IDS[rows]), generator)
+    losses["loss"].backward()
     grads = {}
     for name, p in blip2.named_parameters():
         if p.grad is not None:
@@ -150,17 +124,13 @@ def main(folder: Path) -> None:
         "wanted": table[wanted].tolist(),
         "labels": pair_labels(IMAGE_IDS[rows], TEXT_IDS[rows]).tolist(),
         "all the same": hard_negatives(
-            torch.ones(share, 1, 2),
-            torch.ones(share, 2),
-            1.0,
-            image_ids=torch.zeros(share, dtype=torch.int64),
-            text_ids=torch.arange(share),
-            generator=torch.Generator(),
+            torch.ones(share, 1, 2), torch.ones(share, 2), 1.0, image_ids=torch.zeros(share, dtype=torch.int64),
+            text_ids=torch.arange(share), generator=torch.Generator(),
         ).images.tolist(),
         "negatives": negatives(rows, 400),
         "contrast": contrast(rows),
         "step": step(rows),
-    }
+    }  # fmt: skip
     finish(folder, result)
 
 

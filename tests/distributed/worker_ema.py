@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.ema import EMA, warmed_up, zero
 from mmcore.nn import FeatureQueue, MomentumEncoder
-from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
+from mmcore.train.config import EngineConfig
+from mmcore.train.deepspeed_json import deepspeed_config
+from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer
 from tests.distributed.launch import finish
 from tests.distributed.tiny import Averaged, averaged_batch
@@ -40,13 +42,10 @@ def make_engine(run: dict[str, Any], model: nn.Module) -> Any:
         resolved, precision = deepspeed_config(config, optim, batch_size=4, world_size=dist.get_world_size())
         return Engine(model, make_optimizer(groups(model), optim), resolved, precision).deepspeed
     config = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_clipping": 1.0,
-        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": run["zero"], **run.get("zero_optimization", {})},
-        "bf16": {"enabled": run["precision"] == "bf16"},
-        **run.get("config", {}),
-    }
+        "bf16": {"enabled": run["precision"] == "bf16"}, **run.get("config", {}),
+    }  # fmt: skip
     optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
@@ -184,9 +183,7 @@ class Case:
         if self.teacher is not None and self.true_teacher is not None:
             found["teacher"] = differing(named(self.teacher), named(self.true_teacher))
             dtype = DTYPES[self.run["teacher"]]
-            found["teacher computes"] = torch.equal(
-                outputs(self.teacher, dtype), outputs(self.true_teacher, dtype)
-            )
+            found["teacher computes"] = torch.equal(outputs(self.teacher, dtype), outputs(self.true_teacher, dtype))
         self.ema.save(folder / f"{name}.safetensors")
         if rank == 0:
             torch.save(averages | self.true_ema.buffer_averages, folder / f"{name}.pt")
@@ -232,9 +229,7 @@ def momentum() -> dict[str, Any]:
     encoder = MomentumEncoder(case.engine, warmed_up(0.9))
     case.train(0, also=encoder.update)
     found: dict[str, Any] = {"state": refusal(encoder.state_dict)}
-    theirs, ours = (
-        dict(model.named_parameters()) for model in (case.true_teacher or case.truth, encoder.teacher)
-    )
+    theirs, ours = (dict(model.named_parameters()) for model in (case.true_teacher or case.truth, encoder.teacher))
     found["teacher"] = differing(theirs, ours)
     queue = FeatureQueue(5, 2)
     for first in (0, 2):

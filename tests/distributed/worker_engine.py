@@ -1,38 +1,39 @@
-"""Trains TwoTower under the engine for a few steps in each setting given, and writes weights, EMA and losses."""
+"""Trains TwoTower under the engine for a few steps in each setting given, and writes weights, states and losses."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mmcore import checkpoint
-from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
-from mmcore.train.gradcache import contrastive_backward
-from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
+from mmcore.recipe import Step
+from mmcore.systems.clip.recipe import Clip, ClipBatch
+from mmcore.train.config import EngineConfig
+from mmcore.train.deepspeed_json import deepspeed_config
+from mmcore.train.engine import Engine, init_distributed
+from mmcore.train.optim import OptimConfig, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.state import read_state, restore_engine, save_state
 from tests.distributed import tiny
 from tests.distributed.launch import finish
 
-OPTIM = OptimConfig(lr=1e-2, ema=0.99)
 
-
-def make_engine(
-    zero: int, precision: str, batch_size: int, folder: str | None, **extra: float
-) -> tuple[Engine, int]:
+def make_engine(run: dict[str, Any], optim: OptimConfig) -> tuple[Engine, int]:
     model, start = tiny.TwoTower(), 0
+    folder = Path(run["resume"]) if "resume" in run else None
     if folder:
-        model.load_state_dict(dict(checkpoint.tensors(Path(folder), "weight")))
-        start = read_state(Path(folder))["step"]
-    optimizer = make_optimizer(param_groups(model, OPTIM.weight_decay), OPTIM)
-    config = EngineConfig(zero=zero, precision=precision, **extra)  # pyright: ignore[reportArgumentType]
-    resolved, p = deepspeed_config(
-        config, OPTIM, batch_size=batch_size // dist.get_world_size(), world_size=dist.get_world_size()
-    )
+        model.load_state_dict(dict(checkpoint.tensors(folder, "weight")))
+        start = read_state(folder)["step"]
+    rules = tiny.rules(run.get("frozen_until", 0))
+    optimizer = make_optimizer(param_groups(model, optim, rules), optim)
+    config = EngineConfig(zero=run["zero"], precision=run.get("precision", "fp32"))
+    world_size = dist.get_world_size()
+    resolved, p = deepspeed_config(config, optim, batch_size=8 // world_size, world_size=world_size)
     engine = Engine(model, optimizer, resolved, p)
     if folder:
-        restore_engine(engine, Path(folder))
+        restore_engine(engine, folder)
     return engine, start
 
 
@@ -42,20 +43,30 @@ def main() -> None:
     rank, world_size = init_distributed()
     results = {}
     for run in arguments["runs"]:
-        engine, start = make_engine(run["zero"], run.get("precision", "fp32"), 8, run.get("resume"))
+        optim = tiny.optim(run.get("optim", {}))
+        engine, start = make_engine(run, optim)
         losses, norms = [], []
         for step in range(start, run["steps"]):
             images, tokens = (tiny.share(x, rank, world_size) for x in tiny.batch(8, step))
-            loss = contrastive_backward(engine, images, tokens, tiny.lengths(tokens), run.get("accum", 1))
-            losses.append(float(loss))
-            norms.append(engine.step(OPTIM.lr))
+            parts = [
+                ClipBatch(a, b, tiny.lengths(b))
+                for a, b in zip(*(x.chunk(run.get("accum", 1)) for x in (images, tokens)), strict=True)
+            ]
+            losses.append(float(Clip().backward(engine, parts, Step(step, run["steps"], 0))["loss"]))
+            decay = weight_decay_schedule(optim, tiny.TOTAL)(step)
+            lr = optim.lr * run.get("rate", 1.0)
+            norms.append(engine.step(lr, weight_decay=decay, step=step))
             if run.get("save_at") == step + 1:
                 save_state(engine, Path(run["save"]), step + 1, {"note": "kept"}, {"rank": rank}, keep=2)
         names = list(engine.params)
-        state = {key: engine.gather(key, names) for key in ("weight", "ema", "exp_avg_sq")}
+        state = {key: engine.gather(key, names) for key in ("weight", *engine.optimizer.state_keys)}
         if rank == 0:
             torch.save(state, folder / f"{run['id']}.pt")
         results[run["id"]] = {"losses": losses, "norms": norms}
+        try:
+            engine.step(optim.lr, step=run["steps"] - 1)
+        except ValueError as error:
+            results[run["id"]]["error"] = str(error)
         engine.close()
     finish(folder, results)
 

@@ -11,9 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmcore.integrations.contrastive import use_global_loss
 from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
 from tests.distributed import cases, drop_in, tiny
 from tests.distributed.launch import finish
+from tests.mmcore.integrations import dual_encoders
+
+DUAL_ENCODERS = ("CLIP", "SigLIP")
 
 
 def run(
@@ -54,19 +58,33 @@ def variants(one: Callable[..., Any], named: dict[str, cases.Case]) -> dict[str,
     }
 
 
-def model() -> dict[str, Any]:
+def of_model(model: torch.nn.Module, loss: Tensor) -> dict[str, Any]:
     """Loss and data-parallel mean of the gradients of a whole model."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    two_tower = tiny.TwoTower(torch.float64)
-    images, tokens = (tiny.share(x, rank, world_size) for x in tiny.batch(12, 0, torch.float64))
-    loss = global_contrastive_loss(*two_tower(images, tokens))
     loss.backward()
     gradients = {}
-    for name, p in two_tower.named_parameters():
-        assert p.grad is not None
-        dist.all_reduce(p.grad)
-        gradients[name] = (p.grad / world_size).tolist()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            gradients[name] = (p.grad / dist.get_world_size()).tolist()
     return {"loss": loss.item(), "gradients": gradients}
+
+
+def two_tower() -> dict[str, Any]:
+    model = tiny.TwoTower(torch.float64)
+    images, tokens = (mine(x) for x in tiny.batch(12, 0, torch.float64))
+    return of_model(model, global_contrastive_loss(*model(images, tokens)))
+
+
+def dual_encoder(name: str) -> dict[str, Any]:
+    """One of transformers after `use_global_loss`."""
+    model = dual_encoders.make(name)
+    use_global_loss(model)
+    batch = {key: mine(x) for key, x in dual_encoders.batch(12).items()}
+    return of_model(model, model(**batch, return_loss=True).loss)
+
+
+def mine(x: Tensor) -> Tensor:
+    return tiny.share(x, dist.get_rank(), dist.get_world_size())
 
 
 def message(call: Callable[[], object]) -> str:
@@ -127,9 +145,7 @@ def largest_tensors() -> dict[str, int]:
         with LargestTensor() as largest:
             global_contrastive_loss(features, features, 1.0, gather_limit_bytes=limit).backward()
             global_sigmoid_loss(features, features, 1.0, 0.0, gather_limit_bytes=limit).backward()
-            global_token_contrastive_loss(
-                features[:, None], features, 1.0, gather_limit_bytes=limit
-            ).backward()
+            global_token_contrastive_loss(features[:, None], features, 1.0, gather_limit_bytes=limit).backward()
         sizes[exchange] = largest.num_bytes
     return sizes
 
@@ -180,17 +196,12 @@ def main() -> None:
         for exchange, limit in cases.EXCHANGES.items()
     }
     result = {
-        "variants": variants(contrastive, cases.CASES),
-        "sigmoid": variants(sigmoid, cases.SIGMOID_CASES),
-        "token": variants(token, cases.TOKEN_CASES),
-        "drop-in": drop_in.compared(),
-        "misplaced": message(drop_in.misplaced),
-        "float32": float32,
-        "refusals": refusals(),
-        "model": model(),
-        "largest": largest_tensors(),
-        "special": special(),
-    }
+        "variants": variants(contrastive, cases.CASES), "sigmoid": variants(sigmoid, cases.SIGMOID_CASES),
+        "token": variants(token, cases.TOKEN_CASES), "drop-in": drop_in.compared(),
+        "misplaced": message(drop_in.misplaced), "float32": float32, "refusals": refusals(), "model": two_tower(),
+        "dual encoders": {name: dual_encoder(name) for name in DUAL_ENCODERS},
+        "largest": largest_tensors(), "special": special(),
+    }  # fmt: skip
     finish(Path(sys.argv[1]), result)
 
 

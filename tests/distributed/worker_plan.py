@@ -24,14 +24,17 @@ from mmcore.parts.vit import VisionConfig
 from mmcore.plan.job import Job, Setting
 from mmcore.plan.language import language_model
 from mmcore.plan.zero import BUCKET
+from mmcore.recipe import Step
 from mmcore.systems.clip.model import CLIP
 from mmcore.systems.clip.plan import clip_job
 from mmcore.systems.clip.shapes import clip_config
 from mmcore.systems.llava.loader import ChatPart
 from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.systems.llava.plan import llava_job_of
-from mmcore.systems.llava.recipe import llava_backward
-from mmcore.train.engine import Engine, EngineConfig, deepspeed_config, init_distributed
+from mmcore.systems.llava.recipe import LlavaStage1
+from mmcore.train.config import EngineConfig
+from mmcore.train.deepspeed_json import deepspeed_config
+from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups
 
 MICRO, LENGTH = 2, 24
@@ -74,18 +77,11 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("clip", 0, "fp32"),
-    Case("clip", 1, "fp32"),
-    Case("clip", 1, "bf16"),
-    Case("clip", 2, "amp_bf16", 4),
-    Case("clip", 3, "bf16"),
-    Case("clip", 3, "fp32", 4),
-    Case("llava-stage2", 0, "fp32", 2),
-    Case("llava-stage2", 2, "fp32", 2),
-    Case("llava-stage2", 3, "fp32", 2),
-    Case("llava-stage2", 3, "bf16", 1, True),
+    Case("clip", 0, "fp32"), Case("clip", 1, "fp32"), Case("clip", 1, "bf16"), Case("clip", 2, "amp_bf16", 4),
+    Case("clip", 3, "bf16"), Case("clip", 3, "fp32", 4), Case("llava-stage2", 0, "fp32", 2),
+    Case("llava-stage2", 2, "fp32", 2), Case("llava-stage2", 3, "fp32", 2), Case("llava-stage2", 3, "bf16", 1, True),
     Case("llava-stage1", 3, "bf16", 3, True),
-)
+)  # fmt: skip
 
 
 class Traffic(TorchDispatchMode):
@@ -140,7 +136,7 @@ def _llava_backward(engine: Engine, accum: int) -> Callable[[], object]:
     tokens = torch.randint(1, 1000, (MICRO, LENGTH))
     tokens[:, 1 : 1 + VISION.num_patches] = IMAGE_TOKEN
     part = ChatPart(tokens, tokens.clamp(min=0), torch.randn(MICRO, 3, 16, 16), None, None)
-    return lambda: llava_backward(engine, [part] * accum)
+    return lambda: LlavaStage1().backward(engine, [part] * accum, Step(0, 1, 0))
 
 
 def measure(case: Case, ranks: int) -> dict[str, Any]:
@@ -149,7 +145,7 @@ def measure(case: Case, ranks: int) -> dict[str, Any]:
     config = EngineConfig(zero=case.zero, precision=case.precision)  # pyright: ignore[reportArgumentType]
     resolved, precision = deepspeed_config(config, optim, batch_size=MICRO * case.accum, world_size=ranks)
     model = case.model()
-    engine = Engine(model, make_optimizer(param_groups(model, 0.2), optim), resolved, precision)
+    engine = Engine(model, make_optimizer(param_groups(model, optim), optim), resolved, precision)
     del model
     backward = (_clip_backward if case.recipe == "clip" else _llava_backward)(engine, case.accum)
 
@@ -168,9 +164,7 @@ def measure(case: Case, ranks: int) -> dict[str, Any]:
 
 
 def main(ranks: int) -> None:
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-    )
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     init_distributed()
     for case in CASES:

@@ -26,26 +26,16 @@ from mmkernels.token_contrastive import loss as token_loss
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
     attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "TILE_WEIGHTS": 512, "MASKED_ROWS": 16},
-    attention_op: {"FEW_WEIGHTS": 0},
-    pieces: {"MIN_ROWS": 4, "MIN_COLS": 4, "MASK_ENTRIES": 256},
+    attention_op: {"FEW_WEIGHTS": 0}, pieces: {"MIN_ROWS": 4, "MIN_COLS": 4, "MASK_ENTRIES": 256},
     blockwise: {"TILE": 32, "LOW_SPAN": 64},
-    kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32},
-    op: {"STORED_LOGITS": 0},
-    problem: {"POSITIVES_CHUNK": 24},
-    distill_blockwise: {"BLOCK": 256},
-    distill_kernel: {"MIN_PROGRAMS": 6},
-    distill_op: {"EAGER_LOGITS": 0},
-    multi_tensor_blockwise: {"PART": 64},
-    sigmoid_blockwise: {"TILE": 32},
-    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32},
-    sigmoid_op: {"EAGER_LOGITS": 0},
-    lce_blockwise: {"ROWS": 32, "COLS": 32},
-    lce_kernel: {"chunk_rows": lambda vocab: 32},
-    lce_op: {"EAGER_PRODUCT": 0},
-    token_loss: {"EAGER_PRODUCTS": 0},
-    token_blockwise: {"TILE": 640, "TILE_COLS": 16},
+    kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32}, op: {"STORED_LOGITS": 0},
+    problem: {"POSITIVES_CHUNK": 24}, distill_blockwise: {"BLOCK": 256}, distill_kernel: {"MIN_PROGRAMS": 6},
+    distill_op: {"EAGER_LOGITS": 0}, multi_tensor_blockwise: {"PART": 64}, sigmoid_blockwise: {"TILE": 32},
+    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_op: {"EAGER_LOGITS": 0},
+    lce_blockwise: {"ROWS": 32, "COLS": 32}, lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_op: {"EAGER_PRODUCT": 0}, token_loss: {"EAGER_PRODUCTS": 0}, token_blockwise: {"TILE": 640, "TILE_COLS": 16},
     token_kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -53,6 +43,15 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, values in SMALL.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
+
+
+# the interpreter runs the kernels alone
+@pytest.fixture(params=["streamed"] if INTERPRETED else ["streamed", "eager_form"])
+def either_form(request: pytest.FixtureRequest) -> str:
+    """Small shapes both ways: streamed in small tiles, and by the eager form that a CPU takes there."""
+    if request.param == "streamed":
+        request.getfixturevalue("streamed")
+    return request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

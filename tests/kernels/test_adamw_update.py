@@ -68,19 +68,7 @@ def test_what_is_not_finite_is_not_hidden_by_the_clamp(walk: str) -> None:
     given = lists([6])
     given["grads"] = [torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 2.0, 3.0])]
     found, gold = stepped(adamw_update_, given), stepped(adamw_update_ref_, given)
-    assert (
-        found["params"][0].isnan().tolist() == gold["params"][0].isnan().tolist() == 3 * [True] + 3 * [False]
-    )
-
-
-def test_dense_parameters_of_any_strides_are_stepped_in_place(walk: str) -> None:
-    param = torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last)
-    moments = [torch.zeros_like(param) for _ in range(2)]
-    grad = torch.randn(3, 4, 5, 6)
-    expected = [x.clone() for x in (param, *moments)]
-    adamw_update_([param], [grad], *([x] for x in moments), lr=0.1, step=1)
-    adamw_update_ref_([expected[0]], [grad], *([x] for x in expected[1:]), lr=0.1, step=1)
-    torch.testing.assert_close(param, expected[0])
+    assert found["params"][0].isnan().tolist() == gold["params"][0].isnan().tolist() == 3 * [True] + 3 * [False]
 
 
 def test_gradients_that_lie_elsewhere_at_each_step_are_found(walk: str) -> None:
@@ -92,72 +80,3 @@ def test_gradients_that_lie_elsewhere_at_each_step_are_found(walk: str) -> None:
         adamw_update_ref_(gold, g, *moments, lr=0.1, step=step)
         del g
     torch.testing.assert_close(p[0], gold[0])
-
-
-def test_it_compiles_into_a_graph_that_steps_in_place() -> None:
-    def step(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> Tensor:
-        adamw_update_(p, g, m, v, lr=0.1, step=2)
-        return p[0] + 1
-
-    torch._dynamo.reset()
-    given = lists([5, 3])
-    found, expected = ([[x.clone() for x in part] for part in given.values()] for _ in range(2))
-    result = torch.compile(step, fullgraph=True, backend="aot_eager")(*found)
-    assert torch.equal(result, step(*expected))
-    assert all(
-        torch.equal(x, y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)
-    )
-
-
-ONE = torch.ones(4)
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "length": ({"grads": []}, "grads must be 1 tensors like params, got 0"),
-    "shape": ({"exp_avgs": [torch.ones(5)]}, r"exp_avgs\[0\] must be \[4\], got \[5\]"),
-    "dtype": ({"grads": [ONE.long()]}, r"grads\[0\] must be float32, .*, got torch.int64"),
-    "an average that would stall": (
-        {"averages": [ONE.bfloat16()]},
-        r"averages\[0\] must be float32 or float64, got torch.bfloat16",
-    ),
-    "memory": (
-        {"averages": [ONE], "params": [ONE]},
-        r"(averages|params)\[0\] must share no memory with (averages|params)\[0\], got tensors that overlap",
-    ),
-    "layout": ({"params": [torch.ones(8)[::2]]}, r"params\[0\] must be dense in strides \[2\], got \[2\]"),
-    "shadows of nothing": ({"shadows": [torch.ones(4)]}, "shadows must come with averages, got none"),
-    "lr": ({"lr": -0.1}, "lr must be from 0 to inf, got -0.1"),
-    "infinite lr": ({"lr": float("inf")}, "lr must be from 0 to inf, got inf"),
-    "two lr": ({"lr": torch.ones(2)}, r"lr must be one number, got shape \[2\]"),
-    "step": ({"step": 0}, "step must be from 1 to inf, got 0"),
-    "decay": ({"averages": [torch.ones(4)], "decay": 1.1}, "decay must be from 0 to 1.0, got 1.1"),
-    "betas": ({"betas": (1.0, 0.9)}, r"betas must be from 0 to less than 1, got \(1.0, 0.9\)"),
-    "eps": ({"eps": -1.0}, "eps must be at least 0, got -1.0"),
-    "weight decay": ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
-    "clamp": ({"clamp": (2, 1)}, r"clamp must be \(low, high\), got \(2, 1\)"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_by_name(case: str) -> None:
-    changed, message = REFUSED[case]
-    arguments: dict[str, Any] = {
-        name: [torch.ones(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")
-    }
-    arguments |= {"lr": 0.1, "step": 1} | changed
-    with pytest.raises(ValueError, match=f"^adamw_update_: {message}"):
-        adamw_update_(**arguments)
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_reads_its_settings_anew() -> None:
-    p, g, m, v = ([torch.zeros(5000, device="cuda")] for _ in range(4))
-    g[0].fill_(1.0)
-    lr, step = torch.tensor(0.5, device="cuda"), torch.tensor(1.0, device="cuda")
-    adamw_update_(p, g, m, v, lr=lr, step=step, eps=0.0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        adamw_update_(p, g, m, v, lr=lr, step=step, eps=0.0)
-    for x in (p, m, v):
-        x[0].zero_()
-    lr.fill_(0.25)
-    graph.replay()
-    torch.testing.assert_close(p[0], torch.full((5000,), -0.25, device="cuda"))

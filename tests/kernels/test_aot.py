@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import Launch
-from tests.kernels.aot_cases import CASES, FWD, MULTI_TENSOR, Case, contrastive_case
+from tests.kernels.aot_cases import CASES, FWD, MULTI_TENSOR, ODD, Case, contrastive_case
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -39,26 +39,21 @@ FULL = [row for row in ROWS if row[2] == "fp32" and row[0].products]
 
 
 def compile_kernel(
-    case: Case, element: str, arch: int, config: Launch, precision: str = "ieee", odd: tuple[str, ...] = ()
+    case: Case, element: str, arch: int, config: Launch, precision: str = "ieee", is_odd: bool = False
 ) -> Any:
-    """As the launcher would: inner strides of 1, and all but the `odd` sizes multiples of 16."""
+    """As the launcher would: inner strides of 1, and all sizes, unless they are odd, multiples of 16."""
     possible = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d,
-        "INPUT_PRECISION": precision,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "INPUT_PRECISION": precision,
         **case.constants,
-    }
+    }  # fmt: skip
     constants = {name: value for name, value in possible.items() if name in case.kernel.arg_names}
     signature, attributes = {}, {}
     for index, argument in enumerate(case.kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
         else:
-            of_pointer = f"*{element}" if argument in case.operands else case.pointers.get(argument, "*fp32")
-            of_scalar = "fp32" if argument in case.floats else "i32"
-            signature[argument] = of_pointer if argument.endswith("_ptr") else of_scalar
-            if argument not in (*odd, *case.floats):
+            signature[argument] = case.type_of(argument, element)
+            if argument not in case.floats and not (is_odd and argument in ODD):
                 attributes[index,] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes),
@@ -89,8 +84,8 @@ def test_a_row_of_the_launch_table_fits_its_architecture(
     case: Case, row: tuple[str, int, int], element: str, tmp_path: Path
 ) -> None:
     found = [compiled_row(case, row, element)]
-    if case.odd:
-        found.append(compile_kernel(case, element, row[2], case.table[row], odd=case.odd))
+    if case.is_odd:
+        found.append(compile_kernel(case, element, row[2], case.table[row], is_odd=True))
     for compiled in found:
         usage = resources(compiled, tmp_path)
         assert usage["STACK"] == usage["LOCAL"] == 0

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels import QKNorm, attention, attention_ref, masks
+from mmkernels import QKNorm, attention, masks
 from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
 from mmkernels._philox import drop_, kept
 from mmkernels.attention import blockwise
 from mmkernels.attention.spec import INTERVALS, PLAIN
+from tests.kernels.recorded import Operations
 
 
 def operands(
@@ -172,9 +172,7 @@ class TestDropout:
             assert (bits >= 2**31) == expected
 
     @pytest.mark.parametrize("cols", [(0, 1), (0, 64), (3, 70), (1, 2), (5, 5)], ids=str)
-    def test_any_part_of_the_weights_has_the_bits_of_the_whole(
-        self, path: str, cols: tuple[int, int]
-    ) -> None:
+    def test_any_part_of_the_weights_has_the_bits_of_the_whole(self, path: str, cols: tuple[int, int]) -> None:
         heads = torch.arange(6).view(2, 3)
         weights = torch.rand(2, 3, 7, 80)
         seed = torch.tensor(-(2**61) + 12345)
@@ -187,24 +185,9 @@ class TestDropout:
 
 
 def kept_from(seed: int, num: int) -> list[bool]:
-    return kept(
-        torch.tensor(seed), 0.5, torch.zeros((), dtype=torch.int64), torch.arange(1), torch.arange(num)
-    )[0].tolist()
-
-
-class Largest(TorchDispatchMode):
-    """The number of entries of the largest tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(x, Tensor):
-                self.numel = max(self.numel, x.numel())
-        return result
+    return kept(torch.tensor(seed), 0.5, torch.zeros((), dtype=torch.int64), torch.arange(1), torch.arange(num))[
+        0
+    ].tolist()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
@@ -219,10 +202,10 @@ def test_nothing_of_the_size_of_the_weights_is_ever_made(kind: str) -> None:
         "dropout": {"dropout_p": 0.1, "seed": 0},
         "dense": {"mask": masks.key_padding(torch.arange(length)[None] % 3 > 0, length)},
     }[kind]
-    with Largest() as largest:
+    with Operations() as seen:
         out: Any = ours(q, k, v, **options)
         torch.autograd.grad(out.sum(), (q, k, v))
-    assert largest.numel <= length * length // 2
+    assert seen.largest <= length * length // 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
@@ -230,21 +213,12 @@ def test_tiles_that_nobody_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> 
     done = []
     forward = blockwise._fused_forward
     monkeypatch.setattr(
-        blockwise,
-        "_fused_forward",
-        lambda problem, piece: done.append(piece) or forward(problem, piece),
+        blockwise, "_fused_forward", lambda problem, piece: done.append(piece) or forward(problem, piece)
     )
     q, k, v = operands(1, 512, 1024, (1, 1), 8)
     ours(q, k, v, mask=masks.media(torch.arange(512)[None] % 128 == 0, 4, 256))
     assert sum((p.rows.stop - p.rows.start) * (p.cols.stop - p.cols.start) for p in done) == 512 * 256
     assert {piece.kind for piece in done} == {"full"}
-
-
-def test_the_registered_ops_pass_opcheck() -> None:
-    q, k, v = operands()
-    lo, hi = masks.prefix_causal(torch.tensor([3, 15]), 9, 20).pairs[0]
-    arguments = (q, k, v, None, None, None, lo, hi, None, None, None, None, 0.25, 0.0)
-    torch.library.opcheck(torch.ops.mmkernels.attention_fwd, arguments)
 
 
 def test_activation_checkpointing_changes_no_bit() -> None:
@@ -257,98 +231,3 @@ def test_activation_checkpointing_changes_no_bit() -> None:
         )
     )
     assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank of q": ({"q": torch.ones(2, 9, 16)}, r"q must be \[B, Lq, H, K\], got shape \[2, 9, 16\]"),
-    "head dim": (
-        {name: torch.ones(2, 3, 4, 257) for name in "qkv"},
-        "q must have K from 1 to 256, got 257",
-    ),
-    "dtype": ({"q": torch.ones(2, 9, 4, 16, dtype=torch.int32)}, "q must be float32, .*, got torch.int32"),
-    "mixed dtypes": (
-        {"k": torch.ones(2, 20, 2, 16).half()},
-        "k must have the dtype of q, torch.float32, got",
-    ),
-    "K of keys": ({"k": torch.ones(2, 20, 2, 8)}, "k must have q's K of 16, got 8"),
-    "batch": ({"q": torch.ones(3, 9, 4, 16)}, "q must have a batch of 1 or 2 like k, got 3"),
-    "heads": ({"q": torch.ones(2, 9, 3, 16)}, "q must have a multiple of k's 2 heads, got 3"),
-    "values": ({"v": torch.ones(2, 21, 2, 16)}, r"v must be of the shape of k, \[2, 20, 2, 16\], got"),
-    "one pair": ({"k": (torch.ones(2, 20, 2, 16),) * 2}, "v must be a pair like k, or neither, got Tensor"),
-    "keys of the mask": ({"mask": masks.causal(9, 21)}, "mask must be of Lk = 20 keys, got 21"),
-    "queries of the mask": ({"mask": masks.causal(8, 20)}, "mask must be of Lq = 9 queries, got 8"),
-    "batch of the mask": (
-        {"mask": masks.lengths(torch.ones(3, dtype=torch.int64), 9, 20)},
-        "mask must be of a batch of 1 or 2, got 3",
-    ),
-    "heads of the mask": (
-        {"mask": masks.dense(torch.ones(1, 3, 9, 20, dtype=torch.bool))},
-        "mask must be of 1 or 4 heads, got 3",
-    ),
-    "dtype of the mask": (
-        {"mask": masks.dense(torch.ones(9, 20, dtype=torch.float16))},
-        "mask must be one of .*, got torch.float16",
-    ),
-    "dropout": ({"dropout_p": 1.0}, "dropout_p must be from 0, below 1, got 1.0"),
-    "negative dropout": ({"dropout_p": -0.1}, "dropout_p must be from 0, below 1, got -0.1"),
-    "seed": (
-        {"dropout_p": 0.1, "seed": torch.ones(2)},
-        r"seed must be an int or int64 \[\], got torch.float32",
-    ),
-    "gate": ({"gate": torch.ones(3)}, r"gate must be \[\], \[1\] or \[4\], got shape \[3\]"),
-    "norm": ({"qk_norm": QKNorm(torch.ones(16), torch.ones(8))}, r"qk_norm.k_weight must be \[16\], got"),
-    "slopes": ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \[4\] or \[2, 4\], got shape \[3\]"),
-    "learned slopes": (
-        {"alibi_slopes": torch.ones(4, requires_grad=True)},
-        "alibi_slopes must be constants, got some with a gradient",
-    ),
-    "empty rows": ({"empty_rows": "nan"}, r"empty_rows must be one of \('zero', 'uniform'\), got 'nan'"),
-    "uniform rows with slopes": (
-        {"empty_rows": "uniform", "alibi_slopes": torch.ones(4)},
-        "empty_rows must be 'zero' with alibi_slopes, got 'uniform'",
-    ),
-    "backend": ({"backend": "magic"}, r"backend must be one of \(.*\), got 'magic'"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_by_name(case: str) -> None:
-    changed, message = REFUSED[case]
-    arguments: dict[str, Any] = dict(zip("qkv", operands(), strict=True)) | changed
-    with pytest.raises(ValueError, match=f"^attention: {message}"):
-        attention(**arguments)
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_captures_it() -> None:
-    q, k, v = (x.detach().cuda().half() for x in operands(num_queries=130, num_keys=257, width=64))
-    mask = masks.lengths(torch.tensor([0, 200], device="cuda"), 130, 257)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = ours(q, k, v, mask=mask)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = ours(q, k, v, mask=mask)
-    out.zero_()
-    graph.replay()
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.gpu
-def test_it_never_waits_for_the_device() -> None:
-    q, k, v = (x.detach().cuda().requires_grad_() for x in operands(num_queries=130, num_keys=257, width=64))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        mask = masks.causal(130, 257, device="cuda")
-        ours(q, k, v, mask=mask, dropout_p=0.1).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_dropout_has_the_bits_of_the_cpu() -> None:
-    q, k, v = (x.detach() for x in operands())
-    found = ours(*(x.cuda() for x in (q, k, v)), dropout_p=0.4, seed=11)
-    gold: Any = attention_ref(q.double(), k.double(), v.double(), dropout_p=0.4, seed=torch.tensor(11))
-    torch.testing.assert_close(found.cpu(), gold.float())

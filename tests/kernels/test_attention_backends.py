@@ -162,26 +162,19 @@ class TestWhoIsPicked:
     @pytest.mark.parametrize(
         ("call", "expected"),
         [
-            (CPU, "sdpa"),
-            (replace(CPU, mask="bool"), "sdpa"),
-            (replace(CPU, mask="float"), "sdpa"),
+            (CPU, "sdpa"), (replace(CPU, mask="bool"), "sdpa"), (replace(CPU, mask="float"), "sdpa"),
             (replace(CPU, mask="float", features=frozenset({"a bias with a gradient"})), "mmkernels"),
             (replace(CPU, mask="float", features=frozenset({"a bias wider than q"})), "mmkernels"),
-            (replace(CPU, mask="causal"), "sdpa"),
-            (replace(CPU, mask="causal", num_keys=4096), "mmkernels"),
+            (replace(CPU, mask="causal"), "sdpa"), (replace(CPU, mask="causal", num_keys=4096), "mmkernels"),
             (replace(CPU, mask="intervals"), "mmkernels"),
             (replace(CPU, features=frozenset({"dropout_p"})), "mmkernels"),
-            (replace(CPU, features=frozenset({"return_lse"})), "mmkernels"),
-            (CALL, "sdpa"),
-            (replace(CALL, mask="causal"), "sdpa"),
-            (replace(CALL, mask="causal", num_keys=4096), "mmkernels"),
-            (replace(CALL, num_queries=32), "mmkernels"),
-            (replace(CALL, mask="intervals"), "mmkernels"),
-            (replace(CALL, mask="bool"), "mmkernels"),
-            (TRAINED, "mmkernels"),
+            (replace(CPU, features=frozenset({"return_lse"})), "mmkernels"), (CALL, "sdpa"),
+            (replace(CALL, mask="causal"), "sdpa"), (replace(CALL, mask="causal", num_keys=4096), "mmkernels"),
+            (replace(CALL, num_queries=32), "mmkernels"), (replace(CALL, mask="intervals"), "mmkernels"),
+            (replace(CALL, mask="bool"), "mmkernels"), (TRAINED, "mmkernels"),
         ],
         ids=repr,
-    )
+    )  # fmt: skip
     def test_alone(self, call: Call, expected: str, nothing_installed: None) -> None:
         assert pick(call, None) == expected
 
@@ -223,9 +216,7 @@ class TestWhoIsPicked:
             ),
         ]
 
-    def test_of_few_weights_the_mask_is_made_unless_it_has_a_name(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_of_few_weights_the_mask_is_made_unless_it_has_a_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         monkeypatch.setattr(op, "pick", lambda call, name: found.append(call.mask) or pick(call, name))
         q, k = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8)
@@ -241,19 +232,12 @@ class TestWhoIsPicked:
 
 REFUSED = {
     "slopes": ("sdpa", replace(CPU, features=frozenset({"alibi_slopes"})), "it has no alibi_slopes"),
-    "two things": (
-        "flash_attn_2",
-        replace(CALL, features=frozenset({"return_lse", "dropout_p"})),
-        "it has no dropout_p, return_lse",
-    ),
+    "two things": ("flash_attn_2", replace(CALL, features=frozenset({"return_lse", "dropout_p"})),
+     "it has no dropout_p, return_lse"),
     "intervals": ("sdpa", replace(CPU, mask="intervals"), "it would store the mask as a matrix"),
     "bool": ("flash_attn_3", replace(CALL, mask="bool"), "it has no bool mask"),
     "a mask of cuDNN": ("sdpa_cudnn", replace(CALL, mask="bool"), "it has no bool mask"),
-    "lengths": (
-        "sdpa",
-        replace(CPU, mask="causal", num_keys=9),
-        "its causal mask needs as many queries as keys",
-    ),
+    "lengths": ("sdpa", replace(CPU, mask="causal", num_keys=9), "its causal mask needs as many queries as keys"),
     "dtype": ("flash_attn_2", replace(CALL, dtype=torch.float32), "it has no torch.float32"),
     "head dim": ("sdpa_cudnn", replace(CALL, head_dim=160), "K must be a multiple of 8 up to 128"),
     "odd head dim": ("flash_attn_3", replace(CALL, head_dim=36), "K must be a multiple of 8 up to 256"),
@@ -261,7 +245,7 @@ REFUSED = {
     "a CPU": ("sdpa_flash", replace(CALL, architecture=0), r"it needs a GPU of sm_\(80, 90, 100\)"),
     "another GPU": ("flash_attn_3", replace(CALL, architecture=80), r"it needs a GPU of sm_\(90,\)"),
     "nothing there": ("flash_attn_2", CALL, "flash_attn is not installed"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -306,9 +290,7 @@ def test_a_library_compiles_into_the_one_graph(name: str, installed: None) -> No
     assert torch.equal(compiled(q, k, v), call(q, k, v))
 
 
-def test_a_library_is_imported_while_a_first_call_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_a_library_is_imported_while_a_first_call_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """`_missing` is a constant to Dynamo, which could trace no import."""
     (tmp_path / "flash_attn_interface.py").write_text(
         "def flash_attn_func(q, k, v, softmax_scale, causal, deterministic):\n    return softmax_scale * (q + k + v)\n"
@@ -321,8 +303,6 @@ def test_a_library_is_imported_while_a_first_call_is_compiled(
     library = replace(LIBRARIES["flash_attn_3"], only=None, dtypes=libraries.SINGLE)
     monkeypatch.setattr(backends, "LIBRARIES", {**LIBRARIES, "flash_attn_3": library})
     torch._dynamo.reset()
-    compiled = torch.compile(
-        partial(attention, backend="flash_attn_3", scale=2.0), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(partial(attention, backend="flash_attn_3", scale=2.0), fullgraph=True, backend="aot_eager")
     q, k, v = (torch.randn(2, 9, 2, 8) for _ in range(3))
     torch.testing.assert_close(compiled(q, k, v), 2.0 * (q + k + v))

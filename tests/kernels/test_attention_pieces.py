@@ -86,9 +86,7 @@ def test_rows_that_see_nothing_have_no_pieces() -> None:
     assert not any(found for _, _, found in blocks(problem_of(mask, 1, 50, 60), Limits(1, 8, 8, 8)))
 
 
-def test_a_dense_mask_is_made_for_few_samples_at_a_time_unless_they_share_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_dense_mask_is_made_for_few_samples_at_a_time_unless_they_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "MASK_ENTRIES", 2 * 9 * 20 + 1)
     limits = Limits(1 << 30, 1 << 30, 1 << 30, 1 << 30)
     for num_masks, starts in ((5, [0, 2, 4]), (1, [0])):

@@ -1,7 +1,6 @@
 """What fisher_accumulate_ and ewc_penalty promise beyond the contract that every op obeys."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ SIZES = [1, CHUNK, 300, 0, 4103]
 class TestFisher:
     @pytest.mark.parametrize("dtype", ALL, ids=str)
     @pytest.mark.parametrize(("weight", "decay"), [(1.0, 1.0), (0.25, 0.9), (1.0, 0.0), (0.0, 0.5)])
-    def test_squares_are_added_in_float32(
-        self, dtype: torch.dtype, weight: float, decay: float, walk: str
-    ) -> None:
+    def test_squares_are_added_in_float32(self, dtype: torch.dtype, weight: float, decay: float, walk: str) -> None:
         fishers, grads = tensors(SIZES, torch.float32, 0), tensors(SIZES, dtype, 1)
         expected = [decay * f + weight * g.float() ** 2 for f, g in zip(fishers, grads, strict=True)]
         fisher_accumulate_(fishers, grads, weight=weight, decay=decay)
@@ -38,63 +35,6 @@ class TestFisher:
         torch.testing.assert_close(fisher, grad.square())
         fisher_accumulate_([fisher], [torch.ones(1, 6, dtype=torch.float64).expand(4, 6)])
         torch.testing.assert_close(fisher, grad.square() + 1)
-
-    def test_no_list_is_no_work(self) -> None:
-        fisher_accumulate_([], [])
-        fisher_accumulate_([torch.ones(0)], [torch.ones(0)])
-
-    def test_it_is_seen_by_what_was_saved_for_a_backward(self) -> None:
-        fisher = torch.ones(3)
-        loss = (torch.ones(3, requires_grad=True) * fisher).sum()
-        fisher_accumulate_([fisher], [torch.ones(3)])
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-    def test_it_compiles_into_a_graph_that_adds_in_place(self) -> None:
-        def step(fishers: list[Tensor], grads: list[Tensor]) -> Tensor:
-            fisher_accumulate_(fishers, grads, weight=0.5, decay=0.9)
-            return fishers[0] + 1
-
-        torch._dynamo.reset()
-        found, expected = (tensors([5, 3], torch.float32, 0) for _ in range(2))
-        grads = tensors([5, 3], torch.bfloat16, 1)
-        result = torch.compile(step, fullgraph=True, backend="aot_eager")(found, grads)
-        assert torch.equal(result, step(expected, grads))
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-
-
-ONE = torch.ones(4)
-FISHER_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "length": ({"grads": []}, "grads must be 1 tensors like fishers, got 0"),
-    "shape": ({"grads": [torch.ones(5)]}, r"grads\[0\] must be \[4\], got \[5\]"),
-    "dtype": (
-        {"fishers": [ONE.bfloat16()]},
-        r"fishers\[0\] must be float32 or float64, got torch.bfloat16",
-    ),
-    "dtype of a gradient": (
-        {"grads": [ONE.int()]},
-        r"grads\[0\] must be float32, .*, got torch.int32",
-    ),
-    "a gradient in its Fisher": (
-        {"fishers": [ONE], "grads": [ONE]},
-        r"fishers\[0\] must share no memory with grads\[0\], got tensors that overlap",
-    ),
-    "layout": (
-        {"fishers": [torch.ones(8)[::2]]},
-        r"fishers\[0\] must be dense in strides \[2\], got \[2\]",
-    ),
-    "weight": ({"weight": -0.5}, "weight must be at least 0, got -0.5"),
-    "no weight": ({"weight": float("inf")}, "weight must be at least 0, got inf"),
-    "decay": ({"decay": 1.5}, "decay must be from 0 to 1, got 1.5"),
-}
-
-
-@pytest.mark.parametrize("case", FISHER_REFUSED)
-def test_bad_input_of_fisher_is_refused_by_name(case: str) -> None:
-    changed, message = FISHER_REFUSED[case]
-    arguments: dict[str, Any] = {"fishers": [torch.ones(4)], "grads": [torch.ones(4)]} | changed
-    with pytest.raises(ValueError, match=f"^fisher_accumulate_: {message}"):
-        fisher_accumulate_(**arguments)
 
 
 Problem = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -122,10 +62,6 @@ class TestPenalty:
             eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
             torch.testing.assert_close(x.double(), y, rtol=2 * eps, atol=tiny)
         assert [x.dtype for x in grads] == [x.dtype for x in lists[0]]
-
-    def test_float64_has_its_own_gradients(self) -> None:
-        params, anchors, fishers = problem((torch.float64,) * 3, [3, 4])
-        assert torch.autograd.gradcheck(lambda *x: ewc_penalty(x, anchors, fishers, 0.5), params)
 
     def test_what_needs_no_gradient_gets_none(self, walk: str) -> None:
         params, anchors, fishers = problem((torch.float32,) * 3)
@@ -161,14 +97,6 @@ class TestPenalty:
         value = ewc_penalty([param, param], [torch.zeros(5)] * 2, [torch.ones(5)] * 2, 1.0)
         assert torch.equal(torch.autograd.grad(value, param)[0], torch.full((5,), 2.0))
 
-    def test_reruns_give_the_same_bits(self, walk: str) -> None:
-        params, anchors, fishers = problem((torch.float32,) * 3, [50_000, 7])
-        runs = []
-        for _ in range(2):
-            value = ewc_penalty(params, anchors, fishers, 0.3)
-            runs.append((value, *torch.autograd.grad(value, params)))
-        assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
     def test_no_strength_and_no_list_are_no_penalty(self, walk: str) -> None:
         params, anchors, fishers = problem((torch.float32,) * 3)
         value = ewc_penalty(params, anchors, fishers, 0.0)
@@ -198,34 +126,3 @@ class TestPenalty:
         assert torch.equal(*runs)
         grads = [torch.autograd.grad(value, params[0])[0] for value in runs]
         assert torch.equal(*grads)
-
-    def test_the_registered_ops_pass_opcheck(self) -> None:
-        ops, lists = torch.ops.mmkernels, problem((torch.float32, torch.bfloat16, torch.float32), [5, 0, 7])
-        torch.library.opcheck(ops.ewc_penalty_fwd.default, (*lists, 0.5))
-        lists = [[x.detach() for x in part] for part in lists]
-        torch.library.opcheck(ops.ewc_penalty_bwd.default, (*lists, torch.tensor(1.0), 0.5))
-        torch.library.opcheck(ops.fisher_accumulate.default, (lists[2], lists[1], 0.5, 0.9))
-
-
-PENALTY_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "length": ({"anchors": []}, "anchors must be 1 tensors like params, got 0"),
-    "shape": ({"fishers": [torch.ones(5)]}, r"fishers\[0\] must be \[4\], got \[5\]"),
-    "dtype": ({"fishers": [torch.ones(4).int()]}, r"fishers\[0\] must be float32, .*, got torch.int32"),
-    "device": (
-        {"anchors": [torch.ones(4, device="meta")]},
-        r"anchors\[0\] must be on cpu, got meta",
-    ),
-    "strength": ({"strength": -1.0}, "strength must be at least 0, got -1.0"),
-    "no strength": ({"strength": float("nan")}, "strength must be at least 0, got nan"),
-}
-
-
-@pytest.mark.parametrize("case", PENALTY_REFUSED)
-def test_bad_input_of_penalty_is_refused_by_name(case: str) -> None:
-    changed, message = PENALTY_REFUSED[case]
-    arguments: dict[str, Any] = {
-        **{name: [torch.ones(4)] for name in ("params", "anchors", "fishers")},
-        "strength": 1.0,
-    } | changed
-    with pytest.raises(ValueError, match=f"^ewc_penalty: {message}"):
-        ewc_penalty(**arguments)

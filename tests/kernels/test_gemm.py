@@ -25,9 +25,7 @@ def test_a_product_of_any_strides_is_as_close_to_float64_as_torchs(
         assert ((_gemm.matmul_nt(x, y) - gold).abs() <= bound).all()
 
 
-def test_the_processor_is_intels_if_the_system_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_processor_is_intels_if_the_system_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for vendor, expected in (("GenuineIntel", True), ("AuthenticAMD", False)):
         (tmp_path / vendor).write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
         monkeypatch.setattr(_gemm, "CPU_INFO", tmp_path / vendor)

@@ -47,9 +47,7 @@ class TestNorm:
         ("values", "expected"),
         [((torch.nan, 1.0), torch.nan), ((torch.inf, 1.0), torch.inf), ((-torch.inf, torch.nan), torch.nan)],
     )
-    def test_what_is_not_finite_is_passed_on(
-        self, values: tuple[float, float], expected: float, walk: str
-    ) -> None:
+    def test_what_is_not_finite_is_passed_on(self, values: tuple[float, float], expected: float, walk: str) -> None:
         for dtype in ALL:
             x = tensors([CHUNK, 5000, 7], dtype, 0)
             x[0][5], x[1][4999] = values
@@ -83,19 +81,11 @@ class TestNorm:
         x = torch.full((4,), 2.0)
         assert float(global_norm([x, x])) == pytest.approx(32**0.5)
 
-    def test_other_dtypes_are_refused_by_name(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"^global_norm: tensors\[1\] must be float32, .*, got torch.int64"
-        ):
-            global_norm([torch.ones(1), torch.ones(1).long()])
-
 
 class TestClip:
     @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9, math.inf])
     @pytest.mark.parametrize("special", [None, torch.nan, torch.inf])
-    def test_it_does_what_torch_does_to_gradients(
-        self, max_norm: float, special: float | None, walk: str
-    ) -> None:
+    def test_it_does_what_torch_does_to_gradients(self, max_norm: float, special: float | None, walk: str) -> None:
         grads = tensors(SIZES, torch.float32, 3)
         if special is not None:
             grads[2][7] = special
@@ -114,9 +104,7 @@ class TestClip:
         assert float(clip_(found, 2.0)) == pytest.approx(norm, rel=1e-6)
         for x, y in zip(found, before, strict=True):
             eps = torch.finfo(x.dtype).eps
-            torch.testing.assert_close(
-                x.double(), y.double() * (2.0 / (norm + 1e-6)), rtol=2 * eps, atol=1e-7
-            )
+            torch.testing.assert_close(x.double(), y.double() * (2.0 / (norm + 1e-6)), rtol=2 * eps, atol=1e-7)
 
     def test_a_small_norm_is_held_away_from_zero_as_torch_does(self, walk: str) -> None:
         x = [torch.full((4,), 1e-6)]
@@ -145,12 +133,6 @@ class TestClip:
         assert clip_([], 1.0) == 0 and clip_([], 1.0, norm=3.0) == 3
         assert clip_([torch.ones(0)], 1.0) == 0
 
-    def test_dense_tensors_of_any_strides_are_clipped(self, walk: str) -> None:
-        x = torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last)
-        expected = x / float(x.norm())
-        clip_([x], 1.0)
-        torch.testing.assert_close(x, expected)
-
     def test_a_norm_that_is_not_finite_is_an_error_where_asked_for_and_nothing_is_written(self) -> None:
         x = torch.tensor([1.0, torch.nan])
         with pytest.raises(ValueError, match=r"^clip_: tensors must have a finite norm, got nan"):
@@ -163,63 +145,3 @@ class TestClip:
         global_norm([x, x])
         with pytest.raises(ValueError, match=r"tensors\[1\] must share no memory with tensors\[0\]"):
             clip_([x, x], 1.0)
-
-    def test_it_is_seen_by_what_was_saved_for_a_backward(self) -> None:
-        grad = torch.ones(3)
-        loss = (torch.ones(3, requires_grad=True) * grad).sum()
-        clip_([grad], 1.0)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-    def test_it_compiles_into_a_graph_that_clips_in_place(self) -> None:
-        def step(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-            norm = clip_(grads, 0.5)
-            return norm + 1, grads[1] + 1
-
-        torch._dynamo.reset()
-        found, expected = (tensors([5, 3], torch.float32, 0) for _ in range(2))
-        results = torch.compile(step, fullgraph=True, backend="aot_eager")(found), step(expected)
-        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-
-
-CLIP_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dtype": ({"tensors": [torch.ones(4).int()]}, r"tensors\[0\] must be float32, .*, got torch.int32"),
-    "layout": (
-        {"tensors": [torch.ones(8)[::2]]},
-        r"tensors\[0\] must be dense in strides \[2\], got \[2\]",
-    ),
-    "max_norm": ({"max_norm": -1.0}, "max_norm must be at least 0, got -1.0"),
-    "no max_norm": ({"max_norm": math.nan}, "max_norm must be at least 0, got nan"),
-    "norm": ({"norm": -2.0}, "norm must be at least 0, got -2.0"),
-    "a tensor's norm": ({"norm": torch.tensor(-2.0)}, "norm must be at least 0, got -2.0"),
-    "two norms": ({"norm": torch.ones(2)}, r"norm must be one number, got shape \[2\]"),
-}
-
-
-@pytest.mark.parametrize("case", CLIP_REFUSED)
-def test_bad_input_of_clip_is_refused_by_name(case: str) -> None:
-    changed, message = CLIP_REFUSED[case]
-    arguments: dict[str, Any] = {"tensors": [torch.ones(4)], "max_norm": 1.0} | changed
-    with pytest.raises(ValueError, match=f"^clip_: {message}"):
-        clip_(**arguments)
-
-
-def test_the_registered_ops_pass_opcheck() -> None:
-    ops, x = torch.ops.mmkernels, tensors([5, 0, 7], torch.float32, 0)
-    torch.library.opcheck(ops.global_norm.default, (x,))
-    torch.library.opcheck(ops.clip.default, (x, torch.tensor(3.0), 1.0))
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_not_waited_for_and_a_cuda_graph_takes_both() -> None:
-    x = [torch.ones(n, device="cuda") for n in (5000, 7)]
-    clip_(x, 1.0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        norm = clip_(x, 1.0)
-    for tensor in x:
-        tensor.fill_(2.0)
-    graph.replay()
-    torch.testing.assert_close(norm, torch.tensor(2 * 5007**0.5, device="cuda"))
-    torch.testing.assert_close(x[0], torch.full((5000,), 5007**-0.5, device="cuda"))

@@ -77,9 +77,7 @@ def test_lengths_are_of_the_keys_seen(dtype: torch.dtype) -> None:
 def test_documents_see_themselves_alone(causal: bool) -> None:
     ids = [[0, 0, 0, 1, 1, 2, 2, 2], [5, 3, 3, 4, -1, -1, -2, -1], [-1, 7, -1, 8, 9, 9, 9, 0]]
     mask = masks.documents(torch.tensor(ids), causal=causal)
-    expected = matrix(
-        3, 8, 8, lambda b, i, j: ids[b][i] == ids[b][j] and ids[b][i] >= 0 and (j <= i or not causal)
-    )
+    expected = matrix(3, 8, 8, lambda b, i, j: ids[b][i] == ids[b][j] and ids[b][i] >= 0 and (j <= i or not causal))
     assert_is(mask, expected)
 
 
@@ -88,9 +86,7 @@ def test_a_prefix_is_seen_by_all_and_the_rest_causally(sizes: tuple[int, int | N
     num_queries, num_keys = sizes[0], sizes[0] if sizes[1] is None else sizes[1]
     prefix = [0, 2, num_keys]
     mask = masks.prefix_causal(torch.tensor(prefix), *sizes)
-    expected = matrix(
-        3, num_queries, num_keys, lambda b, i, j: j < prefix[b] or j <= i + num_keys - num_queries
-    )
+    expected = matrix(3, num_queries, num_keys, lambda b, i, j: j < prefix[b] or j <= i + num_keys - num_queries)
     assert_is(mask, expected)
 
 
@@ -160,11 +156,7 @@ class TestQFormer:
 class TestDense:
     def test_takes_two_to_four_dimensions(self) -> None:
         values = torch.randn(2, 4, 3, 5)
-        for given_values, shape in (
-            (values[0, 0], (1, 1, 3, 5)),
-            (values[:, 0], (2, 1, 3, 5)),
-            (values, None),
-        ):
+        for given_values, shape in ((values[0, 0], (1, 1, 3, 5)), (values[:, 0], (2, 1, 3, 5)), (values, None)):
             mask = masks.dense(given_values)
             assert_is(mask, given_values.reshape(shape or values.shape))
         assert (mask.num_batches, mask.num_queries, mask.num_keys) == (2, 3, 5)
@@ -273,10 +265,7 @@ COMPILED: dict[str, tuple[Callable[..., masks.Intervals], Tensor]] = {
     "causal": (lambda x: masks.causal(x.shape[0], 7, device=x.device), torch.ones(5)),
     "lengths": (lambda x: masks.lengths(x, 5, 7), torch.tensor([0, 7])),
     "documents": (masks.documents, torch.tensor([[0, 0, 1, -1], [3, 4, 4, 4]])),
-    "whole documents": (
-        lambda x: masks.documents(x, causal=False),
-        torch.tensor([[0, 0, 1, -1], [3, 4, 4, 4]]),
-    ),
+    "whole documents": (lambda x: masks.documents(x, causal=False), torch.tensor([[0, 0, 1, -1], [3, 4, 4, 4]])),
     "prefix_causal": (lambda x: masks.prefix_causal(x, 5, 7), torch.tensor([0, 3])),
     "media": (lambda x: masks.media(x, 2, 3), bits(".1..1", "....1")),
     "all media": (lambda x: masks.media(x, 2, 3, latest=False), bits(".1..1", "....1")),

@@ -83,7 +83,5 @@ def test_lesser_instruction_sets_keep_every_promise(capability: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native and not lesser"]
     folder = Path(__file__).parent
     command += map(str, [*folder.glob("test_tile*.py"), folder / "test_attention.py"])
-    done = subprocess.run(
-        command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -59,21 +59,13 @@ def test_sums_are_as_exact_as_eagers_log_sum_exp(path, shape, case: str, scale: 
     tile, buffer = framed(cosines)
     before = buffer.clone()
     for dim, sums in zip((1, 0), fold(tile, scale), strict=True):
-        assert_bound(
-            lse_of(sums), (scale * cosines).logsumexp(dim), (scale * cosines.double()).logsumexp(dim)
-        )
+        assert_bound(lse_of(sums), (scale * cosines).logsumexp(dim), (scale * cosines.double()).logsumexp(dim))
     torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
 
 
 @fuzz
-@given(
-    cuts=st.lists(st.integers(0, 90), max_size=4),
-    size=st.integers(1, 90),
-    scale=st.sampled_from([3.0, 200.0]),
-)
-def test_any_split_into_tiles_has_the_sums_of_the_whole(
-    path, cuts: list[int], size: int, scale: float
-) -> None:
+@given(cuts=st.lists(st.integers(0, 90), max_size=4), size=st.integers(1, 90), scale=st.sampled_from([3.0, 200.0]))
+def test_any_split_into_tiles_has_the_sums_of_the_whole(path, cuts: list[int], size: int, scale: float) -> None:
     cosines = draw("far apart", size, 90 - size + 1, seed=size)
     (rows, row_buffers), (cols, col_buffers) = (
         zip(*(framed(x) for x in empty_sums(n)), strict=True) for n in cosines.shape
@@ -83,9 +75,7 @@ def test_any_split_into_tiles_has_the_sums_of_the_whole(
         for k, l in zip(bounds[1], bounds[1][1:]):
             fold_tile(cosines[i:j, k:l], scale, *(x[i:j] for x in rows), *(x[k:l] for x in cols))
     for dim, sums in ((1, rows), (0, cols)):
-        assert_bound(
-            lse_of(sums), (scale * cosines).logsumexp(dim), (scale * cosines.double()).logsumexp(dim)
-        )
+        assert_bound(lse_of(sums), (scale * cosines).logsumexp(dim), (scale * cosines.double()).logsumexp(dim))
     for buffer in row_buffers + col_buffers:
         assert buffer[:3].isnan().all() and buffer[-2:].isnan().all()
 
@@ -117,8 +107,7 @@ def test_values_are_weighed_as_exactly_as_eagers_softmax(path, shape, scale: flo
         )
     for dim, sums, cross in ((1, row, row_cross), (0, col, col_cross))[: 2 if with_cols else 1]:
         ref, gold = (
-            ((scale * x).softmax(dim) * y).sum(dim)
-            for x, y in ((cosines, values), (cosines.double(), values.double()))
+            ((scale * x).softmax(dim) * y).sum(dim) for x, y in ((cosines, values), (cosines.double(), values.double()))
         )
         assert_bound(cross / sums[1], ref, gold)
     assert all(torch.equal(x, y) for x, y in zip(row, unweighed(cosines, scale), strict=True))

@@ -55,9 +55,7 @@ def test_small_sigmoid_losses_keep_their_relative_precision(path) -> None:
     row_losses = torch.zeros(1999)
     out = torch.empty(1999, 1)
     sigmoid_tile(x.T.contiguous(), 1.0, 0.0, torch.zeros(1999).long(), torch.ones(1).long(), row_losses, out)
-    torch.testing.assert_close(
-        row_losses.double(), F.softplus(x[0].double(), threshold=99), rtol=4 * EPS, atol=0
-    )
+    torch.testing.assert_close(row_losses.double(), F.softplus(x[0].double(), threshold=99), rtol=4 * EPS, atol=0)
     torch.testing.assert_close(out[:, 0].double(), x[0].double().sigmoid(), rtol=4 * EPS, atol=0)
 
 

@@ -1,7 +1,5 @@
 """Tiny tokenizers of the kinds that language models have, and conversations, for the tests of chats."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -50,9 +48,7 @@ def byte_bpe(*, begin: str | None = None, end: str | None = "<|endoftext|>", mer
 def learn(core: Tokenizer, special: list[str], texts: Sequence[str], alphabet: list[str]) -> None:
     core.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=700, show_progress=False, special_tokens=special, initial_alphabet=alphabet
-        ),
+        trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=special, initial_alphabet=alphabet),
     )
 
 

@@ -1,7 +1,5 @@
 """Small data sets on disk, and a stand-in for the tokenizer, for the tests of `mmcore.data`."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
@@ -9,13 +7,18 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data import Batch, LoaderSpec, TrainLoader
+from mmcore.data import LoaderSpec, PairData, Reader, TrainLoader
+from mmcore.data.collate import collate_pairs, pair_sample
 
 
 def fake_tokenizer(captions: list[str]) -> Tensor:
@@ -62,9 +65,7 @@ def write_shards(folder: Path, num_shards: int, per_shard: int) -> str:
     return str(folder / f"{{000..{num_shards - 1:03d}}}.tar")
 
 
-def write_table(
-    folder: Path, rows: Sequence[Sequence[str]], separator: str = "\t", name: str = "pairs.csv"
-) -> str:
+def write_table(folder: Path, rows: Sequence[Sequence[str]], separator: str = "\t", name: str = "pairs.csv") -> str:
     """A table of `rows`, the first of them the header."""
     path = folder / name
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -129,16 +130,12 @@ def write_vqa(folder: Path, num_images: int, split: str = "train", first: int = 
         ):
             ids = {"image_id": i, "question_id": 10 * i + k}
             questions.append({**ids, "question": question})
-            given = [
-                {"answer": a, "answer_confidence": "maybe", "answer_id": n} for n, a in enumerate(answers, 1)
-            ]
+            given = [{"answer": a, "answer_confidence": "maybe", "answer_id": n} for n, a in enumerate(answers, 1)]
             types = {"question_type": question.split()[0].lower(), "answer_type": answer_type}
             annotations.append({**ids, **types, "multiple_choice_answer": answers[0], "answers": given})
     head = {"info": {}, "license": {}, "data_subtype": f"{split}2014"}
     return (
-        write_json(
-            folder / f"{split}_questions.json", {**head, "task_type": "Open-Ended", "questions": questions}
-        ),
+        write_json(folder / f"{split}_questions.json", {**head, "task_type": "Open-Ended", "questions": questions}),
         write_json(folder / f"{split}_annotations.json", {**head, "annotations": annotations[::-1]}),
     )
 
@@ -153,32 +150,60 @@ def write_stamps(folder: Path) -> Path:
         transparent.save(place / f"{i}.png")
         english = "A thing, twice." if i in (3, 8) else f"Thing {i}."
         chinese = "" if i == 5 else f"zh_CN.utf8=东西{i}。\n"
-        (place / f"{i}.txt").write_text(
-            f"{english}\nzh.utf8=wrong\naf.utf8='n Ding {i}.\n{chinese}zh_TW.utf8=東西\n"
-        )
+        (place / f"{i}.txt").write_text(f"{english}\nzh.utf8=wrong\naf.utf8='n Ding {i}.\n{chinese}zh_TW.utf8=東西\n")
     Image.new("RGB", (5, 5)).save(folder / "food" / "0_mirror.png")
     return folder
 
 
-def spec(batch_size: int = 4, rank: int = 0, world_size: int = 1, **rest) -> LoaderSpec:
-    """A LoaderSpec of small images."""
-    return LoaderSpec(
-        image_size=rest.pop("image_size", 8),
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=rest.pop("seed", 3),
-        workers=rest.pop("workers", 0),
-        augment=rest.pop("augment", True),
-    )
+@dataclass(frozen=True)
+class PairSpec(LoaderSpec):
+    """How pairs are read, and what becomes of their images."""
+
+    image_size: int = 8
+    augment: bool = True
 
 
-def take(loader: TrainLoader, steps: int) -> list[Batch]:
+def spec(batch_size: int = 4, rank: int = 0, world_size: int = 1, seed: int = 3, **rest) -> PairSpec:
+    """Of small images."""
+    return PairSpec(batch_size, rank, world_size, seed, **rest)
+
+
+class PairLoader:
+    """A loader of pairs whose batches have one part each, with its epoch and ids."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __next__(self) -> Any:
+        step = next(self.loader)
+        [part] = step.parts
+        return SimpleNamespace(**vars(part), epoch=step.epoch, ids=step.ids)
+
+
+def pair_reader(asked: PairSpec, tokenizer: Any) -> Reader:
+    sample = partial(pair_sample, size=asked.image_size, augment=asked.augment)
+    return Reader(sample, partial(collate_pairs, tokenizer=tokenizer))
+
+
+def train_loader(data: PairData, asked: PairSpec, tokenizer: Any) -> PairLoader:
+    """Of captions."""
+    return PairLoader(data.train_loader(asked, pair_reader(asked, tokenizer)))
+
+
+def question_loader(data: PairData, asked: PairSpec, tokenizer: Any) -> PairLoader:
+    """Of questions."""
+    return PairLoader(data.question_loader(asked, pair_reader(asked, tokenizer)))
+
+
+def take(loader: PairLoader, steps: int) -> list[Any]:
     """The next `steps` batches."""
     return [next(loader) for _ in range(steps)]
 
 
-def digest(loader: TrainLoader, steps: int) -> str:
+def digest(loader: PairLoader, steps: int) -> str:
     """Checksum of all that the next `steps` batches hold."""
     sha = hashlib.sha256()
     for batch in take(loader, steps):
@@ -188,15 +213,10 @@ def digest(loader: TrainLoader, steps: int) -> str:
     return sha.hexdigest()
 
 
-def assert_equal_batches(got: Sequence[Batch], want: Sequence[Batch]) -> None:
+def assert_equal_batches(got: Sequence[Any], want: Sequence[Any]) -> None:
     """Bit equality of everything in the batches."""
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
-        assert a.ids == b.ids
-        assert a.epoch == b.epoch
-        assert a.captions == b.captions
-        assert a.questions == b.questions
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.tokens, b.tokens)
-        assert torch.equal(a.labels, b.labels)
+        assert a.ids == b.ids and a.epoch == b.epoch and a.captions == b.captions and a.questions == b.questions
+        assert torch.equal(a.images, b.images) and torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)
         assert torch.equal(a.image_ids, b.image_ids)

@@ -20,13 +20,10 @@ def torchs(ours: CrossAttention) -> nn.MultiheadAttention:
     width, key_width = ours.q.in_features, ours.kv.in_features
     theirs = nn.MultiheadAttention(width, ours.num_heads, kdim=key_width, vdim=key_width, batch_first=True)
     weights = {
-        "q_proj_weight": ours.q.weight,
-        "k_proj_weight": ours.kv.weight[:width],
-        "v_proj_weight": ours.kv.weight[width:],
-        "in_proj_bias": torch.cat([ours.q.bias, ours.kv.bias]),
-        "out_proj.weight": ours.out.weight,
-        "out_proj.bias": ours.out.bias,
-    }
+        "q_proj_weight": ours.q.weight, "k_proj_weight": ours.kv.weight[:width],
+        "v_proj_weight": ours.kv.weight[width:], "in_proj_bias": torch.cat([ours.q.bias, ours.kv.bias]),
+        "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias,
+    }  # fmt: skip
     theirs.to(ours.q.weight.dtype).load_state_dict(weights)
     return theirs
 

@@ -1,7 +1,5 @@
 """Batches of chats: padding, packing without a split, and LLaVA's order by modality and length."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest
@@ -9,12 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcore.data.text.chat_batches import collate, epoch_generator, group_by_modality_length, pack
+from mmcore.data.grouping import group_by_modality_length
+from mmcore.data.text.chat_batches import collate, pack
 from mmcore.data.text.templates import ChatSample, ChatTokens, expand
 from mmkernels import masks
 from tests.mmcore.chat_fixtures import byte_bpe, conversation
 
 IGNORED, PAD = -100, 9
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def sample(number: int, length: int) -> ChatSample:
@@ -27,16 +30,14 @@ def test_shorter_samples_are_padded_on_the_right_and_padding_is_not_learned() ->
     batch = collate([sample(1, 2), sample(2, 4)], PAD)
     assert batch.tokens.tolist() == [[1000, 1001, PAD, PAD], [2000, 2001, 2002, 2003]]
     assert batch.labels.tolist() == [[-100, 1001, -100, -100], [-100, -100, 2002, 2003]]
-    assert batch.num_text.tolist() == [2, 4]
-    assert all(x.dtype == torch.int64 for x in batch)
+    assert batch.num_text.tolist() == [2, 4] and all(x.dtype == torch.int64 for x in batch)
     with pytest.raises(ValueError, match="samples must be at least one, got none"):
         collate([], PAD)
 
 
 def test_samples_stand_one_after_the_other_and_each_begins_anew() -> None:
     batch = pack([sample(i, n) for i, n in enumerate([2, 5, 1, 3, 3])], 6, PAD)
-    assert batch.samples == [[1], [3, 0], [4, 2]]
-    assert batch.tokens[2].tolist() == [4000, 4001, 4002, 2000, PAD]
+    assert batch.samples == [[1], [3, 0], [4, 2]] and batch.tokens[2].tolist() == [4000, 4001, 4002, 2000, PAD]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
     assert batch.documents.tolist() == [[0] * 5, [0, 0, 0, 1, 1], [0, 0, 0, 1, -1]]
     assert batch.num_text.tolist() == [5, 5, 4]
@@ -44,17 +45,14 @@ def test_samples_stand_one_after_the_other_and_each_begins_anew() -> None:
     assert batch.labels[2].tolist() == [-100, 4001, 4002, -100, -100]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "max_length", "rows"),
-    [
-        # the first row with room: 11 and 7
-        ([6, 5, 4, 3], 12, [[0, 3], [1, 2]]),
-        # the shortest row: 7, which none has room for
-        ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),
-        # two of them in a row: 8, 8 and 4
-        ([4, 4, 4, 4, 4], 8, [[0], [1], [2], [3], [4]]),
-    ],
-)
+@pytest.mark.parametrize(("lengths", "max_length", "rows"), [
+    # the first row with room: 11 and 7
+    ([6, 5, 4, 3], 12, [[0, 3], [1, 2]]),
+    # the shortest row: 7, which none has room for
+    ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),
+    # two of them in a row: 8, 8 and 4
+    ([4, 4, 4, 4, 4], 8, [[0], [1], [2], [3], [4]]),
+])  # fmt: skip
 def test_rows_are_those_that_pad_least(lengths: list[int], max_length: int, rows: list[list[int]]) -> None:
     assert pack([sample(i, n) for i, n in enumerate(lengths)], max_length, PAD).samples == rows
 
@@ -72,8 +70,7 @@ def test_packing_splits_nothing_loses_nothing_and_pads_less_than_half(lengths: l
         for document, i in enumerate(row):
             span = slice(place, place + lengths[i])
             assert torch.equal(batch.tokens[r, span], samples[i].tokens)
-            assert torch.equal(batch.labels[r, span][1:], samples[i].labels[1:])
-            assert batch.labels[r, place] == IGNORED
+            assert torch.equal(batch.labels[r, span][1:], samples[i].labels[1:]) and batch.labels[r, place] == IGNORED
             assert batch.position_ids[r, span].tolist() == list(range(lengths[i]))
             assert (batch.documents[r, span] == document).all()
             place += lengths[i]
@@ -133,7 +130,7 @@ def test_every_index_comes_once_and_runs_are_of_one_modality_but_for_what_is_lef
     samples: list[tuple[int, bool]], batch_size: int, world_size: int
 ) -> None:
     lengths, has_image = [s[0] for s in samples], [s[1] for s in samples]
-    order = group_by_modality_length(lengths, has_image, batch_size, world_size, epoch_generator(3, 0))
+    order = group_by_modality_length(lengths, has_image, batch_size, world_size, generator(3))
     assert sorted(order) == list(range(len(samples)))
     size = batch_size * world_size
     counts = Counter(has_image)
@@ -147,44 +144,18 @@ def test_every_index_comes_once_and_runs_are_of_one_modality_but_for_what_is_lef
 
 
 def test_the_batches_of_a_run_weigh_about_the_same_on_all_ranks() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 400, (400,), generator=generator).tolist()
-    order = group_by_modality_length(lengths, [True] * 400, 8, 4, epoch_generator(0, 0))
+    lengths = torch.randint(1, 400, (400,), generator=generator(0)).tolist()
+    order = group_by_modality_length(lengths, [True] * 400, 8, 4, generator(0))
     for start in range(0, 400 - 32, 32):
         weights = [sum(lengths[i] for i in order[start + 8 * r : start + 8 * r + 8]) for r in range(4)]
         if start:  # the first run is what was left over
             assert max(weights) - min(weights) < 400
 
 
-def test_the_order_is_the_epochs_the_same_on_every_rank_and_apart_from_other_random_numbers() -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        return group_by_modality_length(LENGTHS, HAS_IMAGE, 2, 2, epoch_generator(seed, epoch))
-
-    torch.manual_seed(1)
-    first, state = order(0, 0), torch.get_rng_state()
-    torch.manual_seed(2)
-    assert order(0, 0) == first
-    torch.manual_seed(1)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-
-
-def test_one_modality_alone_and_none_are_ordered_too() -> None:
-    for has_image in (True, False):
-        assert sorted(group_by_modality_length([3] * 7, [has_image] * 7, 2, 2, epoch_generator(0, 0))) == [
-            *range(7)
-        ]
-    assert group_by_modality_length([], [], 2, 2, epoch_generator(0, 0)) == []
-
-
 def test_lengths_and_sizes_that_no_order_has_are_errors() -> None:
-    with pytest.raises(
-        ValueError, match="lengths must be at least 1 for each of 2 samples, got 1, the least 5"
-    ):
-        group_by_modality_length([5], [True, False], 1, 1, epoch_generator(0, 0))
-    with pytest.raises(
-        ValueError, match="lengths must be at least 1 for each of 2 samples, got 2, the least 0"
-    ):
-        group_by_modality_length([5, 0], [True, False], 1, 1, epoch_generator(0, 0))
+    with pytest.raises(ValueError, match="lengths must be at least 1 for each of 2 samples, got 1, the least 5"):
+        group_by_modality_length([5], [True, False], 1, 1, generator(0))
+    with pytest.raises(ValueError, match="lengths must be at least 1 for each of 2 samples, got 2, the least 0"):
+        group_by_modality_length([5, 0], [True, False], 1, 1, generator(0))
     with pytest.raises(ValueError, match="batch_size and world_size must be at least 1, got 0 and 1"):
-        group_by_modality_length([5], [True], 0, 1, epoch_generator(0, 0))
+        group_by_modality_length([5], [True], 0, 1, generator(0))

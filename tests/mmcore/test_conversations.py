@@ -1,7 +1,5 @@
 """LLaVA's JSON: read and checked, mixed, with images in folders and tars."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -22,7 +20,7 @@ from mmcore.data.sources.conversations import (
     open_conversations,
     parse_conversation,
 )
-from mmcore.data.sources.mixes import parse_sampling, read_mix
+from mmcore.data.sources.mixes import parse_sampling
 from tests.mmcore.data_fixtures import image_bytes, write_images, write_json, write_tar
 
 ASKED = {"from": "human", "value": f"{IMAGE}\nWhat is it?"}
@@ -54,14 +52,11 @@ def test_records_become_conversations_with_their_images(tmp_path: Path) -> None:
     system = {"from": "system", "value": "Be brief."}
     more = [{"from": "human", "value": "And now?"}, SAID]
     both = {"from": "human", "value": f"{IMAGE} or {IMAGE}?"}
-    found = written(
-        tmp_path,
-        [
-            record(system, ASKED, SAID, *more, image="a.jpg"),
-            record(both, SAID, image=["a.jpg", "sub/b.png"], id=3),
-            {"conversations": more, "image": None},
-        ],
-    )
+    found = written(tmp_path, [
+        record(system, ASKED, SAID, *more, image="a.jpg"),
+        record(both, SAID, image=["a.jpg", "sub/b.png"], id=3),
+        {"conversations": more, "image": None},
+    ])  # fmt: skip
     assert found.conversations == [
         Conversation(
             "x7",
@@ -78,8 +73,7 @@ def test_records_become_conversations_with_their_images(tmp_path: Path) -> None:
         Conversation("2", (), (Turn("user", "And now?"), Turn("assistant", "A cat."))),
     ]
     assert [[i.size for i in found.raw_images(n)] for n in range(3)] == [[(20, 14)], [(20, 14)] * 2, []]
-    assert found.is_multimodal() == [True, True, False]
-    assert found.lengths() == [12, 5, 4]
+    assert found.is_multimodal() == [True, True, False] and found.lengths() == [12, 5, 4]
     assert not found.derived and not found.broken
     assert found.take([2, 0]).conversations == [found.conversations[2], found.conversations[0]]
 
@@ -114,11 +108,7 @@ BROKEN = {
         "system turn is not the first",
     ),
     "last": (record(HUMAN, SAID, HUMAN), "conversations", "the last turn is not the assistant's answer"),
-    "too many": (
-        record(ASKED, SAID),
-        "conversations with 1 <image> for 0 images",
-        "is not that of the images",
-    ),
+    "too many": (record(ASKED, SAID), "conversations with 1 <image> for 0 images", "is not that of the images"),
     "too few": (
         record(ASKED, SAID, image=["a", "b"]),
         "conversations with 1 <image> for 2 images",
@@ -130,11 +120,7 @@ BROKEN = {
         "outside the human's turns",
     ),
     "number": (record(HUMAN, {"from": "gpt", "value": 7}), r"conversations\[1\]\.value", "value is not text"),
-    "surrogate": (
-        record(HUMAN, {"from": "gpt", "value": "\ud800"}),
-        r"conversations\[1\]\.value",
-        "value is not text",
-    ),
+    "surrogate": (record(HUMAN, {"from": "gpt", "value": "\ud800"}), r"conversations\[1\]\.value", "value is not text"),
     "blank": (record(HUMAN, {"from": "gpt", "value": " \n"}), r"conversations\[1\]\.value", "value is empty"),
     "image": (record(ASKED, SAID, image=7), "image=7", "neither a file's name nor a list of them"),
     "no name": (record(ASKED, SAID, image=[""]), r"image=\[''\]", "neither a file's name nor a list of them"),
@@ -149,25 +135,18 @@ def test_what_is_wrong_with_a_record_is_said_with_its_field(case: str) -> None:
     assert re.fullmatch(field, raised.value.field)
 
 
-def test_broken_records_are_counted_logged_with_their_ids_and_stop_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_broken_records_are_counted_logged_with_their_ids_and_stop_the_run(tmp_path: Path, caplog):
     records = [*texts(98), BROKEN["too few"][0], BROKEN["twice"][0]]
     with caplog.at_level(logging.WARNING):
         found = written(tmp_path, records, max_broken=0.02)
     assert numbers(found) == list(range(98))
-    assert found.broken == {
-        "number of <image> is not that of the images": 1,
-        "two turns of the same role in a row": 1,
-    }
+    assert found.broken == {"number of <image> is not that of the images": 1, "two turns of the same role in a row": 1}
     assert [r.getMessage() for r in caplog.records] == [
         "skipped x.json, record 98 (id 'x7'), conversations with 1 <image> for 2 images: "
         "number of <image> is not that of the images",
         "skipped x.json, record 99 (id 'x7'), conversations[1].from='human': two turns of the same role in a row",
     ]
-    with pytest.raises(
-        ValueError, match=r"2 of 100 records of .* the first is x\.json, record 98 \(id 'x7'\), conv"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 100 records of .* the first is x\.json, record 98 \(id 'x7'\), conv"):
         written(tmp_path, records)
 
 
@@ -178,19 +157,31 @@ def test_jsonl_is_read_line_by_line_and_a_damaged_line_is_one_broken_record(tmp_
     assert numbers(found) == [0, 1, 2] and found.broken == {"not a JSON object": 2}
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.json", "[1,", "must be JSON in UTF-8, got: Expecting value"),
-        ("x.json", "{}", "must hold a list of records, got dict"),
-        ("x.json", "[]", "must hold at least one conversation, got none"),
-        ("x.jsonl", "\n", "must hold at least one conversation, got none"),
-        ("x.txt", "", r"must be in a \.json, \.jsonl or \.yaml file, got"),
-    ],
-)
-def test_files_that_hold_no_conversations_are_errors(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def entry(setting: str) -> str:
+    return f"datasets: [{{json_path: x, {setting}}}]"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("x.json", "[1,", "must be JSON in UTF-8, got: Expecting value"),
+    ("x.json", "{}", "must hold a list of records, got dict"),
+    ("x.json", "[]", "must hold at least one conversation, got none"),
+    ("x.jsonl", "\n", "must hold at least one conversation, got none"),
+    ("x.txt", "", r"must be in a \.json, \.jsonl or \.yaml file, got"),
+    ("x.yaml", "a: [", "must be YAML in UTF-8, got: while parsing"),
+    ("x.yaml", "[]", r"must hold a list 'datasets' with at least one entry, got \[\]"),
+    ("x.yaml", "datasets: []", "must hold a list 'datasets' with at least one entry"),
+    ("x.yaml", "datasets: [{}]", r"datasets\[0\] must have a json_path, got \{\}"),
+    ("x.yaml", entry("sampling: all"), r"datasets\[0\] must hold json_path and .*, got 'sampling'"),
+    ("x.yaml", entry("sampling_strategy: 'last:3'"), r"one of all, first, end, random, got 'last:3' in .*\[0\]"),
+    ("x.yaml", entry("sampling_strategy: first"), "'first:500' or 'first:10%'.* got 'first'"),
+    ("x.yaml", entry("sampling_strategy: 'end:0'"), "got 'end:0'"),
+    ("x.yaml", entry("sampling_strategy: 'end:0%'"), "got 'end:0%'"),
+    ("x.yaml", entry("sampling_strategy: 'end:2.5'"), "got 'end:2.5'"),
+    ("x.yaml", entry("sampling_strategy: 'random:101%'"), "got 'random:101%'"),
+    ("x.yaml", entry("sampling_strategy: 'all:3'"), "'all' takes no amount, got 'all:3'"),
+    ("x.yaml", "datasets: [!!python/object/apply:os.getcwd []]", "must be YAML"),
+])  # fmt: skip
+def test_files_that_hold_no_conversations_and_mixes_that_are_wrong_are_errors(tmp_path: Path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         open_conversations(str(tmp_path / name))
@@ -219,9 +210,7 @@ def test_images_come_from_a_folder_or_from_tars_in_it(tmp_path: Path) -> None:
     found = written(elsewhere, [record(ASKED, SAID, image=name) for name in names], image_root=str(images))
     assert [found.raw_images(i)[0].size for i in range(4)] == [(6, 5), (7, 5), (20, 14), (6, 5)]
     write_tar(images / "c.tar", [("gqa/2.jpg", b"")])
-    with pytest.raises(
-        ValueError, match=r"one image of each name, got 'gqa/2\.jpg' in .*b\.tar and .*c\.tar"
-    ):
+    with pytest.raises(ValueError, match=r"one image of each name, got 'gqa/2\.jpg' in .*b\.tar and .*c\.tar"):
         written(elsewhere, [record(ASKED, SAID, image="gqa/2.jpg")], image_root=str(images))
     (images / "c.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match=r"c\.tar must be an undamaged, uncompressed tar, got"):
@@ -253,29 +242,18 @@ def test_images_that_cannot_be_used_are_broken_with_their_names(tmp_path: Path) 
     assert found.raw_images(6)[1].size == (2, MAX_SIDE)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "want"),
-    [
-        ("all", list(range(15))),
-        ("first:10%", [0, 1]),
-        ("first:4", [0, 1, 2, 3]),
-        ("end:3", [12, 13, 14]),
-        ("end:33.4%", [9, 10, 11, 12, 13, 14]),
-        ("end:500", list(range(15))),
-        ("random:100%", list(range(15))),
-    ],
-)
+@pytest.mark.parametrize(("strategy", "want"), [
+    ("all", list(range(15))), ("first:10%", [0, 1]), ("first:4", [0, 1, 2, 3]), ("end:3", [12, 13, 14]),
+    ("end:33.4%", [9, 10, 11, 12, 13, 14]), ("end:500", list(range(15))), ("random:100%", list(range(15))),
+])  # fmt: skip
 def test_a_strategy_takes_what_it_says_in_the_files_order(strategy: str, want: list[int]) -> None:
     assert parse_sampling(strategy).indices(15, np.random.default_rng(0)) == want
 
 
 def test_random_records_are_drawn_by_the_seed_each_once() -> None:
     draw = [parse_sampling("random:20%").indices(50, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    assert draw[0] == draw[1] != draw[2]
-    assert all(len(set(d)) == 10 and d == sorted(d) for d in draw)
-    drawn = {
-        i for seed in range(60) for i in parse_sampling("random:5").indices(50, np.random.default_rng(seed))
-    }
+    assert draw[0] == draw[1] != draw[2] and all(len(set(d)) == 10 and d == sorted(d) for d in draw)
+    drawn = {i for seed in range(60) for i in parse_sampling("random:5").indices(50, np.random.default_rng(seed))}
     assert drawn == set(range(50))
 
 
@@ -292,35 +270,3 @@ def test_a_mix_takes_of_each_file_what_it_says(tmp_path: Path) -> None:
     assert numbers(found[0])[:2] == [8, 9] and numbers(found[0])[5:] == list(range(10))
     assert all(100 <= n < 110 for n in numbers(found[0])[2:5])
     assert numbers(found[0]) == numbers(found[1]) != numbers(found[2])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("a: [", "must be YAML in UTF-8, got: while parsing"),
-        ("[]", r"must hold a list 'datasets' with at least one entry, got \[\]"),
-        ("datasets: []", "must hold a list 'datasets' with at least one entry"),
-        ("datasets: [{}]", r"datasets\[0\] must have a json_path, got \{\}"),
-        (
-            "datasets: [{json_path: x, sampling: all}]",
-            r"datasets\[0\] must hold json_path and .*, got 'sampling'",
-        ),
-        (
-            "datasets: [{json_path: x, sampling_strategy: 'last:3'}]",
-            r"must be one of all, first, end, random, got 'last:3' in .*datasets\[0\]",
-        ),
-        ("datasets: [{json_path: x, sampling_strategy: first}]", "'first:500' or 'first:10%'.* got 'first'"),
-        ("datasets: [{json_path: x, sampling_strategy: 'end:0'}]", "got 'end:0'"),
-        ("datasets: [{json_path: x, sampling_strategy: 'end:0%'}]", "got 'end:0%'"),
-        ("datasets: [{json_path: x, sampling_strategy: 'end:2.5'}]", "got 'end:2.5'"),
-        ("datasets: [{json_path: x, sampling_strategy: 'random:101%'}]", "got 'random:101%'"),
-        ("datasets: [{json_path: x, sampling_strategy: 'all:3'}]", "'all' takes no amount, got 'all:3'"),
-        ("datasets: [!!python/object/apply:os.getcwd []]", "must be YAML"),
-    ],
-)
-def test_a_mix_that_is_wrong_is_an_error_that_names_its_entry(
-    tmp_path: Path, content: str, message: str
-) -> None:
-    (tmp_path / "mix.yaml").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_mix(str(tmp_path / "mix.yaml"))

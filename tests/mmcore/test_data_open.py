@@ -1,74 +1,42 @@
-"""`open_data`: names of sources, settings out of range or without effect, and the broken-record limit."""
-
-from __future__ import annotations
+"""`open_data`: names, settings, the broken-record limit; splits without a leak by class, caption and image."""
 
 import logging
+from collections import Counter
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmcore.data import DataConfig, open_data
 from mmcore.data.broken import BrokenTally
+from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits
+from mmcore.data.sources.split import split_pairs
+from mmcore.data.transforms.images import resize_center_crop
+from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, train_loader
+
+NAN = float("nan")
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("digit", "digits"), ("Digits", "digits"), ("stamp", "stamps"), ("stmaps", "stamps")]
-)
-def test_a_misspelt_source_suggests_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"got '{name}'; did you mean '{near}'"):
-        open_data(DataConfig(data=name), seed=0)
-
-
-def test_an_unknown_source_tells_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"data must be 'digits', 'stamps', tar shards .*, got 'laion'$"):
-        open_data(DataConfig(data="laion"), seed=0)
-
-
-@pytest.mark.parametrize(
-    ("data", "change"),
-    [
-        ("digits", {"val_data": "x.csv"}),
-        ("digits", {"language": "zh_CN"}),
-        ("digits", {"num_samples": 5}),
-        ("digits", {"stamps_dir": "x"}),
-        ("stamps", {"csv_separator": ","}),
-        ("stamps", {"val_data": "x.csv"}),
-        ("x.csv", {"num_samples": 5}),
-        ("x.tar", {"csv_img_key": "img"}),
-        ("x.tar", {"csv_caption_key": "text"}),
-        ("x.tar", {"val_fraction": 0.5}),
-        ("x.csv", {"image_root": "x"}),
-        ("digits", {"annotations": "x.json"}),
-        ("x.tar", {"val_annotations": "x.json"}),
-        ("x.json", {"csv_separator": ","}),
-        ("x.json", {"num_samples": 5}),
-    ],
-)
-def test_a_setting_without_effect_is_refused(data: str, change: dict) -> None:
-    with pytest.raises(ValueError, match=rf"{next(iter(change))}=.* has no effect on '{data}'"):
-        open_data(DataConfig(data=data, **change), seed=0)
-
-
-def test_a_split_beside_held_out_data_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"val_fraction=0.5 has no effect beside val_data='y.csv'"):
-        open_data(DataConfig(data="x.csv", val_data="y.csv", val_fraction=0.5), seed=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("val_fraction", 1.0),
-        ("val_fraction", -0.1),
-        ("val_fraction", float("nan")),
-        ("max_broken", 1.1),
-        ("max_broken", -0.1),
-        ("max_broken", float("nan")),
-        ("num_samples", 0),
-        ("workers", -1),
-    ],
-)
-def test_a_setting_out_of_range_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"data: {name} must be .*got {value}"):
-        open_data(DataConfig(data="x.tar", **{name: value}), seed=0)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(("config", "sentence"), [
+    *(({"data": near}, f"got '{near}'; did you mean '{name}'")
+      for near, name in {"digit": "digits", "Digits": "digits", "stamp": "stamps", "stmaps": "stamps"}.items()),
+    ({"data": "laion"}, r"data must be 'digits', 'stamps', tar shards .*, got 'laion'$"),
+    *(({"data": data, name: value}, rf"{name}=.* has no effect on '{data}'")
+      for data, name, value in (
+          ("digits", "val_data", "x.csv"), ("digits", "language", "zh_CN"), ("digits", "num_samples", 5),
+          ("digits", "stamps_dir", "x"), ("digits", "annotations", "x.json"), ("stamps", "csv_separator", ","),
+          ("stamps", "val_data", "x.csv"), ("x.csv", "num_samples", 5), ("x.csv", "image_root", "x"),
+          ("x.tar", "csv_img_key", "img"), ("x.tar", "csv_caption_key", "text"), ("x.tar", "val_fraction", 0.5),
+          ("x.tar", "val_annotations", "x.json"), ("x.json", "csv_separator", ","), ("x.json", "num_samples", 5))),
+    ({"data": "x.csv", "val_data": "y.csv", "val_fraction": 0.5}, "val_fraction=0.5 has no effect beside val_data="),
+    *(({"data": "x.tar", name: value}, f"data: {name} must be .*got {value}")
+      for name, values in {"val_fraction": (1.0, -0.1, NAN), "max_broken": (1.1, -0.1, NAN), "num_samples": (0,),
+                           "workers": (-1,)}.items() for value in values),
+])  # fmt: skip
+def test_a_wrong_setting_is_refused_by_name(config: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        open_data(DataConfig(**config), seed=0)
 
 
 def test_a_negative_seed_is_refused() -> None:
@@ -109,5 +77,87 @@ def test_each_broken_record_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING, "mmcore.data"):
         for _ in range(3):
             tally.add(2, [("a", "bad"), ("b", "worse")])
-    assert caplog.messages == ["skipped a: bad", "skipped b: worse"]
-    assert tally.counts == {"bad": 3, "worse": 3}
+    assert caplog.messages == ["skipped a: bad", "skipped b: worse"] and tally.counts == {"bad": 3, "worse": 3}
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=4, max_size=60),
+    fraction=st.floats(0.05, 0.6),
+    seed=st.integers(0, 5),
+)
+def test_no_image_and_no_caption_is_on_both_sides(pairs: list[tuple[int, int]], fraction: float, seed: int) -> None:
+    images, captions = zip(*pairs, strict=True)
+    try:
+        train, val = split_pairs(images, captions, fraction, seed)
+    except ValueError as error:
+        assert "the smallest has" in str(error)
+        return
+    assert sorted(train + val) == list(range(len(pairs)))
+    assert not {images[i] for i in train} & {images[i] for i in val}
+    assert not {captions[i] for i in train} & {captions[i] for i in val}
+    assert 1 <= len(val) <= max(1, round(fraction * len(pairs)))
+
+
+def test_a_split_of_different_pairs_has_the_exact_share_and_follows_the_seed() -> None:
+    train, val = split_pairs(range(100), range(100), 0.25, 0)
+    assert (len(train), len(val)) == (75, 25) and split_pairs(range(100), range(100), 0.25, 0) == (train, val)
+    assert split_pairs(range(100), range(100), 0.25, 1)[1] != val
+    assert split_pairs(range(100), range(100), 0.0, 0) == (list(range(100)), [])
+
+
+def test_a_chain_of_shared_images_and_captions_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match=r"val_fraction=0.5 must leave room .* the smallest has 4 of 4 pairs"):
+        split_pairs([0, 0, 1, 1], ["a", "b", "b", "c"], 0.5, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+def test_digits_are_split_within_each_class_and_disjoint(fraction: float) -> None:
+    data = open_data(DataConfig(val_fraction=fraction), seed=0)
+    assert data.val is not None and data.val.labels is not None
+    train, val = data.source, data.val.source
+    assert isinstance(train, Digits) and isinstance(val, Digits)
+    assert sorted(train.numbers + val.numbers) == list(range(1797))
+    whole, held_out = Counter(train.classes + val.classes), Counter(data.val.labels)
+    assert held_out == {c: round(fraction * whole[c]) for c in range(10)} and data.class_names == DIGIT_NAMES
+    assert data.templates == DIGIT_TEMPLATES
+
+
+def test_digit_captions_name_the_class_and_vary_between_epochs() -> None:
+    data = open_data(DataConfig(val_fraction=0.0), seed=0)
+    assert data.num_train == 1797 and data.val is None
+    assert set(data.captions()) == {t.format(n) for t in DIGIT_TEMPLATES for n in DIGIT_NAMES}
+    seen: list[str] = []
+
+    def tokenizer(captions: list[str]):
+        seen.extend(captions)
+        return fake_tokenizer(captions)
+
+    loader = train_loader(data, spec(1797), tokenizer)
+    first, second = take(loader, 2)
+    for batch, captions in ((first, seen[:1797]), (second, seen[1797:])):
+        assert all(DIGIT_NAMES[c] in text for c, text in zip(batch.labels.tolist(), captions, strict=True))
+        share = Counter(text.replace(DIGIT_NAMES[c], "{}") for c, text in zip(batch.labels.tolist(), captions))
+        # Four templates drawn 1,797 times: within 5 standard deviations (18) of 449.
+        assert all(359 <= share[t] <= 539 for t in DIGIT_TEMPLATES)
+    of = [dict(zip(b.ids, c, strict=True)) for b, c in ((first, seen[:1797]), (second, seen[1797:]))]
+    assert of[0] != of[1]
+
+
+def test_digits_are_shifted_by_under_a_pixel_and_scaled_by_a_tenth() -> None:
+    pixels = np.zeros((1, 8, 8), dtype=np.uint8)
+    pixels[0, 3:5, 3:5] = 200
+    scan = Digits(pixels, [0], [0])
+    size, rng = 64, np.random.default_rng(0)
+    plain = np.asarray(resize_center_crop(scan.raw_image(0), size))[..., 0].astype(float)
+    offsets, zooms = [], []
+    for _ in range(300):
+        view = np.asarray(scan.augment(scan.raw_image(0), size, rng))[..., 0].astype(float)
+        centre = (
+            view.sum(0) @ (np.arange(size) + 0.5) / view.sum(),
+            view.sum(1) @ (np.arange(size) + 0.5) / view.sum(),
+        )
+        offsets += [(c - size / 2) * 8 / size for c in centre]
+        zooms.append(np.sqrt(view.sum() / plain.sum()))
+    # A shift of 3/4 of a pixel, enlarged by up to 1.12; rounding to grey levels is worth 2 %.
+    assert 0.7 < max(np.abs(offsets)) < 0.75 * 1.12 * 1.02 and 1.2 < max(zooms) / min(zooms) < 1.12 / 0.9 * 1.02
+    assert min(zooms) < 1 < max(zooms)

@@ -1,7 +1,5 @@
 """Questions: VQAv2's and LAVIS's files, derived ones of the built-in data, training and evaluation batches."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,8 +14,10 @@ from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     fake_tokenizer,
     image_bytes,
+    question_loader,
     spec,
     take,
+    train_loader,
     write_images,
     write_json,
     write_pairs,
@@ -34,12 +34,7 @@ def _lavis(folder: Path, num_images: int) -> str:
     return write_json(
         folder / "lavis.json",
         [
-            {
-                "image": f"{i}.jpg",
-                "question": f"question {k}?",
-                "answer": ["a", "a", f"b{i}"],
-                "question_id": 2 * i + k,
-            }
+            {"image": f"{i}.jpg", "question": f"question {k}?", "answer": ["a", "a", f"b{i}"], "question_id": 2 * i + k}
             for i in range(num_images)
             for k in range(2)
         ],
@@ -66,11 +61,11 @@ def _sets(data: PairData) -> tuple[QuestionSet, QuestionSet]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_questions_resume_exactly_whatever_the_workers(kind: str, workers: int, tmp_path: Path) -> None:
     data = _open(kind, tmp_path)
-    unbroken = data.question_loader(spec(3, workers=workers), fake_tokenizer)
+    unbroken = question_loader(data, spec(3, workers=workers), fake_tokenizer)
     take(unbroken, 4)
     state = json.loads(json.dumps(unbroken.state_dict()))
     want = take(unbroken, 8)
-    resumed = data.question_loader(spec(3), fake_tokenizer)
+    resumed = question_loader(data, spec(3), fake_tokenizer)
     resumed.load_state_dict(state)
     assert_equal_batches(take(resumed, 8), want)
 
@@ -78,8 +73,8 @@ def test_questions_resume_exactly_whatever_the_workers(kind: str, workers: int, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_together_ask_what_one_rank_asks(kind: str, tmp_path: Path) -> None:
     data = _open(kind, tmp_path)
-    alone = take(data.question_loader(spec(4), None), 3)
-    ranks = [take(data.question_loader(spec(2, rank, 2), None), 3) for rank in range(2)]
+    alone = take(question_loader(data, spec(4), None), 3)
+    ranks = [take(question_loader(data, spec(2, rank, 2), None), 3) for rank in range(2)]
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert whole.questions == [q for part in parts for q in part.questions or ()]
         assert whole.captions == [a for part in parts for a in part.captions]
@@ -90,21 +85,18 @@ def test_ranks_together_ask_what_one_rank_asks(kind: str, tmp_path: Path) -> Non
 def test_no_image_is_asked_about_on_both_sides(kind: str, tmp_path: Path) -> None:
     train, val = _sets(_open(kind, tmp_path, val_fraction=0.3))
     of_side = [{s.image_id(i) for i in range(len(s))} for s in (train, val)]
-    assert len(of_side[0]) > len(of_side[1]) > 0
-    assert not of_side[0] & of_side[1]
+    assert len(of_side[0]) > len(of_side[1]) > 0 and not of_side[0] & of_side[1]
 
 
 def test_vqa_questions_meet_their_answers_and_their_images(tmp_path: Path) -> None:
     data = _open("vqa", tmp_path, val_fraction=0.0)
-    assert data.source is None and data.val is None and data.val_questions is None
-    assert data.num_train == 24
+    assert data.source is None and data.val is None and data.val_questions is None and data.num_train == 24
     assert data.questions is not None and not data.questions.derived
     first, second = data.questions.questions[6:8]
     assert first == Question(30, "How many?", ("3",) * 7 + ("many",) * 3, "how", "number")
     assert second == Question(31, "Is it?", ("yes",) * 10, "is", "yes/no")
-    batch = next(data.question_loader(spec(24), fake_tokenizer))
-    assert batch.questions is not None
-    assert torch.equal(batch.tokens, fake_tokenizer(batch.captions))
+    batch = next(question_loader(data, spec(24), fake_tokenizer))
+    assert batch.questions is not None and torch.equal(batch.tokens, fake_tokenizer(batch.captions))
     of_image: dict[int, list[str]] = {}
     for name, question, answer, image_id in zip(
         batch.ids, batch.questions, batch.captions, batch.image_ids.tolist(), strict=True
@@ -113,13 +105,12 @@ def test_vqa_questions_meet_their_answers_and_their_images(tmp_path: Path) -> No
         assert path.endswith(f"train2014/COCO_train2014_{int(question_id) // 10:012d}.jpg")
         assert answer in ({"yes"} if question == "Is it?" else {str(int(question_id) // 10), "many"})
         of_image.setdefault(image_id, []).append(path)
-    assert len(of_image) == 12
-    assert all(len(paths) == 2 and len(set(paths)) == 1 for paths in of_image.values())
+    assert len(of_image) == 12 and all(len(paths) == 2 and len(set(paths)) == 1 for paths in of_image.values())
 
 
 def test_answers_are_drawn_by_the_annotators_counts_and_anew_in_each_epoch(tmp_path: Path) -> None:
     data = _open("vqa", tmp_path, val_fraction=0.0)
-    loader = data.question_loader(spec(24, image_size=1), None)
+    loader = question_loader(data, spec(24, image_size=1), None)
     drawn: list[dict[str, str]] = []
     for batch in take(loader, 60):
         assert batch.questions is not None
@@ -127,32 +118,25 @@ def test_answers_are_drawn_by_the_annotators_counts_and_anew_in_each_epoch(tmp_p
         drawn.append({name: answer for name, question, answer in triples if question == "How many?"})
     share = Counter(answer == "many" for answers in drawn for answer in answers.values())
     # 3 of 10 annotators, 720 draws: within 5 standard deviations (12.3) of 216.
-    assert 155 <= share[True] <= 277
-    assert drawn[0] != drawn[1]
+    assert 155 <= share[True] <= 277 and drawn[0] != drawn[1]
 
 
 def test_blank_answers_count_for_evaluation_and_are_never_drawn(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.jpg"])
-    records = [
-        {"image": "a.jpg", "question": "q?", "answer": ["", "x", " "], "question_id": i} for i in range(20)
-    ]
+    records = [{"image": "a.jpg", "question": "q?", "answer": ["", "x", " "], "question_id": i} for i in range(20)]
     data = open_data(DataConfig(data=write_json(tmp_path / "x.json", records), val_fraction=0.0), seed=0)
-    assert data.questions is not None
-    assert data.questions.questions[0].answers == ("", "x", " ")
-    assert set(next(data.question_loader(spec(20), None)).captions) == {"x"}
+    assert data.questions is not None and data.questions.questions[0].answers == ("", "x", " ")
+    assert set(next(question_loader(data, spec(20), None)).captions) == {"x"}
     assert data.questions.all_captions(0) == ["x"]
 
 
 def test_held_out_questions_come_in_order_without_those_of_broken_images(tmp_path: Path) -> None:
     train, val = write_vqa(tmp_path, 4), write_vqa(tmp_path, 5, "val", first=20)
-    config = DataConfig(
-        data=train[0], annotations=train[1], val_data=val[0], val_annotations=val[1], max_broken=0.5
-    )
+    config = DataConfig(data=train[0], annotations=train[1], val_data=val[0], val_annotations=val[1], max_broken=0.5)
     (tmp_path / "val2014" / f"COCO_val2014_{22:012d}.jpg").write_bytes(b"GIF?")
     _, held_out = _sets(open_data(config, seed=0))
     batches = list(held_out.batches(3, 8))
-    assert [len(images) for images, _ in batches] == [3, 3, 2]
-    assert batches[0][0].shape == (3, 3, 8, 8)
+    assert [len(images) for images, _ in batches] == [3, 3, 2] and batches[0][0].shape == (3, 3, 8, 8)
     asked = [question.question_id for _, questions in batches for question in questions]
     assert asked == [10 * i + k for i in (20, 21, 23, 24) for k in (0, 1)]
     assert all(len(q.answers) == 10 and q.question_type in ("how", "is") for _, qs in batches for q in qs)
@@ -185,21 +169,15 @@ def test_lavis_questions_have_one_answer_or_several_and_a_number_for_a_missing_i
 def test_questions_of_digits_are_derived_from_the_class_and_say_so() -> None:
     train, val = _sets(open_data(DataConfig(), seed=0))
     for questions in (train, val):
-        assert questions.derived and "derived" in questions.name
-        assert isinstance(questions.source, Digits)
+        assert questions.derived and "derived" in questions.name and isinstance(questions.source, Digits)
         assert len(questions) == 2 * len(set(questions.source.numbers))
         for question, digit in zip(questions.questions, questions.source.classes, strict=True):
             wanted = (
-                DIGIT_NAMES[digit]
-                if question.text == "which digit is written here?"
-                else ("even", "odd")[digit % 2]
+                DIGIT_NAMES[digit] if question.text == "which digit is written here?" else ("even", "odd")[digit % 2]
             )
             assert question.answers == (wanted,) * 10
     asked = Counter(q.text for q in val.questions)
-    assert asked == {
-        "which digit is written here?": len(val) // 2,
-        "is this digit even or odd?": len(val) // 2,
-    }
+    assert asked == {"which digit is written here?": len(val) // 2, "is this digit even or odd?": len(val) // 2}
     assert len({q.question_id for q in (*train.questions, *val.questions)}) == 2 * 1797
 
 
@@ -212,7 +190,7 @@ def test_questions_of_stamps_are_derived_from_the_folder_and_say_so(language: st
         for i, question in enumerate(questions.questions):
             folder = questions.source.sample_id(i).split("/")[0]
             assert question.answers == (names[folder == "food"],) * 10
-    batch = next(data.question_loader(spec(4), None))
+    batch = next(question_loader(data, spec(4), None))
     assert set(batch.captions) <= set(names)
 
 
@@ -224,7 +202,7 @@ def test_stamps_without_folders_have_no_questions(tmp_path: Path) -> None:
 
 def test_captions_and_questions_are_not_taken_for_each_other(tmp_path: Path) -> None:
     vqa = _open("vqa", tmp_path)
-    for use in (vqa.captions, lambda: vqa.train_loader(spec(2), None)):
+    for use in (vqa.captions, lambda: train_loader(vqa, spec(2), None)):
         with pytest.raises(
             ValueError, match=r"questions.json' must have captions to train on, but has questions alone"
         ):
@@ -232,31 +210,21 @@ def test_captions_and_questions_are_not_taken_for_each_other(tmp_path: Path) -> 
     (tmp_path / "pairs").mkdir()
     for name in (write_pairs(tmp_path / "pairs", 8), write_shards(tmp_path, 2, 4)):
         with pytest.raises(ValueError, match="must have questions to train on, but has captions alone"):
-            open_data(DataConfig(data=name), seed=0).question_loader(spec(2), None)
+            question_loader(open_data(DataConfig(data=name), seed=0), spec(2), None)
 
 
-@pytest.mark.parametrize(
-    ("question", "annotation", "reason"),
-    [
-        ({"question": ""}, {}, "empty question"),
-        ({"question": None}, {}, "no question"),
-        ({"image_id": "x"}, {}, "image_id is not a number"),
-        ({"image_id": "9" * 5000}, {}, "image_id is not a number"),
-        ({"image_id": -4}, {}, "image_id is not a number"),
-        ({"question_id": 99}, {}, "question without annotation"),
-        ({"question_id": []}, {}, "question without annotation"),
-        ({}, {"question_id": 99}, "question without annotation"),
-        ({}, {"answers": []}, "no answer"),
-        ({}, {"answers": [{"answer": " "}]}, "no answer"),
-        ({}, {"answers": "yes"}, None),
-        ({}, {"answers": [{"answer": "yes"}, {"answer": 3}]}, "answer is not text"),
-        ({}, {"answers": [{"answer": "yes"}, {"answer": "\udc00"}]}, "answer is not text"),
-        ({}, {"question_type": 4}, None),
-    ],
-)
-def test_a_bad_question_is_counted_and_left_out(
-    question: dict, annotation: dict, reason: str | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("question", "annotation", "reason"), [
+    ({"question": ""}, {}, "empty question"), ({"question": None}, {}, "no question"),
+    ({"image_id": "x"}, {}, "image_id is not a number"), ({"image_id": "9" * 5000}, {}, "image_id is not a number"),
+    ({"image_id": -4}, {}, "image_id is not a number"), ({"question_id": 99}, {}, "question without annotation"),
+    ({"question_id": []}, {}, "question without annotation"),
+    ({}, {"question_id": 99}, "question without annotation"), ({}, {"answers": []}, "no answer"),
+    ({}, {"answers": [{"answer": " "}]}, "no answer"), ({}, {"answers": "yes"}, None),
+    ({}, {"answers": [{"answer": "yes"}, {"answer": 3}]}, "answer is not text"),
+    ({}, {"answers": [{"answer": "yes"}, {"answer": "\udc00"}]}, "answer is not text"),
+    ({}, {"question_type": 4}, None),
+])  # fmt: skip
+def test_a_bad_question_is_counted_and_left_out(question: dict, annotation: dict, reason: str | None, tmp_path: Path):
     paths = write_vqa(tmp_path, 3)
     contents = [json.loads(Path(p).read_text()) for p in paths]
     contents[0]["questions"][1].update(question)
@@ -265,8 +233,7 @@ def test_a_bad_question_is_counted_and_left_out(
         write_json(Path(path), content)
     config: dict[str, Any] = {"data": paths[0], "annotations": paths[1], "val_fraction": 0.0}
     data = open_data(DataConfig(**config, max_broken=0.2), seed=0)
-    assert data.num_train == (6 if reason is None else 5)
-    assert data.broken == ({} if reason is None else {reason: 1})
+    assert data.num_train == (6 if reason is None else 5) and data.broken == ({} if reason is None else {reason: 1})
     if reason is not None:
         with pytest.raises(ValueError, match=rf"1 of 6 records of data='.*' are broken \({reason} 1\)"):
             open_data(DataConfig(**config), seed=0)
@@ -276,14 +243,12 @@ def test_a_missing_image_of_a_question_is_counted_where_it_is_read(tmp_path: Pat
     questions, annotations = write_vqa(tmp_path, 6)
     (tmp_path / "train2014" / f"COCO_train2014_{2:012d}.jpg").unlink()
     config = DataConfig(data=questions, annotations=annotations, val_fraction=0.0, max_broken=0.5)
-    loader = open_data(config, seed=0).question_loader(spec(4), None)
+    loader = question_loader(open_data(config, seed=0), spec(4), None)
     take(loader, 3)
     assert loader.broken == {"missing file": 2}
 
 
-@pytest.mark.parametrize(
-    "name", ["{:012d}.jpg", "abstract_v002_train2015_{:012d}.png", "{}.PNG", "img-{:06d}.webp"]
-)
+@pytest.mark.parametrize("name", ["{:012d}.jpg", "abstract_v002_train2015_{:012d}.png", "{}.PNG", "img-{:06d}.webp"])
 def test_images_are_found_by_number_under_any_prefix_and_width(name: str, tmp_path: Path) -> None:
     questions, annotations = write_vqa(tmp_path, 3, first=99)
     root = tmp_path / "other"
@@ -294,9 +259,7 @@ def test_images_are_found_by_number_under_any_prefix_and_width(name: str, tmp_pa
     config = DataConfig(data=questions, annotations=annotations, image_root=str(root), val_fraction=0.0)
     train = open_data(config, seed=0).questions
     assert train is not None
-    assert [train.source.sample_id(2 * i) for i in range(3)] == [
-        str(root / name.format(99 + i)) for i in range(3)
-    ]
+    assert [train.source.sample_id(2 * i) for i in range(3)] == [str(root / name.format(99 + i)) for i in range(3)]
 
 
 def test_mistakes_with_vqa_files_are_told_in_one_sentence(tmp_path: Path) -> None:
@@ -313,14 +276,8 @@ def test_mistakes_with_vqa_files_are_told_in_one_sentence(tmp_path: Path) -> Non
             {"data": questions, "annotations": questions},
             "annotations='.*' must hold VQAv2's annotations, but holds VQAv2 q",
         ),
-        (
-            {"data": questions, "annotations": "no.json"},
-            "annotations must be an existing file, got 'no.json'",
-        ),
-        (
-            {"data": lavis, "annotations": annotations},
-            r"annotations=.* has no effect on data=.* LAVIS questions",
-        ),
+        ({"data": questions, "annotations": "no.json"}, "annotations must be an existing file, got 'no.json'"),
+        ({"data": lavis, "annotations": annotations}, r"annotations=.* has no effect on data=.* LAVIS questions"),
         (
             {"data": questions, "annotations": annotations, "val_data": questions},
             "val_data='.*' holds VQAv2's questions, so val_annotations must be given",

@@ -1,7 +1,5 @@
 """Tar shards: partition, streams, untrusted members, counting, held-out pairs."""
 
-from __future__ import annotations
-
 import gzip
 import tarfile
 from collections import Counter
@@ -10,28 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.data import DataConfig, TrainLoader, open_data
+from mmcore.data import DataConfig, open_data
 from mmcore.data.sources import shards, tar
 from mmcore.data.sources.shards import ShardBatches
 from tests.mmcore.data_fixtures import (
+    PairLoader,
     assert_equal_batches,
     fake_tokenizer,
     image_bytes,
+    pair_reader,
     spec,
     take,
+    train_loader,
     write_shards,
     write_tar,
 )
 
 
-def _loader(folder: Path, members: list, max_broken: float = 1.0, **config) -> TrainLoader:
+def _loader(folder: Path, members: list, max_broken: float = 1.0, **config) -> PairLoader:
     """Loader of one shard of `members` between ten sound pairs, batches of five."""
-    sound = [
-        (f"ok{i}.{s}", d) for i in range(10) for s, d in (("jpg", image_bytes(i)), ("txt", b"a caption"))
-    ]
+    sound = [(f"ok{i}.{s}", d) for i in range(10) for s, d in (("jpg", image_bytes(i)), ("txt", b"a caption"))]
     path = write_tar(folder / "x.tar", [*sound[:10], *members, *sound[10:]])
     data = open_data(DataConfig(data=str(path), max_broken=max_broken, **config), seed=0)
-    return data.train_loader(spec(5), fake_tokenizer)
+    return train_loader(data, spec(5), fake_tokenizer)
 
 
 def _pair(name: str) -> list[tuple[str, bytes]]:
@@ -45,9 +44,7 @@ def _link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (1, 3), (3, 2)])
-def test_streams_are_disjoint_and_together_hold_every_sample(
-    world_size: int, workers: int, tmp_path: Path
-) -> None:
+def test_streams_are_disjoint_and_together_hold_every_sample(world_size: int, workers: int, tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, 7, 4)
     everything = {f"{s:03d}.tar:s{s}_{i}" for s in range(7) for i in range(4)}
     num_streams = max(1, workers)
@@ -56,94 +53,62 @@ def test_streams_are_disjoint_and_together_hold_every_sample(
         for rank in range(world_size):
             cursors = [[0, 0] for _ in range(num_streams)]
             batches = ShardBatches(
-                tar.expand_shards(pattern, "data"),
-                spec(2, rank, world_size, workers=workers),
-                fake_tokenizer,
-                cursors,
-            )
+                tar.expand_shards(pattern, "data"), spec(2, rank, world_size, workers=workers),
+                pair_reader(spec(), fake_tokenizer), cursors,
+            )  # fmt: skip
             for stream in range(num_streams):
                 seen.update(tar.sample_id(s) for s in batches.samples(stream, num_pass))
-        assert set(seen) == everything
-        assert set(seen.values()) == {1}
-
-
-def test_loading_processes_give_all_samples_of_the_rank(tmp_path: Path) -> None:
-    data = open_data(DataConfig(data=write_shards(tmp_path, 4, 4)), seed=0)
-    for workers in (0, 2):
-        loader = data.train_loader(spec(2, workers=workers), fake_tokenizer)
-        assert loader.steps_per_epoch == 8
-        assert len({i for batch in take(loader, 8) for i in batch.ids}) == 16
+        assert set(seen) == everything and set(seen.values()) == {1}
 
 
 def test_passes_differ_in_order_and_samples_of_different_shards_mix(tmp_path: Path) -> None:
-    loader = open_data(DataConfig(data=write_shards(tmp_path, 4, 4)), seed=0).train_loader(
-        spec(4), fake_tokenizer
-    )
+    loader = train_loader(open_data(DataConfig(data=write_shards(tmp_path, 4, 4)), seed=0), spec(4), fake_tokenizer)
     first, second = take(loader, 4), take(loader, 4)
     assert [b.ids for b in first] != [b.ids for b in second]
     assert any(len({i.split(":")[0] for i in b.ids}) > 1 for b in first)
 
 
-def test_a_small_buffer_resumes_exactly_amid_broken_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_buffer_resumes_exactly_amid_broken_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHUFFLE_BUFFER", 3)
     pattern = write_shards(tmp_path, 2, 9)
-    write_tar(
-        tmp_path / "002.tar",
-        [*_pair("a"), ("b.jpg", b"junk"), ("b.txt", b"x"), *_pair("/c"), ("d.txt", b"x")],
-    )
+    write_tar(tmp_path / "002.tar", [*_pair("a"), ("b.jpg", b"junk"), ("b.txt", b"x"), *_pair("/c"), ("d.txt", b"x")])
     data = open_data(DataConfig(data=pattern.replace("001", "002"), max_broken=0.5), seed=0)
-    unbroken = data.train_loader(spec(4), fake_tokenizer)
+    unbroken = train_loader(data, spec(4), fake_tokenizer)
     for _ in range(9):
         state = unbroken.state_dict()
         want = take(unbroken, 3)
-        resumed = data.train_loader(spec(4), fake_tokenizer)
+        resumed = train_loader(data, spec(4), fake_tokenizer)
         resumed.load_state_dict(state)
         assert_equal_batches(take(resumed, 3), want)
         assert resumed.broken == unbroken.broken
     assert set(unbroken.broken) == {"not an image", "absolute path in tar", "no image"}
 
 
-@pytest.mark.parametrize(
-    ("members", "reason"),
-    [
-        (lambda: _pair("/etc/x"), "absolute path in tar"),
-        (lambda: _pair("../x"), "path with .. in tar"),
-        (lambda: _pair("a/../../x"), "path with .. in tar"),
-        (lambda: [(_link("x.jpg", "/etc/passwd", tarfile.SYMTYPE), b""), ("x.txt", b"y")], "link in tar"),
-        (lambda: [(_link("x.jpg", "ok0.jpg", tarfile.LNKTYPE), b""), ("x.txt", b"y")], "link in tar"),
-        (lambda: [(_link("x.jpg", "", tarfile.FIFOTYPE), b""), ("x.txt", b"y")], "special file in tar"),
-        (lambda: [*_pair("x"), ("x.JPG", b"again")], "duplicate name in tar"),
-        (lambda: [*_pair("x"), ("x.__key__", b"z")], "reserved suffix in tar"),
-        (lambda: [("x.jpg", image_bytes(0))], "no caption"),
-        (lambda: [("x.txt", b"alone")], "no image"),
-        (lambda: [("x.jpg", image_bytes(0)), ("x.txt", b" \n")], "empty caption"),
-        (lambda: [("x.jpg", image_bytes(0)), ("x.txt", b"\xff\xfe\xff")], "caption is not UTF-8"),
-        (lambda: [*_pair("x"), ("x.json", b"{image_id: 1}")], "metadata is not JSON"),
-        (lambda: [*_pair("x"), ("x.json", b"[" * 100_000)], "metadata is not JSON"),
-        (lambda: [*_pair("x"), ("x.json", b"[1]")], "metadata is not JSON"),
-        (
-            lambda: [*_pair("x"), ("x.json", b'{"image_id": 1.5}')],
-            "image_id is neither text nor a whole number",
-        ),
-        (
-            lambda: [*_pair("x"), ("x.json", b'{"image_id": ""}')],
-            "image_id is neither text nor a whole number",
-        ),
-        (lambda: [("x.jpg", b""), ("x.txt", b"y")], "empty file"),
-        (lambda: [("x.jpg", b"GIF?"), ("x.txt", b"y")], "not an image"),
-        (lambda: [("x.jpg", image_bytes(0, (64, 64), "JPEG")[:400]), ("x.txt", b"y")], "damaged image"),
-    ],
-)
-def test_a_bad_member_is_counted_by_its_reason_and_never_trained_on(
-    members: Callable[[], list], reason: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("members", "reason"), [
+    (lambda: _pair("/etc/x"), "absolute path in tar"), (lambda: _pair("../x"), "path with .. in tar"),
+    (lambda: _pair("a/../../x"), "path with .. in tar"),
+    (lambda: [(_link("x.jpg", "/etc/passwd", tarfile.SYMTYPE), b""), ("x.txt", b"y")], "link in tar"),
+    (lambda: [(_link("x.jpg", "ok0.jpg", tarfile.LNKTYPE), b""), ("x.txt", b"y")], "link in tar"),
+    (lambda: [(_link("x.jpg", "", tarfile.FIFOTYPE), b""), ("x.txt", b"y")], "special file in tar"),
+    (lambda: [*_pair("x"), ("x.JPG", b"again")], "duplicate name in tar"),
+    (lambda: [*_pair("x"), ("x.__key__", b"z")], "reserved suffix in tar"),
+    (lambda: [("x.jpg", image_bytes(0))], "no caption"), (lambda: [("x.txt", b"alone")], "no image"),
+    (lambda: [("x.jpg", image_bytes(0)), ("x.txt", b" \n")], "empty caption"),
+    (lambda: [("x.jpg", image_bytes(0)), ("x.txt", b"\xff\xfe\xff")], "caption is not UTF-8"),
+    (lambda: [*_pair("x"), ("x.json", b"{image_id: 1}")], "metadata is not JSON"),
+    (lambda: [*_pair("x"), ("x.json", b"[" * 100_000)], "metadata is not JSON"),
+    (lambda: [*_pair("x"), ("x.json", b"[1]")], "metadata is not JSON"),
+    (lambda: [*_pair("x"), ("x.json", b'{"image_id": 1.5}')], "image_id is neither text nor a whole number"),
+    (lambda: [*_pair("x"), ("x.json", b'{"image_id": ""}')], "image_id is neither text nor a whole number"),
+    (lambda: [("x.jpg", b""), ("x.txt", b"y")], "empty file"),
+    (lambda: [("x.jpg", b"GIF?"), ("x.txt", b"y")], "not an image"),
+    (lambda: [("x.jpg", image_bytes(0, (64, 64), "JPEG")[:400]), ("x.txt", b"y")], "damaged image"),
+])  # fmt: skip
+def test_a_bad_member_is_counted_by_its_reason_and_never_trained_on(members: Callable[[], list], reason: str, tmp_path):
     loader = _loader(tmp_path, members())
     # Ten good samples a pass, so the twelfth batch of five ends somewhere in the sixth pass.
     batches = take(loader, 12)
-    assert all(i.startswith("x.tar:ok") for batch in batches for i in batch.ids)
-    assert set(loader.broken) == {reason}
+    assert all(i.startswith("x.tar:ok") for batch in batches for i in batch.ids) and set(loader.broken) == {reason}
     assert 5 <= loader.broken[reason] <= 6
 
 
@@ -156,7 +121,7 @@ def test_the_image_id_is_that_of_the_json_member_or_else_the_samples_own(tmp_pat
             members += [(f"{i}.json", metadata)] if metadata is not None else []
         write_tar(tmp_path / f"{shard}.tar", members)
     data = open_data(DataConfig(data=str(tmp_path / "{0..1}.tar")), seed=0)
-    batch = next(data.train_loader(spec(10), None))
+    batch = next(train_loader(data, spec(10), None))
     image_ids = dict(zip(batch.ids, batch.image_ids.tolist(), strict=True))
     shared = {image_ids[f"{shard}.tar:{i}"] for shard in range(2) for i in range(2)}
     assert len(shared) == 1
@@ -164,9 +129,7 @@ def test_the_image_id_is_that_of_the_json_member_or_else_the_samples_own(tmp_pat
     assert len(set(image_ids.values()) - shared) == 6
 
 
-def test_a_member_above_the_size_limit_is_refused_unread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_member_above_the_size_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar, "MAX_MEMBER_BYTES", 5_000)
     loader = _loader(tmp_path, [("x.jpg", bytes(5_001)), ("x.txt", b"y")])
     take(loader, 4)
@@ -180,11 +143,8 @@ def test_folders_metadata_and_dotted_names_do_not_count_as_records(tmp_path: Pat
     take(loader, 6)
     assert set(loader.broken) == {"no image"}
     (tmp_path / "more").mkdir()
-    loader = _loader(
-        tmp_path / "more", [(folder, b""), ("__meta__", b"x"), ("README", b"x"), *_pair("./sub/good")]
-    )
-    assert any("x.tar:./sub/good" in batch.ids for batch in take(loader, 3))
-    assert loader.broken == {}
+    loader = _loader(tmp_path / "more", [(folder, b""), ("__meta__", b"x"), ("README", b"x"), *_pair("./sub/good")])
+    assert any("x.tar:./sub/good" in batch.ids for batch in take(loader, 3)) and loader.broken == {}
 
 
 # Inside a header, between two members, inside the padding of one, inside its bytes.
@@ -194,10 +154,9 @@ def test_a_truncated_shard_counts_once_and_its_sound_part_is_used(cut: int, tmp_
     whole = (tmp_path / "001.tar").read_bytes()
     (tmp_path / "001.tar").write_bytes(whole[:cut])
     data = open_data(DataConfig(data=pattern, num_samples=9, max_broken=1.0), seed=0)
-    loader = data.train_loader(spec(3), fake_tokenizer)
+    loader = train_loader(data, spec(3), fake_tokenizer)
     ids = {i for batch in take(loader, 5) for i in batch.ids}
-    assert loader.broken["damaged tar"] == 1
-    assert any(i.startswith("001") for i in ids)
+    assert loader.broken["damaged tar"] == 1 and any(i.startswith("001") for i in ids)
     with pytest.raises(ValueError, match=r"001.tar must be an undamaged, uncompressed tar .*num_samples"):
         open_data(DataConfig(data=pattern), seed=0)
 
@@ -209,7 +168,7 @@ def test_compressed_and_piped_shards_train_when_num_samples_is_given(tmp_path: P
         with pytest.raises(ValueError, match="num_samples"):
             open_data(DataConfig(data=url), seed=0)
         data = open_data(DataConfig(data=url, num_samples=6), seed=0)
-        loader = data.train_loader(spec(3), fake_tokenizer)
+        loader = train_loader(data, spec(3), fake_tokenizer)
         assert len({i for batch in take(loader, 2) for i in batch.ids}) == 6
         take(loader, 5)
         assert loader.broken == {}
@@ -220,11 +179,10 @@ def test_a_pipe_that_fails_is_counted_as_a_damaged_shard(command: str, tmp_path:
     write_shards(tmp_path, 1, 6)
     url = f"{tmp_path}/000.tar::pipe:{command.format(tmp_path)}"
     data = open_data(DataConfig(data=url, num_samples=6, max_broken=1.0), seed=0)
-    loader = data.train_loader(spec(3), fake_tokenizer)
+    loader = train_loader(data, spec(3), fake_tokenizer)
     take(loader, 5)
     # webdataset drops what is unread when it learns of the failure, so the last sample may lack its caption.
-    assert loader.broken["damaged tar"] >= 1
-    assert set(loader.broken) <= {"damaged tar", "no caption"}
+    assert loader.broken["damaged tar"] >= 1 and set(loader.broken) <= {"damaged tar", "no caption"}
 
 
 def test_a_pipe_may_be_left_half_read(tmp_path: Path) -> None:
@@ -240,7 +198,7 @@ def test_num_samples_sets_the_steps_of_an_epoch_and_else_is_counted(tmp_path: Pa
     counted = open_data(DataConfig(data=pattern), seed=0)
     assert counted.num_train == 15
     given = open_data(DataConfig(data=pattern, num_samples=9), seed=0)
-    loader = given.train_loader(spec(4), fake_tokenizer)
+    loader = train_loader(given, spec(4), fake_tokenizer)
     assert (given.num_train, loader.steps_per_epoch) == (9, 2)
     assert [batch.epoch for batch in take(loader, 5)] == [0, 0, 1, 1, 2]
 
@@ -255,8 +213,7 @@ def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
     train, val = write_shards(tmp_path / "train", 2, 3), write_shards(tmp_path / "val", 2, 4)
     held_out = open_data(DataConfig(data=train, val_data=val), seed=0).val
-    assert held_out is not None
-    assert held_out.captions == [[f"caption number {i}"] for i in range(8)]
+    assert held_out is not None and held_out.captions == [[f"caption number {i}"] for i in range(8)]
     assert held_out.labels is None
     assert [i for _, indices in held_out.batches(3, 8) for i in indices.tolist()] == list(range(8))
     assert held_out.raw_image(1).size == (20, 14)
@@ -268,9 +225,8 @@ def test_names_and_image_ids_that_are_no_unicode_train(tmp_path: Path) -> None:
         members += [(f"{name}.jpg", image_bytes(i)), (f"{name}.txt", b"a caption")]
     members += [("c\udcfe.json", b'{"image_id": "\\ud800"}')]
     data = open_data(DataConfig(data=str(write_tar(tmp_path / "x.tar", members))), seed=0)
-    loader = data.train_loader(spec(3), fake_tokenizer)
-    assert len(set(next(loader).image_ids.tolist())) == 3
-    assert loader.broken == {}
+    loader = train_loader(data, spec(3), fake_tokenizer)
+    assert len(set(next(loader).image_ids.tolist())) == 3 and loader.broken == {}
 
 
 def test_held_out_shards_of_one_file_name_in_two_folders_are_not_mixed_up(tmp_path: Path) -> None:
@@ -280,15 +236,12 @@ def test_held_out_shards_of_one_file_name_in_two_folders_are_not_mixed_up(tmp_pa
         write_shards(tmp_path / name, 1, 3)
     train = write_shards(tmp_path / "train", 1, 3)
     data = open_data(DataConfig(data=train, val_data=str(tmp_path / "{a,b}" / "000.tar")), seed=0)
-    assert data.val is not None
-    assert len(data.val) == 6
+    assert data.val is not None and len(data.val) == 6
 
 
 def test_held_out_samples_of_one_image_id_are_one_image(tmp_path: Path) -> None:
     members = []
-    for i, metadata in enumerate(
-        [b'{"image_id": 7}', b'{"image_id": 8}', b'{"image_id": 7}', None, b"{}", b""]
-    ):
+    for i, metadata in enumerate([b'{"image_id": 7}', b'{"image_id": 8}', b'{"image_id": 7}', None, b"{}", b""]):
         members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", f"caption {i}".encode())]
         members += [(f"{i}.json", metadata)] if metadata is not None else []
     val = write_tar(tmp_path / "val.tar", members)
@@ -301,7 +254,7 @@ def test_held_out_samples_of_one_image_id_are_one_image(tmp_path: Path) -> None:
 def test_more_streams_than_shards_are_refused(tmp_path: Path) -> None:
     data = open_data(DataConfig(data=write_shards(tmp_path, 3, 4)), seed=0)
     with pytest.raises(ValueError, match=r"world_size x workers must be at most the 3 shards, got 2 x 2"):
-        data.train_loader(spec(1, 0, 2, workers=2), fake_tokenizer)
+        train_loader(data, spec(1, 0, 2, workers=2), fake_tokenizer)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -311,7 +264,7 @@ def test_shards_without_a_pair_stop_the_first_batch(workers: int, tmp_path: Path
         open_data(DataConfig(data=str(path)), seed=0)
     data = open_data(DataConfig(data=str(path), num_samples=5, max_broken=1.0), seed=0)
     with pytest.raises(ValueError, match=r"rank 0 found none among 2 samples; x.tar:.: no caption"):
-        next(data.train_loader(spec(2, workers=workers), fake_tokenizer))
+        next(train_loader(data, spec(2, workers=workers), fake_tokenizer))
 
 
 def test_too_many_broken_records_stop_the_run_at_the_end_of_the_epoch(tmp_path: Path) -> None:

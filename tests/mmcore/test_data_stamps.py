@@ -1,7 +1,5 @@
 """Stamps: captions, pictures, classes, split, and fetching with stand-ins for apt-get and dpkg-deb."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 
 from mmcore.data import BrokenRecord, DataConfig, open_data
 from mmcore.data.sources.stamps import Stamps, find_stamps, parse_stamp_caption
-from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, write_stamps
+from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, train_loader, write_stamps
 
 CACHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcore" / "tuxpaint-stamps"
 
@@ -53,11 +51,9 @@ def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_caption_is_the_first_line_or_that_of_its_language() -> None:
     text = "A cat.\nzh.utf8=no\nzh_CN.utf8= 猫。 \nzh_TW.utf8=貓\n".encode()
-    assert parse_stamp_caption(text, "en") == "A cat."
-    assert parse_stamp_caption(text, "zh_CN") == "猫。"
+    assert parse_stamp_caption(text, "en") == "A cat." and parse_stamp_caption(text, "zh_CN") == "猫。"
     assert parse_stamp_caption(b"A cat.\n", "zh_CN") is None
-    assert parse_stamp_caption(b"A cat.\nzh_CN.utf8=\n", "zh_CN") is None
-    assert parse_stamp_caption(b"", "en") is None
+    assert parse_stamp_caption(b"A cat.\nzh_CN.utf8=\n", "zh_CN") is None and parse_stamp_caption(b"", "en") is None
     assert parse_stamp_caption(b"\nx.utf8=y", "en") is None
     with pytest.raises(BrokenRecord, match="caption is not UTF-8"):
         parse_stamp_caption(b"caf\xe9", "en")
@@ -71,16 +67,13 @@ def test_english_and_chinese_captions_classes_and_pictures(tmp_path: Path) -> No
         {f"Thing {i}." for i in range(13) if i not in (3, 8)} | {"A thing, twice."}
     )
     assert english.class_names == ["animals", "food"]
-    chinese = open_data(
-        DataConfig(data="stamps", stamps_dir=root, val_fraction=0.0, language="zh_CN"), seed=0
-    )
+    chinese = open_data(DataConfig(data="stamps", stamps_dir=root, val_fraction=0.0, language="zh_CN"), seed=0)
     assert sorted(chinese.captions()) == sorted(f"东西{i}。" for i in range(13) if i != 5)
     assert chinese.class_names == ["动物", "食物"]
     assert chinese.templates is not None and all("{}" in t for t in chinese.templates)
     assert isinstance(english.source, Stamps)
     picture = np.asarray(english.source.raw_image(0))
-    assert picture.shape[0] == picture.shape[1] >= 30
-    assert (picture[0] == 255).all()
+    assert picture.shape[0] == picture.shape[1] >= 30 and (picture[0] == 255).all()
     assert (picture.reshape(-1, 3) == (0, 0, 200)).all(1).sum() == 16
 
 
@@ -91,8 +84,7 @@ def test_equal_captions_never_straddle_the_split_and_labels_are_top_folders(tmp_
         data = open_data(DataConfig(data="stamps", stamps_dir=root, val_fraction=0.3), seed=seed)
         assert data.val is not None and data.val.labels is not None and data.class_names is not None
         held_out = {c for captions in data.val.captions for c in captions}
-        assert not held_out & set(data.captions())
-        assert len(data.val) == 4
+        assert not held_out & set(data.captions()) and len(data.val) == 4
         names = [data.val.source.sample_id(i) for i in data.val.indices]
         assert [data.class_names[label] for label in data.val.labels] == [n.split("/")[0] for n in names]
         sides.add("A thing, twice." in held_out)
@@ -101,23 +93,16 @@ def test_equal_captions_never_straddle_the_split_and_labels_are_top_folders(tmp_
 
 def test_stamps_in_the_package_layout_or_loose_in_a_folder_are_found(tmp_path: Path) -> None:
     write_stamps(tmp_path / "x" / "usr/share/tuxpaint/stamps")
-    assert open_data(DataConfig(data="stamps", stamps_dir=tmp_path / "x"), seed=0).class_names == [
-        "animals",
-        "food",
-    ]
-    loose = open_data(
-        DataConfig(data="stamps", stamps_dir=tmp_path / "x" / "usr/share/tuxpaint/stamps/food"), seed=0
-    )
-    assert loose.class_names is None
-    assert loose.val is not None and loose.val.labels is None
+    assert open_data(DataConfig(data="stamps", stamps_dir=tmp_path / "x"), seed=0).class_names == ["animals", "food"]
+    loose = open_data(DataConfig(data="stamps", stamps_dir=tmp_path / "x" / "usr/share/tuxpaint/stamps/food"), seed=0)
+    assert loose.class_names is None and loose.val is not None and loose.val.labels is None
 
 
 def test_an_unreadable_caption_is_a_broken_record(tmp_path: Path) -> None:
     root = write_stamps(tmp_path / "st")
     (root / "food" / "4.txt").write_bytes(b"caf\xe9")
     with pytest.raises(
-        ValueError,
-        match=r"1 of 13 records of the stamps .* \(caption is not UTF-8 1\); the first is food/4.png",
+        ValueError, match=r"1 of 13 records of the stamps .* \(caption is not UTF-8 1\); the first is food/4.png"
     ):
         open_data(DataConfig(data="stamps", stamps_dir=root), seed=0)
 
@@ -132,9 +117,7 @@ def test_a_folder_without_stamps_or_without_the_language_is_refused(tmp_path: Pa
         open_data(DataConfig(data="stamps", stamps_dir=root, language="zh_CN"), seed=0)
 
 
-def test_the_package_is_fetched_once_and_only_pictures_and_captions_are_kept(
-    debian: Path, tmp_path: Path
-) -> None:
+def test_the_package_is_fetched_once_and_only_pictures_and_captions_are_kept(debian: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert open_data(DataConfig(data="stamps"), seed=0).num_train > 2
     assert len(debian.read_text().splitlines()) == 1
@@ -148,31 +131,22 @@ def test_the_package_is_fetched_into_a_given_folder_that_does_not_exist(debian: 
     assert len(debian.read_text().splitlines()) == 1
 
 
-def test_package_lists_of_our_own_serve_where_the_machine_has_none(
-    debian: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_lists_of_our_own_serve_where_the_machine_has_none(debian: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NO_LISTS", "1")
     find_stamps(None)
     calls = debian.read_text().splitlines()
-    assert len(calls) == 3
-    assert calls[1].endswith("update") and "Dir::State=" in calls[1] and "Dir::Cache=" in calls[1]
+    assert len(calls) == 3 and calls[1].endswith("update") and "Dir::State=" in calls[1] and "Dir::Cache=" in calls[1]
 
 
-def test_a_failed_fetch_leaves_nothing_behind_and_says_what_to_do(
-    debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_fetch_leaves_nothing_behind_and_says_what_to_do(debian: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("NO_LISTS", "1")
     monkeypatch.setenv("NO_NETWORK", "1")
-    with pytest.raises(
-        ValueError, match=r"could not be fetched \(E: Could not resolve host\); .*--stamps-dir"
-    ):
+    with pytest.raises(ValueError, match=r"could not be fetched \(E: Could not resolve host\); .*--stamps-dir"):
         find_stamps(None)
     assert {p.name for p in (tmp_path / "cache" / "mmcore").iterdir()} == {".mmcore-stamps.lock"}
 
 
-def test_a_machine_without_apt_is_told_what_to_do(
-    debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_apt_is_told_what_to_do(debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"'stamps' needs apt-get, which is not installed, .*--stamps-dir"):
         find_stamps(None)
@@ -191,23 +165,19 @@ def test_ranks_that_start_together_fetch_once(debian: Path) -> None:
         rank.start()
     for rank in ranks:
         rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [0] * 4
-    assert len(debian.read_text().splitlines()) == 1
+    assert [rank.exitcode for rank in ranks] == [0] * 4 and len(debian.read_text().splitlines()) == 1
 
 
 @pytest.mark.skipif(not CACHED.exists(), reason=f"the package is not unpacked in {CACHED}")
 @pytest.mark.parametrize(("language", "num_pairs", "num_distinct"), [("en", 785, 674), ("zh_CN", 713, 599)])
-def test_the_real_package_has_the_known_pairs_and_no_broken_one(
-    language: str, num_pairs: int, num_distinct: int
-) -> None:
+def test_the_real_package_has_the_known_pairs_and_no_broken_one(language: str, num_pairs: int, num_distinct: int):
     config = DataConfig(data="stamps", language=language, max_broken=0.0)  # pyright: ignore[reportArgumentType]
     data = open_data(config, seed=0)
     assert data.val is not None and data.class_names is not None
     held_out = [c for captions in data.val.captions for c in captions]
-    assert data.num_train + len(data.val) == num_pairs
-    assert len(set(data.captions()) | set(held_out)) == num_distinct
+    assert data.num_train + len(data.val) == num_pairs and len(set(data.captions()) | set(held_out)) == num_distinct
     assert len(data.class_names) == 16
     assert sum(len(indices) for _, indices in data.val.batches(64, 32)) == len(data.val)
-    loader = data.train_loader(spec(64, image_size=32), fake_tokenizer)
+    loader = train_loader(data, spec(64, image_size=32), fake_tokenizer)
     take(loader, loader.steps_per_epoch)
     assert loader.broken == {}

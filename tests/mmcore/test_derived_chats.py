@@ -1,6 +1,4 @@
-"""Conversations derived from captions, classes and pixels: true, asked once, and not to be answered blindly."""
-
-from __future__ import annotations
+"""Conversations derived from captions, classes and pixels: true, asked once, not to be answered blindly."""
 
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -9,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.config import DataConfig
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, parse_conversation
 from mmcore.data.sources.derived_chats import MAX_TURNS, digit_conversations, draw_named, stamp_conversations
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, open_digits
-from mmcore.data.sources.stamps import OpenStamps, Stamps, open_stamps
+from mmcore.data.sources.picture_facts import COLOURS, Colour, main_colour, proportions
+from mmcore.data.sources.questions import QuestionSet
+from mmcore.data.sources.stamps import Stamps, open_stamps
 from tests.mmcore.data_fixtures import write_stamps
 
 ASKED = {
@@ -26,12 +27,10 @@ ASKED = {
         "shape": "is it wider than tall, or taller than wide?",
     },
     "zh_CN": {
-        "caption": "这张图片里有什么？",
-        "kind": "这是哪一类东西？",
-        "colour": "除了白色，它大部分是什么颜色？",
+        "caption": "这张图片里有什么？", "kind": "这是哪一类东西？", "colour": "除了白色，它大部分是什么颜色？",
         "shape": "它是宽大于高，还是高大于宽？",
     },
-}
+}  # fmt: skip
 RIVALS = {"caption", "kind", "belongs"}
 
 
@@ -55,8 +54,10 @@ def by_picture(found: ConversationSet, language: str) -> dict[str, list[dict[str
     return told
 
 
-def opened(folder: Path, language: Any) -> OpenStamps:
-    return open_stamps(DataConfig(data="stamps", language=language, stamps_dir=write_stamps(folder)), 0)
+def opened(folder: Path, language: Any) -> tuple[Stamps, QuestionSet]:
+    data = open_stamps(DataConfig(data="stamps", language=language, stamps_dir=write_stamps(folder)), 0)
+    assert isinstance(data.source, Stamps) and data.questions is not None
+    return data.source, data.questions
 
 
 def as_record(conversation: Conversation) -> dict[str, Any]:
@@ -90,17 +91,15 @@ def test_conversations_about_digits_are_derived_true_and_of_1_to_3_turns() -> No
 
 @pytest.mark.parametrize("language", ["en", "zh_CN"])
 def test_conversations_about_stamps_are_derived_and_true(tmp_path: Path, language: Any) -> None:
-    stamps = opened(tmp_path / "s", language)
-    assert stamps.questions is not None
-    found = stamp_conversations(stamps.train, stamps.questions, language=language, seed=0)
+    stamps, questions = opened(tmp_path / "s", language)
+    found = stamp_conversations(stamps, questions, language=language, seed=0)
     assert found.derived and "derived" in found.name
     told, said = by_picture(found, language), set()
-    assert list(told) == stamps.train.identities
+    assert list(told) == stamps.identities
     for i, conversations in enumerate(told.values()):
-        kind = stamps.questions.questions[i].answers[0]
+        kind = questions.questions[i].answers[0]
         facts = {name: fact for conversation in conversations for name, fact in conversation.items()}
-        assert facts["caption"][1] == stamps.train.texts[i]
-        assert facts["kind"][1] == kind
+        assert facts["caption"][1] == stamps.texts[i] and facts["kind"][1] == kind
         assert facts["colour"][1] == {"en": "blue", "zh_CN": "蓝色"}[language]
         assert facts["shape"][1] == {"en": "about as wide as tall", "zh_CN": "宽和高差不多"}[language]
         question, answer = facts["belongs"]
@@ -109,14 +108,14 @@ def test_conversations_about_stamps_are_derived_and_true(tmp_path: Path, languag
     assert len(said) == 2
     for conversation in found.conversations:
         assert parse_conversation(0, as_record(conversation)).turns == conversation.turns
-    assert found.raw_images(0)[0].tobytes() == stamps.train.raw_image(0).tobytes()
-    assert stamp_conversations(stamps.train, stamps.questions, language=language, seed=0) == found
-    assert stamp_conversations(stamps.train, stamps.questions, language=language, seed=1) != found
+    assert found.raw_images(0)[0].tobytes() == stamps.raw_image(0).tobytes()
+    assert stamp_conversations(stamps, questions, language=language, seed=0) == found
+    assert stamp_conversations(stamps, questions, language=language, seed=1) != found
 
 
 def test_each_fact_about_a_stamp_is_asked_once_and_apart_from_what_gives_it_away(tmp_path: Path) -> None:
-    stamps = opened(tmp_path / "s", "en")
-    found = stamp_conversations(stamps.train, stamps.questions, language="en", seed=0)
+    stamps, questions = opened(tmp_path / "s", "en")
+    found = stamp_conversations(stamps, questions, language="en", seed=0)
     lengths = set()
     for conversations in by_picture(found, "en").values():
         counts = Counter(name for conversation in conversations for name in conversation)
@@ -128,17 +127,17 @@ def test_each_fact_about_a_stamp_is_asked_once_and_apart_from_what_gives_it_away
 
 
 def test_a_held_out_stamp_is_asked_nothing_that_no_training_stamp_tells(tmp_path: Path) -> None:
-    stamps = opened(tmp_path / "s", "en")
+    stamps, questions = opened(tmp_path / "s", "en")
     options: Any = {"language": "en", "seed": 0, "is_held_out": True}
-    found = stamp_conversations(stamps.train, stamps.questions, **options)
+    found = stamp_conversations(stamps, questions, **options)
     asked = {name for c in found.conversations for name in named(c, "en")}
     assert asked == {"kind", "belongs", "colour", "shape"}
-    alone = stamp_conversations(stamps.train, stamps.questions, captions_only=True, **options)
-    assert [c.turns[1].text for c in alone.conversations] == stamps.train.texts
+    alone = stamp_conversations(stamps, questions, captions_only=True, **options)
+    assert [c.turns[1].text for c in alone.conversations] == stamps.texts
 
 
 def test_stamps_without_classes_are_asked_for_captions_and_what_is_seen(tmp_path: Path) -> None:
-    stamps = opened(tmp_path / "s", "en").train
+    stamps, _ = opened(tmp_path / "s", "en")
     found = stamp_conversations(stamps, None, language="en", seed=0)
     assert all(set(named(c, "en")) == {"caption", "colour", "shape"} for c in found.conversations)
     held_out = stamp_conversations(stamps, None, language="en", seed=0, is_held_out=True)
@@ -171,3 +170,53 @@ def test_a_derived_image_that_is_not_there_is_broken(tmp_path: Path) -> None:
     assert [len(c.turns) for c in found.conversations] == [2]
     with pytest.raises(BrokenRecord, match="missing file"):
         found.raw_images(0)
+
+
+SHADES: dict[Colour, list[tuple[int, int, int]]] = {
+    "black": [(0, 0, 0), (40, 40, 45), (45, 5, 5)], "grey": [(128, 128, 128), (90, 90, 100), (220, 225, 215)],
+    "brown": [(110, 70, 30), (200, 165, 115)], "red": [(220, 20, 20), (250, 60, 90), (180, 0, 40)],
+    "orange": [(255, 140, 0)], "yellow": [(240, 230, 30)], "green": [(30, 160, 40), (0, 100, 0)],
+    "blue": [(20, 40, 200), (60, 220, 230)], "purple": [(140, 30, 190), (240, 60, 200)],
+}  # fmt: skip
+
+
+def drawn(*boxes: tuple[int, int, int, int, tuple[int, int, int]], size: int = 200) -> Image.Image:
+    """Boxes of (left, top, right, bottom, colour) on white."""
+    image = Image.new("RGB", (size, size), "white")
+    for left, top, right, bottom, colour in boxes:
+        image.paste(colour, (left, top, right, bottom))
+    return image
+
+
+def test_every_colour_has_shades_and_each_shade_its_name() -> None:
+    assert set(SHADES) == set(COLOURS)
+    for name, shades in SHADES.items():
+        for shade in shades:
+            assert main_colour(drawn((20, 20, 180, 180, shade))) == name, shade
+    # whose average would be grey
+    lines = [(x, 0, x + 2, 400, (0, 0, 0)) for x in range(0, 400, 10)]
+    assert main_colour(drawn(*lines, size=400)) == "black"
+
+
+@pytest.mark.parametrize(("width", "expected"), [(90, "red"), (70, None), (50, "blue")])
+def test_a_colour_is_told_where_it_is_more_than_half_of_what_is_drawn(width: int, expected: str | None) -> None:
+    red, blue, green = (220, 20, 20), (20, 40, 200), (30, 160, 40)
+    boxes = [(0, 0, width, 100, red), (width, 0, 140, 100, blue), (0, 150, 60, 180, green)]
+    assert main_colour(drawn(*boxes)) == expected
+
+
+@pytest.mark.parametrize(("width", "height", "expected"), [
+    (100, 100, "even"), (100, 90, "even"), (100, 82, None), (82, 100, None), (140, 100, "wide"), (100, 140, "tall"),
+    (180, 6, "wide"),
+])  # fmt: skip
+def test_proportions_are_those_of_what_is_drawn_where_they_are_clear(width: int, height: int, expected: str | None):
+    for left in (0, 13):
+        assert proportions(drawn((left, 5, left + width, 5 + height, (30, 160, 40)))) == expected
+    # the image's own
+    assert proportions(Image.new("RGB", (width, height), "red")) == expected
+
+
+def test_an_image_that_is_white_all_over_tells_nothing() -> None:
+    noise = np.random.default_rng(0).integers(231, 256, (60, 50, 3), dtype=np.uint8)
+    for image in (Image.new("RGB", (60, 50), "white"), Image.fromarray(noise)):
+        assert main_colour(image) is None and proportions(image) is None

@@ -1,21 +1,21 @@
-"""The average of a model's weights: its formula, schedules, swapping, buffers, state and wrappers."""
+"""The average of a model's weights: formula, schedules, swapping, buffers, wrappers and files."""
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from mmcore.ema import EMA, Schedule, cosine, warmed_up
-from tests.mmcore.ema_fixtures import small, trained
+from mmcore.ema.weights import unwrapped
 
 
-@pytest.mark.parametrize(
-    "decay", [0.9, warmed_up(0.9), cosine(0.5, 1.0, 4)], ids=["constant", "warmed up", "cosine"]
-)
+@pytest.mark.parametrize("decay", [0.9, warmed_up(0.9), cosine(0.5, 1.0, 4)], ids=["constant", "warmed up", "cosine"])
 def test_it_is_the_recurrence_in_float64(decay: float | Schedule) -> None:
     model = small()
     expected = {name: p.detach().double() for name, p in model.named_parameters()}
@@ -32,8 +32,7 @@ def test_the_schedules_are_the_published_ones() -> None:
     warm = warmed_up(0.999)
     assert [warm(0), warm(8)] == [0.1, 0.5] and warm(10**6) == 0.999
     dino = cosine(0.996, 1.0, 100)
-    assert dino(0) == pytest.approx(0.996) and dino(100) == dino(500) == 1.0
-    assert dino(50) == pytest.approx(0.998)
+    assert dino(0) == pytest.approx(0.996) and dino(100) == dino(500) == 1.0 and dino(50) == pytest.approx(0.998)
     assert dino(10) == pytest.approx(1 - 0.004 * (math.cos(math.pi / 10) + 1) / 2)
 
 
@@ -139,46 +138,22 @@ def test_a_run_that_is_resumed_goes_on_to_the_bit() -> None:
     again = EMA(model, warmed_up(0.9))
     again.load_state_dict(state)
     trained(model, 2, again, first=3)
-    assert again.num_updates == 5
-    assert all(torch.equal(x, whole.averages[name]) for name, x in again.averages.items())
-
-
-def test_a_model_of_transformers_is_averaged() -> None:
-    config = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model = CLIPTextModel(config)
-    ema = EMA(model, 0.5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0)
-    ema.update()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(ema.averages[name], p - 0.5)
-
-
-def unfreeze(model: nn.Sequential) -> None:
-    model[0].weight.requires_grad_(True)  # pyright: ignore
-
-
-def reshape(model: nn.Sequential) -> None:
-    model[2] = nn.Linear(5, 3)
+    assert again.num_updates == 5 and all(torch.equal(x, whole.averages[name]) for name, x in again.averages.items())
 
 
 CHANGES: dict[str, tuple[Any, str]] = {
-    "added": (
-        lambda model: model.append(nn.Linear(2, 2)),
-        r"got new ones, \['3.bias', '3.weight'\]",
+    "added": (lambda model: model.append(nn.Linear(2, 2)), r"got new ones, \['3.bias', '3.weight'\]"),
+    "removed": (lambda model: setattr(model[2], "bias", None), r"got it without \['2.bias'\]"),
+    "another shape": (
+        lambda model: setattr(model, "2", nn.Linear(5, 3)),
+        r"model's 2.weight must be \[2, 5\], got \[3, 5\]",
     ),
-    "removed": (
-        lambda model: setattr(model[2], "bias", None),
-        r"got it without \['2.bias'\]",
-    ),
-    "another shape": (reshape, r"model's 2.weight must be \[2, 5\], got \[3, 5\]"),
     "moved": (lambda model: model.to("meta"), "model's .* must be on cpu, got meta"),
-    "unfrozen": (unfreeze, "model's 0.weight must be frozen as it was, got it trained"),
-    "a buffer removed": (
-        lambda model: setattr(model, "1", nn.Identity()),
-        r"got it without \['1.bias', ",
+    "unfrozen": (
+        lambda model: model[0].weight.requires_grad_(True),
+        "model's 0.weight must be frozen as it was, got it trained",
     ),
+    "a buffer removed": (lambda model: setattr(model, "1", nn.Identity()), r"got it without \['1.bias', "),
 }
 
 
@@ -196,8 +171,7 @@ class TestAModelThatChanged:
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 ema.update()
-        assert ema.num_updates == 0
-        assert all(torch.equal(x, before[name]) for name, x in ema.averages.items())
+        assert ema.num_updates == 0 and all(torch.equal(x, before[name]) for name, x in ema.averages.items())
 
     def test_is_followed_where_the_new_tensors_serve_as_well(self) -> None:
         model = small()
@@ -286,7 +260,101 @@ def test_weights_cut_up_by_zero_3_are_refused() -> None:
     model = nn.Linear(2, 2)
     model.weight.ds_id = 0  # pyright: ignore
     with pytest.raises(
-        ValueError,
-        match=r"EMA: model must be DeepSpeed's engine, got a module with \['weight'\] cut up by ZeRO-3",
+        ValueError, match=r"EMA: model must be DeepSpeed's engine, got a module with \['weight'\] cut up by ZeRO-3"
     ):
         EMA(model)
+
+
+def test_a_file_holds_all_by_full_names_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+    path, model = (
+        tmp_path / "ema.safetensors",
+        nn.Sequential(*small(), nn.Linear(1, 1, bias=False), nn.Linear(2, 3).double()),
+    )
+    model.register_buffer("flag", torch.tensor(True))
+    model.register_buffer("narrow", torch.ones(3, dtype=torch.float16))
+    model.register_buffer("wide", torch.ones(3, dtype=torch.float64))
+    ema = EMA(model, 0.9)
+    ema.num_updates = 7
+    ema.save(str(path))
+    stored = load_file(path)
+    expected = ema.averages | ema.buffer_averages
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(x, expected[n]) and x.dtype == expected[n].dtype for n, x in stored.items())
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    # who maps the file has each tensor aligned
+    for name, x in stored.items():
+        assert (begin + header[name]["data_offsets"][0]) % x.itemsize == 0
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for x in (*other.parameters(), *other.buffers()):
+            x.zero_()
+    again = EMA(other, 0.9)
+    again.load(str(path))
+    assert again.num_updates == 7
+    loaded = again.averages | again.buffer_averages
+    assert all(torch.equal(x, expected[n]) for n, x in loaded.items())
+
+
+def test_a_file_is_the_old_one_where_writing_was_cut_short(tmp_path: Path) -> None:
+    path, ema = tmp_path / "ema.safetensors", EMA(small())
+    ema.save(path)
+    before = path.read_bytes()
+
+    def cut(names: Any) -> Any:
+        yield from names
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        ema.averages["0.weight"].add_(1.0)
+    ema.gathered = lambda: cut([("0.weight", ema.averages["0.weight"])])  # pyright: ignore
+    with pytest.raises(KeyboardInterrupt):
+        ema.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_another_model_or_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ema.safetensors"
+    EMA(nn.Linear(2, 3)).save(path)
+    with pytest.raises(ValueError, match=r"EMA.load: weight must be \[2, 2\], got \[3, 2\]"):
+        EMA(nn.Linear(2, 2)).load(path)
+    with pytest.raises(ValueError, match=r"must be of this model, got a difference in \['bias'\]"):
+        EMA(nn.Linear(2, 3, bias=False)).load(path)
+    save_file({"weight": torch.zeros(3, 2)}, path)
+    with pytest.raises(ValueError, match=r"EMA.load: path must be a file of EMA.save, got .*ema.safetensors"):
+        EMA(nn.Linear(2, 3, bias=False)).load(path)
+    model = nn.Linear(2, 2)
+    model.register_buffer("angles", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"angles must be of a dtype that safetensors has, got torch.complex128"):
+        EMA(model).save(path)
+
+
+def test_a_file_that_was_cut_or_is_another_is_refused(tmp_path: Path) -> None:
+    path, ema = tmp_path / "ema.safetensors", EMA(small())
+    ema.save(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"path must be a whole file of \d+ bytes, got \d+ in .*ema.safetensors"):
+        ema.load(path)
+    path.write_bytes(b"PK not a file of tensors")
+    with pytest.raises(ValueError, match=r"path must be a safetensors file, got .*ema.safetensors"):
+        ema.load(path)
+
+
+def small(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).to(dtype)
+
+
+def trained(model: nn.Module, steps: int, ema: EMA, first: int = 0) -> list[dict[str, Tensor]]:
+    """The weights after each of some noisy steps."""
+    seen = []
+    for step in range(first, first + steps):
+        torch.manual_seed(step)
+        model(torch.randn(8, 3, dtype=next(model.parameters()).dtype))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        ema.update()
+        seen.append({name: p.detach().clone() for name, p in unwrapped(model).named_parameters()})
+    return seen

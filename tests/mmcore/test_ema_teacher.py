@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmcore.ema import EMA, warmed_up
-from tests.mmcore.ema_fixtures import small, trained
+from tests.mmcore.test_ema import small, trained
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,9 +50,7 @@ def test_a_teacher_runs_what_was_loaded(tmp_path: Path) -> None:
         for teacher in teachers:
             for name, p in teacher.named_parameters():
                 assert torch.equal(p, ema.averages[name].to(dtype))
-            assert torch.equal(
-                teacher.get_buffer("1.running_mean"), ema.buffer_averages["1.running_mean"].to(dtype)
-            )
+            assert torch.equal(teacher.get_buffer("1.running_mean"), ema.buffer_averages["1.running_mean"].to(dtype))
 
 
 def test_a_teacher_that_changed_is_an_error() -> None:
@@ -74,9 +72,7 @@ def test_a_teacher_that_is_refused_is_left_as_it_was() -> None:
 def test_a_cuda_graph_captures_apply() -> None:
     models = [small().cuda(), small().cuda()]
     teachers = [small().cuda().bfloat16() for _ in models]
-    emas = [
-        EMA(model, warmed_up(0.9), teacher=teacher) for model, teacher in zip(models, teachers, strict=True)
-    ]
+    emas = [EMA(model, warmed_up(0.9), teacher=teacher) for model, teacher in zip(models, teachers, strict=True)]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         emas[0].advance()

@@ -1,4 +1,4 @@
-"""Tokens, BLEU and CIDEr: the values that the original tools gave (recorded with their versions), and properties."""
+"""BLEU, CIDEr and VQA accuracy: what the original tools gave (recorded with their versions), and properties."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcore.metrics import bleu, caption_tokens, cider
+from mmcore.metrics import bleu, caption_tokens, cider, normalize_answer, vqa_accuracy
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text("utf-8"))
 WORDS = "a the red dog cat man's can't runs sits 5 st. t-shirt".split()
@@ -52,49 +52,89 @@ def test_a_candidate_equal_to_a_reference_has_bleu_1(corpus: list[tuple[str, lis
 
 @given(corpus=CORPORA)
 @settings(max_examples=50)
-def test_scores_do_not_depend_on_the_order_of_images_and_references(
-    corpus: list[tuple[str, list[str]]],
-) -> None:
+def test_scores_do_not_depend_on_the_order_of_images_and_references(corpus: list[tuple[str, list[str]]]) -> None:
     candidates, people = zip(*corpus)
     reversed_people = [reference[::-1] for reference in people[::-1]]
     assert bleu(candidates[::-1], reversed_people) == pytest.approx(bleu(candidates, people))
     score = cider(candidates, people)
-    assert cider(candidates[::-1], reversed_people) == pytest.approx(score)
-    assert -1e-9 <= score <= 10 + 1e-9
+    assert cider(candidates[::-1], reversed_people) == pytest.approx(score) and -1e-9 <= score <= 10 + 1e-9
 
 
-def test_cider_is_10_where_every_image_has_one_reference_of_its_own_words_and_the_candidate_repeats_it() -> (
-    None
-):
+def test_cider_is_10_where_every_image_has_one_reference_of_its_own_words_and_the_candidate_repeats_it() -> None:
     captions = ["one red dog runs", "two blue cats sleep"]
     assert cider(captions, [[caption] for caption in captions]) == pytest.approx(10)
 
 
 def test_cider_counts_repeated_words_no_more_often_than_the_reference() -> None:
     people = [["one red dog runs"], ["two blue cats sleep"]]
-    assert cider(["one red dog dog dog dog", people[1][0]], people) < cider(
-        ["one red dog", people[1][0]], people
-    )
+    assert cider(["one red dog dog dog dog", people[1][0]], people) < cider(["one red dog", people[1][0]], people)
 
 
 @pytest.mark.parametrize("score", [bleu, cider], ids=["bleu", "cider"])
-@pytest.mark.parametrize(
-    ("candidates", "references", "message"),
-    [
-        ([], [], "candidates must be at least one string in a list, got []"),
-        ("a cat", [["a cat"]], "candidates must be at least one string in a list, got 'a cat'"),
-        (
-            ["a cat", None],
-            [["a cat"], ["a cat"]],
-            "candidates must be at least one string in a list, got ['a cat', None]",
-        ),
-        (None, [["a cat"]], "candidates must be at least one string in a list, got None"),
-        (["a cat"], [["a cat"], ["a dog"]], "references must be 1 lists, one a candidate, got 2"),
-        (["a cat", "a dog"], [["a cat"], []], "references must be at least one string in a list, got []"),
-        (["a cat"], ["a cat"], "references must be at least one string in a list, got 'a cat'"),
-        (["a cat"], [[5]], "references must be at least one string in a list, got [5]"),
-    ],
-)
+@pytest.mark.parametrize(("candidates", "references", "message"), [
+    ([], [], "candidates must be at least one string in a list, got []"),
+    ("a cat", [["a cat"]], "candidates must be at least one string in a list, got 'a cat'"),
+    (
+        ["a cat", None],
+        [["a cat"], ["a cat"]],
+        "candidates must be at least one string in a list, got ['a cat', None]",
+    ),
+    (None, [["a cat"]], "candidates must be at least one string in a list, got None"),
+    (["a cat"], [["a cat"], ["a dog"]], "references must be 1 lists, one a candidate, got 2"),
+    (["a cat", "a dog"], [["a cat"], []], "references must be at least one string in a list, got []"),
+    (["a cat"], ["a cat"], "references must be at least one string in a list, got 'a cat'"),
+    (["a cat"], [[5]], "references must be at least one string in a list, got [5]"),
+])  # fmt: skip
 def test_a_bad_corpus_is_refused_by_name(score: Any, candidates: Any, references: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{score.__name__}: {message}")):
         score(candidates, references)
+
+
+OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "vqa.json").read_text("utf-8"))
+QUESTIONS: list[dict[str, Any]] = OFFICIAL["questions"]
+
+
+@pytest.mark.parametrize("case", OFFICIAL["normal"], ids=lambda case: repr(case["answer"][:30]))
+def test_the_normal_form_is_the_official_one(case: dict[str, str]) -> None:
+    assert normalize_answer(case["answer"]) == case["normal"]
+
+
+@pytest.mark.parametrize("case", QUESTIONS, ids=lambda case: f"{case['prediction']!r} of {len(case['answers'])}")
+def test_the_accuracy_of_a_question_is_the_official_one(case: dict[str, Any]) -> None:
+    got = vqa_accuracy([case["prediction"]], [case["answers"]])
+    assert got.overall == pytest.approx(case["accuracy"], abs=1e-12) and got.by_type == {}
+
+
+def test_accuracies_overall_and_by_type_are_the_official_ones() -> None:
+    got = vqa_accuracy(
+        [q["prediction"] for q in QUESTIONS], [q["answers"] for q in QUESTIONS], types=[q["type"] for q in QUESTIONS]
+    )
+    assert got.overall == pytest.approx(OFFICIAL["overall"], abs=1e-12)
+    assert got.by_type == pytest.approx(OFFICIAL["by_type"], abs=1e-12)
+
+
+@given(people=st.lists(st.sampled_from("red blue Red 2 two".split()), min_size=1, max_size=14), prediction=st.text())
+@settings(max_examples=50)
+def test_it_is_the_mean_over_people_left_out(people: list[str], prediction: str) -> None:
+    for answer in (people[0], prediction):
+        same = len(set(people)) == 1
+        form = str.strip if same else normalize_answer
+        agree = [form(answer.replace("\n", " ").replace("\t", " ")) == form(one) for one in people]
+        scores = [min(1.0, sum(agree[:i] + agree[i + 1 :]) / 3) for i in range(len(people))]
+        assert vqa_accuracy([answer], [people]).overall == pytest.approx(sum(scores) / len(people), abs=1e-12)
+
+
+@pytest.mark.parametrize(("predictions", "answers", "types", "message"), [
+    ([], [], None, "predictions must hold at least one answer, got none"),
+    ("yes", [["yes"]], None, "predictions must be lists of strings, got 'yes'"),
+    ([1], [["1"]], None, "predictions must be lists of strings, got [1]"),
+    (["yes"], [["yes"], ["no"]], None, "answers must be 1 lists, one a prediction, got 2"),
+    (["yes"], [[]], None, "answers must hold at least one answer a question, got none"),
+    (["yes"], ["yes"], None, "answers must be lists of strings, got 'yes'"),
+    (["yes"], [[None]], None, "answers must be lists of strings, got [None]"),
+    (["yes"], [["yes"]], ["a", "b"], "types must be 1 strings, got 2"),
+    (["yes"], [["yes"]], [3], "types must be lists of strings, got [3]"),
+])  # fmt: skip
+def test_bad_arguments_are_refused_by_name(predictions: Any, answers: Any, types: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"vqa_accuracy: {message}")):
+        vqa_accuracy(predictions, answers, types=types)

@@ -50,8 +50,7 @@ def test_recall_of_a_case_worked_by_hand():
     # image 0 has 2 of 3 texts: chance 2/3 at 1; image 1 has 1 of 3
     assert out["image_to_text_chance_R@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert out["image_to_text_chance_R@2"] == pytest.approx((1 + 2 / 3) / 2)
-    assert out["text_to_image_chance_R@1"] == pytest.approx(0.5)
-    assert out["text_to_image_chance_R@3"] == 1.0
+    assert out["text_to_image_chance_R@1"] == pytest.approx(0.5) and out["text_to_image_chance_R@3"] == 1.0
 
 
 def test_equal_captions_share_their_images():
@@ -108,8 +107,7 @@ def test_random_embeddings_score_the_chance_level():
 def test_one_embedding_for_everything_scores_nothing():
     captions = [str(n) for n in range(8)]
     out = retrieval_recall(torch.ones(8, 3), torch.ones(8, 3), relevance_of(captions, range(8), num_images=8))
-    assert out["image_to_text_R@1"] == out["text_to_image_R@5"] == 0.0
-    assert out["text_to_image_R@10"] == 1.0
+    assert out["image_to_text_R@1"] == out["text_to_image_R@5"] == 0.0 and out["text_to_image_R@10"] == 1.0
     assert top_k_accuracy(torch.ones(4, 3), torch.ones(6, 3), torch.arange(4)) == {1: 0.0, 5: 0.0}
 
 
@@ -149,12 +147,7 @@ def test_accuracy_equals_topk(num_classes: int, num: int, chunk_size: int, seed:
 
 
 def test_classifier_is_the_normalised_mean_of_normalised_prompts():
-    table = {
-        "a cat": [3.0, 0.0],
-        "a cat.": [0.0, 5.0],
-        "a {0} dog": [-1.0, 0.0],
-        "a {0} dog.": [-2.0, 0.0],
-    }
+    table = {"a cat": [3.0, 0.0], "a cat.": [0.0, 5.0], "a {0} dog": [-1.0, 0.0], "a {0} dog.": [-2.0, 0.0]}
     seen: list[list[str]] = []
 
     def tokenizer(prompts: list[str]) -> Tensor:
@@ -184,10 +177,7 @@ def test_bad_arguments_of_the_metrics_are_refused():
         (lambda: retrieval_recall(a, a[:2], relevance), "of 3 images and 3 texts, got 3 and 2"),
         (lambda: retrieval_recall(a, a * torch.inf, relevance), "text_features must be finite"),
         (lambda: retrieval_recall(a, a, relevance, ks=(0,)), "each at least 1, got"),
-        (
-            lambda: relevance_of(["a"], [0], num_images=2),
-            "each image must have a caption, got none for image 1",
-        ),
+        (lambda: relevance_of(["a"], [0], num_images=2), "each image must have a caption, got none for image 1"),
         (lambda: relevance_of(["a"], [1], num_images=1), r"image_index must be in \[0, 1\), got up to 1"),
         (lambda: relevance_of(["a"], [0, 0], num_images=1), "one image for each caption"),
         (lambda: zero_shot_weights(nothing, nothing, [], ["{}"]), "class_names must be"),

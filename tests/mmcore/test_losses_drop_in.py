@@ -41,8 +41,7 @@ def test_a_bias_of_all_logits_leaves_clip_loss_alone_and_gets_the_gradient_zero(
     loss = ClipLoss()(a, b, 14.0, logit_bias=bias)
     assert isinstance(loss, Tensor)
     loss.backward()
-    assert loss == ClipLoss()(a, b, 14.0)
-    assert bias.grad == 0.0
+    assert loss == ClipLoss()(a, b, 14.0) and bias.grad == 0.0
 
 
 def test_siglip_loss_is_open_clips_formula():
@@ -73,16 +72,11 @@ def test_the_loss_with_temperature_is_torchmultimodals_formula(masked, smoothing
     assert_same(loss, sum(cross_entropies) / 2, a, b, module.logit_scale)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    ("first", "limits", "clamped"),
-    [
-        (math.log(1 / 0.07), (math.log(1), math.log(100)), math.log(1 / 0.07)),
-        (9.0, (math.log(1), math.log(100)), math.log(100)),
-        (-1.0, (math.log(1), math.log(100)), 0.0),
-        (9.0, (0.0, None), 9.0),
-        (-1.0, (None, 5.0), -1.0),
-    ],
-)
+@pytest.mark.parametrize(("first", "limits", "clamped"), [
+    (math.log(1 / 0.07), (math.log(1), math.log(100)), math.log(1 / 0.07)),
+    (9.0, (math.log(1), math.log(100)), math.log(100)), (-1.0, (math.log(1), math.log(100)), 0.0),
+    (9.0, (0.0, None), 9.0), (-1.0, (None, 5.0), -1.0),
+])  # fmt: skip
 def test_the_learnable_scale_is_clamped_in_place_in_forward(first, limits, clamped):
     module = ContrastiveLossWithTemperature(first, *limits)
     module(*features())
@@ -101,19 +95,14 @@ def test_a_parameter_of_the_callers_is_taken_as_it_is_and_other_enums_by_name():
     module(*features(), backprop_type=Theirs.GLOBAL)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ({"backprop_type": BackpropType.LOCAL}, "backprop_type must be GLOBAL, got BackpropType.LOCAL"),
-        ({"backprop_type": BackpropType.NONE}, "backprop_type must be GLOBAL, got BackpropType.NONE"),
-        ({"cross_entropy_kwargs": {"weight": 1}}, "cross_entropy_kwargs must hold label_smoothing alone"),
-        ({"mask": torch.ones(9)}, r"mask must be bool \[9\], got torch.float32 \[9\]"),
-        ({"mask": torch.ones(8, dtype=torch.bool)}, r"mask must be bool \[9\], got torch.bool \[8\]"),
-    ],
-)
-def test_what_the_loss_with_temperature_does_not_support_is_refused_by_name(
-    arguments: dict[str, Any], complaint
-):
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    ({"backprop_type": BackpropType.LOCAL}, "backprop_type must be GLOBAL, got BackpropType.LOCAL"),
+    ({"backprop_type": BackpropType.NONE}, "backprop_type must be GLOBAL, got BackpropType.NONE"),
+    ({"cross_entropy_kwargs": {"weight": 1}}, "cross_entropy_kwargs must hold label_smoothing alone"),
+    ({"mask": torch.ones(9)}, r"mask must be bool \[9\], got torch.float32 \[9\]"),
+    ({"mask": torch.ones(8, dtype=torch.bool)}, r"mask must be bool \[9\], got torch.bool \[8\]"),
+])  # fmt: skip
+def test_what_the_loss_with_temperature_does_not_support_is_refused_by_name(arguments: dict[str, Any], complaint):
     with pytest.raises(ValueError, match=f"ContrastiveLossWithTemperature: {complaint}"):
         ContrastiveLossWithTemperature()(*features(), **arguments)
 

@@ -86,16 +86,12 @@ def test_other_types_autocast_compile_and_func_are_torchs(taken: list[int]) -> N
     assert not taken
 
 
-def test_small_products_are_torchs() -> None:
-    assert layer()(torch.randn(4, 19, requires_grad=True)).grad_fn.name() == "AddmmBackward0"
-
-
-def test_products_that_are_mkls_by_choice_are_torchs(
-    taken: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CALLS_ONEDNN", False)
-    layer()(torch.randn(4, 19)).sum().backward()
-    assert not taken
+def test_small_products_and_those_that_are_mkls_by_choice_are_torchs(taken: list[int], monkeypatch) -> None:
+    x = torch.randn(4, 19, requires_grad=True)
+    for name, value in (("MIN_PRODUCT", 10**9), ("CALLS_ONEDNN", False)):
+        with monkeypatch.context() as changed:
+            changed.setattr(module, name, value)
+            assert layer()(x).grad_fn.name() == "AddmmBackward0" and not taken
 
 
 def test_the_linear_layers_of_a_model_of_others_take_the_faster_products_too(taken: list[int]) -> None:

@@ -50,14 +50,12 @@ def modules() -> dict[str, tuple[nn.Module, int, dict[str, Any]]]:
     return {
         "attention": (Attention(D, H), 1, {"mask": padding}),
         "causal attention": (Attention(D, H, is_causal=True), 1, {"mask": padding}),
-        "cross": (CrossAttention(D, H, num_key_heads=1, qk_norm=True), 2, {}),
-        "shared": (TwoReaders(), 2, {}),
+        "cross": (CrossAttention(D, H, num_key_heads=1, qk_norm=True), 2, {}), "shared": (TwoReaders(), 2, {}),
         "gated": (opened(GatedCrossAttentionBlock(D, H, F)), 2, {"mask": masks.media(locations, 2, 4)}),
-        "pooler": (AttentionalPooler(D, 3, H), 1, {}),
-        "resampler": (PerceiverResampler(D, 3, 2, H, F), 1, {}),
+        "pooler": (AttentionalPooler(D, 3, H), 1, {}), "resampler": (PerceiverResampler(D, 3, 2, H, F), 1, {}),
         "qformer": (QFormerBlock(D, H, F, **qformer), 2, {"num_queries": 4, "mask": itg}),
         "multiway": (MultiwayBlock(D, H, F), 1, {"sizes": (4, 2), "mask": padding}),
-    }
+    }  # fmt: skip
 
 
 def results(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -75,9 +73,7 @@ def results(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_under_autocast_is_as_close_as_on_attention_that_stores_all(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_autocast_is_as_close_as_on_attention_that_stores_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gold, found = results(name, torch.float64), results(name, torch.bfloat16)
     for module in ("attention", "cross"):
         monkeypatch.setattr(f"mmcore.nn.{module}.attention", attention_ref)

@@ -92,9 +92,7 @@ class TestMomentumEncoder:
     def test_of_weights_that_zero_3_cut_up_is_refused(self) -> None:
         model = nn.Linear(2, 2)
         model.weight.ds_id = 0  # pyright: ignore
-        with pytest.raises(
-            ValueError, match=r"MomentumEncoder: student must hold its weights, got \['weight'\]"
-        ):
+        with pytest.raises(ValueError, match=r"MomentumEncoder: student must hold its weights, got \['weight'\]"):
             MomentumEncoder(model)
 
 
@@ -137,10 +135,7 @@ class TestFeatureQueue:
         assert torch.equal(queue.features, again.features) and queue.num_enqueued == again.num_enqueued == 11
 
     def test_refuses_by_name(self) -> None:
-        for arguments, message in (
-            ((0, 2), "num_features must be at least 1"),
-            ((2, 0), "dim must be at least 1"),
-        ):
+        for arguments, message in (((0, 2), "num_features must be at least 1"), ((2, 0), "dim must be at least 1")):
             with pytest.raises(ValueError, match=f"FeatureQueue: {message}, got 0"):
                 FeatureQueue(*arguments)
         with pytest.raises(ValueError, match=r"FeatureQueue: features must be \[B, 2\], got \[4, 3\]"):

@@ -17,7 +17,7 @@ from bench.plan_models import Trained, TrainedClip, TrainedLlava
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
 from mmcore.labels import IMAGE_TOKEN
-from mmcore.parts.adapters import add_adapters
+from mmcore.parts.adapters import Lora
 from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Job, Setting
 from mmcore.plan.language import LLMS, language_config, language_model
@@ -25,24 +25,19 @@ from mmcore.plan.memory import rank_loss
 from mmcore.plan.step import step
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.model import BLIP2
-from mmcore.systems.blip2.plan import blip2_stage1_job
+from mmcore.systems.blip2.plan import blip2_stage1_job, blip2_stage2_job
 from mmcore.systems.blip2.shapes import blip2_config
 from mmcore.systems.clip.model import CLIP
 from mmcore.systems.clip.plan import clip_job
 from mmcore.systems.clip.shapes import clip_config
-from mmcore.systems.llava.model import Llava, LlavaConfig, Lora
-from mmcore.systems.llava.plan import blip2_stage2_job, llava_job
+from mmcore.systems.llava.model import Llava, LlavaConfig
+from mmcore.systems.llava.plan import llava_job
 
 # Of the checkpoints on the hub, as their safetensors have them.
 PUBLISHED = {
-    "vicuna-7b": 6_738_415_616,
-    "vicuna-13b": 13_015_864_320,
-    "llama-3-8b": 8_030_261_248,
-    "qwen2-0.5b": 494_032_768,
-    "qwen2-7b": 7_615_616_512,
-    "opt-2.7b": 2_651_596_800,
-    "opt-6.7b": 6_658_473_984,
-}
+    "vicuna-7b": 6_738_415_616, "vicuna-13b": 13_015_864_320, "llama-3-8b": 8_030_261_248, "qwen2-0.5b": 494_032_768,
+    "qwen2-7b": 7_615_616_512, "opt-2.7b": 2_651_596_800, "opt-6.7b": 6_658_473_984,
+}  # fmt: skip
 FEW = 3
 LORA = Lora(8, 16, 0.05)
 
@@ -88,9 +83,7 @@ def test_language_models_have_the_parameters_of_their_checkpoints(name: str) -> 
 
 def test_parameters_are_those_of_the_models(tiny_llm: str) -> None:
     def parts(model: torch.nn.Module) -> tuple[int, int]:
-        learned, frozen = (
-            sum(p.numel() for p in model.parameters() if p.requires_grad is x) for x in (True, False)
-        )
+        learned, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is x) for x in (True, False))
         return learned, frozen
 
     config = blip2_config("tiny")
@@ -110,7 +103,7 @@ def test_parameters_are_those_of_the_models(tiny_llm: str) -> None:
         language = language_model(language_config(tiny_llm), torch.float32)
         models.append((llava_job(stage, "tiny", tiny_llm), Llava(shape, language, trainable=trainable)))
     adapted = Llava(shape, language_model(language_config(tiny_llm), torch.float32), trainable="language")
-    add_adapters(adapted, LORA)
+    adapted.add_adapters(LORA)
     models.append((llava_job(2, "tiny", tiny_llm, lora=LORA), adapted))
     for job, model in models:
         assert (job.trained, job.parameters - job.trained) == parts(model), job.name
@@ -125,8 +118,7 @@ def long_captions() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("precision", "checkpointing"),
-    [("fp32", False), ("amp_bf16", False), ("amp_bf16", True), ("bf16", False)],
+    ("precision", "checkpointing"), [("fp32", False), ("amp_bf16", False), ("amp_bf16", True), ("bf16", False)]
 )
 def test_clip_leaves_what_autograd_saves(precision: Any, checkpointing: bool) -> None:
     model = CLIP(clip_config("tiny"))
@@ -204,6 +196,9 @@ class Bare:
         with torch.autocast("cpu", torch.bfloat16):
             return self.model(*inputs)
 
+    def place(self, batch: Any) -> Any:
+        return batch
+
     def accumulate(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -232,8 +227,7 @@ def llava_rest(trained: TrainedLlava, setting: Setting) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("accum", [1, 2])
 @pytest.mark.parametrize(
-    ("trainable", "lora"),
-    [("projector", None), ("language", None), ("all", None), ("language", LORA), ("all", LORA)],
+    ("trainable", "lora"), [("projector", None), ("language", None), ("all", None), ("language", LORA), ("all", LORA)]
 )
 def test_flops_of_llavas_step_are_those_of_torchs_counter(
     trainable: Any, lora: Lora | None, accum: int, checkpointing: bool
@@ -291,7 +285,7 @@ def test_autocast_holds_the_weights_that_it_cast_until_the_forward_ends(trained:
     setting = Setting(2, 1, activation_checkpointing=True)
     model, batch = trained.model(setting), trained.batch(setting)
     weights = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}
-    inputs = batch if isinstance(trained, TrainedClip) else ("loss", *batch[0].to(torch.device("cpu")))
+    inputs = batch if isinstance(trained, TrainedClip) else ("loss", *batch[0])
     with torch.autocast("cpu", torch.bfloat16), Made() as made:
         out = model(*inputs)
         there = sum(size for place, size in made.storages().items() if place not in weights)
@@ -299,14 +293,3 @@ def test_autocast_holds_the_weights_that_it_cast_until_the_forward_ends(trained:
     demands = [piece.of(2) for piece in trained.job().counted(setting)]
     assert sum(x.kept + x.cast for x in demands) == pytest.approx(there, rel=0.02)
     assert sum(x.cast for x in demands) > 0.25 * there
-
-
-def test_checkpointing_computes_the_layers_again() -> None:
-    plain, again = (
-        clip_job("tiny").counted(Setting(1, 1, precision="fp32", activation_checkpointing=x))[0].layer
-        for x in (False, True)
-    )
-    assert again.forward_flops == plain.forward_flops
-    last = 2 * 17 * 512 * 128  # nothing needs the result of the last product
-    assert again.backward_flops == plain.backward_flops + plain.forward_flops - last
-    assert again.kept == 17 * 128 * 4  # the states between layers, float32

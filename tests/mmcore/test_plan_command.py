@@ -2,7 +2,10 @@
 the command prints."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +16,23 @@ from bench.plan import QUICK, measured
 from bench.plan_models import TrainedLlava
 from bench.published import PAGES, TABLE, filled
 from bench.scale import simulate
-from mmcore import cli
-from mmcore.plan import command
+from mmcore.plan import command, zero
 from mmcore.plan.exchange import loss
-from mmcore.plan.hardware import GPUS, MEASURED_COPY, MEASURED_FLOPS
+from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Exchange, Setting
 from mmcore.plan.memory import FILLED, fits, peak, phases
 from mmcore.plan.search import changes, nearest
 from mmcore.plan.step import step
 from mmcore.plan.zero import BUCKET
-from mmcore.runs import BLIP2_STAGE1, BLIP2_STAGE2
-from mmcore.systems.blip2.stage1 import Blip2Stage1Config
-from mmcore.systems.blip2.stage2 import Blip2Stage2Config
+from mmcore.systems import entries
 from mmcore.systems.clip.plan import clip_job
-from mmcore.systems.clip.recipe import ClipConfig
-from mmcore.systems.llava.config import LlavaStage1Config, LlavaStage2Config
-from mmcore.systems.llava.runs import LLAVA_STAGE1, LLAVA_STAGE2
+from mmcore.systems.llava.plan import Stage2Plan
+from tests.distributed.launch import ROOT, environment
+from tests.distributed.worker_plan import CASES, Case
 
 JOB, GPU = clip_job("tiny"), GPUS["a100-40gb"]
 LLAVA = TrainedLlava(256, 2).job()
-RECIPES = {
-    ClipConfig: "clip",
-    Blip2Stage1Config: BLIP2_STAGE1,
-    Blip2Stage2Config: BLIP2_STAGE2,
-    LlavaStage1Config: LLAVA_STAGE1,
-    LlavaStage2Config: LLAVA_STAGE2,
-}
+RECIPES = [name for name in entries("RECIPES") if name in entries("PLANS")]
 # no bucket of a GPU's size beside a model as small as that
 CPU = replace(GPUS["h200"], is_cpu=True)
 
@@ -53,9 +47,7 @@ def test_a_plan_says_what_fits_and_the_nearest_setting_that_does(capsys: pytest.
     assert better["samples_per_s"] > 0 and found["parameters"]["trained"] == JOB.trained
     command.main(arguments)
     said = capsys.readouterr().out
-    assert (
-        "does not fit" in said and "nearest that fits: --" in said and "loss, features in a ring" not in said
-    )
+    assert "does not fit" in said and "nearest that fits: --" in said and "loss, features in a ring" not in said
 
 
 def test_the_nearest_setting_changes_the_fewest_options_and_no_further_than_it_must() -> None:
@@ -77,31 +69,26 @@ def test_more_gpus_are_named_where_nothing_else_helps() -> None:
     assert not fits(phases(fixed, Setting(2097152, found.gpus // 2), GPU), GPU)
 
 
-@pytest.mark.parametrize(
-    ("setting", "changed"),
-    [
-        (Setting(64, 1, precision="fp32"), "--accum"),
-        (Setting(64, 64, precision="fp32"), "--activation-checkpointing"),  # nothing is left to divide
-    ],
-    ids=["accum", "checkpointing"],
-)
+@pytest.mark.parametrize(("setting", "changed"), [
+    (Setting(64, 1, precision="fp32"), "--accum"),
+    (Setting(64, 64, precision="fp32"), "--activation-checkpointing"),  # nothing is left to divide
+], ids=["accum", "checkpointing"])  # fmt: skip
 def test_llavas_memory_is_divided_by_what_costs_least(setting: Setting, changed: str) -> None:
     job = TrainedLlava(256, 6, num_tokens=2048).job()
     gpu = replace(CPU, memory_bytes=0.7 * peak(phases(job, setting, CPU)).total / FILLED)
     found = nearest(job, setting, gpu)
-    assert found is not None and fits(phases(job, found, gpu), gpu)
-    assert list(changes(setting, found)) == [changed]
+    assert found is not None and fits(phases(job, found, gpu), gpu) and list(changes(setting, found)) == [changed]
 
 
-@pytest.mark.parametrize("train", RECIPES)
-def test_a_plan_has_what_its_recipe_has_to_take_less_memory(train: type[Any]) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_plan_has_what_its_recipe_has_to_take_less_memory(name: str) -> None:
     """BLIP-2 refuses --accum, which all runs have."""
-    config = command.PLANS[RECIPES[train]]
-    has_levers = hasattr(train, "activation_checkpointing")
+    config, train = entries("PLANS")[name].load(), entries("RECIPES")[name].load()
+    has_levers = hasattr(train(), "activation_checkpointing")
+    assert has_levers == train.accumulates
     options: dict[str, Any] = {"accum": 4, "activation_checkpointing": True} if has_levers else {}
     asked = config(64, 2, **options)
-    assert asked.setting() == Setting(64, 2, **options)
-    assert asked.job().levers == (*options, "zero")
+    assert asked.setting() == Setting(64, 2, **options) and asked.job().levers == (*options, "zero")
     assert has_levers == hasattr(config, "accum") == hasattr(config, "activation_checkpointing")
 
 
@@ -121,8 +108,7 @@ def test_a_gpu_holds_the_images_that_its_forward_sees() -> None:
 def test_accumulation_and_checkpointing_cost_what_they_compute_again() -> None:
     plain, accum = (step(JOB, Setting(8192, 8, accum=n), GPUS["h200"]) for n in (1, 4))
     assert 1.25 < accum.towers_s / plain.towers_s < 1.45  # a third more, but for attention's backward
-    assert plain.samples_per_s == pytest.approx(8192 / plain.total_s)
-    assert accum.mfu < plain.mfu < 1
+    assert plain.samples_per_s == pytest.approx(8192 / plain.total_s) and accum.mfu < plain.mfu < 1
 
 
 def test_zero_divides_what_its_stages_divide() -> None:
@@ -143,8 +129,7 @@ def test_the_loss_sends_what_is_planned_and_is_exact(how: str) -> None:
 
 def test_features_go_around_a_ring_where_gathering_would_not_fit() -> None:
     kept, ring = (loss(Exchange(768), 2048, ranks, is_cpu=False) for ranks in (128, 512))
-    assert (kept.is_ring, ring.is_ring) == (False, True)
-    assert ring.gathered < kept.gathered / 10
+    assert (kept.is_ring, ring.is_ring) == (False, True) and ring.gathered < kept.gathered / 10
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of the resident size cannot be reset")
@@ -154,63 +139,46 @@ def test_the_peak_of_a_run_is_planned_within_15_percent(name: str) -> None:
     assert found["predicted_bytes"] == pytest.approx(found["measured_bytes"], rel=0.15), found
 
 
-def test_rates_say_where_they_are_from() -> None:
-    h200, h100 = GPUS["h200"], GPUS["h100"]
-    assert (h200.bf16_flops.per_s, h200.copy_bytes.per_s) == (MEASURED_FLOPS, MEASURED_COPY)
-    assert (h200.bf16_flops.source, h100.bf16_flops.source, h100.exps.source) == (
-        "measured",
-        "scaled",
-        "sheet",
-    )
-    assert h100.bf16_flops.per_s == MEASURED_FLOPS  # the same chip
-    assert h200.bytes_between(8) == 450e9 and h200.bytes_between(9) == 50e9
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_tables_of_the_pages_are_those_of_the_code(page: Path) -> None:
     """`python -m bench.published` writes them; that of the commands, which takes longer, is held in bench."""
     written = TABLE.sub(lambda found: "" if found[2] == "examples" else found[0], page.read_text())
-    assert TABLE.search(written)
-    assert filled(written) == written
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ("", "followed by one of clip"),
-        ("vit", "got vit"),
-        ("clip --global-batch 100 --gpus 8", "multiple of --gpus times --accum, 8, got 100"),
-        ("clip --global-batch 8 --gpus 8 --model ViT-L14", "did you mean 'ViT-L-14'?"),
-        ("clip --global-batch 8 --gpus 8 --zero 0 --precision bf16", "got --zero 0"),
-        ("llava --global-batch 8 --gpus 8 --llm nowhere", "a folder with a config.json, got nowhere"),
-        (
-            "llava --global-batch 8 --gpus 8 --llm qwen2-0.5b --tokens 9",
-            "--tokens must be at least 578, got 9",
-        ),
-    ],
-)
-def test_a_mistake_is_one_sentence(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["plan", *arguments.split()])
-    assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
-
-
-def test_peak_is_the_largest_phase() -> None:
-    found = phases(JOB, Setting(4096, 8, accum=2), GPU)
-    assert [phase.name for phase in found] == ["forward", "loss", "backward", "reduction", "step"]
-    assert peak(found).total == max(sum(phase.parts.values()) for phase in found)
+    assert TABLE.search(written) and filled(written) == written
 
 
 def test_adapters_take_the_states_of_the_language_models_weights_and_leave_more_to_the_backward() -> None:
-    whole, adapted = (
-        command.LlavaStage2Plan(64, 8, llm="qwen2-0.5b", tokens=640, lora=rank).job() for rank in (None, 16)
-    )
+    whole, adapted = (Stage2Plan(64, 8, llm="qwen2-0.5b", tokens=640, lora=rank).job() for rank in (None, 16))
     assert adapted.name == whole.name + " with adapters of rank 16"
-    assert whole.trained > 494e6 and adapted.trained < 40e6
-    assert adapted.frozen_low == 494_032_768
+    assert whole.trained > 494e6 and adapted.trained < 40e6 and adapted.frozen_low == 494_032_768
     of_whole, of_adapted = (phases(job, Setting(64, 8), GPU) for job in (whole, adapted))
     assert of_adapted[-1].parts["optimizer"] < 0.1 * of_whole[-1].parts["optimizer"]
     assert of_adapted[0].parts["activations"] > of_whole[0].parts["activations"]
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        command.LlavaStage2Plan(64, 8, lora=0).job()
+        Stage2Plan(64, 8, lora=0).job()
+
+
+RANKS = 8
+
+
+@cache
+def counted() -> dict[Case, dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.distributed.worker_plan", str(RANKS)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    return {Case(*line["case"]): line for line in lines}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_traffic_of_zero_is_what_the_engine_sends(case: Case) -> None:
+    sent, expected = counted()[case]["sent"], zero.traffic(case.job(), case.setting(RANKS))
+    reduced = sent.get("allreduce_", 0) + sent.get("_reduce_scatter_base_", 0)
+    assert reduced == pytest.approx(expected["gradients"], rel=1e-3, abs=128)  # some scalars
+    assert sent.get("_allgather_base_", 0) == pytest.approx(expected.get("weights", 0), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_states_of_zero_are_what_the_engine_holds(case: Case) -> None:
+    found = zero.states(case.job(), case.setting(RANKS), is_cpu=True)
+    expected = found.weights + found.optimizer + found.ema + found.gradients
+    assert counted()[case]["held"] == pytest.approx(expected, rel=5e-3)

@@ -66,8 +66,7 @@ def test_a_text_begins_with_a_token_that_begins_texts() -> None:
 
 def test_what_is_too_long_is_cut_and_has_no_end() -> None:
     found = tokens(max_answer=2).pairs(["a photo of"], ["a cat a cat a cat"])
-    assert int(found.num_text[0] - found.num_prompt[0]) == 2
-    assert tokens().end_token_id not in found.tokens[0]
+    assert int(found.num_text[0] - found.num_prompt[0]) == 2 and tokens().end_token_id not in found.tokens[0]
 
 
 def test_text_stops_at_the_end() -> None:
@@ -84,8 +83,7 @@ def test_an_encoder_decoder_reads_prompts_and_learns_answers_apart() -> None:
     known = PromptTokens(words(end=True), is_encoder_decoder=True, max_answer=3)
     found = known.pairs(["what", ""], ["a cat", "a cat a cat"])
     assert found.tokens.tolist() == [[5, 1], [1, 0]] and found.num_text.tolist() == [2, 1]
-    assert found.targets is not None
-    assert found.targets.tolist() == [[3, 4, 1], [3, 4, 1]]
+    assert found.targets is not None and found.targets.tolist() == [[3, 4, 1], [3, 4, 1]]
     short = known.pairs(["", ""], ["a", "a cat"]).targets
     assert short is not None and short.tolist() == [[3, 1, -100], [3, 4, 1]]
     assert known.text(torch.tensor([[3, 4, 1, 0]])) == ["a cat"]

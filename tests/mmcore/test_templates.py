@@ -1,7 +1,5 @@
 """Templates: what is written, what of it is learned, and that a prompt is what was learned to go on from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -93,8 +91,7 @@ def test_v1_is_llavas(kind: str, num_images: int, num_rounds: int) -> None:
     tokens, labels, counted = llava_v1(tokenizer, talk)
     assert counted == len(tokens)
     found = ChatTokens(tokenizer, "v1", 999).sample(talk)
-    assert found.tokens.tolist() == tokens
-    assert found.labels.tolist() == labels
+    assert found.tokens.tolist() == tokens and found.labels.tolist() == labels
 
 
 @pytest.mark.parametrize("make", [lambda: llama(has_begin=False), byte_bpe])
@@ -106,10 +103,7 @@ def test_v1_learns_answers_where_llava_counts_wrong_and_learns_nothing(make: Any
     found = chat.sample(talk)
     assert found.tokens.tolist() == tokens
     end = tokenizer.eos_token
-    assert [text.strip() for text in learned(chat, found)] == [
-        f"A cat.{end}",
-        f"On the mat,\n\n 7 dogs.{end}",
-    ]
+    assert [text.strip() for text in learned(chat, found)] == [f"A cat.{end}", f"On the mat,\n\n 7 dogs.{end}"]
 
 
 @pytest.mark.parametrize("make", [llama, byte_bpe, lambda: byte_bpe(begin="<s>", end="</s>")])
@@ -145,9 +139,7 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(case: str) -> None:
     stop = end[case.removeprefix("auto-").split("-")[0]]
     want = ["A cat.", "On the mat,\n\n 7 dogs.", "A cat."]
     space = " " if case == "v1-bytes" else ""
-    assert learned(chat, found) == [
-        f"{space}{text}{stop}" for text in (want[:1] if "plain" in case else want)
-    ]
+    assert learned(chat, found) == [f"{space}{text}{stop}" for text in (want[:1] if "plain" in case else want)]
     kept = found.labels != IGNORED
     assert torch.equal(found.labels[kept], found.tokens[kept])
     assert found.tokens.dtype == found.labels.dtype == torch.int64
@@ -186,18 +178,12 @@ def auto(template: str) -> ChatTokens:
 PLAIN_TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (PLAIN_TURNS + "{% endfor %}", "must write an end of an answer, got none in conversation 'probe'"),
-        (
-            "{{ messages | length }}" + PLAIN_TURNS + "<|im_end|>{% endfor %}",
-            "must write the begin of conversation",
-        ),
-        ("{{ messages[0].content }}" + PLAIN_TURNS + "<|im_end|>{% endfor %}", "must write 1 <image>, got 2"),
-        ("{{ raise_exception('only users') }}", "refuses a conversation: only users"),
-    ],
-)
+@pytest.mark.parametrize(("template", "message"), [
+    (PLAIN_TURNS + "{% endfor %}", "must write an end of an answer, got none in conversation 'probe'"),
+    ("{{ messages | length }}" + PLAIN_TURNS + "<|im_end|>{% endfor %}", "must write the begin of conversation"),
+    ("{{ messages[0].content }}" + PLAIN_TURNS + "<|im_end|>{% endfor %}", "must write 1 <image>, got 2"),
+    ("{{ raise_exception('only users') }}", "refuses a conversation: only users"),
+])  # fmt: skip
 def test_chat_templates_that_cannot_be_learned_from_are_errors(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         auto(template)
@@ -209,9 +195,7 @@ def test_a_chat_template_that_rewrites_what_was_said_is_an_error_with_the_id() -
         "{% endfor %}"
     )
     auto(forgets).sample(conversation(1))
-    with pytest.raises(
-        ValueError, match="must write the begin of conversation 'talk-2' as it writes it alone"
-    ):
+    with pytest.raises(ValueError, match="must write the begin of conversation 'talk-2' as it writes it alone"):
         auto(forgets).sample(conversation(2))
 
 
@@ -242,9 +226,7 @@ def test_padding_is_the_end_of_text_where_there_is_none_of_its_own() -> None:
 
 
 def test_what_no_sample_can_be_made_with_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match="template must be one of plain, v1, llama_3, chatml, auto, got 'v2'"
-    ):
+    with pytest.raises(ValueError, match="template must be one of plain, v1, llama_3, chatml, auto, got 'v2'"):
         ChatTokens(llama(), "v2", 9)
     with pytest.raises(ValueError, match="must have a chat template for 'auto', got none"):
         ChatTokens(llama(), AUTO, 9)
@@ -258,9 +240,7 @@ def test_what_no_sample_can_be_made_with_is_an_error() -> None:
             chat.prompt(turns)
     with pytest.raises(ValueError, match="must be as those to learn from, got: no image"):
         chat.prompt([Turn("user", "hello")])
-    with pytest.raises(
-        ValueError, match="counts must be given for the 1 images of conversation 'talk-1', got 2"
-    ):
+    with pytest.raises(ValueError, match="counts must be given for the 1 images of conversation 'talk-1', got 2"):
         chat.sample(conversation(1), [3, 3])
 
 
@@ -279,12 +259,9 @@ def test_samples_that_a_template_cannot_write_are_broken() -> None:
 
 
 def test_an_image_becomes_as_many_tokens_as_it_has_features() -> None:
-    sample = ChatSample(
-        torch.tensor([1, IMAGE_TOKEN, IMAGE_TOKEN, 2]), torch.tensor([IGNORED, IGNORED, IGNORED, 2])
-    )
+    sample = ChatSample(torch.tensor([1, IMAGE_TOKEN, IMAGE_TOKEN, 2]), torch.tensor([IGNORED, IGNORED, IGNORED, 2]))
     wide = expand(sample, [3, 1])
-    assert wide.tokens.tolist() == [1, *[IMAGE_TOKEN] * 4, 2]
-    assert wide.labels.tolist() == [IGNORED] * 5 + [2]
+    assert wide.tokens.tolist() == [1, *[IMAGE_TOKEN] * 4, 2] and wide.labels.tolist() == [IGNORED] * 5 + [2]
     for counts in ([3], [3, 0], [1, 1, 1]):
         with pytest.raises(ValueError, match="counts must be at least 1 for each of 2 images, got"):
             expand(sample, counts)
@@ -292,15 +269,11 @@ def test_an_image_becomes_as_many_tokens_as_it_has_features() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(counts=st.lists(st.integers(1, 30), min_size=3, max_size=3), max_length=st.integers(2, 160))
-def test_a_cut_sample_fits_ends_with_a_whole_image_and_learns_something(
-    counts: list[int], max_length: int
-) -> None:
+def test_a_cut_sample_fits_ends_with_a_whole_image_and_learns_something(counts: list[int], max_length: int) -> None:
     asked = [
-        Turn("user", "<image>"),
-        Turn("assistant", "A cat."),
-        Turn("user", "<image> or <image>?"),
+        Turn("user", "<image>"), Turn("assistant", "A cat."), Turn("user", "<image> or <image>?"),
         Turn("assistant", "?"),
-    ]
+    ]  # fmt: skip
     talk = Conversation("x", ("a", "b", "c"), tuple(asked))
     chat = CHATML_CHAT
     chat.max_length = 10_000
@@ -311,16 +284,14 @@ def test_a_cut_sample_fits_ends_with_a_whole_image_and_learns_something(
     try:
         sample = chat.sample(talk, counts)
     except BrokenRecord as error:
-        assert error.reason == f"no answer within {max_length} tokens"
-        assert not is_learned
+        assert error.reason == f"no answer within {max_length} tokens" and not is_learned
         return
     found = expand(sample, counts[: sample.num_images])
     size = len(found.tokens)
     assert size <= max_length and (found.labels != IGNORED).any()
     assert torch.equal(found.tokens, whole.tokens[:size]) and torch.equal(found.labels, whole.labels[:size])
     if size < min(max_length, len(whole.tokens)):  # what follows is an image that does not fit
-        assert whole.tokens[size] == IMAGE_TOKEN
-        assert size + counts[sample.num_images] > max_length
+        assert whole.tokens[size] == IMAGE_TOKEN and size + counts[sample.num_images] > max_length
 
 
 CHATML_CHAT = ChatTokens(byte_bpe(), "chatml", 999)

@@ -1,4 +1,4 @@
-"""The client optimizer and the schedule."""
+"""The client optimizer, its groups and the schedules."""
 
 import math
 
@@ -7,7 +7,18 @@ import torch
 from torch import nn
 
 from mmcore.ema import warmed_up
-from mmcore.train.optim import MAX_LOG_SCALE, OptimConfig, cosine_lr, make_optimizer, param_groups
+from mmcore.optim import LARSEMA, SGDEMA, AdamWEMA, MuonEMA
+from mmcore.systems.clip.recipe import Clip
+from mmcore.train import schedules
+from mmcore.train.optim import (
+    OptimConfig,
+    Rule,
+    depths,
+    lr_schedule,
+    make_optimizer,
+    param_groups,
+    weight_decay_schedule,
+)
 
 
 def test_the_recipe_is_warmed_up_and_none_is_kept_without() -> None:
@@ -31,53 +42,155 @@ class Tower(nn.Module):
 
 
 def test_logit_scale_is_clamped_after_the_step_on_both_sides():
-    for grad, bound in ((-1.0, MAX_LOG_SCALE), (1.0, 0.0)):
+    for grad, bound in ((-1.0, math.log(100.0)), (1.0, 0.0)):
         model = Tower()
-        optimizer = make_optimizer(param_groups(model, 0.2), OptimConfig(lr=10.0))
+        optimizer = make_optimizer(param_groups(model, OptimConfig(), Clip().rules), OptimConfig(lr=10.0))
         model.logit_scale.grad = torch.tensor([grad])
         optimizer.step()
         assert model.logit_scale.item() == pytest.approx(bound, abs=1e-6)
 
 
-def test_only_matrices_decay():
-    groups = param_groups(Tower(), 0.2)
-    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.2), (1, 0.0), (1, 0.0)]
-
-
 def test_a_part_of_the_model_has_a_rate_of_its_own() -> None:
-    groups = param_groups(nn.Sequential(Tower(), Tower()), 0.2, {"1.": 0.1})
+    groups = param_groups(nn.Sequential(Tower(), Tower()), OptimConfig(), [Rule("1.", 0.1), Rule("", 1.0)])
     found = [(len(g["params"]), g["weight_decay"], g["lr_scale"]) for g in groups]
     assert found == [(1, 0.2, 1.0), (2, 0.0, 1.0), (1, 0.2, 0.1), (2, 0.0, 0.1)]
 
 
-def test_schedule_warms_up_linearly_and_ends_at_its_least() -> None:
-    rates = [cosine_lr(s, OptimConfig(lr=2.0, warmup=10), 100) for s in range(101)]
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[9] == rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.0)
-    assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(math.isfinite(r) for r in rates)
-    blip2 = OptimConfig(lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, warmup=5)
-    rates = [cosine_lr(s, blip2, 100) for s in range(101)]
-    assert rates[0] == pytest.approx(1e-6 + 0.99e-4 / 5) and rates[4] == pytest.approx(1e-4)
-    assert rates[100] == pytest.approx(1e-5) == min(rates[5:])
+def test_the_first_rule_that_fits_a_name_says_how_a_group_is_trained() -> None:
+    rules = [
+        Rule("0.linear.weight", weight_decay=0.0, fixed_lr=True),
+        Rule("0.linear", frozen_until=7, weight_decay=0.5),
+        Rule("1", clamp=(0.0, 1.0)),
+    ]
+    model = nn.Sequential(Tower(), Tower())
+    groups = param_groups(model, OptimConfig(weight_decay_end=0.4), rules)
+    keys = ("weight_decay", "fixed_lr", "frozen_until", "clamp", "scheduled_decay")
+    of = {p: tuple(group[key] for key in keys) for group in groups for p in group["params"]}
+    assert {name: of[p] for name, p in model.named_parameters()} == {
+        "0.linear.weight": (0.0, True, 0, None, False),
+        "0.linear.bias": (0.0, False, 7, None, False),
+        "0.logit_scale": (0.0, False, 0, None, False),
+        "1.linear.weight": (0.2, False, 0, (0.0, 1.0), True),
+        "1.linear.bias": (0.0, False, 0, (0.0, 1.0), False),
+        "1.logit_scale": (0.0, False, 0, (0.0, 1.0), False),
+    }
 
 
-def test_a_tenth_of_the_run_is_the_longest_warm_up() -> None:
-    assert cosine_lr(9, OptimConfig(lr=1.0, warmup=10_000), 100) == 1.0
+def test_each_optimizer_is_made_with_its_settings_and_muon_leaves_embeddings_to_adamw() -> None:
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
+    made = {
+        "adamw": (AdamWEMA, {"betas": (0.9, 0.98)}), "sgd": (SGDEMA, {"momentum": 0.9}),
+        "lars": (LARSEMA, {"momentum": 0.9}), "muon": (MuonEMA, {"momentum": 0.95, "betas": (0.9, 0.98)}),
+    }  # fmt: skip
+    for name, (kind, settings) in made.items():
+        config = OptimConfig(optimizer=name, clip_each=3.0)  # pyright: ignore[reportArgumentType]
+        optimizer = make_optimizer(param_groups(model, config), config)
+        assert type(optimizer) is kind and optimizer.defaults.items() >= settings.items()
+        assert {group["clip_each"] for group in optimizer.param_groups} == {3.0}
+    sgd = make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], OptimConfig(optimizer="sgd", momentum=0.5))
+    assert sgd.defaults["momentum"] == 0.5
+    muon = param_groups(model, OptimConfig(optimizer="muon"))
+    assert [(group["params"][0].shape, group["muon"]) for group in muon] == [
+        ((3, 2), False),
+        ((2, 2), True),
+        ((2,), False),
+    ]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"lr": 0.0}, "--lr"),
-        ({"lr": math.nan}, "--lr"),
-        ({"ema": 1.0}, "--ema"),
-        ({"min_lr": 1.0}, "--min-lr"),
-        ({"warmup_lr": -1e-9}, "--warmup-lr"),
-        ({"warmup": -1}, "--warmup"),
-    ],
-)
+NAMES = {
+    "logit_scale": 1.0, "visual.class_embedding": 0.0625, "visual.transformer.blocks.0.norm.weight": 0.125,
+    "visual.transformer.blocks.1.layers.0.weight": 0.25, "visual.transformer.blocks.2.norm.weight": 0.5,
+    "visual.norm_post.weight": 1.0, "text.token_embedding.weight": 0.25, "text.layers.0.norm.weight": 0.5,
+    "text.proj.weight": 1.0,
+}  # fmt: skip
+
+
+def test_layer_decay_counts_from_the_top_of_each_stack_of_blocks() -> None:
+    depth = depths(list(NAMES))
+    assert {name: 0.5 ** (4 - depth(name)) for name in NAMES} == NAMES
+    alone = ["class_embedding", "blocks.0.weight", "head.weight"]
+    assert list(map(depths(alone), alone)) == [0, 1, 2]
+    with pytest.raises(ValueError, match="--layer-decay must be of a model with numbered blocks or layers"):
+        depths(["weight"])
+
+
+def test_layer_decay_scales_the_rates_of_groups_by_names_or_by_depths_that_are_given() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2) for _ in range(2)]), "head": nn.Linear(2, 2)})
+    config = OptimConfig(layer_decay=0.5)
+    rates = [group["lr_scale"] for group in param_groups(model, config, [Rule("head", 3.0)])]
+    assert rates == [3.0, 3.0, 0.5, 0.5, 0.25, 0.25]
+    given = param_groups(model, config, layers=lambda name: 2 if "head" in name else 0)
+    assert [group["lr_scale"] for group in given] == [1.0, 1.0, 0.25, 0.25]
+
+
+def test_schedules_have_their_values_at_the_first_the_middle_and_the_last_step() -> None:
+    made = {
+        "constant": (schedules.constant(2.0), [2.0, 2.0, 2.0, 2.0]),
+        "linear": (schedules.linear(2.0, 1.0, 10), [2.0, 1.5, 1.0, 1.0]),
+        "cosine": (schedules.cosine(2.0, 1.0, 10), [2.0, 1.5, 1.0, 1.0]),
+        "multistep": (schedules.multistep(2.0, [5, 10], 0.5), [2.0, 1.0, 0.5, 0.5]),
+        "const_cooldown": (schedules.const_cooldown(2.0, 1.0, 10, 6), [2.0, 2.0 - 1 / 6, 1.0, 1.0]),
+        "warmed": (schedules.warmed(schedules.linear(2.0, 1.0, 4), 1.0, 6), [7 / 6, 2.0, 1.0, 1.0]),
+    }
+    for name, (schedule, values) in made.items():
+        assert [schedule(step) for step in (0, 5, 10, 12)] == pytest.approx(values), name
+    assert schedules.multistep(2.0, [5], 0.5)(4) == schedules.const_cooldown(2.0, 1.0, 10, 6)(4) == 2.0
+    assert schedules.cosine(2.0, 1.0, 12)(4) == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize(("name", "middle", "last"), [
+    ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0), ("multistep", 0.5, 0.125),
+    ("const-cooldown", 1.0, 0.1),
+])  # fmt: skip
+def test_a_run_warms_up_and_goes_on_as_its_schedule_says(name: str, middle: float, last: float) -> None:
+    own = {
+        "multistep": {"milestones": (0.5, 0.75, 0.9), "gamma": 0.5},
+        "const-cooldown": {"cooldown_share": 0.25, "min_lr": 0.1},
+        "constant": {},
+    }.get(name, {"min_lr": 0.1})
+    rate = lr_schedule(OptimConfig(lr=1.0, warmup=20, schedule=name, **own), 220)  # pyright: ignore[reportArgumentType]
+    assert [rate(step) for step in (0, 19, 20)] == pytest.approx([0.05, 1.0, 1.0])
+    assert [rate(step) for step in (120, 220)] == pytest.approx([middle, last])
+    if name == "const-cooldown":
+        assert rate(165) == 1.0 and rate(166) < 1.0
+
+
+def test_the_cosine_of_a_run_is_to_the_bit_what_it_was() -> None:
+    """A run that is resumed must not change its rates by a rounding."""
+    for optim, total in (
+        (OptimConfig(), 1000),
+        (OptimConfig(lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, warmup=5), 100),
+        (OptimConfig(lr=1e-4, min_lr=1.7e-5, warmup_lr=1e-5), 997),
+        (OptimConfig(warmup=0), 1),
+    ):
+        warmup = min(optim.warmup, max(1, int(total * optim.warmup_share)))
+        rate = lr_schedule(optim, total)
+        for step in range(total + 1):
+            share = (step - warmup) / max(1, total - warmup)
+            was = optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * share))
+            if step < warmup:
+                was = optim.warmup_lr + (optim.lr - optim.warmup_lr) * (step + 1) / warmup
+            assert rate(step) == was
+
+
+def test_weight_decay_goes_along_a_cosine_to_its_end() -> None:
+    decay = weight_decay_schedule(OptimConfig(weight_decay=0.04, weight_decay_end=0.4), 100)
+    assert [decay(step) for step in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
+    assert weight_decay_schedule(OptimConfig(weight_decay=0.04), 100)(50) == 0.04
+
+
+@pytest.mark.parametrize(("wrong", "named"), [
+    ({"lr": 0.0}, "--lr"), ({"lr": math.nan}, "--lr"), ({"ema": 1.0}, "--ema"), ({"min_lr": 1.0}, "--min-lr"),
+    ({"warmup_lr": -1e-9}, "--warmup-lr"), ({"warmup": -1}, "--warmup"),
+    ({"weight_decay_end": -0.1}, "--weight-decay-end"), ({"clip_each": 0.0}, "--clip-each"),
+    ({"layer_decay": 1.5}, "--layer-decay"), ({"optimizer": "sgd", "momentum": 1.0}, "--momentum"),
+    ({"schedule": "multistep", "milestones": (30.0,)}, "--milestones must be shares"),
+    ({"momentum": 0.9}, "--momentum has no effect with --optimizer adamw: it must stay None, got 0.9"),
+    ({"optimizer": "lars", "beta2": 0.999}, "--beta2 has no effect with --optimizer lars"),
+    ({"schedule": "constant", "min_lr": 1e-5}, "--min-lr has no effect with --schedule constant"),
+    ({"milestones": (0.5,)}, "--milestones has no effect with --schedule cosine"),
+    ({"gamma": 0.5}, "--gamma has no effect"), ({"cooldown_share": 0.5}, "--cooldown-share has no effect"),
+])  # fmt: skip
 def test_bad_settings_are_refused_by_name(wrong, named):
     with pytest.raises(ValueError, match=named):
         OptimConfig(**wrong)

@@ -17,11 +17,7 @@ NAMES = (OURS, *LIBRARIES)
 # structure.
 FEW_QUERIES = 128
 # By architecture, fastest first; each adds a gradient in a fixed order, as ours does.
-WITH_GRADIENT = {
-    80: ("flash_attn_2",),
-    90: ("flash_attn_3", "flash_attn_4", "flash_attn_2"),
-    100: ("flash_attn_4",),
-}
+WITH_GRADIENT = {80: ("flash_attn_2",), 90: ("flash_attn_3", "flash_attn_4", "flash_attn_2"), 100: ("flash_attn_4",)}
 
 
 @dataclass(frozen=True)

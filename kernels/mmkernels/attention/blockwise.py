@@ -162,9 +162,7 @@ def _fused_backward(problem: Problem, piece: Piece, row: Rows) -> Grads:
     if k.shape[0] * num_heads == 1:
         # ATen gives each thread key heads of its own
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    dq, dk, dv = FUSED_BACKWARD(
-        row.d_out, q, k, v, row.out, row.lse, 0.0, causal, attn_mask=bias, scale=problem.scale
-    )
+    dq, dk, dv = FUSED_BACKWARD(row.d_out, q, k, v, row.out, row.lse, 0.0, causal, attn_mask=bias, scale=problem.scale)
     return Grads(dq, _group_sum(dk, num_heads), _group_sum(dv, num_heads), None)
 
 

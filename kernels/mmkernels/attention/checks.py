@@ -62,24 +62,11 @@ def checked_segments(
     )
     if gate is not None:
         shape = list(gate.shape)
-        require(
-            OP,
-            shape in ([], [1], [num_heads]),
-            "gate must be [], [1] or [{}], got shape {}",
-            num_heads,
-            shape,
-        )
+        require(OP, shape in ([], [1], [num_heads]), "gate must be [], [1] or [{}], got shape {}", num_heads, shape)
         check_dtype(OP, "gate", gate)
         check_beside(OP, "gate", gate, "q", q)
     for name, x in () if qk_norm is None else zip(("q_weight", "k_weight"), qk_norm[:2], strict=True):
-        require(
-            OP,
-            list(x.shape) == [head_dim],
-            "qk_norm.{} must be [{}], got shape {}",
-            name,
-            head_dim,
-            list(x.shape),
-        )
+        require(OP, list(x.shape) == [head_dim], "qk_norm.{} must be [{}], got shape {}", name, head_dim, list(x.shape))
         check_beside(OP, f"qk_norm.{name}", x, "q", q)
     return tuple(zip(keys, values, strict=True))
 
@@ -112,27 +99,11 @@ def check_mask(mask: Mask | None, problem: Problem) -> None:
         return
     batch, num_queries, num_heads = problem.q.shape[:3]
     require(
-        OP,
-        mask.num_keys == problem.num_keys,
-        "mask must be of Lk = {} keys, got {}",
-        problem.num_keys,
-        mask.num_keys,
+        OP, mask.num_keys == problem.num_keys, "mask must be of Lk = {} keys, got {}", problem.num_keys, mask.num_keys
     )
     queries = (1, num_queries) if isinstance(mask, Dense) else (num_queries,)
-    require(
-        OP,
-        mask.num_queries in queries,
-        "mask must be of Lq = {} queries, got {}",
-        num_queries,
-        mask.num_queries,
-    )
-    require(
-        OP,
-        mask.num_batches in (1, batch),
-        "mask must be of a batch of 1 or {}, got {}",
-        batch,
-        mask.num_batches,
-    )
+    require(OP, mask.num_queries in queries, "mask must be of Lq = {} queries, got {}", num_queries, mask.num_queries)
+    require(OP, mask.num_batches in (1, batch), "mask must be of a batch of 1 or {}, got {}", batch, mask.num_batches)
     require(
         OP,
         mask.device == problem.q.device,
@@ -143,11 +114,7 @@ def check_mask(mask: Mask | None, problem: Problem) -> None:
     if isinstance(mask, Dense):
         values = mask.values
         require(
-            OP,
-            values.shape[1] in (1, num_heads),
-            "mask must be of 1 or {} heads, got {}",
-            num_heads,
-            values.shape[1],
+            OP, values.shape[1] in (1, num_heads), "mask must be of 1 or {} heads, got {}", num_heads, values.shape[1]
         )
         known = (torch.bool, torch.float32, problem.q.dtype)
         require(OP, values.dtype in known, "mask must be one of {}, got {}", known, values.dtype)

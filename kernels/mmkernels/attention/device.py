@@ -87,17 +87,7 @@ def _is_full(tile_first, tile_last, all_first, all_last, all_first2, all_last2, 
 
 @triton.jit
 def _load_keys(
-    ptr,
-    ptr2,
-    stride_n,
-    stride_n2,
-    offs_n,
-    offs_k,
-    N,
-    N1,
-    K,
-    HAS_SEGMENTS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ptr, ptr2, stride_n, stride_n2, offs_n, offs_k, N, N1, K, HAS_SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Rows `offs_n` of keys or values, `[n, k]`, zero beyond; from N1 on those of the second segment."""
     mask_k = offs_k[None, :] < K
@@ -111,17 +101,7 @@ def _load_keys(
 
 @triton.jit
 def _biased(
-    logits,
-    bias_ptr,
-    stride_bm,
-    stride_bn,
-    slope,
-    offs_m,
-    offs_n,
-    M,
-    N,
-    BIAS: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
+    logits, bias_ptr, stride_bm, stride_bn, slope, offs_m, offs_n, M, N, BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr
 ):
     """Logits `[m, n]`, in units of ln 2, with what is added to them; -inf where a bool mask is False.
 
@@ -219,9 +199,7 @@ def _attention_fwd_kernel(
     mask_m = offs_m < M
     rows = offs_m.to(tl.int64)[:, None]
     mask_q = mask_m[:, None] & (offs_k[None, :] < K)
-    q = tl.load(
-        q_ptr + b64 * stride_qb + h64 * stride_qh + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0
-    )
+    q = tl.load(q_ptr + b64 * stride_qb + h64 * stride_qh + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0)
     ends = b64 * stride_eb
     lo, hi, lo2, hi2, begin, end, begin2, end2, all_first, all_last, all_first2, all_last2 = _key_ranges(
         lo_ptr + ends, hi_ptr + ends, lo2_ptr + ends, hi2_ptr + ends, stride_em, offs_m, mask_m, N, NUM_ENDS
@@ -235,9 +213,7 @@ def _attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
     for run in tl.static_range(NUM_ENDS // 4 + 1):
-        first, last = _tile_run(
-            run, begin, end, begin2, end2, pid_s * split_keys, (pid_s + 1) * split_keys, BLOCK_N
-        )
+        first, last = _tile_run(run, begin, end, begin2, end2, pid_s * split_keys, (pid_s + 1) * split_keys, BLOCK_N)
         for tile in range(first, last, BLOCK_N):
             offs_n = tile + tl.arange(0, BLOCK_N)
             k = _load_keys(

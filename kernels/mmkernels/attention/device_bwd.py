@@ -5,16 +5,7 @@
 import triton
 import triton.language as tl
 
-from mmkernels.attention.device import (
-    LOG2E,
-    _biased,
-    _is_full,
-    _kept,
-    _key_ranges,
-    _load_keys,
-    _seen,
-    _tile_run,
-)
+from mmkernels.attention.device import LOG2E, _biased, _is_full, _kept, _key_ranges, _load_keys, _seen, _tile_run
 
 
 @triton.jit
@@ -121,9 +112,7 @@ def _attention_bwd_q_kernel(
     mask_m = offs_m < M
     rows = offs_m.to(tl.int64)[:, None]
     mask_q = mask_m[:, None] & (offs_k[None, :] < K)
-    q = tl.load(
-        q_ptr + b64 * stride_qb + h64 * stride_qh + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0
-    )
+    q = tl.load(q_ptr + b64 * stride_qb + h64 * stride_qh + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0)
     d_out_ptrs = d_out_ptr + b64 * stride_gb + h64 * stride_gh + rows * stride_gm + offs_k[None, :]
     d_out = tl.load(d_out_ptrs, mask=mask_q, other=0.0)
     place = pid_bh.to(tl.int64) * M + offs_m
@@ -142,9 +131,7 @@ def _attention_bwd_q_kernel(
         seed = tl.load(seed_ptr)
     dq = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
     for run in tl.static_range(NUM_ENDS // 4 + 1):
-        first, last = _tile_run(
-            run, begin, end, begin2, end2, pid_s * split_keys, (pid_s + 1) * split_keys, BLOCK_N
-        )
+        first, last = _tile_run(run, begin, end, begin2, end2, pid_s * split_keys, (pid_s + 1) * split_keys, BLOCK_N)
         for tile in range(first, last, BLOCK_N):
             offs_n = tile + tl.arange(0, BLOCK_N)
             k = _load_keys(
@@ -350,15 +337,7 @@ def _attention_bwd_k_kernel(
             )
             ends = b64 * stride_eb
             lo, hi, lo2, hi2, _b, _e, _b2, _e2, all_first, all_last, all_first2, all_last2 = _key_ranges(
-                lo_ptr + ends,
-                hi_ptr + ends,
-                lo2_ptr + ends,
-                hi2_ptr + ends,
-                stride_em,
-                offs_m,
-                mask_m,
-                N,
-                NUM_ENDS,
+                lo_ptr + ends, hi_ptr + ends, lo2_ptr + ends, hi2_ptr + ends, stride_em, offs_m, mask_m, N, NUM_ENDS
             )
             key = pid_n * BLOCK_N
             if not _is_full(key, key + BLOCK_N, all_first, all_last, all_first2, all_last2, NUM_ENDS):

@@ -16,11 +16,7 @@ from torch import Tensor
 from mmkernels._launch import Launch, input_precision
 from mmkernels._philox import threshold
 from mmkernels.attention.device import _attention_fwd_kernel
-from mmkernels.attention.device_bwd import (
-    _attention_bwd_k_kernel,
-    _attention_bwd_q_kernel,
-    _attention_delta_kernel,
-)
+from mmkernels.attention.device_bwd import _attention_bwd_k_kernel, _attention_bwd_q_kernel, _attention_delta_kernel
 from mmkernels.attention.launch import config_of, split_keys
 from mmkernels.attention.problem import Problem
 
@@ -125,9 +121,7 @@ def _query_ranges(problem: Problem, config: Launch) -> Tensor:
         lo = torch.nn.functional.pad(torch.where(some, lo, FAR), padding, value=FAR)
         hi = torch.nn.functional.pad(torch.where(some, hi, 0), padding)
         first, last = lo.unflatten(1, (blocks, -1)).amin(2), hi.unflatten(1, (blocks, -1)).amax(2)
-        hit = (first[:, None] < keys + config.block_n) & (
-            keys < last[:, None]
-        )  # [b, blocks of keys, of queries]
+        hit = (first[:, None] < keys + config.block_n) & (keys < last[:, None])  # [b, blocks of keys, of queries]
         hits = hit if hits is None else hits | hit
     assert hits is not None
     places = torch.arange(blocks, device=device)

@@ -112,13 +112,7 @@ def _run_flash_attn(problem: Problem, is_causal: bool, *, module: str, has_slope
     if has_slopes and slopes is not None:
         options["alibi_slopes"] = slopes[0] if slopes.shape[0] == 1 else slopes
     result = _FOUND[module].flash_attn_func(
-        problem.q,
-        k,
-        v,
-        softmax_scale=problem.scale,
-        causal=is_causal,
-        deterministic=True,
-        **options,
+        problem.q, k, v, softmax_scale=problem.scale, causal=is_causal, deterministic=True, **options
     )
     # some releases return the log-sum-exp beside it
     return result[0] if isinstance(result, tuple) else result
@@ -148,15 +142,10 @@ LIBRARIES: Mapping[str, Library] = {
         multiple=1,
         is_bottom_right=False,
     ),
-    "sdpa_flash": Library(
-        partial(_run_sdpa, backend=SDPBackend.FLASH_ATTENTION), multiple=1, is_bottom_right=False
-    ),
+    "sdpa_flash": Library(partial(_run_sdpa, backend=SDPBackend.FLASH_ATTENTION), multiple=1, is_bottom_right=False),
     # with a mask its backward has given NaN: masks are not for it
     "sdpa_cudnn": Library(
-        partial(_run_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
-        only=(90, 100),
-        max_head_dim=128,
-        is_bottom_right=False,
+        partial(_run_sdpa, backend=SDPBackend.CUDNN_ATTENTION), only=(90, 100), max_head_dim=128, is_bottom_right=False
     ),
     "sdpa_efficient": Library(
         partial(_run_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),

@@ -284,27 +284,7 @@ def _attention_bwd(
 
 
 @_attention_bwd.register_fake
-def _(
-    q,
-    k,
-    v,
-    k2,
-    v2,
-    bias,
-    lo,
-    hi,
-    lo2,
-    hi2,
-    alibi_slopes,
-    seed,
-    scale,
-    dropout_p,
-    out,
-    lse,
-    d_out,
-    d_lse,
-    needs,
-):
+def _(q, k, v, k2, v2, bias, lo, hi, lo2, hi2, alibi_slopes, seed, scale, dropout_p, out, lse, d_out, d_lse, needs):
     inputs = (q, k, v, k2, v2, bias)
     return [
         q.new_empty(0) if x is None or not needed else x.new_empty(x.shape)

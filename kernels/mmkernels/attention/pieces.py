@@ -128,11 +128,7 @@ def _interval_blocks(lo: Tensor, hi: Tensor, first: int, last: int) -> Iterator[
     elif common_last - common_first < MIN_COLS:
         yield first, last, "full" if (common_first, common_last) == (first, last) else "masked"
         return
-    edges = (
-        (first, common_first, "masked"),
-        (common_first, common_last, "full"),
-        (common_last, last, last_kind),
-    )
+    edges = ((first, common_first, "masked"), (common_first, common_last, "full"), (common_last, last, last_kind))
     yield from (edge for edge in edges if edge[0] < edge[1])
 
 

@@ -9,12 +9,7 @@ from mmkernels._checks import accumulator, check_beside, check_dtype, require
 
 
 def rotary(
-    x: Tensor,
-    positions: Tensor,
-    *,
-    theta: float = 10000.0,
-    interleaved: bool = False,
-    dims: int | None = None,
+    x: Tensor, positions: Tensor, *, theta: float = 10000.0, interleaved: bool = False, dims: int | None = None
 ) -> Tensor:
     """`(a + bi) e^(i p theta^(-2 d / dims))` of each pair d of dimensions (a, b), at position p.
 
@@ -41,13 +36,7 @@ def rotary(
     _check_rank(op, "x", x, "L, H")
     head_dim = x.shape[3]
     dims = head_dim if dims is None else dims
-    require(
-        op,
-        dims % 2 == 0 and 0 < dims <= head_dim,
-        "dims must be even, from 2 to K = {}, got {}",
-        head_dim,
-        dims,
-    )
+    require(op, dims % 2 == 0 and 0 < dims <= head_dim, "dims must be even, from 2 to K = {}, got {}", head_dim, dims)
     _check_above_0(op, "theta", theta)
     _check_positions(op, "positions", positions, "x", x)
     cos, sin = _waves(positions.to(accumulator(x.dtype)), theta, dims)
@@ -55,13 +44,7 @@ def rotary(
 
 
 def xpos(
-    q: Tensor,
-    k: Tensor,
-    q_positions: Tensor,
-    k_positions: Tensor,
-    *,
-    theta: float = 10000.0,
-    scale_base: float = 512.0,
+    q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, *, theta: float = 10000.0, scale_base: float = 512.0
 ) -> tuple[Tensor, Tensor]:
     """Interleaved `rotary`, and pair d times `zeta_d^(p / scale_base)` in queries, its inverse in keys.
 

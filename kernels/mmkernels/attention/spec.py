@@ -82,10 +82,7 @@ def _dropout(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> In
 
 def _gated(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     sizes = {"gate": shape["H"], "q_weight": shape["K"], "k_weight": shape["K"]}
-    return {
-        name: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-        for name, size in sizes.items()
-    }
+    return {name: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for name, size in sizes.items()}
 
 
 def _segments(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -165,9 +162,7 @@ def _terms(inputs: Inputs, gold: Mapping[str, Tensor]) -> dict[str, Terms]:
     of_dq = Terms(scale * of_k * d_logits, scale * of_k * stored)
     of_dk = scale * of_q * of_key
     of_values = {
-        x: Terms((1 + logits) * float(gold[x].abs().max()))
-        for x in ("d_v", "d_v2")
-        if x in gold and gold[x].numel()
+        x: Terms((1 + logits) * float(gold[x].abs().max())) for x in ("d_v", "d_v2") if x in gold and gold[x].numel()
     }
     return {
         "out1": Terms(1 + logits),

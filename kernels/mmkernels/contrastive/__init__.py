@@ -3,11 +3,7 @@
 from mmkernels.contrastive.loss import contrastive_loss
 from mmkernels.contrastive.op import contrastive_lse, contrastive_stats
 from mmkernels.contrastive.problem import ContrastiveStats
-from mmkernels.contrastive.reference import (
-    contrastive_loss_ref,
-    contrastive_lse_ref,
-    contrastive_stats_ref,
-)
+from mmkernels.contrastive.reference import contrastive_loss_ref, contrastive_lse_ref, contrastive_stats_ref
 
 __all__ = [
     "ContrastiveStats",

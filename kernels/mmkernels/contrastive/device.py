@@ -241,31 +241,10 @@ def _contrastive_bwd_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     acc = dot_tile(
-        a_ptr,
-        b_ptr,
-        stride_am,
-        stride_ad,
-        stride_bn,
-        stride_bd,
-        offs_m,
-        offs_n,
-        M,
-        N,
-        D,
-        BLOCK_D,
-        INPUT_PRECISION,
+        a_ptr, b_ptr, stride_am, stride_ad, stride_bn, stride_bd, offs_m, offs_n, M, N, D, BLOCK_D, INPUT_PRECISION
     )
     grad = _softmaxes(
-        acc * scale,
-        row_lse_ptr,
-        col_lse_ptr,
-        row_coef_ptr,
-        col_coef_ptr,
-        offs_m,
-        offs_n,
-        mask_m,
-        mask_n,
-        SYMMETRIC,
+        acc * scale, row_lse_ptr, col_lse_ptr, row_coef_ptr, col_coef_ptr, offs_m, offs_n, mask_m, mask_n, SYMMETRIC
     )
     if HAS_POSITIVES:
         # the positive's share is added in float32 by the caller

@@ -82,15 +82,7 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
     row_cross, teacher_row_lse = _expectation(of_rows)
     col_cross, teacher_col_lse = _expectation(of_cols)
     return ContrastiveStats(
-        row_lse,
-        col_lse,
-        positive,
-        row_cross,
-        col_cross,
-        row_rest,
-        col_rest,
-        teacher_row_lse,
-        teacher_col_lse,
+        row_lse, col_lse, positive, row_cross, col_cross, row_rest, col_rest, teacher_row_lse, teacher_col_lse
     )
 
 
@@ -102,9 +94,7 @@ def contrastive_bwd(
     needs_a, needs_b, needs_scale = needs
     num_rows, num_cols = a.shape[0], b.shape[0]
     coefs = coefficients(problem, stats, grads)
-    ceilings = [
-        x.abs().amax() for x in (coefs.row, coefs.col, coefs.teacher_row, coefs.teacher_col) if len(x)
-    ]
+    ceilings = [x.abs().amax() for x in (coefs.row, coefs.col, coefs.teacher_row, coefs.teacher_col) if len(x)]
     unit = GRAD_CEILING / torch.stack([*ceilings, coefs.row.new_zeros(())]).sum().clamp(1e-30)
     in_units = Coefficients(*(x * unit for x in coefs))
     chunk = max(min(chunk_rows(num_cols, a.element_size()), num_rows), 1)
@@ -181,9 +171,7 @@ def _grad_chunk(
 def _operands(problem: Problem, config: Launch) -> tuple[list[Tensor], tuple[int, ...]]:
     """a, b and the teacher's as the kernels read them (theirs again where there is no teacher), and strides."""
     a, b = operand(problem.a, config.block_d), operand(problem.b, config.block_d)
-    teacher_a, teacher_b = (
-        (a, b) if problem.teacher is None else (operand(x, config.block_d) for x in problem.teacher)
-    )
+    teacher_a, teacher_b = (a, b) if problem.teacher is None else (operand(x, config.block_d) for x in problem.teacher)
     return [a, b, teacher_a, teacher_b], (*a.stride(), *b.stride(), teacher_a.stride(0), teacher_b.stride(0))
 
 

@@ -79,9 +79,7 @@ def contrastive_loss(
     Reference: `contrastive_loss_ref`. Paper: arXiv:2103.00020.
     """
     options = Options(symmetric, alpha, label_smoothing, normalized, reduction)
-    a, b, scale, teacher, negatives = checked_inputs(
-        a, b, logit_scale, positives, labels, negatives, teacher, options
-    )
+    a, b, scale, teacher, negatives = checked_inputs(a, b, logit_scale, positives, labels, negatives, teacher, options)
     is_plain = options in PLAIN and positives is labels is negatives is None
     way = _way_of_stored_logits(a, b, negatives, normalized, is_plain)
     if way is not None:
@@ -130,21 +128,11 @@ class Options:
 
     def check(self, has_labels: bool, has_teacher: bool) -> None:
         op, eps = "contrastive", self.label_smoothing
-        require(
-            op,
-            self.reduction in REDUCTIONS,
-            "reduction must be one of {}, got {}",
-            REDUCTIONS,
-            self.reduction,
-        )
+        require(op, self.reduction in REDUCTIONS, "reduction must be one of {}, got {}", REDUCTIONS, self.reduction)
         require(op, 0 <= self.alpha <= 1, "alpha must be from 0 to 1, got {}", self.alpha)
         require(op, 0 <= eps <= 1, "label_smoothing must be from 0 to 1, got {}", eps)
-        require(
-            op, has_teacher or self.alpha == 0, "teacher must be given with alpha, got alpha={}", self.alpha
-        )
-        require(
-            op, not has_teacher or self.alpha > 0, "alpha must be above 0 with a teacher, got {}", self.alpha
-        )
+        require(op, has_teacher or self.alpha == 0, "teacher must be given with alpha, got alpha={}", self.alpha)
+        require(op, not has_teacher or self.alpha > 0, "alpha must be above 0 with a teacher, got {}", self.alpha)
         require(
             op,
             not (has_labels and self.symmetric and self.reduction == "none"),
@@ -209,9 +197,7 @@ class Match(NamedTuple):
         return (sums / self.cols.clamp(min=1)[:, None]).reshape(-1, *x.shape[1:])
 
 
-def match_positives(
-    a: Tensor, b: Tensor, positives: Tensor | None, labels: tuple[Tensor, Tensor] | None
-) -> Match:
+def match_positives(a: Tensor, b: Tensor, positives: Tensor | None, labels: tuple[Tensor, Tensor] | None) -> Match:
     """The positives of the rows of `a`: by index, by label, or on the diagonal."""
     if labels is None:
         first = torch.arange(len(a), device=a.device) if positives is None else positives
@@ -231,12 +217,7 @@ class LinearMeans(NamedTuple):
 
 
 def linear_means(
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    match: Match,
-    options: Options,
-    negatives: Tensor | None = None,
+    a: Tensor, b: Tensor, scale: Tensor, match: Match, options: Options, negatives: Tensor | None = None
 ) -> LinearMeans:
     """The means that labels and smoothing need."""
     a, b = a.to(accumulator(a.dtype)), b.to(accumulator(b.dtype))
@@ -266,9 +247,7 @@ def with_negatives(stats: ContrastiveStats, of_negatives: ContrastiveStats) -> C
     if len(row_cross):
         share = torch.sigmoid(of_negatives.teacher_row_lse - stats.teacher_row_lse)
         row_cross = torch.lerp(row_cross, of_negatives.row_cross, share)
-    return stats._replace(
-        row_lse=over + positive, row_rest=over - ((over + positive) - positive), row_cross=row_cross
-    )
+    return stats._replace(row_lse=over + positive, row_rest=over - ((over + positive) - positive), row_cross=row_cross)
 
 
 def pair_losses(
@@ -282,9 +261,7 @@ def pair_losses(
         """The expected logit under the target, less the first positive's."""
         target = 0.0 if means.positives is None else means.positives
         if mean is not None:
-            target = torch.lerp(
-                mean - positive, torch.zeros_like(positive) + target, 1 - options.label_smoothing
-            )
+            target = torch.lerp(mean - positive, torch.zeros_like(positive) + target, 1 - options.label_smoothing)
         if len(cross):
             target = (1 - options.alpha) * target + options.alpha * (cross - positive)
         return target
@@ -313,24 +290,16 @@ def reduce(losses: Tensor, count: Tensor | int, reduction: str) -> Tensor:
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
-def _check_pairing(
-    a: Tensor, b: Tensor, positives: Tensor | None, labels: tuple[Tensor, Tensor] | None
-) -> None:
+def _check_pairing(a: Tensor, b: Tensor, positives: Tensor | None, labels: tuple[Tensor, Tensor] | None) -> None:
     if labels is not None:
-        require(
-            "contrastive", positives is None, "positives must be None where labels are given, got {}", "both"
-        )
+        require("contrastive", positives is None, "positives must be None where labels are given, got {}", "both")
         for name, x, like in (("labels[0]", labels[0], a), ("labels[1]", labels[1], b)):
             check_index("contrastive", name, x, like.shape[0], "a", a)
     elif positives is not None:
         check_positives(a, b, positives, 0)
     else:
         require(
-            "contrastive",
-            a.shape == b.shape,
-            "b must have the shape of a, {}, got {}",
-            list(a.shape),
-            list(b.shape),
+            "contrastive", a.shape == b.shape, "b must have the shape of a, {}, got {}", list(a.shape), list(b.shape)
         )
 
 

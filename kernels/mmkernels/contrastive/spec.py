@@ -67,9 +67,7 @@ def _teacher(inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
 
     def beside(x: Tensor) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        return F.normalize(F.normalize(x.double(), dim=1) + 0.3 * F.normalize(noise, dim=1), dim=1).to(
-            x.dtype
-        )
+        return F.normalize(F.normalize(x.double(), dim=1) + 0.3 * F.normalize(noise, dim=1), dim=1).to(x.dtype)
 
     return beside(inputs["a"]), beside(inputs["b"])
 
@@ -204,9 +202,7 @@ LOSS = OpSpec(
     bench_shapes={
         "cpu": tuple({"B": size, "D": 512} for size in (64, 256, 1024, 2048, 4096, 8192)),
         "cuda": tuple(
-            {"B": size, "D": width}
-            for size in (1024, 4096, 8192, 16384, 32768, 65536)
-            for width in (512, 768, 1024)
+            {"B": size, "D": width} for size in (1024, 4096, 8192, 16384, 32768, 65536) for width in (512, 768, 1024)
         ),
     },
 )

@@ -34,6 +34,4 @@ class StoredLoss(torch.autograd.Function):
         grads = (da, db, dscale)
         if upstream.item() != 1:
             grads = (None if dx is None else dx * upstream for dx in grads)
-        return tuple(
-            None if dx is None else dx.to(dtype) for dx, dtype in zip(grads, ctx.dtypes, strict=True)
-        )
+        return tuple(None if dx is None else dx.to(dtype) for dx, dtype in zip(grads, ctx.dtypes, strict=True))

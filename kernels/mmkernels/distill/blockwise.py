@@ -76,12 +76,7 @@ def _shifted(x: Tensor, temp: float, largest: Tensor) -> Tensor:
 
 
 def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    temps: tuple[float, float],
-    center: Tensor | None,
-    losses: Tensor,
-    stats: Tensor,
+    student: Tensor, teacher: Tensor, temps: tuple[float, float], center: Tensor | None, losses: Tensor, stats: Tensor
 ) -> None:
     teacher = teacher if center is None else teacher - center
     for i, (x, temp) in enumerate(zip((student, teacher), temps)):

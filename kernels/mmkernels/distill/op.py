@@ -93,9 +93,7 @@ def _(
     student: Tensor, teacher: Tensor, student_temp: Tensor, teacher_temp: Tensor, center: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulator(student.dtype)
-    return student.new_empty(student.shape[0], dtype=dtype), student.new_empty(
-        4, student.shape[0], dtype=dtype
-    )
+    return student.new_empty(student.shape[0], dtype=dtype), student.new_empty(4, student.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("mmkernels::distillation_loss_bwd", mutates_args=())
@@ -109,9 +107,7 @@ def _distillation_loss_bwd(
     grad: Tensor,
 ) -> Tensor:
     path = kernel if runs_triton(student) else blockwise
-    return path.distillation_loss_bwd(
-        student, teacher, student_temp, teacher_temp, center, stats, grad.contiguous()
-    )
+    return path.distillation_loss_bwd(student, teacher, student_temp, teacher_temp, center, stats, grad.contiguous())
 
 
 @_distillation_loss_bwd.register_fake

@@ -20,13 +20,7 @@ def make_logits(num_rows: int, num_cols: int, case: str, seed: int) -> Inputs:
     if case == "sharp":
         student, teacher = (x.tanh() for x in (student, student + 0.5 * noise))
         center = 0.1 * torch.randn(num_cols, generator=generator, dtype=torch.float64)
-        return {
-            "student": student,
-            "teacher": teacher,
-            "student_temp": 0.1,
-            "teacher_temp": 0.04,
-            "center": center,
-        }
+        return {"student": student, "teacher": teacher, "student_temp": 0.1, "teacher_temp": 0.04, "center": center}
     student, teacher = 3 * student, 3 * (student + noise)
     if case == "masked":
         masked = torch.rand(student.shape, generator=generator) < 0.2

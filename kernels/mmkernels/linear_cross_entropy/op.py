@@ -83,10 +83,7 @@ def linear_cross_entropy(
                 reduction=reduction,
             )
     total = reduction != "none"
-    needs = [
-        total and torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (hidden, weight, bias)
-    ]
+    needs = [total and torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     terms = [label_smoothing, z_loss]
     loss = _linear_cross_entropy_fwd(hidden, weight, bias, targets, ignore_index, terms, total, needs)[0]
     return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
@@ -128,9 +125,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulator(hidden.dtype)
     loss = hidden.new_empty(() if total else hidden.shape[:1], dtype=dtype)
-    shapes = (
-        x.shape if x is not None and needed else (0,) for x, needed in zip((hidden, weight, bias), needs)
-    )
+    shapes = (x.shape if x is not None and needed else (0,) for x, needed in zip((hidden, weight, bias), needs))
     return loss, *(hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # pyright: ignore[reportReturnType]
 
 
@@ -163,9 +158,7 @@ def _(
     terms: list[float],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (
-        x.shape if x is not None and needed else (0,) for x, needed in zip((hidden, weight, bias), needs)
-    )
+    shapes = (x.shape if x is not None and needed else (0,) for x, needed in zip((hidden, weight, bias), needs))
     return tuple(hidden.new_empty(shape) for shape in shapes)  # pyright: ignore[reportReturnType]
 
 
@@ -184,9 +177,7 @@ def _backward(ctx, d_loss: Tensor, *_grads: None):
         grads = [_scaled(dx, d_loss, hidden.dtype) if needed else None for dx, needed in zip(made, needs)]
     else:
         d_rows = d_loss.expand(len(hidden)) if ctx.total else d_loss
-        results = _linear_cross_entropy_bwd(
-            hidden, weight, bias, targets, d_rows, ctx.ignore_index, ctx.terms, needs
-        )
+        results = _linear_cross_entropy_bwd(hidden, weight, bias, targets, d_rows, ctx.ignore_index, ctx.terms, needs)
         grads = [dx if needed else None for dx, needed in zip(results, needs)]
     return *grads, None, None, None, None, None
 
@@ -297,11 +288,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
     check_index(op, "targets", targets, shape[0], "hidden", hidden)
     if bias is not None:
         require(
-            op,
-            list(bias.shape) == of_weight[:1],
-            "bias must be [{}], got shape {}",
-            of_weight[0],
-            list(bias.shape),
+            op, list(bias.shape) == of_weight[:1], "bias must be [{}], got shape {}", of_weight[0], list(bias.shape)
         )
         check_dtype(op, "bias", bias)
         check_beside(op, "bias", bias, "hidden", hidden)
@@ -316,6 +303,4 @@ def _check_options(label_smoothing: float, z_loss: float, reduction: str) -> Non
     op = "linear_cross_entropy"
     require(op, 0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1], got {}", label_smoothing)
     require(op, 0 <= z_loss < math.inf, "z_loss must be finite and at least 0, got {}", z_loss)
-    require(
-        op, reduction in REDUCTIONS, "reduction must be one of {}, got {}", ", ".join(REDUCTIONS), reduction
-    )
+    require(op, reduction in REDUCTIONS, "reduction must be one of {}, got {}", ", ".join(REDUCTIONS), reduction)

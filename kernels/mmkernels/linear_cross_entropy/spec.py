@@ -70,9 +70,7 @@ def _draw_shape(draw: Callable[[int, int], int]) -> Shape:
     return {"T": draw(1, 70), "D": draw(1, 70), "V": draw(1, 99)}
 
 
-def _spec(
-    variant: str, make_inputs: Callable[..., Inputs], differentiable: tuple[str, ...], cases=CASES
-) -> OpSpec:
+def _spec(variant: str, make_inputs: Callable[..., Inputs], differentiable: tuple[str, ...], cases=CASES) -> OpSpec:
     return OpSpec(
         name=f"linear_cross_entropy[{variant}]",
         op=linear_cross_entropy,

@@ -100,9 +100,7 @@ def adamw_factors(
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     factors = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, size, root, eps, low, high, 1 - decay]
     if isinstance(size, Tensor):
-        return torch.stack(
-            [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in factors]
-        )
+        return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in factors])
     found = torch.tensor(factors, dtype=torch.float64)
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 

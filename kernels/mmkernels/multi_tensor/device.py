@@ -96,16 +96,7 @@ def _mean(target, source, weight):
 
 
 @triton.jit
-def _ema_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    args,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _ema_chunk(row_ptr, number, first, n, args, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     weight_ptr, seed_ptr, STOCHASTIC = args
     offs = tl.arange(0, BLOCK)
     target = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
@@ -121,29 +112,14 @@ def _ema_chunk(
 
 @triton.jit
 def _ema_update_kernel(
-    chunks_ptr,
-    tensors_ptr,
-    weight_ptr,
-    seed_ptr,
-    STOCHASTIC: tl.constexpr,
-    KINDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    chunks_ptr, tensors_ptr, weight_ptr, seed_ptr, STOCHASTIC: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """`target + weight (source - target)` of one chunk, and a copy in the dtype of its shadow."""
     _walk(chunks_ptr, tensors_ptr, (weight_ptr, seed_ptr, STOCHASTIC), _ema_chunk, 3, KINDS, BLOCK)
 
 
 @triton.jit
-def _adamw_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    args,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _adamw_chunk(row_ptr, number, first, n, args, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     keep, rise, beta2, fall, size, root, eps, low, high, weight = args
     offs = tl.arange(0, BLOCK)
     # all loads are on their way before the first store, which none could pass
@@ -194,16 +170,7 @@ def _adamw_update_kernel(chunks_ptr, tensors_ptr, factors_ptr, KINDS: tl.constex
 
 
 @triton.jit
-def _squares_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    sums_ptr,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _squares_chunk(row_ptr, number, first, n, sums_ptr, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     x = _load(row_ptr, first, tl.arange(0, BLOCK), n, 0, KIND, WHOLE)
     # by the largest's power of two, so that no square overflows and none that counts is lost; not in float64, of which
     # most GPUs do a sixty-fourth as much
@@ -221,16 +188,7 @@ def _squares_kernel(chunks_ptr, tensors_ptr, sums_ptr, KINDS: tl.constexpr, BLOC
 
 
 @triton.jit
-def _clip_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    factor,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _clip_chunk(row_ptr, number, first, n, factor, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
     _store(row_ptr, first, factor * x, offs, n, 0, KIND, WHOLE)
@@ -248,14 +206,7 @@ def _clip_kernel(chunks_ptr, tensors_ptr, norm_ptr, max_norm, KINDS: tl.constexp
 
 @triton.jit
 def _fisher_accumulate_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    args,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row_ptr, number, first, n, args, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
     weight, decay = args
     offs = tl.arange(0, BLOCK)
@@ -265,23 +216,14 @@ def _fisher_accumulate_chunk(
 
 
 @triton.jit
-def _fisher_accumulate_kernel(
-    chunks_ptr, tensors_ptr, weight, decay, KINDS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _fisher_accumulate_kernel(chunks_ptr, tensors_ptr, weight, decay, KINDS: tl.constexpr, BLOCK: tl.constexpr):
     """`decay fisher + weight grad^2` of one chunk."""
     _walk(chunks_ptr, tensors_ptr, (weight, decay), _fisher_accumulate_chunk, 2, KINDS, BLOCK)
 
 
 @triton.jit
 def _ewc_penalty_fwd_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    sums_ptr,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row_ptr, number, first, n, sums_ptr, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
     offs = tl.arange(0, BLOCK)
     param = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
@@ -299,14 +241,7 @@ def _ewc_penalty_fwd_kernel(chunks_ptr, tensors_ptr, sums_ptr, KINDS: tl.constex
 
 @triton.jit
 def _ewc_penalty_bwd_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    factor,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row_ptr, number, first, n, factor, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
     offs = tl.arange(0, BLOCK)
     param = _load(row_ptr, first, offs, n, 0, KIND, WHOLE)
@@ -322,16 +257,7 @@ def _ewc_penalty_bwd_kernel(chunks_ptr, tensors_ptr, factor_ptr, KINDS: tl.const
 
 
 @triton.jit
-def _apply_masks_chunk(
-    row_ptr,
-    number,
-    first,
-    n,
-    args,
-    KIND: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _apply_masks_chunk(row_ptr, number, first, n, args, KIND: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     first_owner, last_owner = args
     offs = tl.arange(0, BLOCK)
     owner = _load_stored(row_ptr, first, offs, n, 1, KIND, WHOLE).to(tl.int32)
@@ -343,8 +269,6 @@ def _apply_masks_chunk(
 
 
 @triton.jit(do_not_specialize=["first_owner", "last_owner"])
-def _apply_masks_kernel(
-    chunks_ptr, tensors_ptr, first_owner, last_owner, KINDS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _apply_masks_kernel(chunks_ptr, tensors_ptr, first_owner, last_owner, KINDS: tl.constexpr, BLOCK: tl.constexpr):
     """Zero in one chunk where the mask is not between the two."""
     _walk(chunks_ptr, tensors_ptr, (first_owner, last_owner), _apply_masks_chunk, 2, KINDS, BLOCK)

@@ -75,9 +75,7 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def _check_decay(
-    op: str, decay: float | Tensor, dtypes: Set[torch.dtype | None], rounding: str | None
-) -> None:
+def _check_decay(op: str, decay: float | Tensor, dtypes: Set[torch.dtype | None], rounding: str | None) -> None:
     if rounding == "stochastic":
         wrong = dtypes - {torch.bfloat16}
         require(op, not wrong, "rounding must be None for targets other than bfloat16, got them in {}", wrong)

@@ -71,9 +71,7 @@ def ewc_penalty(
     return _ewc_penalty_fwd(*lists, strength) if lists[0] else torch.zeros(())
 
 
-def _accumulate(
-    fishers: list[Tensor], grads: list[Tensor], weight: float, decay: float, table: Table | None
-) -> None:
+def _accumulate(fishers: list[Tensor], grads: list[Tensor], weight: float, decay: float, table: Table | None) -> None:
     if table is None:
         paths.blockwise.fisher_accumulate_((fishers, grads), weight, decay)
     else:
@@ -86,9 +84,7 @@ def _fisher_accumulate(fishers: list[Tensor], grads: list[Tensor], weight: float
 
 
 @torch.library.custom_op("mmkernels::ewc_penalty_fwd", mutates_args=())
-def _ewc_penalty_fwd(
-    params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], strength: float
-) -> Tensor:
+def _ewc_penalty_fwd(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], strength: float) -> Tensor:
     lists = (params, anchors, fishers)
     table = table_in_op(lists, "ewc_penalty")
     if table is None:
@@ -130,10 +126,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, d_penalty: Tensor) -> tuple[Any, ...]:
     wanted, saved = ctx.needs_input_grad[0], ctx.saved_tensors
     count = len(wanted)
-    chosen = [
-        [saved[i] for i in range(first, first + count) if wanted[i - first]]
-        for first in (0, count, 2 * count)
-    ]
+    chosen = [[saved[i] for i in range(first, first + count) if wanted[i - first]] for first in (0, count, 2 * count)]
     grads = iter(_ewc_penalty_bwd(*chosen, d_penalty, ctx.strength))
     nothing = [None] * count
     return [next(grads) if wants else None for wants in wanted], nothing, nothing, None

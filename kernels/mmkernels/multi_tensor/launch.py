@@ -19,7 +19,5 @@ KERNELS = (
     "apply_masks",
 )
 TABLE: Table = {
-    (kernel, 8, architecture): Launch(CHUNK, 16, 16, 8, 1)
-    for kernel in KERNELS
-    for architecture in (80, 90, 100)
+    (kernel, 8, architecture): Launch(CHUNK, 16, 16, 8, 1) for kernel in KERNELS for architecture in (80, 90, 100)
 }

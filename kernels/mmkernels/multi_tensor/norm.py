@@ -38,11 +38,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def clip_(
-    tensors: Sequence[Tensor],
-    max_norm: float,
-    *,
-    norm: float | Tensor | None = None,
-    error_if_nonfinite: bool = False,
+    tensors: Sequence[Tensor], max_norm: float, *, norm: float | Tensor | None = None, error_if_nonfinite: bool = False
 ) -> Tensor:
     """`x *= min(1, max_norm / (norm + 1e-6))`, in place and in one launch after the norm's: what
     `torch.nn.utils.clip_grad_norm_` does to gradients.

@@ -15,9 +15,7 @@ TRUE = (1, 255)
 
 
 @torch.no_grad()
-def apply_masks_(
-    tensors: Sequence[Tensor], masks: Sequence[Tensor], *, owners: tuple[int, int] | None = None
-) -> None:
+def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], *, owners: tuple[int, int] | None = None) -> None:
     """`x = x if mask else 0` of every element, in place and in one launch.
 
     Zero is written, not multiplied by: NaN and infinity go too, and what is kept keeps its bits. A chunk of 4,096
@@ -40,9 +38,7 @@ def apply_masks_(
     first, last = TRUE if owners is None else owners
     require(op, 0 <= first <= last <= 255, "owners must be 0 <= first <= last <= 255, got {}", owners)
     allowed = ((torch.bool,), "bool") if owners is None else ((torch.uint8,), "uint8 with owners")
-    (tensors, masks), table = prepared(
-        op, {"tensors": tensors, "masks": masks}, ("tensors",), {"masks": allowed}
-    )
+    (tensors, masks), table = prepared(op, {"tensors": tensors, "masks": masks}, ("tensors",), {"masks": allowed})
     if not tensors:
         return
     if torch.compiler.is_compiling():

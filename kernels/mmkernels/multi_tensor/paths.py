@@ -45,9 +45,7 @@ def prepared(
     contract = (op, *(dtypes or {}).items())
     found = known(lists, contract) if is_walked else None
     if found is None:
-        named = {
-            name: x for (name, given_x), x in zip(given.items(), lists, strict=True) if given_x is not None
-        }
+        named = {name: x for (name, given_x), x in zip(given.items(), lists, strict=True) if given_x is not None}
         _check_lists(op, named, written, dtypes or {})
         likes = [x if x.is_contiguous() or is_dense(x) else x.contiguous() for x in lists[0]]
         lists = [likes, *([laid_out(x, like) for x, like in zip(part, likes)] for part in lists[1:])]
@@ -87,9 +85,7 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
 def is_dense(x: Tensor) -> bool:
     """Whether the elements fill their memory, each in a place of its own."""
     expected = 1
-    for stride, size in sorted(
-        (stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1
-    ):
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
         if stride != expected:
             return False
         expected *= size
@@ -111,9 +107,7 @@ def _check_lists(op: str, lists: Mapping[str, list[Tensor]], written: Sequence[s
             require(op, same, "{}[{}] must be {}, got {}", name, i, list(like.shape), list(x.shape))
             if name in written and not (x.is_contiguous() and like.is_contiguous()):
                 same, want = x.stride() == like.stride() and is_dense(x), list(like.stride())
-                require(
-                    op, same, "{}[{}] must be dense in strides {}, got {}", name, i, want, list(x.stride())
-                )
+                require(op, same, "{}[{}] must be dense in strides {}, got {}", name, i, want, list(x.stride()))
     if not torch.compiler.is_compiling():
         _check_places(op, lists, written)
 

@@ -21,9 +21,7 @@ def ema_update_ref_(
     """`target = decay target + (1 - decay) source`, see `mmkernels.ema_update_`."""
     for number, (target, source) in enumerate(zip(targets, sources, strict=True)):
         wide = accumulator(target.dtype)
-        mean = torch.lerp(
-            target.to(wide), source.to(wide), 1 - torch.as_tensor(decay, dtype=torch.float64).to(wide)
-        )
+        mean = torch.lerp(target.to(wide), source.to(wide), 1 - torch.as_tensor(decay, dtype=torch.float64).to(wide))
         if rounding == "stochastic":
             key = torch.as_tensor(seed, device=target.device)
             bits = element_bits(key, number, 0, target.numel()).view(target.shape)

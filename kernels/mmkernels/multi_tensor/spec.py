@@ -53,9 +53,7 @@ def _ema_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Input
     }
 
 
-def _averaged(
-    fn: Callable[..., None], targets: Tensors, sources: Tensors, decay: float, *, shadowed: bool
-) -> Any:
+def _averaged(fn: Callable[..., None], targets: Tensors, sources: Tensors, decay: float, *, shadowed: bool) -> Any:
     """New averages, and their copies, each as one tensor."""
     targets = tuple(x.clone() for x in targets)
     shadows = [torch.empty_like(x) for x in targets] if shadowed else None
@@ -94,20 +92,9 @@ def _stepped(
     lists = [tuple(x.clone() for x in part) for part in (params, exp_avgs, exp_avg_sqs, averages)]
     copies = [tuple(torch.empty_like(x) for x in part) for part in (params, params)]
     optional = {"averages": lists[3], "decay": 0.9, "copies": copies[0], "shadows": copies[1]}
-    settings = {
-        "lr": lr,
-        "step": step,
-        "betas": (0.9, 0.95),
-        "eps": 1e-6,
-        "weight_decay": 0.1,
-        "clamp": (-2, 2),
-    }
+    settings = {"lr": lr, "step": step, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1, "clamp": (-2, 2)}
     fn(lists[0], grads, *lists[1:3], **settings, **(optional if averaged else {}))
-    return (
-        tuple(_cat(part) for part in (*lists, *copies))
-        if averaged
-        else tuple(_cat(part) for part in lists[:3])
-    )
+    return tuple(_cat(part) for part in (*lists, *copies)) if averaged else tuple(_cat(part) for part in lists[:3])
 
 
 def _norm_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
@@ -182,13 +169,7 @@ SHAPES = ({"N": 1, "L": 1}, {"N": 3, "L": 37}, {"N": 2, "L": CHUNK}, {"N": 3, "L
 
 
 def _spec(
-    name: str,
-    op: Any,
-    ref: Any,
-    inputs: Any,
-    cases: tuple[str, ...],
-    accesses: float,
-    backward: tuple[str, ...] = (),
+    name: str, op: Any, ref: Any, inputs: Any, cases: tuple[str, ...], accesses: float, backward: tuple[str, ...] = ()
 ) -> OpSpec:
     """`accesses`: reads and writes of an element, and one more for a gradient."""
 
@@ -237,14 +218,7 @@ FISHER = _spec(
     3,
 )
 EWC = _spec(
-    "ewc_penalty",
-    *_both(_penalized, ewc_penalty, ewc_penalty_ref),
-    _ewc_inputs,
-    ("far", "near"),
-    3,
-    ("params",),
+    "ewc_penalty", *_both(_penalized, ewc_penalty, ewc_penalty_ref), _ewc_inputs, ("far", "near"), 3, ("params",)
 )
-MASKS = _spec(
-    "apply_masks_", *_both(_masked, apply_masks_, apply_masks_ref_), _mask_inputs, ("bool", "owners"), 2.25
-)
+MASKS = _spec("apply_masks_", *_both(_masked, apply_masks_, apply_masks_ref_), _mask_inputs, ("bool", "owners"), 2.25)
 SPECS = (EMA, SHADOWED, ADAMW, AVERAGED, NORM, CLIP, FISHER, EWC, MASKS)

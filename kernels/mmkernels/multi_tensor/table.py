@@ -53,9 +53,7 @@ def known(lists: Sequence[Sequence[Tensor]], contract: Hashable = None) -> Table
     if entry is None or list(map(Tensor.data_ptr, tensors)) != entry.places:
         return None
     # what else a living tensor could change, it cannot in its place
-    same = all(
-        tensors[i].is_contiguous() == dense for i, dense in zip(entry.turnable, entry.dense, strict=True)
-    )
+    same = all(tensors[i].is_contiguous() == dense for i, dense in zip(entry.turnable, entry.dense, strict=True))
     return entry.table if same else None
 
 

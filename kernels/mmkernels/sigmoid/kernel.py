@@ -71,19 +71,7 @@ def _sigmoid_fwd_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     acc = dot_tile(
-        a_ptr,
-        b_ptr,
-        stride_am,
-        stride_ad,
-        stride_bn,
-        stride_bd,
-        offs_m,
-        offs_n,
-        M,
-        N,
-        D,
-        BLOCK_D,
-        INPUT_PRECISION,
+        a_ptr, b_ptr, stride_am, stride_ad, stride_bn, stride_bd, offs_m, offs_n, M, N, D, BLOCK_D, INPUT_PRECISION
     )
     logits = acc * scale + bias
     # minus infinity has neither loss nor gradient

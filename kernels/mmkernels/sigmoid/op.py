@@ -62,11 +62,7 @@ def sigmoid_loss(
     Reference: `sigmoid_loss_ref`. Paper: arXiv:2303.15343.
     """
     require(
-        "sigmoid_loss",
-        reduction in REDUCTIONS,
-        "reduction must be one of {}, got {}",
-        ", ".join(REDUCTIONS),
-        reduction,
+        "sigmoid_loss", reduction in REDUCTIONS, "reduction must be one of {}, got {}", ", ".join(REDUCTIONS), reduction
     )
     a, b, scale, bias = checked_operands(a, b, logit_scale, logit_bias, labels)
     if _eager_is_faster(a, b):
@@ -79,11 +75,7 @@ def sigmoid_loss(
 
 
 def checked_operands(
-    a: Tensor,
-    b: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor,
-    labels: tuple[Tensor, Tensor] | None,
+    a: Tensor, b: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor, labels: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checked, and cast for autocast; scale and bias as tensors."""
     _check(a, b, labels)
@@ -187,8 +179,7 @@ def _backward(ctx, d_loss: Tensor | None, *_grads: None):
     if all(there or not needed for there, needed in zip(ctx.made, needs)) and not torch.is_grad_enabled():
         # rounded only after the factor: float16's loss scale is in it
         grads = [
-            (dx * d_loss).to(x.dtype).view(x.shape) if needed else None
-            for x, dx, needed in zip(inputs, made, needs)
+            (dx * d_loss).to(x.dtype).view(x.shape) if needed else None for x, dx, needed in zip(inputs, made, needs)
         ]
     else:
         d_rows = d_loss.expand(len(a)) if ctx.total else d_loss

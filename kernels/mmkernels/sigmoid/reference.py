@@ -16,9 +16,7 @@ def sigmoid_loss_ref(
 ) -> Tensor:
     """`sum_j -log sigmoid(z_ij x_ij)` of each row i, `x = logit_scale * a b^T + logit_bias`, z = 1 at positives,
     else -1, as SigLIP (arXiv:2303.15343) prints it."""
-    scale, bias = (
-        x.reshape(()).to(a.dtype) if isinstance(x, Tensor) else x for x in (logit_scale, logit_bias)
-    )
+    scale, bias = (x.reshape(()).to(a.dtype) if isinstance(x, Tensor) else x for x in (logit_scale, logit_bias))
     logits = scale * (a @ b.T) + bias  # [M, N]
     if labels is None:
         signs = torch.full_like(logits, -1.0, requires_grad=False).fill_diagonal_(1.0)

@@ -18,12 +18,8 @@ def _make_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inpu
     generator = torch.Generator().manual_seed(seed)
     width = shape["D"]
     num_rows, num_cols = (shape.get(axis, shape.get("B", 0)) for axis in "MN")
-    a, b = (
-        torch.randn(size, width, generator=generator, dtype=torch.float64) for size in (num_rows, num_cols)
-    )
-    scale, bias = {"trained": (30, -12), "initial": (10, -10), "random": (1.7, -0.3), "steep": (1000, 3)}[
-        case
-    ]
+    a, b = (torch.randn(size, width, generator=generator, dtype=torch.float64) for size in (num_rows, num_cols))
+    scale, bias = {"trained": (30, -12), "initial": (10, -10), "random": (1.7, -0.3), "steep": (1000, 3)}[case]
     if case != "random":
         a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     if case == "initial":

@@ -305,6 +305,4 @@ def _token_contrastive_bwd_kernel(
             offs_q = first_q + tl.arange(0, BLOCK_Q)
             routed = tl.where(offs_q[None, None, :] == winner[:, :, None], grad[:, :, None], 0.0)
             mask = mask_n[:, None, None] & mask_m[None, :, None] & (offs_q < Q)[None, None, :]
-            tl.store(
-                grad_ptrs[:, :, None] + offs_q[None, None, :], routed.to(grad_ptr.dtype.element_ty), mask=mask
-            )
+            tl.store(grad_ptrs[:, :, None] + offs_q[None, None, :], routed.to(grad_ptr.dtype.element_ty), mask=mask)

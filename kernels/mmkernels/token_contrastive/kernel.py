@@ -14,10 +14,7 @@ from torch import Tensor
 from mmkernels._launch import Launch, input_precision, launch_config
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import matmul_fp32, operand, pitched
-from mmkernels.token_contrastive.device import (
-    _token_contrastive_bwd_kernel,
-    _token_contrastive_fwd_kernel,
-)
+from mmkernels.token_contrastive.device import _token_contrastive_bwd_kernel, _token_contrastive_fwd_kernel
 from mmkernels.token_contrastive.launch import MAX_BLOCK_Q, MAX_PROGRAMS, MIN_BLOCK_Q, TABLE, chunk_rows
 from mmkernels.token_contrastive.problem import (
     Problem,
@@ -87,9 +84,7 @@ def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
     none = positive.new_empty(0)
     total = [x[2].sum(0) for x in (of_rows, of_cols)] if problem.with_totals else (none, none.clone())
     matched = [x[3].sum(0) for x in (of_rows, of_cols)] if has_labels else (none.clone(), none.clone())
-    return TokenContrastiveStats(
-        row_lse, col_lse, positive, none.clone(), *total, *matched, row_rest, col_rest
-    )
+    return TokenContrastiveStats(row_lse, col_lse, positive, none.clone(), *total, *matched, row_rest, col_rest)
 
 
 def token_contrastive_bwd(
@@ -107,17 +102,13 @@ def token_contrastive_bwd(
     chunk = max(min(triton.cdiv(fitting, tile_rows) * tile_rows, num_rows), 1)
     stored = chunk * num_tokens if needs_tokens or needs_b else 0
     grad = pitched(problem.tokens, num_cols, stored)
-    dtokens = (
-        torch.empty_like(problem.tokens, memory_format=torch.contiguous_format) if needs_tokens else None
-    )
+    dtokens = torch.empty_like(problem.tokens, memory_format=torch.contiguous_format) if needs_tokens else None
     db = problem.b.new_zeros(problem.b.shape, dtype=torch.float32) if needs_b else None
     center, dscale = mean_cosine(problem), []
     for first in range(0, num_rows, chunk):
         rows, cols = slice(first, first + chunk), slice(0, num_cols)
         block = problem.block(rows, cols)
-        dscale.append(
-            _grad_chunk(block, stats.of_rows(rows), weights.block(rows, cols), center, grad, needs_scale)
-        )
+        dscale.append(_grad_chunk(block, stats.of_rows(rows), weights.block(rows, cols), center, grad, needs_scale))
         part = grad[:, : len(block.tokens) * num_tokens]
         if dtokens is not None:
             product = matmul_fp32(part.T, problem.b).div_(unit)
@@ -154,12 +145,7 @@ def _index_operands(problem: Problem) -> list[Tensor | None]:
 
 
 def _grad_chunk(
-    block: Problem,
-    stats: TokenContrastiveStats,
-    weights: Weights,
-    center: Tensor,
-    out: Tensor,
-    needs_scale: bool,
+    block: Problem, stats: TokenContrastiveStats, weights: Weights, center: Tensor, out: Tensor, needs_scale: bool
 ) -> Tensor:
     """Write dL/d(products) of the block's rows into `out`; returns partials of the scale's gradient."""
     (num_rows, num_cols), num_tokens = block.shape, block.tokens.shape[1]

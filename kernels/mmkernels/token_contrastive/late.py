@@ -26,13 +26,7 @@ from mmkernels.token_contrastive.blockwise import (
     tiles,
     widened,
 )
-from mmkernels.token_contrastive.problem import (
-    Problem,
-    TokenContrastiveStats,
-    grad_total,
-    mean_cosine,
-    weights_of,
-)
+from mmkernels.token_contrastive.problem import Problem, TokenContrastiveStats, grad_total, mean_cosine, weights_of
 
 
 class _Tile(NamedTuple):

@@ -84,13 +84,7 @@ def token_contrastive_loss(
     if positives is None and labels is None:
         positives = torch.arange(tokens.shape[0], device=tokens.device)
     stats = token_contrastive_stats(
-        tokens,
-        b,
-        scale,
-        positives=positives,
-        labels=labels,
-        masks=masks,
-        with_totals=label_smoothing > 0,
+        tokens, b, scale, positives=positives, labels=labels, masks=masks, with_totals=label_smoothing > 0
     )
     with torch.autocast(tokens.device.type, enabled=False):
         if positives is not None:
@@ -107,9 +101,7 @@ class _Options(NamedTuple):
     reduction: str
 
 
-def _check(
-    tokens: Tensor, b: Tensor, positives: Tensor | None, labels: Labels | None, options: _Options
-) -> None:
+def _check(tokens: Tensor, b: Tensor, positives: Tensor | None, labels: Labels | None, options: _Options) -> None:
     smoothing, reduction = options.label_smoothing, options.reduction
     require(OP, reduction in REDUCTIONS, "reduction must be one of {}, got {!r}", REDUCTIONS, reduction)
     require(OP, 0 <= smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", smoothing)
@@ -165,9 +157,7 @@ def _of_labels(stats: TokenContrastiveStats, labels: Labels, options: _Options) 
     return (of_rows + _reduce(cols, (col_count > 0).sum(), options.reduction)) / 2
 
 
-def cross_entropy(
-    lse: Tensor, rest: Tensor, target: Tensor, total: Tensor, size: int, smoothing: float
-) -> Tensor:
+def cross_entropy(lse: Tensor, rest: Tensor, target: Tensor, total: Tensor, size: int, smoothing: float) -> Tensor:
     """`lse` less the expected logit; `total / size` is the mean logit, not wanted without smoothing."""
     if smoothing > 0:
         target = torch.lerp(target, total / max(size, 1), smoothing)

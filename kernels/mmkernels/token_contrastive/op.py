@@ -187,9 +187,7 @@ def _token_contrastive_bwd(
     problem = Problem(tokens, b, scale, positives, row_labels, col_labels, tokens_mask, b_mask, with_totals)
     with torch.autocast(tokens.device.type, enabled=False):
         contiguous = [d.contiguous() for d in grads]
-        results = _path(problem).token_contrastive_bwd(
-            problem, TokenContrastiveStats(*stats), contiguous, needs
-        )
+        results = _path(problem).token_contrastive_bwd(problem, TokenContrastiveStats(*stats), contiguous, needs)
     return tuple(
         like.new_empty(0) if dx is None else dx.to(like.dtype).view(like.shape)
         for dx, like in zip(results, (tokens, b, scale))

@@ -96,9 +96,7 @@ class Weights(NamedTuple):
     col_matched: Tensor
 
     def block(self, rows: slice, cols: slice) -> "Weights":
-        of_rows = (
-            x[rows] for x in (self.row, self.positive, self.col_positive, self.row_total, self.row_matched)
-        )
+        of_rows = (x[rows] for x in (self.row, self.positive, self.col_positive, self.row_total, self.row_matched))
         row, positive, col_positive, row_total, row_matched = of_rows
         col, col_total, col_matched = (x[cols] for x in (self.col, self.col_total, self.col_matched))
         return Weights(row, col, positive, col_positive, row_total, col_total, row_matched, col_matched)

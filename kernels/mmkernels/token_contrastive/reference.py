@@ -71,9 +71,7 @@ def token_contrastive_loss_ref(
     return (_reduce(rows, has_col, reduction) + _reduce(cols, has_row, reduction)) / 2
 
 
-def _logits(
-    tokens: Tensor, b: Tensor, logit_scale: float | Tensor, masks: Masks | None
-) -> tuple[Tensor, Tensor]:
+def _logits(tokens: Tensor, b: Tensor, logit_scale: float | Tensor, masks: Masks | None) -> tuple[Tensor, Tensor]:
     """S as the rows see it and as the columns see it, `[M, N]` each; the same for `b` `[N, D]`."""
     if isinstance(logit_scale, Tensor):
         logit_scale = logit_scale.reshape(()).to(tokens.dtype)

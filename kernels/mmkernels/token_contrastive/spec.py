@@ -58,9 +58,7 @@ def make_features(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> tup
     return tokens, b, _scale(scale, dtype)
 
 
-def separated(
-    tokens: Tensor, b: Tensor, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def separated(tokens: Tensor, b: Tensor, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Both in the dtype, their rows moved by some percent until `gaps` are wide enough."""
     tokens, b = tokens.to(dtype), b.to(dtype)
     for _ in range(100):
@@ -125,9 +123,7 @@ def _cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
     num_rows, num_tokens, num_cols, width = (shape[axis] for axis in "MQND")
     logits, per_col = num_rows * num_cols, shape.get("T", 1)
     features = (num_rows * num_tokens + num_cols * per_col) * width * element_size
-    forward = Cost(
-        2 * logits * num_tokens * per_col * width, features + 8 * (num_rows + num_cols), 2 * logits
-    )
+    forward = Cost(2 * logits * num_tokens * per_col * width, features + 8 * (num_rows + num_cols), 2 * logits)
     return forward, Cost(3 * forward.flops, 2 * features, 2 * logits)
 
 
@@ -200,19 +196,10 @@ LOSS = _spec(
             _shape(64, 32, 2048, 256),
             _shape(512, 32, 512, 256),
         ),
-        "cuda": (
-            _shape(128, 32, 8192, 256),
-            _shape(1024, 32, 1024, 256),
-            _shape(4096, 32, 4096, 256),
-        ),
+        "cuda": (_shape(128, 32, 8192, 256), _shape(1024, 32, 1024, 256), _shape(4096, 32, 4096, 256)),
     },
 )
-RECTANGLE = _spec(
-    "positives",
-    (_shape(2, 9, 70, 17),),
-    _positives,
-    label_smoothing=0.1,
-)
+RECTANGLE = _spec("positives", (_shape(2, 9, 70, 17),), _positives, label_smoothing=0.1)
 LABELS = _spec("labels", (_shape(7, 4, 33, 9),), _labels, label_smoothing=0.1)
 ROWS = _spec("rows", (_shape(7, 4, 33, 9),), _positives, symmetric=False, reduction="none")
 STATS = _spec(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from mmcore.data.broken import BrokenRecord, BrokenTally
+from mmcore.data.broken import BrokenTally
 from mmcore.data.config import DataConfig
-from mmcore.data.sources.base import EvalSet, by_image
+from mmcore.data.pair_data import PairData
 from mmcore.data.sources.files import FilePairs, ImageFiles
 from mmcore.data.sources.json_formats import JsonFile, read_json, records
 from mmcore.data.sources.questions import Question, QuestionSet
@@ -21,50 +21,11 @@ _NUM_PROBED = 100
 _NUMBERED = re.compile(r"(?:.*\D)?(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class OpenJson:
-    """Training and held-out captions, or training and held-out questions, and the counts of broken records."""
-
-    captions: FilePairs | None
-    val: EvalSet | None
-    questions: QuestionSet | None
-    val_questions: QuestionSet | None
-    broken: Counter[str]
+Texts = FilePairs | QuestionSet
+"""Captions, or else questions, with the image of each."""
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """Captions, or else questions, with the image of each."""
-
-    images: ImageFiles
-    captions: list[str] | None
-    questions: list[Question] | None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def take(self, indices: list[int]) -> _Texts:
-        captions = self.captions and [self.captions[i] for i in indices]
-        questions = self.questions and [self.questions[i] for i in indices]
-        return _Texts(self.images.take(indices), captions, questions)
-
-    def pairs(self) -> FilePairs | None:
-        if self.captions is None:
-            return None
-        return FilePairs(self.images.paths, self.images.identities, self.captions)
-
-    def eval_set(self, max_broken: float) -> EvalSet | None:
-        if self.captions is None:
-            return None
-        return by_image(self.images, self.images.identities, self.captions, max_broken)
-
-    def question_set(self, name: str, max_broken: float) -> QuestionSet | None:
-        if self.questions is None:
-            return None
-        return QuestionSet(name, self.images, self.questions, derived=False, max_broken=max_broken)
-
-
-def open_json(config: DataConfig, seed: int) -> OpenJson:
+def open_json(config: DataConfig, seed: int) -> PairData:
     """Captions or questions of `config.data`: LAVIS's, COCO's or VQAv2's JSON, told apart by its content.
 
     Args:
@@ -86,29 +47,37 @@ def open_json(config: DataConfig, seed: int) -> OpenJson:
         broken = broken + broken_val
     else:
         # The same question is asked about many images, so that images alone tell the sides apart.
-        texts = range(len(train)) if train.captions is None else train.captions
-        sides = split_pairs(train.images.identities, texts, config.val_fraction, seed)
-        train, val = (train.take(side) for side in sides)
-    return OpenJson(
-        captions=train.pairs(),
-        val=val.eval_set(config.max_broken) if len(val) else None,
-        questions=train.question_set(config.data, config.max_broken),
-        val_questions=val.question_set(config.val_data or config.data, config.max_broken)
-        if len(val)
-        else None,
-        broken=broken,
-    )
+        texts = train.texts if isinstance(train, FilePairs) else range(len(train))
+        sides = split_pairs(_files(train).identities, texts, config.val_fraction, seed)
+        train, val = (_take(train, side) for side in sides)
+    data = PairData(config.data, len(train), None, None, config.max_broken, broken=broken)
+    if isinstance(train, QuestionSet):
+        assert isinstance(val, QuestionSet)
+        return replace(data, questions=train, val_questions=val if len(val) else None)
+    assert isinstance(val, FilePairs)
+    return replace(data, source=train, val=val.held_out(config.max_broken) if len(val) else None)
 
 
-def _check_sides(train: _Texts, val: _Texts, config: DataConfig) -> None:
+def _files(texts: Texts) -> ImageFiles:
+    files = texts.source if isinstance(texts, QuestionSet) else texts
+    assert isinstance(files, ImageFiles)
+    return files
+
+
+def _take(texts: Texts, indices: list[int]) -> Texts:
+    files = _files(texts).take(indices)
+    if isinstance(texts, QuestionSet):
+        return replace(texts, source=files, questions=[texts.questions[i] for i in indices])
+    assert isinstance(files, FilePairs)
+    return files
+
+
+def _check_sides(train: Texts, val: Texts, config: DataConfig) -> None:
     """Raise a ValueError where held-out data is of another kind, or shares images with the training data."""
-    if (train.captions is None) != (val.captions is None):
-        kinds = ["questions" if side.captions is None else "captions" for side in (train, val)]
-        raise ValueError(
-            f"data: val_data must hold {kinds[0]} as data does, but {config.val_data!r} holds {kinds[1]}"
-        )
-    theirs = _real_paths(val.images.paths)
-    shared = sorted(theirs & _real_paths(train.images.paths))
+    kinds = ["questions" if isinstance(side, QuestionSet) else "captions" for side in (train, val)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"data: val_data must hold {kinds[0]} as data does, but {config.val_data!r} holds {kinds[1]}")
+    shared = sorted(_real_paths(_files(val).paths) & _real_paths(_files(train).paths))
     if shared:
         raise ValueError(
             f"data: val_data must not share images with data, got {len(shared)} in both, the first is {shared[0]}"
@@ -121,13 +90,9 @@ def _real_paths(paths: list[str]) -> set[str]:
     return {os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths}
 
 
-def _read(
-    path: str, argument: str, answers_path: str | None, config: DataConfig
-) -> tuple[_Texts, Counter[str]]:
+def _read(path: str, argument: str, answers_path: str | None, config: DataConfig) -> tuple[Texts, Counter[str]]:
     file = read_json(path, argument)
-    answers = _read_answers(
-        file, answers_path, "val_annotations" if argument == "val_data" else "annotations"
-    )
+    answers = _read_answers(file, answers_path, "val_annotations" if argument == "val_data" else "annotations")
     tally = BrokenTally(config.max_broken, file.what)
     images: list[str | int] = []
     image_ids: list[str | None] = []
@@ -136,18 +101,14 @@ def _read(
     undigested, parse = records(file, answers)
     kind = "caption" if file.format.endswith("captions") else "question"
     for number, entry in enumerate(undigested):
-        try:
+        with tally.record(f"{Path(path).name}, {kind} {number}"):
             record = parse(number, entry)
-        except BrokenRecord as error:
-            tally.add(1, [(f"{Path(path).name}, {kind} {number}", error.reason)])
-            continue
-        tally.add(1)
-        images.append(record.image)
-        image_ids.append(record.image_id)
-        if isinstance(record.text, str):
-            captions.append(record.text)
-        else:
-            questions.append(record.text)
+            images.append(record.image)
+            image_ids.append(record.image_id)
+            if isinstance(record.text, str):
+                captions.append(record.text)
+            else:
+                questions.append(record.text)
     tally.check(final=True)
     if not images:
         raise ValueError(f"data: {file.what} must hold at least one {kind}, got none")
@@ -156,9 +117,10 @@ def _read(
     for where, name, image_id in zip(paths, images, image_ids, strict=True):
         # Not the path: ranks may have the images in different places.
         identities.setdefault(where, image_id or str(name))
-    files = ImageFiles(paths, [identities[where] for where in paths])
-    texts = _Texts(files, captions, None) if kind == "caption" else _Texts(files, None, questions)
-    return texts, tally.counts
+    files = paths, [identities[where] for where in paths]
+    if kind == "caption":
+        return FilePairs(*files, captions), tally.counts
+    return QuestionSet(path, ImageFiles(*files), questions, derived=False, max_broken=config.max_broken), tally.counts
 
 
 def _read_answers(file: JsonFile, path: str | None, argument: str) -> JsonFile | None:
@@ -226,8 +188,6 @@ def _numbered_images(folders: list[Path], numbers: set[int]) -> dict[int, str]:
         if number is None or number not in numbers:
             continue
         if number in found:
-            raise ValueError(
-                f"data: image_root must hold one image of each number, got {found[number]} and {path}"
-            )
+            raise ValueError(f"data: image_root must hold one image of each number, got {found[number]} and {path}")
         found[number] = str(path)
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,56 +14,96 @@ from PIL import Image
 from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
-from mmcore.data.transforms.images import resize_center_crop, to_tensor
-
-Tokenize = Callable[[list[str]], Tensor]
-"""Captions to int64 [B, T] tokens."""
+from mmcore.data.config import LoaderSpec
+from mmcore.data.transforms.images import centred
 
 
 class ImageSource(Protocol):
     """Images in random access, undecoded until asked for."""
 
-    def sample_id(self, i: int) -> str:
-        """Name of sample `i`, for logs."""
-        ...
-
-    def raw_image(self, i: int) -> Image.Image:
-        """RGB image of sample `i`; raises BrokenRecord."""
-        ...
+    def sample_id(self, i: int) -> str: ...  # for logs
+    def raw_image(self, i: int) -> Image.Image: ...  # RGB; raises BrokenRecord
 
 
 class TrainImages(ImageSource, Protocol):
     """Images to train on; picklable, and every method a pure function of its arguments."""
 
-    def image_id(self, i: int) -> int:
-        """Which image sample `i` shows, in 63 bits: equal for all captions of one image, in every process."""
-        ...
-
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """Training view of `size` x `size` pixels, drawn by `rng`."""
-        ...
+    # which image sample `i` shows, in 63 bits: equal for all captions of one image, in every process
+    def image_id(self, i: int) -> int: ...
+    # training view of `size` x `size` pixels, drawn by `rng`
+    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image: ...
 
 
 class PairSource(TrainImages, Protocol):
     """Training pairs in random access."""
 
     def __len__(self) -> int: ...
+    def question(self, i: int) -> str | None: ...  # that the caption answers; None where captions stand alone
+    def caption(self, i: int, rng: np.random.Generator) -> str: ...  # drawn by `rng` where there are several
+    def all_captions(self, i: int) -> list[str]: ...  # every one that `caption` may draw
+    def label(self, i: int, caption: str) -> int: ...  # pairs of equal labels are positives of each other
 
-    def question(self, i: int) -> str | None:
-        """Question that the caption of sample `i` answers; None where captions stand alone."""
-        ...
 
-    def caption(self, i: int, rng: np.random.Generator) -> str:
-        """Caption of sample `i`, drawn by `rng` where it has several."""
-        ...
+class Records(Protocol):
+    """Records in random access; picklable, and `record` a pure function of its argument."""
 
-    def all_captions(self, i: int) -> list[str]:
-        """Every caption that `caption` may draw for sample `i`."""
-        ...
+    def __len__(self) -> int: ...
+    def sample_id(self, i: int) -> str: ...  # for logs
+    def record(self, i: int) -> Any: ...  # raises BrokenRecord
+    def order(self, rng: np.random.Generator, spec: LoaderSpec) -> np.ndarray: ...  # of an epoch, each record once
 
-    def label(self, i: int, caption: str) -> int:
-        """Label of the pair; equal labels are positives of each other."""
-        ...
+
+@dataclass
+class Pair:
+    """Pair `index` of a source, as a record: an image with a caption, or with a question and its answer."""
+
+    source: PairSource
+    index: int
+
+    @property
+    def id(self) -> str:
+        return self.source.sample_id(self.index)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB; raises BrokenRecord."""
+        return self.source.raw_image(self.index)
+
+    @property
+    def image_id(self) -> int:
+        return self.source.image_id(self.index)
+
+    @property
+    def question(self) -> str | None:
+        return self.source.question(self.index)
+
+    def caption(self, rng: np.random.Generator) -> str:
+        return self.source.caption(self.index, rng)
+
+    def label(self, caption: str) -> int:
+        return self.source.label(self.index, caption)
+
+    def augment(self, size: int, rng: np.random.Generator) -> Image.Image:
+        return self.source.augment(self.image, size, rng)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A PairSource as records, in an order drawn anew in each epoch."""
+
+    source: PairSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample_id(self, i: int) -> str:
+        return self.source.sample_id(i)
+
+    def record(self, i: int) -> Pair:
+        return Pair(self.source, i)
+
+    def order(self, rng: np.random.Generator, spec: LoaderSpec) -> np.ndarray:
+        return rng.permutation(len(self.source))
 
 
 def stable_hash(text: str) -> int:
@@ -85,57 +126,40 @@ def parse_image_id(value: object) -> str | None:
     return str(value)
 
 
-def check_tokens(tokens: Tensor, num_captions: int) -> Tensor:
-    """`tokens`, if it is int64 [B, T] for B captions; raises a ValueError otherwise."""
-    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] != num_captions:
-        raise ValueError(
-            f"data: tokenizer must return int64 [{num_captions}, T], got {tokens.dtype} {list(tokens.shape)}"
-        )
-    return tokens
+class Measured:
+    """Images that a model is measured on; the broken ones are left out and counted."""
 
+    max_broken: float
+    broken: dict[str, int]
 
-def image_batches(
-    source: ImageSource, indices: Sequence[int], batch_size: int, image_size: int, tally: BrokenTally
-) -> Iterator[tuple[Tensor, list[int]]]:
-    """Images of `source` at `indices` in order, as evaluation sees them, without the broken ones.
-
-    Returns:
-        Iterator of float32 [B, 3, S, S], and the positions in `indices` of its B images.
-
-    Raises:
-        ValueError: `batch_size` or `image_size` below 1.
-    """
-    if batch_size < 1 or image_size < 1:
-        raise ValueError(
-            f"data: batch_size and image_size must be at least 1, got {batch_size} and {image_size}"
-        )
-    for images, positions in raw_image_batches(source, indices, batch_size, tally):
-        yield torch.stack([to_tensor(resize_center_crop(x, image_size)) for x in images]), positions
-
-
-def raw_image_batches(
-    source: ImageSource, indices: Sequence[int], batch_size: int, tally: BrokenTally
-) -> Iterator[tuple[list[Image.Image], list[int]]]:
-    """RGB images of `source` at `indices` in order, as they are, without the broken ones; with the positions in
-    `indices` of each batch's."""
-    images: list[Image.Image] = []
-    positions: list[int] = []
-    for position, i in enumerate(indices):
-        try:
-            images.append(source.raw_image(i))
-            positions.append(position)
-            tally.add(1)
-        except BrokenRecord as error:
-            tally.add(1, [(source.sample_id(i), error.reason)])
-        if len(images) == batch_size:
+    def _good_images(
+        self, source: ImageSource, indices: Sequence[int], batch_size: int, what: str
+    ) -> Iterator[tuple[list[Image.Image], list[int]]]:
+        """RGB images of `source` at `indices` in order, with the positions in `indices` of each batch's."""
+        tally = BrokenTally(self.max_broken, what)
+        images: list[Image.Image] = []
+        positions: list[int] = []
+        for position, i in enumerate(indices):
+            with tally.record(source.sample_id(i)):
+                images.append(source.raw_image(i))
+                positions.append(position)
+            if len(images) == batch_size:
+                yield images, positions
+                images, positions = [], []
+        if images:
             yield images, positions
-            images, positions = [], []
-    if images:
-        yield images, positions
+        self.broken = dict(tally.counts)
+        tally.check(final=True)
+
+
+def check_sizes(batch_size: int, image_size: int) -> None:
+    """Raise a ValueError for a size below 1."""
+    if batch_size < 1 or image_size < 1:
+        raise ValueError(f"data: batch_size and image_size must be at least 1, got {batch_size} and {image_size}")
 
 
 @dataclass
-class EvalSet:
+class EvalSet(Measured):
     """Held-out images with their captions.
 
     Args:
@@ -174,11 +198,9 @@ class EvalSet:
         Raises:
             ValueError: `batch_size` or `image_size` below 1; more than `max_broken` of the images are broken.
         """
-        tally = BrokenTally(self.max_broken, "the held-out images")
-        for images, positions in image_batches(self.source, self.indices, batch_size, image_size, tally):
-            yield images, torch.tensor(positions)
-        self.broken = dict(tally.counts)
-        tally.check(final=True)
+        check_sizes(batch_size, image_size)
+        for images, positions in self.raw_batches(batch_size):
+            yield centred(images, image_size), torch.tensor(positions)
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[int]]]:
         """As `batches`, the images as they are.
@@ -186,21 +208,11 @@ class EvalSet:
         Raises:
             ValueError: more than `max_broken` of the images are broken.
         """
-        tally = BrokenTally(self.max_broken, "the held-out images")
-        yield from raw_image_batches(self.source, self.indices, batch_size, tally)
-        self.broken = dict(tally.counts)
-        tally.check(final=True)
+        return self._good_images(self.source, self.indices, batch_size, "the held-out images")
 
 
 def by_image(source: ImageSource, identities: list[str], texts: list[str], max_broken: float) -> EvalSet:
-    """Held-out images, each with all of its captions.
-
-    Args:
-        source: image i belongs to caption i.
-        identities: which image each caption is of.
-        texts: the captions.
-        max_broken: share of broken images above which the set raises.
-    """
+    """Held-out images, each with all of its captions: image i of `source` and identity i are those of caption i."""
     first: dict[str, int] = {}
     captions: dict[str, list[str]] = {}
     for i, (identity, text) in enumerate(zip(identities, texts, strict=True)):

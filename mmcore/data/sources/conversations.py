@@ -10,13 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
+from mmcore.data.config import LoaderSpec
+from mmcore.data.grouping import group_by_modality_length
 from mmcore.data.sources.files import read_image_file
 from mmcore.data.sources.json_formats import is_unicode
 from mmcore.data.sources.mixes import MixPart, Sampling, read_mix
-from mmcore.data.sources.tar import index_images, read_range
+from mmcore.data.sources.tar import Place, index_images, read_range
 from mmcore.data.transforms.images import decode_rgb
 
 Role = Literal["system", "user", "assistant"]
@@ -69,28 +72,20 @@ class BrokenField(BrokenRecord):
 class Pictures(Protocol):
     """Images by the names that conversations give them; picklable."""
 
-    def named_image(self, name: str) -> Image.Image:
-        """RGB image of this name; raises BrokenRecord."""
-        ...
+    def named_image(self, name: str) -> Image.Image: ...  # RGB; raises BrokenRecord
 
 
 @dataclass(frozen=True, repr=False)
 class NamedImages:
-    """Image files of a folder, and those in uncompressed tars that lie in it.
-
-    Args:
-        root: the folder.
-        members: tar, first byte and length of each image in a tar, by name.
-    """
+    """Image files of folder `root`, and `members`, the images in uncompressed tars that lie in it, by name."""
 
     root: Path
-    members: dict[str, tuple[str, int, int]]
+    members: dict[str, Place]
 
     def __contains__(self, name: str) -> bool:
         return str(PurePosixPath(name)) in self.members or (self.root / name).is_file()
 
     def named_image(self, name: str) -> Image.Image:
-        """RGB image of this name; raises BrokenRecord."""
         where = self.members.get(str(PurePosixPath(name)))
         return decode_rgb(read_image_file(str(self.root / name)) if where is None else read_range(*where))
 
@@ -103,15 +98,35 @@ def open_images(root: Path) -> NamedImages:
     """
     if not root.is_dir():
         raise ValueError(f"data: image_root must be an existing folder, got {str(root)!r}")
-    members: dict[str, tuple[str, int, int]] = {}
+    members: dict[str, Place] = {}
     for tar in map(str, sorted(root.glob("*.tar"))):
-        for name, (offset, size) in index_images(tar).items():
+        for name, place in index_images(tar).items():
             if name in members:
                 raise ValueError(
                     f"data: image_root must hold one image of each name, got {name!r} in {members[name][0]} and {tar}"
                 )
-            members[name] = (tar, offset, size)
+            members[name] = place
     return NamedImages(root, members)
+
+
+@dataclass(frozen=True)
+class ChatRecord:
+    """A conversation with its images, as a record."""
+
+    source: ConversationSet
+    index: int
+
+    @property
+    def conversation(self) -> Conversation:
+        return self.source.conversations[self.index]
+
+    @property
+    def id(self) -> str:
+        return self.conversation.id
+
+    def images(self) -> list[Image.Image]:
+        """RGB, in order; raises BrokenField."""
+        return self.source.raw_images(self.index)
 
 
 @dataclass(frozen=True, repr=False)
@@ -138,7 +153,6 @@ class ConversationSet:
         return len(self.conversations)
 
     def sample_id(self, i: int) -> str:
-        """Id of conversation `i`."""
         return self.conversations[i].id
 
     def raw_images(self, i: int) -> list[Image.Image]:
@@ -147,7 +161,7 @@ class ConversationSet:
         Raises:
             BrokenField: one is missing, unreadable, a pixel wide or high, or has a side above `MAX_SIDE`.
         """
-        return [self._raw_image(name) for name in self.conversations[i].images]
+        return [check_sides(name, self._raw_image(name)) for name in self.conversations[i].images]
 
     def lengths(self) -> list[int]:
         """Words of each conversation, at least 1."""
@@ -156,6 +170,15 @@ class ConversationSet:
     def is_multimodal(self) -> list[bool]:
         """Which conversations have images."""
         return [bool(c.images) for c in self.conversations]
+
+    def record(self, i: int) -> ChatRecord:
+        return ChatRecord(self, i)
+
+    def order(self, rng: np.random.Generator, spec: LoaderSpec) -> np.ndarray:
+        """Runs of a global batch, each of one modality and of about the same length, as LLaVA orders them."""
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        sizes = spec.batch_size, spec.world_size
+        return np.array(group_by_modality_length(self.lengths(), self.is_multimodal(), *sizes, generator))
 
     def take(self, indices: list[int]) -> ConversationSet:
         """The conversations at `indices`."""
@@ -167,10 +190,9 @@ class ConversationSet:
 
     def _raw_image(self, name: str) -> Image.Image:
         try:
-            image = self.pictures.named_image(name)
+            return self.pictures.named_image(name)
         except BrokenRecord as error:
             raise BrokenField(f"image {name!r}", error.reason) from None
-        return check_sides(name, image)
 
 
 def check_sides(name: str, image: Image.Image) -> Image.Image:
@@ -208,9 +230,7 @@ def open_conversations(
         broken += tally.counts
     if not conversations:
         raise ValueError(f"data: {data!r} must hold at least one conversation, got none")
-    pictures = open_images(
-        Path(data).expanduser().parent if image_root is None else Path(image_root).expanduser()
-    )
+    pictures = open_images(Path(data).expanduser().parent if image_root is None else Path(image_root).expanduser())
     names = [name for conversation in conversations for name in conversation.images]
     probed = names[:: max(1, len(names) // _NUM_PROBED)]
     if probed and not any(name in pictures for name in probed):
@@ -262,15 +282,8 @@ def _record(line: str) -> Any:
 
 
 def parse_conversation(number: int, record: Any) -> Conversation:
-    """A record of LLaVA's JSON: {"id", "image": str | [str] (optional), "conversations": [{"from", "value"}]}.
-
-    Args:
-        number: of the record, its id where it has none.
-        record: as parsed.
-
-    Raises:
-        BrokenField: it is none.
-    """
+    """A record of LLaVA's JSON: {"id", "image": str | [str] (optional), "conversations": [{"from", "value"}]}; without
+    an id, it has its number; raises BrokenField where it is no such record."""
     if not isinstance(record, dict):
         raise BrokenField("record", "not a JSON object")
     images = _images(record.get("image"))

@@ -12,7 +12,7 @@ from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import ImageSource
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits, digit_questions
-from mmcore.data.sources.picture_facts import main_colour, proportions
+from mmcore.data.sources.picture_facts import COLOURS, main_colour, proportions
 from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.stamps import Stamps
 
@@ -24,23 +24,8 @@ DESCRIBE = {"en": "what is in this image?", "zh_CN": "这张图片里有什么�
 """The question that a caption answers, by language."""
 _BELONGS = {"en": "does it belong to {}?", "zh_CN": "它属于{}吗？"}
 _YES_NO = {"en": ("yes", "no"), "zh_CN": ("属于", "不属于")}
-_WHICH_COLOUR = {
-    "en": "which colour is most of it, apart from white?",
-    "zh_CN": "除了白色，它大部分是什么颜色？",
-}
-_COLOURS = {
-    "zh_CN": {
-        "black": "黑色",
-        "grey": "灰色",
-        "brown": "棕色",
-        "red": "红色",
-        "orange": "橙色",
-        "yellow": "黄色",
-        "green": "绿色",
-        "blue": "蓝色",
-        "purple": "紫色",
-    }
-}
+_WHICH_COLOUR = {"en": "which colour is most of it, apart from white?", "zh_CN": "除了白色，它大部分是什么颜色？"}
+_COLOURS = {"zh_CN": dict(zip(COLOURS, "黑色 灰色 棕色 红色 橙色 黄色 绿色 蓝色 紫色".split(), strict=True))}
 _WHICH_SHAPE = {"en": "is it wider than tall, or taller than wide?", "zh_CN": "它是宽大于高，还是高大于宽？"}
 _SHAPES = {
     "en": {"wide": "wider than tall", "tall": "taller than wide", "even": "about as wide as tall"},
@@ -59,7 +44,6 @@ class SourcePictures:
     index: dict[str, int]
 
     def named_image(self, name: str) -> Image.Image:
-        """RGB image of this sample; raises BrokenRecord."""
         if name not in self.index:
             raise BrokenRecord("missing file")
         return self.source.raw_image(self.index[name])
@@ -68,10 +52,7 @@ class SourcePictures:
 def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False) -> ConversationSet:
     """A conversation about each scan, of 1 to `MAX_TURNS` of: what it shows, which digit, and whether that is even.
 
-    Args:
-        scans: training or held-out scans.
-        seed: of which questions are asked, and in which order.
-        captions_only: nothing is asked but what it shows.
+    `seed` decides which of them are asked, and in which order; with `captions_only`, only what it shows is asked.
     """
     questions = digit_questions(scans).questions
     conversations: list[Conversation] = []

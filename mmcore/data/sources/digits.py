@@ -26,7 +26,7 @@ _SCALE = (0.9, 1.12)
 
 @dataclass(frozen=True)
 class Digits:
-    """Scanned digits, as a PairSource.
+    """Scanned digits, as a PairSource; scans of the same digit are positives of each other.
 
     Args:
         pixels: uint8 [N, 8, 8], ink white on black.
@@ -42,7 +42,6 @@ class Digits:
         return len(self.classes)
 
     def sample_id(self, i: int) -> str:
-        """Name of scan `i`, by scikit-learn's order."""
         return f"digits:{self.numbers[i]}"
 
     def raw_image(self, i: int) -> Image.Image:
@@ -50,22 +49,19 @@ class Digits:
         return Image.fromarray(self.pixels[i]).convert("RGB")
 
     def image_id(self, i: int) -> int:
-        """Position of scan `i` in scikit-learn's order."""
         return self.numbers[i]
 
     def question(self, i: int) -> None:
-        """Captions stand alone."""
+        return None
 
     def caption(self, i: int, rng: np.random.Generator) -> str:
-        """Caption of scan `i` by a template drawn."""
-        return DIGIT_TEMPLATES[int(rng.integers(len(DIGIT_TEMPLATES)))].format(DIGIT_NAMES[self.classes[i]])
+        return self.all_captions(i)[int(rng.integers(len(DIGIT_TEMPLATES)))]
 
     def all_captions(self, i: int) -> list[str]:
         """Caption of scan `i` by every template."""
         return [template.format(DIGIT_NAMES[self.classes[i]]) for template in DIGIT_TEMPLATES]
 
     def label(self, i: int, caption: str) -> int:
-        """The digit: scans of the same digit are positives of each other."""
         return self.classes[i]
 
     def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
@@ -73,25 +69,16 @@ class Digits:
         zoom = rng.uniform(*_SCALE)
         shift_x, shift_y = rng.uniform(-_MAX_SHIFT, _MAX_SHIFT, 2)
         step = _SIDE / (size * zoom)
-        centre = _SIDE / 2
-        left, top = (centre * (1 - 1 / zoom) - shift for shift in (shift_x, shift_y))
-        matrix = (step, 0.0, float(left), 0.0, step, float(top))
+        left, top = (float(_SIDE / 2 * (1 - 1 / zoom) - shift) for shift in (shift_x, shift_y))
+        matrix = (step, 0.0, left, 0.0, step, top)
         return image.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
 
     def take(self, indices: list[int]) -> Digits:
-        """The scans at `indices`."""
-        return Digits(
-            self.pixels[indices], [self.classes[i] for i in indices], [self.numbers[i] for i in indices]
-        )
+        return Digits(self.pixels[indices], [self.classes[i] for i in indices], [self.numbers[i] for i in indices])
 
 
 def open_digits(val_fraction: float, seed: int) -> tuple[Digits, Digits | None]:
-    """Training scans and held-out scans, split within each class.
-
-    Args:
-        val_fraction: share of each class to hold out; 0 holds out nothing.
-        seed: seed of the split.
-    """
+    """Training scans and held-out scans, `val_fraction` of each class; 0 holds out nothing."""
     features, targets = load_digits(return_X_y=True)
     pixels = (np.asarray(features).reshape(-1, _SIDE, _SIDE) * (255 / 16)).round().astype(np.uint8)
     classes = [int(c) for c in targets]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.sources.base import stable_hash
+from mmcore.data.sources.base import EvalSet, by_image, stable_hash
 from mmcore.data.transforms.images import decode_rgb, random_resized_crop
 
 Files = TypeVar("Files", bound="ImageFiles")
@@ -18,12 +18,7 @@ Files = TypeVar("Files", bound="ImageFiles")
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files, as TrainImages.
-
-    Args:
-        paths: file of each sample's image.
-        identities: which image each sample shows; samples of one image have the same.
-    """
+    """Image files, as TrainImages; samples of one image have the same identity."""
 
     paths: list[str]
     identities: list[str]
@@ -32,19 +27,15 @@ class ImageFiles:
         return len(self.paths)
 
     def sample_id(self, i: int) -> str:
-        """Path of image `i`."""
         return self.paths[i]
 
     def raw_image(self, i: int) -> Image.Image:
-        """RGB image `i`; raises BrokenRecord."""
         return decode_rgb(read_image_file(self.paths[i]))
 
     def image_id(self, i: int) -> int:
-        """Hash of the identity of image `i`."""
         return stable_hash(self.identities[i])
 
     def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """Random resized crop."""
         return random_resized_crop(image, size, rng)
 
     def take(self: Files, indices: list[int]) -> Files:
@@ -55,28 +46,25 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class FilePairs(ImageFiles):
-    """Image files with a caption each, as a PairSource.
-
-    Args:
-        texts: caption of each pair.
-    """
+    """Image files with a caption each, as a PairSource; equal captions are positives of each other."""
 
     texts: list[str]
 
     def question(self, i: int) -> None:
-        """Captions stand alone."""
+        return None
 
     def caption(self, i: int, rng: np.random.Generator) -> str:
-        """Caption of pair `i`."""
         return self.texts[i]
 
     def all_captions(self, i: int) -> list[str]:
-        """Caption of pair `i`, alone."""
         return [self.texts[i]]
 
     def label(self, i: int, caption: str) -> int:
-        """Equal captions are positives of each other."""
         return stable_hash(caption)
+
+    def held_out(self, max_broken: float) -> EvalSet:
+        """All of them to measure a model on, each image with all of its captions."""
+        return by_image(self, self.identities, self.texts, max_broken)
 
 
 def read_image_file(path: str) -> bytes:

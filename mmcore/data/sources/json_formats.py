@@ -14,9 +14,7 @@ from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import parse_image_id
 from mmcore.data.sources.questions import Question
 
-JsonFormat = Literal[
-    "LAVIS captions", "LAVIS questions", "COCO captions", "VQAv2 questions", "VQAv2 annotations"
-]
+JsonFormat = Literal["LAVIS captions", "LAVIS questions", "COCO captions", "VQAv2 questions", "VQAv2 annotations"]
 
 _KNOWN = frozenset(
     "images annotations questions id file_name image image_id caption question question_id answer answers "
@@ -59,14 +57,8 @@ class _Shrink:
 
 @dataclass(frozen=True)
 class JsonFile:
-    """A JSON file whose format is known.
-
-    Args:
-        path: the file.
-        argument: the setting that named it, for messages.
-        format: what it holds.
-        content: the parsed file, less what no format needs.
-    """
+    """A JSON file whose format is known: `argument` is the setting that named it, `content` what is parsed of it, less
+    what no format needs."""
 
     path: str
     argument: str
@@ -149,9 +141,7 @@ def _describe(content: Any, dropped: list[str]) -> str:
         if not content:
             return "an empty list"
         keys = [*sorted(_keys(content)), *dropped]
-        return (
-            f"a list with the keys {keys[:_NUM_SHOWN]}" if keys else f"a list of {type(content[0]).__name__}"
-        )
+        return f"a list with the keys {keys[:_NUM_SHOWN]}" if keys else f"a list of {type(content[0]).__name__}"
     if isinstance(content, dict):
         return f"an object with the keys {[*content, *dropped][:_NUM_SHOWN]}"
     return type(content).__name__
@@ -173,12 +163,8 @@ def records(file: JsonFile, answers: JsonFile | None) -> tuple[Iterable[Any], Ca
     if file.format == "LAVIS questions":
         return content, _lavis_question
     assert answers is not None
-    return content["questions"], partial(_vqa_question, _by_question(answers))
-
-
-def _by_question(file: JsonFile) -> dict[Any, dict[str, Any]]:
-    """VQAv2's annotations by question_id."""
-    return {a["question_id"]: a for a in file.content["annotations"] if _has_id(a, "question_id")}
+    by_question = {a["question_id"]: a for a in answers.content["annotations"] if _has_id(a, "question_id")}
+    return content["questions"], partial(_vqa_question, by_question)
 
 
 def _single_captions(content: list[Any]) -> Iterator[Any]:
@@ -191,17 +177,21 @@ def _single_captions(content: list[Any]) -> Iterator[Any]:
 
 
 def _lavis_caption(number: int, record: Any) -> Record:
-    entries = _entries(record)
-    image, image_id = _text(entries, "image"), parse_image_id(entries.get("image_id"))
+    entries, image, image_id = _lavis_image(record)
     return Record(image, image_id, _text(entries, "caption"))
 
 
 def _lavis_question(number: int, record: Any) -> Record:
-    entries = _entries(record)
-    image, image_id = _text(entries, "image"), parse_image_id(entries.get("image_id"))
+    entries, image, image_id = _lavis_image(record)
     question_id = entries["question_id"] if _has_id(entries, "question_id") else number
     question = Question(question_id, _text(entries, "question"), _answers(entries.get("answer")))
     return Record(image, image_id, question)
+
+
+def _lavis_image(record: Any) -> tuple[dict[str, Any], str, str | None]:
+    """The entries of a record, and the image that they are about, with its image_id."""
+    entries = _entries(record)
+    return entries, _text(entries, "image"), parse_image_id(entries.get("image_id"))
 
 
 def _coco_caption(names: dict[str, Any], number: int, record: Any) -> Record:

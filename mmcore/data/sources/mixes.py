@@ -90,14 +90,10 @@ def read_mix(path: str) -> list[MixPart]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"data: {path!r} must be YAML in UTF-8, got: {' '.join(str(error).split())}"
-        ) from None
+        raise ValueError(f"data: {path!r} must be YAML in UTF-8, got: {' '.join(str(error).split())}") from None
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(
-            f"data: {path!r} must hold a list 'datasets' with at least one entry, got {content!r:.80}"
-        )
+        raise ValueError(f"data: {path!r} must hold a list 'datasets' with at least one entry, got {content!r:.80}")
     return [_part(entry, f"{path!r}, datasets[{n}]", file.parent) for n, entry in enumerate(entries)]
 
 

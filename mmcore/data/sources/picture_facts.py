@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -10,31 +10,19 @@ from PIL import Image
 Colour = Literal["black", "grey", "brown", "red", "orange", "yellow", "green", "blue", "purple"]
 Proportions = Literal["wide", "tall", "even"]
 
-COLOURS: tuple[Colour, ...] = ("black", "grey", "brown", "red", "orange", "yellow", "green", "blue", "purple")
+COLOURS: tuple[Colour, ...] = get_args(Colour)
 # what pixels are looked at, of a side, and how few of them are no drawing
 _SIDE, _LEAST = 96, 20
 # brighter in all channels is the white that it stands on, of 255
 _WHITE = 230
 # hues in degrees from which a colour's name holds
-_HUES: tuple[tuple[int, Colour], ...] = (
-    (0, "red"),
-    (15, "orange"),
-    (42, "yellow"),
-    (70, "green"),
-    (170, "blue"),
-    (260, "purple"),
-    (345, "red"),
-)
+_HUES: dict[int, Colour] = {0: "red", 15: "orange", 42: "yellow", 70: "green", 170: "blue", 260: "purple", 345: "red"}
 # longer side by shorter one: up to the first about equal, from the second clearly not
 _EVEN, _UNEVEN = 1.15, 1.3
 
 
 def main_colour(image: Image.Image) -> Colour | None:
-    """The colour of more than half of what is not white, or None where no colour has as much.
-
-    Args:
-        image: RGB.
-    """
+    """The colour of more than half of what is not white in an RGB image, or None where no colour has as much."""
     pixels = _pixels(image)
     drawn = pixels[_drawn(pixels)]  # [N, 3]
     if len(drawn) < _LEAST:
@@ -45,11 +33,7 @@ def main_colour(image: Image.Image) -> Colour | None:
 
 
 def proportions(image: Image.Image) -> Proportions | None:
-    """Whether what is not white is wide, tall, or about as wide as tall; None where that is not clear.
-
-    Args:
-        image: RGB.
-    """
+    """Whether what is not white in an RGB image is wide, tall, or about as wide as tall; None where that is unclear."""
     drawn = _drawn(_pixels(image))
     if drawn.sum() < _LEAST:
         return None
@@ -77,9 +61,8 @@ def _colours(pixels: np.ndarray) -> np.ndarray:
     """Numbers in `COLOURS` of uint8 [N, 3]: [N]."""
     hsv = np.asarray(Image.fromarray(pixels[None]).convert("HSV"))[0].astype(np.float64)
     hue, saturation, value = hsv[:, 0] * 360 / 255, hsv[:, 1] / 255, hsv[:, 2] / 255
-    starts, names = zip(*_HUES, strict=True)
-    by_hue = np.array([COLOURS.index(name) for name in names])
-    found = by_hue[np.searchsorted(starts, hue, side="right") - 1]
+    by_hue = np.array([COLOURS.index(name) for name in _HUES.values()])
+    found = by_hue[np.searchsorted(list(_HUES), hue, side="right") - 1]
     is_brown = (hue >= 8) & (hue < 45) & ((value < 0.75) | (saturation < 0.55))
     found[is_brown] = COLOURS.index("brown")
     is_pale = saturation < 0.25

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data.broken import BrokenTally
-from mmcore.data.sources.base import TrainImages, image_batches, raw_image_batches, stable_hash
+from mmcore.data.sources.base import Measured, TrainImages, check_sizes, stable_hash
+from mmcore.data.transforms.images import centred
 
 NUM_ANNOTATORS = 10
 """Answers to a question in VQAv2; a derived question has as many equal ones, so that VQA's accuracy is 0 or 1."""
@@ -36,7 +36,7 @@ class Question:
 
 
 @dataclass(repr=False)
-class QuestionSet:
+class QuestionSet(Measured):
     """Questions with an image each; as a PairSource, the caption is an answer.
 
     Args:
@@ -99,10 +99,9 @@ class QuestionSet:
         Raises:
             ValueError: `batch_size` or `image_size` below 1; more than `max_broken` of the images are broken.
         """
-        tally = self._tally()
-        for images, indices in image_batches(self, range(len(self)), batch_size, image_size, tally):
-            yield images, [self.questions[i] for i in indices]
-        self._close(tally)
+        check_sizes(batch_size, image_size)
+        for images, questions in self.raw_batches(batch_size):
+            yield centred(images, image_size), questions
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Question]]]:
         """As `batches`, the images as they are.
@@ -110,14 +109,5 @@ class QuestionSet:
         Raises:
             ValueError: more than `max_broken` of the images are broken.
         """
-        tally = self._tally()
-        for images, indices in raw_image_batches(self, range(len(self)), batch_size, tally):
+        for images, indices in self._good_images(self, range(len(self)), batch_size, f"the images of {self.name}"):
             yield images, [self.questions[i] for i in indices]
-        self._close(tally)
-
-    def _tally(self) -> BrokenTally:
-        return BrokenTally(self.max_broken, f"the images of {self.name}")
-
-    def _close(self, tally: BrokenTally) -> None:
-        self.broken = dict(tally.counts)
-        tally.check(final=True)

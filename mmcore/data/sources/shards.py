@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -14,9 +15,9 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
-from mmcore.data.config import Batch, DataConfig, LoaderSpec
-from mmcore.data.loader import PairAccumulator, Payload, TrainLoader, start_workers
-from mmcore.data.sources.base import EvalSet, Tokenize, by_image, stable_hash
+from mmcore.data.config import DataConfig, LoaderSpec
+from mmcore.data.loader import Collector, Payload, Reader, TrainLoader, start_workers
+from mmcore.data.sources.base import EvalSet, by_image, stable_hash
 from mmcore.data.sources.tar import (
     METADATA_SUFFIX,
     IndexedPair,
@@ -31,7 +32,7 @@ from mmcore.data.sources.tar import (
     sample_id,
     shard_samples,
 )
-from mmcore.data.transforms.images import decode_rgb, random_resized_crop, resize_center_crop, to_tensor
+from mmcore.data.transforms.images import decode_rgb, random_resized_crop
 
 SHUFFLE_BUFFER = 1_000
 """Undecoded samples among which the next one of a stream is drawn."""
@@ -39,48 +40,71 @@ _SHARDS, _SAMPLE = 0x54A4D5, 0x5A3B1F
 
 
 @dataclass
+class ShardRecord:
+    """A sample of a shard as a record, see `mmcore.data.sources.base.Pair`."""
+
+    raw: Sample
+    question = None
+
+    @property
+    def id(self) -> str:
+        return sample_id(self.raw)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        return decode_rgb(pair_bytes(self.raw)[0])
+
+    @property
+    def image_id(self) -> int:
+        return stable_hash(image_identity(self.raw))
+
+    def caption(self, rng: np.random.Generator) -> str:
+        return pair_bytes(self.raw)[1]
+
+    def label(self, caption: str) -> int:
+        return stable_hash(caption)
+
+    def augment(self, size: int, rng: np.random.Generator) -> Image.Image:
+        return random_resized_crop(self.image, size, rng)
+
+
+@dataclass
 class ShardBatches(IterableDataset):
     """The endless batches of one rank's streams; each loading process reads a stream of its own.
 
-    A pass of stream s over the data reads every (number of streams)-th shard of an order drawn from (seed,
-    pass), and
+    A pass of stream s over the data reads every (number of streams)-th shard of an order drawn from (seed, pass), and
     draws samples through a buffer. A cursor [pass, samples drawn in it] tells where a stream stands.
 
     Args:
-        shards: all shards.
-        spec: how to read them.
-        tokenizer: captions to int64 [B, T], or None.
+        shards, spec, reader: what is read, how, and what records become.
         cursors: where each of the rank's streams starts.
         turn: the stream that gives the first batch.
     """
 
     shards: list[str]
     spec: LoaderSpec
-    tokenizer: Tokenize | None
+    reader: Reader
     cursors: list[list[int]]
     turn: int = 0
 
-    def __iter__(self) -> Iterator[Payload[Batch]]:
+    def __iter__(self) -> Iterator[Payload]:
         info = get_worker_info()
         # Loading processes give batches in turn, so the first one takes the stream whose turn it is.
         return self.stream(self.turn if info is None else (self.turn + info.id) % len(self.cursors))
 
-    def stream(self, stream: int) -> Iterator[Payload[Batch]]:
+    def stream(self, stream: int) -> Iterator[Payload]:
         """Batches of the rank's `stream`-th stream, from its cursor on."""
-        batch, num_good = PairAccumulator(self.tokenizer), 0
+        batch, num_good = Collector(self.reader, self.spec.accum), 0
         num_pass, drawn = self.cursors[stream]
         while True:
             for sample in islice(self.samples(stream, num_pass), drawn, None):
                 drawn += 1
-                try:
-                    self._add(batch, sample, num_pass)
-                except BrokenRecord as error:
-                    batch.broken.append((sample_id(sample), error.reason))
-                    continue
-                num_good += 1
+                record = ShardRecord(sample)
+                name = zlib.crc32(record.id.encode(errors="surrogatepass"))
+                num_good += batch.add(record, np.random.default_rng([self.spec.seed, _SAMPLE, num_pass, name]))
                 if len(batch) == self.spec.batch_size:
                     yield batch.payload([num_pass, drawn])
-                    batch = PairAccumulator(self.tokenizer)
+                    batch = Collector(self.reader, self.spec.accum)
             if num_good == 0 and self.cursors[stream][1] == 0:
                 yield self._failure(batch)
                 return
@@ -98,44 +122,18 @@ class ShardBatches(IterableDataset):
         buffered = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)
         return buffered(shard_samples(self.shards[int(s)] for s in mine))
 
-    def _add(self, batch: PairAccumulator, sample: Sample, num_pass: int) -> None:
-        image_bytes, caption = pair_bytes(sample)
-        identity = image_identity(sample)
-        image, name, size = decode_rgb(image_bytes), sample_id(sample), self.spec.image_size
-        if self.spec.augment:
-            rng = np.random.default_rng(
-                [self.spec.seed, _SAMPLE, num_pass, zlib.crc32(name.encode(errors="surrogatepass"))]
-            )
-            view = random_resized_crop(image, size, rng)
-        else:
-            view = resize_center_crop(image, size)
-        batch.add(
-            to_tensor(view),
-            caption,
-            label=stable_hash(caption),
-            image_id=stable_hash(identity),
-            sample_id=name,
-        )
-
-    def _failure(self, batch: PairAccumulator) -> Payload[Batch]:
+    def _failure(self, batch: Collector) -> Payload:
         reason = f"; {batch.broken[0][0]}: {batch.broken[0][1]}" if batch.broken else ""
         return Payload(
-            seen=len(batch.broken),
             broken=batch.broken,
             failure="data: shards must hold images (.jpg, .png, .webp) with captions (.txt) beside them, "
             f"but rank {self.spec.rank} found none among {len(batch.broken)} samples{reason}",
         )
 
 
-class ShardLoader(TrainLoader[Batch]):
-    """Loader of shards; resuming rereads the pass up to the cursor without decoding.
-
-    Args:
-        shards: all shards.
-        num_samples: pairs in an epoch, over all ranks.
-        spec: how to read them.
-        tokenizer: captions to int64 [B, T], or None.
-        tally: counts broken records.
+class ShardLoader(TrainLoader):
+    """Loader of shards, with `num_samples` in an epoch of all ranks; resuming rereads the pass up to the cursor without
+    decoding.
 
     Raises:
         ValueError: fewer shards than streams, or a global batch larger than `num_samples`.
@@ -144,12 +142,7 @@ class ShardLoader(TrainLoader[Batch]):
     state_is_per_rank = True
 
     def __init__(
-        self,
-        shards: list[str],
-        num_samples: int,
-        spec: LoaderSpec,
-        tokenizer: Tokenize | None,
-        tally: BrokenTally,
+        self, shards: list[str], num_samples: int, spec: LoaderSpec, reader: Reader, tally: BrokenTally
     ) -> None:
         self._num_streams = max(1, spec.workers)
         if spec.world_size * self._num_streams > len(shards):
@@ -163,37 +156,22 @@ class ShardLoader(TrainLoader[Batch]):
                 f"must be at most num_samples={num_samples}, got {spec.global_batch}"
             )
         super().__init__(spec, num_samples // spec.global_batch, tally, self._num_streams)
-        self._shards, self._tokenizer = shards, tokenizer
+        self._shards, self._reader = shards, reader
 
-    def _start(self) -> Iterator[Payload[Batch]]:
-        cursors = [list(c) for c in self._cursors]
-        batches = ShardBatches(
-            self._shards, self.spec, self._tokenizer, cursors, self.step % self._num_streams
-        )
-        if self.spec.workers == 0:
-            return iter(batches)
-        return start_workers(batches, self.spec.workers, None)
+    def _start(self) -> Iterator[Payload]:
+        cursors, turn = [list(c) for c in self._cursors], self.step % self._num_streams
+        batches = ShardBatches(self._shards, self.spec, self._reader, cursors, turn)
+        return iter(batches) if self.spec.workers == 0 else start_workers(batches, self.spec.workers, None)
 
     def _identity(self) -> dict[str, Any]:
-        spec = self.spec
-        return {
-            "num_shards": len(self._shards),
-            "batch_size": spec.batch_size,
-            "rank": spec.rank,
-            "world_size": spec.world_size,
-            "num_streams": self._num_streams,
-            "seed": spec.seed,
-        }
+        of_spec = {name: getattr(self.spec, name) for name in ("batch_size", "rank", "world_size")}
+        streams = {"num_streams": self._num_streams, "seed": self.spec.seed}
+        return {"num_shards": len(self._shards)} | of_spec | streams
 
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Training pairs of shards.
-
-    Args:
-        shards: all shards.
-        num_samples: pairs in an epoch.
-    """
+    """Training pairs of shards, `num_samples` of them in an epoch."""
 
     shards: list[str]
     num_samples: int
@@ -206,9 +184,8 @@ class ShardSource:
             except BrokenRecord:
                 continue
 
-    def loader(self, spec: LoaderSpec, tokenizer: Tokenize | None, tally: BrokenTally) -> ShardLoader:
-        """The rank's loader."""
-        return ShardLoader(self.shards, self.num_samples, spec, tokenizer, tally)
+    def loader(self, spec: LoaderSpec, reader: Reader, tally: BrokenTally) -> ShardLoader:
+        return ShardLoader(self.shards, self.num_samples, spec, reader, tally)
 
 
 class IndexedShards:
@@ -218,13 +195,10 @@ class IndexedShards:
         self.pairs = pairs
 
     def sample_id(self, i: int) -> str:
-        """Name of pair `i`."""
         return f"{self.pairs[i].shard.rsplit('/', 1)[-1]}:{self.pairs[i].key}"
 
     def raw_image(self, i: int) -> Image.Image:
-        """RGB image of pair `i`; raises BrokenRecord."""
-        pair = self.pairs[i]
-        return decode_rgb(read_range(pair.shard, pair.image_offset, pair.image_size))
+        return decode_rgb(read_range(*self.pairs[i].image))
 
 
 def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
@@ -245,9 +219,7 @@ def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
     if num_samples is None:
         remote = [s for s in shards if is_remote(s)]
         if remote:
-            raise ValueError(
-                f"data: num_samples must be given for shards that are not files, such as {remote[0]!r}"
-            )
+            raise ValueError(f"data: num_samples must be given for shards that are not files, such as {remote[0]!r}")
         num_samples = sum(len(index_shard(s)) for s in shards)
     if num_samples < 2:
         raise ValueError(
@@ -275,22 +247,15 @@ def _open_held_out(shards: list[str], config: DataConfig, given: str) -> EvalSet
     captions: list[str] = []
     identities: list[str] = []
     for pair in (p for shard in shards for p in index_shard(shard)):
-        try:
-            caption = decode_caption(read_range(pair.shard, pair.caption_offset, pair.caption_size))
-            identities.append(_identity(pair))
+        with tally.record(f"{pair.shard}:{pair.key}"):
+            caption = decode_caption(read_range(*pair.caption))
+            sample: Sample = {"__url__": pair.shard, "__key__": pair.key}
+            if pair.metadata is not None:
+                sample[METADATA_SUFFIX] = read_range(*pair.metadata)
+            identities.append(image_identity(sample))
             captions.append(caption)
             pairs.append(pair)
-            tally.add(1)
-        except BrokenRecord as error:
-            tally.add(1, [(f"{pair.shard}:{pair.key}", error.reason)])
     tally.check(final=True)
     if not pairs:
         raise ValueError(f"data: {given} must hold at least one pair, got none")
     return by_image(IndexedShards(pairs), identities, captions, config.max_broken)
-
-
-def _identity(pair: IndexedPair) -> str:
-    sample: Sample = {"__url__": pair.shard, "__key__": pair.key}
-    if pair.metadata_offset is not None:
-        sample[METADATA_SUFFIX] = read_range(pair.shard, pair.metadata_offset, pair.metadata_size)
-    return image_identity(sample)

@@ -11,39 +11,21 @@ import numpy as np
 def split_pairs(
     images: Sequence[Hashable], captions: Sequence[Hashable], val_fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Indices of training and held-out pairs; no image and no caption is on both sides.
-
-    Pairs that share an image or a caption, directly or through other pairs, form a group, and groups are
-    dealt out
-    whole in an order drawn from `seed` until `val_fraction` of the pairs is held out.
-
-    Args:
-        images: key of each pair's image.
-        captions: each pair's caption.
-        val_fraction: share to hold out, in [0, 1); 0 holds out nothing.
-        seed: seed of the order of the groups.
-
-    Returns:
-        Ascending training indices and ascending held-out indices.
-
-    Raises:
-        ValueError: the groups are too large for `val_fraction` to hold out a pair.
-    """
+    """Indices of training and held-out pairs, as `split_linked`; no image and no caption is on both sides."""
     keys = [(("image", i), ("caption", c)) for i, c in zip(images, captions, strict=True)]
     return split_linked(keys, val_fraction, seed)
 
 
-def split_linked(
-    keys: Sequence[Sequence[Hashable]], val_fraction: float, seed: int
-) -> tuple[list[int], list[int]]:
-    """Indices of training and held-out samples; no key is on both sides.
+def split_linked(keys: Sequence[Sequence[Hashable]], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of training and held-out samples, ascending; no key is on both sides.
+
+    Samples that share a key, directly or through other samples, form a group, and groups are dealt out whole in an
+    order drawn from `seed` until `val_fraction` of the samples is held out.
 
     Args:
-        keys: of each sample, any number.
-        val_fraction, seed: as in `split_pairs`.
-
-    Returns:
-        Ascending training indices and ascending held-out indices.
+        keys: of each sample, any number, such as its image and its caption.
+        val_fraction: share to hold out, in [0, 1); 0 holds out nothing.
+        seed: seed of the order of the groups.
 
     Raises:
         ValueError: the groups are too large for `val_fraction` to hold out a sample.

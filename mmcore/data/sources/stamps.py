@@ -11,15 +11,15 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig
+from mmcore.data.pair_data import PairData
 from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.questions import NUM_ANNOTATORS, Question, QuestionSet
@@ -33,34 +33,15 @@ _INSIDE = Path("usr/share/tuxpaint/stamps")
 _APT_TIMEOUT_S = 900
 
 _CLASS_NAMES = {
-    "en": {
-        "naturalforces": "forces of nature",
-        "household": "household things",
-        "symbols": "symbols and signs",
-    },
+    "en": {"naturalforces": "forces of nature", "household": "household things", "symbols": "symbols and signs"},
     "zh_CN": {
-        "animals": "动物",
-        "clothes": "衣服",
-        "food": "食物",
-        "hobbies": "爱好",
-        "household": "家居用品",
-        "medical": "医疗",
-        "military": "军事",
-        "naturalforces": "自然现象",
-        "people": "人物",
-        "plants": "植物",
-        "seasonal": "节日",
-        "space": "太空",
-        "sports": "运动",
-        "symbols": "符号",
-        "town": "城镇",
+        **{"animals": "动物", "clothes": "衣服", "food": "食物", "hobbies": "爱好", "household": "家居用品"},
+        **{"medical": "医疗", "military": "军事", "naturalforces": "自然现象", "people": "人物", "plants": "植物"},
+        **{"seasonal": "节日", "space": "太空", "sports": "运动", "symbols": "符号", "town": "城镇"},
         "vehicles": "交通工具",
     },
 }
-STAMP_TEMPLATES = {
-    "en": ["a picture of {}", "{}", "a stamp about {}"],
-    "zh_CN": ["{}的图片", "{}", "关于{}的图章"],
-}
+STAMP_TEMPLATES = {"en": ["a picture of {}", "{}", "a stamp about {}"], "zh_CN": ["{}的图片", "{}", "关于{}的图章"]}
 
 _QUESTION = {"en": "which kind of thing is this?", "zh_CN": "这是哪一类东西？"}
 
@@ -70,7 +51,6 @@ class Stamps(FilePairs):
     """Stamps with a caption each; `identities` are their paths under the folder of the stamps."""
 
     def sample_id(self, i: int) -> str:
-        """Path of stamp `i` under the folder of the stamps."""
         return self.identities[i]
 
     def raw_image(self, i: int) -> Image.Image:
@@ -78,19 +58,7 @@ class Stamps(FilePairs):
         return pad_to_square(super().raw_image(i))
 
 
-@dataclass(frozen=True)
-class OpenStamps:
-    """Training stamps, held-out stamps, and what comes of classes by top folder (None where there are no folders)."""
-
-    train: Stamps
-    val: EvalSet | None
-    class_names: list[str] | None
-    templates: list[str] | None
-    questions: QuestionSet | None
-    val_questions: QuestionSet | None
-
-
-def open_stamps(config: DataConfig, seed: int) -> OpenStamps:
+def open_stamps(config: DataConfig, seed: int) -> PairData:
     """The stamps that have a caption in `config.language`, split by caption; fetched where they are absent.
 
     Args:
@@ -109,44 +77,34 @@ def open_stamps(config: DataConfig, seed: int) -> OpenStamps:
         if not text_file.is_file():
             continue
         name = png.relative_to(root).as_posix()
-        try:
+        with tally.record(name):
             caption = parse_stamp_caption(text_file.read_bytes(), config.language)
-        except BrokenRecord as error:
-            tally.add(1, [(name, error.reason)])
-            continue
-        tally.add(1)
-        if caption is not None:
-            names.append(name)
-            texts.append(caption)
+            if caption is not None:
+                names.append(name)
+                texts.append(caption)
     tally.check(final=True)
     if not names:
-        raise ValueError(
-            f"data: the stamps in {root} must have captions in language={config.language!r}, got none"
-        )
+        raise ValueError(f"data: the stamps in {root} must have captions in language={config.language!r}, got none")
     stamps = Stamps([str(root / name) for name in names], names, texts)
     # Stamps that lie loose in the folder have no class.
     folders = sorted({name.split("/")[0] for name in names}) if all("/" in name for name in names) else []
-    class_names = [_class_name(folder, config) for folder in folders]
     train, val = (stamps.take(side) for side in split_pairs(names, texts, config.val_fraction, seed))
     held_out = None
     if len(val):
         labels = [folders.index(name.split("/")[0]) for name in val.identities] if folders else None
         held_out = EvalSet(val, range(len(val)), [[text] for text in val.texts], labels, config.max_broken)
+    data = PairData(config.data, len(train), train, held_out, config.max_broken)
     if not folders:
-        return OpenStamps(train, held_out, None, None, None, None)
-    questions, val_questions = (
-        _stamp_questions(side, config) if len(side) else None for side in (train, val)
-    )
-    templates = STAMP_TEMPLATES[config.language]
-    return OpenStamps(train, held_out, class_names, templates, questions, val_questions)
+        return data
+    questions, val_questions = (_stamp_questions(side, config) if len(side) else None for side in (train, val))
+    names, templates = [_class_name(folder, config) for folder in folders], STAMP_TEMPLATES[config.language]
+    return replace(data, class_names=names, templates=templates, questions=questions, val_questions=val_questions)
 
 
 def _stamp_questions(stamps: Stamps, config: DataConfig) -> QuestionSet:
     """A question about each stamp, derived from its top folder: which kind of thing it is."""
     questions = [
-        Question(
-            name, _QUESTION[config.language], (_class_name(name, config),) * NUM_ANNOTATORS, "which", "other"
-        )
+        Question(name, _QUESTION[config.language], (_class_name(name, config),) * NUM_ANNOTATORS, "which", "other")
         for name in stamps.identities
     ]
     return QuestionSet("stamps (derived questions)", stamps, questions, True, config.max_broken)
@@ -188,7 +146,9 @@ def find_stamps(stamps_dir: Path | None) -> Path:
     target = cache if stamps_dir is None else stamps_dir.expanduser()
     try:
         if not target.exists():
-            with _lock(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with (target.parent / ".mmcore-stamps.lock").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 # Another rank may have been here while this one waited.
                 if not target.exists():
                     _fetch(target)
@@ -196,19 +156,8 @@ def find_stamps(stamps_dir: Path | None) -> Path:
         raise _fetch_error(str(error)) from None
     root = target / _INSIDE if (target / _INSIDE).is_dir() else target
     if not any(root.rglob("*.png")):
-        raise ValueError(
-            f"data: stamps_dir must hold stamps (PNG files with .txt captions), got {str(target)!r}"
-        )
+        raise ValueError(f"data: stamps_dir must hold stamps (PNG files with .txt captions), got {str(target)!r}")
     return root
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".mmcore-stamps.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch(target: Path) -> None:
@@ -237,22 +186,17 @@ def _fetch(target: Path) -> None:
 
 def _download(work: Path) -> Path:
     """The package's file, by the machine's package lists or, where they lack it, by fresh ones."""
-    lists, archives = work / "state" / "lists" / "partial", work / "cache" / "archives" / "partial"
-    lists.mkdir(parents=True)
-    archives.mkdir(parents=True)
+    for partial in ("state/lists/partial", "cache/archives/partial"):
+        (work / partial).mkdir(parents=True)
     unsandboxed = ["-o", "APT::Sandbox::User="]
     own = [*unsandboxed, "-o", f"Dir::State={work / 'state'}", "-o", f"Dir::Cache={work / 'cache'}"]
-    if not _succeeds(["apt-get", *unsandboxed, "download", STAMPS_PACKAGE], work):
+    if _run(["apt-get", *unsandboxed, "download", STAMPS_PACKAGE], work).returncode != 0:
         _command(["apt-get", *own, "update"], work)
         _command(["apt-get", *own, "download", STAMPS_PACKAGE], work)
     packages = list(work.glob("*.deb"))
     if len(packages) != 1:
         raise _fetch_error(f"apt-get left {len(packages)} packages")
     return packages[0]
-
-
-def _succeeds(command: list[str], folder: Path) -> bool:
-    return _run(command, folder).returncode == 0
 
 
 def _command(command: list[str], folder: Path) -> None:
@@ -263,15 +207,9 @@ def _command(command: list[str], folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    options: Any = {"capture_output": True, "text": True, "timeout": _APT_TIMEOUT_S}
     try:
-        return subprocess.run(
-            command,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=_APT_TIMEOUT_S,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        return subprocess.run(command, cwd=folder, env={**os.environ, "LC_ALL": "C"}, **options)
     except subprocess.TimeoutExpired:
         raise _fetch_error(f"{command[0]} took longer than {_APT_TIMEOUT_S} s") from None
 

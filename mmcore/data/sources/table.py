@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig
-from mmcore.data.sources.base import EvalSet, by_image
+from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.split import split_pairs
 
@@ -30,15 +30,10 @@ def open_table(config: DataConfig, seed: int) -> tuple[FilePairs, EvalSet | None
     if config.val_data is not None:
         if Path(config.val_data).resolve() == Path(config.data).resolve():
             raise ValueError(f"data: val_data must not be the training table, got {config.val_data!r}")
-        held_out, broken_held_out = _read_table(config.val_data, "val_data", config)
-        return pairs, _held_out(held_out, config), broken + broken_held_out
+        val_pairs, broken_val = _read_table(config.val_data, "val_data", config)
+        return pairs, val_pairs.held_out(config.max_broken), broken + broken_val
     train, val = split_pairs(pairs.paths, pairs.texts, config.val_fraction, seed)
-    held_out = _held_out(pairs.take(val), config) if val else None
-    return pairs.take(train), held_out, broken
-
-
-def _held_out(pairs: FilePairs, config: DataConfig) -> EvalSet:
-    return by_image(pairs, pairs.identities, pairs.texts, config.max_broken)
+    return pairs.take(train), pairs.take(val).held_out(config.max_broken) if val else None, broken
 
 
 def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs, Counter[str]]:
@@ -59,15 +54,11 @@ def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs
             for row in reader:
                 if not row:
                     continue
-                try:
+                with tally.record(f"{table.name}:{reader.line_num}"):
                     image, caption = _parse_row(row, len(header or ()), image_column, caption_column)
-                except BrokenRecord as error:
-                    tally.add(1, [(f"{table.name}:{reader.line_num}", error.reason)])
-                    continue
-                tally.add(1)
-                # Joining keeps an absolute path as it is.
-                paths.append(str(table.parent / image))
-                texts.append(caption)
+                    # Joining keeps an absolute path as it is.
+                    paths.append(str(table.parent / image))
+                    texts.append(caption)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"data: {argument}={path!r} must be a table in UTF-8, got: {error}") from None
     tally.check(final=True)

@@ -172,7 +172,8 @@ def _tar_members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
         for member in tar:
             # tarfile keeps every header it has seen, which grows with the shard.
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-            if member.isdir() or _is_meta(member.name):
+            is_meta = member.name.startswith("__") and member.name.endswith("__") and "/" not in member.name
+            if member.isdir() or is_meta:
                 continue
             reason = _refusal(member, names)
             if reason is None:
@@ -190,10 +191,6 @@ def _split_name(name: str) -> tuple[str | None, str | None]:
     from webdataset.tariterators import base_plus_ext  # noqa: PLC0415 (see above)
 
     return base_plus_ext(name)
-
-
-def _is_meta(name: str) -> bool:
-    return name.startswith("__") and "/" not in name and name.endswith("__")
 
 
 def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
@@ -220,29 +217,19 @@ def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
     return None
 
 
+Place = tuple[str, int, int]
+"""Where a member's data lies: path of the tar, first byte, length."""
+
+
 @dataclass(frozen=True)
 class IndexedPair:
-    """Where a pair lies in an uncompressed tar.
-
-    Args:
-        shard: path of the tar.
-        key: the sample's name without suffix.
-        image_offset: first byte of the encoded image.
-        image_size: its length in bytes.
-        caption_offset: first byte of the caption.
-        caption_size: its length in bytes.
-        metadata_offset: first byte of the sample's .json, or None where there is none.
-        metadata_size: its length in bytes.
-    """
+    """Where a pair lies in an uncompressed tar; `key` is the sample's name without suffix."""
 
     shard: str
     key: str
-    image_offset: int
-    image_size: int
-    caption_offset: int
-    caption_size: int
-    metadata_offset: int | None = None
-    metadata_size: int = 0
+    image: Place
+    caption: Place
+    metadata: Place | None
 
 
 def index_shard(shard: str) -> list[IndexedPair]:
@@ -251,52 +238,41 @@ def index_shard(shard: str) -> list[IndexedPair]:
     Raises:
         ValueError: the shard cannot be read to its end, or is compressed.
     """
+    found: dict[str, dict[str, Place]] = {}
+    for name, place in _headers(shard, " to be held out, or else num_samples be given to train on it"):
+        key, suffix = _split_name(name)
+        if key is not None and suffix is not None:
+            found.setdefault(key, {})[suffix.lower()] = place
     pairs: list[IndexedPair] = []
-    names: set[str] = set()
-    found: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(shard, mode="r:", tarinfo=_StrictTarInfo) as tar:
-            for member in tar:
-                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                key, suffix = _split_name(member.name)
-                if key is None or suffix is None or _refusal(member, names) is not None:
-                    continue
-                found.setdefault(key, {})[suffix.lower()] = member
-    except _TAR_ERRORS as error:
-        raise ValueError(
-            f"data: {shard} must be an undamaged, uncompressed tar to be held out, "
-            f"or else num_samples be given to train on it, got: {error}"
-        ) from None
     for key, members in found.items():
         image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
         caption = members.get(CAPTION_SUFFIX)
         if image is not None and caption is not None:
-            where = [image.offset_data, image.size, caption.offset_data, caption.size]
-            metadata = members.get(METADATA_SUFFIX)
-            if metadata is not None:
-                where += [metadata.offset_data, metadata.size]
-            pairs.append(IndexedPair(shard, key, *where))
+            pairs.append(IndexedPair(shard, key, image, caption, members.get(METADATA_SUFFIX)))
     return pairs
 
 
-def index_images(shard: str) -> dict[str, tuple[int, int]]:
-    """First byte and length of each image in one local tar by its name, by reading the headers alone.
+def index_images(shard: str) -> dict[str, Place]:
+    """Where each image in one local tar lies, by its name, by reading the headers alone.
 
     Raises:
         ValueError: the tar cannot be read to its end, or is compressed.
     """
+    members = ((PurePosixPath(name), place) for name, place in _headers(shard, ""))
+    return {str(path): place for path, place in members if path.suffix[1:].lower() in IMAGE_SUFFIXES}
+
+
+def _headers(shard: str, purpose: str) -> Iterator[tuple[str, Place]]:
+    """Name and place of each member of an uncompressed tar that is not refused."""
     names: set[str] = set()
-    images: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(shard, mode="r:", tarinfo=_StrictTarInfo) as tar:
             for member in tar:
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                path = PurePosixPath(member.name)
-                if path.suffix[1:].lower() in IMAGE_SUFFIXES and _refusal(member, names) is None:
-                    images[str(path)] = (member.offset_data, member.size)
+                if _refusal(member, names) is None:
+                    yield member.name, (shard, member.offset_data, member.size)
     except _TAR_ERRORS as error:
-        raise ValueError(f"data: {shard} must be an undamaged, uncompressed tar, got: {error}") from None
-    return images
+        raise ValueError(f"data: {shard} must be an undamaged, uncompressed tar{purpose}, got: {error}") from None
 
 
 def read_range(shard: str, offset: int, size: int) -> bytes:

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from heapq import heapreplace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmcore.data.text.templates import ChatSample
 from mmcore.labels import IGNORED
-
-_GROUPS = 0x6E0F
 
 
 class ChatBatch(NamedTuple):
@@ -32,9 +29,7 @@ class PackedBatch(NamedTuple):
     labels: Tensor  # int64 [B, T], -100 where nothing is learned, and at the first token of each sample
     num_text: Tensor  # int64 [B], how many are no padding
     position_ids: Tensor  # int64 [B, T], from 0 in each sample; 0 on padding
-    documents: (
-        Tensor  # int64 [B, T], which of the row's samples, -1 on padding, as `mmkernels.masks` reads it
-    )
+    documents: Tensor  # int64 [B, T], which of the row's samples, -1 on padding, as `mmkernels.masks` reads it
     samples: list[list[int]]  # the samples of each row, in order: that of their images
 
 
@@ -69,15 +64,11 @@ def pack(samples: Sequence[ChatSample], max_length: int, pad_token_id: int) -> P
     lengths = [len(sample.tokens) for sample in samples]
     wrong = [f"{length} of sample {i}" for i, length in enumerate(lengths) if not 0 < length <= max_length]
     if wrong or not samples:
-        raise ValueError(
-            f"pack: samples must have 1 to {max_length} tokens each, got {wrong[0] if wrong else 'none'}"
-        )
+        raise ValueError(f"pack: samples must have 1 to {max_length} tokens each, got {wrong[0] if wrong else 'none'}")
     rows = _rows(lengths, max_length)
     batch = collate([_joined([samples[i] for i in row]) for row in rows], pad_token_id)
     places = [torch.cat([torch.arange(lengths[i]) for i in row]) for row in rows]
-    owners = [
-        torch.arange(len(row)).repeat_interleave(torch.tensor([lengths[i] for i in row])) for row in rows
-    ]
+    owners = [torch.arange(len(row)).repeat_interleave(torch.tensor([lengths[i] for i in row])) for row in rows]
     return PackedBatch(*batch, pad_sequence(places, True, 0), pad_sequence(owners, True, -1), rows)
 
 
@@ -125,73 +116,3 @@ def _joined(samples: Sequence[ChatSample]) -> ChatSample:
     starts = torch.tensor([0] + [len(sample.tokens) for sample in samples[:-1]]).cumsum(0)
     labels[starts] = IGNORED
     return ChatSample(torch.cat([sample.tokens for sample in samples]), labels)
-
-
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The random numbers of an epoch's order, the same on all ranks."""
-    state = np.random.SeedSequence([seed, _GROUPS, epoch]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
-
-
-def group_by_modality_length(
-    lengths: Sequence[int],
-    is_multimodal: Sequence[bool],
-    batch_size: int,
-    world_size: int,
-    generator: torch.Generator,
-) -> list[int]:
-    """Every index once, in LLaVA's order: runs of `world_size * batch_size` of one modality, a batch a rank in each.
-
-    A rank's batches within a run have about the same length. What is left over of both modalities stands together:
-    in the first run where it fills one, and at the end.
-
-    Args:
-        lengths: of each sample, at least 1.
-        is_multimodal: of each sample, whether it has an image.
-        batch_size: samples per rank and step, gradient accumulation included or not as the caller steps.
-        world_size: number of ranks.
-        generator: on the CPU, in the same state on all ranks.
-
-    Raises:
-        ValueError: a length, `batch_size` or `world_size` below 1, or lists of different length.
-    """
-    if len(lengths) != len(is_multimodal) or any(length < 1 for length in lengths):
-        raise ValueError(
-            f"group_by_modality_length: lengths must be at least 1 for each of {len(is_multimodal)} samples, got "
-            f"{len(lengths)}, the least {min(lengths, default=0)}"
-        )
-    if batch_size < 1 or world_size < 1:
-        raise ValueError(
-            f"group_by_modality_length: batch_size and world_size must be at least 1, got {batch_size} and {world_size}"
-        )
-    size = batch_size * world_size
-    runs: list[list[int]] = []
-    rest: list[int] = []
-    for modality in (True, False):
-        indices = [i for i, has_image in enumerate(is_multimodal) if bool(has_image) == modality]
-        shuffled = torch.randperm(len(indices), generator=generator).tolist()
-        own = [_by_rank([indices[i] for i in run], lengths, world_size) for run in _runs(shuffled, size)]
-        runs += own[:-1]
-        rest += own[-1] if own else []
-    runs = [runs[i] for i in torch.randperm(len(runs), generator=generator).tolist()]
-    first = size if len(rest) >= size else 0
-    return [i for run in (rest[:first], *runs, rest[first:]) for i in run]
-
-
-def _runs(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
-def _by_rank(run: list[int], lengths: Sequence[int], world_size: int) -> list[int]:
-    """A run with the batches of its ranks one after the other, their lengths' sums about equal."""
-    run = sorted(run, key=lambda i: lengths[i], reverse=True)
-    if len(run) % world_size:
-        return [i for rank in range(world_size) for i in run[rank::world_size]]
-    batches: list[list[int]] = [[] for _ in range(world_size)]
-    totals = [0] * world_size
-    for i in run:
-        open_ranks = [r for r in range(world_size) if len(batches[r]) < len(run) // world_size]
-        rank = min(open_ranks, key=lambda r: totals[r])
-        batches[rank].append(i)
-        totals[rank] += lengths[i]
-    return [i for batch in batches for i in batch]

@@ -43,9 +43,7 @@ class Prompted(NamedTuple):
     def to(self, device: torch.device) -> "Prompted":
         """The same on another device."""
         tokens, num_prompt, num_text = (x.to(device) for x in self[:3])
-        return Prompted(
-            tokens, num_prompt, num_text, None if self.targets is None else self.targets.to(device)
-        )
+        return Prompted(tokens, num_prompt, num_text, None if self.targets is None else self.targets.to(device))
 
 
 class Prompts(NamedTuple):
@@ -92,9 +90,7 @@ class PromptTokens:
             ids = self.tokenizer(list(answers), max_length=self.max_answer, truncation=True).input_ids
             targets, num_answer = self._padded(ids)
             place = torch.arange(targets.shape[1])
-            return Prompted(
-                tokens, num_text, num_text, targets.masked_fill(place >= num_answer[:, None], IGNORED)
-            )
+            return Prompted(tokens, num_text, num_text, targets.masked_fill(place >= num_answer[:, None], IGNORED))
         rows, num_prompt = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
             before, after = self._split(prompt, answer)
@@ -104,21 +100,14 @@ class PromptTokens:
         return Prompted(tokens, torch.tensor(num_prompt, dtype=torch.int64), num_text, None)
 
     def prompts(self, prompts: Sequence[str]) -> Prompts:
-        """What a model goes on from.
-
-        Args:
-            prompts: [B], "" allowed.
-        """
+        """What a model goes on from; prompts may be ""."""
         ids = [self._prompt(p) for p in prompts]
         return Prompts(*self._padded(ids, is_left=not self.is_encoder_decoder))
 
     def text(self, ids: Tensor) -> list[str]:
         """The answers in what a model generated, int64 [B, T]: up to the end, trimmed."""
-        texts = []
-        for row in ids.tolist():
-            said = takewhile(lambda token: token not in self.stops, row)
-            texts.append(self.tokenizer.decode(list(said), skip_special_tokens=True).strip())
-        return texts
+        answers = [list(takewhile(lambda token: token not in self.stops, row)) for row in ids.tolist()]
+        return [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
     def _prompt(self, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt).input_ids

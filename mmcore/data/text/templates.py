@@ -103,16 +103,19 @@ def expand(sample: ChatSample, counts: Sequence[int]) -> ChatSample:
         raise ValueError(
             f"expand: counts must be at least 1 for each of {sample.num_images} images, got {list(counts)}"
         )
-    repeats = torch.ones_like(sample.tokens)
-    repeats[sample.tokens == IMAGE_TOKEN] = torch.tensor(list(counts), dtype=torch.int64)
+    repeats = _widths(sample, counts)
     return ChatSample(sample.tokens.repeat_interleave(repeats), sample.labels.repeat_interleave(repeats))
 
 
-class _Written(NamedTuple):
-    """A conversation as text, and where in it is what is learned."""
+def _widths(sample: ChatSample, counts: Sequence[int]) -> Tensor:
+    """How many tokens each of a sample's will be: of an image its features."""
+    widths = torch.ones_like(sample.tokens)
+    widths[sample.tokens == IMAGE_TOKEN] = torch.tensor(list(counts), dtype=torch.int64)
+    return widths
 
-    text: str
-    learned: list[tuple[int, int]]
+
+# a conversation as text, and where in it is what is learned
+_Written = tuple[str, list[tuple[int, int]]]
 
 
 class ChatTokens:
@@ -140,9 +143,7 @@ class ChatTokens:
             raise ValueError("ChatTokens: tokenizer must have a chat template for 'auto', got none")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template = None if template == AUTO else TEMPLATES[template]
-        self.pad_token_id: int = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
+        self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         begin = tokenizer("").input_ids[:1]
         # A chat template writes the begin of a text itself.
         self._begin = begin if self.template is not None and begin == [tokenizer.bos_token_id] else []
@@ -196,9 +197,7 @@ class ChatTokens:
         try:
             text = self._prompt_text(self._cleaned(turns))
         except BrokenRecord as error:
-            raise ValueError(
-                f"ChatTokens: turns must be as those to learn from, got: {error.reason}"
-            ) from None
+            raise ValueError(f"ChatTokens: turns must be as those to learn from, got: {error.reason}") from None
         return torch.tensor(self._encode(text))
 
     def text(self, ids: Tensor) -> str:
@@ -239,9 +238,7 @@ class ChatTokens:
                 f"ChatTokens: counts must be given for the {sample.num_images} images of conversation {name!r}, "
                 f"got {len(counts)}"
             )
-        widths = torch.ones_like(sample.tokens)
-        widths[sample.tokens == IMAGE_TOKEN] = torch.tensor(list(counts), dtype=torch.int64)
-        kept = int((widths.cumsum(0) <= self.max_length).sum())
+        kept = int((_widths(sample, counts).cumsum(0) <= self.max_length).sum())
         return ChatSample(sample.tokens[:kept], sample.labels[:kept])
 
     def _cleaned(self, turns: Sequence[Turn]) -> list[Turn]:
@@ -270,7 +267,7 @@ class ChatTokens:
                 answer = self._answer_text(turn.text)
                 learned.append((len(before), len(before) + len(answer)))
                 text = before + answer + self.template.answer_gap
-        return _Written(text, learned)
+        return text, learned
 
     def _answer_text(self, text: str) -> str:
         assert self.template is not None
@@ -310,7 +307,7 @@ class ChatTokens:
                     f"writes it alone, got another text up to turn {n}"
                 )
             learned.append((len(before), self._answer_end(after, turn.text, name)))
-        return _Written(text, learned)
+        return text, learned
 
     def _answer_end(self, written: str, answer: str, name: str) -> int:
         """Where the end of an answer is: white space after its marker is no part of it, unless it is the marker."""
@@ -327,13 +324,9 @@ class ChatTokens:
     def _apply(self, turns: Sequence[Turn], *, is_prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=is_prompt
-            )
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
         except TemplateError as error:
-            raise ValueError(
-                f"ChatTokens: the tokenizer's chat template refuses a conversation: {error}"
-            ) from None
+            raise ValueError(f"ChatTokens: the tokenizer's chat template refuses a conversation: {error}") from None
         num_images = sum(turn.text.count(IMAGE) for turn in turns)
         if text.count(IMAGE) != num_images:
             raise ValueError(

@@ -36,14 +36,10 @@ class Tokenizer:
 
     def __init__(self, bpe: tokenizers.Tokenizer, *, context_length: int) -> None:
         if not 3 <= context_length <= _MAX_CONTEXT_LENGTH:
-            raise ValueError(
-                f"Tokenizer: context_length must be in [3, {_MAX_CONTEXT_LENGTH}], got {context_length}"
-            )
+            raise ValueError(f"Tokenizer: context_length must be in [3, {_MAX_CONTEXT_LENGTH}], got {context_length}")
         start, end, size = bpe.token_to_id(START_TOKEN), bpe.token_to_id(END_TOKEN), bpe.get_vocab_size()
         if start is None or end is None:
-            raise ValueError(
-                f"Tokenizer: the vocabulary must hold {START_TOKEN} and {END_TOKEN}, got {size} others"
-            )
+            raise ValueError(f"Tokenizer: the vocabulary must hold {START_TOKEN} and {END_TOKEN}, got {size} others")
         if end != size - 1:
             raise ValueError(f"Tokenizer: {END_TOKEN} must have the highest id, {size - 1}, got {end}")
         self.context_length = context_length
@@ -79,14 +75,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self._bpe.save(str(folder / "tokenizer.json"))
         self._bpe.model.save(str(folder))
-        config = {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": self.context_length,
-            "bos_token": START_TOKEN,
-            "eos_token": END_TOKEN,
-            "unk_token": END_TOKEN,
-            "pad_token": END_TOKEN,
-        }
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, "bos_token": START_TOKEN}
+        config |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), END_TOKEN)
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -105,18 +95,12 @@ def train_tokenizer(captions: Sequence[str], *, vocab_size: int, context_length:
     _check_captions("train_tokenizer", captions)
     if vocab_size < 514:
         raise ValueError(f"train_tokenizer: vocab_size must be at least 514, got {vocab_size}")
-    alphabet = list(_byte_vocab())
     learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
     learner.normalizer, learner.pre_tokenizer = _normalizer(), _pre_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,
-        min_frequency=2,
-        show_progress=False,
-        # given here, the alphabet has fixed ids; left to the trainer, its order, so the merges, are random
-        special_tokens=alphabet,
-        end_of_word_suffix=_END_OF_WORD,
-        max_token_length=_MAX_TOKEN_LENGTH,
-    )
+    options = {"min_frequency": 2, "show_progress": False, "max_token_length": _MAX_TOKEN_LENGTH}
+    # as special tokens the alphabet has fixed ids; left to the trainer, its order, so the merges, are random
+    options |= {"special_tokens": list(_byte_vocab()), "end_of_word_suffix": _END_OF_WORD}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, **options)
     learner.train_from_iterator(captions, trainer, length=len(captions))
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     return Tokenizer(_clip_bpe(_vocab_of(merges), merges), context_length=context_length)
@@ -142,9 +126,7 @@ def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> To
         return Tokenizer(_clip_bpe(_vocab_of(merges), merges), context_length=context_length)
     raw = _read_json(file)
     if file.name == "vocab.json":
-        merges = _parse_merges(
-            _read_text(file.parent / "merges.txt").splitlines(), file.parent / "merges.txt"
-        )
+        merges = _parse_merges(_read_text(file.parent / "merges.txt").splitlines(), file.parent / "merges.txt")
         return Tokenizer(_clip_bpe(raw, merges), context_length=context_length)
     if not isinstance(raw.get("model"), dict) or raw["model"].get("type", "BPE") != "BPE":
         raise ValueError(f"load_tokenizer: {file} must describe a BPE model, got {sorted(raw)}")
@@ -163,11 +145,7 @@ def _check_captions(caller: str, captions: Sequence[str]) -> None:
 
 def _byte_vocab() -> Iterator[str]:
     """The printable stand-ins of the 256 bytes in OpenAI's order, then each as the end of a word."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     stand_ins = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     yield from stand_ins
     yield from (c + _END_OF_WORD for c in stand_ins)
@@ -179,18 +157,12 @@ def _vocab_of(merges: Sequence[tuple[str, ...]]) -> dict[str, int]:
 
 
 def _normalizer() -> normalizers.Normalizer:
-    return normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    return normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _clip_bpe(vocab: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -> tokenizers.Tokenizer:
@@ -200,24 +172,13 @@ def _clip_bpe(vocab: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -> to
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(f"load_tokenizer: ids must be 0 to {len(vocab) - 1}, each once, got others")
     if missing := [word for word in (*_byte_vocab(), START_TOKEN, END_TOKEN) if word not in vocab]:
-        raise ValueError(
-            f"load_tokenizer: the vocabulary must hold every byte, start and end, missing {missing[0]}"
-        )
-    bpe = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=dict(vocab),
-            merges=[(left, right) for left, right in merges],
-            end_of_word_suffix=_END_OF_WORD,
-            unk_token=END_TOKEN,
-        )
-    )
+        raise ValueError(f"load_tokenizer: the vocabulary must hold every byte, start and end, missing {missing[0]}")
+    pairs, suffixes = [(left, right) for left, right in merges], {"end_of_word_suffix": _END_OF_WORD}
+    bpe = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=pairs, unk_token=END_TOKEN, **suffixes))
     bpe.normalizer, bpe.pre_tokenizer = _normalizer(), _pre_tokenizer()
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.RobertaProcessing(
-        (END_TOKEN, vocab[END_TOKEN]),
-        (START_TOKEN, vocab[START_TOKEN]),
-        trim_offsets=False,
-        add_prefix_space=False,
+        (END_TOKEN, vocab[END_TOKEN]), (START_TOKEN, vocab[START_TOKEN]), trim_offsets=False, add_prefix_space=False
     )
     return bpe
 
@@ -226,12 +187,9 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     names = ("tokenizer.json", "vocab.json", _OPENAI_FILE)
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(
-        f"load_tokenizer: path must be one of {', '.join(names)} or a folder with one, got {path}"
-    )
+    if found := [path / name for name in names if (path / name).is_file()]:
+        return found[0]
+    raise ValueError(f"load_tokenizer: path must be one of {', '.join(names)} or a folder with one, got {path}")
 
 
 def _saved_context_length(config: Path) -> int:
@@ -271,7 +229,5 @@ def _read_openai_merges(file: Path) -> list[tuple[str, ...]]:
 
 def _parse_merges(lines: Sequence[str], file: Path) -> list[tuple[str, ...]]:
     if not lines or not lines[0].startswith(("#version", '"bpe_simple_vocab')):
-        raise ValueError(
-            f"load_tokenizer: {file} must start with a version line, got {(lines or [''])[0][:40]!r}"
-        )
+        raise ValueError(f"load_tokenizer: {file} must start with a version line, got {(lines or [''])[0][:40]!r}")
     return [tuple(line.split()) for line in lines[1:] if line.strip()]

@@ -3,6 +3,7 @@ captions."""
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,21 +35,15 @@ class WordPiece:
         words = [word for word in vocab if word != DECODER_TOKEN]
         missing = [word for word in SPECIAL[:4] if word not in set(words)]
         if missing:
-            raise ValueError(
-                f"WordPiece: the vocabulary must hold {', '.join(SPECIAL[:4])}, missing {missing[0]}"
-            )
+            raise ValueError(f"WordPiece: the vocabulary must hold {', '.join(SPECIAL[:4])}, missing {missing[0]}")
         if len(set(words)) != len(words):
             raise ValueError("WordPiece: the vocabulary must hold each word once, got some twice")
         ids = {word: i for i, word in enumerate(words)}
         self.words = (*words, DECODER_TOKEN)
         self.vocab_size = len(self.words)
-        self.pad_token_id, self.cls_token_id, self.sep_token_id = (
-            ids[w] for w in ("[PAD]", "[CLS]", "[SEP]")
-        )
+        self.pad_token_id, self.cls_token_id, self.sep_token_id = (ids[w] for w in ("[PAD]", "[CLS]", "[SEP]"))
         self.decoder_token_id = len(words)
-        self._model = tokenizers.Tokenizer(
-            models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100)
-        )
+        self._model = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
         self._model.normalizer, self._model.pre_tokenizer = _normalizer(), pre_tokenizers.BertPreTokenizer()
         self._decoder = decoders.WordPiece(prefix=_PREFIX, cleanup=True)
 
@@ -87,13 +82,8 @@ class WordPiece:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids up to the first [SEP], without special tokens."""
-        words = []
-        for i in ids:
-            if i == self.sep_token_id:
-                break
-            if self.words[i] not in (*SPECIAL, DECODER_TOKEN):
-                words.append(self.words[i])
-        return self._decoder.decode(words)
+        words = (self.words[i] for i in takewhile(lambda i: i != self.sep_token_id, ids))
+        return self._decoder.decode([word for word in words if word not in (*SPECIAL, DECODER_TOKEN)])
 
     def save(self, folder: str | Path) -> None:
         """Write vocab.txt and tokenizer_config.json, as transformers' BertTokenizer reads them."""
@@ -120,24 +110,15 @@ def train_wordpiece(captions: Sequence[str], *, vocab_size: int) -> WordPiece:
     words = {w for text in captions for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
     firsts, others = {w[0] for w in words}, {_PREFIX + c for w in words for c in w[1:]}
     # given here, the letters have fixed ids; left to the trainer, their order, so the words, are random
-    known = [
-        *SPECIAL,
-        *sorted(firsts | {c[-1] for c in others}),
-        *sorted(others | {_PREFIX + c for c in firsts}),
-    ]
+    known = [*SPECIAL, *sorted(firsts | {c[-1] for c in others}), *sorted(others | {_PREFIX + c for c in firsts})]
     if vocab_size <= len(known):
         raise ValueError(
             f"train_wordpiece: vocab_size must be above {len(known)}, the captions' letters, got {vocab_size}"
         )
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, splitter
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=known,
-        continuing_subword_prefix=_PREFIX,
-    )
+    options = {"min_frequency": 2, "show_progress": False, "continuing_subword_prefix": _PREFIX}
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size - 1, special_tokens=known, **options)
     learner.train_from_iterator(captions, trainer, length=len(captions))
     ids = learner.get_vocab()
     return WordPiece(sorted(ids, key=ids.__getitem__))

@@ -6,6 +6,7 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,8 @@ _CROP_SCALE = (0.9, 1.0)
 _CROP_RATIO = (3 / 4, 4 / 3)
 # What Pillow's decoders raise on damaged input, beside OSError.
 _DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError),
+    *(struct.error, zlib.error),
 )
 
 
@@ -103,6 +95,11 @@ def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
     box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def centred(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Images as evaluation sees them: float32 [B, 3, S, S]."""
+    return torch.stack([to_tensor(resize_center_crop(image, size)) for image in images])
 
 
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:

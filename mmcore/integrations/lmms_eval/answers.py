@@ -11,9 +11,9 @@ from PIL import Image
 from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
 from mmcore.data.text.chat_batches import collate
 from mmcore.data.text.templates import expand
-from mmcore.systems.llava.chat import ChatModel
 from mmcore.systems.llava.dialogue import Sampling, num_positions
 from mmcore.systems.llava.inputs import SeenImage, generate_inputs, image_inputs, prompt_of, see
+from mmcore.systems.llava.talk import Talks
 
 MAX_NEW_TOKENS = 1024
 """Where a task names none."""
@@ -36,7 +36,7 @@ class Answerer:
         batch_size: questions at once, at most.
     """
 
-    def __init__(self, chat: ChatModel, batch_size: int) -> None:
+    def __init__(self, chat: Talks, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.batch_size = chat.model, batch_size
@@ -55,9 +55,7 @@ class Answerer:
             settings: a task's `generation_kwargs`, of which `until`, `max_new_tokens`, `temperature`, `top_p`,
                 `do_sample` and `num_beams` are obeyed; others tell how other models see images.
         """
-        prompts = [
-            prompt_of(self.tokens, self.model.config, [self._turn(q)], self._seen(q)) for q in questions
-        ]
+        prompts = [prompt_of(self.tokens, self.model.config, [self._turn(q)], self._seen(q)) for q in questions]
         fit = self._fitting([len(prompt.tokens) + 1 for prompt in prompts])
         answers = [""] * len(questions)
         if fit:
@@ -92,11 +90,8 @@ class Answerer:
     def tell_too_long(self) -> None:
         """Warns of what had no answer since the last call."""
         if self.num_too_long:
-            _LOG.warning(
-                "%d questions had no answer: they are longer than the model's %d tokens",
-                self.num_too_long,
-                self.positions,
-            )
+            sentence = "%d questions had no answer: they are longer than the model's %d tokens"
+            _LOG.warning(sentence, self.num_too_long, self.positions)
         self.num_too_long = 0
 
     def _fitting(self, lengths: Sequence[int]) -> list[int]:

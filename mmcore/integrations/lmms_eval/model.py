@@ -1,7 +1,8 @@
 """The class that lmms-eval makes and asks, by the signatures of its 0.7.3."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from mmcore.integrations.lmms_eval import NAME
 from mmcore.integrations.lmms_eval.answers import Answerer, Question
 from mmcore.runs import WeightsKey
-from mmcore.systems.llava.chat import load_chat_model
+from mmcore.tasks.talks import load_chat_model
 
 
 class MmcoreLlava(lmms):
@@ -53,9 +54,7 @@ class MmcoreLlava(lmms):
         self.answerer: Answerer | None = Answerer(chat, int(batch_size))
 
     @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> "MmcoreLlava":
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "MmcoreLlava":
         """As lmms-eval's, but what stands among the model's arguments, `batch_size=8`, counts more than an option of
         the command line, which has a default."""
         named = {part.split("=")[0].strip() for part in arg_string.split(",")}
@@ -64,8 +63,8 @@ class MmcoreLlava(lmms):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """An answer to each request of (text, generation_kwargs, doc_to_visual, doc_id, task, split)."""
-        answerer, answers = self._asked(), []
-        with self._progress(len(requests)) as bar:
+        answers: list[str] = []
+        with self._answering(len(requests)) as (answerer, bar):
             for _, alike in groupby((r.args for r in requests), key=lambda args: repr(args[1])):
                 for batch in _batches(alike, answerer.batch_size):
                     questions = [
@@ -74,7 +73,6 @@ class MmcoreLlava(lmms):
                     ]
                     answers += answerer.generate(questions, batch[0][1])
                     bar.update(len(batch))
-        answerer.tell_too_long()
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
@@ -83,8 +81,8 @@ class MmcoreLlava(lmms):
         It is the loss, as of lmms-eval's own models, and not its negative: multiple choice takes the least. A request
         is (text, the answer or doc_to_target, doc_to_visual, doc_id, task, split).
         """
-        answerer, found = self._asked(), []
-        with self._progress(len(requests)) as bar:
+        found: list[tuple[float, bool]] = []
+        with self._answering(len(requests)) as (answerer, bar):
             for batch in _batches((r.args for r in requests), answerer.batch_size):
                 questions, answers = [], []
                 for text, target, doc_to_visual, *place in batch:
@@ -93,7 +91,6 @@ class MmcoreLlava(lmms):
                     answers.append(target if isinstance(target, str) else target(document))
                 found += answerer.likelihood(questions, answers)
                 bar.update(len(batch))
-        answerer.tell_too_long()
         # what is handed over bare becomes a string on the way to multiple choice
         return [GenerationResult(pair) for pair in found]
 
@@ -103,14 +100,11 @@ class MmcoreLlava(lmms):
         A request is (text, generation_kwargs, doc_to_visual, doc_to_text, doc_id, task, split); doc_to_text gives the
         visuals, the text, whether the rounds are over, the answers so far, and what it is to be told next.
         """
-        answerer, answers = self._asked(), []
-        with self._progress(len(requests)) as bar:
+        answers: list[list[str]] = []
+        with self._answering(len(requests)) as (answerer, bar):
             for text, settings, doc_to_visual, doc_to_text, *place in (r.args for r in requests):
                 document = self._document(*place)
-                said, told = (
-                    answerer.generate([Question(text, _images(doc_to_visual(document)))], settings),
-                    None,
-                )
+                said, told = (answerer.generate([Question(text, _images(doc_to_visual(document)))], settings), None)
                 for number in count(1):
                     visuals, text, is_over, said, told = doc_to_text(
                         document, previous_output=list(said), round_idx=number, previous_round_info=told
@@ -120,7 +114,6 @@ class MmcoreLlava(lmms):
                     said = [*said, *answerer.generate([Question(text, _images(visuals))], settings)]
                 answers.append(list(said))
                 bar.update()
-        answerer.tell_too_long()
         return answers
 
     def clean(self) -> None:
@@ -128,16 +121,17 @@ class MmcoreLlava(lmms):
         self.answerer = None
         super().clean()
 
-    def _asked(self) -> Answerer:
+    @contextmanager
+    def _answering(self, num_requests: int) -> Iterator[tuple[Answerer, Any]]:
+        """The model and a progress bar; after the block a warning counts the questions that were too long."""
         if self.answerer is None:
             raise ValueError(f"{NAME}: the model is gone since clean(): make it anew")
-        return self.answerer
+        with tqdm(total=num_requests, disable=self.rank != 0, desc=NAME) as bar:
+            yield self.answerer, bar
+        self.answerer.tell_too_long()
 
     def _document(self, doc_id: Any, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
-
-    def _progress(self, total: int) -> Any:
-        return tqdm(total=total, disable=self.rank != 0, desc=NAME)
 
 
 def _rank_device() -> torch.device:
@@ -155,7 +149,5 @@ def _images(visuals: Sequence[Any] | None) -> list[Image.Image]:
     """RGB images of what a task shows."""
     for visual in visuals or ():
         if not isinstance(visual, Image.Image):
-            raise ValueError(
-                f"{NAME}: what a task shows must be images of Pillow, got {type(visual).__name__}"
-            )
+            raise ValueError(f"{NAME}: what a task shows must be images of Pillow, got {type(visual).__name__}")
     return [visual.convert("RGB") for visual in visuals or ()]

@@ -11,7 +11,7 @@ from mmcore.labels import IGNORED
 from mmcore.nn import Linear
 from mmcore.ops import accumulator, require
 from mmcore.parts.language_head import LanguageHead
-from mmcore.parts.vit import VisionConfig, ViT
+from mmcore.parts.vit import Tower, VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
 
 
@@ -40,8 +40,12 @@ class BLIP2LM(nn.Module):
         self.language_model: Any = language_model.requires_grad_(False)
         self.language_head = LanguageHead(language_model.get_output_embeddings())
 
-    def load_start(self, state: Mapping[str, Tensor]) -> None:
-        """Takes tower and Q-Former, and the projection where there is one of this width; what else there is stays out.
+    def image_tower(self) -> Tower:
+        """The image tower, as it is."""
+        return Tower(self.visual.config, dict(self.visual.state_dict()))
+
+    def fitting(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a state, this model's tower and Q-Former, and its projection if that has the language model's width.
 
         Args:
             state: of a `BLIP2` or a `BLIP2LM`.
@@ -50,16 +54,16 @@ class BLIP2LM(nn.Module):
             ValueError: weights that are missing or of other shapes.
         """
         ours = {n: x.shape for n, x in self.state_dict().items() if not n.startswith("language_")}
-        ours |= {
-            n: x.shape
-            for n, x in self.language_projection.state_dict(prefix="language_projection.").items()
-            if n in state and state[n].shape == x.shape
-        }
+        projection = self.language_projection.state_dict(prefix="language_projection.").items()
+        ours |= {n: x.shape for n, x in projection if n in state and state[n].shape == x.shape}
         differ = [n for n, shape in ours.items() if n not in state or state[n].shape != shape]
-        require(
-            "BLIP2LM", not differ, "state must have this model's weights, got a difference in {}", differ[:3]
-        )
-        self.load_state_dict({name: state[name] for name in ours}, strict=False)
+        what = "state must have this model's weights, got a difference in {}"
+        require("BLIP2LM", not differ, what, differ[:3])
+        return {name: state[name] for name in ours}
+
+    def load_start(self, state: Mapping[str, Tensor]) -> None:
+        """Loads what is `fitting`."""
+        self.load_state_dict(self.fitting(state), strict=False)
 
     def train(self, mode: bool = True) -> "BLIP2LM":
         """The tower and the language model stay in evaluation mode."""
@@ -96,9 +100,7 @@ class BLIP2LM(nn.Module):
         prefix = self.prefix(images)
         embedded, seen = self._inputs(prefix, tokens, num_text, has_image)
         if self.language_model.config.is_encoder_decoder:
-            require(
-                "BLIP2LM", targets is not None, "targets must be given to an encoder-decoder, got {}", None
-            )
+            require("BLIP2LM", targets is not None, "targets must be given to an encoder-decoder, got {}", None)
             assert targets is not None
             found = self.language_model(inputs_embeds=embedded, attention_mask=seen, labels=targets)
             logits, labels = found.logits.flatten(0, 1), targets.flatten()
@@ -135,13 +137,7 @@ class BLIP2LM(nn.Module):
         return self.language_model.generate(inputs_embeds=embedded, attention_mask=seen, **options)
 
     def _inputs(
-        self,
-        prefix: Tensor,
-        tokens: Tensor,
-        num_text: Tensor,
-        has_image: Tensor | None,
-        *,
-        is_left: bool = False,
+        self, prefix: Tensor, tokens: Tensor, num_text: Tensor, has_image: Tensor | None, *, is_left: bool = False
     ) -> tuple[Tensor, Tensor]:
         """What the language model reads, [B, Q + T, D], and which of it is there."""
         text = self.language_model.get_input_embeddings()(tokens)

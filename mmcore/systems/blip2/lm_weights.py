@@ -6,20 +6,16 @@ from typing import Any
 import torch
 from transformers import Blip2Config
 
-from mmcore.checkpoint import write_json
-from mmcore.ops import require
 from mmcore.parts.language_weights import (
-    LANGUAGE,
+    beside_language,
     check_language_kind,
-    image_token_of,
-    language_model_of,
-    language_weights,
+    load_with_language,
+    save_with_language,
     with_image_mark,
-    without_image_row,
 )
-from mmcore.systems.blip2 import names as blip2_names
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.weights.files import new_folder, read_folder, read_json, write_weights
+from mmcore.systems.blip2.names import HF, PARTS_SETTINGS, stage2_config
+from mmcore.weights.files import read_json
 
 
 def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> BLIP2LM:
@@ -38,26 +34,10 @@ def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float
     """
     folder, op = Path(folder), "load_blip2_lm"
     raw = read_json(op, folder / "config.json")
-    vision, qformer = blip2_names.parts_from_hf(op, raw)
-    tensors = read_folder(op, folder)
-    language = {n.removeprefix(LANGUAGE): x for n, x in tensors.items() if n.startswith(LANGUAGE)}
-    require(op, bool(language), "folder must hold a language model beside the Q-Former, got {}", folder)
+    parts = PARTS_SETTINGS.read(op, raw)
     check_language_kind(op, (raw.get("text_config") or {}).get("model_type", "opt"))
-    config: Any = Blip2Config.from_dict(dict(raw))
-    language_model = language_model_of(op, config.text_config, language, dtype)
-    num_rows = raw.get("language_vocab_size", config.text_config.vocab_size)
-    language_model = without_image_row(language_model, num_rows, config.image_token_index)
-    settings = folder / "generation_config.json"
-    if settings.is_file():
-        stated = {name: value for name, value in read_json(op, settings).items() if value is not None}
-        language_model.generation_config.update(**stated)
-    with torch.device("meta"):
-        model = BLIP2LM(vision, qformer, language_model)
-    state, wanted = blip2_names.stage2_from_hf(tensors, model), model.state_dict()
-    differ = [name for name, x in state.items() if x.shape != wanted[name].shape]
-    require(op, not differ, "folder must hold weights of config.json's shapes, got others in {}", differ[:3])
-    model.load_state_dict(state, strict=False, assign=True)
-    return model.train()
+    whole: Any = Blip2Config.from_dict(dict(raw))
+    return load_with_language(op, folder, whole, dtype, HF, lambda x: BLIP2LM(**parts, language_model=x))
 
 
 def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None = None) -> None:
@@ -77,18 +57,13 @@ def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None =
     Raises:
         ValueError: an existing folder; a tower or a language model that transformers' BLIP-2 cannot have.
     """
-    language = model.language_model
-    marked = None
-    if tokenizer is not None:
-        marked = with_image_mark(tokenizer, is_encoder_decoder=language.config.is_encoder_decoder)
-    config = blip2_names.stage2_hf_config(model, image_token_of(language, marked))
-    with new_folder("save_blip2_lm", Path(folder)) as staged:
-        if marked is not None:
-            marked.save_pretrained(staged)
-            num_queries = model.qformer.config.num_queries
-            processor = {"processor_class": "Blip2Processor", "num_query_tokens": num_queries}
-            write_json(staged / "processor_config.json", processor)
-        weights = language_weights(language, config["text_config"]["vocab_size"])
-        write_weights(staged, blip2_names.stage2_to_hf(model) | weights)
-        write_json(staged / "config.json", config)
-        language.generation_config.to_json_file(staged / "generation_config.json")
+    marked, image_token = with_image_mark(model.language_model, tokenizer)
+    save_with_language(
+        "save_blip2_lm",
+        folder,
+        model.language_model,
+        stage2_config(model, image_token),
+        HF.write(beside_language(model)),
+        marked,
+        {"processor_class": "Blip2Processor", "num_query_tokens": model.qformer.config.num_queries},
+    )

@@ -14,7 +14,7 @@ from mmcore.labels import IGNORED
 from mmcore.nn import KeyValues, Linear
 from mmcore.ops import accumulator, masks, require
 from mmcore.parts.decoding import beam_search, check_decoding, decode, nucleus
-from mmcore.parts.vit import VisionConfig, ViT
+from mmcore.parts.vit import Tower, VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig, TextHead
 
 
@@ -94,6 +94,10 @@ class BLIP2(nn.Module):
         missing, unknown = self.load_state_dict({**tied, **state}, strict=False)
         differ = [*missing, *unknown][:3]
         require("BLIP2", not differ, "weights must have its names, got a difference in {}", differ)
+
+    def image_tower(self) -> Tower:
+        """The image tower as it is."""
+        return Tower(self.config.vision, self.visual.state_dict())
 
     def forward(self, task: str, *inputs: Any, **options: Any) -> Any:
         """`encode_image`, `encode_text`, `pairs`, `match` or `generate` by name: under ZeRO-3 parameters are whole only
@@ -182,8 +186,7 @@ class BLIP2(nn.Module):
         more = self.qformer.image_keys_values(self.norm_vision(self.tower(images)))
         if keys_values is not None:
             more = [
-                KeyValues(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]))
-                for a, b in zip(keys_values, more, strict=True)
+                KeyValues(torch.cat([a.k, b.k]), torch.cat([a.v, b.v])) for a, b in zip(keys_values, more, strict=True)
             ]
         chosen = [KeyValues(kv.k[image_index], kv.v[image_index]) for kv in more]
         mask = masks.qformer_itm(num_queries, num_text, tokens.shape[1])
@@ -236,11 +239,7 @@ class BLIP2(nn.Module):
             return self.text_head(self.qformer(tokens=tokens[:, None], places=place, caches=caches)[:, 0])
 
         start = torch.full((len(images),), self.config.decoder_token_id, device=images.device)
-        ends = {
-            "max_length": max_length,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": shape.pad_token_id,
-        }
+        ends = {"max_length": max_length, "eos_token_id": eos_token_id, "pad_token_id": shape.pad_token_id}
         if num_beams > 1:
             return beam_search(step, start, num_beams=num_beams, **ends)
         pick = partial(torch.argmax, dim=1)

@@ -1,14 +1,20 @@
-"""BLIP-2's first stage as a plan sees it."""
+"""BLIP-2's stages as a plan sees them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmcore.nn import Linear
+from mmcore.parts.vit import ViT
+from mmcore.plan.config import PlanConfig
 from mmcore.plan.demand import Built
 from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
+from mmcore.plan.language import language_config, language_numbers, language_piece, language_width
 from mmcore.plan.tower import image_bytes, tower_piece
 from mmcore.systems.blip2.model import BLIP2
+from mmcore.systems.blip2.qformer import QFormer
 from mmcore.systems.blip2.shapes import blip2_config
 
 
@@ -24,9 +30,7 @@ def blip2_stage1_job(name: str, num_text: int) -> Job:
         of_model = numbers(BLIP2(config))
 
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
-        short = replace(
-            config, vision=replace(vision, num_layers=1), qformer=replace(qformer, num_layers=num_layers)
-        )
+        short = replace(config, vision=replace(vision, num_layers=1), qformer=replace(qformer, num_layers=num_layers))
         model = BLIP2(short).train()
         states = torch.empty(samples, 1 + vision.num_patches, vision.width)
 
@@ -53,3 +57,72 @@ def blip2_stage1_job(name: str, num_text: int) -> Job:
         small=of_model.small,
         exchange=Exchange(config.embed_dim, qformer.num_queries, has_hard_negatives=True),
     )
+
+
+def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
+    """Of a configuration by name before a frozen language model; `num_text` tokens of prompt and answer."""
+    config, language = blip2_config(name), language_config(llm)
+    vision = config.vision
+    qformer = replace(config.qformer, has_text=False)
+
+    def prepare(model: Any, _: Setting) -> Any:
+        return model.requires_grad_(False).eval()
+
+    def between(num_layers: int) -> nn.ModuleList:
+        """What learns: norm, Q-Former, projection."""
+        short = replace(qformer, num_layers=num_layers)
+        norm = nn.LayerNorm(vision.width, eps=vision.norm_eps)
+        return nn.ModuleList([norm, QFormer(short), Linear(qformer.width, language_width(language))])
+
+    def build(num_layers: int, samples: int, setting: Setting) -> Built:
+        norm, former, projection = parts = between(num_layers)
+        states = torch.empty(samples, 1 + vision.num_patches, vision.width)
+        return Built(parts.parameters(), lambda: [projection(former(norm(states)))])
+
+    with torch.device("meta"):
+        learned = numbers(between(qformer.num_layers))
+        of_tower = numbers(ViT(vision).requires_grad_(False))
+    of_language = language_numbers(language)
+    every = qformer.cross_every
+    return Job(
+        f"BLIP-2 stage 2, {name} before {llm}",
+        (
+            tower_piece(vision),
+            Piece("Q-Former", qformer.num_layers, build, (every, 2 * every)),
+            language_piece(language, qformer.num_queries + num_text, num_text, prepare, learns=False),
+        ),
+        learned.trained,
+        image_bytes(vision) + 8 * num_text,
+        frozen=of_tower.frozen,
+        frozen_low=of_language.trained,
+        small=learned.small + of_tower.small + of_language.small,
+    )
+
+
+@dataclass(frozen=True)
+class Stage1Plan(PlanConfig):
+    """Plan a run of mmcore train blip2-stage1 on a frozen image tower."""
+
+    model: str = "ViT-g"
+    """As --model of mmcore train blip2-stage1."""
+    max_text: int = 32
+    """Tokens of a caption, [CLS] and [SEP] included."""
+
+    def job(self) -> Job:
+        return blip2_stage1_job(self.model, self.max_text)
+
+
+@dataclass(frozen=True)
+class Stage2Plan(PlanConfig):
+    """Plan a run of mmcore train blip2-stage2."""
+
+    model: str = "ViT-g"
+    """Shape of tower and Q-Former, as --model of mmcore train blip2-stage1."""
+    llm: str = "opt-2.7b"
+    """vicuna-7b, vicuna-13b, llama-3-8b, qwen2-0.5b, qwen2-7b, opt-2.7b, opt-6.7b, or a folder with the config.json of
+    a causal model of transformers."""
+    max_text: int = 32
+    """Tokens of prompt and answer."""
+
+    def job(self) -> Job:
+        return blip2_stage2_job(self.model, self.llm, self.max_text)

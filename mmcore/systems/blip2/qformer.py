@@ -36,15 +36,7 @@ class QFormerConfig:
 
     def __post_init__(self) -> None:
         op = "QFormerConfig"
-        for name in (
-            "num_queries",
-            "num_layers",
-            "mlp_dim",
-            "image_width",
-            "cross_every",
-            "vocab_size",
-            "max_text",
-        ):
+        for name in ("num_queries", "num_layers", "mlp_dim", "image_width", "cross_every", "vocab_size", "max_text"):
             value = getattr(self, name)
             require(op, value >= 1, "{} must be at least 1, got {}", name, value)
         for name in ("dropout", "attention_dropout"):
@@ -166,10 +158,7 @@ class QFormer(nn.Module):
             num_queries = self.config.num_queries
         if tokens is not None:
             require(
-                "QFormer",
-                self.text is not None,
-                "tokens must be None without has_text, got {}",
-                list(tokens.shape),
+                "QFormer", self.text is not None, "tokens must be None without has_text, got {}", list(tokens.shape)
             )
             parts.append(self._embedded(tokens, places))
         require("QFormer", len(parts) > 0, "image or tokens must be given, got {}", "neither")

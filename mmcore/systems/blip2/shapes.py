@@ -64,8 +64,6 @@ def blip2_config(
     config = BLIP2_CONFIGS[name]
     vision = config.vision if vision is None else vision
     vocab_size = config.qformer.vocab_size if vocab_size is None else vocab_size
-    qformer = replace(
-        config.qformer, image_width=vision.width, vocab_size=vocab_size, pad_token_id=pad_token_id
-    )
+    qformer = replace(config.qformer, image_width=vision.width, vocab_size=vocab_size, pad_token_id=pad_token_id)
     decoder_token_id = vocab_size - 1 if decoder_token_id is None else decoder_token_id
     return replace(config, vision=vision, qformer=qformer, decoder_token_id=decoder_token_id)

@@ -1,7 +1,7 @@
 """BLIP-2's steps over the batches of all ranks (arXiv:2301.12597): contrast, matching and captions, 1:1:1, in stage 1;
 answers by a frozen language model in stage 2."""
 
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,57 +18,48 @@ from mmcore.losses import (
     pair_labels,
 )
 from mmcore.losses.ranks import world_size_of
+from mmcore.recipe import Runner
 from mmcore.systems.blip2.model import Pairs
 
 LABEL_SMOOTHING = 0.1
 
 
-class Runner(Protocol):
-    """A `BLIP2` or a `BLIP2LM` as an engine runs it."""
-
-    def __call__(self, *inputs: Any) -> Any: ...
-
-    def backward(self, loss: Tensor) -> None: ...
-
-
-def stage1_backward(
-    engine: Runner,
-    images: Tensor,
-    texts: Texts,
-    *,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Losses and gradients of one batch; every rank calls it.
+class Pair(NamedTuple):
+    """Of texts and their images.
 
     Args:
-        engine: a `BLIP2` under the engine.
         images: [B, 3, S, S].
-        texts: of the images, each rank's padded to the same length.
+        texts: each rank's padded to the same length.
         image_ids: int64 [B], equal for equal images on all ranks: no image is a negative of its own captions.
         text_ids: int64 [B], equal for equal captions on all ranks.
+    """
+
+    images: Tensor
+    texts: Texts
+    image_ids: Tensor
+    text_ids: Tensor
+
+
+def stage1_losses(model: Runner, batch: Pair, generator: torch.Generator) -> dict[str, Tensor]:
+    """Losses of one batch; every rank calls it.
+
+    Args:
+        model: a `BLIP2`, under the engine or bare.
+        batch: of this rank.
         generator: of the negatives, of a seed of its own for each rank and step.
 
     Returns:
-        "loss" and its three parts, detached.
+        "loss" and its three parts.
     """
-    texts = _trimmed(texts)
-    pairs: Pairs = engine("pairs", images, *texts, LABEL_SMOOTHING)
-    labels = pair_labels(image_ids, text_ids)
+    texts = _trimmed(batch.texts)
+    pairs: Pairs = model("pairs", batch.images, *texts, LABEL_SMOOTHING)
+    labels = pair_labels(batch.image_ids, batch.text_ids)
     contrast = global_token_contrastive_loss(
-        pairs.image,
-        pairs.text,
-        1 / pairs.temperature,
-        labels=(labels, labels),
-        label_smoothing=LABEL_SMOOTHING,
+        pairs.image, pairs.text, 1 / pairs.temperature, labels=(labels, labels), label_smoothing=LABEL_SMOOTHING
     )
     captions = global_ratio(pairs.caption_loss, pairs.num_tokens)
-    matching = _matching(engine, pairs, texts, image_ids, text_ids, generator)
-    loss = contrast + matching + captions
-    engine.backward(loss)
-    parts = {"loss": loss, "contrast": contrast, "matching": matching, "captions": captions}
-    return {name: x.detach() for name, x in parts.items()}
+    matching = _matching(model, pairs, texts, batch.image_ids, batch.text_ids, generator)
+    return {"loss": contrast + matching + captions, "contrast": contrast, "matching": matching, "captions": captions}
 
 
 def _trimmed(texts: Texts) -> Texts:
@@ -80,21 +71,11 @@ def _trimmed(texts: Texts) -> Texts:
 
 
 def _matching(
-    engine: Runner,
-    pairs: Pairs,
-    texts: Texts,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    generator: torch.Generator,
+    model: Runner, pairs: Pairs, texts: Texts, image_ids: Tensor, text_ids: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Of right pairs, of each text with a hard image, and of each image with a hard text."""
     negatives = hard_negatives(
-        pairs.image,
-        pairs.text,
-        1 / pairs.temperature,
-        image_ids=image_ids,
-        text_ids=text_ids,
-        generator=generator,
+        pairs.image, pairs.text, 1 / pairs.temperature, image_ids=image_ids, text_ids=text_ids, generator=generator
     )
     own = torch.arange(len(image_ids), device=image_ids.device)
     images, of_text = _chosen(negatives.images, own)
@@ -103,13 +84,13 @@ def _matching(
     fetched = Texts(*(fetch_rows(x, chosen_texts) for x in texts))
     rows = Texts(*(torch.cat([x, x[of_text], y]) for x, y in zip(texts, fetched, strict=True)))
     index = torch.cat([own, image_index, of_image])
-    logits = engine("match", pairs.keys_values, more, index, *rows)
+    logits = model("match", pairs.keys_values, more, index, *rows)
     is_match = torch.arange(len(index), device=index.device) < len(own)
     return matching_loss(logits, is_match)
 
 
 def _chosen(numbers: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The negatives that there are, and whose they are."""
+    """The negatives that were found, and the rows that they are negatives of."""
     there = numbers >= 0
     return numbers[there], own[there]
 
@@ -125,20 +106,13 @@ def _images_to_fetch(pairs: Pairs, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return fetch_rows(pairs.tower, foreign), index
 
 
-def stage2_backward(
-    engine: Runner, images: Tensor, texts: Prompted, has_image: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Loss and gradients of one batch: the cross-entropy, averaged over the answers' tokens of all ranks.
+def stage2_loss(model: Runner, images: Tensor, texts: Prompted, has_image: Tensor | None = None) -> Tensor:
+    """The cross-entropy of one batch, averaged over the answers' tokens of all ranks: [].
 
     Args:
-        engine: a `BLIP2LM` under the engine.
+        model: a `BLIP2LM`, under the engine or bare.
         images: [B, 3, S, S]; of anything for rows without one.
         texts: prompts and answers.
         has_image: bool [B]; None = all have one. A rank may have none at all.
-
-    Returns:
-        "loss", detached.
     """
-    loss = global_ratio(*engine("loss", images, *texts, has_image))
-    engine.backward(loss)
-    return {"loss": loss.detach()}
+    return global_ratio(*model("loss", images, *texts, has_image))

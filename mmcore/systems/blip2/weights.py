@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from mmcore.checkpoint import write_json
-from mmcore.systems.blip2 import names as blip2_names
+import torch
+
+from mmcore.parts.vit import Tower, ViT
 from mmcore.systems.blip2.model import BLIP2
-from mmcore.weights.files import new_folder, read_folder, read_json, write_weights
+from mmcore.systems.blip2.names import HF, PARTS_SETTINGS, STAGE1_SETTINGS
+from mmcore.weights.files import read_folder, read_json, save_folder
 
 
 def load_blip2(folder: Path | str) -> BLIP2:
@@ -23,12 +25,25 @@ def load_blip2(folder: Path | str) -> BLIP2:
         ValueError: no such folder, a damaged file, missing or unknown names, a Q-Former without a text branch.
     """
     folder, op = Path(folder), "load_blip2"
-    config = blip2_names.config_from_hf(read_json(op, folder / "config.json"))
-    tensors = read_folder(op, folder)
-    model = BLIP2(config)
-    state = {name: x for name, x in model.state_dict().items() if name != "text_head.weight"}
-    model.load_trained(state | blip2_names.from_hf(tensors, config))
+    model = BLIP2(STAGE1_SETTINGS.read(op, read_json(op, folder / "config.json")))
+    state = model.state_dict()
+    model.load_trained(state | HF.read(op, read_folder(op, folder), state))
     return model
+
+
+def load_blip2_tower(folder: Path | str) -> Tower:
+    """The image tower, float32 on the CPU, in a folder of transformers or ours with a BLIP-2 of either stage.
+
+    Raises:
+        ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes.
+    """
+    folder, op = Path(folder), "load_tower"
+    config = PARTS_SETTINGS.read(op, read_json(op, folder / "config.json"))["vision"]
+    with torch.device("meta"):
+        wanted = ViT(config).state_dict(prefix="visual.")
+    theirs = {n: x for n, x in read_folder(op, folder).items() if n.startswith("vision_model.")}
+    state = HF.read(op, theirs, wanted, unread=["vision_model.post_layernorm"])
+    return Tower(config, {name.removeprefix("visual."): x for name, x in state.items()})
 
 
 def save_blip2(model: BLIP2, folder: Path | str) -> None:
@@ -43,7 +58,5 @@ def save_blip2(model: BLIP2, folder: Path | str) -> None:
     Raises:
         ValueError: an existing folder; a tower or sizes that transformers' BLIP-2 cannot have.
     """
-    config = blip2_names.hf_config(model.config)
-    with new_folder("save_blip2", Path(folder)) as staged:
-        write_weights(staged, blip2_names.to_hf(model.state_dict(), model.config))
-        write_json(staged / "config.json", config)
+    op = "save_blip2"
+    save_folder(op, folder, STAGE1_SETTINGS.write(op, model.config), HF.write(model.state_dict()))

@@ -1,1 +1,6 @@
 """CLIP (arXiv 2103.00020)."""
+
+RECIPES = {"clip": "recipe:Clip"}
+FOLDERS = {"clip": "weights:load_folder"}
+PLANS = {"clip": "plan:ClipPlan"}
+PROOFS = {"clip": "recipe:PROOF"}

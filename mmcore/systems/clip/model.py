@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.nn import Linear, Packing, Transformer
-from mmcore.parts.vit import VisionConfig, ViT, check_tower
+from mmcore.parts.vit import Tower, VisionConfig, ViT, check_tower
 
 # transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
 LEGACY_EOS_TOKEN_ID = 2
@@ -46,9 +46,7 @@ class TextConfig:
             mlp_dim=self.mlp_dim,
         )
         if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
-            raise ValueError(
-                f"TextConfig: eos_token_id must be in [0, {self.vocab_size}), got {self.eos_token_id}"
-            )
+            raise ValueError(f"TextConfig: eos_token_id must be in [0, {self.vocab_size}), got {self.eos_token_id}")
 
 
 @dataclass(frozen=True)
@@ -159,9 +157,7 @@ def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
     """Their sum."""
     most = tokens.shape[1]
     if len(lengths) != len(tokens) or not all(1 <= length <= most for length in lengths):
-        raise ValueError(
-            f"CLIP: lengths must be {len(tokens)} from 1 to {most}, one a caption, got {list(lengths)}"
-        )
+        raise ValueError(f"CLIP: lengths must be {len(tokens)} from 1 to {most}, one a caption, got {list(lengths)}")
     if (
         sum(lengths) < tokens.numel()
         and tokens.is_cpu
@@ -245,6 +241,21 @@ class CLIP(nn.Module):
         image_features = None if images is None else self.encode_image(images)
         text_features = None if tokens is None else self.encode_text(tokens, lengths)
         return image_features, text_features, self.logit_scale.float().exp()
+
+    def image_tower(self) -> Tower:
+        """The image tower for models that read its states: without the last layer, as LAVIS and LLaVA have it, since
+        nothing trained what it makes of patches.
+
+        Raises:
+            ValueError: a tower of one layer.
+        """
+        vision = self.config.vision
+        if vision.num_layers < 2:
+            raise ValueError(f"load_tower: a CLIP's tower must have 2 layers or more, got {vision.num_layers}")
+        config = replace(vision, num_layers=vision.num_layers - 1)
+        with torch.device("meta"):
+            wanted = ViT(config).state_dict().keys()
+        return Tower(config, {n: x for n, x in self.visual.state_dict().items() if n in wanted})
 
     def set_activation_checkpointing(self, enable: bool) -> None:
         """Keep only each block's input for backward and recompute the rest."""

@@ -1,12 +1,13 @@
 """CLIP's training as a plan sees it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmcore.plan.config import MicroBatchPlan
 from mmcore.plan.demand import Built
 from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
 from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, VisionTower
@@ -45,10 +46,7 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
 
     return Job(
         f"CLIP {name}",
-        (
-            Piece("image tower", vision.num_layers, images, DEPTHS),
-            Piece("text tower", text.num_layers, texts, DEPTHS),
-        ),
+        (Piece("image tower", vision.num_layers, images, DEPTHS), Piece("text tower", text.num_layers, texts, DEPTHS)),
         of_model.trained,
         batch_bytes=4 * 3 * vision.image_size**2 + 8 * text.context_length,
         small=of_model.small,
@@ -60,3 +58,14 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
 def _embedding(tower: nn.Module, *inputs: Any) -> Built:
     """From inputs to features of unit norm, as `CLIP` makes them."""
     return Built(tower.parameters(), lambda: [F.normalize(tower(*inputs).float(), dim=-1)])
+
+
+@dataclass(frozen=True)
+class ClipPlan(MicroBatchPlan):
+    """Plan a run of mmcore train clip."""
+
+    model: str = "ViT-L-14"
+    """As --model of mmcore train clip."""
+
+    def job(self) -> Job:
+        return clip_job(self.model)

@@ -1,29 +1,55 @@
-"""Trains CLIP: the recipe, and the loop that reads like one."""
+"""CLIP's recipe."""
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmcore import checkpoint
-from mmcore.data import Batch, PairData, open_data
+from mmcore.data import PairData
+from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from mmcore.systems.clip.evaluate import evaluate_clip, load_run, report
-from mmcore.systems.clip.model import CLIP, CLIPConfig, caption_lengths
+from mmcore.data.transforms.images import image_processor_config
+from mmcore.losses import global_contrastive_loss
+from mmcore.parts.vit import Tower, VisionConfig
+from mmcore.recipe import Assets, Claim, Contrastive, Embeds, OnPairs, Proof, Runner, Step
+from mmcore.settings import free
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, caption_lengths
 from mmcore.systems.clip.shapes import clip_config
-from mmcore.systems.clip.weights import load_clip
-from mmcore.train.engine import Engine, init_distributed
-from mmcore.train.gradcache import contrastive_backward
-from mmcore.train.loop import on_rank_zero
-from mmcore.train.recipe import Recipe, run_recipe, write_folder
-from mmcore.train.run import Start, open_run
+from mmcore.systems.clip.weights import Format, load_clip, save_clip
+from mmcore.train.optim import Rule
 
 
 @dataclass(frozen=True)
-class ClipConfig(Recipe):
-    """Train CLIP (arXiv 2103.00020) on image-caption pairs, under DeepSpeed, on any number of ranks."""
+class ClipAssets(Assets):
+    """The model's shape, and what makes tokens of captions."""
+
+    shape: CLIPConfig
+    tokenizer: Tokenizer
+
+    @property
+    def image_size(self) -> int:
+        return self.shape.vision.image_size
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.tokenizer.save(folder / "tokenizer")
+        return asdict(self.shape)
+
+
+class ClipBatch(NamedTuple):
+    """Images float32 [B, 3, S, S], tokens int64 [B, T], and how many of each caption's count."""
+
+    images: Tensor
+    tokens: Tensor
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Clip(OnPairs, Contrastive):
+    """Train CLIP (arXiv 2103.00020) on image-caption pairs, with the contrastive loss of the global batch."""
 
     model: str = "tiny"
     """tiny, small, ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336; with -quickgelu for OpenAI's weights."""
@@ -32,91 +58,89 @@ class ClipConfig(Recipe):
     None = one is trained on the captions."""
     init: Path | None = None
     """Weights to start from: a file or folder of transformers or open_clip (safetensors, or .pt read weights-only)."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = field(default=False, metadata=free)
     """Recompute activations in the backward: less memory, about a third more time."""
 
+    tasks = ("zeroshot", "retrieval")
+    formats = ("hf", "open_clip")
 
-def _make_tokenizer(config: ClipConfig, start: Start, data: PairData) -> Tokenizer:
-    if start.checkpoint is not None:
-        return load_tokenizer(start.folder / "tokenizer")
-    shape = clip_config(config.model).text
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, context_length=shape.context_length)
-    return train_tokenizer(
-        list(data.captions()), vocab_size=shape.vocab_size, context_length=shape.context_length
-    )
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return (Rule("logit_scale", clamp=(0.0, math.log(100.0))),)
 
+    def assets(self, data: PairData) -> ClipAssets:
+        wanted = clip_config(self.model).text
+        sizes: Any = {"context_length": wanted.context_length}
+        if self.tokenizer is not None:
+            tokenizer = load_tokenizer(self.tokenizer, **sizes)
+        else:
+            tokenizer = train_tokenizer(list(data.captions()), vocab_size=wanted.vocab_size, **sizes)
+        names = ("vocab_size", "context_length", "eos_token_id")
+        shape = clip_config(self.model, **{name: getattr(tokenizer, name) for name in names})
+        self._initial(shape)
+        return ClipAssets(shape, tokenizer)
 
-def _prepare_folder(config: ClipConfig, data: PairData, world_size: int) -> Start:
-    """On rank 0: checks everything that a user can get wrong, and only then writes the run's folder."""
-    start = open_run("clip", config.run)
-    tokenizer = _make_tokenizer(config, start, data)
-    image_size = clip_config(config.model).vision.image_size
-    data.train_loader(config.loader_spec(image_size, 0, world_size), tokenizer)
-    if start.checkpoint is None and config.init is not None:
-        _make_model(config, start, tokenizer)
+    def load_assets(
+        self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Any
+    ) -> ClipAssets:
+        towers = {"vision": VisionConfig(**saved["vision"]), "text": TextConfig(**saved["text"])}
+        return ClipAssets(CLIPConfig(**{**saved, **towers}), load_tokenizer(folder / "tokenizer"))
 
-    def save(folder: Path) -> dict[str, Any]:
-        if not (folder / "tokenizer").exists():
-            tokenizer.save(folder / "tokenizer")
-        return asdict(_model_config(config, tokenizer))
+    def build(self, assets: ClipAssets) -> CLIP:
+        model = CLIP(assets.shape)
+        model.set_activation_checkpointing(self.activation_checkpointing)
+        return model
 
-    return write_folder("clip", config, start, world_size, save)
+    def initial(self, assets: ClipAssets, model: CLIP) -> Mapping[str, Tensor]:
+        return self._initial(assets.shape)
 
-
-def _model_config(config: ClipConfig, tokenizer: Tokenizer) -> CLIPConfig:
-    return clip_config(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        context_length=tokenizer.context_length,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def _make_model(config: ClipConfig, start: Start, tokenizer: Tokenizer) -> CLIP:
-    torch.manual_seed(config.run.seed)
-    model = CLIP(_model_config(config, tokenizer))
-    if start.checkpoint is not None:
-        model.load_state_dict(dict(checkpoint.tensors(start.checkpoint, "weight")))
-    elif config.init is not None:
-        loaded = load_clip(config.init, image_size=model.config.vision.image_size)
-        model.load_state_dict(loaded.state_dict())
-    model.set_activation_checkpointing(config.activation_checkpointing)
-    return model
-
-
-def _backward(engine: Engine, batch: Batch, eos_token_id: int | None, accum: int) -> dict[str, Tensor]:
-    lengths = caption_lengths(batch.tokens, eos_token_id)  # while they are on the host
-    images, tokens = batch.images.to(engine.device), batch.tokens.to(engine.device)
-    return {"loss": contrastive_backward(engine, images, tokens, lengths, accum)}
-
-
-def train_clip(config: ClipConfig) -> Path:
-    """Trains as `config` says, on every rank alike; returns the run's folder.
-
-    Raises:
-        ValueError: something in the configuration, the data or the run's folder is wrong.
-        FloatingPointError: the loss or the gradient stopped being finite.
-    """
-    rank, world_size = init_distributed()
-    data = open_data(config.data, seed=config.run.seed)
-    start: Start = on_rank_zero(lambda: _prepare_folder(config, data, world_size))
-    tokenizer = load_tokenizer(start.folder / "tokenizer")
-    model = _make_model(config, start, tokenizer)
-    image_size = model.config.vision.image_size
-    loader = data.train_loader(config.loader_spec(image_size, rank, world_size), tokenizer)
-
-    def evaluate(engine: Engine) -> dict[str, float]:
-        if data.val is None:
+    def _initial(self, shape: CLIPConfig) -> Mapping[str, Tensor]:
+        if self.init is None:
             return {}
-        return evaluate_clip(engine, tokenizer, data, image_size=image_size, device=engine.device)
+        loaded = load_clip(self.init, image_size=shape.vision.image_size)
+        for part in ("vision", "text"):
+            theirs, ours = (asdict(getattr(config, part)) for config in (loaded.config, shape))
+            differ = [n for n in ours if n != "eos_token_id" and theirs[n] != ours[n]]
+            if differ:
+                raise ValueError(
+                    f"--init must be a CLIP whose {part} tower has {differ[0]} {ours[differ[0]]!r}, as --model "
+                    f"{self.model} and the tokenizer have it, got {theirs[differ[0]]!r} in {self.init}"
+                )
+        return loaded.state_dict()
 
-    def backward(engine: Engine, _: int, batch: Batch) -> dict[str, Tensor]:
-        return _backward(engine, batch, model.config.text.eos_token_id, config.run.accum)
+    def collate(self, assets: ClipAssets, samples: list[PairSample]) -> ClipBatch:
+        batch = collate_pairs(samples, assets.tokenizer)
+        return ClipBatch(batch.images, batch.tokens, caption_lengths(batch.tokens, assets.shape.text.eos_token_id))
 
-    records = run_recipe(
-        config, start, config.model, model, data, loader, backward=backward, evaluate=evaluate
-    )
-    if rank == 0:
-        report(load_run(start.folder), records)
-    return start.folder
+    def features(self, model: Runner, batch: ClipBatch) -> tuple[Tensor, ...]:
+        return model(*batch)
+
+    def objective(self, features: tuple[Tensor, ...], parts: Sequence[ClipBatch], step: Step) -> dict[str, Tensor]:
+        image, text, scale = features
+        return {"loss": global_contrastive_loss(image, text, scale)}
+
+    def embeds(self, assets: ClipAssets, model: Runner, device: torch.device) -> Embeds:
+        def image(images: Tensor) -> Tensor:
+            return model(images, None)[0]
+
+        def text(captions: list[str]) -> Tensor:
+            return model(None, assets.tokenizer(captions).to(device))[1]
+
+        return Embeds(assets.image_size, image, lambda features: features, text)
+
+    def image_tower(self, assets: ClipAssets, model: CLIP) -> Tower:
+        return model.image_tower()
+
+    def export(self, assets: ClipAssets, model: CLIP, folder: Path, format: Format) -> dict[str, Any]:
+        save_clip(model, folder, format=format)
+        assets.tokenizer.save(folder)
+        return image_processor_config(assets.image_size)
+
+
+PROOF = Proof(
+    [("clip", "--data digits --model tiny --epochs 30 --lr 1e-3 --ema 0.99")],
+    [
+        Claim("zero-shot accuracy (held-out)", "zero-shot top-1", 0.9),
+        Claim("text to image R@1 (held-out)", "text to image R@1", 0.5),
+    ],
+)

@@ -9,11 +9,7 @@ from mmcore.systems.clip.model import CLIPConfig, TextConfig
 
 def _vit(embed_dim: int, text_width: int, vision: VisionConfig, activation: str) -> CLIPConfig:
     text = TextConfig(
-        width=text_width,
-        num_heads=text_width // 64,
-        mlp_dim=4 * text_width,
-        activation=activation,
-        eos_token_id=49407,
+        width=text_width, num_heads=text_width // 64, mlp_dim=4 * text_width, activation=activation, eos_token_id=49407
     )
     return CLIPConfig(embed_dim=embed_dim, vision=replace(vision, activation=activation), text=text)
 
@@ -33,17 +29,13 @@ CLIP_CONFIGS: dict[str, CLIPConfig] = {
     "tiny": CLIPConfig(
         embed_dim=64,
         vision=VisionConfig(image_size=16, patch_size=4, width=128, num_layers=4, num_heads=4, mlp_dim=512),
-        text=TextConfig(
-            vocab_size=1024, context_length=32, width=128, num_layers=3, num_heads=4, mlp_dim=512
-        ),
+        text=TextConfig(vocab_size=1024, context_length=32, width=128, num_layers=3, num_heads=4, mlp_dim=512),
     ),
     # pictures of 32 to 64 pixels
     "small": CLIPConfig(
         embed_dim=256,
         vision=VisionConfig(image_size=64, patch_size=8, width=256, num_layers=6, num_heads=4, mlp_dim=1024),
-        text=TextConfig(
-            vocab_size=4096, context_length=48, width=256, num_layers=4, num_heads=4, mlp_dim=1024
-        ),
+        text=TextConfig(vocab_size=4096, context_length=48, width=256, num_layers=4, num_heads=4, mlp_dim=1024),
     ),
     **_published("gelu"),
     # the activation of OpenAI's own weights
@@ -52,11 +44,7 @@ CLIP_CONFIGS: dict[str, CLIPConfig] = {
 
 
 def clip_config(
-    name: str,
-    *,
-    vocab_size: int | None = None,
-    context_length: int | None = None,
-    eos_token_id: int | None = None,
+    name: str, *, vocab_size: int | None = None, context_length: int | None = None, eos_token_id: int | None = None
 ) -> CLIPConfig:
     """The named configuration, fitted to a tokenizer.
 
@@ -78,7 +66,5 @@ def clip_config(
         eos_token_id = config.text.eos_token_id
     if context_length is None:
         context_length = config.text.context_length
-    text = replace(
-        config.text, vocab_size=vocab_size, context_length=context_length, eos_token_id=eos_token_id
-    )
+    text = replace(config.text, vocab_size=vocab_size, context_length=context_length, eos_token_id=eos_token_id)
     return replace(config, text=text)

@@ -1,9 +1,7 @@
 """CLIP weights on disk, in the layouts of transformers and of open_clip; pickled code is never run."""
 
-import pickle
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,27 +10,19 @@ from torch import Tensor
 
 from mmcore.checkpoint import write_json
 from mmcore.nn import interpolate_positions
-from mmcore.systems.clip import names as clip_names
+from mmcore.ops import require
+from mmcore.systems.clip import names
 from mmcore.systems.clip.model import CLIP, CLIPConfig
-from mmcore.weights.files import new_folder, read_json, read_safetensors, write_safetensors
+from mmcore.weights.files import new_folder, read_json, read_pickle, read_safetensors, write_safetensors
 
 Format = Literal["hf", "open_clip"]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    config: str
-    safetensors: str
-    pickled: str
-
-
-_LAYOUTS: dict[str, _Layout] = {
-    "hf": _Layout("config.json", "model.safetensors", "pytorch_model.bin"),
-    "open_clip": _Layout(
-        "open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
-    ),
+# how they are written, and what their files' names begin with
+_FORMATS = {
+    "hf": (names.HF, names.HF_SETTINGS, ""),
+    "open_clip": (names.OPEN_CLIP, names.OPEN_CLIP_SETTINGS, "open_clip_"),
 }
-_MARKS = {"hf": "vision_model.embeddings.class_embedding", "open_clip": "visual.conv1.weight"}
 
 
 def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size: int | None = None) -> CLIP:
@@ -52,37 +42,37 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
         ValueError: no weights or no configuration found, missing or unknown names, wrong shapes, a file that
             is damaged or that holds pickled code.
     """
-    file = _find_weights(Path(path))
-    tensors = _read_tensors(file)
-    plain = {name.removeprefix("module.") for name in tensors}
-    layout = next((name for name, mark in _MARKS.items() if mark in plain), None)
-    if layout is None:
-        raise ValueError(
-            f"load_clip: {file} must hold CLIP weights of transformers or open_clip, got neither's names"
-        )
-    if config is None:
-        config = _read_config(file.parent / _LAYOUTS[layout].config, layout)
-    ours = (clip_names.from_hf if layout == "hf" else clip_names.from_open_clip)(tensors, config)
-    _check_shapes("load_clip", ours, config)
-    if image_size is not None and image_size != config.vision.image_size:
-        config = replace(config, vision=replace(config.vision, image_size=image_size))
-        positions = interpolate_positions(ours["visual.position_embedding"], config.vision.num_patches)
-        ours["visual.position_embedding"] = positions
-    model = _empty_clip(config)
-    model.load_state_dict(ours, assign=True)
+    op, file = "load_clip", _find_weights(Path(path))
+    tensors = read_safetensors(op, file) if file.suffix == ".safetensors" else read_pickle(op, file)
+    ours = ["visual.class_embedding"]
+    found = [x for x in _FORMATS.values() if next(x[0].pairs(ours)).theirs[0] in x[0].renamed(tensors)]
+    what = "{} must hold CLIP weights of transformers or open_clip, got neither's names"
+    require(op, bool(found), what, file)
+    layout, settings, _ = found[0]
+    beside = file.parent / settings.what
+    what = "{} must lie beside the weights, or config be given; {} is not there"
+    require(op, config is not None or beside.is_file(), what, beside.name, beside)
+    shape: CLIPConfig = config or settings.read(op, read_json(op, beside))
+    state = layout.read(op, tensors, _empty_clip(shape).state_dict())
+    if image_size is not None and image_size != shape.vision.image_size:
+        shape = replace(shape, vision=replace(shape.vision, image_size=image_size))
+        positions = interpolate_positions(state["visual.position_embedding"], shape.vision.num_patches)
+        state["visual.position_embedding"] = positions
+    model = _empty_clip(shape)
+    model.load_state_dict(state, assign=True)
     return model
 
 
-def save_clip(
-    model: CLIP,
-    folder: str | Path,
-    *,
-    format: Format = "hf",
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a new folder that transformers' `CLIPModel.from_pretrained` or open_clip's `local-dir:` loads.
+def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> CLIP:
+    """`load_clip`, as every system's folders are read; its weights are float32 whatever `dtype` is."""
+    return load_clip(folder)
 
-    The folder appears complete or not at all.
+
+def save_clip(
+    model: CLIP, folder: str | Path, *, format: Format = "hf", state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a folder, whole or not at all, that transformers' `CLIPModel.from_pretrained` or open_clip's `local-dir:`
+    loads.
 
     Args:
         model: whose configuration, and weights, are written.
@@ -95,83 +85,33 @@ def save_clip(
         ValueError: an existing folder, an unknown format, weights of other names or shapes, a configuration
             that the format cannot express.
     """
-    folder = Path(folder)
-    if format not in _LAYOUTS:
-        raise ValueError(f"save_clip: format must be one of {sorted(_LAYOUTS)}, got {format!r}")
-    state = {
-        name: t.detach() for name, t in (model.state_dict() if state_dict is None else state_dict).items()
-    }
-    _check_shapes("save_clip", state, model.config)
-    if format == "hf":
-        tensors, raw = clip_names.to_hf(state, model.config), clip_names.hf_config(model.config)
-    else:
-        tensors, raw = clip_names.to_open_clip(state, model.config), clip_names.open_clip_config(model.config)
-    layout = _LAYOUTS[format]
-    with new_folder("save_clip", folder) as staged:
-        write_safetensors(staged / layout.safetensors, tensors)
-        write_json(staged / layout.config, raw)
+    op, own = "save_clip", _empty_clip(model.config).state_dict()
+    require(op, format in _FORMATS, "format must be one of {}, got {!r}", sorted(_FORMATS), format)
+    state = model.state_dict() if state_dict is None else state_dict
+    odd = sorted(set(state) ^ set(own))
+    require(op, not odd, "state_dict must hold the model's names, differs in {}", ", ".join(odd[:3]))
+    for name, x in own.items():
+        shape, got = list(x.shape), list(state[name].shape)
+        require(op, shape == got, "{} must be {}, got {}", name, shape, got)
+    layout, settings, start = _FORMATS[format]
+    tensors, raw = layout.write(state), settings.write(op, model.config)
+    with new_folder(op, Path(folder)) as staged:
+        write_safetensors(staged / f"{start}model.safetensors", tensors)
+        write_json(staged / settings.what, raw)
 
 
 def _find_weights(path: Path) -> Path:
-    if path.is_file():
-        return path
-    names = [layout.safetensors for layout in _LAYOUTS.values()] + [
-        layout.pickled for layout in _LAYOUTS.values()
-    ]
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(
-        f"load_clip: path must be a weights file or a folder with one of {', '.join(names)}, got {path}"
-    )
-
-
-def _read_config(file: Path, layout: str) -> CLIPConfig:
-    if not file.is_file():
-        raise ValueError(
-            f"load_clip: {file.name} must lie beside the weights, or config be given; {file} is not there"
-        )
-    raw = read_json("load_clip", file)
-    return (clip_names.config_from_hf if layout == "hf" else clip_names.config_from_open_clip)(raw)
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return read_safetensors("load_clip", file)
-    if file.suffix not in (".bin", ".pt", ".pth"):
-        raise ValueError(f"load_clip: path must end in .safetensors, .bin, .pt or .pth, got {file.name}")
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                raise ValueError(
-                    f"load_clip: {file} must hold plain tensors, got a TorchScript archive (code)"
-                )
-    try:
-        raw = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"load_clip: {file} must hold plain tensors, got pickled objects, which could run code"
-        ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"load_clip: {file} must be a whole torch file, got: {error}") from error
-    # open_clip's trainer keeps the weights beside the optimizer
-    if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict):
-        raw = raw["state_dict"]
-    if not isinstance(raw, dict) or not all(isinstance(t, Tensor) for t in raw.values()):
-        raise ValueError(f"load_clip: {file} must hold a dict of tensors, got {type(raw).__name__}")
-    return raw
+    known = (".safetensors", ".bin", ".pt", ".pth")
+    is_known = not path.is_file() or path.suffix in known
+    require("load_clip", is_known, "path must end in {}, {}, {} or {}, got {}", *known, path.name)
+    kinds = ("model.safetensors", "pytorch_model.bin")
+    files = [path / f"{start}{kind}" for kind in kinds for _, _, start in _FORMATS.values()]
+    found = [file for file in (path, *files) if file.is_file()]
+    what = "path must be a weights file or a folder with one of {}, got {}"
+    require("load_clip", bool(found), what, ", ".join(file.name for file in files), path)
+    return found[0]
 
 
 def _empty_clip(config: CLIPConfig) -> CLIP:
     with torch.device("meta"):
         return CLIP(config)
-
-
-def _check_shapes(caller: str, state: Mapping[str, Tensor], config: CLIPConfig) -> None:
-    wanted = {name: tuple(t.shape) for name, t in _empty_clip(config).state_dict().items()}
-    if set(state) != set(wanted):
-        odd = sorted(set(state) ^ set(wanted))
-        raise ValueError(f"{caller}: state_dict must hold the model's names, differs in {', '.join(odd[:3])}")
-    for name, shape in wanted.items():
-        if tuple(state[name].shape) != shape:
-            raise ValueError(f"{caller}: {name} must be {list(shape)}, got {list(state[name].shape)}")

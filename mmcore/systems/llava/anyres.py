@@ -27,9 +27,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
         ValueError: an image without pixels, no pinpoints.
     """
     height, width = size
-    require(
-        "best_resolution", height > 0 and width > 0, "size must be 1 pixel or more each way, got {}", size
-    )
+    require("best_resolution", height > 0 and width > 0, "size must be 1 pixel or more each way, got {}", size)
     require("best_resolution", len(pinpoints) > 0, "pinpoints must be one or more, got {}", "none")
 
     def kept(pinpoint: Size) -> int:

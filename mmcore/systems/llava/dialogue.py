@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
@@ -18,43 +17,10 @@ from mmcore.data.sources.json_formats import is_unicode
 from mmcore.data.text.templates import ChatTokens
 from mmcore.systems.llava.inputs import Prompt, SeenImage, generate_inputs, prompt_of, see
 from mmcore.systems.llava.model import Llava
+from mmcore.tasks.talks import Sampling
 
 # of bytes that make no character, or not yet
 _REPLACEMENT = "\ufffd"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is chosen."""
-
-    temperature: float = 0.0
-    """0 = the likeliest token each time; above, tokens are drawn, the more freely the higher."""
-    top_p: float = 1.0
-    """Drawn from the likeliest tokens that make up this probability; with a temperature alone."""
-    max_new_tokens: int = 512
-    """Tokens of an answer, at most."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
-        if self.top_p < 1 and self.temperature == 0:
-            raise ValueError(f"--top-p has no effect without a --temperature above 0, got {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
-
-    def options(self, tokens: ChatTokens) -> dict[str, Any]:
-        """For `Llava.generate`."""
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return {
-            "do_sample": self.temperature > 0,
-            "num_beams": 1,
-            "max_new_tokens": self.max_new_tokens,
-            "eos_token_id": sorted(tokens.stops),
-            "pad_token_id": tokens.pad_token_id,
-            **(drawn if self.temperature > 0 else {}),
-        }
 
 
 def num_positions(model: Llava, tokens: ChatTokens) -> int:
@@ -77,12 +43,7 @@ class Dialogue:
     """
 
     def __init__(
-        self,
-        model: Llava,
-        tokens: ChatTokens,
-        *,
-        system: str | None = None,
-        sampling: Sampling | None = None,
+        self, model: Llava, tokens: ChatTokens, *, system: str | None = None, sampling: Sampling | None = None
     ) -> None:
         if tokens.template is not None and tokens.template.images_only:
             raise ValueError("Dialogue: tokens must be of a template that reads questions, got 'plain'")
@@ -132,9 +93,7 @@ class Dialogue:
         """Whether the model has room for an answer to a question after all before it."""
         return self._read(text, images)[3] >= 1
 
-    def _read(
-        self, text: str, images: Sequence[Image.Image]
-    ) -> tuple[list[Turn], list[SeenImage], Prompt, int]:
+    def _read(self, text: str, images: Sequence[Image.Image]) -> tuple[list[Turn], list[SeenImage], Prompt, int]:
         """All turns and images with the question, what is read of them, and how many tokens are left for an answer."""
         turns = [*self.turns, Turn("user", f"{IMAGE}\n" * len(images) + text)]
         shown = [*self.images, *(see(image, self.model.config) for image in images)]
@@ -179,9 +138,7 @@ class _Streamer(BaseStreamer):
         pass
 
 
-def _generated(
-    model: Llava, tokens: ChatTokens, prompt: Prompt, sampling: Sampling, most: int
-) -> Generator[list[int]]:
+def _generated(model: Llava, tokens: ChatTokens, prompt: Prompt, sampling: Sampling, most: int) -> Generator[list[int]]:
     """Tokens of an answer as they are made, by a thread that ends where this is closed."""
     inputs = generate_inputs([prompt], tokens.pad_token_id, model.config, next(model.parameters()).device)
     made: SimpleQueue[list[int] | None] = SimpleQueue()

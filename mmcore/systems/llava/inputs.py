@@ -33,9 +33,7 @@ class Prompt(NamedTuple):
     images: Sequence[SeenImage]
 
 
-def prompt_of(
-    tokens: ChatTokens, config: LlavaConfig, turns: Sequence[Turn], images: Sequence[SeenImage]
-) -> Prompt:
+def prompt_of(tokens: ChatTokens, config: LlavaConfig, turns: Sequence[Turn], images: Sequence[SeenImage]) -> Prompt:
     """The prompt that a conversation is up to here.
 
     Args:

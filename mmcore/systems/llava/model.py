@@ -13,41 +13,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmcore.labels import IGNORED, IMAGE_TOKEN
 from mmcore.nn import Linear, quicken
 from mmcore.ops import require
+from mmcore.parts.adapters import Lora, add_adapters, is_adapter, merge_adapters
 from mmcore.parts.language_head import LanguageHead
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.llava.anyres import Size, grid_shape, num_packed, num_views, pack_features
 
 Trainable = Literal["projector", "language", "all"]
 """What learns: the projector alone (stage 1), the language model with it (stage 2), the tower too (NeXT)."""
-
-
-LORA_DROPOUT = 0.05
-"""Before the adapters, as LLaVA's recipes have it."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters beside the language model's linear layers (LoRA, arXiv:2106.09685): W x + alpha / rank B A x.
-
-    Args:
-        rank: rows of A, at least 1.
-        alpha: above 0.
-        dropout: of x before A, in [0, 1).
-    """
-
-    rank: int
-    alpha: int
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        require("Lora", self.rank >= 1, "rank must be at least 1, got {}", self.rank)
-        require("Lora", self.alpha > 0, "alpha must be above 0, got {}", self.alpha)
-        require("Lora", 0 <= self.dropout < 1, "dropout must be in [0, 1), got {}", self.dropout)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a weight of this name is an adapter's."""
-    return ".lora_" in name
 
 
 @dataclass(frozen=True)
@@ -108,9 +80,7 @@ class Llava(nn.Module):
         trainable: what learns; the rest is frozen and stays in evaluation mode.
     """
 
-    def __init__(
-        self, config: LlavaConfig, language_model: Any, *, trainable: Trainable = "projector"
-    ) -> None:
+    def __init__(self, config: LlavaConfig, language_model: Any, *, trainable: Trainable = "projector") -> None:
         super().__init__()
         self.config = config
         self.visual = ViT(config.vision)
@@ -123,6 +93,7 @@ class Llava(nn.Module):
         self.language_model: Any = language_model
         self.language_head = LanguageHead(language_model.get_output_embeddings())
         self.activation_checkpointing = False
+        self._adapters: tuple[Any, ...] = ()
         self.set_trainable(trainable)
 
     def set_trainable(self, trainable: Trainable) -> None:
@@ -141,6 +112,19 @@ class Llava(nn.Module):
         for name, parameter in named:
             parameter.requires_grad_(trainable != "projector" and (is_adapter(name) or not has_adapters))
         self.train(self.training)
+
+    def add_adapters(self, lora: Lora) -> None:
+        """Puts adapters beside the language model's layers, which learn in place of its weights."""
+        # in a tuple, so that it is no part of this module
+        self._adapters = (add_adapters(self.language_model, lora),)
+        self.set_trainable(self.trainable)
+
+    def merge_adapters(self) -> None:
+        """Adds what the adapters learned to the weights, and takes them away; nothing where there are none."""
+        for tuner in self._adapters:
+            merge_adapters(self.language_model, tuner)
+        self._adapters = ()
+        self.set_trainable(self.trainable)
 
     def train(self, mode: bool = True) -> "Llava":
         """What is frozen stays in evaluation mode."""
@@ -193,20 +177,13 @@ class Llava(nn.Module):
         """
         embedded = self._embed(tokens, images, image_sizes)
         # padding is behind all that reads; with a mask or a cache transformers would not look for documents
-        found = self.language_model.base_model(
-            inputs_embeds=embedded, position_ids=position_ids, use_cache=False
-        )
+        found = self.language_model.base_model(inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
         labels = learned_labels(labels, position_ids)
         return self.language_head(found.last_hidden_state[:, :-1], labels), (labels != IGNORED).sum()
 
     @torch.no_grad()
     def generate(
-        self,
-        tokens: Tensor,
-        num_text: Tensor,
-        images: Tensor,
-        image_sizes: Tensor | None = None,
-        **options: Any,
+        self, tokens: Tensor, num_text: Tensor, images: Tensor, image_sizes: Tensor | None = None, **options: Any
     ) -> Tensor:
         """Token ids that the language model goes on with, by `transformers`' `generate` and its options.
 
@@ -280,10 +257,7 @@ class Llava(nn.Module):
         return torch.cat(
             [
                 pack_features(
-                    views,
-                    size,
-                    grid_shape(size, config.grid_pinpoints, config.vision.image_size),
-                    self.image_newline,
+                    views, size, grid_shape(size, config.grid_pinpoints, config.vision.image_size), self.image_newline
                 )
                 for views, size in zip(projected.split(counts), sizes)
             ]

@@ -1,85 +1,320 @@
-"""Trains LLaVA, both stages: the recipes."""
+"""LLaVA's recipes, one a stage."""
 
-import json
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+import tyro
 from torch import Tensor
 
-from mmcore import checkpoint
-from mmcore.data.chats import ChatData, open_chats
-from mmcore.data.loader import MapLoader
-from mmcore.data.sources.conversations import IMAGE
+from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
+from mmcore.data.chats import ChatConfig, ChatData, open_chats
+from mmcore.data.loader import MapBatches, MapLoader
+from mmcore.data.sources.conversations import IMAGE, ChatRecord
+from mmcore.data.sources.derived_chats import DESCRIBE
 from mmcore.data.text.templates import TEMPLATES, ChatTokens
 from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
 from mmcore.labels import IGNORED
 from mmcore.losses import global_ratio
-from mmcore.parts.language import load_language_model, load_language_tokenizer
-from mmcore.parts.language_folder import LANGUAGE_MODEL, language_model_folder
-from mmcore.parts.language_source import TINY, Language, check_llm_steps, read_language, tiny_language
+from mmcore.parts.adapters import LORA_DROPOUT, Lora
+from mmcore.parts.language_folder import (
+    LANGUAGE_MODEL,
+    TINY,
+    Language,
+    check_llm_steps,
+    language_of,
+    read_language,
+    tiny_language,
+)
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower
-from mmcore.runs import FROZEN, LLAVA_STAGE1
-from mmcore.systems.llava.config import LANGUAGE, NEWLINE, LlavaRecipe, LlavaStage1Config, LlavaStage2Config
-from mmcore.systems.llava.evaluate import load_run, report
-from mmcore.systems.llava.loader import ChatPart, ChatTrainBatch, chat_loader
-from mmcore.systems.llava.model import Llava, LlavaConfig, learned_labels
-from mmcore.systems.llava.runs import LORA, llava_shape, load_trained
-from mmcore.systems.llava.start import LlavaStart, llava_start, next_pinpoints
-from mmcore.tasks.chat import accuracy, answers_recur, replies
-from mmcore.train.engine import Engine, init_distributed
-from mmcore.train.loop import on_rank_zero, seed_step
-from mmcore.train.recipe import run_recipe, write_folder
-from mmcore.train.run import Start, open_run
+from mmcore.parts.vit import Tower
+from mmcore.recipe import Assets, OnLanguageModel, Purpose, Runner, Step
+from mmcore.runs import load_weights
+from mmcore.settings import free
+from mmcore.systems.llava.loader import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
+from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
+from mmcore.systems.llava.start import LlavaStart, llava_shape, llava_start, next_pinpoints
+from mmcore.systems.llava.talk import Talks
+from mmcore.systems.llava.weights import save_llava
+from mmcore.tasks.speaking import Answerer, Decoding
+from mmcore.train.config import RunConfig
+from mmcore.train.optim import OptimConfig, Rule
 
-# of what --llm tiny is trained on
+# how the names of a model's parts begin
+VISION, PROJECTOR, NEWLINE, LANGUAGE = "visual.", "projector.", "image_newline", "language_model."
+STAGE1, STAGE2 = "llava-stage1", "llava-stage2"
+LORA = "lora"
+"""Of a run's model: the shape of its language model's adapters."""
 TINY_TEMPLATE = "v1"
-# Conversations that a run is measured on while it trains.
-MAX_EVALUATED = 96
+"""Of what --llm tiny is trained on."""
+PROMPTS = {
+    "caption": "Provide a one-sentence caption for the provided image.",
+    "vqa": "{}\nAnswer the question using a single word or phrase.",
+}
+"""LLaVA-1.5's, of models that were trained on its data."""
+
+
+def _published(lr: float) -> OptimConfig:
+    decays: dict[str, Any] = {"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    return OptimConfig(lr=lr, warmup=10**9, warmup_share=0.03, **decays)
 
 
 @dataclass(frozen=True)
-class _Begin:
-    """What a new run starts from: its shape, weights by our names, and its language model."""
+class LlavaAssets(Assets):
+    """The shapes of tower, projector, tiles and adapters, and the language model with its tokens."""
 
-    config: LlavaConfig
-    state: dict[str, Tensor]
+    shape: LlavaConfig
+    lora: Lora | None
     language: Language
+    tokens: ChatTokens
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        known = {LORA: self.lora and asdict(self.lora), LANGUAGE_MODEL: self.language.save(folder)}
+        return {**asdict(self.shape), **known}
 
 
-def _begin(config: LlavaStage1Config | LlavaStage2Config, data: ChatData) -> _Begin:
-    """On rank 0, of a new run."""
-    check_llm_steps(config.llm, config.llm_steps)
-    if isinstance(config, LlavaStage2Config):
-        start = _start_of(config)
-        return _Begin(start.config, start.state, read_language(start.llm))
-    if config.vision is None:
-        raise ValueError("--vision must be given: the frozen image tower")
-    if config.llm is None:
-        raise ValueError(f"--llm must be a language model's folder or {TINY!r}, got nothing")
-    tower = load_tower(config.vision)
-    pinpoints = next_pinpoints(tower.config.image_size) if config.anyres else ()
-    shape = LlavaConfig(tower.config, config.projector, pinpoints)
-    state = {f"visual.{name}": x for name, x in tower.state.items()}
-    if config.llm == TINY:
-        language = tiny_language(lambda: _said(data), seed=config.run.seed, steps=config.llm_steps)
-    else:
-        language = read_language(Path(config.llm))
-    return _Begin(shape, state, language)
+@dataclass(frozen=True)
+class LlavaRecipe(OnLanguageModel):
+    """What both stages have in common."""
+
+    data: ChatConfig = field(default_factory=ChatConfig)
+    """Which conversations."""
+    max_length: int = 2048
+    """Tokens of a row, those of images included."""
+    pack: bool = True
+    """Several conversations stand in a row and see nothing of each other; else each has a row of its own."""
+    activation_checkpointing: bool = field(default=False, metadata=free)
+    """Recompute activations in the backward: less memory, about a third more time; as published."""
+    max_answer: int = field(default=64, metadata=free)
+    """Tokens of an answer at most when the run is measured."""
+    template: str = "plain"
+
+    tasks = ("conversation",)
+    formats = ("hf",)
+
+    def __post_init__(self) -> None:
+        if self.max_answer < 1:
+            raise ValueError(f"--max-answer must be at least 1, got {self.max_answer}")
+
+    @property
+    def trainable(self) -> Trainable:
+        """What learns."""
+        return "projector"
+
+    @property
+    def adapters(self) -> Lora | None:
+        """In place of the language model's weights."""
+        return None
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """How the names of the weights begin that learn, adapters aside."""
+        parts = [PROJECTOR, NEWLINE]
+        if self.learns_language:
+            parts.append(LANGUAGE)
+        return (*parts, VISION) if self.trainable == "all" else tuple(parts)
+
+    @property
+    def learns_language(self) -> bool:
+        return self.trainable != "projector" and self.adapters is None
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether the conversations are made of captions, classes and pixels."""
+        return self.data.data in ("digits", "stamps")
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        described = DESCRIBE[self.data.language] if self.is_derived else PROMPTS["caption"]
+        return {"caption": described, "vqa": "{}" if self.is_derived else PROMPTS["vqa"]}
+
+    def open_data(self) -> ChatData:
+        return open_chats(self.data, seed=self.run.seed, captions_only=self.template == "plain")
+
+    def pictures(self, data: Any) -> PairData:
+        """Those that a run on 'digits' or 'stamps' held out."""
+        if isinstance(data, PairData):
+            return data
+        chats = self.data
+        if not self.is_derived:
+            raise ValueError(f"--data must be given: the run was trained on conversations alone, {chats.data}")
+        options = {"val_fraction": chats.val_fraction, "language": chats.language}
+        pairs = DataConfig(chats.data, max_broken=chats.max_broken, stamps_dir=chats.stamps_dir, **options)
+        return open_data(pairs, seed=self.run.seed)
+
+    def loader(self, data: ChatData, assets: LlavaAssets, spec: LoaderSpec) -> TrainLoader:
+        return MapLoader(MapBatches(data.train, spec, self.reader(assets)), data.train.tally())
+
+    def sample(self, assets: LlavaAssets, record: ChatRecord, rng: np.random.Generator) -> SeenChat:
+        return seen_chat(record, assets.tokens, assets.shape)
+
+    def collate(self, assets: LlavaAssets, samples: list[SeenChat]) -> ChatPart:
+        return collate_chats(samples, assets.tokens, assets.shape, is_packed=self.pack)
+
+    def _checked(self, start: LlavaStart, language: Language) -> LlavaAssets:
+        """What a new run keeps; the weights are put into a model once, to see that they fit."""
+        frozen = {n: x for n, x in start.state.items() if not n.startswith(self.learned)}
+        assets = LlavaAssets(start.config, self.adapters, language, self._tokens(language), frozen=frozen)
+        load_weights(Llava(assets.shape, language.load()), start.state, is_whole=False)
+        return assets
+
+    def _tokens(self, language: Language) -> ChatTokens:
+        return ChatTokens(language.tokenizer, self.template, self.max_length)
+
+    def load_assets(
+        self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
+    ) -> LlavaAssets:
+        dtype = self.language_dtype(purpose)
+        language = language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
+        return LlavaAssets(*llava_shape(saved), language, self._tokens(language), frozen=frozen)
+
+    def build(self, assets: LlavaAssets) -> Llava:
+        language = assets.language.load()
+        register()
+        language.set_attn_implementation(ATTENTION)
+        model = Llava(assets.shape, language, trainable=self.trainable)
+        load_weights(model, assets.frozen, is_whole=False)
+        if assets.lora is not None:
+            model.add_adapters(assets.lora)
+        model.set_activation_checkpointing(self.activation_checkpointing)
+        return model
+
+    def in_use(self, model: Llava) -> Llava:
+        model.merge_adapters()
+        return model.eval()
+
+    def loss(self, model: Runner, batch: ChatPart, step: Step) -> dict[str, Tensor]:
+        return {"loss": global_ratio(*model("loss", *batch))}
+
+    def weight(self, batch: ChatPart) -> Tensor:
+        return (learned_labels(batch.labels, batch.position_ids) != IGNORED).sum()
+
+    def converses(self, assets: LlavaAssets, model: Any, device: torch.device) -> Talks:
+        return Talks(model, assets.tokens, assets.shape, device, self.max_answer)
+
+    def speaks(self, assets: LlavaAssets, model: Any, device: torch.device, decoding: Decoding) -> Answerer:
+        return self.converses(assets, model, device).answerer(**decoding.generate_options())
+
+    def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> dict[str, Any]:
+        save_llava(model, folder, tokenizer=assets.language.tokenizer)
+        return processor_config(assets.shape)
 
 
-def _start_of(config: LlavaStage2Config) -> LlavaStart:
-    if config.start is None:
-        raise ValueError(f"--from must be given: a run of {LLAVA_STAGE1}, or what else it starts from")
-    llm = None if config.llm is None else Path(config.llm)
-    return llava_start(config.start, llm=llm, vision=config.vision, anyres=config.anyres)
+@dataclass(frozen=True)
+class LlavaStage1(LlavaRecipe):
+    """Train LLaVA's projector between a frozen image tower and a frozen language model (arXiv 2310.03744, stage 1)."""
+
+    run: RunConfig = field(default_factory=partial(RunConfig, epochs=1, batch_size=32))
+    optim: OptimConfig = field(default_factory=partial(_published, 1e-3))
+    vision: Path | None = field(default=None, metadata=free)
+    """The image tower: a run of mmcore train clip, or a CLIP or BLIP-2 of transformers or open_clip."""
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    """linear = LLaVA's (arXiv 2304.08485), mlp2x_gelu = that of 1.5 and NeXT."""
+    anyres: bool = False
+    """Cut large images into tiles, as NeXT does."""
+    template: str = "plain"
+    """plain = the caption behind the image; v1, llama_3, chatml, or auto, the tokenizer's own."""
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        return {"caption": super().prompts["caption"]}
+
+    def assets(self, data: ChatData) -> LlavaAssets:
+        check_llm_steps(self.llm, self.llm_steps)
+        if self.vision is None:
+            raise ValueError("--vision must be given: the frozen image tower")
+        if self.llm is None:
+            raise ValueError(f"--llm must be a language model's folder or {TINY!r}, got nothing")
+        tower: Tower = load_tower(self.vision)
+        pinpoints = next_pinpoints(tower.config.image_size) if self.anyres else ()
+        shape = LlavaConfig(tower.config, self.projector, pinpoints)
+        state = {f"visual.{name}": x for name, x in tower.state.items()}
+        if self.llm == TINY:
+            language = tiny_language(partial(_said, data), seed=self.run.seed, steps=self.llm_steps)
+        else:
+            language = read_language(Path(self.llm))
+        return self._checked(LlavaStart(shape, state, Path(self.llm)), language)
+
+
+@dataclass(frozen=True)
+class LlavaStage2(LlavaRecipe):
+    """Train LLaVA's projector and language model on conversations (arXiv 2310.03744, stage 2)."""
+
+    run: RunConfig = field(default_factory=partial(RunConfig, epochs=1, batch_size=16))
+    optim: OptimConfig = field(default_factory=partial(_published, 2e-5))
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = field(default=None, metadata={**free, "flag": "from"})
+    """What to start from: a run of mmcore train llava-stage1 or llava-stage2; a folder of transformers with a Llava or
+    LlavaNext; or the original's mm_projector.bin, with --vision and --llm. A resumed run needs none."""
+    vision: Path | None = field(default=None, metadata=free)
+    """The image tower, of a CLIP, where --from is a mm_projector.bin."""
+    anyres: bool = False
+    """Cut large images into tiles, as NeXT does, where --from is a mm_projector.bin."""
+    template: str = "v1"
+    """v1 (Vicuna), llama_3, chatml, or auto, the tokenizer's own."""
+    train_vision: bool = False
+    """Train the image tower too, as NeXT does."""
+    vision_lr: float | None = None
+    """Learning rate of the image tower, with --train-vision; NeXT's 2e-6 beside --lr 1e-5. None = --lr."""
+    projector_lr: float | None = None
+    """Learning rate of the projector; None = --lr."""
+    lora: int | None = None
+    """Train adapters of this rank (peft) in place of the language model's weights; published with 128, --lr 2e-4 and
+    --projector-lr 2e-5. None = train the weights."""
+    lora_alpha: int | None = None
+    """The adapters count alpha / rank times; None = twice the rank."""
+    lora_dropout: float = LORA_DROPOUT
+    """Dropout before the adapters."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vision_lr", "projector_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+        if self.vision_lr is not None and not self.train_vision:
+            raise ValueError(f"--vision-lr has no effect without --train-vision, got {self.vision_lr}")
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"--lora must be at least 1, got {self.lora}")
+        if self.lora is None and self.lora_alpha is not None:
+            raise ValueError(f"--lora-alpha has no effect without --lora, got {self.lora_alpha}")
+
+    @property
+    def trainable(self) -> Trainable:
+        return "all" if self.train_vision else "language"
+
+    @property
+    def adapters(self) -> Lora | None:
+        if self.lora is None:
+            return None
+        alpha = 2 * self.lora if self.lora_alpha is None else self.lora_alpha
+        return Lora(self.lora, alpha, self.lora_dropout)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        given = {VISION: self.vision_lr, PROJECTOR: self.projector_lr, NEWLINE: self.projector_lr}
+        return tuple(Rule(name, lr / self.optim.lr) for name, lr in given.items() if lr is not None)
+
+    def _start(self) -> LlavaStart:
+        if self.start is None:
+            raise ValueError(f"--from must be given: a run of {STAGE1}, or what else it starts from")
+        llm = None if self.llm is None else Path(self.llm)
+        return llava_start(self.start, llm=llm, vision=self.vision, anyres=self.anyres)
+
+    def assets(self, data: ChatData) -> LlavaAssets:
+        check_llm_steps(self.llm, self.llm_steps)
+        start = self._start()
+        return self._checked(start, read_language(start.llm))
+
+    def initial(self, assets: LlavaAssets, model: Llava) -> Mapping[str, Tensor]:
+        return {n: x for n, x in self._start().state.items() if n.startswith(self.learned)}
 
 
 def _said(data: ChatData) -> list[list[Said]]:
@@ -94,136 +329,3 @@ def _said(data: ChatData) -> list[list[Said]]:
                 asked.append((f"{system}{text}{template.answer_mark}", answer.text))
         found.append([*asked, *(("", answer) for _, answer in asked)])
     return found
-
-
-def _prepare_folder(
-    name: str, config: LlavaStage1Config | LlavaStage2Config, data: ChatData, world_size: int
-) -> Start:
-    """On rank 0: checks everything that a user can get wrong, and only then writes the run's folder."""
-    start, adapters = open_run(name, config.run), config.adapters
-    if start.checkpoint is not None:
-        tokens = _tokens(config, load_language_tokenizer(_language_folder(config, start)))
-        _loader(config, data, tokens, _shape(start), 0, world_size)
-        return write_folder(name, config, start, world_size, lambda _: {})
-    begin = _begin(config, data)
-    _loader(config, data, _tokens(config, begin.language.tokenizer), begin.config, 0, world_size)
-    model = Llava(begin.config, begin.language.model)
-    load_trained(model, None, _new(config, model) | begin.state)
-
-    def save(folder: Path) -> dict[str, Any]:
-        kept = {n: x.contiguous() for n, x in begin.state.items() if not n.startswith(config.learned)}
-        if kept:
-            save_file(kept, folder / FROZEN)
-        language = begin.language.save(folder)
-        return {**asdict(begin.config), LORA: adapters and asdict(adapters), LANGUAGE_MODEL: language}
-
-    return write_folder(name, config, start, world_size, save)
-
-
-def _tokens(config: LlavaStage1Config | LlavaStage2Config, tokenizer: Any) -> ChatTokens:
-    return ChatTokens(tokenizer, config.template, config.max_length)
-
-
-def _loader(
-    config: LlavaRecipe, data: ChatData, tokens: ChatTokens, shape: LlavaConfig, rank: int, world_size: int
-) -> MapLoader[ChatTrainBatch]:
-    spec = config.loader_spec(shape.vision.image_size, rank, world_size)
-    return chat_loader(data.train, spec, tokens, shape, is_packed=config.pack, accum=config.run.accum)
-
-
-def _saved(start: Start) -> dict[str, Any]:
-    return json.loads((start.folder / "config.json").read_text())["model"]
-
-
-def _shape(start: Start) -> LlavaConfig:
-    return llava_shape(_saved(start))[0]
-
-
-def _language_folder(config: LlavaRecipe, start: Start) -> Path:
-    moved = None if start.checkpoint is None or config.llm in (None, TINY) else Path(config.llm)
-    return language_model_folder(start.folder, _saved(start), moved)
-
-
-def _new(config: LlavaStage1Config | LlavaStage2Config, model: Llava) -> dict[str, Tensor]:
-    """The weights of a new model that nothing gives: stage 1's projector, and the end of a tile's row."""
-    begin_anew = NEWLINE if isinstance(config, LlavaStage2Config) else config.learned
-    return {name: x for name, x in model.state_dict().items() if name.startswith(begin_anew)}
-
-
-def _make_model(
-    config: LlavaStage1Config | LlavaStage2Config, start: Start, folder: Path, world_size: int
-) -> Llava:
-    torch.manual_seed(config.run.seed)
-    _, precision = config.deepspeed(world_size)
-    is_learned = LANGUAGE in config.learned
-    # what learns is float32 where a master of it is not the engine's
-    dtype = torch.float32 if precision == "fp32" or (is_learned and precision != "bf16") else torch.bfloat16
-    language = load_language_model(folder, dtype=dtype)
-    language.set_attn_implementation(ATTENTION)
-    model = Llava(_shape(start), language, trainable=config.trainable)
-    frozen = start.folder / FROZEN
-    state = load_file(frozen) if frozen.is_file() else {}
-    if start.checkpoint is not None:
-        state |= dict(checkpoint.tensors(start.checkpoint, "weight"))
-    else:
-        given = _start_of(config).state if isinstance(config, LlavaStage2Config) else {}
-        state = _new(config, model) | given | state
-    load_trained(model, config.adapters, state)
-    model.set_activation_checkpointing(config.activation_checkpointing)
-    return model
-
-
-def llava_backward(engine: Engine, parts: Sequence[ChatPart]) -> Tensor:
-    """Loss and gradient of a step: the mean over what all parts of all ranks learn, at the memory of one part.
-
-    Args:
-        engine: a Llava under the engine.
-        parts: of this rank; as many on every rank.
-
-    Returns:
-        [] the detached loss.
-    """
-    counts = [(learned_labels(part.labels, part.position_ids) != IGNORED).sum() for part in parts]
-    count, losses = torch.stack(counts).sum().to(engine.device), []
-    with engine.accumulate() if len(parts) > 1 else nullcontext():
-        for i, part in enumerate(parts, 1):
-            total, _ = engine("loss", *part.to(engine.device))
-            loss = global_ratio(total, count)
-            engine.backward(loss, last=i == len(parts))
-            losses.append(loss.detach())
-    return torch.stack(losses).sum()
-
-
-def train_llava(name: str, config: LlavaStage1Config | LlavaStage2Config) -> Path:
-    """Trains as `config` says, on every rank alike; returns the run's folder.
-
-    Raises:
-        ValueError: something in the configuration, the data or the run's folder is wrong.
-        FloatingPointError: a loss or the gradient stopped being finite.
-    """
-    register()
-    rank, world_size = init_distributed()
-    data = open_chats(config.data, seed=config.run.seed, captions_only=config.template == "plain")
-    start: Start = on_rank_zero(lambda: _prepare_folder(name, config, data, world_size))
-    folder = on_rank_zero(lambda: _language_folder(config, start))
-    model = _make_model(config, start, folder, world_size)
-    tokens = _tokens(config, load_language_tokenizer(folder))
-    loader = _loader(config, data, tokens, model.config, rank, world_size)
-
-    has_accuracy = data.val is not None and answers_recur(data.train, data.val)
-
-    def evaluate(engine: Engine) -> dict[str, float]:
-        if data.val is None or not has_accuracy:
-            return {}
-        options: Any = {"device": engine.device, "most": MAX_EVALUATED, "max_new_tokens": config.max_answer}
-        return {"answer accuracy": accuracy(replies(engine, tokens, model.config, data.val, **options))}
-
-    def backward(engine: Engine, step: int, batch: ChatTrainBatch) -> dict[str, Tensor]:
-        seed_step(config.run.seed, step)
-        return {"loss": llava_backward(engine, batch.parts)}
-
-    what = f"LLaVA on {model.language_model.config.model_type}"
-    records = run_recipe(config, start, what, model, data, loader, backward=backward, evaluate=evaluate)
-    if rank == 0:
-        report(load_run(start.folder), data, records)
-    return start.folder

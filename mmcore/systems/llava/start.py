@@ -1,17 +1,22 @@
 """What LLaVA's second stage starts from: a run, a folder of transformers, or the original's mm_projector.bin."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mmcore.parts.language_folder import language_model_folder
+from mmcore import checkpoint
+from mmcore.parts.adapters import Lora
+from mmcore.parts.language_folder import language_of
 from mmcore.parts.towers import load_tower
-from mmcore.runs import find_run, is_run
+from mmcore.parts.vit import VisionConfig
+from mmcore.runs import find_run, is_run, read_frozen, read_run
 from mmcore.systems.llava.anyres import Size
 from mmcore.systems.llava.model import LlavaConfig
-from mmcore.systems.llava.runs import llava_of, read_llava
 from mmcore.systems.llava.weights import load_llava, read_projector
+
+STAGES = "llava-stage1", "llava-stage2"
 
 
 class LlavaStart(NamedTuple):
@@ -33,9 +38,7 @@ def next_pinpoints(side: int) -> tuple[Size, ...]:
     return ((side, 2 * side), (2 * side, side), (2 * side, 2 * side), (3 * side, side), (side, 3 * side))
 
 
-def llava_start(
-    path: Path, *, llm: Path | None = None, vision: Path | None = None, anyres: bool = False
-) -> LlavaStart:
+def llava_start(path: Path, *, llm: Path | None = None, vision: Path | None = None, anyres: bool = False) -> LlavaStart:
     """Reads what the second stage starts from.
 
     Args:
@@ -61,15 +64,25 @@ def llava_start(
     return LlavaStart(model.config, state, path)
 
 
+def llava_shape(saved: Mapping[str, Any]) -> tuple[LlavaConfig, Lora | None]:
+    """The model and its adapters as a run's config.json holds them."""
+    pinpoints = tuple((height, width) for height, width in saved["grid_pinpoints"])
+    config = LlavaConfig(VisionConfig(**saved["vision"]), saved["projector"], pinpoints)
+    return config, saved["lora"] and Lora(**saved["lora"])
+
+
 def _of_run(path: Path, llm: Path | None) -> LlavaStart:
     run = find_run(path)
-    read = read_llava(run)
-    folder = language_model_folder(run.folder, run.saved["model"], llm)
-    if read.lora is None:
-        return LlavaStart(read.config, read.state, folder)
-    merged = llava_of(run, llm)
-    # tied ones once
-    return LlavaStart(read.config, {n: p.detach() for n, p in merged.named_parameters()}, folder)
+    if run.recipe not in STAGES:
+        raise ValueError(f"--from must be a run of {' or '.join(STAGES)}, got {path}, which is of {run.recipe}")
+    config, lora = llava_shape(run.saved["model"])
+    folder = language_of(run.folder, run.saved["model"], llm, None).folder
+    assert folder is not None
+    if lora is None:
+        state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
+    else:  # tied ones once
+        state = {n: p.detach() for n, p in read_run(path, llm=llm).model.named_parameters()}
+    return LlavaStart(config, state, folder)
 
 
 def _of_projector(file: Path, llm: Path | None, vision: Path | None, anyres: bool) -> LlavaStart:

@@ -20,26 +20,20 @@ from transformers import (
 )
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 TEXT = SMALL | {"vocab_size": 40, "max_position_embeddings": 8, "eos_token_id": 39}
 VISION = SMALL | {"image_size": 8, "patch_size": 4}
 # XLM-RoBERTa's positions begin behind its padding
 PADDED = TEXT | {"max_position_embeddings": 12, "project_dim": 16, "pooler_fn": "cls"}
 
 MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
-    "CLIP": (CLIPModel, CLIPConfig, TEXT),
-    "MetaCLIP 2": (MetaClip2Model, MetaClip2Config, TEXT),
-    "Chinese-CLIP": (ChineseCLIPModel, ChineseCLIPConfig, TEXT),
-    "AltCLIP": (AltCLIPModel, AltCLIPConfig, PADDED),
+    "CLIP": (CLIPModel, CLIPConfig, TEXT), "MetaCLIP 2": (MetaClip2Model, MetaClip2Config, TEXT),
+    "Chinese-CLIP": (ChineseCLIPModel, ChineseCLIPConfig, TEXT), "AltCLIP": (AltCLIPModel, AltCLIPConfig, PADDED),
     "BLIP": (BlipModel, BlipConfig, TEXT | {"encoder_hidden_size": 32}),
     "SigLIP": (SiglipModel, SiglipConfig, TEXT | {"projection_size": 32}),
-}
+}  # fmt: skip
 
 
 def make(name: str) -> Any:

@@ -24,68 +24,32 @@ from transformers import (
 )
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 LLAMA: dict[str, Any] = TEXT | {
-    "num_key_value_heads": 2,
-    "model_type": "llama",
-    "pad_token_id": 0,
-    "eos_token_id": 59,
-}
+    "num_key_value_heads": 2, "model_type": "llama", "pad_token_id": 0, "eos_token_id": 59,
+}  # fmt: skip
 OPT: dict[str, Any] = {
-    "model_type": "opt",
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "word_embed_proj_dim": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "dropout": 0.0,
+    "model_type": "opt", "vocab_size": 60, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.0,
     "pad_token_id": 1,
-}
+}  # fmt: skip
 T5: dict[str, Any] = {
-    "model_type": "t5",
-    "vocab_size": 60,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "dropout_rate": 0.0,
-    "decoder_start_token_id": 0,
-}
+    "model_type": "t5", "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "dropout_rate": 0.0, "decoder_start_token_id": 0,
+}  # fmt: skip
 CLIP_VISION: dict[str, Any] = {
-    "hidden_size": 40,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 12,
-    "patch_size": 4,
-    "projection_dim": 16,
-}
+    "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 12,
+    "patch_size": 4, "projection_dim": 16,
+}  # fmt: skip
 BLIP_VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 12,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 12,
     "patch_size": 4,
-}
+}  # fmt: skip
 QFORMER: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "encoder_hidden_size": 32,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+    "vocab_size": 60, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "encoder_hidden_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 IMAGE_TOKEN = 58
 
 
@@ -105,9 +69,7 @@ def scrambled(model: nn.Module, seed: int = 0) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1) * 0.2
-            )
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1) * 0.2)
     return model.eval()
 
 
@@ -162,11 +124,7 @@ def clip(dropout: float = 0.0) -> Case:
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     captions = words(3, 7)
     captions[torch.arange(3), 6 - torch.arange(3)] = 59
-    inputs = {
-        "input_ids": captions,
-        "attention_mask": padded(3, 7, "right"),
-        "pixel_values": noise(3, 3, 12, 12),
-    }
+    inputs = {"input_ids": captions, "attention_mask": padded(3, 7, "right"), "pixel_values": noise(3, 3, 12, 12)}
     return Case(scrambled(CLIPModel(config)), inputs, lambda x: [x.text_embeds, x.image_embeds])
 
 
@@ -192,12 +150,9 @@ def llava() -> Case:
 def blip2(text: dict[str, Any]) -> Case:
     """A Q-Former that every image is shown to, and OPT or T5."""
     config = Blip2Config(
-        vision_config=BLIP_VISION,
-        qformer_config=QFORMER,
-        text_config=text,
-        num_query_tokens=4,
+        vision_config=BLIP_VISION, qformer_config=QFORMER, text_config=text, num_query_tokens=4,
         image_token_index=IMAGE_TOKEN,
-    )
+    )  # fmt: skip
     mask = padded(3, 10, "left")
     inputs = {"input_ids": with_images(4, 10, 3), "attention_mask": mask, "pixel_values": noise(3, 3, 12, 12)}
     model = scrambled(Blip2ForConditionalGeneration(config))
@@ -209,23 +164,14 @@ def blip2(text: dict[str, Any]) -> Case:
 def mllama() -> Case:
     """Text before its image, which sees no tile; tiles that are padding; prompts padded on the left."""
     vision = {
-        "hidden_size": 24,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_global_layers": 1,
-        "attention_heads": 2,
-        "vision_output_dim": 48,
-        "image_size": 8,
-        "patch_size": 4,
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_global_layers": 1,
+        "attention_heads": 2, "vision_output_dim": 48, "image_size": 8, "patch_size": 4,
         "intermediate_layers_indices": [1],
-    }
+    }  # fmt: skip
     text = MllamaTextConfig(
         **TEXT | {"num_hidden_layers": 3, "num_key_value_heads": 2, "cross_attention_layers": [1]},
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=59,
-    )
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, pad_token_id=0, bos_token_id=1, eos_token_id=59,
+    )  # fmt: skip
     mask = padded(3, 8, "left")
     seen = torch.zeros(3, 8, 2, 4, dtype=torch.long)  # [B, L, images, tiles]
     seen[0, 2:, 0, :2] = 1
@@ -254,15 +200,12 @@ def idefics(use_resampler: bool = False) -> Case:
         qk_layer_norms=True,
         vision_config=BLIP_VISION | {"embed_dim": 32},
         perceiver_config={
-            "use_resampler": use_resampler,
-            "resampler_n_latents": 3,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
+            "use_resampler": use_resampler, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
             "resampler_head_dim": 8,
         },
         pad_token_id=0,
         eos_token_id=59,
-    )
+    )  # fmt: skip
     mask = padded(3, 8, "left")
     seen = torch.zeros(3, 8, 2, dtype=torch.long)  # [B, L, images]
     seen[0, 2:, 0] = 1
@@ -270,9 +213,7 @@ def idefics(use_resampler: bool = False) -> Case:
     seen[1, 5:, 1] = 1
     seen[2, 4:] = 1
     inputs = {
-        "input_ids": words(3, 8),
-        "attention_mask": mask,
-        "pixel_values": noise(3, 2, 3, 12, 12),
+        "input_ids": words(3, 8), "attention_mask": mask, "pixel_values": noise(3, 2, 3, 12, 12),
         "image_attention_mask": seen,
-    }
+    }  # fmt: skip
     return Case(scrambled(IdeficsForVisionText2Text(config)), inputs, logits, mask.bool())

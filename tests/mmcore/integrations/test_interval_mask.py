@@ -36,17 +36,12 @@ def test_a_mask_holds_what_eagers_does(data: st.DataObject) -> None:
     seed = torch.Generator().manual_seed(number(0, 1000))
     keys = torch.randint(0, 3, (batch_size, number(1, kv_length + kv_offset)), generator=seed) > 0
     request = {
-        "batch_size": batch_size,
-        "q_length": q_length,
-        "kv_length": kv_length,
-        "q_offset": number(0, 4),
+        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": number(0, 4),
         "kv_offset": kv_offset,
         "mask_function": data.draw(st.sampled_from([causal_mask_function, bidirectional_mask_function])),
-        "attention_mask": data.draw(st.sampled_from([None, keys])),
-        "allow_is_causal_skip": data.draw(st.booleans()),
-        "dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
-        "device": torch.device("cpu"),
-    }
+        "attention_mask": data.draw(st.sampled_from([None, keys])), "allow_is_causal_skip": data.draw(st.booleans()),
+        "dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16])), "device": torch.device("cpu"),
+    }  # fmt: skip
     mask, expected = attention_mask(**request), eager_mask(**request)
     if mask is None:
         assert request["allow_is_causal_skip"] and not expected.any()
@@ -56,16 +51,9 @@ def test_a_mask_holds_what_eagers_does(data: st.DataObject) -> None:
 
 def plain(num_queries: int, num_keys: int, keys: Tensor | None = None) -> Tensor:
     mask = attention_mask(
-        batch_size=2,
-        q_length=num_queries,
-        kv_length=num_keys,
-        q_offset=num_keys - num_queries,
-        kv_offset=0,
-        mask_function=causal_mask_function,
-        attention_mask=keys,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+        batch_size=2, q_length=num_queries, kv_length=num_keys, q_offset=num_keys - num_queries, kv_offset=0,
+        mask_function=causal_mask_function, attention_mask=keys, dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
     assert mask is not None
     return mask
 
@@ -124,8 +112,7 @@ def test_whatever_is_done_to_a_mask_is_done_to_its_matrix() -> None:
     assert torch.equal(mask[:, :, :, :4], matrix[:, :, :, :4])
     assert torch.equal(torch.cat([matrix, mask]), torch.cat([matrix, matrix]))
     assert torch.equal(mask.to(torch.float16), matrix.to(torch.float16))
-    assert torch.equal(mask.repeat(1, 4, 1, 1) == 0, matrix.repeat(1, 4, 1, 1) == 0)
-    assert "-3.4028e+38" in repr(mask)
+    assert torch.equal(mask.repeat(1, 4, 1, 1) == 0, matrix.repeat(1, 4, 1, 1) == 0) and "-3.4028e+38" in repr(mask)
 
 
 def test_a_float_mask_of_0_and_the_least_number_is_intervals() -> None:
@@ -162,9 +149,7 @@ def test_a_mask_that_wants_a_gradient_gets_it() -> None:
     assert gradient.flatten().tolist() == [1, 1, 0]
 
 
-def test_a_mask_is_examined_once_for_all_layers_and_again_when_it_changed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_mask_is_examined_once_for_all_layers_and_again_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     examined = []
     find = interval_mask._find
     monkeypatch.setattr(interval_mask, "_find", lambda *args: examined.append(args) or find(*args))

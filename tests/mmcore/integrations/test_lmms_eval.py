@@ -73,9 +73,7 @@ class GenerationResult:
 def unwrap_generation_output(output: Any) -> tuple[Any, Any]:
     if isinstance(output, GenerationResult):
         return output.text, output.token_counts
-    is_text = isinstance(output, str) or (
-        isinstance(output, list) and all(isinstance(x, str) for x in output)
-    )
+    is_text = isinstance(output, str) or (isinstance(output, list) and all(isinstance(x, str) for x in output))
     return (output if is_text else str(output)), None
 
 
@@ -113,13 +111,10 @@ class ModelRegistryV2:
 
 
 RECORDED: dict[str, Sequence[Any]] = {
-    "lmms_eval": (),
-    "lmms_eval.api": (),
-    "lmms_eval.api.model": (lmms,),
-    "lmms_eval.api.instance": (GenerationResult, Instance, unwrap_generation_output),
-    "lmms_eval.models": (),
+    "lmms_eval": (), "lmms_eval.api": (), "lmms_eval.api.model": (lmms,),
+    "lmms_eval.api.instance": (GenerationResult, Instance, unwrap_generation_output), "lmms_eval.models": (),
     "lmms_eval.models.registry_v2": (ModelManifest, ModelRegistryV2),
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -195,12 +190,8 @@ def test_images_stand_at_their_marks_and_before_the_text_where_there_are_others(
     model.generate_until(requests("generate_until", *(asked(x, {"max_new_tokens": 2}, 2) for x in texts)))
     written = []
     for row in seen[0]:
-        text = model.answerer.tokens.tokenizer.decode(
-            row.masked_fill(row == -200, 5), skip_special_tokens=True
-        )
-        written.append(
-            text.split("USER: ")[1].replace(model.answerer.tokens.tokenizer.decode([5]) * 4, IMAGE)
-        )
+        text = model.answerer.tokens.tokenizer.decode(row.masked_fill(row == -200, 5), skip_special_tokens=True)
+        written.append(text.split("USER: ")[1].replace(model.answerer.tokens.tokenizer.decode([5]) * 4, IMAGE))
     assert written == [
         f"what is {IMAGE} beside {IMAGE}? ASSISTANT:",
         f"{IMAGE}\n{IMAGE}\nwhat is  ? ASSISTANT:",
@@ -213,9 +204,7 @@ def test_a_tasks_settings_are_obeyed(model: Any) -> None:
 
     def generate(*inputs: Any, **options: Any) -> Tensor:
         given.update(options)
-        ids = model.answerer.tokens.tokenizer(
-            " a dog, a cat and\n\na bird", add_special_tokens=False
-        ).input_ids
+        ids = model.answerer.tokens.tokenizer(" a dog, a cat and\n\na bird", add_special_tokens=False).input_ids
         return torch.tensor([ids])
 
     model.answerer.model.generate = generate
@@ -226,19 +215,13 @@ def test_a_tasks_settings_are_obeyed(model: Any) -> None:
         ({"until": "\n\n", "temperature": 0, "top_p": 0}, {"do_sample": False}, "a dog, a cat and"),
         ({"do_sample": False, "temperature": 0.7}, {"do_sample": False}, None),
         ({"temperature": 0.7, "num_beams": 3}, {"do_sample": True, "temperature": 0.7, "num_beams": 3}, None),
-        (
-            {"do_sample": True, "temperature": 0.2, "top_p": 0.5},
-            {"temperature": 0.2, "top_p": 0.5, "top_k": 0},
-            None,
-        ),
+        ({"do_sample": True, "temperature": 0.2, "top_p": 0.5}, {"temperature": 0.2, "top_p": 0.5, "top_k": 0}, None),
         ({"image_aspect_ratio": "original", "max_new_tokens": 10**6}, {"max_new_tokens": None}, None),
     ):
         given.clear()
         (said,) = model.generate_until(requests("generate_until", asked("what?", settings, 1)))
         room = 512 - len(model.answerer.tokens.prompt([Turn("user", f"{IMAGE}\nwhat?")])) - 3
-        assert {name: given[name] for name in options} == {
-            n: x or room if x is None else x for n, x in options.items()
-        }
+        assert {name: given[name] for name in options} == {n: x or room if x is None else x for n, x in options.items()}
         assert answer in (said, None)
 
 
@@ -247,9 +230,7 @@ def loss_of(model: Llava, text: str, images: Sequence[int], answer: str) -> Tens
     turns = (Turn("user", f"{IMAGE}\n" * len(images) + text), Turn("assistant", answer))
     counts = [model.config.num_image_tokens(x.size) for x in seen]
     sample = expand(tokens.sample(Conversation("x", ("",) * len(counts), turns)), counts)
-    total, count = model.loss(
-        sample.tokens[None], sample.labels[None], *image_inputs(seen, model.config, CPU)
-    )
+    total, count = model.loss(sample.tokens[None], sample.labels[None], *image_inputs(seen, model.config, CPU))
     return total / count
 
 
@@ -263,12 +244,8 @@ def test_likelihoods_are_losses_and_greedy_where_the_model_would_say_so(model: A
         optimizer.zero_grad()
     assert model.generate_until(requests("generate_until", asked("what?", {}, 1))) == ["a dog"]
     answers = [
-        (" a cat", 2),
-        ("a dog", 1),
-        (lambda document: document["answer"], 0),
-        (" a dog ", 1),
-        ("a", 1),
-    ]
+        (" a cat", 2), ("a dog", 1), (lambda document: document["answer"], 0), (" a dog ", 1), ("a", 1),
+    ]  # fmt: skip
     given = requests("loglikelihood", *(("what?", answer, shown, i) for answer, i in answers))
     found = [unwrap_generation_output(x)[0] for x in model.loglikelihood(given)]
     with torch.no_grad():
@@ -283,12 +260,7 @@ def test_what_is_too_long_has_no_answer_and_is_counted(model: Any, caplog: pytes
     long, settings = "what? " * 300, {"max_new_tokens": 4}
     with caplog.at_level(logging.WARNING):
         answers = model.generate_until(
-            requests(
-                "generate_until",
-                asked(long, settings, 1),
-                asked("what?", settings, 1),
-                asked(long, settings, 0),
-            )
+            requests("generate_until", asked(long, settings, 1), asked("what?", settings, 1), asked(long, settings, 0))
         )
         assert answers == ["", alone("what?", (1,), 4), ""]
         (first, second) = model.loglikelihood(
@@ -303,9 +275,7 @@ def test_what_is_too_long_has_no_answer_and_is_counted(model: Any, caplog: pytes
 def test_rounds_are_asked_as_the_task_makes_them(model: Any) -> None:
     told = []
 
-    def doc_to_text(
-        document: Any, *, previous_output: list[str], round_idx: int, previous_round_info: Any
-    ) -> Any:
+    def doc_to_text(document: Any, *, previous_output: list[str], round_idx: int, previous_round_info: Any) -> Any:
         told.append((list(previous_output), round_idx, previous_round_info))
         if round_idx == 2:
             return None, None, True, [*previous_output, "end"], None
@@ -314,18 +284,13 @@ def test_rounds_are_asked_as_the_task_makes_them(model: Any) -> None:
     first, second = alone("what?", (1,), 4), alone("and 1?", (2,), 4)
     given = ("what?", {"max_new_tokens": 4}, shown, doc_to_text, 1)
     (answers,) = model.generate_until_multi_round(requests("generate_until_multi_round", given))
-    assert answers == [first, second, "end"]
-    assert told == [([first], 1, None), ([first, second], 2, {"round": 1})]
+    assert answers == [first, second, "end"] and told == [([first], 1, None), ([first, second], 2, {"round": 1})]
 
 
-def test_lmms_eval_finds_the_model_by_its_entry_point_or_when_it_is_registered(
-    installed: ModelRegistryV2, model: Any
-) -> None:
+def test_lmms_eval_finds_the_model_by_its_entry_point_or_when_it_is_registered(installed: ModelRegistryV2, model: Any):
     assert 'mmcore = "mmcore.integrations.lmms_eval:manifest"' in (ROOT / "pyproject.toml").read_text()
     adapter.register()
-    assert installed.manifests == [
-        ModelManifest("mmcore_llava", "mmcore.integrations.lmms_eval.model.MmcoreLlava")
-    ]
+    assert installed.manifests == [ModelManifest("mmcore_llava", "mmcore.integrations.lmms_eval.model.MmcoreLlava")]
     assert model.answerer.batch_size == 3 and model.is_simple and isinstance(model, lmms)
     model.clean()
     assert model.is_clean
@@ -336,15 +301,11 @@ def test_lmms_eval_finds_the_model_by_its_entry_point_or_when_it_is_registered(
 def test_without_lmms_eval_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     for ask in (adapter.manifest, adapter.register):
-        with pytest.raises(
-            ModuleNotFoundError, match=r"mmcore_llava needs lmms-eval, .*: pip install lmms-eval"
-        ):
+        with pytest.raises(ModuleNotFoundError, match=r"mmcore_llava needs lmms-eval, .*: pip install lmms-eval"):
             ask()
 
 
-def test_folders_of_transformers_serve_too_and_mistakes_are_sentences(
-    tmp_path: Path, installed: ModelRegistryV2, run: Path
-) -> None:
+def test_folders_of_transformers_serve_too_and_mistakes_are_sentences(tmp_path, installed: ModelRegistryV2, run: Path):
     save_llava(llava(has_tiles=True), tmp_path / "folder", tokenizer=tokenizer())
     model: Any = made(f"pretrained={tmp_path}/folder,template=v1", {"batch_size": "2"})
     question = asked("what?", {"max_new_tokens": 4}, 2)

@@ -32,16 +32,11 @@ from tests.mmcore.integrations.models import LLAMA, Case, padded, scrambled, wor
 integration.register()
 
 CASES: dict[str, Callable[[], Case]] = {
-    "qformer": models.qformer,
-    "qformer with text": models.qformer_with_text,
-    "clip": models.clip,
-    "blip2 with opt": partial(models.blip2, models.OPT),
-    "blip2 with t5": partial(models.blip2, models.T5),
-    "llava": models.llava,
-    "mllama": models.mllama,
-    "idefics": models.idefics,
+    "qformer": models.qformer, "qformer with text": models.qformer_with_text, "clip": models.clip,
+    "blip2 with opt": partial(models.blip2, models.OPT), "blip2 with t5": partial(models.blip2, models.T5),
+    "llava": models.llava, "mllama": models.mllama, "idefics": models.idefics,
     "idefics with a resampler": partial(models.idefics, use_resampler=True),
-}
+}  # fmt: skip
 GENERATING = [name for name in CASES if name not in ("qformer", "qformer with text", "clip")]
 LEAST = torch.finfo(torch.float32).min
 Result = tuple[list[Tensor], dict[str, Tensor]]
@@ -85,9 +80,7 @@ def assert_equal(ours: Result, theirs: Result, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_of_all_parameters_equal_eagers(
-    name: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_and_gradients_of_all_parameters_equal_eagers(name, dtype: torch.dtype, tolerance: float, monkeypatch):
     softmax = F.softmax
     if dtype == torch.float64:  # eager's softmax too, which is float32 in most models
         monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
@@ -108,21 +101,16 @@ def test_bfloat16_by_autocast_or_in_the_weights_is_as_close_as_eager(name: str, 
         assert (mine - x).abs().max() <= allowed
 
 
-@pytest.mark.parametrize(
-    ("name", "kinds"),
-    [
-        ("qformer", {(4, 4): "none", (4, 11): "intervals"}),
-        ("qformer with text", {(9, 9): "intervals", (4, 11): "none"}),
-        ("clip", {(7, 7): "intervals", (10, 10): "none"}),
-        ("llava", {(16, 16): "intervals", (10, 10): "none"}),
-        ("idefics", {(8, 8): "intervals", (8, 20): "intervals", (10, 10): "none"}),
-        # tiles and their padding of the vision tower alternate too often
-        ("mllama", {(8, 8): "intervals", (8, 40): "intervals", (32, 32): "dense"}),
-    ],
-)
-def test_masks_reach_attention_as_intervals_wherever_they_are(
-    name: str, kinds: dict[tuple[int, int], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("qformer", {(4, 4): "none", (4, 11): "intervals"}),
+    ("qformer with text", {(9, 9): "intervals", (4, 11): "none"}),
+    ("clip", {(7, 7): "intervals", (10, 10): "none"}),
+    ("llava", {(16, 16): "intervals", (10, 10): "none"}),
+    ("idefics", {(8, 8): "intervals", (8, 20): "intervals", (10, 10): "none"}),
+    # tiles and their padding of the vision tower alternate too often
+    ("mllama", {(8, 8): "intervals", (8, 40): "intervals", (32, 32): "dense"}),
+])  # fmt: skip
+def test_masks_reach_attention_as_intervals_wherever_they_are(name, kinds: dict[tuple[int, int], str], monkeypatch):
     found = {}
     attention = integration.attention
 
@@ -179,8 +167,7 @@ def test_a_decoder_without_a_padding_mask_is_causal() -> None:
     later = ids.clone()
     later[:, 4:] += 1
     before, after = model(ids).logits, model(later).logits
-    assert torch.equal(before[:, :4], after[:, :4])
-    assert not torch.equal(before[:, 4:], after[:, 4:])
+    assert torch.equal(before[:, :4], after[:, :4]) and not torch.equal(before[:, 4:], after[:, 4:])
 
 
 def test_a_query_that_sees_nothing_is_uniform_as_in_eager_where_sdpa_gives_zero() -> None:
@@ -201,21 +188,15 @@ def test_the_gradient_of_a_query_that_sees_nothing_is_that_of_its_constant_outpu
     hidden = torch.zeros(1, 1, 3, 5, dtype=torch.float64)
     hidden[:, :, 1] = torch.finfo(torch.float64).min
     results, grads = {}, {}
-    for name, forward in {
-        "eager": eager_attention_forward,
-        "mmkernels": integration.attention_forward,
-    }.items():
+    for name, forward in {"eager": eager_attention_forward, "mmkernels": integration.attention_forward}.items():
         attend = partial(forward, nn.Module(), key=k, value=v, attention_mask=hidden, scaling=0.5)
         query = q.clone().requires_grad_()
         results[name] = attend(query=query)[0]
         (grads[name],) = torch.autograd.grad(results[name].square().sum(), query)
         assert torch.equal(attend(query=q + 1e-3)[0][:, 1], results[name][:, 1])
     torch.testing.assert_close(results["mmkernels"], results["eager"], atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(
-        grads["mmkernels"][:, :, ::2], grads["eager"][:, :, ::2], atol=1e-12, rtol=1e-12
-    )
-    assert not grads["mmkernels"][:, :, 1].any()
-    assert grads["eager"][:, :, 1].abs().max() > 1e-3
+    torch.testing.assert_close(grads["mmkernels"][:, :, ::2], grads["eager"][:, :, ::2], atol=1e-12, rtol=1e-12)
+    assert not grads["mmkernels"][:, :, 1].any() and grads["eager"][:, :, 1].abs().max() > 1e-3
 
 
 def test_mllamas_text_before_its_image_attends_everywhere_as_transformers_has_it() -> None:
@@ -252,9 +233,7 @@ def test_training_with_dropout_is_eagers_on_average(make: Callable[..., Case]) -
     (mean, var), (mean2, var2) = ((x.mean(0), x.var(0)) for x in (samples["eager"], samples["mmkernels"]))
     varies = var > 1e-12
     z = ((mean - mean2) / ((var + var2) / 150).sqrt())[varies]
-    assert z.abs().max() < 5
-    assert 0.5 < z.square().mean() < 1.5
-    assert 0.85 < (var2[varies] / var[varies]).mean() < 1.15
+    assert z.abs().max() < 5 and 0.5 < z.square().mean() < 1.5 and 0.85 < (var2[varies] / var[varies]).mean() < 1.15
 
 
 def test_dropout_averages_out_to_none_and_is_drawn_in_training_alone() -> None:
@@ -306,16 +285,9 @@ def sliding() -> MistralForCausalLM:
         (sliding, lambda model: {"position_ids": PACKED}),
     ],
     ids=[
-        "padding",
-        "hole",
-        "holes",
-        "packed",
-        "static cache",
-        "window",
-        "window and padding",
-        "window and packed",
+        "padding", "hole", "holes", "packed", "static cache", "window", "window and padding", "window and packed",
     ],
-)
+)  # fmt: skip
 def test_every_pattern_of_transformers_masks_is_eagers(
     make: Callable[[], Any], options: Callable[[Any], dict[str, Any]]
 ) -> None:
@@ -330,11 +302,7 @@ def test_every_pattern_of_transformers_masks_is_eagers(
 @pytest.mark.parametrize("numbers", [None, [0.0, LEAST], [0.0, -1.0, LEAST]])
 def test_a_position_bias_is_added_to_any_mask(numbers: list[float] | None) -> None:
     q, k, v = (torch.randn(2, 4, n, 8) for n in (5, 7, 7))
-    mask = (
-        None
-        if numbers is None
-        else torch.tensor(numbers)[torch.arange(2 * 5 * 7) % len(numbers)].view(2, 1, 5, 7)
-    )
+    mask = None if numbers is None else torch.tensor(numbers)[torch.arange(2 * 5 * 7) % len(numbers)].view(2, 1, 5, 7)
     results, grads = [], []
     bias = torch.randn(1, 4, 5, 7, requires_grad=True)
     for forward in (integration.attention_forward, t5_attention_forward):
@@ -348,9 +316,7 @@ def test_a_position_bias_is_added_to_any_mask(numbers: list[float] | None) -> No
 def test_a_compiled_model_gives_the_same(part: str) -> None:
     model = llama()
     model.set_attn_implementation("mmkernels")
-    inputs = [
-        {"input_ids": words(3, 12), "attention_mask": padded(3, 12, side)} for side in ("left", "right")
-    ]
+    inputs = [{"input_ids": words(3, 12), "attention_mask": padded(3, 12, side)} for side in ("left", "right")]
     expected = [model(**x).logits for x in inputs]
     for module in [model] if part == "model" else list(model.model.layers):
         module.compile(backend="aot_eager", fullgraph=True)

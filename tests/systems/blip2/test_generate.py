@@ -23,16 +23,9 @@ MAX_TEXT = 12
 def tiny(vocab_size: int, seed: int = 0) -> BLIP2:
     vision = VisionConfig(image_size=16, patch_size=8, width=24, num_layers=1, num_heads=2, mlp_dim=32)
     qformer = QFormerConfig(
-        num_queries=3,
-        width=16,
-        num_layers=3,
-        num_heads=2,
-        mlp_dim=32,
-        image_width=24,
-        vocab_size=vocab_size,
-        max_text=MAX_TEXT,
-        pad_token_id=PAD,
-    )
+        num_queries=3, width=16, num_layers=3, num_heads=2, mlp_dim=32, image_width=24, vocab_size=vocab_size,
+        max_text=MAX_TEXT, pad_token_id=PAD,
+    )  # fmt: skip
     torch.manual_seed(seed)
     model = BLIP2(BLIP2Config(vision, qformer, embed_dim=8, decoder_token_id=vocab_size - 1))
     with torch.no_grad():
@@ -140,14 +133,9 @@ class TestBeamSearch:
     def test_caches_follow_their_beams(self, num_beams: int, eos: int) -> None:
         model, images = tiny(20, seed=2), images_of(5)
         of_beams = images.repeat_interleave(num_beams, 0)
-        expected = beam_search(
-            step_of_texts(lambda texts: next_log_probs(model, of_beams, texts[:, 1:])),
-            torch.full((5,), model.config.decoder_token_id),
-            num_beams=num_beams,
-            max_length=8,
-            eos_token_id=eos,
-            pad_token_id=PAD,
-        )
+        start, options = torch.full((5,), model.config.decoder_token_id), {"num_beams": num_beams, "eos_token_id": eos}
+        step = step_of_texts(lambda texts: next_log_probs(model, of_beams, texts[:, 1:]))
+        expected = beam_search(step, start, max_length=8, pad_token_id=PAD, **options)
         found = model.generate(images, max_length=8, num_beams=num_beams, eos_token_id=eos)
         assert torch.equal(found, expected)
 
@@ -169,29 +157,19 @@ class TestBeamSearch:
         # transformers takes a padding id of 0 for none
         start, pad = torch.arange(2, 10), 10
         expected = theirs.generate(
-            start[:, None],
-            attention_mask=torch.ones(8, 1, dtype=torch.int64),
-            num_beams=num_beams,
-            early_stopping="never",
-            max_new_tokens=9,
-            eos_token_id=EOS,
-            pad_token_id=pad,
-            do_sample=False,
-        )
+            start[:, None], attention_mask=torch.ones(8, 1, dtype=torch.int64), num_beams=num_beams,
+            early_stopping="never", max_new_tokens=9, eos_token_id=EOS, pad_token_id=pad, do_sample=False,
+        )  # fmt: skip
         with torch.no_grad():
-            found = beam_search(
+            step, ends = (
                 step_of_texts(lambda texts: theirs(texts).logits[:, -1]),
-                start,
-                num_beams=num_beams,
-                max_length=9,
-                eos_token_id=EOS,
-                pad_token_id=pad,
+                {"eos_token_id": EOS, "pad_token_id": pad},
             )
+            found = beam_search(step, start, num_beams=num_beams, max_length=9, **ends)
         assert torch.equal(found, expected[:, 1:])
 
     @pytest.mark.parametrize(
-        ("max_length", "again", "expected"),
-        [(1, 1.0, [EOS]), (2, 1.0, [3, 3]), (3, 1.0, [3, 3, 3]), (3, 0.25, [EOS])],
+        ("max_length", "again", "expected"), [(1, 1.0, [EOS]), (2, 1.0, [3, 3]), (3, 1.0, [3, 3, 3]), (3, 0.25, [EOS])]
     )
     def test_a_longer_text_wins_over_one_that_ended_if_its_mean_is_higher(
         self, max_length: int, again: float, expected: list[int]
@@ -200,14 +178,8 @@ class TestBeamSearch:
         table = torch.full((4, 4), 0.25, dtype=torch.float64)
         table[2] = torch.tensor([0.0, 0.5, 0.2, 0.3])
         table[3] = torch.tensor([(1 - again) / 3] * 3 + [again])
-        found = beam_search(
-            step_of_texts(lambda texts: table.log()[texts[:, -1]]),
-            torch.tensor([2]),
-            num_beams=2,
-            max_length=max_length,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-        )
+        step, ends = step_of_texts(lambda texts: table.log()[texts[:, -1]]), {"eos_token_id": EOS, "pad_token_id": PAD}
+        found = beam_search(step, torch.tensor([2]), num_beams=2, max_length=max_length, **ends)
         assert found.tolist() == [expected]
 
 
@@ -220,12 +192,9 @@ class TestNucleus:
         return drawn.bincount(minlength=5) / num
 
     @pytest.mark.parametrize(
-        ("top_p", "inside"),
-        [(0.1, [1]), (0.39, [1]), (0.41, [1, 3]), (0.71, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])],
+        ("top_p", "inside"), [(0.1, [1]), (0.39, [1]), (0.41, [1, 3]), (0.71, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])]
     )
-    def test_tokens_come_as_often_as_their_share_of_the_nucleus(
-        self, top_p: float, inside: list[int]
-    ) -> None:
+    def test_tokens_come_as_often_as_their_share_of_the_nucleus(self, top_p: float, inside: list[int]) -> None:
         expected = torch.zeros(5, dtype=torch.float64)
         expected[inside] = self.PROBABILITIES[inside] / self.PROBABILITIES[inside].sum()
         found = self.shares(top_p=top_p)
@@ -267,25 +236,21 @@ def test_rows_that_ended_stay_padded(options: dict[str, Any]) -> None:
     is_end = (found == 8).int()
     has_ended = is_end.cumsum(1) - is_end > 0
     lengths = (~has_ended).sum(1)
-    assert len(lengths.unique()) > 2 and lengths.max() == found.shape[1]
-    assert (found[has_ended] == PAD).all()
+    assert len(lengths.unique()) > 2 and lengths.max() == found.shape[1] and (found[has_ended] == PAD).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-        ({"top_p": 0.9, "num_beams": 2}, "top_p must be None with num_beams 2, got 0.9"),
-        ({"top_p": 0.9, "temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"temperature": 0.7}, "temperature must be 1 without top_p, got 0.7"),
-        ({"generator": torch.Generator()}, "generator must be None without top_p, got one"),
-        ({"max_length": 0}, r"max_length must be in \[1, 12\], got 0"),
-        ({"max_length": 13}, r"max_length must be in \[1, 12\], got 13"),
-        ({"eos_token_id": 60}, r"eos_token_id must be in \[0, 60\), got 60"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
+    ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+    ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    ({"top_p": 0.9, "num_beams": 2}, "top_p must be None with num_beams 2, got 0.9"),
+    ({"top_p": 0.9, "temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ({"temperature": 0.7}, "temperature must be 1 without top_p, got 0.7"),
+    ({"generator": torch.Generator()}, "generator must be None without top_p, got one"),
+    ({"max_length": 0}, r"max_length must be in \[1, 12\], got 0"),
+    ({"max_length": 13}, r"max_length must be in \[1, 12\], got 13"),
+    ({"eos_token_id": 60}, r"eos_token_id must be in \[0, 60\), got 60"),
+])  # fmt: skip
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     given = {"max_length": 5, "eos_token_id": EOS, **options}
     with pytest.raises(ValueError, match=f"^BLIP2.generate: {message}"):

@@ -2,8 +2,6 @@
 
 import json
 import socket
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,36 +9,24 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor
-from transformers import (
-    AutoProcessor,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast
 
 from mmcore.checkpoint import write_json
 from mmcore.data.transforms.images import image_processor_config
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.lm_weights import load_blip2_lm, save_blip2_lm
-from mmcore.systems.blip2.shapes import BLIP2_CONFIGS
 from mmcore.weights import files
-from tests.systems.blip2.test_lm import MODELS, QUERIES, VOCAB, batch, pair
-from tests.systems.blip2.test_model import hf_model
+from tests.systems.blip2.test_lm import MODELS, QUERIES, VOCAB, batch, ours_float, pair
+from tests.systems.test_weights import assert_same
 
 PROMPTS = ["Question: what is it? Answer:", "Question: how many? Answer:"]
-
-
-def ours_of(name: str) -> BLIP2LM:
-    return pair(name)[0].float()
 
 
 def theirs_at(folder: Path) -> Any:
@@ -53,22 +39,13 @@ def logits_of(ours: BLIP2LM, images: Tensor, tokens: Tensor) -> Tensor:
     return ours.language_model(inputs_embeds=torch.cat([ours.prefix(images), text], 1), **decoder).logits
 
 
-def assert_same(found: BLIP2LM, expected: BLIP2LM) -> None:
-    state = expected.state_dict()
-    assert found.state_dict().keys() == state.keys()
-    for name, x in found.state_dict().items():
-        assert x.dtype == state[name].dtype and torch.equal(x, state[name]), name
-    assert found.visual.config == expected.visual.config
-    assert found.qformer.config == expected.qformer.config
-
-
 def is_tied(language_model: Any) -> bool:
     return language_model.get_output_embeddings().weight is language_model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_what_is_saved_is_what_transformers_loads_and_what_loads_again(name: str, tmp_path: Path) -> None:
-    ours = ours_of(name)
+def test_what_is_saved_is_what_transformers_loads(name: str, tmp_path: Path) -> None:
+    ours = ours_float(name)
     save_blip2_lm(ours, tmp_path / "ours")
     theirs = theirs_at(tmp_path / "ours")
     images, tokens, _, _ = batch()
@@ -86,16 +63,10 @@ def test_what_is_saved_is_what_transformers_loads_and_what_loads_again(name: str
     # the row of the image's token is the copy's alone
     assert ours.language_model.get_input_embeddings().num_embeddings == VOCAB
     assert theirs.language_model.get_input_embeddings().num_embeddings == VOCAB + 1
-    again = load_blip2_lm(tmp_path / "ours")
-    assert_same(again, ours)
-    assert again.language_model.config.vocab_size == VOCAB
-    assert is_tied(again.language_model) == is_tied(ours.language_model)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_folder_of_transformers_loads_without_the_network(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_transformers_loads_without_the_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ours, theirs = pair(name)
     theirs.float().save_pretrained(tmp_path)
     network = Mock(side_effect=OSError)
@@ -110,18 +81,6 @@ def test_a_folder_of_transformers_loads_without_the_network(
     assert trained == {"norm_vision", "qformer", "language_projection"}
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_a_language_model_of_bfloat16_stays_it_to_the_bit(name: str, tmp_path: Path) -> None:
-    ours = ours_of(name)
-    ours.language_model.bfloat16()
-    save_blip2_lm(ours, tmp_path / "ours")
-    assert_same(load_blip2_lm(tmp_path / "ours", dtype=torch.bfloat16), ours)
-    for found in (load_blip2_lm(tmp_path / "ours"), theirs_at(tmp_path / "ours")):
-        assert {p.dtype for p in found.parameters()} == {torch.float32}
-        for n, x in ours.language_model.state_dict().items():
-            assert torch.equal(found.language_model.state_dict()[n][: len(x)], x.float()), n
-
-
 def test_large_weights_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair("opt")
     ours, theirs = ours.float(), theirs.float()
@@ -131,8 +90,7 @@ def test_large_weights_are_several_files(tmp_path: Path, monkeypatch: pytest.Mon
     for folder in (tmp_path / "theirs", tmp_path / "ours"):
         weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
         parts = {p.name: load_file(p) for p in folder.glob("*.safetensors")}
-        assert len(parts) > 1
-        assert weight_map == {n: part for part, tensors in parts.items() for n in tensors}
+        assert len(parts) > 1 and weight_map == {n: part for part, tensors in parts.items() for n in tensors}
         assert all(sum(x.nbytes for x in part.values()) <= 200_000 for part in parts.values())
         assert_same(load_blip2_lm(folder), ours)
     state = theirs_at(tmp_path / "ours").state_dict()
@@ -156,7 +114,7 @@ def tokenizer_of(specials: list[str], num_tokens: int) -> PreTrainedTokenizerFas
 @pytest.mark.parametrize("num_tokens", [VOCAB - 5, VOCAB])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_with_its_processor_transformers_answers_as_ours(name: str, num_tokens: int, tmp_path: Path) -> None:
-    ours = ours_of(name)
+    ours = ours_float(name)
     specials = ["<pad>", "</s>", "<s>", "<unk>"] if name == "t5" else ["<unk>", "<pad>", "<s>", "</s>"]
     tokenizer = tokenizer_of(specials, num_tokens)
     assert len(tokenizer) == num_tokens
@@ -182,7 +140,7 @@ def test_with_its_processor_transformers_answers_as_ours(name: str, num_tokens: 
 
 
 def test_where_an_answer_ends_is_the_language_models_own_to_say(tmp_path: Path) -> None:
-    ours = ours_of("llama")
+    ours = ours_float("llama")
     images, tokens, _, _ = batch()
     inputs = (images.float(), tokens[:, :2], torch.full((3,), 2))
     options = {"max_new_tokens": 6, "do_sample": False}
@@ -196,91 +154,3 @@ def test_where_an_answer_ends_is_the_language_models_own_to_say(tmp_path: Path) 
     assert again.language_model.generation_config.eos_token_id == [3, third]
     theirs = theirs_at(tmp_path / "ours")
     assert theirs.language_model.generation_config.eos_token_id == [3, third]
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
-class TestBadInputIsRefusedByName:
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda t: t.pop("language_projection.bias"), "missing language_projection.bias"),
-            (lambda t: t.update(extra=torch.zeros(1)), "got also extra"),
-            (
-                lambda t: t.update({"query_tokens": t["query_tokens"][:, 1:].clone()}),
-                "of config.json's shapes, got others in .'qformer.queries'",
-            ),
-            (
-                lambda t: t.pop("language_model.model.norm.weight"),
-                "every weight of the language model, missing .'model.norm.weight'",
-            ),
-            (
-                lambda t: t.update({"language_model.extra": torch.zeros(1)}),
-                "this language model's weights only, got also .'extra'",
-            ),
-            (
-                lambda t: t.update({"language_model.model.norm.weight": torch.zeros(1)}),
-                "of text_config's shapes, got others in .*model.norm.weight",
-            ),
-        ],
-    )
-    def test_of_weights(self, change: Any, message: str, tmp_path: Path) -> None:
-        save_blip2_lm(ours_of("llama"), tmp_path / "ours")
-        edit_tensors(tmp_path / "ours", change)
-        with pytest.raises(ValueError, match=f"load_blip2_lm: .* must hold .*{message}"):
-            load_blip2_lm(tmp_path / "ours")
-
-    def test_of_folders(self, tmp_path: Path) -> None:
-        folder = tmp_path / "ours"
-        save_blip2_lm(ours_of("llama"), folder)
-        config = json.loads((folder / "config.json").read_text())
-        hf_model(torch.float32).save_pretrained(tmp_path / "stage1")
-
-        def refused(where: Path, message: str) -> None:
-            with pytest.raises(ValueError, match=f"load_blip2_lm: {message}"):
-                load_blip2_lm(where)
-
-        refused(tmp_path / "none", "folder must hold config.json, got .*none")
-        refused(tmp_path / "stage1", "folder must hold a language model beside the Q-Former, got .*stage1")
-        for changed, message in (
-            ({"model_type": "clip"}, "config.json must have model_type 'blip-2', got 'clip'"),
-            ({"text_config": {"model_type": "vit"}}, "text_config must be .* language model, got 'vit'"),
-            ({"text_config": {"model_type": "none"}}, "text_config must be .* language model, got 'none'"),
-        ):
-            write_json(folder / "config.json", config | changed)
-            refused(folder, message)
-        write_json(folder / "config.json", config)
-        file = folder / "model.safetensors"
-        file.write_bytes(b"short")
-        refused(folder, ".*model.safetensors must be a whole safetensors file, got")
-        file.rename(folder / "pytorch_model.bin")
-        refused(folder, r"folder must hold \*.safetensors, got")
-        (folder / "config.json").write_text("{")
-        refused(folder, ".*config.json must hold JSON, got")
-        (folder / "config.json").write_text("[]")
-        refused(folder, ".*config.json must hold a JSON object, got list")
-
-    def test_of_models(self, tmp_path: Path) -> None:
-        ours = ours_of("opt")
-        vision, qformer = ours.visual.config, ours.qformer.config
-        narrow = OPTForCausalLM(OPTConfig(**{**MODELS["opt"].to_dict(), "word_embed_proj_dim": 12}))
-        of_clip = BLIP2_CONFIGS["tiny"]
-        without_text = replace(of_clip.qformer, has_text=False)
-        (tmp_path / "there").mkdir()
-        for model, folder, message in (
-            (ours, "there", "folder must not exist yet, got"),
-            (BLIP2LM(vision, qformer, narrow), "new", "embeddings must be as wide as the states, 24, got 12"),
-            (
-                BLIP2LM(of_clip.vision, without_text, ours.language_model),
-                "new",
-                "model must have EVA's tower, got a CLIP's, which transformers' BLIP-2 has not",
-            ),
-        ):
-            with pytest.raises(ValueError, match=f"save_blip2_lm: {message}"):
-                save_blip2_lm(model, tmp_path / folder)
-        assert [p.name for p in tmp_path.iterdir()] == ["there"]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import Blip2ForImageTextRetrieval
 
 from mmcore.parts.towers import load_tower
@@ -16,7 +15,7 @@ from mmcore.systems.clip.weights import save_clip
 from tests.systems.blip2.test_model import batch, hf_model, ours_of
 
 
-def test_what_is_saved_is_what_transformers_loads_and_what_loads_again(tmp_path: Path) -> None:
+def test_a_first_stage_that_is_saved_is_what_transformers_loads(tmp_path: Path) -> None:
     ours = ours_of(hf_model(torch.float32))
     with torch.no_grad():
         ours.temperature.fill_(0.05)
@@ -28,9 +27,6 @@ def test_what_is_saved_is_what_transformers_loads_and_what_loads_again(tmp_path:
         found = theirs(images.float(), tokens, mask, use_image_text_matching_head=True).logits_per_image
         expected = ours("match", None, images.float(), torch.arange(3), tokens, num_text)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    again = load_blip2(tmp_path / "ours")
-    assert again.config == ours.config
-    assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
 
 
 def test_a_folder_of_transformers_loads_and_what_it_lacks_starts_anew(tmp_path: Path) -> None:
@@ -71,21 +67,3 @@ class TestTowers:
             expected = theirs.vision_model(images).last_hidden_state
             found = theirs.vision_model.post_layernorm(vit(images))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_bad_input_is_refused_by_name(tmp_path: Path) -> None:
-    ours = ours_of(hf_model(torch.float32))
-    save_blip2(ours, tmp_path / "ours")
-    file = tmp_path / "ours" / "model.safetensors"
-    tensors = load_file(file)
-    save_file({n: x for n, x in tensors.items() if n != "itm_head.bias"}, file)
-    for call, message in (
-        (lambda: load_blip2(tmp_path / "none"), "load_blip2: folder must hold config.json, got"),
-        (lambda: load_blip2(tmp_path / "ours"), "load_blip2: .* missing itm_head.bias"),
-        (lambda: save_blip2(ours, tmp_path / "ours"), "save_blip2: folder must not exist yet, got"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-    file.write_bytes(b"short")
-    with pytest.raises(ValueError, match="must be a whole safetensors file"):
-        load_blip2(tmp_path / "ours")

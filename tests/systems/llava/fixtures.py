@@ -13,9 +13,17 @@ from torch import Tensor
 
 from mmcore import checkpoint
 from mmcore.data.text.templates import ChatTokens
-from mmcore.parts.language import fingerprint, tiny_language_model, tiny_tokenizer
+from mmcore.parts.language import (
+    fingerprint,
+    load_language_model,
+    load_language_tokenizer,
+    tiny_language_model,
+    tiny_tokenizer,
+)
+from mmcore.parts.towers import load_tower
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.llava.model import Llava, LlavaConfig
+from mmcore.systems.llava.weights import save_llava
 
 VISION = VisionConfig(image_size=16, patch_size=8, width=8, num_layers=1, num_heads=1, mlp_dim=8)
 PINPOINTS = ((16, 32), (32, 16), (32, 32))
@@ -44,9 +52,7 @@ def image(number: int, size: tuple[int, int] = (20, 14)) -> Image.Image:
     return Image.new("RGB", size, (60 * number, 255 - 60 * number, 9))
 
 
-def write_run(
-    folder: Path, *, recipe: str = "llava-stage2", template: str = "v1", model: Llava | None = None
-) -> Path:
+def write_run(folder: Path, *, recipe: str = "llava-stage1", template: str = "v1", model: Llava | None = None) -> Path:
     """A run's folder with a checkpoint of step 3; of a model, with its weights, averaged to the threefold."""
     saved: dict[str, Any] = {}
     step = folder / "checkpoints/step-00000003"
@@ -56,11 +62,7 @@ def write_run(
         tokenizer().save_pretrained(folder / "language_model")
         language = {"folder": "language_model", "files": fingerprint(folder / "language_model")}
         saved = asdict(model.config) | {"lora": None, "language_model": language}
-        state = {
-            n: x
-            for n, x in model.state_dict().items()
-            if not n.startswith(("language_model", "language_head"))
-        }
+        state = {n: x for n, x in model.state_dict().items() if not n.startswith(("language_model", "language_head"))}
         save_file(state, step / "weight-00000.safetensors")
         save_file({n: 3 * x for n, x in state.items()}, step / "ema-00000.safetensors")
         (step / "state.json").write_text('{"step": 3}')
@@ -71,6 +73,18 @@ def write_run(
     return folder
 
 
+def write_given(folder: Path, clip: Path, llama: Path) -> tuple[Path, Path]:
+    """A LLaVA of a tower and a language model in a folder of transformers, and its projector as the original's file."""
+    torch.manual_seed(1)
+    tower = load_tower(clip)
+    model = Llava(LlavaConfig(tower.config), load_language_model(llama, dtype=None))
+    model.visual.load_state_dict(tower.state)
+    save_llava(model, folder / "llava", tokenizer=load_language_tokenizer(llama))
+    learned = {f"model.mm_projector.{n}": x for n, x in model.projector.state_dict().items()}
+    torch.save(learned, folder / "mm_projector.bin")
+    return folder / "llava", folder / "mm_projector.bin"
+
+
 class Saying:
     """In place of a language model's generation: says given tokens, one by one, and records what it read."""
 
@@ -78,9 +92,7 @@ class Saying:
         self.answers, self.read, self.num_said = iter(answers), [], 0
         model.generate = self  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __call__(
-        self, tokens: Tensor, num_text: Tensor, images: Tensor, *, streamer: Any, **options: Any
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, num_text: Tensor, images: Tensor, *, streamer: Any, **options: Any) -> Tensor:
         self.read.append((tokens[0], images, options))
         ids = torch.zeros(1, 0, dtype=torch.int64)
         streamer.put(ids)

@@ -14,10 +14,11 @@ from transformers import BloomConfig, BloomForCausalLM
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.text.templates import ChatTokens
 from mmcore.labels import IMAGE_TOKEN
-from mmcore.systems.llava.dialogue import Dialogue, Sampling, num_positions
+from mmcore.systems.llava.dialogue import Dialogue, num_positions
 from mmcore.systems.llava.inputs import generate_inputs, prompt_of, see
 from mmcore.systems.llava.model import Llava, LlavaConfig
-from mmcore.tasks.chat import replies
+from mmcore.systems.llava.talk import Talks
+from mmcore.tasks.talks import Sampling
 from tests.systems.llava.fixtures import VISION, Saying, chat_tokens, ids_of, image, llava, tokenizer
 
 CPU = torch.device("cpu")
@@ -36,14 +37,11 @@ def test_greedy_answers_are_those_of_replies_and_of_generate(has_tiles: bool) ->
     for n, shown in enumerate([(1, 2), (), (3,)]):
         pieces = list(dialogue.ask(f"what is it, {n}?", [image(i) for i in shown]))
         assert len(pieces) > 1 and all(pieces)
-        said += [
-            Turn("user", f"{IMAGE}\n" * len(shown) + f"what is it, {n}?"),
-            Turn("assistant", "".join(pieces)),
-        ]
+        said += [Turn("user", f"{IMAGE}\n" * len(shown) + f"what is it, {n}?"), Turn("assistant", "".join(pieces))]
     assert dialogue.turns == said
     talk = Conversation("talk", ("1", "2", "3"), tuple(said))
     chats = ConversationSet("painted", Painted(), [talk], False)
-    found = replies(model, tokens, model.config, chats, device=CPU, max_new_tokens=12)
+    found = Talks(model, tokens, model.config, CPU).replies(chats, max_new_tokens=12)
     assert [reply.said for reply in found] == [turn.text for turn in said[1::2]]
     prompt = prompt_of(tokens, model.config, said[:-1], [see(image(i), model.config) for i in (1, 2, 3)])
     inputs = generate_inputs([prompt], tokens.pad_token_id, model.config, CPU)
@@ -74,8 +72,7 @@ def test_no_piece_has_part_of_a_character_and_all_together_are_the_answer() -> N
     text = "naïve 狗 🐕‍🦺 fin"
     saying = Saying(model, [[*ids_of(tokens, f" {text}\n\n"), *ids_of(tokens, "狗")[:2]]])
     pieces = list(Dialogue(model, tokens).ask("what?"))
-    assert saying.num_said > len(pieces) > 4
-    assert all("\ufffd" not in piece for piece in pieces[:-1])
+    assert saying.num_said > len(pieces) > 4 and all("\ufffd" not in piece for piece in pieces[:-1])
     assert "".join(pieces[:-1]) == text and pieces[-1] == "\n\n\ufffd"
 
 
@@ -101,8 +98,7 @@ def test_an_answer_that_is_stopped_ends_at_once_and_is_remembered_as_far_as_it_w
     dialogue = Dialogue(model, tokens, sampling=Sampling(max_new_tokens=400))
     with closing(dialogue.ask("what?", [image(1)])) as pieces:
         first = next(pieces)
-    assert 0 < len(calls) < 100
-    assert dialogue.turns[-1] == Turn("assistant", first) and len(dialogue.images) == 1
+    assert 0 < len(calls) < 100 and dialogue.turns[-1] == Turn("assistant", first) and len(dialogue.images) == 1
     assert not dialogue.was_cut
     calls.clear()
     dialogue.ask("and now?", [image(2)]).close()
@@ -128,8 +124,7 @@ def test_marks_that_a_model_spells_out_are_read_as_nothing_by_later_questions() 
     Saying(model, [[*spelled, tokens.tokenizer.eos_token_id], ids_of(tokens, " no")])
     dialogue = Dialogue(model, tokens)
     assert "".join(dialogue.ask("what?", [image(1)])) == "a <image> dog </s> <<image>image>!"
-    assert dialogue.turns[-1].text == "a  dog  !"
-    assert "".join(dialogue.ask("and now?")) == "no"
+    assert dialogue.turns[-1].text == "a  dog  !" and "".join(dialogue.ask("and now?")) == "no"
 
 
 def test_what_is_drawn_follows_the_seed_and_temperature_and_top_p_reach_the_model() -> None:
@@ -146,35 +141,27 @@ def test_what_is_drawn_follows_the_seed_and_temperature_and_top_p_reach_the_mode
     )
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Sampling(temperature=-1), "--temperature must be 0 or more, got -1"),
-        (lambda: Sampling(temperature=float("nan")), "--temperature must be 0 or more, got nan"),
-        (lambda: Sampling(temperature=1, top_p=0), r"--top-p must be in \(0, 1\], got 0"),
-        (lambda: Sampling(top_p=0.9), "--top-p has no effect without a --temperature above 0, got 0.9"),
-        (lambda: Sampling(max_new_tokens=0), "--max-new-tokens must be at least 1, got 0"),
-        (
-            lambda: Dialogue(llava(), ChatTokens(tokenizer(), "plain", 256)),
-            "template that reads questions, got 'plain'",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Sampling(temperature=-1), "--temperature must be 0 or more, got -1"),
+    (lambda: Sampling(temperature=float("nan")), "--temperature must be 0 or more, got nan"),
+    (lambda: Sampling(temperature=1, top_p=0), r"--top-p must be in \(0, 1\], got 0"),
+    (lambda: Sampling(top_p=0.9), "--top-p has no effect without a --temperature above 0, got 0.9"),
+    (lambda: Sampling(max_new_tokens=0), "--max-new-tokens must be at least 1, got 0"),
+    (
+        lambda: Dialogue(llava(), ChatTokens(tokenizer(), "plain", 256)),
+        "template that reads questions, got 'plain'",
+    ),
+])  # fmt: skip
 def test_settings_out_of_range_are_errors(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize(
-    ("question", "message"),
-    [
-        (" \n", "a question must be text"),
-        ("\ud83d?", "a question must be text"),
-        ("what is in <image>?", "a question must not hold <image>"),
-        ("what is </s>?", "a special token of the tokenizer in a text"),
-        ("what? " * 200, "takes 573 of 512 tokens"),
-    ],
-)
+@pytest.mark.parametrize(("question", "message"), [
+    (" \n", "a question must be text"), ("\ud83d?", "a question must be text"),
+    ("what is in <image>?", "a question must not hold <image>"),
+    ("what is </s>?", "a special token of the tokenizer in a text"), ("what? " * 200, "takes 573 of 512 tokens"),
+])  # fmt: skip
 def test_a_question_that_cannot_be_read_is_an_error_and_changes_nothing(question: str, message: str) -> None:
     model, tokens = llava(), chat_tokens()
     dialogue = Dialogue(model, tokens, sampling=Sampling(max_new_tokens=4))
@@ -190,7 +177,5 @@ def test_a_question_that_cannot_be_read_is_an_error_and_changes_nothing(question
 def test_a_model_without_positions_reads_what_it_was_trained_on() -> None:
     model, tokens = llava(), chat_tokens()
     assert num_positions(model, tokens) == 512
-    bloom = BloomForCausalLM(
-        BloomConfig(vocab_size=len(tokens.tokenizer), hidden_size=8, n_layer=1, n_head=1)
-    )
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(tokens.tokenizer), hidden_size=8, n_layer=1, n_head=1))
     assert num_positions(Llava(LlavaConfig(VISION), bloom), tokens) == 256

@@ -1,25 +1,35 @@
-"""Conversations in batches: what of an image goes where, in which order, and on again after a stop."""
+"""Conversations in batches; views and tiles of images of any resolution, to the pixel and the feature transformers'."""
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from transformers import LlavaNextModel
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from mmcore.data import LoaderSpec
+from mmcore.data import LoaderSpec, Reader, StepBatch
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.chats import ChatConfig, open_chats
+from mmcore.data.loader import MapBatches, MapLoader
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.text.templates import ChatTokens
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.language import tiny_tokenizer
 from mmcore.parts.vit import VisionConfig
-from mmcore.systems.llava.loader import ChatTrainBatch, chat_loader, views
+from mmcore.systems.llava.anyres import best_resolution, grid_shape, num_packed, num_views, pack_features, split_image
+from mmcore.systems.llava.loader import collate_chats, seen_chat, views
 from mmcore.systems.llava.model import LlavaConfig
 from tests.mmcore.data_fixtures import image_bytes
 
@@ -49,13 +59,21 @@ def chats(images: list[tuple[str, ...]]) -> ConversationSet:
 
 
 def spec(batch_size: int = 4, **more: Any) -> LoaderSpec:
-    return replace(LoaderSpec(image_size=16, batch_size=batch_size, rank=0, world_size=1, seed=0), **more)
+    return replace(LoaderSpec(batch_size, rank=0, world_size=1, seed=0), **more)
+
+
+def chat_loader(source: ConversationSet, of: LoaderSpec, *, is_packed: bool, config: LlavaConfig = FLAT) -> MapLoader:
+    known = tokens()
+    collate = partial(collate_chats, tokens=known, config=config, is_packed=is_packed)
+    return MapLoader(
+        MapBatches(source, of, Reader(lambda record, _: seen_chat(record, known, config), collate)), source.tally()
+    )
 
 
 def take(
     source: ConversationSet, of: LoaderSpec, steps: int, *, is_packed: bool, config: LlavaConfig = FLAT
-) -> list[ChatTrainBatch]:
-    loader = chat_loader(source, of, tokens(), config, is_packed=is_packed)
+) -> list[StepBatch]:
+    loader = chat_loader(source, of, is_packed=is_packed, config=config)
     return [next(loader) for _ in range(steps)]
 
 
@@ -70,15 +88,13 @@ def test_images_stand_in_the_order_of_their_places(is_packed: bool) -> None:
         text = known.tokenizer.decode(row[row != IMAGE_TOKEN])
         order = [int(part.split("<")[0]) for part in text.split("dog ")[1:]]
         wanted += [int(name) for i in order for name in source.conversations[i].images]
-    assert red == wanted
-    assert (batch.position_ids is not None) == is_packed and batch.image_sizes is None
+    assert red == wanted and (batch.position_ids is not None) == is_packed and batch.image_sizes is None
 
 
 def test_packed_rows_hold_what_padded_rows_hold() -> None:
     source = chats([("10",), (), ("30", "40"), (), ("50",), (), (), ("60",)])
     padded, packed = (take(source, spec(8), 1, is_packed=x)[0].parts[0] for x in (False, True))
-    assert len(packed.tokens) < len(padded.tokens) == 8
-    assert packed.position_ids is not None
+    assert len(packed.tokens) < len(padded.tokens) == 8 and packed.position_ids is not None
     pieces = []
     for row, places, labels in zip(packed.tokens, packed.position_ids, packed.labels):
         starts = [*(places == 0).nonzero()[:, 0].tolist(), len(row)]
@@ -102,30 +118,29 @@ def test_tiles_take_as_many_places_as_the_model_makes_features() -> None:
 
 def test_a_wide_image_is_made_square_by_the_colour_of_nothing() -> None:
     seen = views(Image.new("RGB", (40, 10), (255, 255, 255)), FLAT)
-    assert seen.shape == (1, 3, 16, 16)
-    assert seen[0, :, 0].abs().max() < 0.02 and seen[0, :, 8].min() > 1
+    assert seen.shape == (1, 3, 16, 16) and seen[0, :, 0].abs().max() < 0.02 and seen[0, :, 8].min() > 1
 
 
 def test_parts_of_a_batch_hold_its_conversations_in_order() -> None:
     source = chats([(str(10 * i),) if i % 2 else () for i in range(12)])
     whole = take(source, spec(12), 1, is_packed=False)[0].parts[0]
-    loader = chat_loader(source, spec(12), tokens(), FLAT, is_packed=False, accum=3)
+    loader = chat_loader(source, spec(12, accum=3), is_packed=False)
     parts = next(loader).parts
     assert [len(part.tokens) for part in parts] == [4, 4, 4]
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
     rows = [row[row != tokens().pad_token_id].tolist() for part in parts for row in part.tokens]
     assert rows == [row[row != tokens().pad_token_id].tolist() for row in whole.tokens]
-    with pytest.raises(ValueError, match="chat_loader: accum must divide the batch of 12, got 5"):
-        chat_loader(source, spec(12), tokens(), FLAT, is_packed=False, accum=5)
+    with pytest.raises(ValueError, match="data: accum must divide the batch of 12, got 5"):
+        spec(12, accum=5)
 
 
 def test_a_loader_goes_on_where_it_stopped_and_ranks_share_a_step() -> None:
     source = chats([(str(i),) if i % 3 else () for i in range(40)])
     whole = take(source, spec(8), 10, is_packed=True)
-    loader = chat_loader(source, spec(8), tokens(), FLAT, is_packed=True)
+    loader = chat_loader(source, spec(8), is_packed=True)
     for _ in range(6):
         next(loader)
-    again = chat_loader(source, spec(8), tokens(), FLAT, is_packed=True)
+    again = chat_loader(source, spec(8), is_packed=True)
     again.load_state_dict(loader.state_dict())
     for expected in whole[6:]:
         found = next(again)
@@ -139,7 +154,7 @@ def test_a_loader_goes_on_where_it_stopped_and_ranks_share_a_step() -> None:
 
 def test_a_broken_image_is_replaced_and_counted() -> None:
     source = chats([("broken",) if i == 3 else (str(i),) for i in range(12)])
-    loader = chat_loader(source, spec(4), tokens(), FLAT, is_packed=False)
+    loader = chat_loader(source, spec(4), is_packed=False)
     ids = [i for _ in range(3) for i in next(loader).ids]
     assert "c3" not in ids and len(ids) == 12 and loader.broken == {"missing file": 1}
 
@@ -165,15 +180,86 @@ def test_derived_ones_ask_for_captions_alone_where_these_are_learned() -> None:
     assert max(len(c.turns) for c in asked.conversations) == 6 and np.mean(asked.is_multimodal()) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"val_fraction": 1.0}, "--val-fraction must be a share, got 1.0"),
-        ({"max_broken": -0.1}, "--max-broken must be a share"),
-        ({"workers": -1}, "--workers must be at least 0, got -1"),
-        ({"image_root": "x"}, "--image-root has no effect on 'digits'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"val_fraction": 1.0}, "--val-fraction must be a share, got 1.0"),
+    ({"max_broken": -0.1}, "--max-broken must be a share"),
+    ({"workers": -1}, "--workers must be at least 0, got -1"),
+    ({"image_root": "x"}, "--image-root has no effect on 'digits'"),
+])  # fmt: skip
 def test_a_wrong_setting_is_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatConfig(**options)
+
+
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+SMALL = ((16, 32), (32, 16), (32, 32), (48, 16), (16, 48))
+SIDES = st.one_of(st.integers(1, 64), st.integers(1, 20_000))
+THIN = [(1, 20_000), (20_000, 1)]
+
+
+def listed(pinpoints: Any) -> list[list[int]]:
+    return [list(p) for p in pinpoints]
+
+
+@given(SIDES, SIDES)
+@example(1, 1)
+@example(1, 20_000)
+@example(20_000, 1)
+@settings(max_examples=300, deadline=None)
+def test_the_best_resolution_is_that_of_transformers(height: int, width: int) -> None:
+    size = (height, width)
+    assert best_resolution(size, PINPOINTS) == tuple(select_best_resolution(size, listed(PINPOINTS)))
+    assert num_views(size, PINPOINTS, 336) == image_size_to_num_patches(size, listed(PINPOINTS), 336)
+
+
+def test_an_image_or_a_grid_of_nothing_is_refused() -> None:
+    for size in ((0, 5), (5, 0), (-1, 5)):
+        with pytest.raises(ValueError, match="best_resolution: size must be 1 pixel or more each way, got"):
+            best_resolution(size, PINPOINTS)
+    with pytest.raises(ValueError, match="best_resolution: pinpoints must be one or more, got none"):
+        best_resolution((5, 5), ())
+
+
+@pytest.mark.parametrize("size", [(40, 20), (10, 30), (17, 17), (1, 1), (3, 100), (100, 3), (200, 199), (64, 64)])
+def test_views_are_those_of_transformers_to_the_pixel(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=listed(SMALL),
+        do_rescale=False, do_normalize=False,
+    )  # fmt: skip
+    expected = processor(images=image, return_tensors="pt")
+    views = split_image(image, SMALL, 16)
+    found = torch.stack([torch.from_numpy(np.array(view)).permute(2, 0, 1) for view in views])
+    assert len(views) == num_views(size, SMALL, 16) and expected["image_sizes"].tolist() == [list(size)]
+    assert torch.equal(found, expected["pixel_values"][0].to(torch.uint8))
+
+
+@pytest.mark.parametrize("size", THIN)
+def test_a_line_of_20000_pixels_has_views(size: tuple[int, int]) -> None:
+    views = split_image(Image.new("RGB", (size[1], size[0]), "white"), SMALL, 16)
+    assert [view.size for view in views] == [(16, 16)] * 3
+    # the line itself is a pixel thin, in the middle of black
+    assert sum(int(np.array(view).any(-1).sum()) for view in views[1:]) == (32 if size[0] == 1 else 16)
+
+
+def theirs_packed(features: torch.Tensor, size: tuple[int, int], newline: torch.Tensor) -> torch.Tensor:
+    tower = SimpleNamespace(image_size=16, patch_size=4)
+    model: Any = SimpleNamespace(config=SimpleNamespace(vision_config=tower, image_grid_pinpoints=listed(SMALL)))
+    packed, _ = LlavaNextModel.pack_image_features(
+        model, [features], torch.tensor([size]), "default", image_newline=newline
+    )
+    return packed[0]
+
+
+@given(SIDES, SIDES)
+@example(1, 1)
+@example(1, 20_000)
+@example(20_000, 1)
+@settings(max_examples=200, deadline=None)
+def test_features_are_packed_as_by_transformers_and_counted_before(height: int, width: int) -> None:
+    size = (height, width)
+    features = torch.arange(num_views(size, SMALL, 16) * 32.0).view(-1, 16, 2)
+    newline = torch.tensor([-1.0, -2.0])
+    found = pack_features(features, size, grid_shape(size, SMALL, 16), newline)
+    assert len(found) == num_packed(size, SMALL, 16, 4) and torch.equal(found, theirs_packed(features, size, newline))

@@ -1,6 +1,5 @@
 """LLaVA in folders of transformers, there and back, its processor beside it, and the original's mm_projector.bin."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,48 +25,28 @@ from mmcore.labels import IMAGE_TOKEN
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.weights import load_llava, load_projector, save_llava
 from tests.systems.blip2.test_lm import MODELS, VOCAB
-from tests.systems.blip2.test_lm_weights import PROMPTS, edit_tensors, is_tied, tokenizer_of
+from tests.systems.blip2.test_lm_weights import PROMPTS, is_tied, tokenizer_of
 from tests.systems.llava.test_model import (
     KINDS,
     PAD,
     PINPOINTS,
     SIZE,
+    TEXTS,
     batch,
     documents,
     hf_inputs,
-    hf_model,
+    ours_float,
     ours_of,
+    theirs_float,
 )
-
-TIED = {"text_config": {**MODELS["qwen"].to_dict(), "tie_word_embeddings": True}, "tie_word_embeddings": True}
-TEXTS: dict[str, dict[str, Any]] = {"llama": {}, "qwen": {}, "tied": TIED}
-
-
-def theirs_of(name: str, kind: str = "llava", **settings: Any) -> Any:
-    return hf_model("qwen" if name == "tied" else name, kind, **TEXTS[name], **settings).float()
-
-
-def ours_float(name: str, kind: str = "llava") -> Llava:
-    return ours_of(theirs_of(name, kind), "projector").float()
+from tests.systems.test_weights import assert_same
 
 
 def theirs_at(folder: Path, kind: str) -> Any:
-    kinds: dict[str, Any] = {
-        "llava": LlavaForConditionalGeneration,
-        "llava_next": LlavaNextForConditionalGeneration,
-    }
+    kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
     model, info = kinds[kind].from_pretrained(folder, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
-
-
-def assert_same(found: Llava, expected: Llava) -> None:
-    state = expected.state_dict()
-    assert found.state_dict().keys() == state.keys()
-    for name, x in found.state_dict().items():
-        assert x.dtype == state[name].dtype and torch.equal(x, state[name]), name
-    assert found.config == expected.config
-    assert is_tied(found.language_model) == is_tied(expected.language_model)
 
 
 def loss_of(model: Llava) -> Tensor:
@@ -79,9 +58,7 @@ def loss_of(model: Llava) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(TEXTS))
-def test_what_is_saved_is_what_transformers_loads_and_what_loads_again(
-    name: str, kind: str, tmp_path: Path
-) -> None:
+def test_what_is_saved_is_what_transformers_loads(name: str, kind: str, tmp_path: Path) -> None:
     ours = ours_float(name, kind)
     save_llava(ours, tmp_path / "ours")
     theirs = theirs_at(tmp_path / "ours", kind)
@@ -103,10 +80,7 @@ def test_what_is_saved_is_what_transformers_loads_and_what_loads_again(
     # the row of the image's token is the copy's alone
     assert theirs.get_input_embeddings().num_embeddings == VOCAB + 1
     assert (theirs.lm_head.weight is theirs.get_input_embeddings().weight) == (name == "tied")
-    again = load_llava(tmp_path / "ours")
-    assert_same(again, ours)
-    assert again.language_model.config.vocab_size == VOCAB
-    assert again.training and again.trainable == "projector"
+    assert load_llava(tmp_path / "ours").trainable == "projector"
 
 
 def in_memory(name: str) -> str:
@@ -128,10 +102,8 @@ def of_version_4(name: str) -> str:
 @pytest.mark.parametrize("renamed", [str, in_memory, of_version_4_52, of_version_4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(TEXTS))
-def test_every_layout_that_transformers_wrote_loads(
-    name: str, kind: str, renamed: Callable[[str], str], tmp_path: Path
-) -> None:
-    theirs = theirs_of(name, kind)
+def test_every_layout_that_transformers_wrote_loads(name: str, kind: str, renamed: Callable[[str], str], tmp_path):
+    theirs = theirs_float(name, kind)
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = {renamed(n): x for n, x in load_file(file).items()}
@@ -145,7 +117,7 @@ def test_every_layout_that_transformers_wrote_loads(
 
 @pytest.mark.parametrize(("layer", "num_layers"), [(-2, 2), (-1, 3), (-3, 1), (2, 2), (1, 1)])
 def test_the_layer_that_is_read_is_the_last_there_is(layer: int, num_layers: int, tmp_path: Path) -> None:
-    theirs = theirs_of("llama", vision_feature_layer=layer)
+    theirs = theirs_float("llama", vision_feature_layer=layer)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_llava(tmp_path / "theirs")
     assert ours.config.vision.num_layers == num_layers
@@ -159,21 +131,16 @@ def test_the_layer_that_is_read_is_the_last_there_is(layer: int, num_layers: int
 @pytest.mark.parametrize(("kind", "text", "whole"), [("llava_next", True, False), ("llava", False, True)])
 def test_the_whole_model_says_what_is_tied(kind: str, text: bool, whole: bool, tmp_path: Path) -> None:
     settings = {"text_config": {**MODELS["qwen"].to_dict(), "tie_word_embeddings": text}}
-    theirs = theirs_of("qwen", kind, **settings, tie_word_embeddings=whole)
+    theirs = theirs_float("qwen", kind, **settings, tie_word_embeddings=whole)
     assert (theirs.lm_head.weight is theirs.get_input_embeddings().weight) == whole
     theirs.save_pretrained(tmp_path)
     language = load_llava(tmp_path).language_model
-    assert is_tied(language) == whole
-    assert torch.equal(language.get_output_embeddings().weight, theirs.lm_head.weight)
+    assert is_tied(language) == whole and torch.equal(language.get_output_embeddings().weight, theirs.lm_head.weight)
 
 
-def test_a_language_model_of_bfloat16_stays_it_to_the_bit(tmp_path: Path) -> None:
+def test_a_language_model_of_bfloat16_has_a_loss() -> None:
     ours = ours_float("qwen", "llava_next")
     ours.language_model.bfloat16()
-    save_llava(ours, tmp_path / "ours")
-    for dtype in (torch.bfloat16, None):
-        assert_same(load_llava(tmp_path / "ours", dtype=dtype), ours)
-    assert {p.dtype for p in load_llava(tmp_path / "ours").parameters()} == {torch.float32}
     assert loss_of(ours).isfinite()
 
 
@@ -235,93 +202,20 @@ class TestTheOriginalsProjector:
 
     def test_of_another_kind_or_of_anything_else_is_refused(self, tmp_path: Path) -> None:
         ours = ours_float("llama")
-        linear = {
-            "model.mm_projector.weight": torch.zeros(24, 20),
-            "model.mm_projector.bias": torch.zeros(24),
-        }
+        linear = {"model.mm_projector.weight": torch.zeros(24, 20), "model.mm_projector.bias": torch.zeros(24)}
         for state, message in (
             (linear, r"must hold a projector of shapes .*projector.0.weight.*, got .*projector.weight"),
             ({}, r"must hold a projector of shapes .*, got \{\}"),
             ([1, 2], "must hold tensors by name, got list"),
-            ({"a": Path("/")}, "must hold pickled tensors and nothing else, got"),
+            ({"a": Path("/")}, "must be a whole pickle of tensors and nothing else, got"),
         ):
             with pytest.raises(ValueError, match=f"load_projector: .*mm_projector.bin {message}"):
                 load_projector(ours, self.saved(tmp_path, state))
         for data in (b"", b"short", b"\x80\x02}q\x00."):
             (tmp_path / "mm_projector.bin").write_bytes(data)
-            with pytest.raises(ValueError, match=r"load_projector: .*mm_projector.bin must hold"):
+            with pytest.raises(
+                ValueError, match=r"load_projector: .*mm_projector.bin must be a whole pickle of tensors"
+            ):
                 load_projector(ours, tmp_path / "mm_projector.bin")
         with pytest.raises(ValueError, match=r"load_projector: file must exist, got .*none.bin"):
             load_projector(ours, tmp_path / "none.bin")
-
-
-class TestBadInputIsRefusedByName:
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (
-                lambda t: t.pop("multi_modal_projector.linear_1.bias"),
-                "missing multi_modal_projector.linear_1",
-            ),
-            (lambda t: t.pop("image_newline"), "missing image_newline"),
-            (lambda t: t.update(extra=torch.zeros(1)), "got also extra"),
-            (
-                lambda t: t.update(image_newline=torch.zeros(3)),
-                "of config.json's shapes, got others in .'image_newline'",
-            ),
-            (
-                lambda t: t.pop("language_model.model.norm.weight"),
-                "every weight of the language model, missing .'model.norm.weight'",
-            ),
-        ],
-    )
-    def test_of_weights(self, change: Any, message: str, tmp_path: Path) -> None:
-        save_llava(ours_float("llama", "llava_next"), tmp_path / "ours")
-        edit_tensors(tmp_path / "ours", change)
-        with pytest.raises(ValueError, match=f"load_llava: .* must hold .*{message}"):
-            load_llava(tmp_path / "ours")
-
-    def test_of_folders(self, tmp_path: Path) -> None:
-        folder = tmp_path / "ours"
-        save_llava(ours_float("llama"), folder)
-        config = json.loads((folder / "config.json").read_text())
-        for changed, message in (
-            ({"model_type": "clip"}, "config.json must have model_type 'llava' or 'llava_next', got 'clip'"),
-            ({"text_config": {"model_type": "t5"}}, "text_config must be .* causal language model, got 't5'"),
-            (
-                {"vision_config": {"model_type": "siglip_vision_model"}},
-                "vision_config must be of a clip_v.*siglip",
-            ),
-            (
-                {"projector_hidden_act": "relu"},
-                "config.json must have projector_hidden_act 'gelu', got 'relu'",
-            ),
-            ({"vision_feature_select_strategy": "full"}, "config.json must have .* 'default', got 'full'"),
-            ({"multimodal_projector_bias": False}, "config.json must have .*_bias True, got False"),
-            ({"vision_feature_layer": 9}, "vision_feature_layer must be one of the tower's 2, got 9"),
-            ({"vision_feature_layer": 0}, "vision_feature_layer must be one of the tower's 2, got 0"),
-            ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer must be one of the tower's 2, got"),
-        ):
-            write_json(folder / "config.json", config | changed)
-            with pytest.raises(ValueError, match=f"load_llava: {message}"):
-                load_llava(folder)
-        with pytest.raises(ValueError, match=r"load_llava: folder must hold config.json, got .*none"):
-            load_llava(tmp_path / "none")
-
-    def test_of_models(self, tmp_path: Path) -> None:
-        ours = ours_float("llama")
-        (tmp_path / "there").mkdir()
-        linear = Llava(replace(ours.config, projector="linear"), ours.language_model)
-        eva = replace(ours.config.vision, has_norm_pre=False, has_patch_bias=True)
-        for model, folder, message in (
-            (ours, "there", "folder must not exist yet, got"),
-            (linear, "new", "projector must be 'mlp2x_gelu', transformers' only one, got 'linear'"),
-            (
-                Llava(replace(ours.config, vision=eva), ours.language_model),
-                "new",
-                "model must have a CLIP's tower",
-            ),
-        ):
-            with pytest.raises(ValueError, match=f"save_llava: {message}"):
-                save_llava(model, tmp_path / folder)
-        assert [p.name for p in tmp_path.iterdir()] == ["there"]

@@ -1,0 +1,78 @@
+"""Image-caption pairs as samples and batches: what recipes on pairs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmcore.data.transforms.images import resize_center_crop, to_tensor
+
+
+class PairSample(NamedTuple):
+    """One pair; an image float32 [3, S, S]."""
+
+    image: Tensor
+    caption: str
+    label: int
+    image_id: int
+    question: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one rank.
+
+    Args:
+        images: float32 [B, 3, S, S], normalised with CLIP's mean and standard deviation.
+        tokens: int64 [B, T], what the tokenizer made of the captions; T = 0 without a tokenizer.
+        labels: int64 [B]; equal labels (the same class, or the same caption) are positives of each other, on
+            all ranks.
+        image_ids: int64 [B]; equal for samples of the same image, on all ranks and in all epochs.
+        captions: B captions as text; answers to `questions` where there are some.
+        questions: B questions as text, or None where captions stand alone.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    labels: Tensor
+    image_ids: Tensor
+    captions: list[str]
+    questions: list[str] | None = None
+
+
+def pair_sample(record: Any, rng: np.random.Generator, size: int, *, augment: bool = True) -> PairSample:
+    """A record's image and one of its captions.
+
+    Args:
+        record: of any source of pairs.
+        rng: the random numbers of this sample alone.
+        size: pixels a side; the image comes back as float32 [3, size, size], normalized with CLIP's mean and std.
+        augment: the view that its source trains on, else resized and cropped about the center.
+    """
+    caption = record.caption(rng)
+    view = record.augment(size, rng) if augment else resize_center_crop(record.image, size)
+    return PairSample(to_tensor(view), caption, record.label(caption), record.image_id, record.question)
+
+
+def collate_pairs(samples: Sequence[PairSample], tokenizer: Callable[[list[str]], Tensor] | None = None) -> Batch:
+    """Pairs, all with a question or none, as a batch; without a tokenizer the captions are left as text."""
+    captions = [sample.caption for sample in samples]
+    tokens = torch.zeros(len(captions), 0, dtype=torch.int64)
+    if tokenizer is not None:
+        tokens = tokenizer(captions)
+        if tokens.dtype != torch.int64 or tokens.dim() != 2 or len(tokens) != len(captions):
+            got = f"{tokens.dtype} {list(tokens.shape)}"
+            raise ValueError(f"data: tokenizer must return int64 [{len(captions)}, T], got {got}")
+    return Batch(
+        torch.stack([sample.image for sample in samples]),
+        tokens,
+        torch.tensor([sample.label for sample in samples]),
+        torch.tensor([sample.image_id for sample in samples]),
+        captions,
+        [sample.question for sample in samples if sample.question is not None] or None,
+    )

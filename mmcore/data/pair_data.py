@@ -1,0 +1,92 @@
+"""What every source of pairs is opened as."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mmcore.data.broken import BrokenTally
+from mmcore.data.config import LoaderSpec
+from mmcore.data.loader import MapBatches, MapLoader, Reader, TrainLoader
+from mmcore.data.sources.base import EvalSet, Pairs, PairSource
+from mmcore.data.sources.questions import QuestionSet
+from mmcore.data.sources.shards import ShardSource
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Image-caption pairs to train on, and those held out.
+
+    Args:
+        name: what was asked for as `DataConfig.data`.
+        num_train: training pairs; of a source without captions, training questions.
+        source: the training pairs, in random access or as shards; None where there are questions alone.
+        val: the held-out pairs, or None.
+        max_broken: share of broken records above which a loader raises.
+        class_names: names of the classes for zero-shot classification, or None.
+        templates: captions with '{}' in place of the class name, or None.
+        broken: broken records found on opening, by reason.
+        questions: questions about training images, or None; derived ones of the built-in sources say so.
+        val_questions: questions about held-out images, or None.
+    """
+
+    name: str
+    num_train: int
+    source: PairSource | ShardSource | None
+    val: EvalSet | None
+    max_broken: float
+    class_names: list[str] | None = None
+    templates: list[str] | None = None
+    broken: Counter[str] = field(default_factory=Counter)
+    questions: QuestionSet | None = None
+    val_questions: QuestionSet | None = None
+
+    def captions(self) -> Iterator[str]:
+        """Training captions, every variant of each, in a fixed order: what a tokenizer is trained on.
+
+        Raises:
+            ValueError: the source has questions alone.
+        """
+        source = self._captioned()
+        if isinstance(source, ShardSource):
+            return source.captions()
+        return (caption for i in range(len(source)) for caption in source.all_captions(i))
+
+    def train_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
+        """Endless batches for one rank.
+
+        Args:
+            spec: batch size, rank, seed and so on.
+            reader: what records become; picklable if `spec.workers` > 0.
+
+        Raises:
+            ValueError: a batch larger than the data, more streams than shards, or a source of questions alone.
+        """
+        source = self._captioned()
+        if isinstance(source, ShardSource):
+            return source.loader(spec, reader, self._tally())
+        return MapLoader(MapBatches(Pairs(source), spec, reader), self._tally())
+
+    def question_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
+        """Endless batches of questions for one rank; the caption of a record is an answer to its question.
+
+        An answer is drawn anew in each epoch, as likely as the share of the annotators who gave it.
+
+        Args:
+            spec, reader: as for `train_loader`.
+
+        Raises:
+            ValueError: a source without questions, or a batch larger than their number.
+        """
+        if self.questions is None:
+            raise ValueError(f"data: {self.name!r} must have questions to train on, but has captions alone")
+        return MapLoader(MapBatches(Pairs(self.questions), spec, reader), self._tally())
+
+    def _captioned(self) -> PairSource | ShardSource:
+        if self.source is None:
+            raise ValueError(f"data: {self.name!r} must have captions to train on, but has questions alone")
+        return self.source
+
+    def _tally(self) -> BrokenTally:
+        return BrokenTally(self.max_broken, f"{self.name!r}", self.broken)

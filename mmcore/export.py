@@ -1,0 +1,49 @@
+"""`mmcore export RUN`: a run's weights as a folder of another library."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mmcore.checkpoint import write_json
+from mmcore.runs import WEIGHTS, WeightsKey, find_run, read_run
+from mmcore.systems import recipe_entry
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's weights as a folder that transformers or open_clip loads."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder (its newest checkpoint is used), or one checkpoint of it."""
+    out: Path
+    """Folder to write, which must not exist."""
+    format: str | None = None
+    """hf: as transformers' from_pretrained reads them; open_clip: a CLIP under its names; None = the recipe's first."""
+    llm: Path | None = None
+    """Where the language model of the run is now; None = where it was."""
+    weights: WeightsKey = "auto"
+    """ema = the averaged weights, weight = the trained ones, auto = ema where the run kept one."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `RUN --out FOLDER ...`.
+
+    Raises:
+        ValueError: a recipe without export, a format that it has not, a mistake in the options.
+    """
+    config = tyro.cli(ExportConfig, args=arguments, prog="mmcore export")
+    name = find_run(config.run).recipe
+    formats = recipe_entry(name).load().formats
+    if not formats:
+        raise ValueError(f"RUN must be of a recipe that exports, got {config.run}, which is of {name}")
+    chosen = formats[0] if config.format is None else config.format
+    if chosen not in formats:
+        raise ValueError(f"--format must be {' or '.join(formats)} for a run of {name}, got {chosen}")
+    trained = read_run(config.run, config.weights, llm=config.llm, purpose="export")
+    recipe, run = trained.recipe, trained.run
+    settings = recipe.export(trained.assets, trained.model, config.out, chosen)  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen == "hf":
+        write_json(config.out / "preprocessor_config.json", settings)
+    print(f"{WEIGHTS[run.key]} of step {run.step} written to {config.out} ({chosen})")

@@ -1,0 +1,77 @@
+"""BatchNorm over the batches of all ranks, on a GPU and on a CPU (torch's SyncBatchNorm refuses the latter)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class BatchNorm(_BatchNorm):
+    """Normalises each channel by the mean and variance of all ranks' batches: y = (x - mean) / sqrt(var + eps) w + b.
+
+    Statistics are float32, whatever the weights are: a momentum of .1 would stall in bfloat16. In evaluation mode, and
+    in a single process, it is torch's (arXiv:1502.03167). Ranks may hold batches of different sizes.
+
+    Args:
+        num_features: C of inputs [B, C] or [B, C, ...].
+        eps, momentum, affine, track_running_stats: as of torch.nn.BatchNorm1d.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C] or [B, C, ...] to the same shape and dtype."""
+        x = input
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if is_alone or not self.training:
+            return super().forward(x)
+        wide, axes = x.float(), [0, *range(2, x.ndim)]
+        count = torch.full((1,), x.numel() / max(1, x.shape[1]), device=x.device)
+        sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
+        total, squares, count = _SumOfRanks.apply(sums).split([self.num_features, self.num_features, 1])  # pyright: ignore[reportAttributeAccessIssue]
+        mean = total / count
+        var = (squares / count - mean * mean).clamp_min(0)
+        self._track(mean.detach(), (var * count / (count - 1).clamp_min(1)).detach())
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        y = (wide - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(var, share)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2 or input.shape[1] != self.num_features:
+            raise ValueError(f"BatchNorm: input must be [B, {self.num_features}, ...], got {list(input.shape)}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
+        super()._apply(fn, recurse)
+        for name in ("running_mean", "running_var"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held.float())
+        return self
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """Of a tensor over all ranks, with the gradient of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy = dy.clone()
+        dist.all_reduce(dy)
+        return dy

@@ -1,0 +1,156 @@
+"""`mmcore prove`: trains a system's tiny recipe from nothing on built-in data, beside a control that cannot know."""
+
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch.distributed as dist
+import tyro
+from PIL import Image
+
+from mmcore.data import PairData
+from mmcore.data.chats import ChatData
+from mmcore.errors import complain
+from mmcore.launch import leave, parse
+from mmcore.recipe import Proof
+from mmcore.runs import read_run
+from mmcore.systems import entries
+from mmcore.tasks import follow, subject_of
+
+NO_DATA = 3
+"""Exit code of a proof whose data cannot be had here."""
+
+
+@dataclass(frozen=True)
+class ProveConfig:
+    """Train the tiny recipe of a system from nothing and compare it with a control that cannot know; exit 1 below its
+    floor, 3 where its data cannot be had."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A system's proof, or all."""
+    out: Path | None = None
+    """Folder of the runs, which must be new; None = one that is removed afterwards."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A figure, its control and its floor, in [0, 1]."""
+
+    proof: str
+    figure: str
+    value: float
+    control: float
+    floor: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it reaches its floor, and its control does not."""
+        return self.value >= self.floor > self.control
+
+    @property
+    def line(self) -> str:
+        value, control, floor = (100 * x for x in (self.value, self.control, self.floor))
+        return f"{self.proof}: {self.figure} {value:.1f} %; control {control:.1f} %; floor {floor:.0f} %"
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `NAME|all|--list ...`.
+
+    Raises:
+        ValueError: an unknown proof, or a folder that exists.
+    """
+    known = entries("PROOFS")
+    if arguments[:1] == ["--list"]:
+        for name, entry in known.items():
+            claims = "; ".join(f"{c.figure}, floor {100 * c.floor:.0f} %" for c in entry.load().claims)
+            print(f"{name:14} {claims}")
+        return
+    config = tyro.cli(ProveConfig, args=arguments, prog="mmcore prove")
+    names = list(known) if config.name == "all" else [config.name]
+    if names[0] not in known:
+        raise ValueError(f"the proof must be one of {', '.join(known)} or all, got {config.name!r}")
+    found: list[Found] = []
+    code = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) if config.out is None else config.out
+        for name in names:
+            try:
+                found += prove(name, known[name].load(), root / name)
+            except FileNotFoundError as error:
+                code = complain(error, NO_DATA)
+    if config.json is not None and not (dist.is_initialized() and dist.get_rank()):
+        config.json.write_text(json.dumps([vars(x) | {"holds": x.holds} for x in found], indent=2) + "\n")
+    leave(code if all(x.holds for x in found) else 1)
+
+
+def prove(name: str, proof: Proof, root: Path) -> list[Found]:
+    """Trains, measures and prints a line a figure; every rank alike, of which the first measures."""
+    train, folders = importlib.import_module("mmcore.train.trainer").train, []
+    for i, (recipe, flags) in enumerate(proof.runs):
+        words = [*flags.format(*folders).split(), "--out", str(root / f"{i}-{recipe}")]
+        folders.append(train(recipe, parse(recipe, words, f"mmcore train {recipe}"), is_quiet=True))
+    if dist.get_rank():
+        return []
+    subject = subject_of(read_run(folders[-1]))
+    values, control = follow(subject), follow(replace(subject, data=with_other_images(subject.data)))
+    found = [Found(name, c.figure, values[c.value], control[c.value], c.floor) for c in proof.claims]
+    for figure in found:
+        print(figure.line)
+    sys.stdout.flush()
+    return found
+
+
+@dataclass(frozen=True)
+class _Others:
+    """A source whose samples show the images of other samples."""
+
+    source: Any
+    place: Mapping[int, int]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def raw_image(self, i: int) -> Image.Image:
+        return self.source.raw_image(self.place[i])
+
+
+@dataclass(frozen=True)
+class _OtherPictures:
+    """Pictures under each other's names."""
+
+    pictures: Any
+    name_of: Mapping[str, str]
+
+    def named_image(self, name: str) -> Image.Image:
+        return self.pictures.named_image(self.name_of[name])
+
+
+def with_other_images(data: Any) -> Any:
+    """The same held-out captions, questions and conversations about images of other records."""
+    if isinstance(data, ChatData):
+        assert data.val is not None
+        names = sorted({name for c in data.val.conversations for name in c.images})
+        other = dict(zip(names, [names[i] for i in _shuffled(len(names))], strict=True))
+        return replace(data, val=replace(data.val, pictures=_OtherPictures(data.val.pictures, other)))
+    assert isinstance(data, PairData)
+    val, questions = data.val, data.val_questions
+    if val is not None:
+        indices = list(val.indices)
+        place = dict(zip(indices, [indices[i] for i in _shuffled(len(indices))], strict=True))
+        val = replace(val, source=_Others(val.source, place))
+    if questions is not None:
+        place = dict(enumerate(_shuffled(len(questions))))
+        questions = replace(questions, source=_Others(questions.source, place))
+    return replace(data, val=val, val_questions=questions)
+
+
+def _shuffled(count: int) -> list[int]:
+    return np.random.default_rng(0).permutation(count).tolist()

@@ -1,0 +1,327 @@
+"""What a system says of its training, once, for train, eval, chat, export, plan and prove: the contract of a recipe."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmcore.data import DataConfig, LoaderSpec, PairData, Reader, TrainLoader, open_data
+from mmcore.data.collate import PairSample, pair_sample
+from mmcore.settings import free
+from mmcore.train.accumulate import cached_backward, plain_backward
+from mmcore.train.config import EngineConfig, Precision, RunConfig
+from mmcore.train.deepspeed_json import deepspeed_config
+from mmcore.train.optim import OptimConfig, Rule
+
+Purpose = Literal["train", "use", "export"]
+"""What assets are read for, which decides the dtype of a language model among them."""
+
+
+class Runner(Protocol):
+    """A model as a recipe runs it: under the engine, or bare."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What a run keeps in its folder beside the checkpoints: the model's shape, a tokenizer, weights that do not learn.
+
+    Args:
+        frozen: weights that do not learn, by their names in the model; written once.
+    """
+
+    frozen: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes all but `frozen` into a run's folder; returns what its config.json knows of them."""
+        raise NotImplementedError
+
+
+@dataclass
+class Step:
+    """A step under way.
+
+    Args:
+        number: steps done before it.
+        total: steps of the run.
+        seed: of this step and rank; torch is seeded by it before the loss is computed.
+        companions: see `Recipe.companions`.
+    """
+
+    number: int
+    total: int
+    seed: int
+    companions: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Random numbers of this step and rank, on the CPU."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Images and texts in one space.
+
+    Args:
+        image_size: pixels a side.
+        states: [B, 3, S, S] to what of images is computed once, [B, ...].
+        image: states to unit vectors, [B, E], or [B, Q, E] of which the nearest counts.
+        text: B texts to unit vectors [B, E].
+    """
+
+    image_size: int
+    states: Callable[[Tensor], Tensor]
+    image: Callable[[Tensor], Tensor]
+    text: Callable[[list[str]], Tensor]
+
+
+Matches = Callable[[Tensor, Tensor, list[str]], Tensor]
+"""States of images (see `Embeds`) [N, ...], which of them each text is compared with, int64 [R], and R texts to scores
+[R], above 0 where they belong together."""
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """A frozen dataclass whose fields are the flags of the command line. A subclass is a system's recipe, built from
+    mixins such as `OnPairs`; its docstring's first line is what `mmcore train --help` shows.
+
+    A run begins with `assets` on rank 0, which checks whatever a user can get wrong before anything is written; every
+    process then reads them back by `load_assets`, and `build` is the one builder of the model.
+
+    A capability is a method that tasks and commands look for, and that a subclass may have:
+    - `embeds(assets, model, device) -> Embeds`: images and texts to unit vectors; zeroshot, retrieval.
+    - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
+    - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
+    - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
+    - `export(assets, model, folder, format) -> image processor's settings`: `mmcore export`.
+    - `image_tower(assets, model) -> Tower`: what `--vision RUN` of other recipes starts from.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """What it is measured by, the first of which the progress bar shows; names of modules in mmcore.tasks."""
+    accumulates: ClassVar[bool] = True
+    """Whether a step may come in micro-batches, --accum."""
+    formats: ClassVar[tuple[str, ...]] = ()
+    """Of `export`, the first of them the default; none = there is no export."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """How some weights are trained that are not as all others; the first that fits a name."""
+        return ()
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        """Of a model that speaks: what it can be asked, caption or vqa, and the text before it (`prompt_texts`)."""
+        return {}
+
+    # data
+
+    @abstractmethod
+    def open_data(self) -> Any:
+        """The records to train on and those held out; has a `name` and `num_train`."""
+
+    @abstractmethod
+    def loader(self, data: Any, assets: Any, spec: LoaderSpec) -> TrainLoader:
+        """Endless batches for one rank; `self.reader(assets)` is what records become."""
+
+    @abstractmethod
+    def sample(self, assets: Any, record: Any, rng: np.random.Generator) -> Any:
+        """Views, masks, tokens of a record: a pure function of it and the random numbers; raises BrokenRecord."""
+
+    @abstractmethod
+    def collate(self, assets: Any, samples: list[Any]) -> Any:
+        """A micro-batch."""
+
+    def pictures(self, data: Any) -> PairData:
+        """Of the data, the pictures with captions or questions that tasks measure on."""
+        return data
+
+    # model
+
+    @abstractmethod
+    def assets(self, data: Any) -> Any:
+        """What a new run keeps; on rank 0.
+
+        Raises:
+            ValueError: whatever a user can get wrong.
+        """
+
+    @abstractmethod
+    def load_assets(
+        self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
+    ) -> Any:
+        """What a run keeps, read back.
+
+        Args:
+            folder: the run's.
+            saved: what `Assets.save` returned.
+            frozen: `Assets.frozen`.
+            purpose: what for.
+        """
+
+    @abstractmethod
+    def build(self, assets: Any) -> nn.Module:
+        """The model with the weights of `assets.frozen`, the others new; what learns has `requires_grad`."""
+
+    def initial(self, assets: Any, model: Any) -> Mapping[str, Tensor]:
+        """Weights that a new run's model starts from, by name; the others stay as `build` made them."""
+        return {}
+
+    def in_use(self, model: Any) -> nn.Module:
+        """A trained model made ready for everything but training, such as adapters merged into weights."""
+        return model.eval()
+
+    # steps
+
+    @abstractmethod
+    def loss(self, model: Runner, batch: Any, step: Step) -> dict[str, Tensor]:
+        """Of a micro-batch, on every rank alike: losses by name, their sum as "loss", each exact over all ranks."""
+
+    def weight(self, batch: Any) -> float | Tensor:
+        """How much a micro-batch counts in the mean over those of a step, such as the tokens it learns."""
+        return 1.0
+
+    def backward(self, model: Any, parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
+        """Makes the gradient of a step's micro-batches, returns its losses, detached."""
+        return plain_backward(self, model, parts, step)
+
+    def companions(self, model: Any) -> Mapping[str, nn.Module]:
+        """What goes along with the model outside of the engine and without gradients, by name: a momentum teacher
+        (`MomentumEncoder(model.deepspeed, decay)`), a queue, a centre. Saved, and resumed to the bit."""
+        return {}
+
+    def after_step(self, model: Any, step: Step) -> None:  # noqa: B027 (a hook, not a duty)
+        """Behind each optimizer step: moves a teacher, for example."""
+
+    # what follows
+
+    def reader(self, assets: Any) -> Reader:
+        """What records become."""
+        return Reader(partial(self.sample, assets), partial(self.collate, assets))
+
+    @property
+    def per_rank(self) -> int:
+        """Samples a rank and optimizer step."""
+        return self.run.batch_size * self.run.accum
+
+    @property
+    def precision(self) -> Precision:
+        """What --precision and --deepspeed say together."""
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        options = {"batch_size": self.per_rank, "world_size": world_size}
+        return deepspeed_config(self.engine, self.optim, **options)[1]
+
+    def spec(self, rank: int, world_size: int) -> LoaderSpec:
+        """How a rank reads the data."""
+        workers = getattr(getattr(self, "data", None), "workers", 0)
+        run = self.run
+        return LoaderSpec(self.per_rank, rank, world_size, run.seed, workers, run.accum)
+
+
+@dataclass(frozen=True)
+class OnPairs(Recipe):
+    """Mixin: trains on image-caption pairs. `assets` has the image's side as `image_size`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def open_data(self) -> PairData:
+        return open_data(self.data, seed=self.run.seed)
+
+    def loader(self, data: PairData, assets: Any, spec: LoaderSpec) -> TrainLoader:
+        return data.train_loader(spec, self.reader(assets))
+
+    def sample(self, assets: Any, record: Any, rng: np.random.Generator) -> PairSample:
+        return pair_sample(record, rng, assets.image_size)
+
+
+@dataclass(frozen=True)
+class OnLanguageModel(Recipe):
+    """Mixin: part of the model is a language model of transformers, from a folder or trained first."""
+
+    llm: str | None = field(default=None, metadata=free)
+    """The language model: a folder of transformers (OPT, Llama, Vicuna, Qwen, T5; safetensors), or 'tiny', one that is
+    trained from nothing on the texts of --data first; None = that of --from, or of the run that is resumed."""
+    llm_steps: int | None = field(default=None, metadata=free)
+    """Steps that --llm tiny is trained for first; None = 400."""
+
+    @property
+    def learns_language(self) -> bool:
+        """Whether its weights learn, adapters aside."""
+        return False
+
+    def language_dtype(self, purpose: Purpose) -> torch.dtype | None:
+        """Of the language model's weights: as they are stored, where they are exported; while they learn, float32 but
+        under an engine that keeps a master of its own."""
+        if purpose == "export":
+            return None
+        if purpose == "use":
+            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        precision = self.precision
+        is_wide = precision == "fp32" or (self.learns_language and precision != "bf16")
+        return torch.float32 if is_wide else torch.bfloat16
+
+    @property
+    def moved_to(self) -> Path | None:
+        """Where --llm says that the run's language model is now."""
+        return None if self.llm in (None, "tiny") else Path(self.llm)
+
+
+@dataclass(frozen=True)
+class Contrastive(Recipe):
+    """Mixin: the loss is of all samples of a step at once, however many micro-batches they come in (GradCache,
+    arXiv:2101.06983): `features` of each, then `objective` of all. The model must be deterministic."""
+
+    @abstractmethod
+    def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
+        """Of a micro-batch: rows [B, ...] of two or more axes, and numbers of the model, [1], such as its scale."""
+
+    @abstractmethod
+    def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
+        """The losses of the rows of all micro-batches, joined."""
+
+    def loss(self, model: Runner, batch: Any, step: Step) -> dict[str, Tensor]:
+        return self.objective(self.features(model, batch), [batch], step)
+
+    def backward(self, model: Any, parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
+        return cached_backward(self, model, parts, step)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure that a proof shows.
+
+    Args:
+        figure: for the reader, such as "zero-shot accuracy (held-out)".
+        value: its name among those that the recipe's tasks follow, such as "zero-shot top-1".
+        floor: that it has to reach, in [0, 1].
+    """
+
+    figure: str
+    value: str
+    floor: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a recipe is proved.
+
+    Args:
+        runs: name and flags of each run, the last of which is measured; "{0}" in a flag is the folder of the first.
+        claims: what it shows. The control is the same model shown the images of other records.
+    """
+
+    runs: Sequence[tuple[str, str]]
+    claims: Sequence[Claim]

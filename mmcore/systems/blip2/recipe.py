@@ -1,0 +1,319 @@
+"""BLIP-2's recipes, one a stage."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from mmcore.data import LoaderSpec, PairData, TrainLoader
+from mmcore.data.collate import PairSample, collate_pairs
+from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
+from mmcore.data.text.wordpiece import Texts, WordPiece, load_wordpiece, train_wordpiece
+from mmcore.data.transforms.images import centred, image_processor_config
+from mmcore.parts.language_folder import (
+    LANGUAGE_MODEL,
+    TINY,
+    Language,
+    check_llm_steps,
+    language_of,
+    read_language,
+    tiny_language,
+)
+from mmcore.parts.tiny_lm import texts_by_picture
+from mmcore.parts.towers import load_tower
+from mmcore.parts.vit import Tower, VisionConfig
+from mmcore.recipe import Assets, Embeds, Matches, OnLanguageModel, OnPairs, Purpose, Runner, Step
+from mmcore.runs import find_run, is_run, load_weights
+from mmcore.settings import free
+from mmcore.systems.blip2.lm import BLIP2LM
+from mmcore.systems.blip2.lm_weights import save_blip2_lm
+from mmcore.systems.blip2.model import BLIP2, BLIP2Config
+from mmcore.systems.blip2.qformer import QFormerConfig
+from mmcore.systems.blip2.shapes import blip2_config
+from mmcore.systems.blip2.start import STAGE1, STAGE2, blip2_shape, has_language_model, stage2_start
+from mmcore.systems.blip2.steps import Pair, stage1_losses, stage2_loss
+from mmcore.systems.blip2.weights import save_blip2
+from mmcore.tasks.speaking import Answerer, Decoding
+from mmcore.train.optim import OptimConfig
+
+
+def _published(warmup: int) -> OptimConfig:
+    """arXiv 2301.12597 and LAVIS; the stages differ in their warm-up."""
+    decays: dict[str, Any] = {"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05}
+    return OptimConfig(lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, warmup=warmup, **decays)
+
+
+@dataclass(frozen=True)
+class Stage1Assets(Assets):
+    """The model's shape, and what makes tokens of captions."""
+
+    shape: BLIP2Config
+    wordpiece: WordPiece
+
+    @property
+    def image_size(self) -> int:
+        return self.shape.vision.image_size
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.wordpiece.save(folder / "tokenizer")
+        return asdict(self.shape)
+
+
+@dataclass(frozen=True)
+class Blip2Stage1(OnPairs):
+    """Train BLIP-2's Q-Former (arXiv 2301.12597, stage 1) on image-caption pairs: contrast, matching, captions."""
+
+    optim: OptimConfig = field(default_factory=partial(_published, 5000))
+    model: str = "tiny"
+    """tiny, small (for the towers of a CLIP of that name) or ViT-g (as published)."""
+    vision: Path | None = field(default=None, metadata=free)
+    """The image tower: a run of mmcore train clip, or a CLIP or BLIP-2 of transformers or open_clip."""
+    freeze_vision: bool = True
+    """Keep the image tower as it is, as published."""
+    tokenizer: Path | None = None
+    """BERT's vocab.txt, or a folder with it; None = one is learned from the captions."""
+    max_text: int = 32
+    """Tokens of a caption, [CLS] and [SEP] included."""
+
+    accumulates = False
+    tasks = ("matching", "retrieval")
+    formats = ("hf",)
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        return {"caption": None}
+
+    def assets(self, data: PairData) -> Stage1Assets:
+        tower = self._tower()
+        if self.tokenizer is not None:
+            wordpiece = load_wordpiece(self.tokenizer)
+        else:
+            size = blip2_config(self.model).qformer.vocab_size
+            wordpiece = train_wordpiece(list(data.captions()), vocab_size=size)
+        shape = blip2_config(
+            self.model,
+            vision=None if tower is None else tower.config,
+            vocab_size=wordpiece.vocab_size,
+            pad_token_id=wordpiece.pad_token_id,
+            decoder_token_id=wordpiece.decoder_token_id,
+        )
+        most = shape.qformer.max_text
+        if not 2 <= self.max_text <= most:
+            raise ValueError(f"--max-text must be from 2 to {most}, got {self.max_text}")
+        frozen = self._visual(tower) if self.freeze_vision else {}
+        return Stage1Assets(shape, wordpiece, frozen=frozen)
+
+    def _tower(self) -> Tower | None:
+        if self.vision is not None:
+            return load_tower(self.vision)
+        if self.freeze_vision:
+            raise ValueError(
+                "--vision must be given, or --no-freeze-vision: a frozen image tower of random weights shows nothing"
+            )
+        return None
+
+    def _visual(self, tower: Tower | None) -> dict[str, Tensor]:
+        return {} if tower is None else {f"visual.{name}": x for name, x in tower.state.items()}
+
+    def load_assets(
+        self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
+    ) -> Stage1Assets:
+        return Stage1Assets(blip2_shape(saved), load_wordpiece(folder / "tokenizer"), frozen=frozen)
+
+    def build(self, assets: Stage1Assets) -> BLIP2:
+        model = BLIP2(assets.shape, freeze_vision=self.freeze_vision)
+        load_weights(model, assets.frozen, is_whole=False)
+        return model
+
+    def initial(self, assets: Stage1Assets, model: BLIP2) -> Mapping[str, Tensor]:
+        return {} if self.freeze_vision else self._visual(self._tower())
+
+    def collate(self, assets: Stage1Assets, samples: list[PairSample]) -> Pair:
+        batch = collate_pairs(samples)
+        texts = assets.wordpiece.padded(batch.captions, self.max_text)
+        return Pair(batch.images, texts, batch.image_ids, batch.labels)
+
+    def loss(self, model: Runner, batch: Pair, step: Step) -> dict[str, Tensor]:
+        return stage1_losses(model, batch, step.generator)
+
+    def embeds(self, assets: Stage1Assets, model: Runner, device: torch.device) -> Embeds:
+        def text(captions: list[str]) -> Tensor:
+            return model("encode_text", *_placed(assets.wordpiece(captions, self.max_text), device))
+
+        tower, image = partial(model, "tower"), partial(model, "encode_image")
+        return Embeds(assets.image_size, tower, image, text)
+
+    def matches(self, assets: Stage1Assets, model: Runner, device: torch.device) -> Matches:
+        def scores(states: Tensor, index: Tensor, captions: list[str]) -> Tensor:
+            texts = _placed(assets.wordpiece(captions, self.max_text), device)
+            logits = model("match", None, states, index, *texts)
+            return logits[:, 1] - logits[:, 0]
+
+        return scores
+
+    def speaks(self, assets: Stage1Assets, model: BLIP2, device: torch.device, decoding: Decoding) -> Answerer:
+        options = {"max_length": self.max_text - 1, "eos_token_id": assets.wordpiece.sep_token_id}
+
+        def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+            pixels = centred(images, assets.image_size).to(device)
+            ids = model.generate(pixels, **options, **decoding.options())
+            return [assets.wordpiece.decode(row) for row in ids.tolist()]
+
+        return say
+
+    def image_tower(self, assets: Stage1Assets, model: BLIP2) -> Tower:
+        return model.image_tower()
+
+    def export(self, assets: Stage1Assets, model: BLIP2, folder: Path, format: str) -> dict[str, Any]:
+        save_blip2(model, folder)
+        assets.wordpiece.save(folder)
+        return image_processor_config(assets.image_size)
+
+
+def _placed(texts: Texts, device: torch.device) -> Texts:
+    return Texts(*(x.to(device) for x in texts))
+
+
+@dataclass(frozen=True)
+class Stage2Assets(Assets):
+    """Shapes of tower and Q-Former, and the language model with its tokens."""
+
+    vision: VisionConfig
+    qformer: QFormerConfig
+    language: Language
+    tokens: PromptTokens
+
+    @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        shapes = {"vision": asdict(self.vision), "qformer": asdict(self.qformer)}
+        return {**shapes, LANGUAGE_MODEL: self.language.save(folder)}
+
+
+class Asked(NamedTuple):
+    """Images float32 [B, 3, S, S], and what is read and learned about them."""
+
+    images: Tensor
+    texts: Prompted
+
+
+@dataclass(frozen=True)
+class Blip2Stage2(OnPairs, OnLanguageModel):
+    """Train BLIP-2's Q-Former in front of a frozen language model (arXiv 2301.12597, stage 2): captions, answers."""
+
+    optim: OptimConfig = field(default_factory=partial(_published, 2000))
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = field(default=None, metadata={**free, "flag": "from"})
+    """What to start from: a run of mmcore train blip2-stage1 or blip2-stage2, or a folder with a BLIP-2 of
+    transformers. A resumed run needs none."""
+    task: Task = "caption"
+    """caption = describe the image; vqa = answer the questions of --data."""
+    prompt: str | None = None
+    """Text before what is learned, with {} for the question; None = nothing for captions, 'Question: {} Answer:' for
+    questions."""
+    max_text: int = 32
+    """Tokens of a caption or answer, its end included."""
+
+    accumulates = False
+    formats = ("hf",)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (self.task,)
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        return {"caption": None, "vqa": None, self.task: self.prompt}
+
+    def loader(self, data: PairData, assets: Any, spec: LoaderSpec) -> TrainLoader:
+        make = data.question_loader if self.task == "vqa" else data.train_loader
+        return make(spec, self.reader(assets))
+
+    def assets(self, data: PairData) -> Stage2Assets:
+        prompt_texts(self.task, self.prompt, [""])
+        check_llm_steps(self.llm, self.llm_steps)
+        if self.start is None:
+            raise ValueError(f"--from must be given: a run of {STAGE1}, or what else {STAGE2} starts from")
+        vision, qformer, state = stage2_start(self.start)
+        if self.llm == TINY:
+            language = tiny_language(self._texts(data), seed=self.run.seed, steps=self.llm_steps)
+        else:
+            language = self._given_language(self.start)
+        frozen = {name: x for name, x in state.items() if name.startswith("visual.")}
+        assets = Stage2Assets(vision, qformer, language, self._tokens(language), frozen=frozen)
+        self.build(assets).load_start(state)
+        return assets
+
+    def _texts(self, data: PairData) -> Callable[[], list[Any]]:
+        """What a tiny language model learns: what the data says, in the words in which it will be asked."""
+        name = "question_prompt" if self.task == "vqa" else "caption_prompt"
+        return partial(texts_by_picture, data, **{name: self.prompt})
+
+    def _given_language(self, start: Path) -> Language:
+        """That of --llm, else of --from."""
+        if self.llm is not None:
+            return read_language(Path(self.llm))
+        if has_language_model(start):
+            return read_language(start)
+        if is_run(start):
+            run = find_run(start)
+            if run.recipe == STAGE2:
+                return language_of(run.folder, run.saved["model"], None, torch.float32)
+        raise ValueError(f"--llm must be a language model's folder or {TINY!r}: {start} has none")
+
+    def _tokens(self, language: Language) -> PromptTokens:
+        return PromptTokens(
+            language.tokenizer, is_encoder_decoder=language.is_encoder_decoder, max_answer=self.max_text
+        )
+
+    def load_assets(
+        self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
+    ) -> Stage2Assets:
+        dtype = self.language_dtype(purpose)
+        language = language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
+        shapes = VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"])
+        return Stage2Assets(*shapes, language, self._tokens(language), frozen=frozen)
+
+    def build(self, assets: Stage2Assets) -> BLIP2LM:
+        model = BLIP2LM(assets.vision, assets.qformer, assets.language.load())
+        load_weights(model, assets.frozen, is_whole=False)
+        return model
+
+    def initial(self, assets: Stage2Assets, model: BLIP2LM) -> Mapping[str, Tensor]:
+        assert self.start is not None
+        return model.fitting(stage2_start(self.start).state)
+
+    def collate(self, assets: Stage2Assets, samples: list[PairSample]) -> Asked:
+        batch = collate_pairs(samples)
+        questions = batch.questions or [""] * len(batch.captions)
+        texts = assets.tokens.pairs(prompt_texts(self.task, self.prompt, questions), batch.captions)
+        return Asked(batch.images, texts)
+
+    def loss(self, model: Runner, batch: Asked, step: Step) -> dict[str, Tensor]:
+        return {"loss": stage2_loss(model, *batch)}
+
+    def speaks(self, assets: Stage2Assets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
+        tokens = assets.tokens
+        settings = {
+            "max_new_tokens": tokens.max_answer,
+            "eos_token_id": sorted(tokens.stops),
+            "pad_token_id": tokens.tokenizer.pad_token_id,
+            **decoding.generate_options(),
+        }
+
+        def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+            read = (centred(images, assets.image_size), *tokens.prompts(prompts))
+            return tokens.text(model("generate", *(x.to(device) for x in read), **settings).cpu())
+
+        return say
+
+    def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> dict[str, Any]:
+        save_blip2_lm(model, folder, tokenizer=assets.language.tokenizer)
+        return image_processor_config(assets.image_size)

@@ -1,0 +1,60 @@
+"""Whether a model tells a caption's own image from another's."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcore.tasks.subject import Subject
+
+BATCH_SIZE = 64
+
+
+@torch.no_grad()
+def scores(subject: Subject, image: Tensor, text: Tensor) -> Tensor:
+    """[R] float32 on the CPU of pairs of held-out images and captions, each int64 [R]."""
+    held_out, found = subject.held_out, []
+    assert held_out.states is not None
+    matches = subject.recipe.matches(subject.assets, subject.model, subject.device)
+    for first in range(0, len(image), BATCH_SIZE):
+        part = slice(first, first + BATCH_SIZE)
+        chosen, place = image[part].unique(return_inverse=True)
+        captions = [held_out.captions[i] for i in text[part].tolist()]
+        states = held_out.states[chosen].to(subject.device)
+        found.append(matches(states, place.to(subject.device), captions).float().cpu())
+    return torch.cat(found)
+
+
+def accuracy(subject: Subject, seed: int = 0) -> float:
+    """The share of pairs told right from wrong: each caption with its image, and with one drawn from those that it is
+    wrong for. Half is chance."""
+    held_out, val = subject.held_out, subject.val
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.arange(len(held_out.captions))
+    right = held_out.relevance.images_of_texts(0, len(held_out.captions))
+    if val.labels_match and val.labels is not None:
+        classes = torch.tensor(val.labels)[held_out.index]
+        right = right | (classes[held_out.owner][:, None] == classes)
+    wrong = ~right
+    has_wrong = wrong.any(1)
+    drawn = torch.multinomial(wrong[has_wrong].double(), 1, generator=generator)[:, 0]
+    of_right = scores(subject, held_out.owner, text)
+    of_wrong = scores(subject, drawn, text[has_wrong])
+    return torch.cat([of_right > 0, of_wrong < 0]).double().mean().item()
+
+
+def follow(subject: Subject) -> dict[str, float]:
+    """While a run trains."""
+    return {} if subject.pairs.val is None else {"ITM accuracy": accuracy(subject)}
+
+
+def report(subject: Subject, options: Any) -> list[Path]:
+    """Prints the accuracy.
+
+    Raises:
+        ValueError: `mmcore eval matching` where nothing is held out.
+    """
+    if options is not None or subject.pairs.val is not None:
+        print(f"ITM accuracy (held-out): {100 * accuracy(subject):.1f} %")
+    return []

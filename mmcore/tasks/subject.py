@@ -1,0 +1,121 @@
+"""A model that is measured, with what tasks share of its held-out images and captions."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcore.data import EvalSet, PairData
+from mmcore.metrics.retrieval import Relevance, encoded_once, relevance_of
+from mmcore.runs import SavedRun
+
+BATCH_SIZE = 256
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out images and captions as the model sees them, on the CPU.
+
+    Args:
+        index: [I] positions of the readable images in the held-out set.
+        captions: the N captions of these images.
+        owner: [N] the image of each caption, in [0, I).
+        relevance: which caption is right for which image.
+        image: [I, E] unit-norm, or [I, Q, E] of which the nearest counts.
+        text: [N, E] unit-norm.
+        states: [I, ...] what matching starts from; None where the model matches nothing.
+    """
+
+    index: Tensor
+    captions: list[str]
+    owner: Tensor
+    relevance: Relevance
+    image: Tensor
+    text: Tensor
+    states: Tensor | None
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """[I, N] of images and captions."""
+        if self.image.ndim == 2:
+            return self.image @ self.text.T
+        return torch.stack([(row @ self.text.T).amax(0) for row in self.image])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model under the engine while it trains, or read back from its run.
+
+    Args:
+        recipe: whose capabilities the tasks ask for.
+        assets: of the run.
+        model: the engine, or the module.
+        data: as `Recipe.open_data` gives it, or what is measured on in place of it.
+        device: of the model.
+        run: None while it trains.
+    """
+
+    recipe: Any
+    assets: Any
+    model: Any
+    data: Any
+    device: torch.device
+    run: SavedRun | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where files go."""
+        assert self.run is not None
+        return self.run.folder
+
+    @cached_property
+    def pairs(self) -> PairData:
+        """Pictures with captions or questions to measure on."""
+        return self.recipe.pictures(self.data)
+
+    @property
+    def val(self) -> EvalSet:
+        """The held-out images with their captions.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.pairs.val is None:
+            raise ValueError(f"{self.pairs.name} has no held-out pairs: give --val-data or --val-fraction")
+        return self.pairs.val
+
+    @cached_property
+    @torch.no_grad()
+    def held_out(self) -> HeldOut:
+        """Runs the model over the held-out images and their captions.
+
+        Raises:
+            ValueError: there are none, or too many of the images are broken.
+            FloatingPointError: features that are not finite.
+        """
+        embeds, val = self.recipe.embeds(self.assets, self.model, self.device), self.val
+        keeps, image, states, index = hasattr(self.recipe, "matches"), [], [], []
+        for images, i in val.batches(BATCH_SIZE, embeds.image_size):
+            seen = embeds.states(images.to(self.device))
+            image.append(embeds.image(seen).float().cpu())
+            states += [seen.cpu()] if keeps else []
+            index.append(i)
+        features, places = torch.cat(image), torch.cat(index)
+        owners = [(row, caption) for row, i in enumerate(places.tolist()) for caption in val.captions[i]]
+        captions = [caption for _, caption in owners]
+        text = encoded_once(captions, lambda chunk: embeds.text(chunk).float().cpu(), BATCH_SIZE)
+        for what, x in (("images", features), ("captions", text)):
+            if not x.isfinite().all():
+                raise FloatingPointError(f"the embeddings of the held-out {what} are not finite")
+        owner = torch.tensor([row for row, _ in owners])
+        relevance = relevance_of(captions, owner, num_images=len(features))
+        kept = torch.cat(states) if keeps else None
+        return HeldOut(places, captions, owner, relevance, features, text, kept)

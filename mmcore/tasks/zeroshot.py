@@ -1,0 +1,51 @@
+"""Zero-shot classification of held-out images by the names of their classes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmcore.metrics.zeroshot import top_k_accuracy, zero_shot_weights
+from mmcore.tasks.subject import BATCH_SIZE, Subject
+
+
+@torch.no_grad()
+def accuracy(subject: Subject) -> dict[int, float]:
+    """Top-1 and top-5 accuracy in [0, 1]; empty where there are no classes."""
+    data, held_out = subject.pairs, subject.held_out
+    if data.class_names is None or data.templates is None or subject.val.labels is None:
+        return {}
+    text = subject.recipe.embeds(subject.assets, subject.model, subject.device).text
+    weights = zero_shot_weights(text, list, data.class_names, data.templates, batch_size=BATCH_SIZE)
+    labels = torch.tensor(subject.val.labels)[held_out.index]
+    ks = tuple(k for k in (1, 5) if k < len(weights))
+    image = held_out.image
+    if image.ndim == 2:
+        return top_k_accuracy(image, weights.cpu(), labels, ks=ks)
+    nearest = torch.stack([(row @ weights.cpu().T).amax(0) for row in image])
+    return top_k_accuracy(nearest, torch.eye(len(weights)), labels, ks=ks)
+
+
+def follow(subject: Subject) -> dict[str, float]:
+    """While a run trains."""
+    if subject.pairs.val is None:
+        return {}
+    return {f"zero-shot top-{k}": value for k, value in accuracy(subject).items()}
+
+
+def report(subject: Subject, options: Any) -> list[Path]:
+    """Prints the accuracy on the held-out images.
+
+    Raises:
+        ValueError: `mmcore eval zeroshot` on data that has no classes.
+    """
+    is_asked = options is not None
+    if not is_asked and subject.pairs.val is None:
+        return []
+    found = accuracy(subject)
+    if not found and is_asked:
+        raise ValueError(f"{subject.pairs.name} has no classes to tell apart; mmcore eval retrieval measures it")
+    for k, value in found.items():
+        name = "zero-shot accuracy" if k == 1 else f"zero-shot top-{k} accuracy"
+        print(f"{name} (held-out): {100 * value:.1f} %")
+    return []

@@ -1,0 +1,87 @@
+"""A step in micro-batches: losses that are means over samples or tokens, and losses of the whole batch (GradCache)."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Losses(Protocol):
+    """Of a recipe what a plain step needs."""
+
+    def loss(self, model: Any, batch: Any, step: Any) -> dict[str, Tensor]: ...
+
+    def weight(self, batch: Any) -> float | Tensor: ...
+
+
+class Cached(Protocol):
+    """Of a recipe what GradCache needs."""
+
+    def features(self, model: Any, batch: Any) -> tuple[Tensor, ...]: ...
+
+    def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Any) -> dict[str, Tensor]: ...
+
+
+def plain_backward(recipe: Losses, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
+    """The mean of the micro-batches' losses, each counted by its `weight` over all ranks, at the memory of one.
+
+    Args:
+        recipe: whose losses.
+        model: an `Engine`.
+        parts: micro-batches of this rank; as many on every rank.
+        step: handed on.
+
+    Returns:
+        The step's losses by name, detached.
+    """
+    if len(parts) == 1:
+        losses = recipe.loss(model, model.place(parts[0]), step)
+        model.backward(losses["loss"])
+        return {name: x.detach() for name, x in losses.items()}
+    weights = torch.tensor([float(recipe.weight(part)) for part in parts], dtype=torch.float64)
+    weights = weights.to(model.device)
+    if dist.is_initialized():
+        dist.all_reduce(weights)
+    total: dict[str, Tensor] = {}
+    with model.accumulate():
+        for i, (part, share) in enumerate(zip(parts, (weights / weights.sum()).tolist(), strict=True), 1):
+            losses = recipe.loss(model, model.place(part), step)
+            model.backward(losses["loss"] * share, last=i == len(parts))
+            total = {name: total.get(name, 0.0) + share * x.detach() for name, x in losses.items()}
+    return total
+
+
+def cached_backward(recipe: Cached, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
+    """The loss of all samples of a step and its gradient, holding the activations of one micro-batch at a time.
+
+    The features of all micro-batches are computed without gradient, the loss and their gradients once over the whole
+    batch, and then each micro-batch is run again with its share of them (arXiv:2101.06983). The gradient is that of
+    the whole batch, not the mean over micro-batches.
+
+    Args, Returns:
+        As `plain_backward`.
+    """
+    if len(parts) == 1:
+        losses = recipe.objective(recipe.features(model, model.place(parts[0])), parts, step)
+        model.backward(losses["loss"])
+        return {name: x.detach() for name, x in losses.items()}
+    with torch.no_grad():
+        outputs = list(zip(*(recipe.features(model, model.place(part)) for part in parts), strict=True))
+    is_rows = [x[0].ndim > 1 for x in outputs]
+    leaves = [torch.cat(x) if rows else x[0] for x, rows in zip(outputs, is_rows, strict=True)]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    losses = recipe.objective(tuple(leaves), parts, step)
+    gradients = torch.autograd.grad(losses["loss"], leaves)
+    # a number of the model takes an equal share in each
+    shares = [
+        g.split([len(x) for x in of]) if rows else [g / len(parts)] * len(parts)
+        for g, of, rows in zip(gradients, outputs, is_rows, strict=True)
+    ]
+    with model.accumulate():
+        for i, part in enumerate(parts):
+            products = zip(recipe.features(model, model.place(part)), shares, strict=True)
+            surrogate = torch.stack([(x * share[i]).sum() for x, share in products]).sum()
+            model.backward(surrogate, last=i == len(parts) - 1)
+    return {name: x.detach() for name, x in losses.items()}

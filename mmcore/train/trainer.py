@@ -1,0 +1,261 @@
+"""The one trainer: any recipe from its settings to a finished run, resumed where it stopped."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from mmcore import checkpoint
+from mmcore.data import StepBatch, TrainLoader
+from mmcore.recipe import Recipe, Step
+from mmcore.runs import FROZEN, load_weights, read_assets
+from mmcore.settings import as_yaml, check_resumed, to_json
+from mmcore.tasks import Subject, follow, report
+from mmcore.train.deepspeed_json import deepspeed_config
+from mmcore.train.engine import Engine, init_distributed
+from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
+from mmcore.train.run import Metrics, Start, open_run, peak_memory
+from mmcore.train.state import (
+    BUFFERS,
+    read_loader,
+    read_state,
+    restore_companions,
+    restore_engine,
+    restore_module,
+    save_state,
+)
+
+T = TypeVar("T")
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and gives every rank its result, or its error."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except (ValueError, OSError) as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise ValueError(box[1])
+    return box[0]
+
+
+def seed_step(seed: int, step: int) -> int:
+    """Seeds dropout, so that it is the same whenever a step is taken; a seed of its own for each step and rank."""
+    of_step = int(np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1)[0])
+    torch.manual_seed(of_step)
+    return of_step
+
+
+def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
+    """Trains as a recipe says, on every rank alike; returns the run's folder.
+
+    `is_quiet` leaves out the report at the end.
+
+    Raises:
+        ValueError: something in the settings, the data or the run's folder is wrong.
+        FloatingPointError: a loss or the gradient stopped being finite.
+    """
+    rank, world_size = init_distributed()
+    data = recipe.open_data()
+    start = on_rank_zero(lambda: _prepare(name, recipe, data, world_size))
+    saved = json.loads((start.folder / "config.json").read_text())
+    assets = read_assets(recipe, start.folder, saved)
+    loader = recipe.loader(data, assets, recipe.spec(rank, world_size))
+    model = _model(recipe, assets, start)
+    engine = _engine(recipe, start, model, world_size)
+    companions = recipe.companions(engine)
+    first = 0
+    if start.checkpoint is not None:
+        restore_companions(companions, start.checkpoint)
+        loader.load_state_dict(read_loader(start.checkpoint))
+        first = read_state(start.checkpoint)["step"]
+    total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
+    subject = Subject(recipe, assets, engine, data, engine.device)
+
+    def measured() -> dict[str, float]:
+        with engine.eval():
+            return follow(subject)
+
+    options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}
+    with Metrics(start.folder, total, first, **options) as metrics:
+        num_parameters = sum(engine.shards.numel(name) for name in engine.params)
+        metrics.say(
+            f"training {name} ({num_parameters / 1e6:.1f} M parameters) on {data.name}: {data.num_train} samples, "
+            f"{total - first} steps of {loader.spec.global_batch}, ZeRO {engine.stage}, {engine.precision}, "
+            f"{world_size} rank{'s' * (world_size > 1)}"
+        )
+        Loop(start.folder, recipe, engine, loader, metrics, total, companions, measured)(first)
+    engine.close()
+    if rank == 0 and not is_quiet:
+        report(start.folder, metrics.records)
+    return start.folder
+
+
+def _prepare(name: str, recipe: Recipe, data: Any, world_size: int) -> Start:
+    """On rank 0: checks everything that a user can get wrong, and only then writes the run's folder."""
+    if recipe.run.accum != 1 and not recipe.accumulates:
+        raise ValueError(f"--accum must be 1 with {name}, got {recipe.run.accum}: give each rank a larger batch")
+    start = open_run(name, recipe.run)
+    deepspeed_config(recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size)
+    if start.checkpoint is not None:
+        saved = json.loads((start.folder / "config.json").read_text())
+        check_resumed(saved["settings"], recipe)
+        before, now = saved["settings"]["global batch"], recipe.per_rank * world_size
+        if before != now:
+            raise ValueError(
+                f"--batch-size times --accum times the ranks must be {before} as in the run that is resumed, got {now}"
+            )
+        recipe.loader(data, read_assets(recipe, start.folder, saved, "use"), recipe.spec(0, world_size))
+        return start
+    assets = recipe.assets(data)
+    recipe.loader(data, assets, recipe.spec(0, world_size))
+    start.folder.mkdir(parents=True, exist_ok=recipe.run.resume is not None)
+    settings = {**to_json(recipe), "global batch": recipe.per_rank * world_size}
+    saved = {"recipe": name, "settings": settings, "model": _install(assets, start.folder)}
+    checkpoint.write_file(start.folder / "settings.yaml", as_yaml(recipe).encode())
+    checkpoint.write_json(start.folder / "config.json", saved)
+    return start
+
+
+def _install(assets: Any, folder: Path) -> dict[str, Any]:
+    """Writes assets into a run's folder, in place of what a run that was killed before its first checkpoint left."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".assets-") as temporary:
+        staged = Path(temporary)
+        shape = assets.save(staged)
+        if assets.frozen:
+            save_file({name: x.contiguous() for name, x in assets.frozen.items()}, staged / FROZEN)
+        for path in staged.iterdir():
+            checkpoint.replace_path(path, folder / path.name)
+    return shape
+
+
+def _model(recipe: Recipe, assets: Any, start: Start) -> nn.Module:
+    """As it is at the first step to come."""
+    torch.manual_seed(recipe.run.seed)
+    model = recipe.build(assets)
+    if start.checkpoint is None:
+        load_weights(model, recipe.initial(assets, model), is_whole=False)
+    else:
+        load_weights(model, dict(checkpoint.tensors(start.checkpoint, "weight")))
+        restore_module(model, BUFFERS, start.checkpoint)
+    return model
+
+
+def _engine(recipe: Recipe, start: Start, model: nn.Module, world_size: int) -> Engine:
+    groups = param_groups(model, recipe.optim, recipe.rules)
+    optimizer = make_optimizer(groups, recipe.optim)
+    resolved, precision = deepspeed_config(
+        recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size
+    )
+    if dist.get_rank() == 0:
+        checkpoint.write_json(start.folder / "deepspeed.json", resolved)
+    engine = Engine(model, optimizer, resolved, precision)
+    if start.checkpoint is not None:
+        restore_engine(engine, start.checkpoint)
+    return engine
+
+
+@dataclass
+class Loop:
+    """A run under way: steps, logs, evaluations and checkpoints.
+
+    Args:
+        folder: the run's.
+        recipe: how a step is taken.
+        engine: the model and its optimizer.
+        loader: the batches.
+        metrics: where numbers go.
+        total: optimizer steps in all.
+        companions: see `Recipe.companions`.
+        evaluate: on every rank alike: numbers by name, the first of which, in [0, 1], the progress bar shows.
+    """
+
+    folder: Path
+    recipe: Recipe
+    engine: Engine
+    loader: TrainLoader
+    metrics: Metrics
+    total: int
+    companions: Any
+    evaluate: Callable[[], dict[str, float]]
+    _at: tuple[int, list[str]] = field(default=(0, []), init=False)  # the step under way, and its records here
+
+    def __call__(self, first: int) -> None:
+        """Steps `first` to the last.
+
+        Raises:
+            FloatingPointError: a loss or the gradient stopped being finite; the message says where.
+        """
+        try:
+            if first == 0:
+                self._save(0)
+            self._run(first)
+        except FloatingPointError as error:
+            step, records = self._at
+            raise FloatingPointError(
+                f"step {step}: {error}; the run stops and saves nothing more. Look at --lr (now "
+                f"{self.recipe.optim.lr}), --warmup, --grad-clip, and at the records {', '.join(records[:3])}..."
+            ) from None
+
+    def _run(self, first: int) -> None:
+        run, began, seen = self.recipe.run, time.perf_counter(), 0
+        eval_every = run.eval_every or max(1, self.total // 10)
+        save_every = run.save_every or self.loader.steps_per_epoch
+        accuracy: dict[str, float] = {}
+        for number in range(first, self.total):
+            batch: StepBatch = next(self.loader)
+            done = number + 1
+            self._at = done, batch.ids
+            values = self._step(number, batch)
+            seen += len(batch.ids) * dist.get_world_size()
+            rate = seen / (time.perf_counter() - began)
+            last, new = done == self.total, {}
+            if last or done % eval_every == 0:
+                new = self.evaluate()
+                accuracy = new or accuracy
+            note = f"loss {values['loss']:.3f}  {rate:.0f} samples/s  {peak_memory()}  {_shown(accuracy)}"
+            self.metrics.advance(done, note)
+            if last or new or done % run.log_every == 0:
+                measured = {f"eval/{k}": v for k, v in new.items()}
+                record = {**values, "samples_per_s": round(rate, 1), "epoch": batch.epoch, **measured}
+                self.metrics.log(done, record, note=note)
+                began, seen = time.perf_counter(), 0
+            if last or done % save_every == 0:
+                self._save(done)
+                began, seen = time.perf_counter(), 0
+
+    def _step(self, number: int, batch: StepBatch) -> dict[str, float]:
+        recipe = self.recipe
+        step = Step(number, self.total, seed_step(recipe.run.seed, number), self.companions)
+        losses = {name: x.item() for name, x in recipe.backward(self.engine, batch.parts, step).items()}
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} is {value}")
+        lr = lr_schedule(recipe.optim, self.total)(number)
+        decay = weight_decay_schedule(recipe.optim, self.total)(number)
+        norm = self.engine.step(lr, weight_decay=decay, step=number)
+        recipe.after_step(self.engine, step)
+        return {**losses, "grad_norm": norm, "lr": lr}
+
+    def _save(self, step: int) -> None:
+        state = {"epoch": step // self.loader.steps_per_epoch, "total": self.total}
+        save = partial(save_state, keep=self.recipe.run.keep, companions=self.companions)
+        save(self.engine, self.folder / "checkpoints", step, state, self.loader.state_dict())
+
+
+def _shown(accuracy: dict[str, float]) -> str:
+    return "  ".join(f"{k} {100 * v:.1f} %" for k, v in list(accuracy.items())[:1])
