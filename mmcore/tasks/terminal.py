@@ -4,10 +4,11 @@ import importlib
 import importlib.util
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from io import TextIOWrapper
@@ -132,13 +133,13 @@ class Talk:
             self.waiting = []
 
     def _tell(self, pieces: Iterator[str]) -> None:
-        print("model: ", end="", flush=True)
-        try:
+        with _interrupts() as pressed:
+            print("model: ", end="", flush=True)
             for piece in pieces:
                 print(piece.translate(_NO_CONTROLS), end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]")
-            return
+                if pressed:
+                    print(" [stopped]")
+                    return
         print(" [cut: --max-new-tokens, or the model, allows no more]" if self.dialogue.was_cut else "")
 
     def _obey(self, command: str, rest: str) -> None:
@@ -199,6 +200,17 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
     if talk.num_refused and not is_person:
         sys.exit(2)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C makes longer; it raises none, since Python drops an exception that a destructor meets."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _next_line() -> str:

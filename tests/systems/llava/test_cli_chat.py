@@ -125,7 +125,6 @@ def test_a_terminal_streams_stops_at_ctrl_c_and_ends_at_ctrl_d(folder: Path) -> 
     assert "1.png (20 x 14 pixels) is shown with the next question." in before
     terminal.type("what is it?\n")
     terminal.wait("model: ")
-    time.sleep(0.05)
     os.kill(terminal.process.pid, signal.SIGINT)
     stopped = terminal.wait(" [stopped]\n")
     (whole,) = answers(folder, [("what is it?", [1])], most=200)
