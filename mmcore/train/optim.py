@@ -113,12 +113,6 @@ class Rule:
     """(low, high) that they are brought between after each step."""
 
 
-def blip2_optim(warmup: int) -> OptimConfig:
-    """BLIP-2's settings (arXiv 2301.12597, LAVIS), the stages differing in their warm-up."""
-    decays: dict[str, Any] = {"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05}
-    return OptimConfig(lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, warmup=warmup, **decays)
-
-
 def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> EMAOptimizer:
     """The recipe's optimizer of parameter groups; its average is warmed up."""
     settings: dict[str, Any] = {

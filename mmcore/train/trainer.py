@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,6 +193,10 @@ class Loop:
     evaluate: Callable[[], dict[str, float]]
     _at: tuple[int, list[str]] = field(default=(0, []), init=False)  # the step under way, and its records here
 
+    def __post_init__(self) -> None:
+        self._lr = lr_schedule(self.recipe.optim, self.total)
+        self._weight_decay = weight_decay_schedule(self.recipe.optim, self.total)
+
     def __call__(self, first: int) -> None:
         """Steps `first` to the last.
 
@@ -245,16 +248,15 @@ class Loop:
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} is {value}")
-        lr = lr_schedule(recipe.optim, self.total)(number)
-        decay = weight_decay_schedule(recipe.optim, self.total)(number)
-        norm = self.engine.step(lr, weight_decay=decay, step=number)
+        lr = self._lr(number)
+        norm = self.engine.step(lr, weight_decay=self._weight_decay(number), step=number)
         recipe.after_step(self.engine, step)
         return {**losses, "grad_norm": norm, "lr": lr}
 
     def _save(self, step: int) -> None:
         state = {"epoch": step // self.loader.steps_per_epoch, "total": self.total}
-        save = partial(save_state, keep=self.recipe.run.keep, companions=self.companions)
-        save(self.engine, self.folder / "checkpoints", step, state, self.loader.state_dict())
+        options = {"keep": self.recipe.run.keep, "companions": self.companions}
+        save_state(self.engine, self.folder / "checkpoints", step, state, self.loader.state_dict(), **options)
 
 
 def _shown(accuracy: dict[str, float]) -> str:

@@ -3,8 +3,9 @@
 from mmcore.recipe import Claim, Proof
 
 TOWER = ("clip", "--data digits --epochs 15 --lr 1e-3 --ema 0.99")
-FIRST = ("blip2-stage1", "--data digits --vision {0} --epochs 6 --batch-size 64 --lr 1e-3")
-LONGER = (FIRST[0], FIRST[1].replace("--epochs 6", "--epochs 20"))
+COMMON = "--data digits --vision {0} --batch-size 64 --lr 1e-3"
+FIRST = ("blip2-stage1", f"{COMMON} --epochs 6")
+LONGER = ("blip2-stage1", f"{COMMON} --epochs 20")
 SECOND = (
     "blip2-stage2",
     "--data digits --from {1} --llm tiny --task vqa --epochs 6 --batch-size 64 --lr 1e-3 --ema 0.99",
