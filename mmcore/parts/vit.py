@@ -1,11 +1,12 @@
 """A vision transformer: images to the states of their patches (arXiv:2010.11929)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
 from mmcore.nn import ACTIVATIONS, Transformer
 
 
@@ -24,7 +25,8 @@ def check_tower(owner: str, width: int, num_heads: int, activation: str, **sizes
 class VisionConfig:
     """Shape of an image tower: square images of `image_size` pixels, patches of `patch_size` pixels.
 
-    `has_norm_pre` and `has_patch_bias` tell CLIP's towers (the first alone) from EVA's (the second alone).
+    `has_norm_pre` and `has_patch_bias` tell CLIP's towers (the first alone) from EVA's (the second alone); the last
+    four are of `Preprocess`.
     """
 
     image_size: int = 224
@@ -37,6 +39,10 @@ class VisionConfig:
     norm_eps: float = 1e-5
     has_norm_pre: bool = True
     has_patch_bias: bool = False
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    fit: Literal["crop", "squash"] = "crop"
 
     def __post_init__(self) -> None:
         check_tower(
@@ -53,6 +59,14 @@ class VisionConfig:
             raise ValueError(
                 f"VisionConfig: image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
             )
+
+        for name in ("image_mean", "image_std"):  # a run's config.json holds lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What it wants of an image."""
+        return Preprocess(self.image_size, self.image_mean, self.image_std, self.interpolation, self.fit)
 
     @property
     def num_patches(self) -> int:
@@ -92,7 +106,8 @@ class ViT(nn.Module):
         """The states of the class token and of the patches.
 
         Args:
-            images: [B, 3, S, S] floating point, normalised pixels, S the configured image size; B may be 0.
+            images: [B, 3, S, S], S the configured image size; uint8, or floating point where they are normalised
+                already; B may be 0.
 
         Returns:
             [B, 1 + P, D].
@@ -107,8 +122,10 @@ class ViT(nn.Module):
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"ViT: images must be [B, 3, {size}, {size}], got {list(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"ViT: images must be floating point, got {images.dtype}")
+        if images.dtype == torch.uint8:
+            images = normalized(images, self.config.image_mean, self.config.image_std)
+        elif not images.is_floating_point():
+            raise ValueError(f"ViT: images must be uint8 or floating point, got {images.dtype}")
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [B, D, S / P, S / P]
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
         x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)

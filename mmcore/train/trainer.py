@@ -76,6 +76,7 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
     loader = recipe.loader(data, assets, recipe.spec(rank, world_size))
     model = _model(recipe, assets, start)
     engine = _engine(recipe, start, model, world_size)
+    loader.device = engine.device if engine.device.type == "cuda" else None
     companions = recipe.companions(engine)
     first = 0
     if start.checkpoint is not None:

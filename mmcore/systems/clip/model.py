@@ -194,7 +194,7 @@ class CLIP(nn.Module):
         """Unit-norm image embeddings.
 
         Args:
-            images: [B, 3, S, S] floating point, normalised pixels, S the configured image size; B may be 0.
+            images: [B, 3, S, S], see `ViT`; B may be 0.
 
         Returns:
             [B, E] float32.

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmcore.data import PairData
+from mmcore.data import PairData, Preprocess
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from mmcore.data.transforms.images import image_processor_config
 from mmcore.losses import global_contrastive_loss
 from mmcore.parts.vit import Tower, VisionConfig
 from mmcore.recipe import Assets, Claim, Contrastive, Embeds, OnPairs, Proof, Runner, Step
@@ -31,8 +30,8 @@ class ClipAssets(Assets):
     tokenizer: Tokenizer
 
     @property
-    def image_size(self) -> int:
-        return self.shape.vision.image_size
+    def preprocess(self) -> Preprocess:
+        return self.shape.vision.preprocess
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.tokenizer.save(folder / "tokenizer")
@@ -40,7 +39,7 @@ class ClipAssets(Assets):
 
 
 class ClipBatch(NamedTuple):
-    """Images float32 [B, 3, S, S], tokens int64 [B, T], and how many of each caption's count."""
+    """Images uint8 [B, 3, S, S], tokens int64 [B, T], and how many of each caption's count."""
 
     images: Tensor
     tokens: Tensor
@@ -126,7 +125,7 @@ class Clip(OnPairs, Contrastive):
         def text(captions: list[str]) -> Tensor:
             return model(None, assets.tokenizer(captions).to(device))[1]
 
-        return Embeds(assets.image_size, image, lambda features: features, text)
+        return Embeds(assets.preprocess, image, lambda features: features, text)
 
     def image_tower(self, assets: ClipAssets, model: CLIP) -> Tower:
         return model.image_tower()
@@ -134,7 +133,7 @@ class Clip(OnPairs, Contrastive):
     def export(self, assets: ClipAssets, model: CLIP, folder: Path, format: Format) -> dict[str, Any]:
         save_clip(model, folder, format=format)
         assets.tokenizer.save(folder)
-        return image_processor_config(assets.image_size)
+        return assets.preprocess.processor()
 
 
 PROOF = Proof(
