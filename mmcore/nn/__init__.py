@@ -10,7 +10,7 @@ from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.multiway import MultiwayBlock
 from mmcore.nn.packing import Packing
 from mmcore.nn.pooler import AttentionalPooler
-from mmcore.nn.positions import interpolate_positions
+from mmcore.nn.positions import interpolate_positions, sincos_positions
 from mmcore.nn.qformer import QFormerBlock
 from mmcore.nn.resampler import PerceiverResampler
 from mmcore.nn.transformer import Block, Transformer
@@ -38,4 +38,5 @@ __all__ = [
     "quick_gelu",
     "quicken",
     "shared_keys_values",
+    "sincos_positions",
 ]

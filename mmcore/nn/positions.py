@@ -1,10 +1,39 @@
-"""Learned position embeddings, carried over to another patch grid."""
+"""Position embeddings of a grid of patches: fixed ones, and learned ones carried over to another grid."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def sincos_positions(width: int, num_patches: int, *, num_prefix: int = 1) -> Tensor:
+    """Sines and cosines of a patch's column, then of its row, at the frequencies `10000^(-4 i / D)`.
+
+    Args:
+        width: D, a multiple of 4.
+        num_patches: P, a square number.
+        num_prefix: rows of zeros for tokens that belong to no patch, >= 0.
+
+    Returns:
+        [num_prefix + P, D] of torch's default dtype, computed in float64; patches row by row.
+
+    Raises:
+        ValueError: another width or number of patches.
+
+    Reference: MAE's official implementation (arXiv 2111.06377).
+    """
+    side = math.isqrt(max(num_patches, 0))
+    if width < 4 or width % 4:
+        raise ValueError(f"sincos_positions: width must be a multiple of 4, got {width}")
+    if num_patches < 1 or side**2 != num_patches:
+        raise ValueError(f"sincos_positions: num_patches must be a square number, got {num_patches}")
+    places = torch.arange(side, dtype=torch.float64)
+    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = places[:, None] * frequencies  # [side, D / 4]
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # [side, D / 2]
+    grid = torch.cat([waves.repeat(side, 1), waves.repeat_interleave(side, 0)], 1)  # [P, D]
+    return F.pad(grid, (0, 0, num_prefix, 0)).to(torch.get_default_dtype())
 
 
 def interpolate_positions(positions: Tensor, num_patches: int, *, num_prefix: int = 1) -> Tensor:

@@ -4,29 +4,31 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
-from mmcore.nn import ACTIVATIONS, Transformer
+from mmcore.nn import ACTIVATIONS, Transformer, sincos_positions
+from mmcore.nn.transformer import Pool
+from mmcore.ops import require
 
 
 def check_tower(owner: str, width: int, num_heads: int, activation: str, **sizes: int) -> None:
     """Raise a ValueError unless a transformer can have these sizes."""
     for name, value in {"width": width, "num_heads": num_heads, **sizes}.items():
-        if value < 1:
-            raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
-    if width % num_heads:
-        raise ValueError(f"{owner}: num_heads must divide width {width}, got {num_heads}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{owner}: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        require(owner, value >= 1, "{} must be at least 1, got {}", name, value)
+    require(owner, width % num_heads == 0, "num_heads must divide width {}, got {}", width, num_heads)
+    known = sorted(ACTIVATIONS)
+    require(owner, activation in known, "activation must be one of {}, got {!r}", known, activation)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """Shape of an image tower: square images of `image_size` pixels, patches of `patch_size` pixels.
 
-    `has_norm_pre` and `has_patch_bias` tell CLIP's towers (the first alone) from EVA's (the second alone); the last
-    four are of `Preprocess`.
+    The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
+    SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
+    The last four are of `Preprocess`.
     """
 
     image_size: int = 224
@@ -39,26 +41,21 @@ class VisionConfig:
     norm_eps: float = 1e-5
     has_norm_pre: bool = True
     has_patch_bias: bool = False
+    has_class_token: bool = True
+    positions: Literal["learned", "sincos"] = "learned"
+    has_final_norm: bool = False
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     fit: Literal["crop", "squash"] = "crop"
 
     def __post_init__(self) -> None:
-        check_tower(
-            "VisionConfig",
-            self.width,
-            self.num_heads,
-            self.activation,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_layers=self.num_layers,
-            mlp_dim=self.mlp_dim,
-        )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"VisionConfig: image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}"
-            )
+        owner, size, patch = "VisionConfig", self.image_size, self.patch_size
+        sizes = {"image_size": size, "patch_size": patch, "num_layers": self.num_layers, "mlp_dim": self.mlp_dim}
+        check_tower(owner, self.width, self.num_heads, self.activation, **sizes)
+        require(owner, size % patch == 0, "image_size must be a multiple of patch_size {}, got {}", patch, size)
+        kinds = ("learned", "sincos")
+        require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
 
         for name in ("image_mean", "image_std"):  # a run's config.json holds lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -72,6 +69,11 @@ class VisionConfig:
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_tokens(self) -> int:
+        """Patches and the class token."""
+        return self.num_patches + self.has_class_token
+
 
 class Tower(NamedTuple):
     """The shape of a ViT and its weights by their names in it."""
@@ -81,7 +83,7 @@ class Tower(NamedTuple):
 
 
 class ViT(nn.Module):
-    """A pre-LN transformer over a class token and patches, without a norm at its end."""
+    """A pre-LN transformer over patches, and a class token before them where the configuration has one."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -89,8 +91,12 @@ class ViT(nn.Module):
         self.image_size = config.image_size
         width = config.width
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.has_patch_bias)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.position_embedding = nn.Parameter(torch.randn(config.num_patches + 1, width) * width**-0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5) if config.has_class_token else None
+        if config.positions == "learned":
+            self.position_embedding = nn.Parameter(torch.randn(config.num_tokens, width) * width**-0.5)
+        else:
+            fixed = sincos_positions(width, config.num_patches, num_prefix=config.has_class_token)
+            self.position_embedding = nn.Buffer(fixed)
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()
         self.transformer = Transformer(
             width,
@@ -101,32 +107,44 @@ class ViT(nn.Module):
             activation=config.activation,
             norm_eps=config.norm_eps,
         )
+        self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, kept: Tensor | None = None, *, pool: Pool | None = None) -> Tensor:
         """The states of the class token and of the patches.
 
         Args:
             images: [B, 3, S, S], S the configured image size; uint8, or floating point where they are normalised
                 already; B may be 0.
+            kept: int64 [B, K], the patches that are read, in the order of their states; None = all P. The class token
+                always is.
+            pool: takes of the last layer's states `[B, 1 + P, D]` those that are wanted.
 
         Returns:
-            [B, 1 + P, D].
+            [B, 1 + P, D], [B, 1 + K, D], without the 1 where there is no class token, or what `pool` returns.
 
         Raises:
             ValueError: another shape or dtype.
         """
-        return self.transformer(self.embed(images))
+        return self.norm_post(self.transformer(self.embed(images, kept), pool=pool))
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """What the transformer reads, of shapes as in `forward`."""
         size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"ViT: images must be [B, 3, {size}, {size}], got {list(images.shape)}")
+        fits = images.ndim == 4 and images.shape[1:] == (3, size, size)
+        require("ViT", fits, "images must be [B, 3, {}, {}], got {}", size, size, list(images.shape))
         if images.dtype == torch.uint8:
             images = normalized(images, self.config.image_mean, self.config.image_std)
-        elif not images.is_floating_point():
-            raise ValueError(f"ViT: images must be uint8 or floating point, got {images.dtype}")
+        require("ViT", images.is_floating_point(), "images must be uint8 or floating point, got {}", images.dtype)
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [B, D, S / P, S / P]
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
-        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
-        return self.norm_pre(x + self.position_embedding)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + self.position_embedding
+        if kept is not None:
+            fits = kept.ndim == 2 and len(kept) == len(x) and kept.shape[1] > 0 and kept.dtype == torch.int64
+            got = f"{kept.dtype} {list(kept.shape)}"
+            require("ViT", fits, "kept must be int64 [{}, K] of at least one patch an image, got {}", len(x), got)
+            if self.class_embedding is not None:
+                kept = F.pad(kept + 1, (1, 0))  # the class token is row 0
+            x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+        return self.norm_pre(x)

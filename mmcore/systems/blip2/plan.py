@@ -32,7 +32,7 @@ def blip2_stage1_job(name: str, num_text: int) -> Job:
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
         short = replace(config, vision=replace(vision, num_layers=1), qformer=replace(qformer, num_layers=num_layers))
         model = BLIP2(short).train()
-        states = torch.empty(samples, 1 + vision.num_patches, vision.width)
+        states = torch.empty(samples, vision.num_tokens, vision.width)
 
         def texts(rows: int) -> tuple[Tensor, Tensor]:
             return torch.empty(rows, num_text, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
@@ -76,7 +76,7 @@ def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
 
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
         norm, former, projection = parts = between(num_layers)
-        states = torch.empty(samples, 1 + vision.num_patches, vision.width)
+        states = torch.empty(samples, vision.num_tokens, vision.width)
         return Built(parts.parameters(), lambda: [projection(former(norm(states)))])
 
     with torch.device("meta"):

@@ -99,7 +99,7 @@ class VisionTower(ViT):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] to [B, E]."""
-        return self.proj(self.norm_post(self.transformer(self.embed(images), pool=lambda x: x[:, 0])))
+        return self.proj(super().forward(images, pool=lambda x: x[:, 0]))
 
 
 class TextTower(nn.Module):

@@ -242,7 +242,7 @@ class Llava(nn.Module):
             ValueError: sizes that do not belong to the images.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
-            states = self.visual(images)[:, 1:]
+            states = self.visual(images)[:, int(self.config.vision.has_class_token) :]
         projected = self.projector(states)
         if self.image_newline is None:
             require("Llava", image_sizes is None, "image_sizes must be None without tiles, got {}", "some")
