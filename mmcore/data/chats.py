@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mmcore.data.config import DataConfig
+from mmcore.data.config import BUILT_IN, DataConfig, EmojiStyle
 from mmcore.data.sources.conversations import ConversationSet, open_conversations
-from mmcore.data.sources.derived_chats import digit_conversations, stamp_conversations
+from mmcore.data.sources.derived_chats import digit_conversations, emoji_conversations, stamp_conversations
 from mmcore.data.sources.digits import open_digits
+from mmcore.data.sources.emoji import open_emoji
 from mmcore.data.sources.split import split_linked
 from mmcore.data.sources.stamps import Stamps, open_stamps
-
-_BUILT_IN = ("digits", "stamps")
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,17 @@ class ChatConfig:
 
     data: str = "digits"
     """Conversations: LLaVA's JSON or JSONL, a mix of such files in YAML (datasets: json_path, sampling_strategy), or
-    'digits' or 'stamps', about which conversations are derived from captions, classes and pixels."""
+    'digits', 'stamps' or 'emoji', about which conversations are derived from captions, classes and pixels."""
     val_data: str | None = None
     """Held-out conversations, of the same kinds; none: a share of --val-fraction is split off, by images."""
     val_fraction: float = 0.1
     """Share that is held out when --val-data is not given; 0 holds out nothing."""
     image_root: str | None = None
     """Folder of the images, or of tars with them; none: the folder of the JSON or YAML file."""
-    language: Literal["en", "zh_CN"] = "en"
-    """Language of 'stamps'."""
+    language: str = "en"
+    """Language of 'stamps', en or zh_CN, or of the names of 'emoji'."""
+    style: EmojiStyle = "openmoji"
+    """Which font draws 'emoji'."""
     workers: int = 0
     """Processes per rank that load data; 0 loads in the training process."""
     max_broken: float = 0.01
@@ -45,8 +46,18 @@ class ChatConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be a share, got {value}")
         if self.workers < 0:
             raise ValueError(f"--workers must be at least 0, got {self.workers}")
-        if self.image_root is not None and self.data in _BUILT_IN:
+        if self.image_root is not None and self.data in BUILT_IN:
             raise ValueError(f"--image-root has no effect on {self.data!r}, got {self.image_root!r}")
+        if self.data == "emoji" and self.val_fraction != ChatConfig.val_fraction:
+            raise ValueError(f"--val-fraction has no effect on 'emoji', got {self.val_fraction}")
+        if self.data != "emoji" and self.style != ChatConfig.style:
+            raise ValueError(f"--style has no effect on {self.data!r}, got {self.style}")
+
+    def pairs(self) -> DataConfig:
+        """The built-in pictures that derived conversations are about."""
+        named: Any = {"language": self.language, "style": self.style, "stamps_dir": self.stamps_dir}
+        pairs = DataConfig(self.data, max_broken=self.max_broken, **named)
+        return pairs if self.data == "emoji" else replace(pairs, val_fraction=self.val_fraction)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ def open_chats(config: ChatConfig, *, seed: int, captions_only: bool = False) ->
         ValueError: one sentence for each thing that can be wrong with the input.
     """
     fraction = 0.0 if config.val_data is not None else config.val_fraction
-    if config.data in _BUILT_IN:
+    if config.data in BUILT_IN:
         train, val = _derived(config, fraction, seed, captions_only)
     else:
         train, val = _read(config, config.data, seed), None
@@ -100,9 +111,12 @@ def _derived(
         scans, held_out = open_digits(fraction, seed)
         val = None if held_out is None else digit_conversations(held_out, **options)
         return digit_conversations(scans, **options), val
-    shared: Any = {"language": config.language, "max_broken": config.max_broken}
-    stamps = open_stamps(DataConfig("stamps", val_fraction=fraction, stamps_dir=config.stamps_dir, **shared), seed)
-    options |= shared
+    if config.data == "emoji":
+        data = open_emoji(config.pairs())
+        val = None if data.val is None else emoji_conversations(data.val.source, data.val_questions, **options)
+        return emoji_conversations(data.source, data.questions, **options), val
+    stamps = open_stamps(replace(config.pairs(), val_fraction=fraction), seed)
+    options |= {"language": config.language, "max_broken": config.max_broken}
     assert isinstance(stamps.source, Stamps)
     train = stamp_conversations(stamps.source, stamps.questions, **options)
     if stamps.val is None:

