@@ -52,7 +52,7 @@ def test_combinations_are_held_out_of_which_each_part_is_trained_on() -> None:
     unseen = [x for x in shown if is_held_out(x)]
     assert 250 < len(val) <= len(unseen) < 350 and not any(map(is_held_out, seen))
     known = {(thing, *genders): tones for thing, genders, tones in map(combination, seen) if len(tones) == 1}
-    assert all(known[thing, *genders] != tones for thing, genders, tones in map(combination, unseen))
+    assert all(known[(thing, *genders)] != tones for thing, genders, tones in map(combination, unseen))
     assert {t for x in unseen for t in combination(x)[2]} == set(TONES.values())
     assert {g for x in unseen for g in combination(x)[1]} == set(GENDERS.values())
     assert combination("👩🏽‍🚀") == ("🧑🚀", ["woman"], ["medium"]) and combination("🏃🏿‍♂️")[0] == "🏃"
