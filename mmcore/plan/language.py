@@ -40,10 +40,7 @@ LLMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def language_config(name: str) -> Any:
-    """The configuration of a language model.
-
-    Args:
-        name: a key of `LLMS`, or a folder with the config.json of a causal model of transformers.
+    """The configuration of a key of `LLMS`, or of a folder with the config.json of a causal model of transformers.
 
     Raises:
         ValueError: neither, or an encoder-decoder.

@@ -1,7 +1,7 @@
 """What ZeRO keeps, sends and allocates on a rank, as DeepSpeed 0.19 does it under `mmcore.train.engine`; read in its
 source and held to the real engine by tests."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mmcore.plan.job import Job, Setting
 
@@ -10,34 +10,23 @@ from mmcore.plan.job import Job, Setting
 BUCKET, PREFETCH, REUSE = 500_000_000, 50_000_000, 1_000_000_000
 
 
-@dataclass(frozen=True)
-class States:
-    """Bytes that a rank holds from step to step."""
-
-    weights: float
-    optimizer: float
-    ema: float
-    gradients: float
-    buffers: float
-
-
-def states(job: Job, setting: Setting, *, is_cpu: bool) -> States:
-    """Weights in the module's dtype, moments (and, from stage 1 on, a master) in float32.
+def states(job: Job, setting: Setting, *, is_cpu: bool) -> dict[str, float]:
+    """Bytes by part that a rank holds from step to step: weights in the module's dtype, moments (and, from stage 1 on,
+    a master) in float32.
 
     Stages 1 to 3 keep a float32 master beside float32 weights too: what is flattened is cloned. Stage 3 has its
     gradients and its bucket from the start, and small tensors whole beside its share.
     """
     size, ranks = setting.weight_bytes, setting.gpus if setting.zero else 1
     weights = job.trained * size + job.frozen_bytes(setting)
-    of_optimizer = (12 if setting.zero else 8) * job.trained / ranks
     has_all = setting.zero == 3
-    return States(
-        weights / setting.gpus + size * job.small if has_all else weights,
-        of_optimizer,
-        4 * job.trained / ranks if setting.ema else 0.0,
-        size * job.trained / setting.gpus if has_all else 0.0,
-        bucket_bytes(job, setting, is_cpu=is_cpu) if has_all else 0.0,
-    )
+    return {
+        "weights": weights / setting.gpus + size * job.small if has_all else weights,
+        "optimizer": (12 if setting.zero else 8) * job.trained / ranks,
+        "EMA": 4 * job.trained / ranks if setting.ema else 0.0,
+        "gradients": size * job.trained / setting.gpus if has_all else 0.0,
+        "buffers": bucket_bytes(job, setting, is_cpu=is_cpu) if has_all else 0.0,
+    }
 
 
 def bucket_bytes(job: Job, setting: Setting, *, is_cpu: bool) -> float:
@@ -55,8 +44,7 @@ def gathered_bytes(job: Job, setting: Setting) -> float:
     return size * (min(released, REUSE // 2 + PREFETCH) + min(released, PREFETCH))
 
 
-@dataclass(frozen=True)
-class Reduction:
+class Reduction(NamedTuple):
     """Bytes at the end of the backward, and in the step."""
 
     gradients: float
