@@ -8,18 +8,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.losses.ranks import (
-    Header,
-    Layout,
-    agree,
-    all_sum,
-    gather_rows,
-    global_mean,
-    wanted_gradients,
-    world_size_of,
-)
+from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
 from mmcore.losses.statistics import Columns, GlobalStats
+from mmcore.nn.batch_norm import all_sum
 from mmkernels import contrastive_loss
 from mmkernels.pieces import (
     ContrastiveProblem,
@@ -34,7 +26,6 @@ from mmkernels.pieces import (
     gives_nan,
     pair_losses,
     reduce,
-    require,
 )
 
 OP = "global_contrastive_loss"
@@ -110,9 +101,13 @@ def global_contrastive_loss(
         )
 
     def check() -> tuple[_Inputs, Header]:
-        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         inputs = _checked(a, b, logit_scale, labels, negatives, teacher, options)
-        return inputs, _header(inputs, options, gather_limit_bytes)
+        more = {
+            "teacher": "none" if teacher is None else "given",
+            "negatives": "none" if negatives is None else f"{len(negatives)} rows",
+        }
+        of_inputs = {"a": inputs.a, "b": inputs.b, "logit_scale": inputs.scale}
+        return inputs, header(OP, of_inputs, labels, gather_limit_bytes, **more, **asdict(options))
 
     inputs, layout = agree(OP, group, a.device, check)
     with torch.autocast(a.device.type, enabled=False):
@@ -145,19 +140,6 @@ def _checked(
             of_negatives = broken_claim(ContrastiveProblem(negatives, negatives, scale, None, None, None, False))
             broken = None if broken is None or of_negatives is None else broken | of_negatives
     return _Inputs(a, b, scale, labels, teacher, negatives, broken)
-
-
-def _header(inputs: _Inputs, options: Options, gather_limit_bytes: int) -> Header:
-    same = {
-        "D": inputs.a.shape[1],
-        "dtype": str(inputs.a.dtype),
-        "labels": "none" if inputs.labels is None else "given",
-        "teacher": "none" if inputs.teacher is None else "given",
-        "negatives": "none" if inputs.negatives is None else f"{len(inputs.negatives)} rows",
-        "gather_limit_bytes": gather_limit_bytes,
-        "requires_grad": wanted_gradients(a=inputs.a, b=inputs.b, logit_scale=inputs.scale),
-    }
-    return Header(len(inputs.a), len(inputs.b), same | asdict(options))
 
 
 def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_bytes: int) -> tuple[Match, Columns]:

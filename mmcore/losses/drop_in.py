@@ -28,8 +28,6 @@ class _InGroup(nn.Module):
 
     def check_place(self, device: torch.device) -> None:
         """Raises on every rank if any was told wrongly."""
-        if self.agreed:
-            return
         op, size = type(self).__name__, world_size_of(None)
 
         def check() -> tuple[bool, Header]:
@@ -38,7 +36,8 @@ class _InGroup(nn.Module):
             require(op, self.place == place, sentence, place, self.place)
             return True, Header(0, 0, {})
 
-        self.agreed = check()[0] if size == 1 else agree(op, None, device, check)[0]
+        if not self.agreed:
+            self.agreed = check()[0] if size == 1 else agree(op, None, device, check)[0]
 
 
 class ClipLoss(_InGroup):
@@ -174,7 +173,7 @@ class ContrastiveLossWithTemperature(nn.Module):
             cross_entropy_kwargs: `label_smoothing` alone.
             mask: bool `[m]`, False for pairs that have no loss of their own and are the others' negatives still.
         """
-        op = "ContrastiveLossWithTemperature"
+        op, labels = "ContrastiveLossWithTemperature", None
         exact = backprop_type.name == BackpropType.GLOBAL.name
         require(op, exact, "backprop_type must be GLOBAL, got {}", backprop_type)
         options = dict(cross_entropy_kwargs or {})
@@ -182,16 +181,12 @@ class ContrastiveLossWithTemperature(nn.Module):
         require(op, not options, "cross_entropy_kwargs must hold label_smoothing alone, got {}", list(options))
         with torch.no_grad():
             self.logit_scale.clamp_(self.logit_scale_min, self.logit_scale_max)
-        labels = None if mask is None else _labels_of(op, mask, embeddings_a)
-        return global_contrastive_loss(
-            embeddings_a, embeddings_b, self.logit_scale.exp(), labels=labels, label_smoothing=smoothing
-        )
-
-
-def _labels_of(op: str, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels that pair row i with column i where the mask holds; elsewhere none has a partner."""
-    fits = mask.dtype == torch.bool and mask.shape == like.shape[:1]
-    require(op, fits, "mask must be bool [{}], got {} {}", len(like), mask.dtype, list(mask.shape))
-    rank = dist.get_rank() if world_size_of(None) > 1 else 0
-    pairs = torch.arange(len(like), device=like.device) + (rank << 32)
-    return torch.where(mask, pairs, -1), torch.where(mask, pairs, -2)
+        if mask is not None:
+            size = len(embeddings_a)
+            fits = mask.dtype == torch.bool and list(mask.shape) == [size]
+            require(op, fits, "mask must be bool [{}], got {} {}", size, mask.dtype, list(mask.shape))
+            rank = dist.get_rank() if world_size_of(None) > 1 else 0
+            pairs = torch.arange(size, device=mask.device) + (rank << 32)
+            labels = torch.where(mask, pairs, -1), torch.where(mask, pairs, -2)  # others have no partner
+        scale = self.logit_scale.exp()
+        return global_contrastive_loss(embeddings_a, embeddings_b, scale, labels=labels, label_smoothing=smoothing)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmcore.ops import require
 
 Group = dist.ProcessGroup | None
 Checked = TypeVar("Checked")
@@ -89,15 +90,30 @@ def agree(
     return checked, Layout(group, rows, cols)
 
 
-def wanted_gradients(**inputs: Tensor) -> str:
-    """Of which inputs a gradient is wanted, for a header: a backward that some ranks do not run would hang the
-    others."""
+def header(
+    op: str, inputs: dict[str, Tensor], labels: tuple[Tensor, Tensor] | None, gather_limit_bytes: int, **more: Any
+) -> Header:
+    """Of a loss of `inputs` by name, of which the first are features of rows and of columns.
+
+    Of which a gradient is wanted must be the same: a backward that some ranks do not run would hang the others.
+    """
+    require(op, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
+    rows, cols, *_ = inputs.values()
     wanted = [name for name, x in inputs.items() if torch.is_grad_enabled() and x.requires_grad]
-    return ", ".join(wanted) or "nothing"
+    same = {
+        "D": rows.shape[-1],
+        "dtype": str(rows.dtype),
+        "labels": "none" if labels is None else "given",
+        "gather_limit_bytes": gather_limit_bytes,
+        "requires_grad": ", ".join(wanted) or "nothing",
+    }
+    return Header(len(rows), len(cols), same | more)
 
 
 def gather_rows(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:
-    """The ranks' `x` `[counts[rank], ...]` one below the other, without a gradient."""
+    """The ranks' `x` `[counts[rank], ...]` one below the other, without a gradient; of one rank `x` itself."""
+    if len(counts) == 1:
+        return x
     most = max(counts)
     padded = x.new_empty(len(counts), most, *x.shape[1:])
     own = x.detach().contiguous()
@@ -119,11 +135,6 @@ def scatter_sum(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:
     return own[: counts[dist.get_rank(group)]]
 
 
-def all_sum(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' `x`; its gradient sums what each rank's loss makes of it."""
-    return _AllSum.apply(x, group)  # pyright: ignore[reportReturnType]
-
-
 def global_mean(own: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' shares of a mean, with this rank's gradient times their number: data parallelism
     takes the mean of the ranks' gradients, and forms the gradient of the sum so."""
@@ -131,22 +142,6 @@ def global_mean(own: Tensor, group: Group) -> Tensor:
     dist.all_reduce(total, group=group)
     scaled = own * dist.get_world_size(group)
     return total + (scaled - scaled.detach())
-
-
-class _AllSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 def _exchanged(told: dict[str, Any], group: Group, device: torch.device) -> list[dict[str, Any]]:

@@ -1,16 +1,16 @@
 """The sigmoid loss over the global batch, exact in value and in gradient on any number of data-parallel ranks."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmcore.losses.ranks import Header, agree, gather_rows, global_mean, wanted_gradients, world_size_of
+from mmcore.losses.ranks import Header, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
 from mmkernels import sigmoid_loss
-from mmkernels.pieces import accumulator, checked_sigmoid_operands, require, sigmoid_block
+from mmkernels.pieces import accumulator, checked_sigmoid_operands, sigmoid_block
 
 OP = "global_sigmoid_loss"
 
@@ -33,14 +33,8 @@ def global_sigmoid_loss(
     evaluate under `torch.no_grad()`, and make of the loss the same on every rank.
 
     Args:
-        a: features `[m, D]` of this rank's rows, float32, float16, bfloat16 or float64. Ranks may have different
-            numbers of rows, or none.
-        b: features `[n, D]` of their partners, same dtype and device; n = m but for `labels`.
-        logit_scale: the multiplier itself, the same on every rank: a finite float or a tensor of one element.
-        logit_bias: likewise.
-        labels: int64 `[m]` and `[n]`: equal labels are positives, on whichever ranks they are.
-        group: the data-parallel process group; None = the default one, or one process where none is set up.
-        gather_limit_bytes: above so many bytes of gathered `b` the features travel around a ring.
+        a, b, logit_scale, labels, group, gather_limit_bytes: as in `global_contrastive_loss`.
+        logit_bias: the same on every rank: a finite float or a tensor of one element.
 
     Returns:
         The loss, a scalar, float32 (float64 for float64).
@@ -55,16 +49,9 @@ def global_sigmoid_loss(
         return sigmoid_loss(a, b, logit_scale, logit_bias, labels=labels)
 
     def check() -> tuple[tuple[Tensor, ...], Header]:
-        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         inputs = checked_sigmoid_operands(a, b, logit_scale, logit_bias, labels)
-        same = {
-            "D": a.shape[1],
-            "dtype": str(inputs[0].dtype),
-            "labels": "none" if labels is None else "given",
-            "gather_limit_bytes": gather_limit_bytes,
-            "requires_grad": wanted_gradients(**dict(zip(("a", "b", "logit_scale", "logit_bias"), inputs))),
-        }
-        return inputs, Header(len(a), len(b), same)
+        by_name = dict(zip(("a", "b", "logit_scale", "logit_bias"), inputs))
+        return inputs, header(OP, by_name, labels, gather_limit_bytes)
 
     inputs, layout = agree(OP, group, a.device, check)
     if labels is None:
@@ -79,8 +66,7 @@ def global_sigmoid_loss(
     return global_mean(total / max(sum(layout.rows), 1), group).to(accumulator(inputs[0].dtype))  # pyright: ignore[reportOperatorIssue]
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     """What this rank's rows are held against, and which gradients are wanted: of a, b, scale and bias."""
 
     shards: Shards

@@ -70,11 +70,14 @@ class GlobalStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, scale: Tensor, columns: Columns):
         a, scale = a.detach(), scale.detach()
-        parts: list[ContrastiveStats] = []
-        centers: list[Tensor] = []
+        parts, centers = [], []
         positive = a.new_zeros(len(a), dtype=torch.float64)
         target = a.new_zeros(a.shape if columns.labels else 0, dtype=accumulator(a.dtype))
-        of_cols = _no_columns(a, columns)
+        # room for every column of the batch, or for none
+        num_cols = sum(columns.layout.cols) if columns.symmetric else 0
+        num_taught = 0 if columns.teacher_a is None else num_cols
+        sizes = num_cols, num_cols, num_taught, num_taught
+        of_cols = Softmax(*(a.new_zeros(n, dtype=torch.float64) for n in sizes))
         for cols, problem in columns.blocks(a, scale):
             stats = _block_stats(problem, columns.normalized)
             parts.append(stats)
@@ -138,13 +141,6 @@ class GlobalStats(torch.autograd.Function):
             ds.to(scale.dtype) if needs[2] else None,
             None,
         )
-
-
-def _no_columns(a: Tensor, columns: Columns) -> Softmax:
-    """Room for every column of the batch, `[N]`, or for none."""
-    num_cols = sum(columns.layout.cols) if columns.symmetric else 0
-    of_teacher = 0 if columns.teacher_a is None else num_cols
-    return Softmax(*(a.new_zeros(n, dtype=torch.float64) for n in (num_cols, num_cols, of_teacher, of_teacher)))
 
 
 def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveStats:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, wanted_gradients, world_size_of
+from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
 from mmcore.losses.token_statistics import GlobalTokenStats, TokenColumns
 from mmkernels import token_contrastive_loss
@@ -43,14 +43,9 @@ def global_token_contrastive_loss(
     Args:
         tokens: features `[m, Q, D]` of this rank's rows, float32, float16, bfloat16 or float64. Ranks may have
             different numbers of rows, or none.
-        b: features `[n, D]` of their partners, same dtype and device; n = m but for `labels`.
-        logit_scale: the multiplier itself, the same on every rank: a finite float or a tensor of one element.
-        symmetric: False leaves the columns' half out.
-        labels: int64 `[m]` and `[n]`: equal labels are positives, on whichever ranks they are.
+        b, logit_scale, symmetric, labels, label_smoothing, group, gather_limit_bytes: as in
+            `global_contrastive_loss`.
         mask: bool `[m, Q]`, True where a token counts.
-        label_smoothing: from 0 to 1.
-        group: the data-parallel process group; None = the default one, or one process where none is set up.
-        gather_limit_bytes: above so many bytes of gathered `b` the features travel around a ring.
 
     Returns:
         The loss, a scalar, float32 (float64 for float64).
@@ -68,7 +63,6 @@ def global_token_contrastive_loss(
         return token_contrastive_loss(tokens, b, logit_scale, labels=labels, masks=masks, **options)
 
     def check() -> tuple[tuple[Tensor, Tensor, Tensor], Header]:
-        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         require(OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing)
         _check_one_side(b)
         inputs = token_operands(tokens, b, logit_scale)
@@ -76,31 +70,20 @@ def global_token_contrastive_loss(
         if check_token_labels(tokens, b, labels) is None:
             sizes = len(tokens), len(b)
             require(OP, sizes[0] == sizes[1], "b must have {} rows without labels, got {}", *sizes)
-        same = {
-            "Q": tokens.shape[1],
-            "D": tokens.shape[2],
-            "dtype": str(inputs[0].dtype),
-            "labels": "none" if labels is None else "given",
-            "gather_limit_bytes": gather_limit_bytes,
-            "requires_grad": wanted_gradients(**dict(zip(("tokens", "b", "logit_scale"), inputs))),
-        }
-        return inputs, Header(len(tokens), len(b), same | options)
+        by_name = dict(zip(("tokens", "b", "logit_scale"), inputs))
+        return inputs, header(OP, by_name, labels, gather_limit_bytes, Q=tokens.shape[1], **options)
 
     (tokens, b, scale), layout = agree(OP, group, tokens.device, check)
     with torch.autocast(tokens.device.type, enabled=False):
-        all_labels = None
-        if labels is not None:
-            counts = (layout.rows, layout.cols)
-            all_labels = tuple(gather_rows(x, n, group) for x, n in zip(labels, counts, strict=True))
-        own = layout.rows_of(layout.rank)
-        columns = TokenColumns(
-            layout,
-            shards_of(layout, [b.contiguous()], gather_limit_bytes),
-            torch.arange(own.start, own.stop, device=b.device) if labels is None else None,
-            None if labels is None or all_labels is None else (labels[0], all_labels[1]),
-            mask,
-            label_smoothing > 0,
-        )
+        positives = all_labels = of_columns = None
+        if labels is None:
+            own = layout.rows_of(layout.rank)
+            positives = torch.arange(own.start, own.stop, device=b.device)
+        else:
+            all_labels = gather_rows(labels[0], layout.rows, group), gather_rows(labels[1], layout.cols, group)
+            of_columns = labels[0], all_labels[1]
+        shards = shards_of(layout, [b.contiguous()], gather_limit_bytes)
+        columns = TokenColumns(layout, shards, positives, of_columns, mask, label_smoothing > 0)
         stats = GlobalTokenStats.apply(tokens.contiguous(), b, scale.reshape(()).double(), columns)
         loss = _own_share(TokenContrastiveStats(*stats), layout, all_labels, symmetric, label_smoothing)  # pyright: ignore[reportGeneralTypeIssues]
         return global_mean(loss, group).to(accumulator(tokens.dtype))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -29,7 +30,7 @@ class BatchNorm(_BatchNorm):
         wide, axes = x.float(), [0, *range(2, x.ndim)]
         count = torch.full((1,), x.numel() / max(1, x.shape[1]), device=x.device)
         sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
-        total, squares, count = _SumOfRanks.apply(sums).split([self.num_features, self.num_features, 1])  # pyright: ignore[reportAttributeAccessIssue]
+        total, squares, count = all_sum(sums).split([self.num_features, self.num_features, 1])
         mean = total / count
         var = (squares / count - mean * mean).clamp_min(0)
         self._track(mean.detach(), (var * count / (count - 1).clamp_min(1)).detach())
@@ -61,17 +62,20 @@ class BatchNorm(_BatchNorm):
         return self
 
 
-class _SumOfRanks(torch.autograd.Function):
-    """Of a tensor over all ranks, with the gradient of all ranks' losses."""
+def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of the ranks' `x`; its gradient sums what each rank's loss makes of it."""
+    return _AllSum.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dy = dy.clone()
-        dist.all_reduce(dy)
-        return dy
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _AllSum.forward(ctx, grad, ctx.group), None

@@ -55,9 +55,7 @@ class CrossAttention(nn.Module):
         divides = key_heads >= 1 and num_heads % key_heads == 0
         require(op, divides, "num_key_heads must divide num_heads {}, got {}", num_heads, key_heads)
         check_dropout(op, dropout)
-        self.num_heads = num_heads
-        self.num_key_heads = key_heads
-        self.dropout = dropout
+        self.num_heads, self.num_key_heads, self.dropout = num_heads, key_heads, dropout
         self.q = Linear(width, num_heads * head_dim, bias=bias)
         self.kv = Linear(width if key_width is None else key_width, 2 * key_heads * head_dim, bias=bias)
         self.out = Linear(num_heads * head_dim, width, bias=bias)
@@ -67,15 +65,12 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, states: Tensor | KeyValues | tuple[KeyValues, KeyValues], mask: masks.Mask | None = None
     ) -> Tensor:
-        """What each token reads from the states.
+        """What each token reads from the states: [B, Lq, D].
 
         Args:
             x: [B, Lq, D], or [1, Lq, D] for tokens that all rows share.
             states: [B, Lk, D_k], or the `keys_values` of them, a pair of which stands for their concatenation.
             mask: of `mmkernels.masks`, for Lq queries and Lk keys. A token that sees nothing gets `out`'s bias.
-
-        Returns:
-            [B, Lq, D].
 
         Raises:
             ValueError: a wrong shape or mask.
@@ -118,11 +113,9 @@ def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list
         ValueError: a wrong shape; layers that differ.
     """
     op = "shared_keys_values"
-    projections = [layer.kv for layer in layers]
-    kinds = {(kv.in_features, kv.bias is not None) for kv in projections}
-    alike = len(kinds) == 1
-    require(op, alike, "layers must be of one key_width and bias, got {}", sorted(kinds))
-    check_tokens(op, "states", states, projections[0].in_features)
+    kinds = {(layer.kv.in_features, layer.kv.bias is not None) for layer in layers}
+    require(op, len(kinds) == 1, "layers must be of one key_width and bias, got {}", sorted(kinds))
+    check_tokens(op, "states", states, layers[0].kv.in_features)
     if states.is_cpu:
         return [layer.keys_values(states) for layer in layers]
     return by_one_product(states, layers)

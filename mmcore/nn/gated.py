@@ -33,15 +33,11 @@ class GatedCrossAttentionBlock(nn.Module):
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, media: Tensor | KeyValues, mask: masks.Mask | None = None) -> Tensor:
-        """Text that reads the images before it.
+        """Text [B, T, D] that reads the images before it: [B, T, D].
 
         Args:
-            x: [B, T, D].
             media: [B, L, D_media], image by image, or `self.attn.keys_values` of them.
             mask: `mmkernels.masks.media`, made once for all blocks; None = all text sees all media.
-
-        Returns:
-            [B, T, D].
 
         Raises:
             ValueError: a wrong shape or mask.

@@ -27,15 +27,12 @@ class MultiwayBlock(nn.Module):
         self.mlps = nn.ModuleList(MLP(width, mlp_dim) for _ in range(num_experts))
 
     def forward(self, x: Tensor, sizes: Sequence[int], mask: masks.Mask | None = None) -> Tensor:
-        """All tokens attend to all; each modality has its own feed-forward.
+        """All tokens attend to all; each modality has its own feed-forward: [B, T, D].
 
         Args:
             x: [B, T, D], one modality behind the other.
             sizes: how many tokens each has, T in all; 0 for one that is absent.
             mask: of `mmkernels.masks`, for T queries and T keys.
-
-        Returns:
-            [B, T, D].
 
         Raises:
             ValueError: a wrong shape or mask; sizes that do not add up.

@@ -11,21 +11,13 @@ from mmcore.ops import require
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`; make one with `Packing.of`.
+    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`; make one with `Packing.of`."""
 
-    Attributes:
-        places: int64 [N], of each token among the B * T.
-        lengths: int64 [B], of each row.
-        starts: int64 [B], of each row among the N.
-        num_rows: B.
-        length: T, of the longest row.
-    """
-
-    places: Tensor
-    lengths: Tensor
-    starts: Tensor
-    num_rows: int
-    length: int
+    places: Tensor  # int64 [N], of each token among the B * T
+    lengths: Tensor  # int64 [B], of each row
+    starts: Tensor  # int64 [B], of each row among the N
+    num_rows: int  # B
+    length: int  # T, of the longest row
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Packing":
@@ -37,9 +29,8 @@ class Packing:
         require("Packing", min(lengths, default=1) >= 1, "lengths must be at least 1, got {}", list(lengths))
         length, each = max(lengths, default=0), torch.tensor(lengths, dtype=torch.int64)
         places = (torch.arange(length) < each[:, None]).flatten().nonzero()[:, 0]
-        made = places, each, each.cumsum(0) - each
-        places, each, starts = (x.to(device, non_blocking=True) for x in made)
-        return cls(places, each, starts, len(lengths), length)
+        made = (x.to(device, non_blocking=True) for x in (places, each, each.cumsum(0) - each))
+        return cls(*made, len(lengths), length)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [1, N, ...]."""

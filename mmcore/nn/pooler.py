@@ -24,14 +24,10 @@ class AttentionalPooler(nn.Module):
         self.attn = CrossAttention(width, num_heads, key_width=key_width)
 
     def forward(self, x: Tensor, mask: masks.Mask | None = None) -> Tensor:
-        """One result a query.
+        """One result a query: [B, L, D_k] to [B, Q, D].
 
         Args:
-            x: [B, L, D_k].
             mask: of `mmkernels.masks`, for Q queries and L keys, such as `masks.lengths`.
-
-        Returns:
-            [B, Q, D].
 
         Raises:
             ValueError: a wrong shape or mask.

@@ -76,7 +76,7 @@ class QFormerBlock(nn.Module):
         image_mask: masks.Mask | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """One layer over `[queries; text]`.
+        """One layer over `[queries; text]`: [B, Q + T, D].
 
         Args:
             x: [B, Q + T, D], the queries first.
@@ -85,9 +85,6 @@ class QFormerBlock(nn.Module):
             mask: among queries and text, such as `mmkernels.masks.qformer_itc`, `_itm` or `_itg`.
             image_mask: for Q queries and P keys.
             cache: of queries and text that came before; `mask` is then for the keys of both.
-
-        Returns:
-            [B, Q + T, D].
 
         Raises:
             ValueError: a wrong shape or mask; text or an image missing or unexpected.

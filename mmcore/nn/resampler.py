@@ -30,11 +30,10 @@ class ResamplerBlock(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """LN of learned latents that read the media, and each other, in every layer (Flamingo, arXiv:2204.14198).
+    """LN of R learned latents that read the media, and each other, in every layer (Flamingo, arXiv:2204.14198).
 
     Args:
         width: D of media and latents.
-        num_latents: R.
         head_dim: K; None = `width / num_heads`.
         num_frames: the most frames a video has, each with a learned embedding of its time; None = no such
             embeddings.
@@ -60,14 +59,11 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, media: Tensor) -> Tensor:
-        """R latents a row, whatever its length.
+        """[B, R, D], whatever the length of the media.
 
         Args:
             media: [B, L, D] of an image, or [B, T, P, D] of a video of T frames. Several images of a sample are
                 rows of B.
-
-        Returns:
-            [B, R, D].
 
         Raises:
             ValueError: a wrong shape; more frames than `num_frames`.

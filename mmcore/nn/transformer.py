@@ -26,8 +26,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, mlp_dim, activation=activation)
 
     def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone. For
-        `packing` see `Attention`."""
+        """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone."""
         x = x + self.attn(self.norm1(x), packing=packing)
         x = x if pool is None else pool(x)
         return x + self.mlp(self.norm2(x))
@@ -69,8 +68,7 @@ class Transformer(nn.Module):
             block.init_weights(num_layers)
 
     def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to `[B, D]`, say, where `pool` takes of the states those that are read; for
-        `packing` see `Attention`."""
+        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` see `Attention`."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ class Piece:
         """Of so many layers for each sample, and for none."""
         is_amp = setting.precision == "amp_bf16"
         one, two = (
-            count(lambda: self.build(num_layers, samples, setting), dtype=setting.dtype, autocast=is_amp)
+            count(partial(self.build, num_layers, samples, setting), dtype=setting.dtype, autocast=is_amp)
             for samples in (1, 2)
         )
         return two - one, one - (two - one)
