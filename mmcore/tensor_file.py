@@ -1,4 +1,4 @@
-"""Safetensors files written and read tensor by tensor, so that a model never has to be held at once; torch alone."""
+"""Safetensors files written and read tensor by tensor, so that a model never has to be held at once."""
 
 import ctypes
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 # Dtype and shape of tensors, by name.
@@ -46,13 +47,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_tensors(
     path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a file atomically.
-
-    Args:
-        path: of the file.
-        layout: of `tensors`; wider dtypes first, so that each tensor is aligned.
-        tensors: in the order of `layout`, on any device; asked for one at a time.
-        metadata: of the file.
+    """Writes `tensors` atomically: in the order of `layout`, wider dtypes first, so that each is aligned; on any
+    device, asked for one at a time.
 
     Raises:
         ValueError: a dtype that the format lacks.
@@ -90,8 +86,7 @@ def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     end = max((entry["data_offsets"][1] for _, entry in entries), default=0)
-    unknown = sorted({entry["dtype"] for _, entry in entries} - _DTYPES.keys())
-    if unknown:
+    if unknown := sorted({entry["dtype"] for _, entry in entries} - _DTYPES.keys()):
         raise ValueError(f"read_layout: {path} must be of dtypes that are known, got {unknown}")
     if begin + end != size:
         raise ValueError(f"read_layout: path must be a whole file of {begin + end} bytes, got {size} in {path}")
@@ -99,16 +94,12 @@ def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, on the CPU, in the order of the file.
+    """Name and tensor, on the CPU, one at a time.
 
     Raises:
         ValueError: see `read_layout`.
     """
     layout, _ = read_layout(path)
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        for name, (dtype, shape) in layout.items():
-            x = torch.empty(shape, dtype=dtype)
-            if x.numel():
-                file.readinto((ctypes.c_char * x.nbytes).from_address(x.data_ptr()))  # pyright: ignore[reportAttributeAccessIssue]
-            yield name, x
+    with safe_open(path, framework="pt") as file:
+        for name in layout:
+            yield name, file.get_tensor(name)

@@ -87,9 +87,8 @@ class EMA:
         self._teacher: Teacher | None = None
         if teacher is not None:
             self._teach(unwrapped(teacher))
-        num_flats = len(flats)
-        self.averages = self._weights.parts(self._targets[:num_flats])
-        means = dict(zip(self._averaged, self._targets[num_flats:], strict=True))
+        self.averages = self._weights.parts(self._of_weights())
+        means = dict(zip(self._averaged, self._targets[len(flats) :], strict=True))
         self.buffer_averages: dict[str, Tensor] = {name: (self._copies | means)[name] for name in held}
         self._collect()
 
@@ -104,11 +103,7 @@ class EMA:
         self.apply()
 
     def advance(self) -> None:
-        """The host's half of `update`: sees that the model is what it was, and sets the decay that `apply` reads.
-
-        Raises:
-            ValueError: as `update`.
-        """
+        """The host's half of `update`: sees that the model is what it was, and sets the decay that `apply` reads."""
         require("EMA", not self._is_swapped, "update must be outside of {}, got {}", "swapped()", "a call within")
         if self._weights.refresh():
             self._collect()
@@ -148,11 +143,7 @@ class EMA:
         return self._weights.whole(self._of_weights())
 
     def copy_to(self, model: nn.Module) -> None:
-        """Writes the averages into a model of the same names and shapes.
-
-        Raises:
-            ValueError: a name that it lacks, or another shape.
-        """
+        """Writes the averages into a model of the same names and shapes; a ValueError names what it lacks."""
         model = unwrapped(model)
         into = dict(model.named_parameters()) | dict(model.named_buffers())
         _check_shapes({name: shape for name, (_, shape) in self._layout().items()}, into)
@@ -205,11 +196,8 @@ class EMA:
         self._show()
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name, and the number of updates.
-
-        Raises:
-            ValueError: under ZeRO-1 to 3, where they are one rank's: use `save`.
-        """
+        """The averages by name, and the number of updates; a ValueError under ZeRO-1 to 3, where they are one rank's:
+        use `save`."""
         self._check_whole("state_dict", "save")
         return {"num_updates": self.num_updates, "averages": dict(self.averages), "buffers": dict(self.buffer_averages)}
 

@@ -15,8 +15,6 @@ class Teacher:
     """A frozen copy of a model, written by the pass that averages the model's weights.
 
     Args:
-        module: the copy.
-        weights: of the model.
         averaged: the buffers that are averaged.
 
     Attributes:
@@ -40,11 +38,7 @@ class Teacher:
         self._places = _places(module)
 
     def check(self) -> None:
-        """Sees that its weights lie where they are written.
-
-        Raises:
-            ValueError: they were moved, cast or replaced.
-        """
+        """Sees that its weights lie where they are written: a ValueError where they were moved, cast or replaced."""
         same = _places(self._module) == self._places
         require("EMA", same, "teacher must stay as it was given, got {}", "weights moved, cast or replaced")
 
