@@ -24,21 +24,13 @@ WEIGHTS = {"ema": "the averaged weights (EMA)", "weight": "the weights"}
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run's newest checkpoint, or the one that was named.
+    """A run's newest checkpoint, or the one that was named."""
 
-    Args:
-        folder: the run's.
-        checkpoint: the checkpoint's.
-        key: "ema" or "weight", under which the chosen weights are stored.
-        recipe: which one it is of.
-        saved: its config.json.
-    """
-
-    folder: Path
+    folder: Path  # the run's
     checkpoint: Path
-    key: str
+    key: str  # "ema" or "weight", under which the chosen weights are stored
     recipe: str
-    saved: dict[str, Any]
+    saved: dict[str, Any]  # the run's config.json
 
     @property
     def step(self) -> int:
@@ -47,10 +39,9 @@ class SavedRun:
 
 
 def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
-    """Finds and verifies a checkpoint.
+    """Finds and verifies a checkpoint of a run's folder, or the one given.
 
     Args:
-        where: a run's folder, or a checkpoint of it.
         weights: "ema" for the averaged weights, "weight" for the trained ones, "auto" for the former where the run
             kept them.
 
@@ -85,13 +76,10 @@ class Trained:
 def read_run(
     where: Path, weights: WeightsKey = "auto", *, llm: Path | None = None, purpose: Purpose = "use"
 ) -> Trained:
-    """Reads the newest checkpoint (or the one given) of a run of any recipe.
+    """Reads the newest checkpoint (or the one given) of a run of any recipe; `weights` as in `find_run`.
 
     Args:
-        where: the run.
-        weights: the averaged ones or not, see `find_run`.
         llm: where its language model is now; None = where it was.
-        purpose: what for.
 
     Raises:
         ValueError: no checkpoint, a damaged one, no such weights in it, a language model that is gone or changed.
@@ -129,13 +117,8 @@ def read_frozen(folder: Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, is_whole: bool = True) -> None:
     """Loads weights by name into a model; those that do not learn may have been put there by whoever built it.
 
-    Args:
-        model: the model.
-        state: of its names and shapes.
-        is_whole: every weight that learns has to be there.
-
     Raises:
-        ValueError: missing or unknown names, other shapes.
+        ValueError: unknown names or other shapes; where `is_whole`, a weight that learns is missing.
     """
     ours = model.state_dict()
     learns = [name for name, p in model.named_parameters() if p.requires_grad]

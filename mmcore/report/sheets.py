@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from mmcore.ops import require
 from mmcore.report.drawing import DPI, FAINT, FONT_NOTE, INK, MIDDLE, WRONG, colour_of, draw_image, mark, save
 from mmcore.report.fonts import escape_undrawable, families_for, wrap
 
@@ -26,14 +27,12 @@ def plot_captions(
     questions: Sequence[str] | None = None,
     right: Sequence[bool] | None = None,
 ) -> None:
-    """Draw images with what a model says of each and, fainter, what a person says, as one PNG.
+    """Draw images with what a model says of each and, fainter, what a person says, as one PNG whose folder is made.
 
     Args:
         images: [N]; each a PIL image or uint8 [H, W] or [H, W, 3].
         captions: [N] the model's captions or answers, in any script, as `plot_retrieval`'s queries.
         references: [N] what people say of each image, of which the first is shown.
-        path: of the PNG; its folder is made.
-        title: of the sheet.
         questions: [N], shown above the answers; None = there are none.
         right: [N], frames images green or red; None = no frames.
 
@@ -42,13 +41,13 @@ def plot_captions(
     """
     given = {"captions": captions, "references": references, "questions": questions, "right": right}
     lengths = {name: len(values) for name, values in given.items() if values is not None}
-    if not images or any(n != len(images) for n in lengths.values()):
-        raise ValueError(f"plot_captions: all must be as many as images, not 0, got {len(images)} and {lengths}")
-    for i, people in enumerate(references):
-        if isinstance(people, str) or not people:
-            raise ValueError(f"plot_captions: each of references must be a list of texts, got {people!r} at {i}")
+    op, size = "plot_captions", len(images)
+    fits = size > 0 and all(n == size for n in lengths.values())
+    require(op, fits, "all must be as many as images, not 0, got {} and {}", size, lengths)
     lines: list[list[_Line]] = []
     for i, people in enumerate(references):
+        listed = not isinstance(people, str) and len(people) > 0
+        require(op, listed, "each of references must be a list of texts, got {!r} at {}", people, i)
         sign, frame = ("", INK) if right is None else (mark(right[i]) + " ", colour_of(right[i]))
         asked = [] if questions is None else [_Line(questions[i], 8.5, MIDDLE)]
         lines.append([*asked, _Line(sign + (captions[i] or "—"), 9.5, frame), _Line(people[0], 8.5, FAINT)])
@@ -74,17 +73,14 @@ def plot_dialogues(
     Args:
         images: [N]; each a PIL image or uint8 [H, W] or [H, W, 3].
         dialogues: [N], of one exchange or more each, in any script.
-        path: of the PNG; its folder is made.
-        title: of the sheet.
 
     Raises:
         ValueError: no images, lengths that differ, a dialogue without an exchange.
     """
-    if not images or len(dialogues) != len(images) or not all(dialogues):
-        raise ValueError(
-            f"plot_dialogues: dialogues must be of one exchange or more for each of the images, not 0, got "
-            f"{[len(dialogue) for dialogue in dialogues]} for {len(images)}"
-        )
+    sizes = [len(dialogue) for dialogue in dialogues]
+    fits = len(images) > 0 and len(sizes) == len(images) and all(sizes)
+    sentence = "dialogues must be of one exchange or more for each of the images, not 0, got {} for {}"
+    require("plot_dialogues", fits, sentence, sizes, len(images))
     lines: list[list[_Line]] = []
     for dialogue in dialogues:
         found: list[_Line] = []
