@@ -47,15 +47,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_tensors(
     path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes `tensors` atomically: in the order of `layout`, wider dtypes first, so that each is aligned; on any
-    device, asked for one at a time.
+    """Writes `tensors`, all of `layout`, atomically: in any order, on any device, asked for one at a time.
 
     Raises:
         ValueError: a dtype that the format lacks.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, (dtype, shape) in layout.items():
+    # wider dtypes first, so that each tensor is aligned
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):
         if dtype not in _NAMES:
             raise ValueError(f"write_tensors: {name} must be of a dtype that safetensors has, got {dtype}")
         begin, end = end, end + shape.numel() * dtype.itemsize
@@ -64,11 +64,14 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, x), (expected, (dtype, shape)) in zip(tensors, layout.items(), strict=True):
-            assert (name, x.dtype, x.shape) == (expected, dtype, shape)
+        missing = dict(layout)
+        for name, x in tensors:
+            assert (x.dtype, x.shape) == missing.pop(name)
             held = x.detach().cpu().contiguous()
             if held.numel():
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
                 file.write((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))
+        assert not missing
 
 
 def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:

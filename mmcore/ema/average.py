@@ -244,22 +244,13 @@ class EMA:
         return self._targets[: len(self._weights.flats)]
 
     def _everything(self) -> Iterator[tuple[str, Tensor]]:
-        """Averages and buffers, wider dtypes first."""
-        wide, narrow = self._sorted_buffers()
-        yield from wide.items()
         yield from self.gathered()
-        yield from narrow.items()
+        yield from self.buffer_averages.items()
 
     def _layout(self) -> Layout:
         """Dtype and shape of `_everything`."""
-        wide, narrow = ({name: (x.dtype, x.shape) for name, x in part.items()} for part in self._sorted_buffers())
-        return wide | self._weights.layout(self._of_weights()) | narrow
-
-    def _sorted_buffers(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Those that come before float64 and float32, and those behind."""
-        ordered = sorted(self.buffer_averages.items(), key=lambda item: -item[1].itemsize)
-        wide = {name: x for name, x in ordered if x.itemsize > 4}
-        return wide, {name: x for name, x in ordered if name not in wide}
+        buffers = {name: (x.dtype, x.shape) for name, x in self.buffer_averages.items()}
+        return self._weights.layout(self._of_weights()) | buffers
 
     def _check_whole(self, method: str, instead: str) -> None:
         whole = isinstance(self._weights, Whole)

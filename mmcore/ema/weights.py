@@ -73,8 +73,7 @@ class Whole:
         return dict(zip(self.params, of, strict=True))
 
     def whole(self, of: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor, wider dtypes first."""
-        yield from sorted(zip(self.params, of, strict=True), key=lambda item: -item[1].itemsize)
+        yield from zip(self.params, of, strict=True)
 
     def scatter(self, tensors: Mapping[str, Tensor], into: Sequence[Tensor]) -> None:
         held = self.parts(into)

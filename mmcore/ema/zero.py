@@ -116,8 +116,7 @@ class Shards:
 
     def numel(self, name: str) -> int:
         """Number of elements of a whole parameter (under ZeRO-3 the tensor itself is empty)."""
-        p = self.params[name]
-        return p.ds_numel if self.stage == 3 else p.numel()
+        return self.shape(name).numel()
 
     def shape(self, name: str) -> torch.Size:
         p = self.params[name]
@@ -145,14 +144,14 @@ class Shards:
         """Whole fp32 tensors on every rank. Collective: one all-reduce."""
         sizes = [self.numel(name) for name in names]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
-        parts = flat.split(sizes)
-        for name, part in zip(names, parts, strict=True):
+        whole = {name: part.view(self.shape(name)) for name, part in zip(names, flat.split(sizes), strict=True)}
+        for name, x in whole.items():
             fragment = self.fragment(name, of)
             if fragment is not None:
                 source, start = fragment
-                part.narrow(0, start, source.numel()).copy_(source)
+                x.view(-1).narrow(0, start, source.numel()).copy_(source)
         self.total(flat)
-        return {n: part.view(self.shape(n)) for n, part in zip(names, parts, strict=True)}
+        return whole
 
     def scatter(self, tensors: Mapping[str, Tensor], into: Flats) -> None:
         """Writes whole tensors into this rank's parts; no communication."""

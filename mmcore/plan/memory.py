@@ -40,7 +40,7 @@ def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
     always = zero.states(job, setting, is_cpu=gpu.is_cpu) | {"batch": job.batch_bytes * on_device}
     activations, forward, backward = _activations(job, setting)
     gathered = {"weights": zero.gathered_bytes(job, setting)}
-    reduced = zero.reduction(job, setting, is_cpu=gpu.is_cpu)
+    reduced, buffers, stepped = zero.reduction(job, setting, is_cpu=gpu.is_cpu)
     of_loss = rank_loss(job, setting, gpu)
     # of all micro-batches, gathered from them and as one, and their gradient
     cached_features = 3 * 2 * 4 * setting.per_rank * job.exchange.width if job.exchange is not None else 0.0
@@ -54,8 +54,8 @@ def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
     found = [
         Phase("forward", _sum(always, pending, gathered, in_forward)),
         Phase("backward", _sum(always, pending, gathered, in_backward, {"buffers": early})),
-        Phase("reduction", _sum(always, {"gradients": reduced.gradients, "buffers": reduced.buffers})),
-        Phase("step", _sum(always, {"gradients": reduced.gradients_of_step})),
+        Phase("reduction", _sum(always, {"gradients": reduced, "buffers": buffers})),
+        Phase("step", _sum(always, {"gradients": stepped})),
     ]
     if of_loss is not None:
         features = {"gathered features": of_loss.gathered, "loss workspace": of_loss.workspace}

@@ -1,8 +1,6 @@
 """What ZeRO keeps, sends and allocates on a rank, as DeepSpeed 0.19 does it under `mmcore.train.engine`; read in its
 source and held to the real engine by tests."""
 
-from typing import NamedTuple
-
 from mmcore.plan.job import Job, Setting
 
 # DeepSpeed's defaults, in elements: what is reduced at a time, what is gathered ahead, and how far ahead a gathered
@@ -44,28 +42,23 @@ def gathered_bytes(job: Job, setting: Setting) -> float:
     return size * (min(released, REUSE // 2 + PREFETCH) + min(released, PREFETCH))
 
 
-class Reduction(NamedTuple):
-    """Bytes at the end of the backward, and in the step."""
+def reduction(job: Job, setting: Setting, *, is_cpu: bool) -> tuple[float, float, float]:
+    """Bytes of gradients and of buffers at the end of the backward, and of gradients in the step.
 
-    gradients: float
-    buffers: float
-    gradients_of_step: float
-
-
-def reduction(job: Job, setting: Setting, *, is_cpu: bool) -> Reduction:
-    """Gradients while they are reduced: all of them where a stage, or accumulation, leaves them on the parameters;
-    a bucket, and the flat copy of it that is reduced; then a rank's share, and the copy of that for the optimizer."""
+    While they are reduced: all gradients where a stage, or accumulation, leaves them on the parameters; a bucket, and
+    the flat copy of it that is reduced; then a rank's share, and the copy of that for the optimizer.
+    """
     size = setting.weight_bytes
     whole, share = size * job.trained, size * job.trained / setting.gpus
     bucket, flat = bucket_bytes(job, setting, is_cpu=is_cpu), size * min(job.trained, BUCKET)
     if setting.zero == 0:
-        return Reduction(whole, flat, whole)
+        return whole, flat, whole
     of_step = share + 4 * job.trained / setting.gpus
     if setting.zero == 3:
-        return Reduction(whole if setting.accum > 1 else 0.0, flat, of_step - share)
+        return whole if setting.accum > 1 else 0.0, flat, of_step - share
     if setting.zero == 1 or setting.accum > 1:
-        return Reduction(whole, bucket, of_step)
-    return Reduction(share if job.trained > BUCKET else 0.0, bucket + max(flat, share), of_step)
+        return whole, bucket, of_step
+    return share if job.trained > BUCKET else 0.0, bucket + max(flat, share), of_step
 
 
 def traffic(job: Job, setting: Setting) -> dict[str, float]:

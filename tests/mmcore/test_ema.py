@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another model": (
         lambda: EMA(small()).copy_to(nn.Linear(2, 2)),
-        "EMA: model must have 1.num_batches_tracked, got none",
+        "EMA: model must have 0.weight, got none",
     ),
 }
 
