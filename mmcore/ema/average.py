@@ -35,19 +35,17 @@ class EMA:
 
     Under ZeRO each rank averages its own fp32 weights, without communication. `swapped`, `copy_to`, `gathered` and
     `save` are then collective: every rank calls them. With a teacher all else is too, and `update` gathers it.
-
     In a CUDA graph capture `apply`, and call `advance` before each replay.
 
     Args:
         model: a module, on its device, compiled or under DistributedDataParallel or not; or the engine of
-            `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made are not averaged:
-            they stay what they are.
+            `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made stay what they are.
         decay: from 0 to 1, or its schedule: `warmed_up`, `cosine`, or any function of the number of updates.
         buffers: "copy" takes them as they are (BatchNorm's statistics are averages already), "average" averages
             those in floating point; each rank its own.
-        teacher: a copy of the model, of any floating point dtype, whose weights and buffers are the averages from
-            now on, rounded to its dtypes; it is frozen. MoCo's and DINO's, which run forward (arXiv:1911.05722,
-            arXiv:2104.14294). Under ZeRO stages 0 to 2.
+        teacher: a copy of the model, of any floating point dtype, frozen, whose weights and buffers are the averages
+            from now on, rounded to its dtypes: MoCo's and DINO's (arXiv:1911.05722, arXiv:2104.14294). Under ZeRO
+            stages 0 to 2.
 
     Attributes:
         averages: float32 (float64 of float64), by the parameter's name; under ZeRO this rank's parts, flat.
@@ -154,10 +152,8 @@ class EMA:
         """Writes averages, buffers and the number of updates as a safetensors file, by full names, atomically.
 
         Of an engine rank 0 writes, its own buffers; of another module, whoever calls it. The file does not depend on
-        the number of ranks or the stage.
-
-        Raises:
-            OSError, ValueError: it cannot be written, or a buffer is of a dtype that safetensors lacks; on every rank.
+        the number of ranks or the stage. An OSError or ValueError (a dtype that safetensors lacks) is raised on every
+        rank.
         """
         tensors, error = self._everything(), None
         if not self._is_collective or dist.get_rank() == 0:
@@ -175,11 +171,8 @@ class EMA:
             raise error
 
     def load(self, path: Path | str) -> None:
-        """Goes on from a file of `save`, at any number of ranks, of any stage, or of a plain module; alone.
-
-        Raises:
-            ValueError: another file, or names or shapes other than this model's.
-        """
+        """Goes on from a file of `save`, at any number of ranks, of any stage, or of a plain module; a ValueError of
+        another file, or names or shapes other than this model's."""
         layout, (found, metadata) = self._layout(), read_layout(Path(path))
         require("EMA.load", _COUNT in metadata, "path must be a file of EMA.save, got {}", path)
         differ = sorted(found.keys() ^ layout.keys())[:3]
@@ -202,11 +195,8 @@ class EMA:
         return {"num_updates": self.num_updates, "averages": dict(self.averages), "buffers": dict(self.buffer_averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`, on whatever device it lies.
-
-        Raises:
-            ValueError: names or shapes other than this model's; under ZeRO-1 to 3, use `load`.
-        """
+        """Goes on from a `state_dict`, on whatever device it lies; a ValueError of names or shapes other than this
+        model's, and under ZeRO-1 to 3, where `load` does it."""
         self._check_whole("load_state_dict", "load")
         for kind, held in (("averages", self.averages), ("buffers", self.buffer_averages)):
             differ = sorted(held.keys() ^ state[kind].keys())

@@ -48,9 +48,7 @@ class ClipLoss(_InGroup):
     (There, with neither flag, encoders get 1/W of the gradient; with `local_loss` alone, a different direction;
     with `gather_with_grad`, this gradient, and with `local_loss` too the mean of the ranks' values is this one.)
 
-    Args:
-        rank, world_size: as the default process group has them; 0 and 1 without one.
-        use_horovod: must be False.
+    `rank` and `world_size` are as the default process group has them; 0 and 1 without one.
 
     Raises:
         ValueError: `use_horovod`; in forward, a rank or world size that the process group contradicts, and
@@ -90,11 +88,8 @@ class SigLipLoss(_InGroup):
     """`open_clip.SigLipLoss` (3.x): the sigmoid loss of all pairs of the global batch (arXiv:2303.15343).
 
     Each rank gets the loss of the global batch, of which the ranks' values are shares there; the gradients agree.
-
-    Args:
-        cache_labels: has no effect there either.
-        rank, world_size: as the default process group has them; 0 and 1 without one.
-        dist_impl: None, "bidir", "shift", "reduce" or "gather": how features travel there; here their size decides.
+    `cache_labels` has no effect there either, `rank` and `world_size` are as in `ClipLoss`, and `dist_impl` (None,
+    "bidir", "shift", "reduce" or "gather") says how features travel there; here their size decides.
 
     Raises:
         ValueError: another `dist_impl`; in forward, a rank or world size that the process group contradicts, and

@@ -41,8 +41,7 @@ def hard_negatives(
         tokens: features `[m, Q, D]` of this rank's images, all ranks' of one Q and D.
         b: features `[m, D]` of their texts.
         logit_scale: the multiplier itself.
-        image_ids: int64 `[m]`, equal for equal images.
-        text_ids: int64 `[m]`, equal for equal texts.
+        image_ids, text_ids: int64 `[m]`, equal for equal images or texts.
         generator: of the draws, on the CPU; of a seed of its own on each rank.
         group: the data-parallel process group.
     """

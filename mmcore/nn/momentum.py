@@ -95,10 +95,9 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
-        """Puts features in the place of the oldest.
+        """Puts features [B, D], of any dtype, in the place of the oldest; of more than N the last.
 
         Args:
-            features: [B, D], of any dtype; of more than N the last.
             group: of ranks whose features are taken too, in the order of ranks, the same B on each, so that all
                 hold one queue; None = this rank's alone.
 

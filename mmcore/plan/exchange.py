@@ -26,13 +26,8 @@ class Loss(NamedTuple):
 def loss(
     exchange: Exchange, rows: int, ranks: int, *, is_cpu: bool, is_ring: bool | None = None, size: int = FEATURE_BYTES
 ) -> Loss:
-    """Of each of `ranks` ranks with `rows` samples.
-
-    Args:
-        is_cpu: the op runs blockwise, not in Triton.
-        is_ring: None = as `global_contrastive_loss` chooses.
-        size: bytes of an element of a feature; its gradient has 4 at least.
-    """
+    """Of each of `ranks` ranks with `rows` samples; `is_cpu`, the op runs blockwise, not in Triton; `is_ring` None = as
+    `global_contrastive_loss` chooses; `size`, bytes of an element of a feature, whose gradient has 4 at least."""
     columns, of_grad = rows * ranks, max(size, 4)
     features, gradient = rows * exchange.width * size, rows * exchange.width * of_grad  # bytes of a rank's
     if is_ring is None:
