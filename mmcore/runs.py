@@ -59,7 +59,6 @@ def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
 
 
 def is_run(where: Path) -> bool:
-    """Whether a folder is a run's or one of its checkpoints."""
     return (where / "checkpoints").is_dir() or (where / checkpoint.MANIFEST).is_file()
 
 
@@ -95,7 +94,6 @@ def read_run(
 
 
 def recipe_of(run: SavedRun, llm: Path | None = None) -> Recipe:
-    """The recipe of a run, with the settings that it had."""
     recipe: Recipe = from_json(recipe_entry(run.recipe).load(), run.saved["settings"])
     if hasattr(recipe, "llm"):
         return replace(recipe, llm=llm and str(llm))  # pyright: ignore[reportCallIssue]

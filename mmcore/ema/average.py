@@ -238,7 +238,6 @@ class EMA:
         yield from self.buffer_averages.items()
 
     def _layout(self) -> Layout:
-        """Dtype and shape of `_everything`."""
         buffers = {name: (x.dtype, x.shape) for name, x in self.buffer_averages.items()}
         return self._weights.layout(self._of_weights()) | buffers
 

@@ -29,8 +29,8 @@ class Watch:
         require("EMA", not gone, "model must have the weights it had, got it without {}", gone[:3])
         for name, (shape, device, was_trained) in self._expected.items():
             now_shape, now_device, is_trained = found[name]
-            same, thawed = now_shape == shape, is_trained and not was_trained
-            require("EMA", same, "model's {} must be {}, got {}", name, list(shape), list(now_shape))
+            thawed = is_trained and not was_trained
+            require("EMA", now_shape == shape, "model's {} must be {}, got {}", name, list(shape), list(now_shape))
             require("EMA", now_device == device, "model's {} must be on {}, got {}", name, device, now_device)
             require("EMA", not thawed, "model's {} must be frozen as it was, got {}", name, "it trained")
         self._seen = now

@@ -24,7 +24,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_engine(model: Any) -> bool:
-    """Whether this is what `deepspeed.initialize` returns."""
     return callable(getattr(model, "zero_optimization_stage", None))
 
 

@@ -32,8 +32,6 @@ OP = "global_contrastive_loss"
 
 
 class _Inputs(NamedTuple):
-    """This rank's arguments, checked."""
-
     a: Tensor  # [m, D]
     b: Tensor  # [n, D]
     scale: Tensor  # [], float64
@@ -134,8 +132,7 @@ def _checked(
     a, b, scale = a.contiguous(), b.contiguous(), scale.reshape(()).double()
     broken = None
     if options.normalized:
-        teacher_a, teacher_b = teacher or (None, None)
-        broken = broken_claim(ContrastiveProblem(a, b, scale, None, teacher_a, teacher_b, False))
+        broken = broken_claim(ContrastiveProblem(a, b, scale, None, *(teacher or (None, None)), False))
         if negatives is not None:
             of_negatives = broken_claim(ContrastiveProblem(negatives, negatives, scale, None, None, None, False))
             broken = None if broken is None or of_negatives is None else broken | of_negatives

@@ -75,8 +75,7 @@ class ClipLoss(_InGroup):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The scalar loss, or `{"contrastive_loss": loss}`. A bias of all logits cancels out of a softmax: its
-        gradient is zero."""
+        """The scalar loss, or `{"contrastive_loss": loss}`; a bias of all logits has the gradient zero."""
         self.check_place(image_features.device)
         loss = global_contrastive_loss(image_features, text_features, logit_scale)
         if logit_bias is not None:

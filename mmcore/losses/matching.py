@@ -63,9 +63,8 @@ def pair_labels(image_ids: Tensor, text_ids: Tensor, group: Group = None) -> Ten
     """Labels of this rank's pairs, int64 `[m]`: equal for those that share an image or a text, or are joined by such
     pairs, on whichever ranks they are."""
     counts = row_counts(len(image_ids), image_ids.device, group)
-    all_ids = torch.stack([gather_rows(image_ids, counts, group), gather_rows(text_ids, counts, group)])
-    labels = torch.arange(all_ids.shape[1], device=image_ids.device)
-    keys = [ids.unique(return_inverse=True)[1] for ids in all_ids]
+    keys = [gather_rows(ids, counts, group).unique(return_inverse=True)[1] for ids in (image_ids, text_ids)]
+    labels = torch.arange(len(keys[0]), device=image_ids.device)
     while True:
         before = labels
         for key in keys:
@@ -77,7 +76,6 @@ def pair_labels(image_ids: Tensor, text_ids: Tensor, group: Group = None) -> Ten
 
 
 def row_counts(size: int, device: torch.device, group: Group) -> tuple[int, ...]:
-    """The ranks' numbers of rows."""
     if world_size_of(group) == 1:
         return (size,)
     own = torch.tensor([size], device=device)
@@ -131,7 +129,7 @@ def global_ratio(total: Tensor, count: Tensor, group: Group = None) -> Tensor:
 
 
 def matching_loss(logits: Tensor, is_match: Tensor, group: Group = None) -> Tensor:
-    """The cross-entropy of no and yes in `logits` `[R, 2]`, by bool `[R]`, averaged over the pairs of all ranks."""
+    """The cross-entropy of no and yes, `logits` `[R, 2]` and bool `[R]`, averaged over the pairs of all ranks."""
     total = F.cross_entropy(logits.float(), is_match.long(), reduction="sum")
     return global_ratio(total, torch.tensor(len(logits), device=logits.device), group)
 

@@ -4,7 +4,6 @@ all of them, and small differentiable reductions."""
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -155,5 +154,5 @@ def _exchanged(told: dict[str, Any], group: Group, device: torch.device) -> list
 
 
 def _extent(counts: tuple[int, ...], rank: int) -> slice:
-    ends = list(accumulate(counts, initial=0))
-    return slice(ends[rank], ends[rank + 1])
+    start = sum(counts[:rank])
+    return slice(start, start + counts[rank])

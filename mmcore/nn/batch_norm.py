@@ -23,22 +23,21 @@ class BatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C] or [B, C, ...] to the same shape and dtype."""
-        x = input
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         if is_alone or not self.training:
-            return super().forward(x)
-        wide, axes = x.float(), [0, *range(2, x.ndim)]
-        count = torch.full((1,), x.numel() / max(1, x.shape[1]), device=x.device)
+            return super().forward(input)
+        wide, axes = input.float(), [0, *range(2, input.ndim)]
+        count = torch.full((1,), input.numel() / max(1, input.shape[1]), device=input.device)
         sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
         total, squares, count = all_sum(sums).split([self.num_features, self.num_features, 1])
         mean = total / count
         var = (squares / count - mean * mean).clamp_min(0)
         self._track(mean.detach(), (var * count / (count - 1).clamp_min(1)).detach())
-        shape = [1, -1, *[1] * (x.ndim - 2)]
+        shape = [1, -1, *[1] * (input.ndim - 2)]
         y = (wide - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
+        return y.to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -55,10 +54,8 @@ class BatchNorm(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
         super()._apply(fn, recurse)
-        for name in ("running_mean", "running_var"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held.float())
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
         return self
 
 

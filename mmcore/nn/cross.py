@@ -15,7 +15,6 @@ class HeadNorm(nn.RMSNorm):
     """RMSNorm of each head; autocast leaves the weight in float32, and torch's fused kernel wants one dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, H, K] to [B, L, H, K]."""
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 

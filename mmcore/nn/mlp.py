@@ -27,5 +27,4 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
         return self.fc2(self.activation(self.fc1(x)))

@@ -18,7 +18,6 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """[B, L, D] twice to [B, L, D]."""
         return self.norm(x + self.dropout(y))
 
 

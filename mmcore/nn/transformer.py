@@ -35,11 +35,10 @@ class Block(nn.Module):
     def init_weights(self, num_layers: int) -> None:
         """CLIP's scheme: residual outputs shrink by sqrt(2 * num_layers); biases 0 (arXiv 2103.00020)."""
         width = self.attn.qkv.in_features
-        nn.init.normal_(self.attn.qkv.weight, std=width**-0.5)
-        nn.init.normal_(self.attn.out.weight, std=(2 * num_layers * width) ** -0.5)
-        nn.init.normal_(self.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp.fc2.weight, std=(2 * num_layers * width) ** -0.5)
-        for layer in (self.attn.qkv, self.attn.out, self.mlp.fc1, self.mlp.fc2):
+        attn, mlp, shrunk = self.attn, self.mlp, (2 * num_layers * width) ** -0.5
+        stds = {attn.qkv: width**-0.5, attn.out: shrunk, mlp.fc1: (2 * width) ** -0.5, mlp.fc2: shrunk}
+        for layer, std in stds.items():
+            nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mmcore.ema import Schedule
+from mmcore.ema.watch import overwrite
 from mmcore.ema.zero import Shards
 from mmcore.ops import ema_update_, require
 
@@ -113,7 +114,6 @@ class EMAOptimizer(Optimizer):
         return loss
 
     def _moments(self, group: Group) -> list[str]:
-        """Names of the moments of a group's parameters."""
         raise NotImplementedError
 
     def _update(self, group: Group, params: list[Tensor], weights: list[Tensor], step: int) -> None:
@@ -142,7 +142,6 @@ class EMAOptimizer(Optimizer):
         torch._foreach_mul_(parts, list(factors.unbind()))
 
     def _index(self, p: Tensor) -> int:
-        """The number of a flat tensor."""
         flats = () if self._shards is None else self._shards.flats
         return next(i for i, flat in enumerate(flats) if flat is p)
 
@@ -172,13 +171,13 @@ class EMAOptimizer(Optimizer):
     def swapped(self) -> Iterator[None]:
         """The averages in the parameters, in place, for as long as the block lasts; what was there comes back
         however it ends. Of parameters alone: of ZeRO's partitions a model sees nothing."""
-        averaged = {p: state["ema"] for p, state in self.state.items() if "ema" in state}
-        before = {p: p.detach().clone() for p in averaged}
+        averaged = {p.detach(): state["ema"] for p, state in self.state.items() if "ema" in state}
+        before = [x.clone() for x in averaged]
         try:
-            _fill(averaged)
+            overwrite(averaged, averaged.values())
             yield
         finally:
-            _fill(before)
+            overwrite(averaged, before)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -220,9 +219,3 @@ class EMAOptimizer(Optimizer):
 def grads_of(params: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """In the dtypes of the weights."""
     return [p.grad.to(w.dtype) for p, w in zip(params, weights, strict=True) if p.grad is not None]
-
-
-@torch.no_grad()
-def _fill(values: Mapping[Tensor, Tensor]) -> None:
-    for p, value in values.items():
-        p.copy_(value)

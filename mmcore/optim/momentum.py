@@ -47,7 +47,6 @@ class SGDEMA(EMAOptimizer):
         self._finish(group, params, weights)
 
     def _directions(self, group: Group, params: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """The gradients with their decay."""
         return list(torch._foreach_add(grads_of(params, weights), weights, alpha=group["weight_decay"]))
 
 

@@ -96,7 +96,6 @@ class Piece:
         return Counted(few_each + layer_each * further, few_none + layer_none * further, layer_each)
 
     def _count(self, num_layers: int, setting: Setting) -> tuple[Demand, Demand]:
-        """Of so many layers for each sample, and for none."""
         is_amp = setting.precision == "amp_bf16"
         one, two = (
             count(partial(self.build, num_layers, samples, setting), dtype=setting.dtype, autocast=is_amp)
@@ -157,7 +156,6 @@ class Job:
         return 2 if setting.accum > 1 and self.exchange is not None else 1
 
     def frozen_bytes(self, setting: Setting) -> int:
-        """Bytes of all frozen weights."""
         low = 4 if setting.precision == "fp32" else 2
         return self.frozen * setting.weight_bytes + self.frozen_low * low
 

@@ -65,7 +65,6 @@ def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
 
 
 def peak(found: list[Phase]) -> Phase:
-    """The phase that needs most."""
     return max(found, key=lambda phase: phase.total)
 
 

@@ -33,7 +33,6 @@ class Plan:
 
 
 def plan(job: Job, setting: Setting, gpu: Gpu) -> Plan:
-    """Predicts a run."""
     found = phases(job, setting, gpu)
     other = None if fits(found, gpu) else nearest(job, setting, gpu)
     better = None if other is None else plan(job, other, gpu)
@@ -60,7 +59,6 @@ def changes(before: Setting, after: Setting) -> dict[str, object]:
 
 
 def _neighbours(job: Job, setting: Setting) -> Iterator[Setting]:
-    """Those that differ by what the recipe has to take less memory."""
     stages = range(setting.zero, 4) if "zero" in job.levers else [setting.zero]
     again = {setting.activation_checkpointing, "activation_checkpointing" in job.levers}
     for zero in stages:

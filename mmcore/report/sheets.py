@@ -137,7 +137,6 @@ def _paragraph(figure: Figure, line: _Line, families: list[str]) -> Text:
 
 
 def _extent(text: Text) -> np.ndarray:
-    """Width and height in inches."""
     assert text.figure is not None
     return np.array(text.get_window_extent().size) / text.figure.dpi
 
