@@ -1,6 +1,6 @@
 """The exponential moving average of a model's weights, kept in float32 beside it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.ema.schedules import Schedule, check_decay
-from mmcore.ema.teacher import Teacher
-from mmcore.ema.watch import overwrite
+from mmcore.ema.watch import overwrite, tensors_of
 from mmcore.ema.weights import Whole, is_engine, unwrapped, weights_of
+from mmcore.ema.zero import Shards
 from mmcore.ops import ema_update_, require
 from mmcore.tensor_file import Layout, read_layout, read_tensors, write_tensors
 
@@ -82,7 +82,7 @@ class EMA:
         self._decay = torch.zeros((), dtype=torch.float64, device=flats[0].device if flats else "cpu")
         self._is_swapped = False
         self._shadows: list[Tensor] | None = None
-        self._teacher: Teacher | None = None
+        self._teacher: _Teacher | None = None
         if teacher is not None:
             self._teach(unwrapped(teacher))
         self.averages = self._weights.parts(self._of_weights())
@@ -207,7 +207,7 @@ class EMA:
 
     def _teach(self, module: nn.Module) -> None:
         """Has `module` follow; where its dtypes are the averages', its weights are the averages themselves."""
-        self._teacher = Teacher(module, self._weights, self._averaged)
+        self._teacher = _Teacher(module, self._weights, self._averaged)
         shadows = self._teacher.shadows
         if all(x.dtype == y.dtype for x, y in zip(shadows, self._targets, strict=True)):
             overwrite(shadows, self._targets)
@@ -244,6 +244,48 @@ class EMA:
     def _check_whole(self, method: str, instead: str) -> None:
         whole = isinstance(self._weights, Whole)
         require(f"EMA.{method}", whole, "model must hold its weights, got parts of ZeRO: use EMA.{}", instead)
+
+
+class _Teacher:
+    """A frozen copy of a model, written by the pass that averages the model's weights.
+
+    Args:
+        averaged: the buffers that are averaged.
+
+    Attributes:
+        shadows: its weights laid out like `weights.flats`, then its averaged buffers.
+    """
+
+    def __init__(self, module: nn.Module, weights: Whole | Shards, averaged: Sequence[str]) -> None:
+        self._module, self._buffers = module, dict(module.named_buffers())
+        shapes = {name: x.shape for name, x in self._buffers.items()}
+        same = shapes == {name: x.shape for name, x in weights.module.named_buffers()}
+        require("EMA", same, "teacher must have the model's buffers, got {}", sorted(shapes))
+        follower = weights.follow(module)
+        self.shadows = [*follower.shadows, *(self._buffers[name] for name in averaged)]
+        self._finish = follower.finish
+        theirs = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, p in weights.module.named_parameters():
+                if name not in weights.params:
+                    theirs[name].copy_(p)
+        module.requires_grad_(False)
+        self._places = _places(module)
+
+    def check(self) -> None:
+        """Sees that its weights lie where they are written: a ValueError where they were moved, cast or replaced."""
+        same = _places(self._module) == self._places
+        require("EMA", same, "teacher must stay as it was given, got {}", "weights moved, cast or replaced")
+
+    def finish(self, copies: Mapping[str, Tensor]) -> None:
+        """Behind an update: the buffers that are no averages, and under ZeRO the other ranks' weights."""
+        for name, x in copies.items():
+            self._buffers[name].copy_(x)
+        self._finish()
+
+
+def _places(module: nn.Module) -> list[object]:
+    return [(x.data_ptr(), x.dtype) for x in tensors_of(module)]
 
 
 def _widened(x: Tensor) -> Tensor:
