@@ -47,11 +47,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_tensors(
     path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes `tensors`, all of `layout`, atomically: in any order, on any device, asked for one at a time.
-
-    Raises:
-        ValueError: a dtype that the format lacks.
-    """
+    """Writes `tensors`, all of `layout`, atomically: in any order, on any device, asked for one at a time; a ValueError
+    of a dtype that the format lacks."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     # wider dtypes first, so that each tensor is aligned
@@ -75,11 +72,7 @@ def write_tensors(
 
 
 def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
-    """Layout and metadata of a file, in the order of its tensors.
-
-    Raises:
-        ValueError: not such a file, or cut short.
-    """
+    """Layout and metadata of a file, in the order of its tensors; a ValueError of another file, or one cut short."""
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
@@ -97,11 +90,7 @@ def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, on the CPU, one at a time.
-
-    Raises:
-        ValueError: see `read_layout`.
-    """
+    """Name and tensor, on the CPU, one at a time; raises as `read_layout`."""
     layout, _ = read_layout(path)
     with safe_open(path, framework="pt") as file:
         for name in layout:

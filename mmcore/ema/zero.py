@@ -37,14 +37,11 @@ class Follower(NamedTuple):
 
 
 class Shards:
-    """This rank's fp32 parts of the trainable weights of a DeepSpeed engine, ZeRO stages 0 to 3.
+    """This rank's fp32 parts of the trainable weights of a DeepSpeed engine (of `deepspeed.initialize`), ZeRO stages 0
+    to 3; `module` is the engine's, without wrappers.
 
     Methods take tensors laid out like `flats` (weights, moments, averages) and what they return is by parameter.
     Those said to be collective are called on every rank with the same names.
-
-    Args:
-        engine: of `deepspeed.initialize`.
-        module: of the engine, without wrappers.
 
     Attributes:
         params: the trainable parameters, by name.

@@ -61,9 +61,8 @@ def agree(
 ) -> tuple[Checked, Layout]:
     """What `check` returns on this rank, and all ranks' layout; one all-gather.
 
-    Raises:
-        ValueError: on every rank, where `check` raises one on any of them (its own there, its message on the
-            others), or where the ranks differ in what must be the same.
+    A ValueError on every rank, where `check` raises one on any of them (its own there, its message on the others), or
+    where the ranks differ in what must be the same.
     """
     checked = error = None
     try:

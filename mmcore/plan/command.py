@@ -21,11 +21,7 @@ from mmcore.systems import entries
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `clip ...`.
-
-    Raises:
-        ValueError: an unknown recipe, model or shape, or options that no run could have.
-    """
+    """Runs `clip ...`; a ValueError of an unknown recipe, model or shape, or options that no run could have."""
     plans, recipes = entries("PLANS"), entries("RECIPES")
     known = [*plans, *(name for name in recipes if name not in plans)]
     name = arguments[0] if arguments else None

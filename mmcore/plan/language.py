@@ -40,11 +40,8 @@ LLMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def language_config(name: str) -> Any:
-    """The configuration of a key of `LLMS`, or of a folder with the config.json of a causal model of transformers.
-
-    Raises:
-        ValueError: neither, or an encoder-decoder.
-    """
+    """The configuration of a key of `LLMS`, or of a folder with the config.json of a causal model of transformers; a
+    ValueError of another name, or of an encoder-decoder."""
     if name in LLMS:
         kind, shape = LLMS[name]
         return AutoConfig.for_model(kind, **shape)

@@ -20,13 +20,9 @@ from mmcore.report.fonts import escape_undrawable, families_for, wrap
 def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw loss, learning rate and held-out accuracy over the steps of a run, as one PNG whose folder is made.
 
-    Args:
-        records: of metrics.jsonl: each with "step" and "loss", most with "lr", some with "eval/..." values.
-            Where a step comes twice (a resumed run) the last counts. "eval/...loss" joins the loss;
-            keys whose values all lie in [0, 1] are accuracies, other keys are left out; "chance" is dashed.
-
-    Raises:
-        ValueError: no records, or one without "step" and "loss".
+    `records` are of metrics.jsonl: each with "step" and "loss" (else a ValueError), most with "lr", some with
+    "eval/..." values. Where a step comes twice (a resumed run) the last counts. "eval/...loss" joins the loss; keys
+    whose values all lie in [0, 1] are accuracies, other keys are left out; "chance" is dashed.
     """
     require("plot_curves", len(records) > 0, "records must hold at least one record, got none")
     for i, record in enumerate(records):
@@ -54,15 +50,9 @@ def plot_retrieval(
     made.
 
     Args:
-        queries: [Q] captions, in any script; characters that no font has are shown as code points, and the
-            sheet says so.
-        scores: [Q, I] float.
-        relevant: [Q, I] bool.
-        images: indexed by the I columns; each a PIL image or uint8 [H, W] or [H, W, 3].
-        top_k: images a query, cut to I.
-
-    Raises:
-        ValueError: no queries, no images, or shapes that do not fit.
+        queries: [Q] captions, in any script; characters that no font has are shown as code points, and the sheet says
+        so. scores: [Q, I] float. relevant: [Q, I] bool. images: indexed by the I columns; each a PIL image or uint8 [H,
+        W] or [H, W, 3]. top_k: images a query, cut to I.
     """
     shape = (len(queries), scores.shape[-1] if scores.ndim else 0)
     fits = all(shape) and scores.shape == relevant.shape == shape and relevant.dtype == torch.bool

@@ -35,9 +35,6 @@ def plot_captions(
         references: [N] what people say of each image, of which the first is shown.
         questions: [N], shown above the answers; None = there are none.
         right: [N], frames images green or red; None = no frames.
-
-    Raises:
-        ValueError: no images, lengths that differ, an image without a reference.
     """
     given = {"captions": captions, "references": references, "questions": questions, "right": right}
     lengths = {name: len(values) for name, values in given.items() if values is not None}
@@ -67,16 +64,8 @@ class Exchange(NamedTuple):
 def plot_dialogues(
     images: Sequence[Any], dialogues: Sequence[Sequence[Exchange]], path: str | Path, *, title: str
 ) -> None:
-    """Draw images with dialogues about them as one PNG: questions, answers in green or red, and what is right, fainter,
-    under a wrong one.
-
-    Args:
-        images: [N]; each a PIL image or uint8 [H, W] or [H, W, 3].
-        dialogues: [N], of one exchange or more each, in any script.
-
-    Raises:
-        ValueError: no images, lengths that differ, a dialogue without an exchange.
-    """
+    """Draw images [N] as of `plot_captions` with dialogues [N] about them, of one exchange or more each, as one PNG:
+    questions, answers in green or red, and what is right, fainter, under a wrong one."""
     sizes = [len(dialogue) for dialogue in dialogues]
     fits = len(images) > 0 and len(sizes) == len(images) and all(sizes)
     sentence = "dialogues must be of one exchange or more for each of the images, not 0, got {} for {}"
