@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
 from mmcore.nn.cross import CrossAttention
-from mmcore.nn.mlp import MLP
+from mmcore.nn.linear import MLP
 from mmcore.ops import masks
 
 
