@@ -39,14 +39,10 @@ class SavedRun:
 
 
 def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
-    """Finds and verifies a checkpoint of a run's folder, or the one given.
+    """Finds and verifies a checkpoint of a run's folder, or the one given; a ValueError of none, or of a damaged one.
 
-    Args:
-        weights: "ema" for the averaged weights, "weight" for the trained ones, "auto" for the former where the run
-            kept them.
-
-    Raises:
-        ValueError: no checkpoint, or a damaged one.
+    `weights` are "ema" for the averaged ones, "weight" for the trained ones, "auto" for the former where the run kept
+    them.
     """
     if not where.exists():
         raise ValueError(f"RUN must be a run's folder or one of its checkpoints, got {where}, which does not exist")
@@ -77,11 +73,8 @@ def read_run(
 ) -> Trained:
     """Reads the newest checkpoint (or the one given) of a run of any recipe; `weights` as in `find_run`.
 
-    Args:
-        llm: where its language model is now; None = where it was.
-
-    Raises:
-        ValueError: no checkpoint, a damaged one, no such weights in it, a language model that is gone or changed.
+    `llm` is where its language model is now; None = where it was. A ValueError as of `find_run`, and where the
+    checkpoint has no such weights, or the language model is gone or changed.
     """
     run = find_run(where, weights)
     recipe = recipe_of(run, llm)
@@ -113,11 +106,8 @@ def read_frozen(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, is_whole: bool = True) -> None:
-    """Loads weights by name into a model; those that do not learn may have been put there by whoever built it.
-
-    Raises:
-        ValueError: unknown names or other shapes; where `is_whole`, a weight that learns is missing.
-    """
+    """Loads weights by name into a model; those that do not learn may have been put there by whoever built it. A
+    ValueError of unknown names or other shapes, and, where `is_whole`, of a weight that learns and is missing."""
     ours = model.state_dict()
     learns = [name for name, p in model.named_parameters() if p.requires_grad]
     missing = [name for name in learns if is_whole and name not in state]

@@ -91,12 +91,9 @@ class EMA:
         self._collect()
 
     def update(self) -> None:
-        """Averages the model's weights of now; call it after each optimizer step.
-
-        Raises:
-            ValueError: a model that was moved, or whose weights have other names or shapes than before, or that
-                trains weights which were frozen; or a call within `swapped`.
-        """
+        """Averages the model's weights of now; call it after each optimizer step. A ValueError within `swapped`, and of
+        a model that was moved, or whose weights have other names or shapes than before, or that trains weights which
+        were frozen."""
         self.advance()
         self.apply()
 

@@ -109,12 +109,12 @@ def global_contrastive_loss(
 
     def check() -> tuple[_Inputs, Header]:
         inputs = _checked(a, b, logit_scale, labels, negatives, teacher, options)
-        more = {
+        given = {
             "teacher": "none" if teacher is None else "given",
             "negatives": "none" if negatives is None else f"{len(negatives)} rows",
         }
-        of_inputs = {"a": inputs.a, "b": inputs.b, "logit_scale": inputs.scale}
-        return inputs, header(OP, of_inputs, labels, gather_limit_bytes, **more, **asdict(options))
+        more = given | asdict(options)
+        return inputs, header(OP, ("a", "b", "logit_scale"), inputs[:3], labels, gather_limit_bytes, **more)
 
     inputs, layout = agree(OP, group, a.device, check)
     with torch.autocast(a.device.type, enabled=False):

@@ -48,11 +48,8 @@ class ClipLoss(_InGroup):
     (There, with neither flag, encoders get 1/W of the gradient; with `local_loss` alone, a different direction;
     with `gather_with_grad`, this gradient, and with `local_loss` too the mean of the ranks' values is this one.)
 
-    `rank` and `world_size` are as the default process group has them; 0 and 1 without one.
-
-    Raises:
-        ValueError: `use_horovod`; in forward, a rank or world size that the process group contradicts, and
-            whatever `global_contrastive_loss` refuses.
+    `rank` and `world_size` are as the default process group has them; 0 and 1 without one. Others, `use_horovod`, and
+    whatever `global_contrastive_loss` refuses raise a ValueError.
     """
 
     def __init__(
@@ -88,11 +85,8 @@ class SigLipLoss(_InGroup):
 
     Each rank gets the loss of the global batch, of which the ranks' values are shares there; the gradients agree.
     `cache_labels` has no effect there either, `rank` and `world_size` are as in `ClipLoss`, and `dist_impl` (None,
-    "bidir", "shift", "reduce" or "gather") says how features travel there; here their size decides.
-
-    Raises:
-        ValueError: another `dist_impl`; in forward, a rank or world size that the process group contradicts, and
-            whatever `global_sigmoid_loss` refuses.
+    "bidir", "shift", "reduce" or "gather") says how features travel there; here their size decides. Raises as
+    `ClipLoss`, and on another `dist_impl`.
     """
 
     def __init__(

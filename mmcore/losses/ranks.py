@@ -2,7 +2,7 @@
 all of them, and small differentiable reductions."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -89,15 +89,18 @@ def agree(
 
 
 def header(
-    op: str, inputs: dict[str, Tensor], labels: tuple[Tensor, Tensor] | None, gather_limit_bytes: int, **more: Any
+    op: str,
+    names: Sequence[str],
+    inputs: Sequence[Tensor],
+    labels: tuple[Tensor, Tensor] | None,
+    gather_limit_bytes: int,
+    **more: Any,
 ) -> Header:
-    """Of a loss of `inputs` by name, of which the first are features of rows and of columns.
-
-    Of which a gradient is wanted must be the same: a backward that some ranks do not run would hang the others.
-    """
+    """Of a loss of `inputs` by name, of which the first are features of rows and of columns; of which a gradient is
+    wanted is the same on all ranks, since a backward that some do not run would hang the others."""
     require(op, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
-    rows, cols, *_ = inputs.values()
-    wanted = [name for name, x in inputs.items() if torch.is_grad_enabled() and x.requires_grad]
+    rows, cols, *_ = inputs
+    wanted = [name for name, x in zip(names, inputs) if torch.is_grad_enabled() and x.requires_grad]
     same = {
         "D": rows.shape[-1],
         "dtype": str(rows.dtype),

@@ -29,19 +29,11 @@ def global_sigmoid_loss(
     `x = logit_scale * A B^T + logit_bias`, `sum_ij softplus(-z_ij x_ij) / M`.
 
     Every rank gets the same value, and gradients whose *mean* over ranks is that of one process, as in
-    `global_contrastive_loss`. They are made in forward, 3u/W FLOP a rank of u = 2 M^2 D, with the transfers:
-    evaluate under `torch.no_grad()`, and make of the loss the same on every rank.
+    `global_contrastive_loss`, whose arguments, result and errors these are. They are made in forward, 3u/W FLOP a rank
+    of u = 2 M^2 D, with the transfers: evaluate under `torch.no_grad()`, and make of the loss the same on every rank.
 
     Args:
-        a, b, logit_scale, labels, group, gather_limit_bytes: as in `global_contrastive_loss`.
         logit_bias: the same on every rank: a finite float or a tensor of one element.
-
-    Returns:
-        The loss, a scalar, float32 (float64 for float64).
-
-    Raises:
-        ValueError: a wrong shape, dtype, device, scale or bias on any rank, or ranks that differ in width, dtype
-            or settings: on every rank.
 
     Reference: `mmkernels.sigmoid_loss_ref` on the concatenated ranks. Paper: arXiv:2303.15343.
     """
@@ -50,8 +42,7 @@ def global_sigmoid_loss(
 
     def check() -> tuple[tuple[Tensor, ...], Header]:
         inputs = checked_sigmoid_operands(a, b, logit_scale, logit_bias, labels)
-        by_name = dict(zip(("a", "b", "logit_scale", "logit_bias"), inputs))
-        return inputs, header(OP, by_name, labels, gather_limit_bytes)
+        return inputs, header(OP, ("a", "b", "logit_scale", "logit_bias"), inputs, labels, gather_limit_bytes)
 
     inputs, layout = agree(OP, group, a.device, check)
     if labels is None:

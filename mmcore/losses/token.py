@@ -49,21 +49,13 @@ def global_token_contrastive_loss(
     `S_ij = logit_scale * max_q <tokens_iq, b_j>` (BLIP-2's image-text contrastive loss).
 
     Every rank gets the same value, and gradients whose *mean* over ranks is that of one process, as in
-    `global_contrastive_loss`. The `b` travel, the tokens stay where they are.
+    `global_contrastive_loss`, whose other arguments, result and errors these are. The `b` travel, the tokens stay where
+    they are.
 
     Args:
         tokens: features `[m, Q, D]` of this rank's rows, float32, float16, bfloat16 or float64. Ranks may have
             different numbers of rows, or none.
-        b, logit_scale, symmetric, labels, label_smoothing, group, gather_limit_bytes: as in
-            `global_contrastive_loss`.
         mask: bool `[m, Q]`, True where a token counts.
-
-    Returns:
-        The loss, a scalar, float32 (float64 for float64).
-
-    Raises:
-        ValueError: a wrong shape, dtype, device, scale or option on any rank, or ranks that differ in width, dtype
-            or settings: on every rank.
 
     Reference: `mmkernels.token_contrastive_loss_ref` on the concatenated ranks. Paper: arXiv:2301.12597.
     """
@@ -81,8 +73,8 @@ def global_token_contrastive_loss(
         if check_token_labels(tokens, b, labels) is None:
             sizes = len(tokens), len(b)
             require(OP, sizes[0] == sizes[1], "b must have {} rows without labels, got {}", *sizes)
-        by_name = dict(zip(("tokens", "b", "logit_scale"), inputs))
-        return inputs, header(OP, by_name, labels, gather_limit_bytes, Q=tokens.shape[1], **options)
+        names, more = ("tokens", "b", "logit_scale"), {"Q": tokens.shape[1], **options}
+        return inputs, header(OP, names, inputs, labels, gather_limit_bytes, **more)
 
     (tokens, b, scale), layout = agree(OP, group, tokens.device, check)
     with torch.autocast(tokens.device.type, enabled=False):

@@ -27,9 +27,6 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict
     Returns:
         "BLEU-1" to "BLEU-4", each in [0, 1].
 
-    Raises:
-        ValueError: no captions, lengths that differ, an image without references, something else than strings.
-
     Reference: pycocoevalcap 1.2, after `caption_tokens`. Paper: doi 10.3115/1073083.1073135.
     """
     correct, total = [0] * len(_ORDERS), [0] * len(_ORDERS)

@@ -50,9 +50,6 @@ def relevance_of(captions: Sequence[str], image_index: Sequence[int] | Tensor, *
         captions: [N] strings.
         image_index: [N], the image of each caption, in [0, num_images).
         num_images: each must have at least one caption.
-
-    Raises:
-        ValueError: lengths that differ, an index out of range, an image without a caption.
     """
     index = torch.as_tensor(image_index, dtype=torch.int64).cpu()
     op, fits = "relevance_of", len(captions) > 0 and index.shape == (len(captions),)
@@ -90,9 +87,6 @@ def retrieval_recall(
 
     Returns:
         "image_to_text_R@k", "text_to_image_R@k" and the same with "_chance_R@k", each in [0, 1].
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite.
     """
     check_features("retrieval_recall", image_features=image_features, text_features=text_features)
     check_ks("retrieval_recall", ks)
@@ -113,15 +107,8 @@ def retrieval_recall(
 def recall_of_scores(
     image_to_text: Tensor, text_to_image: Tensor, relevance: Relevance, *, ks: tuple[int, ...] = (1, 5, 10)
 ) -> dict[str, float]:
-    """`retrieval_recall` of scores that no inner product gives, such as re-ranked ones.
-
-    Args:
-        image_to_text: [I, N] floating point, of I images and N captions, as `relevance` is.
-        text_to_image: [N, I].
-
-    Raises:
-        ValueError: shapes that do not fit, a score that is NaN.
-    """
+    """`retrieval_recall` of scores that no inner product gives, such as re-ranked ones: floating point [I, N] and [N,
+    I] of I images and N captions, as `relevance` is, without NaN."""
     op, sizes = "recall_of_scores", (relevance.num_images, len(relevance.group))
     check_ks(op, ks)
     out: dict[str, float] = {}

@@ -81,9 +81,6 @@ def vqa_accuracy(
     Returns:
         Accuracies in [0, 1], not rounded; the challenge's own tool prints percentages with two digits.
 
-    Raises:
-        ValueError: no questions, lengths that differ, a question without answers, something else than strings.
-
     Reference: vqaEval.py of github.com/GT-Vision-Lab/VQA. Paper: arXiv:1505.00468.
     """
     op, size = "vqa_accuracy", len(predictions)

@@ -31,9 +31,6 @@ def zero_shot_weights(
 
     Returns:
         [num_classes, E] float32, on the device of the embeddings.
-
-    Raises:
-        ValueError: no classes, no templates, a template without "{}".
     """
     for name, values, what in (("class_names", class_names, "one name"), ("templates", templates, "one")):
         listed = len(values) > 0 and not isinstance(values, str)
@@ -70,9 +67,6 @@ def top_k_accuracy(
 
     Returns:
         {k: accuracy in [0, 1]}.
-
-    Raises:
-        ValueError: shapes that do not fit, no images, labels out of range, features that are not finite.
     """
     check_features("top_k_accuracy", image_features=image_features, class_weights=class_weights)
     check_ks("top_k_accuracy", ks)

@@ -1,4 +1,5 @@
-"""Building blocks of the models: attention of every kind, transformer blocks, position embeddings, momentum."""
+"""Building blocks of the models: attention of every kind, transformer blocks, position embeddings, momentum. A shape,
+mask or size that does not fit, or an argument that is missing or unexpected, raises a ValueError that names it."""
 
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
 from mmcore.nn.batch_norm import BatchNorm

@@ -75,9 +75,6 @@ class Attention(nn.Module):
             cache: of what came before, to which `x` is added.
             packing: where `x` [1, N, D] is packed; for causal attention without mask and cache, in which no token
                 sees the padding behind it.
-
-        Raises:
-            ValueError: a wrong shape or mask.
         """
         check_tokens("Attention", "x", x, self.qkv.in_features)
         qkv = self.qkv(x)

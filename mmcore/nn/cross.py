@@ -70,9 +70,6 @@ class CrossAttention(nn.Module):
             x: [B, Lq, D], or [1, Lq, D] for tokens that all rows share.
             states: [B, Lk, D_k], or the `keys_values` of them, a pair of which stands for their concatenation.
             mask: of `mmkernels.masks`, for Lq queries and Lk keys. A token that sees nothing gets `out`'s bias.
-
-        Raises:
-            ValueError: a wrong shape or mask.
         """
         check_tokens("CrossAttention", "x", x, self.q.in_features)
         if isinstance(states, Tensor):
@@ -107,9 +104,6 @@ def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list
     Args:
         states: [B, Lk, D_k].
         layers: at least one, all of the same `key_width` and `bias`.
-
-    Raises:
-        ValueError: a wrong shape; layers that differ.
     """
     op = "shared_keys_values"
     kinds = {(layer.kv.in_features, layer.kv.bias is not None) for layer in layers}
@@ -158,9 +152,6 @@ class GatedCrossAttentionBlock(nn.Module):
         Args:
             media: [B, L, D_media], image by image, or `self.attn.keys_values` of them.
             mask: `mmkernels.masks.media`, made once for all blocks; None = all text sees all media.
-
-        Raises:
-            ValueError: a wrong shape or mask.
         """
         check_tokens("GatedCrossAttentionBlock", "x", x, self.attn.q.in_features)
         x = x + self.attn_gate.tanh() * self.attn(self.norm1(x), media, mask)

@@ -21,16 +21,14 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Packing":
-        """Of rows by their lengths, each at least 1; known on the host, so that no device is waited for.
-
-        Raises:
-            ValueError: a length below 1.
-        """
+        """Of rows by their lengths, known on the host, so that no device is waited for; a ValueError of a length below
+        1."""
         require("Packing", min(lengths, default=1) >= 1, "lengths must be at least 1, got {}", list(lengths))
         length, each = max(lengths, default=0), torch.tensor(lengths, dtype=torch.int64)
         places = (torch.arange(length) < each[:, None]).flatten().nonzero()[:, 0]
-        made = (x.to(device, non_blocking=True) for x in (places, each, each.cumsum(0) - each))
-        return cls(*made, len(lengths), length)
+        made = places, each, each.cumsum(0) - each
+        places, each, starts = (x.to(device, non_blocking=True) for x in made)
+        return cls(places, each, starts, len(lengths), length)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [1, N, ...]."""

@@ -29,9 +29,6 @@ class AttentionalPooler(nn.Module):
 
         Args:
             mask: of `mmkernels.masks`, for Q queries and L keys, such as `masks.lengths`.
-
-        Raises:
-            ValueError: a wrong shape or mask.
         """
         check_tokens("AttentionalPooler", "x", x, self.attn.kv.in_features)
         queries = self.query_norm(self.queries)[None]  # [1, Q, D], one for the whole batch
@@ -93,9 +90,6 @@ class PerceiverResampler(nn.Module):
         Args:
             media: [B, L, D] of an image, or [B, T, P, D] of a video of T frames. Several images of a sample are
                 rows of B.
-
-        Raises:
-            ValueError: a wrong shape; more frames than `num_frames`.
         """
         op = "PerceiverResampler"
         if media.ndim == 4:

@@ -84,9 +84,6 @@ class QFormerBlock(nn.Module):
             mask: among queries and text, such as `mmkernels.masks.qformer_itc`, `_itm` or `_itg`.
             image_mask: for Q queries and P keys.
             cache: of queries and text that came before; `mask` is then for the keys of both.
-
-        Raises:
-            ValueError: a wrong shape or mask; text or an image missing or unexpected.
         """
         num_queries = x.shape[1] if num_queries is None else num_queries
         x = self.attn_norm(x, self.attn(x, mask, cache))

@@ -100,9 +100,6 @@ class MultiwayBlock(nn.Module):
             x: [B, T, D], one modality behind the other.
             sizes: how many tokens each has, T in all; 0 for one that is absent.
             mask: of `mmkernels.masks`, for T queries and T keys.
-
-        Raises:
-            ValueError: a wrong shape or mask; sizes that do not add up.
         """
         op, num_experts = "MultiwayBlock", len(self.mlps)
         check_tokens(op, "x", x, self.attn.qkv.in_features)

@@ -15,11 +15,9 @@ class SGDEMA(EMAOptimizer):
     """torch.optim.SGD with momentum, `b = momentum b + g + weight_decay p; p -= lr b`, and the average of the weights.
 
     Args:
-        params: parameters, or groups of them, as of any optimizer; each of these settings may differ by group.
-        lr: learning rate.
         momentum: from 0 to less than 1.
         weight_decay: added to the gradient, at least 0.
-        ema, clamp, clip_each: as in `AdamWEMA`.
+        params, lr, ema, clamp, clip_each: as in `AdamWEMA`.
     """
 
     def __init__(
