@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from mmcore.parts.vit import Tower
 from mmcore.runs import is_run, read_run
 from mmcore.systems import entries
@@ -22,17 +24,18 @@ def load_tower(path: Path) -> Tower:
     """
     if is_run(path):
         trained = read_run(path)
-        if not hasattr(trained.recipe, "image_tower"):
-            raise ValueError(
-                f"--vision must be of a model with an image tower, got {path}, which is of {trained.run.recipe}"
-            )
-        return trained.recipe.image_tower(trained.assets, trained.model)  # pyright: ignore[reportAttributeAccessIssue]
-    config, known = path / "config.json", entries("FOLDERS")
-    kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
-    towers = entries("TOWERS")
-    if kind in towers:
-        return towers[kind].load()(path)
-    model = known[kind if kind in known else "clip"].load()(path)
-    if not hasattr(model, "image_tower"):
+        owner, inputs, kind = trained.recipe, (trained.assets, trained.model), trained.run.recipe
+    else:
+        config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
+        kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
+        if kind in towers:
+            return towers[kind].load()(path)
+        owner, inputs = known[kind if kind in known else "clip"].load()(path), ()
+    if not hasattr(owner, "image_tower"):
         raise ValueError(f"--vision must be of a model with an image tower, got {path}, which is of {kind}")
-    return model.image_tower()
+    return owner.image_tower(*inputs)
+
+
+def visual_state(tower: Tower) -> dict[str, Tensor]:
+    """A tower's weights by their names in a model that has it as `visual`."""
+    return {f"visual.{name}": x for name, x in tower.state.items()}

@@ -56,7 +56,7 @@ class Answerer:
                 `do_sample` and `num_beams` are obeyed; others tell how other models see images.
         """
         prompts = [prompt_of(self.tokens, self.model.config, [self._turn(q)], self._seen(q)) for q in questions]
-        fit = self._fitting([len(prompt.tokens) + 1 for prompt in prompts])
+        fit = self._fitting([len(prompt.chat.tokens) + 1 for prompt in prompts])
         answers = [""] * len(questions)
         if fit:
             read = [prompts[i] for i in fit]

@@ -35,15 +35,8 @@ class Stage2Start(NamedTuple):
 
 
 def stage2_start(path: Path) -> Stage2Start:
-    """Reads what stage 2 starts from.
-
-    Args:
-        path: a run of stage 1 or stage 2, or a folder of transformers with a Blip2ForImageTextRetrieval or a
-            Blip2ForConditionalGeneration.
-
-    Raises:
-        ValueError: nothing of this kind.
-    """
+    """Reads what stage 2 starts from: a run of stage 1 or stage 2, or a folder of transformers with a
+    Blip2ForImageTextRetrieval or a Blip2ForConditionalGeneration; a ValueError for anything else."""
     if not is_run(path):
         model = load_folder(path)
         if isinstance(model, BLIP2):
@@ -65,20 +58,15 @@ def stage2_start(path: Path) -> Stage2Start:
 
 def load_folder(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """A BLIP-2 of transformers: a `BLIP2LM` where it has a language model, in `dtype` or as it is stored, else a
-    `BLIP2`.
-
-    Raises:
-        ValueError: see `load_blip2` and `load_blip2_lm`.
-    """
+    `BLIP2`; errors as of `load_blip2` and `load_blip2_lm`."""
     return load_blip2_lm(folder, dtype=dtype) if has_language_model(folder) else load_blip2(folder)
 
 
 def has_language_model(folder: Path) -> bool:
     """Whether a folder is of transformers' Blip2ForConditionalGeneration."""
     config = folder / "config.json"
-    return config.is_file() and "Blip2ForConditionalGeneration" in (
-        read_json("stage2_start", config).get("architectures") or ()
-    )
+    kinds = read_json("stage2_start", config).get("architectures") if config.is_file() else None
+    return "Blip2ForConditionalGeneration" in (kinds or ())
 
 
 def _start_of(blip2: BLIP2) -> Stage2Start:
