@@ -11,13 +11,10 @@ from mmcore.weights.files import read_json
 
 
 def load_tower(path: Path) -> Tower:
-    """Reads an image tower.
+    """Reads an image tower: of a run of a recipe whose model has one; of a folder of transformers of a system that is
+    known here (safetensors), such as CLIP or BLIP-2; or of a folder or file of open_clip with a CLIP.
 
     Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches.
-
-    Args:
-        path: a run of a recipe whose model has a tower; a folder of transformers of a system that is known here
-            (safetensors), such as CLIP or BLIP-2; or a folder or file of open_clip with a CLIP.
 
     Raises:
         ValueError: nothing of this kind.

@@ -89,11 +89,15 @@ class BLIP2(nn.Module):
         return getattr(self, task)(*inputs, **options)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """What the queries read of [B, 3, S, S] images, or [B, P, D] states of the tower: [B, Q, E], unit norm."""
+        """What the queries read of [B, 3, S, S] images, or [B, P, D] states of the tower.
+
+        Returns:
+            [B, Q, E] float32, unit norm.
+        """
         return _unit_norm(self.vision_proj(self.qformer(self.states(images))))
 
     def encode_text(self, tokens: Tensor, num_text: Tensor) -> Tensor:
-        """Embeddings of texts, at their first token: [B, E], unit norm; arguments as of `pairs`."""
+        """Embeddings of texts, at their first token: [B, E] float32, unit norm; arguments as of `pairs`."""
         length = tokens.shape[1]
         x = self.qformer(tokens=tokens, mask=masks.lengths(num_text, length, length))
         return _unit_norm(self.text_proj(x[:, 0]))
