@@ -64,8 +64,12 @@ def read_language(folder: Path) -> Language:
     return Language(load_language_tokenizer(folder), folder.resolve(), model)
 
 
-def tiny_language(said: Callable[[], Sequence[Sequence[Said]]], *, seed: int, steps: int | None) -> Language:
-    """A tiny one, trained on what is said of each picture; says so."""
+def chosen_language(
+    llm: str, said: Callable[[], Sequence[Sequence[Said]]], *, seed: int, steps: int | None
+) -> Language:
+    """What --llm names: one in a folder, or a tiny one, trained on what is said of each picture, which is told."""
+    if llm != TINY:
+        return read_language(Path(llm))
     texts = said()
     model, tokenizer, loss = train_tiny_lm(texts, seed=seed, steps=steps or STEPS)
     size, count = sum(p.numel() for p in model.parameters()) / 1e6, sum(map(len, texts))

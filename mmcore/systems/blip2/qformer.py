@@ -78,8 +78,8 @@ class TextHead(nn.Module):
         x = self.norm(F.gelu(self.transform(x)))
         if labels is None:
             return F.linear(x, self.weight, self.bias)
-        x, options = x.flatten(0, -2), {"label_smoothing": label_smoothing, "reduction": "sum"}
-        return linear_cross_entropy(x, self.weight, labels.flatten(), bias=self.bias, **options)
+        operands = x.flatten(0, -2), self.weight, labels.flatten()
+        return linear_cross_entropy(*operands, bias=self.bias, label_smoothing=label_smoothing, reduction="sum")
 
 
 class QFormer(nn.Module):

@@ -21,9 +21,9 @@ from mmcore.parts.language_folder import (
     TINY,
     Language,
     check_llm_steps,
+    chosen_language,
     language_of,
     read_language,
-    tiny_language,
 )
 from mmcore.parts.tiny_lm import texts_by_picture
 from mmcore.parts.towers import load_tower, visual_state
@@ -230,21 +230,18 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         if self.start is None:
             raise ValueError(f"--from must be given: a run of {STAGE1}, or what else {STAGE2} starts from")
         vision, qformer, state = stage2_start(self.start)
-        if self.llm == TINY:
+        if self.llm is None:
+            language = self._language_of_start(self.start)
+        else:
             prompt = {"question_prompt" if self.task == "vqa" else "caption_prompt": self.prompt}
             texts = partial(texts_by_picture, data, **prompt)
-            language = tiny_language(texts, seed=self.run.seed, steps=self.llm_steps)
-        else:
-            language = self._given_language(self.start)
+            language = chosen_language(self.llm, texts, seed=self.run.seed, steps=self.llm_steps)
         frozen = {name: x for name, x in state.items() if name.startswith("visual.")}
         assets = Stage2Assets(vision, qformer, language, self._tokens(language), frozen=frozen)
         self.build(assets).fitting(state)
         return assets
 
-    def _given_language(self, start: Path) -> Language:
-        """That of --llm, else of --from."""
-        if self.llm is not None:
-            return read_language(Path(self.llm))
+    def _language_of_start(self, start: Path) -> Language:
         if has_language_model(start):
             return read_language(start)
         run = find_run(start) if is_run(start) else None
@@ -253,8 +250,9 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         raise ValueError(f"--llm must be a language model's folder or {TINY!r}: {start} has none")
 
     def _tokens(self, language: Language) -> PromptTokens:
-        kind = {"is_encoder_decoder": language.is_encoder_decoder}
-        return PromptTokens(language.tokenizer, max_answer=self.max_text, **kind)
+        return PromptTokens(
+            language.tokenizer, is_encoder_decoder=language.is_encoder_decoder, max_answer=self.max_text
+        )
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose

@@ -29,9 +29,9 @@ from mmcore.parts.language_folder import (
     TINY,
     Language,
     check_llm_steps,
+    chosen_language,
     language_of,
     read_language,
-    tiny_language,
 )
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower, visual_state
@@ -227,10 +227,7 @@ class LlavaStage1(LlavaRecipe):
         tower = load_tower(self.vision)
         pinpoints = next_pinpoints(tower.config.image_size) if self.anyres else ()
         shape = LlavaConfig(tower.config, self.projector, pinpoints)
-        if self.llm == TINY:
-            language = tiny_language(partial(_said, data), seed=self.run.seed, steps=self.llm_steps)
-        else:
-            language = read_language(Path(self.llm))
+        language = chosen_language(self.llm, partial(_said, data), seed=self.run.seed, steps=self.llm_steps)
         return self._checked(LlavaStart(shape, visual_state(tower), Path(self.llm)), language)
 
 
