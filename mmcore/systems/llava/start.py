@@ -9,6 +9,7 @@ from torch import Tensor
 from mmcore import checkpoint
 from mmcore.parts.adapters import Lora
 from mmcore.parts.language_folder import language_of
+from mmcore.parts.language_weights import beside_language
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import VisionConfig
 from mmcore.runs import find_run, is_run, read_frozen, read_run
@@ -58,8 +59,7 @@ def llava_start(path: Path, *, llm: Path | None = None, vision: Path | None = No
     if llm is not None:
         raise ValueError(f"--llm has no effect where --from is {path}, which has a language model, got {llm}")
     model = load_llava(path, dtype=None)
-    state = {n: x for n, x in model.state_dict().items() if not n.startswith("language_")}
-    return LlavaStart(model.config, state, path)
+    return LlavaStart(model.config, beside_language(model), path)
 
 
 def llava_shape(saved: Mapping[str, Any]) -> tuple[LlavaConfig, Lora | None]:
