@@ -108,10 +108,10 @@ class Speaker:
             what = "answers questions" if kind == "vqa" else "describes pictures"
             name = subject.run.recipe if subject.run else type(subject.recipe).__name__
             raise ValueError(f"RUN must be of a model that {what}, got one of {name}")
-        decoding = Decoding() if options is None else options.decoding
-        answerer = subject.recipe.speaks(subject.assets, subject.model, subject.device, decoding)
-        own = None if options is None else options.prompt
-        return cls(kind, answerer, prompts[kind] if own is None else own, decoding.decode)
+        options = options or Options()
+        answerer = subject.recipe.speaks(subject.assets, subject.model, subject.device, options.decoding)
+        prompt = prompts[kind] if options.prompt is None else options.prompt
+        return cls(kind, answerer, prompt, options.decoding.decode)
 
     @torch.no_grad()
     def about(self, val: EvalSet | QuestionSet, most: int | None = None) -> tuple[list[Any], list[str]]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.text.templates import AUTO, ChatTokens
 from mmcore.parts.language import load_language_tokenizer
@@ -64,12 +63,8 @@ class Talks:
         asked, tally, count = [], chats.tally(), len(chats)
         num_read = count if most is None else min(most, count)
         for i in (number * count // num_read for number in range(num_read)):
-            try:
+            with tally.record(chats.sample_id(i)):
                 asked += self._asked(chats.conversations[i], i, chats.raw_images(i))
-            except BrokenRecord as error:
-                tally.add(1, [(chats.sample_id(i), error.reason)])
-                continue
-            tally.add(1)
             while len(asked) >= BATCH_SIZE:
                 answer(asked[:BATCH_SIZE])
                 del asked[:BATCH_SIZE]
