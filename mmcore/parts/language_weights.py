@@ -120,17 +120,19 @@ def save_with_language(
     folder: Path | str,
     model: Any,
     config_of: Callable[[Any, int], Mapping[str, Any]],
-    beside: Mapping[str, Tensor],
+    layout: Layout,
     tokenizer: Any | None,
     processor: Mapping[str, Any],
+    unread: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a new folder of a model with a language model in it; a ValueError where it exists.
 
     Args:
         config_of: the model and the image's token to the config.json, with `language_settings`.
-        beside: the weights that are not the language model's.
+        layout: of the weights that are not the language model's.
         tokenizer: the language model's; None = none is written.
         processor: the processor_config.json beside a tokenizer.
+        unread: weights that the model has there and not here.
     """
     language = model.language_model
     marked, image_token = with_image_mark(language, tokenizer)
@@ -142,8 +144,9 @@ def save_with_language(
             write_json(staged / "processor_config.json", processor)
         language.generation_config.to_json_file(staged / "generation_config.json")
 
-    weights = language_weights(language, config["text_config"]["vocab_size"])
-    save_folder(op, folder, config, {**beside, **weights}, write_more)
+    weights = layout.write(beside_language(model)) | dict(unread or {})
+    weights |= language_weights(language, config["text_config"]["vocab_size"])
+    save_folder(op, folder, config, weights, write_more)
 
 
 def language_weights(language: Any, vocab_size: int) -> dict[str, Tensor]:

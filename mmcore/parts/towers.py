@@ -1,6 +1,7 @@
 """Image towers for models that read one: of a run, or of a folder of another library."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,8 @@ def load_tower(path: Path) -> Tower:
     """
     if is_run(path):
         trained = read_run(path)
-        owner, inputs, kind = trained.recipe, (trained.assets, trained.model), trained.run.recipe
+        owner: Any = trained.recipe
+        inputs, kind = (trained.assets, trained.model), trained.run.recipe
     else:
         config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
         kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""

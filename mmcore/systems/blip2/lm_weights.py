@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Blip2Config
 
-from mmcore.parts.language_weights import beside_language, check_language_kind, load_with_language, save_with_language
+from mmcore.parts.language_weights import check_language_kind, load_with_language, save_with_language
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.names import HF, PARTS_SETTINGS, stage2_config
 from mmcore.weights.files import read_json
@@ -51,5 +51,4 @@ def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None =
         ValueError: an existing folder; a tower or a language model that transformers' BLIP-2 cannot have.
     """
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.qformer.config.num_queries}
-    beside = HF.write(beside_language(model))
-    save_with_language("save_blip2_lm", folder, model, stage2_config, beside, tokenizer, processor)
+    save_with_language("save_blip2_lm", folder, model, stage2_config, HF, tokenizer, processor)

@@ -104,7 +104,8 @@ class Talks:
 class _Given(dict[str, Image.Image]):
     """Images at hand."""
 
-    named_image = dict.__getitem__
+    def named_image(self, name: str) -> Image.Image:
+        return self[name]
 
 
 def model_of_folder(folder: Path, template: str | None, device: torch.device) -> Talks:

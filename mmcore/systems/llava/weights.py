@@ -9,7 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmcore.ops import require
 from mmcore.parts.language_head import check_head
-from mmcore.parts.language_weights import IMAGE_MARK, beside_language, load_with_language, save_with_language
+from mmcore.parts.language_weights import IMAGE_MARK, load_with_language, save_with_language
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.names import config_from_hf, hf_config, hf_layout, unread_norm
 from mmcore.weights.files import read_json, read_pickle
@@ -62,8 +62,7 @@ def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None
         # the class token, which that strategy leaves out
         "num_additional_image_tokens": 1,
     }
-    beside = hf_layout().write(beside_language(model)) | unread_norm(model)
-    save_with_language("save_llava", folder, model, hf_config, beside, tokenizer, processor)
+    save_with_language("save_llava", folder, model, hf_config, hf_layout(), tokenizer, processor, unread_norm(model))
 
 
 def load_projector(model: Llava, file: Path | str) -> None:
