@@ -43,7 +43,7 @@ def hf_model(dtype: torch.dtype = torch.float64) -> Blip2ForImageTextRetrieval:
 def ours_of(theirs: Blip2ForImageTextRetrieval) -> BLIP2:
     config = STAGE1_SETTINGS.read("test", theirs.config.to_dict())
     model = BLIP2(config)
-    model.load_trained(model.state_dict() | HF.read("test", theirs.state_dict(), model.state_dict()))
+    model.load_state_dict(model.state_dict() | HF.read("test", theirs.state_dict(), model.state_dict()))
     return model.to(theirs.dtype).eval()
 
 

@@ -20,10 +20,10 @@ from mmcore.parts.adapters import is_adapter
 from mmcore.parts.vit import VisionConfig
 from mmcore.runs import read_run
 from mmcore.systems.llava.anyres import Size
-from mmcore.systems.llava.loader import processor_config, views
+from mmcore.systems.llava.inputs import processor_config, views
 from mmcore.systems.llava.model import LlavaConfig
 from mmcore.tasks import conversation, subject_of
-from mmcore.tasks.replies import answers_recur
+from mmcore.tasks.conversation import answers_recur
 from mmcore.tasks.speaking import Options
 from tests.mmcore.data_fixtures import image_bytes, write_vqa
 from tests.systems.cli import losses, run

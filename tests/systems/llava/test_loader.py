@@ -29,7 +29,7 @@ from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.language import tiny_tokenizer
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.llava.anyres import best_resolution, grid_shape, num_packed, num_views, pack_features, split_image
-from mmcore.systems.llava.loader import collate_chats, seen_chat, views
+from mmcore.systems.llava.inputs import collate_chats, seen_chat, views
 from mmcore.systems.llava.model import LlavaConfig
 from tests.mmcore.data_fixtures import image_bytes
 
