@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from mmcore.data.config import BUILT_IN, DataConfig
+from mmcore.data.config import DataConfig
 from mmcore.data.pair_data import PairData
 from mmcore.data.pairs import open_data, source_kind
-from mmcore.data.sources.emoji import emoji_drawings
+from mmcore.data.sources.emoji import Emoji
 from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.shards import open_held_out_shards
 
@@ -21,17 +21,16 @@ def open_held_out(config: DataConfig) -> PairData:
         ValueError: as `open_data`, and for 'digits' or 'stamps'.
     """
     kind = source_kind(config.data)
-    if kind == "emoji":
-        data = open_data(config, seed=0)
-        return data if data.val is not None else emoji_drawings(data)
-    if kind in BUILT_IN:
+    if kind in ("digits", "stamps"):
         raise ValueError(f"--data must be a file or shards, of which all is held out, or emoji, got {config.data!r}")
     if kind == "shards":
         val = open_held_out_shards(config)
         return PairData(config.data, len(val), None, val, config.max_broken)
-    data = open_data(replace(config, val_fraction=0.0), seed=0)
+    data = open_data(config if kind == "emoji" else replace(config, val_fraction=0.0), seed=0)
     pairs = data.source
+    if data.val is not None:
+        return data
     if pairs is None:
         return replace(data, val_questions=data.questions)
-    assert isinstance(pairs, FilePairs)
+    assert isinstance(pairs, FilePairs | Emoji)
     return replace(data, val=pairs.held_out(config.max_broken))
