@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mmcore.errors import complain
+from mmcore.errors import complain, did_you_mean
 
 USAGE = """usage: mmcore VERB ...
 
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         if arguments[0] not in VERBS:
-            raise ValueError(f"the verb must be one of {', '.join(VERBS)}, got {arguments[0]!r}")
+            hint = did_you_mean(arguments[0], VERBS)
+            raise ValueError(f"the verb must be one of {', '.join(VERBS)}, got {arguments[0]!r}{hint}")
         VERBS[arguments[0]](arguments[1:])
     except (ValueError, OSError) as error:
         sys.exit(complain(error, 2))

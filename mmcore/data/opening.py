@@ -1,8 +1,5 @@
 """From a `DataConfig` to what is trained on and what is held out, as pairs or as conversations."""
 
-from __future__ import annotations
-
-import difflib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +26,8 @@ from mmcore.data.sources.shards import open_held_out_shards, open_shards
 from mmcore.data.sources.split import split_linked
 from mmcore.data.sources.stamps import Stamps, open_stamps
 from mmcore.data.sources.table import open_table
+from mmcore.errors import did_you_mean
+from mmcore.ops import require
 
 _TABLES, _CHATS = (".csv", ".tsv"), (".jsonl", ".yaml", ".yml")
 _HEAD = 1 << 16
@@ -49,11 +48,7 @@ class ChatData:
 
 
 def source_kind(data: str) -> SourceKind:
-    """Which kind of source `data` names.
-
-    Raises:
-        ValueError: none, with the nearest built-in name where there is one.
-    """
+    """Which kind of source `data` names; raises ValueError for none, with the nearest built-in name."""
     name = data.lower()
     if data in BUILT_IN:
         return data  # pyright: ignore[reportReturnType]
@@ -65,12 +60,9 @@ def source_kind(data: str) -> SourceKind:
         return "chats"
     if name.endswith(".json"):
         return "chats" if _holds_conversations(Path(data).expanduser()) else "json"
-    near = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        "data: data must be 'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar', "
-        f"or a .csv, .tsv, .json, .jsonl or .yaml file, got {data!r}{hint}"
-    )
+    known = "'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar'"
+    files, hint = "a .csv, .tsv, .json, .jsonl or .yaml file", did_you_mean(name, BUILT_IN)
+    raise ValueError(f"data: data must be {known}, or {files}, got {data!r}{hint}")
 
 
 def _holds_conversations(file: Path) -> bool:
@@ -93,8 +85,8 @@ def open_data(config: DataConfig, *, seed: int) -> PairData:
     """
     kind = _checked(config, seed)
     data = _pairs_of(_chats(config, seed)) if kind == "chats" else _pairs(kind, config, seed)
-    if data.num_train < 2:
-        raise ValueError(f"data: {config.data!r} must have at least 2 training pairs, got {data.num_train}")
+    what = "{!r} must have at least 2 training pairs, got {}"
+    require("data", data.num_train >= 2, what, config.data, data.num_train)
     return data
 
 
@@ -117,21 +109,14 @@ def open_chats(config: DataConfig, *, seed: int, captions_only: bool = False) ->
         data = _derived(config, seed, captions_only)
     else:
         data = _chats_of(_pairs(kind, config, seed), config)
-    if data.num_train < 2:
-        raise ValueError(f"data: {config.data!r} must have at least 2 conversations, got {data.num_train}")
+    require("data", data.num_train >= 2, "{!r} must have at least 2 conversations, got {}", config.data, data.num_train)
     return data
 
 
 def open_held_out(config: DataConfig) -> PairData:
     """The pairs or questions that `config.data` names, none of them split off; of 'emoji' the combinations that every
-    run holds out or, of a style that draws no combinations, every drawing.
-
-    Args:
-        config: `data`, and what belongs to it; not 'digits' or 'stamps', which a run splits itself.
-
-    Raises:
-        ValueError: as `open_data`, and for 'digits' or 'stamps'.
-    """
+    run holds out or, of a style that draws no combinations, every drawing. Raises ValueError as `open_data`, and for
+    'digits' or 'stamps', which a run splits itself."""
     kind = source_kind(config.data)
     if kind in ("digits", "stamps"):
         raise ValueError(f"--data must be a file or shards, of which all is held out, or emoji, got {config.data!r}")
@@ -150,8 +135,7 @@ def open_held_out(config: DataConfig) -> PairData:
 def _checked(config: DataConfig, seed: int) -> SourceKind:
     kind = source_kind(config.data)
     config.check(kind)
-    if seed < 0:
-        raise ValueError(f"data: seed must be at least 0, got {seed}")
+    require("data", seed >= 0, "seed must be at least 0, got {}", seed)
     return kind
 
 
@@ -170,9 +154,8 @@ def _pairs(kind: SourceKind, config: DataConfig, seed: int) -> PairData:
         shards, val = open_shards(config)
         return PairData(name, shards.num_samples, shards, val, limit)
     train, held_out = open_digits(config.val_fraction, seed)
-    data = PairData(
-        name, len(train), train, None, limit, DIGIT_NAMES, DIGIT_TEMPLATES, questions=digit_questions(train)
-    )
+    data = PairData(name, len(train), train, None, limit, DIGIT_NAMES, DIGIT_TEMPLATES)
+    data = replace(data, questions=digit_questions(train))
     if held_out is None:
         return data
     return replace(data, val=digit_captions(held_out), val_questions=digit_questions(held_out))

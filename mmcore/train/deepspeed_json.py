@@ -82,8 +82,9 @@ def _resolve_precision(config: EngineConfig, theirs: dict[str, Any], stage: int)
         said = "bf16"
     autocast = theirs.pop("torch_autocast", {})
     if autocast.get("enabled", "auto") is True:
-        if "float16" in str(autocast.get("dtype")) and "bfloat16" not in str(autocast.get("dtype")):
-            raise ValueError(f"{config.deepspeed}: torch_autocast.dtype must be bfloat16, got {autocast['dtype']!r}")
+        dtype = autocast.get("dtype")
+        if "float16" in str(dtype) and "bfloat16" not in str(dtype):
+            raise ValueError(f"{config.deepspeed}: torch_autocast.dtype must be bfloat16, got {dtype!r}")
         said = "amp_bf16"
     default: Precision = "amp_bf16" if torch.cuda.is_available() else "fp32"
     precision = _merge(said, config.precision, "--precision", config.deepspeed) or default
@@ -109,8 +110,8 @@ def deepspeed_config(
     Raises:
         ValueError: an unreadable file, an unknown key, a contradiction, an unsupported setting.
     """
-    theirs = _read_json(config.deepspeed)
     file = config.deepspeed
+    theirs = _read_json(file)
     zero = dict(theirs.pop("zero_optimization", {}))
     stage = _merge(zero.get("stage"), config.zero, "--zero", file)
     stage = 1 if stage is None else stage

@@ -116,9 +116,8 @@ def _prepare(name: str, recipe: Recipe, data: Any, world_size: int) -> Start:
         check_resumed(saved["settings"], recipe)
         before, now = saved["settings"]["global batch"], recipe.per_rank * world_size
         if before != now:
-            raise ValueError(
-                f"--batch-size times --accum times the ranks must be {before} as in the run that is resumed, got {now}"
-            )
+            flags = "--batch-size times --accum times the ranks"
+            raise ValueError(f"{flags} must be {before} as in the run that is resumed, got {now}")
         recipe.loader(data, read_assets(recipe, start.folder, saved, "use"), recipe.spec(0, world_size))
         return start
     assets = recipe.assets(data)
@@ -158,9 +157,8 @@ def _model(recipe: Recipe, assets: Any, start: Start) -> nn.Module:
 def _engine(recipe: Recipe, start: Start, model: nn.Module, world_size: int) -> Engine:
     groups = param_groups(model, recipe.optim, recipe.rules)
     optimizer = make_optimizer(groups, recipe.optim)
-    resolved, precision = deepspeed_config(
-        recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size
-    )
+    sizes = {"batch_size": recipe.per_rank, "world_size": world_size}
+    resolved, precision = deepspeed_config(recipe.engine, recipe.optim, **sizes)
     if dist.get_rank() == 0:
         checkpoint.write_json(start.folder / "deepspeed.json", resolved)
     engine = Engine(model, optimizer, resolved, precision)
@@ -171,26 +169,16 @@ def _engine(recipe: Recipe, start: Start, model: nn.Module, world_size: int) -> 
 
 @dataclass
 class Loop:
-    """A run under way: steps, logs, evaluations and checkpoints.
-
-    Args:
-        folder: the run's.
-        recipe: how a step is taken.
-        engine: the model and its optimizer.
-        loader: the batches.
-        metrics: where numbers go.
-        total: optimizer steps in all.
-        companions: see `Recipe.companions`.
-        evaluate: on every rank alike: numbers by name, the first of which, in [0, 1], the progress bar shows.
-    """
+    """A run under way: steps, logs, evaluations and checkpoints."""
 
     folder: Path
     recipe: Recipe
     engine: Engine
     loader: TrainLoader
     metrics: Metrics
-    total: int
-    companions: Any
+    total: int  # optimizer steps in all
+    companions: Any  # see `Recipe.companions`
+    # on every rank alike: numbers by name, the first of which, in [0, 1], the progress bar shows
     evaluate: Callable[[], dict[str, float]]
     _at: tuple[int, list[str]] = field(default=(0, []), init=False)  # the step under way, and its records here
 
@@ -199,21 +187,16 @@ class Loop:
         self._weight_decay = weight_decay_schedule(self.recipe.optim, self.total)
 
     def __call__(self, first: int) -> None:
-        """Steps `first` to the last.
-
-        Raises:
-            FloatingPointError: a loss or the gradient stopped being finite; the message says where.
-        """
+        """Steps `first` to the last; a FloatingPointError says where a loss or the gradient stopped being finite."""
         try:
             if first == 0:
                 self._save(0)
             self._run(first)
         except FloatingPointError as error:
             step, records = self._at
-            raise FloatingPointError(
-                f"step {step}: {error}; the run stops and saves nothing more. Look at --lr (now "
-                f"{self.recipe.optim.lr}), --warmup, --grad-clip, and at the records {', '.join(records[:3])}..."
-            ) from None
+            look = f"--lr (now {self.recipe.optim.lr}), --warmup, --grad-clip, and at the records"
+            said = f"step {step}: {error}; the run stops and saves nothing more. Look at {look}"
+            raise FloatingPointError(f"{said} {', '.join(records[:3])}...") from None
 
     def _run(self, first: int) -> None:
         run, began, seen = self.recipe.run, time.perf_counter(), 0

@@ -1,7 +1,5 @@
 """Conversations about images in LLaVA's JSON: read, checked record by record, with their images found."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +14,12 @@ from PIL import Image
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import LoaderSpec
 from mmcore.data.grouping import group_by_modality_length
-from mmcore.data.sources.files import read_image_file
+from mmcore.data.sources.files import read_image_file, some_of
 from mmcore.data.sources.json_formats import is_unicode
 from mmcore.data.sources.mixes import MixPart, Sampling, read_mix
 from mmcore.data.sources.tar import Place, index_images, read_range
 from mmcore.data.transforms.images import decode_rgb
+from mmcore.ops import require
 
 Role = Literal["system", "user", "assistant"]
 IMAGE = "<image>"
@@ -29,7 +28,6 @@ MAX_SIDE = 20_000
 """Pixels; images with a longer side are refused."""
 
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
-_NUM_PROBED = 100
 _SAMPLING = 0x3117
 
 
@@ -54,11 +52,6 @@ class Conversation:
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
-
-    @property
-    def num_words(self) -> int:
-        """Words of all turns, the estimate of its length by which LLaVA groups."""
-        return sum(len(turn.text.split()) for turn in self.turns)
 
 
 class BrokenField(BrokenRecord):
@@ -92,21 +85,15 @@ class NamedImages:
 
 
 def open_images(root: Path) -> NamedImages:
-    """The images in a folder; its tars are read by their headers once.
-
-    Raises:
-        ValueError: no such folder, a damaged tar, or two tars with an image of the same name.
-    """
-    if not root.is_dir():
-        raise ValueError(f"data: image_root must be an existing folder, got {str(root)!r}")
+    """The images in a folder; its tars are read by their headers once. Raises ValueError for no such folder, a damaged
+    tar, or two tars with an image of the same name."""
+    require("data", root.is_dir(), "image_root must be an existing folder, got {!r}", str(root))
     members: dict[str, Place] = {}
     for tar in map(str, sorted(root.glob("*.tar"))):
         for name, place in index_images(tar).items():
-            if name in members:
-                raise ValueError(
-                    f"data: image_root must hold one image of each name, got {name!r} in {members[name][0]} and {tar}"
-                )
-            members[name] = place
+            first = members.setdefault(name, place)[0]
+            what = "image_root must hold one image of each name, got {!r} in {} and {}"
+            require("data", first == tar, what, name, first, tar)
     return NamedImages(root, members)
 
 
@@ -114,7 +101,7 @@ def open_images(root: Path) -> NamedImages:
 class ChatRecord:
     """A conversation with its images, as a record."""
 
-    source: ConversationSet
+    source: "ConversationSet"
     index: int
 
     @property
@@ -157,16 +144,13 @@ class ConversationSet:
         return self.conversations[i].id
 
     def raw_images(self, i: int) -> list[Image.Image]:
-        """RGB images of conversation `i`, in order.
-
-        Raises:
-            BrokenField: one is missing, unreadable, a pixel wide or high, or has a side above `MAX_SIDE`.
-        """
+        """RGB images of conversation `i`, in order; raises BrokenField where one is missing, unreadable, too small or
+        too large."""
         return [check_sides(name, self._raw_image(name)) for name in self.conversations[i].images]
 
     def lengths(self) -> list[int]:
-        """Words of each conversation, at least 1."""
-        return [max(1, c.num_words) for c in self.conversations]
+        """Words of each conversation, at least 1: the estimate of its length by which LLaVA groups."""
+        return [max(1, sum(len(turn.text.split()) for turn in c.turns)) for c in self.conversations]
 
     def is_multimodal(self) -> list[bool]:
         """Which conversations have images."""
@@ -181,8 +165,7 @@ class ConversationSet:
         sizes = spec.batch_size, spec.world_size
         return np.array(group_by_modality_length(self.lengths(), self.is_multimodal(), *sizes, generator))
 
-    def take(self, indices: list[int]) -> ConversationSet:
-        """The conversations at `indices`."""
+    def take(self, indices: list[int]) -> "ConversationSet":
         return replace(self, conversations=[self.conversations[i] for i in indices])
 
     def tally(self) -> BrokenTally:
@@ -218,7 +201,7 @@ def open_conversations(
         seed: of what a mix draws.
 
     Raises:
-        ValueError: no such file, no JSON, a wrong mix, too many broken records, no conversation, or no image found.
+        ValueError: for each thing that can be wrong with the files.
     """
     is_mix = data.lower().endswith((".yaml", ".yml"))
     parts = read_mix(data) if is_mix else [MixPart(Path(data).expanduser(), Sampling("all"))]
@@ -229,16 +212,13 @@ def open_conversations(
         tally = BrokenTally(max_broken, f"{str(part.path)!r}")
         conversations += _read(part, rng, tally)
         broken += tally.counts
-    if not conversations:
-        raise ValueError(f"data: {data!r} must hold at least one conversation, got none")
+    require("data", bool(conversations), "{!r} must hold at least one conversation, got none", data)
     pictures = open_images(Path(data).expanduser().parent if image_root is None else Path(image_root).expanduser())
-    names = [name for conversation in conversations for name in conversation.images]
-    probed = names[:: max(1, len(names) // _NUM_PROBED)]
+    probed = some_of([name for conversation in conversations for name in conversation.images])
     if probed and not any(name in pictures for name in probed):
-        raise ValueError(
-            f"data: image_root must be the folder of the images of {data!r} or of tars with them, but none of "
-            f"{len(probed)} tried exists, the first is {pictures.root / probed[0]}"
-        )
+        what = f"image_root must be the folder of the images of {data!r} or of tars with them"
+        first = pictures.root / probed[0]
+        raise ValueError(f"data: {what}, but none of {len(probed)} tried exists, the first is {first}")
     return ConversationSet(data, pictures, conversations, False, max_broken, broken)
 
 
@@ -246,7 +226,7 @@ def _read(part: MixPart, rng: np.random.Generator, tally: BrokenTally) -> Iterat
     """The conversations to take of a file; the broken ones among them are counted."""
     entries, are_lines = _undigested(part.path)
     for number in part.sampling.indices(len(entries), rng):
-        record = _record(entries[number]) if are_lines else entries[number]
+        record = _parsed(entries[number]) if are_lines else entries[number]
         try:
             conversation = parse_conversation(number, record)
         except BrokenField as error:
@@ -260,22 +240,21 @@ def _read(part: MixPart, rng: np.random.Generator, tally: BrokenTally) -> Iterat
 
 def _undigested(path: Path) -> tuple[list[Any], bool]:
     """Records of a JSON file, or undigested lines of a JSONL file, and which of the two."""
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise ValueError(f"data: conversations must be in a .json, .jsonl or .yaml file, got {str(path)!r}")
-    if not path.is_file():
-        raise ValueError(f"data: data must be an existing file, got {str(path)!r}")
-    are_lines = path.suffix.lower() == ".jsonl"
+    name, suffix = str(path), path.suffix.lower()
+    is_known = suffix in (".json", ".jsonl")
+    require("data", is_known, "conversations must be in a .json, .jsonl or .yaml file, got {!r}", name)
+    require("data", path.is_file(), "data must be an existing file, got {!r}", name)
     try:
         with path.open(encoding="utf-8-sig") as file:
-            content = [line for line in file if line.strip()] if are_lines else json.load(file)
+            content = json.load(file) if suffix == ".json" else [line for line in file if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"data: {str(path)!r} must be JSON in UTF-8, got: {error}") from None
-    if not isinstance(content, list):
-        raise ValueError(f"data: {str(path)!r} must hold a list of records, got {type(content).__name__}")
-    return content, are_lines
+        raise ValueError(f"data: {name!r} must be JSON in UTF-8, got: {error}") from None
+    is_list = isinstance(content, list)
+    require("data", is_list, "{!r} must hold a list of records, got {}", name, type(content).__name__)
+    return content, suffix == ".jsonl"
 
 
-def _record(line: str) -> Any:
+def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -291,10 +270,8 @@ def parse_conversation(number: int, record: Any) -> Conversation:
     turns = _turns(record.get("conversations"))
     num_marks = sum(turn.text.count(IMAGE) for turn in turns if turn.role == "user")
     if num_marks != len(images):
-        raise BrokenField(
-            f"conversations with {num_marks} {IMAGE} for {len(images)} images",
-            f"number of {IMAGE} is not that of the images",
-        )
+        where = f"conversations with {num_marks} {IMAGE} for {len(images)} images"
+        raise BrokenField(where, f"number of {IMAGE} is not that of the images")
     return Conversation(_id(number, record), images, turns)
 
 

@@ -1,7 +1,5 @@
 """Conversations about the built-in images, derived from captions, classes and pixels: for a first try."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +53,8 @@ class SourcePictures:
 def described_conversations(val: EvalSet) -> ConversationSet:
     """A conversation for each caption, which answers what the image shows."""
     names = [val.source.sample_id(i) for i in val.indices]
-    captions = ((name, text) for name, texts in zip(names, val.captions, strict=True) for text in texts)
-    conversations = [_conversation(name, [(DESCRIBE["en"], text)]) for name, text in captions]
+    of_images = zip(names, val.captions, strict=True)
+    conversations = [_conversation(name, [(DESCRIBE["en"], text)]) for name, texts in of_images for text in texts]
     pictures = SourcePictures(val.source, dict(zip(names, val.indices, strict=True)))
     return ConversationSet("captions", pictures, conversations, False, val.max_broken)
 
@@ -71,10 +69,8 @@ def asked_conversations(questions: QuestionSet) -> ConversationSet:
 
 
 def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False) -> ConversationSet:
-    """A conversation about each scan, of 1 to `MAX_TURNS` of: what it shows, which digit, and whether that is even.
-
-    `seed` decides which of them are asked, and in which order; with `captions_only`, only what it shows is asked.
-    """
+    """A conversation about each scan, of 1 to `MAX_TURNS` of: what it shows, which digit, and whether that is even;
+    `seed` decides which, and in which order. With `captions_only`, only what it shows is asked."""
     questions = digit_questions(scans).questions
     conversations: list[Conversation] = []
     for i, number in enumerate(scans.numbers):
@@ -93,13 +89,7 @@ def emoji_conversations(
     emoji: Any, questions: QuestionSet | None, *, seed: int, captions_only: bool = False
 ) -> ConversationSet:
     """Two conversations about each emoji: what it shows, answered by its first name, and up to `MAX_TURNS` of its
-    derived questions, which a name would answer; with `captions_only`, the first alone.
-
-    Args:
-        emoji: training or held-out emoji.
-        questions: derived from them.
-        seed: of which are asked, and in which order.
-    """
+    derived questions, which a name would answer, by `seed`; with `captions_only`, the first alone."""
     assert isinstance(emoji, Emoji) and questions is not None
     facts: dict[int, list[Fact]] = defaultdict(list)
     for i, question in enumerate(questions.questions):
@@ -143,14 +133,12 @@ def stamp_conversations(
     kinds = [] if questions is None else _kinds(questions, language, np.random.default_rng([seed, _DERIVED]))
     conversations: list[Conversation] = []
     for i, description in enumerate(described):
-        image = stamps.sample_id(i)
         if captions_only:
-            conversations.append(_conversation(image, [description]))
-            continue
-        rivals = [*([] if is_held_out else [description]), *(kinds[i] if kinds else [])]
-        rng = np.random.default_rng([seed, _DERIVED, i])
-        for asked in _dealt(rivals, _seen(stamps, i, language), rng):
-            conversations.append(_conversation(image, asked))
+            dealt = [[description]]
+        else:
+            rivals = [*([] if is_held_out else [description]), *(kinds[i] if kinds else [])]
+            dealt = _dealt(rivals, _seen(stamps, i, language), np.random.default_rng([seed, _DERIVED, i]))
+        conversations += [_conversation(stamps.sample_id(i), asked) for asked in dealt]
     return _set("stamps (derived conversations)", stamps, conversations, max_broken)
 
 
@@ -170,8 +158,7 @@ def draw_named(kinds: Sequence[str], rng: np.random.Generator) -> list[str]:
     About half of each kind are asked about their own; the others are dealt each other's kinds, so each kind is named
     as often where it is wrong as where it is right, as far as one of more than half of them allows.
     """
-    shuffled = sorted(rng.permutation(len(kinds)).tolist(), key=kinds.__getitem__)
-    others = shuffled[1::2]
+    others = sorted(rng.permutation(len(kinds)).tolist(), key=kinds.__getitem__)[1::2]
     named = list(kinds)
     dealt = [others[i] for i in rng.permutation(len(others))]
     for place, i in enumerate(others):

@@ -1,11 +1,11 @@
 """Splitting pairs into training and held-out ones without a leak."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+from mmcore.ops import require
 
 
 def split_pairs(
@@ -40,14 +40,12 @@ def split_linked(keys: Sequence[Sequence[Hashable]], val_fraction: float, seed: 
         group = groups[int(g)]
         if len(held_out) + len(group) <= target:
             held_out += group
-    if not held_out:
-        raise ValueError(
-            f"data: val_fraction={val_fraction:g} must leave room for a group of pairs with a common image "
-            f"or caption, but the smallest has {min(map(len, groups))} of {n} pairs; set val_fraction=0 or "
-            "give other held-out data"
-        )
-    chosen = set(held_out)
-    return [i for i in range(n) if i not in chosen], sorted(held_out)
+    what = (
+        "val_fraction={:g} must leave room for a group of pairs with a common image or caption, but the smallest has "
+    )
+    what += "{} of {} pairs; set val_fraction=0 or give other held-out data"
+    require("data", bool(held_out), what, val_fraction, min(map(len, groups)), n)
+    return sorted(set(range(n)) - set(held_out)), sorted(held_out)
 
 
 def split_stratified(classes: Sequence[int], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -59,8 +57,7 @@ def split_stratified(classes: Sequence[int], val_fraction: float, seed: int) -> 
     for c, members in sorted(by_class.items()):
         order = np.random.default_rng([seed, 0x5B117, c]).permutation(len(members))
         held_out += [members[int(j)] for j in order[: round(val_fraction * len(members))]]
-    chosen = set(held_out)
-    return [i for i in range(len(classes)) if i not in chosen], sorted(held_out)
+    return sorted(set(range(len(classes))) - set(held_out)), sorted(held_out)
 
 
 def _connected(keys: Sequence[Sequence[Hashable]]) -> list[list[int]]:

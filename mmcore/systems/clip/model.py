@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.nn import Linear, Packing, Transformer
+from mmcore.ops import require
 from mmcore.parts.vit import Tower, VisionConfig, ViT, check_tower
 
 # transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
@@ -35,18 +36,11 @@ class TextConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        check_tower(
-            "TextConfig",
-            self.width,
-            self.num_heads,
-            self.activation,
-            vocab_size=self.vocab_size,
-            context_length=self.context_length,
-            num_layers=self.num_layers,
-            mlp_dim=self.mlp_dim,
-        )
-        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
-            raise ValueError(f"TextConfig: eos_token_id must be in [0, {self.vocab_size}), got {self.eos_token_id}")
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "context_length", "num_layers", "mlp_dim")}
+        check_tower("TextConfig", self.width, self.num_heads, self.activation, **sizes)
+        is_token = self.eos_token_id is None or 0 <= self.eos_token_id < self.vocab_size
+        what = "eos_token_id must be in [0, {}), got {}"
+        require("TextConfig", is_token, what, self.vocab_size, self.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -59,8 +53,7 @@ class CLIPConfig:
     init_log_logit_scale: float = _DEFAULT_LOGIT_SCALE
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1:
-            raise ValueError(f"CLIPConfig: embed_dim must be at least 1, got {self.embed_dim}")
+        require("CLIPConfig", self.embed_dim >= 1, "embed_dim must be at least 1, got {}", self.embed_dim)
 
 
 def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
@@ -79,12 +72,8 @@ def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
 
 
 def caption_lengths(tokens: Tensor, eos_token_id: int | None) -> list[int]:
-    """How many tokens of each caption count: those up to its end token, behind which a causal tower never looks.
-
-    Args:
-        tokens: [B, T] integer ids; reading them waits for a GPU that they are on.
-        eos_token_id: see `eos_positions`.
-    """
+    """How many tokens of each caption [B, T] count: those up to its end token (see `eos_positions`), behind which a
+    causal tower never looks. Reading them waits for a GPU that they are on."""
     return (eos_positions(tokens, eos_token_id) + 1).tolist()
 
 
@@ -112,15 +101,9 @@ class TextTower(nn.Module):
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
-        self.transformer = Transformer(
-            width,
-            config.num_layers,
-            config.num_heads,
-            config.mlp_dim,
-            is_causal=True,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-        )
+        sizes = width, config.num_layers, config.num_heads, config.mlp_dim
+        options = {"activation": config.activation, "norm_eps": config.norm_eps}
+        self.transformer = Transformer(*sizes, is_causal=True, **options)
         self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
         self.proj = Linear(width, embed_dim, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -128,12 +111,10 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """[B, T] int64 to [B, E]; T may be shorter than the context. For `lengths` see `CLIP.encode_text`."""
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.context_length:
-            raise ValueError(
-                f"CLIP: tokens must be [B, T] with 1 <= T <= {self.context_length}, got {list(tokens.shape)}"
-            )
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"CLIP: tokens must be int64, got {tokens.dtype}")
+        most = self.context_length
+        fits = tokens.ndim == 2 and 1 <= tokens.shape[1] <= most
+        require("CLIP", fits, "tokens must be [B, T] with 1 <= T <= {}, got {}", most, list(tokens.shape))
+        require("CLIP", tokens.dtype in (torch.int64, torch.int32), "tokens must be int64, got {}", tokens.dtype)
         ends = eos_positions(tokens, self.eos_token_id)
         if lengths is None and tokens.is_cpu and not torch.compiler.is_compiling():
             lengths = (ends + 1).tolist()
@@ -155,19 +136,14 @@ class TextTower(nn.Module):
 
 def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
     """Their sum."""
-    most = tokens.shape[1]
-    if len(lengths) != len(tokens) or not all(1 <= length <= most for length in lengths):
-        raise ValueError(f"CLIP: lengths must be {len(tokens)} from 1 to {most}, one a caption, got {list(lengths)}")
-    if (
-        sum(lengths) < tokens.numel()
-        and tokens.is_cpu
-        and not (behind := torch.tensor(lengths, dtype=torch.int64) > ends).all()
-    ):
-        first = int((~behind).nonzero()[0])
-        raise ValueError(
-            f"CLIP: lengths must reach each caption's end token, got {lengths[first]} for caption {first}, "
-            f"which ends at token {int(ends[first])}"
-        )
+    rows, most = tokens.shape
+    fits = len(lengths) == rows and all(1 <= length <= most for length in lengths)
+    what = "lengths must be {} from 1 to {}, one a caption, got {}"
+    require("CLIP", fits, what, rows, most, list(lengths))
+    if sum(lengths) < tokens.numel() and tokens.is_cpu:
+        what = "lengths must reach each caption's end token, got {} for caption {}, which ends at token {}"
+        for i, (length, end) in enumerate(zip(lengths, ends.tolist(), strict=True)):
+            require("CLIP", length > end, what, length, i, end)
     return sum(lengths)
 
 
@@ -191,17 +167,7 @@ class CLIP(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit-norm image embeddings.
-
-        Args:
-            images: [B, 3, S, S], see `ViT`; B may be 0.
-
-        Returns:
-            [B, E] float32.
-
-        Raises:
-            ValueError: another shape or dtype.
-        """
+        """Unit-norm embeddings [B, E], float32, of images [B, 3, S, S], see `ViT`; B may be 0."""
         return _unit_norm(self.visual(images))
 
     def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
@@ -229,14 +195,9 @@ class CLIP(nn.Module):
         Under ZeRO-3 parameters are whole only inside a module's forward, so training and evaluation both
         go through here.
 
-        Args:
-            images: [B, 3, S, S], or None.
-            tokens: [B', T], or None.
-            lengths: see `encode_text`.
-
         Returns:
-            image embeddings [B, E] (or None), text embeddings [B', E] (or None), and the logit scale
-            exp(logit_scale), [1]; all float32.
+            `encode_image` [B, E] (or None), `encode_text` [B', E] (or None), and the logit scale exp(logit_scale),
+            [1]; all float32.
         """
         image_features = None if images is None else self.encode_image(images)
         text_features = None if tokens is None else self.encode_text(tokens, lengths)
@@ -244,14 +205,10 @@ class CLIP(nn.Module):
 
     def image_tower(self) -> Tower:
         """The image tower for models that read its states: without the last layer, as LAVIS and LLaVA have it, since
-        nothing trained what it makes of patches.
-
-        Raises:
-            ValueError: a tower of one layer.
-        """
+        nothing trained what it makes of patches; raises ValueError for a tower of one layer."""
         vision = self.config.vision
-        if vision.num_layers < 2:
-            raise ValueError(f"load_tower: a CLIP's tower must have 2 layers or more, got {vision.num_layers}")
+        what = "a CLIP's tower must have 2 layers or more, got {}"
+        require("load_tower", vision.num_layers >= 2, what, vision.num_layers)
         config = replace(vision, num_layers=vision.num_layers - 1)
         with torch.device("meta"):
             wanted = ViT(config).state_dict().keys()

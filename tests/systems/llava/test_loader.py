@@ -21,7 +21,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from mmcore.data import DataConfig, LoaderSpec, Reader, StepBatch
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.loader import MapBatches, MapLoader
+from mmcore.data.loader import MapLoader
 from mmcore.data.opening import open_chats
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.text.templates import ChatTokens
@@ -65,9 +65,8 @@ def spec(batch_size: int = 4, **more: Any) -> LoaderSpec:
 def chat_loader(source: ConversationSet, of: LoaderSpec, *, is_packed: bool, config: LlavaConfig = FLAT) -> MapLoader:
     known = tokens()
     collate = partial(collate_chats, tokens=known, config=config, is_packed=is_packed)
-    return MapLoader(
-        MapBatches(source, of, Reader(lambda record, _: seen_chat(record, known, config), collate)), source.tally()
-    )
+    reader = Reader(lambda record, _: seen_chat(record, known, config), collate)
+    return MapLoader(source, of, reader, source.tally())
 
 
 def take(
