@@ -2,7 +2,7 @@
 
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,7 @@ def flag(name: str) -> str:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """All settings as JSON holds them."""
-    return json.loads(json.dumps(asdict(settings), default=str))
+    return to_json_value(asdict(settings))
 
 
 def from_json(kind: type[T], saved: Mapping[str, Any]) -> T:
@@ -57,7 +57,7 @@ def check_resumed(saved: Mapping[str, Any], now: Any) -> None:
         if is_dataclass(value):
             check_resumed(saved.get(f.name, {}), value)
         elif not f.metadata.get("free"):
-            new, old = current[f.name], saved.get(f.name, json.loads(json.dumps(_default(f), default=str)))
+            new, old = current[f.name], saved.get(f.name, to_json_value(_default(f)))
             if old != new:
                 raise ValueError(f"{flag(f.name)} must be {old!r} as in the run that is resumed, got {new!r}")
 
@@ -137,11 +137,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where} must be {_said(hint)}, got {value!r}")
 
 
-def _kinds(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) in (Union, types.UnionType):
-        yield from get_args(hint)
-    else:
-        yield hint
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _said(hint: Any) -> str:

@@ -157,7 +157,7 @@ class TrainLoader(ABC):
         return StepBatch(tuple(parts), epoch, ids)
 
     def state_dict(self) -> dict:
-        """Position after the latest batch, JSON-serialisable; whose it is, see `state_is_per_rank`."""
+        """Position after the latest batch, JSON-serialisable; of records in random access, one rank's serves all."""
         cursors = [list(cursor) for cursor in self._cursors]
         return {**self._identity(), "step": self.step, "cursors": cursors, "tally": self._tally.state_dict()}
 
@@ -173,9 +173,6 @@ class TrainLoader(ABC):
         self._tally.load_state_dict(state["tally"])
         self._cursors = [list(cursor) for cursor in state["cursors"]]
         self._payloads = None
-
-    state_is_per_rank: bool = False
-    """True: each rank saves a state of its own. False: one rank's serves all, at any number of ranks."""
 
     @abstractmethod
     def _start(self, first: int) -> Iterator[Payload]:

@@ -92,15 +92,12 @@ def open_data(config: DataConfig, *, seed: int) -> PairData:
 
 def open_chats(config: DataConfig, *, seed: int, captions_only: bool = False) -> ChatData:
     """The conversations that `config` names, split by their images; of pairs, each caption is the answer to what the
-    image shows, and each answer that to its question.
+    image shows, and each answer that to its question; raises ValueError as `open_data`.
 
     Args:
         config: which.
         seed: of the split, of what a mix draws, and of what is asked in derived ones.
         captions_only: derived ones ask nothing but what is shown, as stage 1 of LLaVA has it.
-
-    Raises:
-        ValueError: one sentence for each thing that can be wrong with the input.
     """
     kind = _checked(config, seed)
     if kind == "chats":

@@ -51,15 +51,8 @@ class PairData:
         return (caption for i in range(len(source)) for caption in source.all_captions(i))
 
     def train_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
-        """Endless batches for one rank.
-
-        Args:
-            spec: batch size, rank, seed and so on.
-            reader: what records become; picklable if `spec.workers` > 0.
-
-        Raises:
-            ValueError: a batch larger than the data, more streams than shards, or a source of questions alone.
-        """
+        """Endless batches for one rank of what `reader` (picklable if `spec.workers` > 0) makes of records; raises
+        ValueError for a batch larger than the data, more streams than shards, or a source of questions alone."""
         source = self._captioned()
         if isinstance(source, ShardSource):
             return ShardLoader(source, spec, reader, self._tally())

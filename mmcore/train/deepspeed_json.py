@@ -96,16 +96,13 @@ def _resolve_precision(config: EngineConfig, theirs: dict[str, Any], stage: int)
 def deepspeed_config(
     config: EngineConfig, optim: OptimConfig, *, batch_size: int, world_size: int
 ) -> tuple[dict[str, Any], Precision]:
-    """The JSON handed to DeepSpeed: the user's own, completed by the flags, contradictions refused.
+    """The JSON handed to DeepSpeed, the user's own completed by the flags, and the precision that it stands for.
 
     Args:
         config: the flags.
         optim: what a JSON `optimizer` section has to agree with.
         batch_size: samples a rank and optimizer step, accumulation included.
         world_size: data-parallel ranks.
-
-    Returns:
-        The configuration, and the precision it stands for.
 
     Raises:
         ValueError: an unreadable file, an unknown key, a contradiction, an unsupported setting.

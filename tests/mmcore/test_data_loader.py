@@ -181,7 +181,6 @@ def test_a_loader_spec_out_of_range_is_refused(name: str, value: int) -> None:
 def test_batches_are_those_of_one_rank_whatever_the_workers_and_the_ranks(kind: str, tmp_path: Path) -> None:
     data = _open(kind, tmp_path)
     loader = train_loader(data, spec(6), fake_tokenizer)
-    assert not loader.state_is_per_rank
     states, alone = [], []
     for _ in range(5):
         states.append(loader.state_dict())
@@ -227,7 +226,6 @@ def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(tmp_pat
         (tmp_path / name / str(change)).mkdir(parents=True)
         data, given = _open(kind, tmp_path / name / str(change)), {"batch_size": 4, **saved}
         loader = train_loader(data, spec(**given), fake_tokenizer)
-        assert loader.state_is_per_rank == (kind == "shards")
         with pytest.raises(ValueError, match=f"{name} must be that of the run to resume"):
             train_loader(data, spec(**given | change), fake_tokenizer).load_state_dict(loader.state_dict())
     broken = train_loader(data, spec(3), lambda captions: fake_tokenizer(captions).float())

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmcore.data.broken import BrokenTally
 from mmcore.data.config import DataConfig
 from mmcore.data.pair_data import PairData
-from mmcore.data.sources.files import FilePairs, ImageFiles, some_of
+from mmcore.data.sources.files import FilePairs, some_of
 from mmcore.data.sources.json_formats import JsonFile, read_json, records
 from mmcore.data.sources.questions import Question, QuestionSet
 from mmcore.data.sources.split import split_pairs
@@ -48,9 +48,9 @@ def open_json(config: DataConfig, seed: int) -> PairData:
     return replace(data, source=train, val=val.held_out(config.max_broken) if len(val) else None)
 
 
-def _files(texts: Texts) -> ImageFiles:
+def _files(texts: Texts) -> FilePairs:
     files = texts.source if isinstance(texts, QuestionSet) else texts
-    assert isinstance(files, ImageFiles)
+    assert isinstance(files, FilePairs)
     return files
 
 
@@ -58,7 +58,6 @@ def _take(texts: Texts, indices: list[int]) -> Texts:
     files = _files(texts).take(indices)
     if isinstance(texts, QuestionSet):
         return replace(texts, source=files, questions=[texts.questions[i] for i in indices])
-    assert isinstance(files, FilePairs)
     return files
 
 
@@ -84,8 +83,7 @@ def _read(path: str, argument: str, answers_path: str | None, config: DataConfig
     tally = BrokenTally(config.max_broken, file.what)
     images: list[str | int] = []
     image_ids: list[str | None] = []
-    captions: list[str] = []
-    questions: list[Question] = []
+    texts: list[str | Question] = []
     undigested, parse = records(file, answers)
     kind = "caption" if file.format.endswith("captions") else "question"
     for number, entry in enumerate(undigested):
@@ -93,10 +91,7 @@ def _read(path: str, argument: str, answers_path: str | None, config: DataConfig
             record = parse(number, entry)
             images.append(record.image)
             image_ids.append(record.image_id)
-            if isinstance(record.text, str):
-                captions.append(record.text)
-            else:
-                questions.append(record.text)
+            texts.append(record.text)
     tally.check(final=True)
     require("data", bool(images), "{} must hold at least one {}, got none", file.what, kind)
     paths = _find_images(images, file, config.image_root)
@@ -104,10 +99,12 @@ def _read(path: str, argument: str, answers_path: str | None, config: DataConfig
     for where, name, image_id in zip(paths, images, image_ids, strict=True):
         # Not the path: ranks may have the images in different places.
         identities.setdefault(where, image_id or str(name))
-    files = paths, [identities[where] for where in paths]
+    questions = [text for text in texts if isinstance(text, Question)]
+    captions = [text.text if isinstance(text, Question) else text for text in texts]
+    files = FilePairs(paths, [identities[where] for where in paths], captions)
     if kind == "caption":
-        return FilePairs(*files, captions), tally.counts
-    return QuestionSet(path, ImageFiles(*files), questions, derived=False, max_broken=config.max_broken), tally.counts
+        return files, tally.counts
+    return QuestionSet(path, files, questions, derived=False, max_broken=config.max_broken), tally.counts
 
 
 def _read_answers(file: JsonFile, path: str | None, argument: str) -> JsonFile | None:

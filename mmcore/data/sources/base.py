@@ -34,8 +34,12 @@ class Records(Protocol):
     def order(self, rng: np.random.Generator, spec: LoaderSpec) -> np.ndarray: ...  # of an epoch, each record once
 
 
-class TrainImages(ABC):
-    """An `ImageSource` to train on; picklable, and every method a pure function of its arguments."""
+class PairSource(ABC):
+    """Training pairs in random access, `Records` in an order drawn anew in each epoch and an `ImageSource`; picklable,
+    and every method a pure function of its arguments."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @abstractmethod
     def sample_id(self, i: int) -> str: ...
@@ -50,13 +54,6 @@ class TrainImages(ABC):
     def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
         """Training view for a model, square, drawn by `rng`."""
         return training_view(partial(self.raw_image, i), preprocess, rng)
-
-
-class PairSource(TrainImages):
-    """Training pairs in random access, `Records` in an order drawn anew in each epoch."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
 
     @abstractmethod
     def all_captions(self, i: int) -> list[str]:

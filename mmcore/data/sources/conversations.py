@@ -16,7 +16,7 @@ from mmcore.data.config import LoaderSpec
 from mmcore.data.grouping import group_by_modality_length
 from mmcore.data.sources.files import read_image_file, some_of
 from mmcore.data.sources.json_formats import is_unicode
-from mmcore.data.sources.mixes import MixPart, Sampling, read_mix
+from mmcore.data.sources.mixes import Sampling, read_mix
 from mmcore.data.sources.tar import Place, index_images, read_range
 from mmcore.data.transforms.images import decode_rgb
 from mmcore.ops import require
@@ -204,13 +204,13 @@ def open_conversations(
         ValueError: for each thing that can be wrong with the files.
     """
     is_mix = data.lower().endswith((".yaml", ".yml"))
-    parts = read_mix(data) if is_mix else [MixPart(Path(data).expanduser(), Sampling("all"))]
+    parts = read_mix(data) if is_mix else [(Path(data).expanduser(), Sampling("all"))]
     conversations: list[Conversation] = []
     broken: Counter[str] = Counter()
-    for number, part in enumerate(parts):
+    for number, (path, sampling) in enumerate(parts):
         rng = np.random.default_rng([seed, _SAMPLING, number])
-        tally = BrokenTally(max_broken, f"{str(part.path)!r}")
-        conversations += _read(part, rng, tally)
+        tally = BrokenTally(max_broken, f"{str(path)!r}")
+        conversations += _read(path, sampling, rng, tally)
         broken += tally.counts
     require("data", bool(conversations), "{!r} must hold at least one conversation, got none", data)
     pictures = open_images(Path(data).expanduser().parent if image_root is None else Path(image_root).expanduser())
@@ -222,15 +222,15 @@ def open_conversations(
     return ConversationSet(data, pictures, conversations, False, max_broken, broken)
 
 
-def _read(part: MixPart, rng: np.random.Generator, tally: BrokenTally) -> Iterator[Conversation]:
+def _read(path: Path, sampling: Sampling, rng: np.random.Generator, tally: BrokenTally) -> Iterator[Conversation]:
     """The conversations to take of a file; the broken ones among them are counted."""
-    entries, are_lines = _undigested(part.path)
-    for number in part.sampling.indices(len(entries), rng):
+    entries, are_lines = _undigested(path)
+    for number in sampling.indices(len(entries), rng):
         record = _parsed(entries[number]) if are_lines else entries[number]
         try:
             conversation = parse_conversation(number, record)
         except BrokenField as error:
-            name = f"{part.path.name}, record {number} (id {_id(number, record)!r}), {error.field}"
+            name = f"{path.name}, record {number} (id {_id(number, record)!r}), {error.field}"
             tally.add(1, [(name, error.reason)])
             continue
         tally.add(1)

@@ -1,4 +1,4 @@
-"""Image files, with or without captions: what tables and JSON files name."""
+"""Image files with their texts: what tables and JSON files name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -8,18 +8,19 @@ from typing import TypeVar
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.sources.base import EvalSet, PairSource, TrainImages, by_image, stable_hash
+from mmcore.data.sources.base import EvalSet, PairSource, by_image, stable_hash
 from mmcore.data.transforms.images import decode_rgb
 
-Files = TypeVar("Files", bound="ImageFiles")
+Files = TypeVar("Files", bound="FilePairs")
 
 
 @dataclass(frozen=True)
-class ImageFiles(TrainImages):
-    """Image files; samples of one image have the same identity."""
+class FilePairs(PairSource):
+    """Image files with a text each, a caption or a question; samples of one image have the same identity."""
 
     paths: list[str]
     identities: list[str]
+    texts: list[str]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -33,20 +34,11 @@ class ImageFiles(TrainImages):
     def image_id(self, i: int) -> int:
         return stable_hash(self.identities[i])
 
-    def take(self: Files, indices: list[int]) -> Files:
-        """The samples at `indices`."""
-        kept = {f.name: [getattr(self, f.name)[i] for i in indices] for f in fields(self)}
-        return type(self)(**kept)
-
-
-@dataclass(frozen=True)
-class FilePairs(ImageFiles, PairSource):
-    """Image files with a caption each."""
-
-    texts: list[str]
-
     def all_captions(self, i: int) -> list[str]:
         return [self.texts[i]]
+
+    def take(self: Files, indices: list[int]) -> Files:
+        return type(self)(*([getattr(self, f.name)[i] for i in indices] for f in fields(self)))
 
     def held_out(self, max_broken: float) -> EvalSet:
         """All of them to measure a model on, each image with all of its captions."""

@@ -59,17 +59,12 @@ def parse_sampling(text: str) -> Sampling:
     return Sampling(name, value, is_percent)
 
 
-@dataclass(frozen=True)
-class MixPart:
-    """A JSON file of a mix, and which of its records to take."""
+def read_mix(path: str) -> list[tuple[Path, Sampling]]:
+    """The JSON files of a mix in YAML, and which of their records to take; raises ValueError, naming the entry.
 
-    path: Path
-    sampling: Sampling
-
-
-def read_mix(path: str) -> list[MixPart]:
-    """The parts of a mix in YAML, `datasets: [{json_path: x.json, sampling_strategy: "first:10%"}]`; a json_path is
-    relative to its folder, and without a sampling_strategy, all is taken. Raises ValueError, naming the entry."""
+    `datasets: [{json_path: x.json, sampling_strategy: "first:10%"}]`: a json_path is relative to the mix's folder, and
+    without a sampling_strategy, all is taken.
+    """
     file = Path(path)
     require("data", file.is_file(), "data must be an existing file, got {!r}", path)
     try:
@@ -82,7 +77,7 @@ def read_mix(path: str) -> list[MixPart]:
     return [_part(entry, f"{path!r}, datasets[{n}]", file.parent) for n, entry in enumerate(entries)]
 
 
-def _part(entry: Any, where: str, folder: Path) -> MixPart:
+def _part(entry: Any, where: str, folder: Path) -> tuple[Path, Sampling]:
     if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
         raise ValueError(f"data: {where} must have a json_path, got {entry!r:.80}")
     for key in entry:
@@ -91,4 +86,4 @@ def _part(entry: Any, where: str, folder: Path) -> MixPart:
         sampling = parse_sampling(str(entry.get("sampling_strategy", "all")))
     except ValueError as error:
         raise ValueError(f"{error} in {where}") from None
-    return MixPart(folder / Path(entry["json_path"]).expanduser(), sampling)
+    return folder / Path(entry["json_path"]).expanduser(), sampling

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from mmcore.data.sources.base import Measured, PairSource, TrainImages
+from mmcore.data.sources.base import Measured, PairSource
 from mmcore.data.transforms.images import Preprocess
 
 NUM_ANNOTATORS = 10
@@ -45,7 +45,7 @@ class QuestionSet(Measured, PairSource):
     """
 
     name: str
-    source: TrainImages
+    source: PairSource
     questions: list[Question]
     derived: bool
     max_broken: float = 0.0

@@ -124,8 +124,6 @@ class ShardLoader(TrainLoader):
     """Loader of shards; resuming rereads the pass up to the cursor without decoding. Raises ValueError for fewer shards
     than streams, or a global batch larger than an epoch."""
 
-    state_is_per_rank = True
-
     def __init__(self, source: "ShardSource", spec: LoaderSpec, reader: Reader, tally: BrokenTally) -> None:
         self._shards, self._reader = source.shards, reader
         self._workers = num_workers(spec, min(8, len(self._shards) // spec.world_size))

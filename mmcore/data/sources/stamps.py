@@ -157,7 +157,7 @@ def _fetch(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".stamps-", dir=target.parent) as temporary:
         work = Path(temporary)
         package = _download(work)
-        _command(["dpkg-deb", "-x", str(package), str(work / "unpacked")], work)
+        _run(["dpkg-deb", "-x", str(package), str(work / "unpacked")], work)
         staging = work / "staging"
         source = work / "unpacked" / _INSIDE
         for file in (*source.rglob("*.png"), *source.rglob("*.txt")):
@@ -175,28 +175,26 @@ def _download(work: Path) -> Path:
         (work / partial).mkdir(parents=True)
     unsandboxed = ["-o", "APT::Sandbox::User="]
     own = [*unsandboxed, "-o", f"Dir::State={work / 'state'}", "-o", f"Dir::Cache={work / 'cache'}"]
-    if _run(["apt-get", *unsandboxed, "download", STAMPS_PACKAGE], work).returncode != 0:
-        _command(["apt-get", *own, "update"], work)
-        _command(["apt-get", *own, "download", STAMPS_PACKAGE], work)
+    if not _run(["apt-get", *unsandboxed, "download", STAMPS_PACKAGE], work, may_fail=True):
+        _run(["apt-get", *own, "update"], work)
+        _run(["apt-get", *own, "download", STAMPS_PACKAGE], work)
     packages = list(work.glob("*.deb"))
     if len(packages) != 1:
         raise _fetch_error(f"apt-get left {len(packages)} packages")
     return packages[0]
 
 
-def _command(command: list[str], folder: Path) -> None:
-    result = _run(command, folder)
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise _fetch_error(lines[-1] if lines else f"{command[0]} ended with status {result.returncode}")
-
-
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], folder: Path, *, may_fail: bool = False) -> bool:
+    """Whether a command succeeded; an error where it did not, unless it may fail."""
     options: Any = {"capture_output": True, "text": True, "timeout": _APT_TIMEOUT_S}
     try:
-        return subprocess.run(command, cwd=folder, env={**os.environ, "LC_ALL": "C"}, **options)
+        result = subprocess.run(command, cwd=folder, env={**os.environ, "LC_ALL": "C"}, **options)
     except subprocess.TimeoutExpired:
         raise _fetch_error(f"{command[0]} took longer than {_APT_TIMEOUT_S} s") from None
+    if result.returncode and not may_fail:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise _fetch_error(lines[-1] if lines else f"{command[0]} ended with status {result.returncode}")
+    return not result.returncode
 
 
 def _fetch_error(cause: str) -> ValueError:
