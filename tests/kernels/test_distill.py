@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import distillation_loss, distillation_loss_ref, native
-from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
-from mmkernels.distill.spec import SPECS
 
 # the interpreter runs the kernels alone
 FORMS = ["streamed"] if INTERPRETED else ["streamed", "aten", "eager_form"]
@@ -33,12 +31,6 @@ def agree(loss: Tensor, gold: Tensor, leaf: Tensor) -> None:
     torch.testing.assert_close(loss, gold, rtol=1e-10, atol=1e-12)
     expected = torch.autograd.grad(gold, leaf)[0]
     torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected, rtol=1e-9, atol=1e-13)
-
-
-def test_each_form_obeys_the_contract() -> None:
-    for spec in SPECS:
-        for case in spec.cases:
-            check(spec, spec.shapes[1], case, torch.float32, seeds=range(4))
 
 
 def test_dino_sums_every_pair_of_different_crops() -> None:

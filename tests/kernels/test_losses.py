@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,7 @@ EPS = torch.finfo(torch.float32).eps
 FAMILIES = (
     "contrastive_loss", "token_contrastive_loss", "sigmoid_loss", "linear_cross_entropy", "distillation",
 )  # fmt: skip
+STATISTICS = {"contrastive": mk.contrastive_stats, "token_contrastive": mk.token_contrastive_stats}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])
 
@@ -149,6 +151,51 @@ def test_zero_and_negative_scales_have_exact_gradients(name: str, scale: float, 
         results.append((value, *torch.autograd.grad(value, inputs)))
     assert results[1][3] != 0
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+def towers(name: str, rows: int, cols: int) -> tuple[list[Tensor], Tensor]:
+    """Leaves in float64, and the logits between them."""
+    a, b, scale = (x.detach().double() for x in LOSSES[name].inputs(max(rows, cols)))
+    a, b, scale = learned(a[:rows], b[:cols], scale)
+    return [a, b, scale], scale * (a @ b.T if a.ndim == 2 else (a @ b.T).amax(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"), [*itertools.product(STATISTICS, ("mean", "sum")), ("token_contrastive", "none")]
+)
+def test_labels_without_a_partner_add_nothing_and_are_not_counted(name: str, reduction: str, either_form: None) -> None:
+    inputs, logits = towers(name, 12, 12)
+    of_rows, of_cols = torch.arange(12) + 5, torch.arange(12)  # 7 pairs
+    rows = F.cross_entropy(logits[:7], of_cols[5:], reduction=reduction)
+    cols = F.cross_entropy(logits.T[5:], of_cols[:7], reduction=reduction)
+    if reduction == "none":
+        rows, cols = F.pad(rows, (0, 5)), F.pad(cols, (5, 0))
+    loss, gold = LOSSES[name].fn(*inputs, labels=(of_rows, of_cols), reduction=reduction), (rows + cols) / 2
+    torch.testing.assert_close(loss, gold)
+    grads = (torch.autograd.grad(x.sum(), inputs) for x in (loss, gold))
+    for grad, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_without_any_partner_the_loss_is_zero_and_so_are_its_gradients(name: str, either_form: None) -> None:
+    inputs, _ = towers(name, 12, 9)
+    loss = LOSSES[name].fn(*inputs, labels=(torch.arange(12), torch.arange(9) - 99))
+    assert loss == 0 and not any(grad.any() for grad in torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)], ids=str)
+def test_of_no_rows_or_no_columns_statistics_are_minus_infinity_and_gradients_zero(
+    name: str, sizes: tuple[int, int], either_form: None
+) -> None:
+    (a, b, scale), _ = towers(name, *sizes)
+    stats = STATISTICS[name](a, b, scale, positives=torch.full((sizes[0],), -1))
+    for lse, size in zip((stats.row_lse, stats.col_lse), sizes, strict=True):
+        assert lse.shape == (size,) and (lse == -math.inf).all()
+    assert stats.positive.shape == (sizes[0],) and not stats.positive.any()
+    total = stats.row_lse.sum() + stats.positive.sum()
+    assert not any(grad.any() for grad in torch.autograd.grad(total, (a, b)))
 
 
 A, B = torch.eye(16), 7 * torch.eye(16) + 93
