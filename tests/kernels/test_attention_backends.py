@@ -281,15 +281,6 @@ def test_a_part_that_a_release_lacks_is_not_installed(monkeypatch: pytest.Monkey
     assert refusal("flash_attn_4", CALL) == "flash_attn.cute is not installed"
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash_attn_2"])
-def test_a_library_compiles_into_the_one_graph(name: str, installed: None) -> None:
-    q, k, v = (torch.randn(2, 9, 2, 8) for _ in range(3))
-    torch._dynamo.reset()
-    call = partial(attention, backend=name)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q, k, v), call(q, k, v))
-
-
 def test_a_library_is_imported_while_a_first_call_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """`_missing` is a constant to Dynamo, which could trace no import."""
     (tmp_path / "flash_attn_interface.py").write_text(

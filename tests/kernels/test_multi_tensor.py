@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import mmkernels as mk
-from tests.kernels.tensor_lists import ALL, tensors
+from tests.kernels.tensor_lists import ALL, HALVES, tensors
 
 Lists = list[list[Tensor]]
 # an update that writes its first list, and the dtypes of its lists; owners are bytes
@@ -44,6 +44,19 @@ def test_no_list_is_no_work(name: str, walk: str) -> None:
     update, kinds = UPDATES[name]
     update(*([] for _ in kinds))
     update(*drawn(name, [0]))
+
+
+@each_update
+def test_one_call_takes_tensors_of_several_dtypes_and_sizes(name: str, walk: str) -> None:
+    found = drawn(name, [1, 4096, 300, 0, 4103])
+    for i, dtypes in enumerate(((*ALL, *HALVES), (*HALVES, *ALL))):
+        is_cast = i < len(found) and UPDATES[name][1][i] == "f" and (name, i) != ("fisher_accumulate_", 0)
+        found[i : i + 1] = [[x.to(d) for x, d in zip(found[i], dtypes, strict=True)]] if is_cast else found[i : i + 1]
+    expected = [[x.double() if x.is_floating_point() else x for x in part] for part in found]
+    UPDATES[name][0](*found)
+    UPDATES[name][0](*expected)
+    for x, gold in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(x, gold.to(x.dtype), rtol=2 * torch.finfo(x.dtype).eps, atol=1e-6)
 
 
 @each_update
