@@ -1,6 +1,5 @@
 """BLIP-2's first stage on these ranks: rows from others, hard negatives, a whole step's losses and gradients."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.steps import Pair, stage1_losses
-from tests.distributed.launch import finish
+from tests.distributed.launch import serve
 
 SIZE, LENGTH, VOCAB = 8, 6, 50
 # pairs 1 and 5 show one image, 2 and 6 have one caption, 5 and 6 join the two
@@ -107,7 +106,7 @@ def negatives(rows: slice, draws: int) -> dict[str, Any]:
     return {name: [getattr(x, name).tolist() for x in drawn] for name in ("images", "texts")}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = SIZE // world_size
@@ -117,7 +116,7 @@ def main(folder: Path) -> None:
     # ranks of different sizes, the first without any
     uneven = [0, *([1] * (world_size - 2)), SIZE - world_size + 2] if world_size > 1 else [SIZE]
     first = sum(uneven[:rank])
-    result = {
+    return {
         "fetched": fetch_rows(table[rows], wanted).tolist(),
         "uneven": fetch_rows(table[first : first + uneven[rank]], wanted).tolist(),
         "nothing": list(fetch_rows(table[rows], wanted[:0]).shape),
@@ -131,8 +130,7 @@ def main(folder: Path) -> None:
         "contrast": contrast(rows),
         "step": step(rows),
     }  # fmt: skip
-    finish(folder, result)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    serve(main)

@@ -1,8 +1,6 @@
 """EMA of DeepSpeed's engine in each setting given, against the EMA of a plain module of the same weights."""
 
 import copy
-import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from mmcore.train.config import EngineConfig
 from mmcore.train.deepspeed_json import deepspeed_config
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer
-from tests.distributed.launch import finish
+from tests.distributed.launch import serve
 from tests.distributed.tiny import Averaged, averaged_batch
 
 zero.PIECE_BYTES = 300  # so that there are several
@@ -239,21 +237,18 @@ def momentum() -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    arguments = json.loads((folder / "arguments.json").read_text())
+def main(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     init_distributed()
     results: dict[str, Any] = {}
     last = "first"
-    for run in arguments["runs"]:
+    for run in runs:
         case = Case(run)
         result = case.check(folder)
         expected = torch.load(folder / f"{last}.pt", weights_only=True)
         result["loaded"] = case.loads(folder / f"{last}.safetensors", expected)
         results[run["id"]], last = result, run["id"]
         case.engine.destroy()
-    results["momentum"] = momentum()
-    finish(folder, results)
+    return results | {"momentum": momentum()}
 
 
-main()
+serve(main)
