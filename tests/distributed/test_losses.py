@@ -149,7 +149,7 @@ def test_a_mistake_of_one_rank_is_an_error_on_all(results, name, complaint):
 
 
 def test_the_ring_never_holds_the_gathered_features(results):
-    gathered, two_shards = len(results) * 2 * 4096 * 4, 2 * 2 * 4096 * 4
+    gathered, two_shards = len(results) * 2 * 4096, 2 * 2 * 4096
     for result in results:
         assert result["largest"]["gathered"] >= gathered and result["largest"]["ring"] < two_shards
 

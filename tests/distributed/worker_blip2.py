@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.data.text.wordpiece import Texts
-from mmcore.losses import fetch_rows, global_token_contrastive_loss, hard_negatives, pair_labels
+from mmcore.losses import fetch_rows, hard_negatives, pair_labels
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
@@ -61,41 +61,6 @@ def step(rows: slice) -> dict[str, Any]:
     return {"losses": {name: x.item() for name, x in losses.items()}, "grads": grads}
 
 
-def lavis(tokens: Tensor, b: Tensor, rows: slice) -> Tensor:
-    """LAVIS's contrastive loss: on more than one rank features are gathered without their gradients."""
-    world_size = dist.get_world_size()
-    all_tokens, all_b = [tokens], [b]
-    if world_size > 1:
-        all_tokens, all_b = ([torch.empty_like(x) for _ in range(world_size)] for x in (tokens, b))
-        dist.all_gather(all_tokens, tokens.detach().contiguous())
-        dist.all_gather(all_b, b.detach().contiguous())
-    i2t = torch.einsum("mqd,nd->mnq", tokens, torch.cat(all_b)).amax(2) / 0.07
-    t2i = torch.einsum("md,nqd->mnq", b, torch.cat(all_tokens)).amax(2) / 0.07
-    targets = torch.arange(SIZE)[rows]
-    parts = (F.cross_entropy(x, targets, label_smoothing=0.1) for x in (i2t, t2i))
-    return sum(parts, torch.zeros(())) / 2
-
-
-def contrast(rows: slice) -> dict[str, list[float]]:
-    """Gradients of the features' common factor, averaged over ranks: ours and LAVIS's."""
-    generator = torch.Generator().manual_seed(3)
-    tokens = F.normalize(torch.randn(SIZE, 3, 8, generator=generator, dtype=torch.float64), dim=-1)[rows]
-    b = F.normalize(torch.randn(SIZE, 8, generator=generator, dtype=torch.float64), dim=-1)[rows]
-    found = {}
-    for name in ("ours", "lavis"):
-        factor = torch.ones(8, dtype=torch.float64, requires_grad=True)
-        features = tokens * factor, b * factor
-        if name == "ours":
-            loss = global_token_contrastive_loss(*features, 1 / 0.07, label_smoothing=0.1)
-        else:
-            loss = lavis(*features, rows)
-        loss.backward()
-        assert factor.grad is not None
-        dist.all_reduce(factor.grad)
-        found[name] = (factor.grad / dist.get_world_size()).tolist()
-    return found
-
-
 def negatives(rows: slice, draws: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     tokens = F.normalize(torch.randn(SIZE, 3, 8, generator=generator), dim=-1)[rows]
@@ -127,7 +92,6 @@ def main(folder: Path) -> dict[str, Any]:
             text_ids=torch.arange(share), generator=torch.Generator(),
         ).images.tolist(),
         "negatives": negatives(rows, 400),
-        "contrast": contrast(rows),
         "step": step(rows),
     }  # fmt: skip
 

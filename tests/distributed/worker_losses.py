@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.integrations.contrastive import use_global_loss
 from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
 from mmkernels._device import runs_triton
 from tests.distributed import cases, drop_in, tiny
 from tests.distributed.launch import serve
+from tests.kernels.recorded import Operations
 from tests.mmcore.integrations import dual_encoders
 
 DUAL_ENCODERS = ("CLIP", "SigLIP")
@@ -120,30 +120,15 @@ def refusals() -> dict[str, str]:
     return {name: message(call) for name, call in calls.items()}
 
 
-class LargestTensor(TorchDispatchMode):
-    """The size in bytes of the largest tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(x, Tensor):
-                self.num_bytes = max(self.num_bytes, x.nbytes)
-        return result
-
-
 def largest_tensors() -> dict[str, int]:
     sizes = {}
     for exchange, limit in cases.EXCHANGES.items():
         features = torch.ones(2, 4096, requires_grad=True)
-        with LargestTensor() as largest:
+        with Operations() as seen:
             global_contrastive_loss(features, features, 1.0, gather_limit_bytes=limit).backward()
             global_sigmoid_loss(features, features, 1.0, 0.0, gather_limit_bytes=limit).backward()
             global_token_contrastive_loss(features[:, None], features, 1.0, gather_limit_bytes=limit).backward()
-        sizes[exchange] = largest.num_bytes
+        sizes[exchange] = seen.largest
     return sizes
 
 

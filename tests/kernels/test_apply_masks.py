@@ -24,7 +24,7 @@ def owners(seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
-def test_what_is_kept_keeps_its_bits_and_the_rest_is_zero_whatever_it_was(dtype: torch.dtype, walk: str) -> None:
+def test_what_is_kept_keeps_its_bits_and_the_rest_is_zero_whatever_it_was(dtype: torch.dtype, path: str) -> None:
     found, masks = bits(dtype, 0), [x > 100 for x in owners(1)]
     expected = [x.view(BITS[dtype]) * mask for x, mask in zip(found, masks, strict=True)]
     apply_masks_(found, masks)
@@ -33,7 +33,7 @@ def test_what_is_kept_keeps_its_bits_and_the_rest_is_zero_whatever_it_was(dtype:
 
 
 @pytest.mark.parametrize("kept", [(0, 0), (1, 3), (2, 2), (0, 255), (200, 255), (255, 255)])
-def test_what_belongs_to_these_tasks_is_kept(kept: tuple[int, int], walk: str) -> None:
+def test_what_belongs_to_these_tasks_is_kept(kept: tuple[int, int], path: str) -> None:
     found, masks = bits(torch.float32, 0), owners(1)
     expected = [
         x.view(torch.int32) * ((kept[0] <= mask) & (mask <= kept[1])) for x, mask in zip(found, masks, strict=True)

@@ -41,46 +41,32 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, slopes: Ten
     return attention_ref(q, k, v, mask=mask, scale=scale, alibi_slopes=slopes)
 
 
-def flash_attn_2(  # flash-attn 2.8.3
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
-    assert deterministic and dropout_p == 0.0
+# as flash-attn 2.8.3 has it, the hopper folder and flash-attn-4 in August 2026, and xformers 0.0.35: what we pass
+def flash_attn_2(q, k, v, *, softmax_scale, causal, alibi_slopes=None, deterministic):
+    assert deterministic
     assert alibi_slopes is None or alibi_slopes.dtype == torch.float32
     return _math(q, k, v, softmax_scale, causal, alibi_slopes)
 
 
-def flash_attn_3(  # flash-attn's hopper folder, August 2026
-    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-    sm_margin=0, return_attn_probs=False,
-):  # fmt: skip
+def flash_attn_3(q, k, v, *, softmax_scale, causal, deterministic):
     assert deterministic
     return _math(q, k, v, softmax_scale, causal)
 
 
-def flash_attn_4(  # flash-attn-4, August 2026
-    q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
-    learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
-    score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
-    block_sparse_tensors_bwd=None, return_lse=False,
-):  # fmt: skip
-    assert deterministic
-    return _math(q, k, v, softmax_scale, causal), None
+def flash_attn_4(q, k, v, *, softmax_scale, causal, deterministic):
+    return flash_attn_3(q, k, v, softmax_scale=softmax_scale, causal=causal, deterministic=deterministic), None
+
+
+def memory_efficient_attention(query, key, value, *, attn_bias, p, scale):
+    assert p == 0.0 and query.shape[2] == key.shape[2]
+    return _math(query, key, value, scale, isinstance(attn_bias, LowerTriangularFromBottomRightMask))
 
 
 class LowerTriangularFromBottomRightMask:
     pass
 
 
-def memory_efficient_attention(  # xformers 0.0.35
-    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-):
-    assert p == 0.0 and query.shape[2] == key.shape[2]
-    return _math(query, key, value, scale, isinstance(attn_bias, LowerTriangularFromBottomRightMask))
-
-
-# what is not installed, with the signatures of the releases named
+# what is not installed
 FAKES: dict[str, dict[str, Any]] = {
     "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn_2},
     "flash_attn_interface": {"flash_attn_func": flash_attn_3},

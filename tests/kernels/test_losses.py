@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from mmkernels.specs import SPECS
 from mmkernels.token_contrastive import blockwise as tokens
 from mmkernels.token_contrastive import loss as token_loss
 from mmkernels.token_contrastive.spec import LOSS as TOKENS
-from tests.kernels.losses import LOSSES, features, learned, normal
+from tests.kernels.losses import LOSSES, learned
 
 EPS = torch.finfo(torch.float32).eps
 FAMILIES = (
@@ -230,44 +229,6 @@ def test_low_precision_gradients_are_float32_gradients_rounded(
         for name in (name for name in got if name.startswith("d_") and got[name].ndim):
             bound = roundings * torch.finfo(dtype).eps * gold[name].abs().max()
             assert (got[name].double() - gold[name]).abs().max() <= bound, (case, name)
-
-
-def by_statistics(stats: Callable[..., Any], a: Tensor, b: Tensor) -> Tensor:
-    """Of each rank's rows against all columns, column sums combined by log-sum-exp."""
-    size = len(a) // 3
-    places = [torch.arange(first, first + size) for first in range(0, len(a), size)]
-    parts = [stats(a[rows], b, 0.7, positives=rows) for rows in places]
-    row_lse, positive = (torch.cat([getattr(x, name) for x in parts]) for name in ("row_lse", "positive"))
-    col_lse = torch.stack([x.col_lse for x in parts]).logsumexp(0)
-    return ((row_lse + col_lse) / 2 - positive).mean()
-
-
-def by_labels(a: Tensor, b: Tensor) -> Tensor:
-    """A rank's place told by labels."""
-    ids = torch.arange(len(b))
-    parts = [mk.sigmoid_loss(a[rows], b, 0.7, -3.0, labels=(ids[rows], ids)) for rows in ids.chunk(3)]
-    return torch.stack(parts).mean()
-
-
-RANKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = {
-    "contrastive": (lambda a, b: by_statistics(mk.contrastive_stats, a, b), features(60), features(60, 1)),
-    "token_contrastive": (
-        lambda a, b: by_statistics(mk.token_contrastive_stats, a, b),
-        normal(24, 5, 12),
-        normal(24, 12, seed=1),
-    ),
-    "sigmoid": (by_labels, features(60), features(60, 1)),
-}
-
-
-@pytest.mark.parametrize("name", RANKS)
-def test_blocks_of_ranks_add_up_to_the_whole_batch(name: str, either_form: None) -> None:
-    by_ranks, *inputs = RANKS[name]
-    a, b = learned(*inputs)
-    loss, whole = by_ranks(a, b), LOSSES[name].ref(a, b, 0.7, *((-3.0,) if name == "sigmoid" else ()))
-    torch.testing.assert_close(loss, whole)
-    for grad, expected in zip(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(whole, (a, b))):
-        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
 
 
 # a setting that makes a path stream, and a shape a little beyond its tiles

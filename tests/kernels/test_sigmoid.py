@@ -35,7 +35,9 @@ def test_the_loss_is_the_papers_pseudocode(either_form: None) -> None:
         logit = 0.7 * math.fsum(x * y for x, y in zip(a[i].tolist(), b[j].tolist())) - 3.0
         sign = 1.0 if i == j else -1.0
         total -= math.log(1 / (1 + math.exp(-sign * logit)))
-    assert abs(sigmoid_loss(a, b, 0.7, -3.0).item() - total / 5) <= 8 * EPS * total / 5
+    ids = torch.arange(5) << 40
+    for labels in (None, (ids, ids)):
+        assert abs(sigmoid_loss(a, b, 0.7, -3.0, labels=labels).item() - total / 5) <= 8 * EPS * total / 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -133,17 +133,6 @@ def test_gradients_and_their_sum_are_as_exact_as_eagers(path, shape, scale: floa
     assert abs(total - terms.sum()) <= (6 + 2 * abs(scale)) * EPS * terms.abs().sum()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float64_is_exact_to_float64(path, shape) -> None:
-    cosines, scale = draw("far apart", *shape).double(), 30.0
-    for dim, sums in zip((1, 0), fold(cosines, scale), strict=True):
-        torch.testing.assert_close(lse_of(sums), (scale * cosines).logsumexp(dim), rtol=1e-14, atol=1e-13)
-    row, col = ((lse.double(), coef.double()) for lse, coef in statistics(cosines, scale))
-    out = torch.empty_like(cosines)
-    grad_tile(cosines, scale, row, col, None, None, out)
-    torch.testing.assert_close(out, gradient(cosines, scale, row, col, None), rtol=1e-13, atol=0)
-
-
 @fuzz
 @given(rows=st.integers(1, 40), cols=st.integers(1, 80), seed=st.integers(0, 99))
 def test_exactly_the_skipped_entries_are_zero(path, rows: int, cols: int, seed: int) -> None:
