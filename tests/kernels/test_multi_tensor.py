@@ -21,16 +21,13 @@ UPDATES: dict[str, tuple[Callable[..., Any], str]] = {
     "clip_": (lambda x: mk.clip_(x, 0.5), "f"),
     "apply_masks_": (lambda x, owners: mk.apply_masks_(x, owners, owners=(1, 2)), "fb"),
 }
-# with all that they take, and of what dtypes: any, float32, bytes
+# of an update or its reference all lists that it takes, and their dtypes: any, float32, bytes
 EVERYTHING: dict[str, tuple[Callable[..., Any], str]] = {
-    "ema_update_": (lambda t, s, shadows: mk.ema_update_(t, s, 0.5, shadows=shadows), "xxx"),
-    "adamw_update_": (
-        lambda *x: mk.adamw_update_(*x[:4], averages=x[4], copies=x[5], shadows=x[6], **SETTINGS),
-        "xxfffxx",
-    ),
-    "fisher_accumulate_": (UPDATES["fisher_accumulate_"][0], "fx"),
-    "clip_": (UPDATES["clip_"][0], "x"),
-    "apply_masks_": (UPDATES["apply_masks_"][0], "xb"),
+    "ema_update": (lambda fn, t, s, shadows: fn(t, s, 0.5, shadows=shadows), "xxx"),
+    "adamw_update": (lambda fn, *x: fn(*x[:4], averages=x[4], copies=x[5], shadows=x[6], **SETTINGS), "xxfffxx"),
+    "fisher_accumulate": (lambda fn, fishers, grads: fn(fishers, grads, weight=0.5, decay=0.9), "fx"),
+    "clip": (lambda fn, x: fn(x, 0.5), "x"),
+    "apply_masks": (lambda fn, x, owners: fn(x, owners, owners=(1, 2)), "xb"),
 }
 SETTINGS: dict[str, Any] = {"lr": 0.01, "step": 3, "clamp": (-1.5, 1.5), "decay": 0.9}
 each_update = pytest.mark.parametrize("name", UPDATES)
@@ -62,7 +59,7 @@ def test_no_list_is_no_work(name: str, path: str) -> None:
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_one_call_takes_tensors_of_any_dtypes_and_computes_in_float32(name: str, path: str) -> None:
-    update, kinds = EVERYTHING[name]
+    call, kinds = EVERYTHING[name]
     dtypes = {"x": ALL, "f": (torch.float32,), "b": (torch.uint8,)}
     combinations = list(itertools.product(*(dtypes[kind] for kind in kinds)))
     sizes = [4103] * len(combinations) + [0, 1, 4096]
@@ -70,11 +67,11 @@ def test_one_call_takes_tensors_of_any_dtypes_and_computes_in_float32(name: str,
         [x.to(of_lists[i]) for x, of_lists in zip(tensors(sizes, torch.float32, i), itertools.cycle(combinations))]
         for i in range(len(kinds))
     ]
-    if name == "adamw_update_":
+    if name == "adamw_update":
         found[3] = [x.abs() for x in found[3]]
     expected = [[x.double() if x.is_floating_point() else x for x in part] for part in found]
-    update(*found)
-    update(*expected)
+    call(getattr(mk, f"{name}_"), *found)
+    call(getattr(mk, f"{name}_ref_"), *expected)
     for x, gold in zip(*(itertools.chain(*lists) for lists in (found, expected)), strict=True):
         if x.is_floating_point():
             # one rounding, which the interpreter cuts where a GPU rounds
