@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -241,15 +242,20 @@ def test_a_backend_that_cannot_serve_says_why(case: str, nothing_installed: None
         pick(call, name)
 
 
-def test_an_installation_that_is_broken_is_warned_of_once_and_not_picked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    package = tmp_path / "flash_attn"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c104')")
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder that is looked for libraries in, of which none was imported."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(libraries, "_FOUND", {})
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    for name in ("flash_attn", "flash_attn_interface"):
+        # so that it is forgotten afterwards too
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        del sys.modules[name]
+    return tmp_path
+
+
+def test_an_installation_that_is_broken_is_warned_of_once_and_not_picked(fresh: Path) -> None:
+    (fresh / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c104')")
     call = replace(TRAINED, architecture=80)
     with pytest.warns(UserWarning, match="cannot be imported: undefined symbol"):
         assert pick(call, None) == "mmkernels"
@@ -258,25 +264,17 @@ def test_an_installation_that_is_broken_is_warned_of_once_and_not_picked(
         pick(call, "flash_attn_2")
 
 
-def test_a_part_that_a_release_lacks_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(libraries, "_FOUND", {})
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+def test_a_part_that_a_release_lacks_is_not_installed(fresh: Path) -> None:
+    (fresh / "flash_attn").mkdir()
+    (fresh / "flash_attn" / "__init__.py").touch()
     assert refusal("flash_attn_4", CALL) == "flash_attn.cute is not installed"
 
 
-def test_a_library_is_imported_while_a_first_call_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_library_is_imported_while_a_first_call_is_compiled(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`_missing` is a constant to Dynamo, which could trace no import."""
-    (tmp_path / "flash_attn_interface.py").write_text(
+    (fresh / "flash_attn_interface.py").write_text(
         "def flash_attn_func(q, k, v, softmax_scale, causal, deterministic):\n    return softmax_scale * (q + k + v)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(libraries, "_FOUND", {})
-    # so that it is forgotten afterwards
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
-    del sys.modules["flash_attn_interface"]
     library = replace(LIBRARIES["flash_attn_3"], only=None, dtypes=libraries.SINGLE)
     monkeypatch.setattr(backends, "LIBRARIES", {**LIBRARIES, "flash_attn_3": library})
     torch._dynamo.reset()
