@@ -45,6 +45,9 @@ def test_a_run_prints_its_accuracy_and_leaves_what_it_names(finished):
         assert path.exists(), path
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(losses(folder)) == list(range(1, 13))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    followed = [record["eval/image to text R@1"] for record in records if "eval/image to text R@1" in record]
+    assert len(followed) > 2 and len(set(followed)) > 1, "each measures the model anew"
 
 
 def test_eval_measures_what_the_run_printed(finished):
