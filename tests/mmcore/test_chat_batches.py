@@ -12,6 +12,7 @@ from mmcore.data.text.chat_batches import collate, pack
 from mmcore.data.text.templates import ChatSample, ChatTokens, expand
 from mmkernels import masks
 from tests.mmcore.chat_fixtures import byte_bpe, conversation
+from tests.refusals import refuses
 
 IGNORED, PAD = -100, 9
 
@@ -31,8 +32,7 @@ def test_shorter_samples_are_padded_on_the_right_and_padding_is_not_learned() ->
     assert batch.tokens.tolist() == [[1000, 1001, PAD, PAD], [2000, 2001, 2002, 2003]]
     assert batch.labels.tolist() == [[-100, 1001, -100, -100], [-100, -100, 2002, 2003]]
     assert batch.num_text.tolist() == [2, 4] and all(x.dtype == torch.int64 for x in batch)
-    with pytest.raises(ValueError, match="samples must be at least one, got none"):
-        collate([], PAD)
+    refuses("samples must be at least one, got none", collate, [], PAD)
 
 
 def test_samples_stand_one_after_the_other_and_each_begins_anew() -> None:
@@ -92,12 +92,9 @@ def test_a_packed_token_sees_its_own_sample_alone() -> None:
 
 
 def test_samples_that_no_row_can_hold_are_errors() -> None:
-    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got 5 of sample 1"):
-        pack([sample(0, 3), sample(1, 5)], 4, PAD)
-    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got 0 of sample 0"):
-        pack([sample(0, 0)], 4, PAD)
-    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got none"):
-        pack([], 4, PAD)
+    refuses("samples must have 1 to 4 tokens each, got 5 of sample 1", pack, [sample(0, 3), sample(1, 5)], 4, PAD)
+    refuses("samples must have 1 to 4 tokens each, got 0 of sample 0", pack, [sample(0, 0)], 4, PAD)
+    refuses("samples must have 1 to 4 tokens each, got none", pack, [], 4, PAD)
 
 
 def test_chats_are_packed_with_the_features_of_their_images() -> None:

@@ -22,6 +22,7 @@ from mmcore.data.sources.conversations import (
 )
 from mmcore.data.sources.mixes import parse_sampling
 from tests.mmcore.data_fixtures import image_bytes, write_images, write_json, write_tar
+from tests.refusals import refuses
 
 ASKED = {"from": "human", "value": f"{IMAGE}\nWhat is it?"}
 SAID = {"from": "gpt", "value": "A cat."}
@@ -146,8 +147,7 @@ def test_broken_records_are_counted_logged_with_their_ids_and_stop_the_run(tmp_p
         "number of <image> is not that of the images",
         "skipped x.json, record 99 (id 'x7'), conversations[1].from='human': two turns of the same role in a row",
     ]
-    with pytest.raises(ValueError, match=r"2 of 100 records of .* the first is x\.json, record 98 \(id 'x7'\), conv"):
-        written(tmp_path, records)
+    refuses(r"2 of 100 records of .* the first is x\.json, record 98 \(id 'x7'\), conv", written, tmp_path, records)
 
 
 def test_jsonl_is_read_line_by_line_and_a_damaged_line_is_one_broken_record(tmp_path: Path) -> None:
@@ -183,20 +183,20 @@ def entry(setting: str) -> str:
 ])  # fmt: skip
 def test_files_that_hold_no_conversations_and_mixes_that_are_wrong_are_errors(tmp_path: Path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        open_conversations(str(tmp_path / name))
+    refuses(message, open_conversations, str(tmp_path / name))
 
 
 def test_files_and_folders_that_do_not_exist_are_errors(tmp_path: Path) -> None:
     for name in ("x.json", "x.yaml"):
-        with pytest.raises(ValueError, match="data must be an existing file, got"):
-            open_conversations(str(tmp_path / name))
+        refuses("data must be an existing file, got", open_conversations, str(tmp_path / name))
     with pytest.raises(ValueError, match="image_root must be an existing folder, got"):
         written(tmp_path, texts(1), image_root=str(tmp_path / "none"))
-    with pytest.raises(
-        ValueError, match=r"image_root must be the folder .* none of 1 tried exists, the first is .*a\.jpg"
-    ):
-        written(tmp_path, [record(ASKED, SAID, image="a.jpg")])
+    refuses(
+        r"image_root must be the folder .* none of 1 tried exists, the first is .*a\.jpg",
+        written,
+        tmp_path,
+        [record(ASKED, SAID, image="a.jpg")],
+    )
 
 
 def test_images_come_from_a_folder_or_from_tars_in_it(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.mmcore.data_fixtures import (
     write_stamps,
     write_table,
 )
+from tests.refusals import refuses
 
 SOURCES = ("digits", "stamps", "csv", "lavis", "coco", "shards")
 MAP_SOURCES = ("digits", "stamps", "csv", "lavis", "coco")
@@ -216,8 +217,7 @@ def test_a_batch_is_full_typed_and_of_its_seed(kind: str, tmp_path: Path) -> Non
     assert (
         text.tokens.shape == (3, 0) and text.tokens.dtype == torch.int64 and set(text.captions) <= set(data.captions())
     )
-    with pytest.raises(ValueError, match=r"the global batch .* must be at most .*, got 4000"):
-        train_loader(data, spec(2000, 0, 2), fake_tokenizer)
+    refuses(r"the global batch .* must be at most .*, got 4000", train_loader, data, spec(2000, 0, 2), fake_tokenizer)
 
 
 def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(tmp_path: Path) -> None:
@@ -234,5 +234,4 @@ def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(tmp_pat
         with pytest.raises(ValueError, match=f"{name} must be that of the run to resume"):
             train_loader(data, spec(**given | change), fake_tokenizer).load_state_dict(loader.state_dict())
     broken = train_loader(data, spec(3), lambda captions: fake_tokenizer(captions).float())
-    with pytest.raises(ValueError, match=r"tokenizer must return int64 \[3, T\], got torch.float32 \[3, 2\]"):
-        next(broken)
+    refuses(r"tokenizer must return int64 \[3, T\], got torch.float32 \[3, 2\]", next, broken)

@@ -10,6 +10,7 @@ import pytest
 from mmcore.data import BrokenRecord, DataConfig, open_data
 from mmcore.data.sources.stamps import Stamps, find_stamps, parse_stamp_caption
 from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, train_loader, write_stamps
+from tests.refusals import refuses
 
 CACHED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcore" / "tuxpaint-stamps"
 
@@ -101,15 +102,16 @@ def test_stamps_in_the_package_layout_or_loose_in_a_folder_are_found(tmp_path: P
 def test_an_unreadable_caption_is_a_broken_record(tmp_path: Path) -> None:
     root = write_stamps(tmp_path / "st")
     (root / "food" / "4.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(
-        ValueError, match=r"1 of 13 records of the stamps .* \(caption is not UTF-8 1\); the first is food/4.png"
-    ):
-        open_data(DataConfig(data="stamps", stamps_dir=root), seed=0)
+    refuses(
+        r"1 of 13 records of the stamps .* \(caption is not UTF-8 1\); the first is food/4.png",
+        open_data,
+        DataConfig(data="stamps", stamps_dir=root),
+        seed=0,
+    )
 
 
 def test_a_folder_without_stamps_or_without_the_language_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stamps_dir must hold stamps"):
-        open_data(DataConfig(data="stamps", stamps_dir=tmp_path), seed=0)
+    refuses("stamps_dir must hold stamps", open_data, DataConfig(data="stamps", stamps_dir=tmp_path), seed=0)
     root = write_stamps(tmp_path / "st")
     for text in root.rglob("*.txt"):
         text.write_text("English only.\n")
@@ -141,21 +143,18 @@ def test_package_lists_of_our_own_serve_where_the_machine_has_none(debian: Path,
 def test_a_failed_fetch_leaves_nothing_behind_and_says_what_to_do(debian: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("NO_LISTS", "1")
     monkeypatch.setenv("NO_NETWORK", "1")
-    with pytest.raises(ValueError, match=r"could not be fetched \(E: Could not resolve host\); .*--stamps-dir"):
-        find_stamps(None)
+    refuses(r"could not be fetched \(E: Could not resolve host\); .*--stamps-dir", find_stamps, None)
     assert {p.name for p in (tmp_path / "cache" / "mmcore").iterdir()} == {".mmcore-stamps.lock"}
 
 
 def test_a_machine_without_apt_is_told_what_to_do(debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"'stamps' needs apt-get, which is not installed, .*--stamps-dir"):
-        find_stamps(None)
+    refuses(r"'stamps' needs apt-get, which is not installed, .*--stamps-dir", find_stamps, None)
 
 
 def test_a_cache_that_cannot_be_made_is_told_in_one_sentence(debian: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"could not be fetched \(.*\); .*--stamps-dir"):
-        find_stamps(tmp_path / "file" / "below" / "stamps")
+    refuses(r"could not be fetched \(.*\); .*--stamps-dir", find_stamps, tmp_path / "file" / "below" / "stamps")
 
 
 def test_ranks_that_start_together_fetch_once(debian: Path) -> None:

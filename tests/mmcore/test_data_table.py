@@ -20,6 +20,7 @@ from tests.mmcore.data_fixtures import (
     write_table,
     write_vqa,
 )
+from tests.refusals import refuses
 
 HEADER = ["filepath", "title"]
 
@@ -80,8 +81,7 @@ def test_a_missing_image_is_counted_and_all_missing_is_an_error_at_once(tmp_path
     take(loader, 4)
     assert loader.broken == {"missing file": 2}
     table = write_table(tmp_path, [HEADER, *([f"no/{i}.png", "x"] for i in range(500))], name="gone.csv")
-    with pytest.raises(ValueError, match=r"none of 100 tried exists, the first is .*no/0.png"):
-        open_data(DataConfig(data=table), seed=0)
+    refuses(r"none of 100 tried exists, the first is .*no/0.png", open_data, DataConfig(data=table), seed=0)
 
 
 def test_an_image_with_several_captions_is_one_held_out_image(tmp_path: Path) -> None:
@@ -106,10 +106,8 @@ def test_held_out_images_that_are_broken_are_left_out_by_index(tmp_path: Path) -
     assert [indices.tolist() for _, indices in batches] == [[0, 1], [3, 4], [5]]
     assert [len(images) for images, _ in batches] == [2, 2, 1] and held_out.broken == {"empty file": 1}
     held_out.max_broken = 0.1
-    with pytest.raises(ValueError, match=r"1 of 6 records of the held-out images are broken \(empty file 1\)"):
-        list(held_out.batches(2, 8))
-    with pytest.raises(ValueError, match="batch_size and image_size must be at least 1, got 0 and 8"):
-        next(held_out.batches(0, 8))
+    refuses(r"1 of 6 records of the held-out images are broken \(empty file 1\)", list, held_out.batches(2, 8))
+    refuses("batch_size and image_size must be at least 1, got 0 and 8", next, held_out.batches(0, 8))
 
 
 PAIR = b"filepath\ttitle\na.png\tb\n"
@@ -138,8 +136,7 @@ def test_a_table_that_cannot_be_read_as_asked_is_refused(content: bytes, config:
     table.write_bytes(content)
     (tmp_path / "a.png").write_bytes(image_bytes(0))
     given: dict[str, Any] = {"data": str(table)} | {k: str(table) if v == "TABLE" else v for k, v in config.items()}
-    with pytest.raises(ValueError, match=sentence):
-        open_data(DataConfig(**given), seed=0)
+    refuses(sentence, open_data, DataConfig(**given), seed=0)
 
 
 def test_every_image_of_a_json_file_comes_once_with_all_of_its_captions(tmp_path: Path) -> None:
@@ -169,5 +166,4 @@ def test_tables_and_shards_are_too(tmp_path: Path) -> None:
 
 
 def test_what_a_run_splits_itself_is_refused() -> None:
-    with pytest.raises(ValueError, match="--data must be a file or shards, of which all is held out"):
-        open_held_out(DataConfig("digits"))
+    refuses("--data must be a file or shards, of which all is held out", open_held_out, DataConfig("digits"))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcore.metrics import bleu, caption_tokens, cider, normalize_answer, vqa_accuracy
+from tests.refusals import refuses
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text("utf-8"))
 WORDS = "a the red dog cat man's can't runs sits 5 st. t-shirt".split()
@@ -86,8 +87,7 @@ def test_cider_counts_repeated_words_no_more_often_than_the_reference() -> None:
     (["a cat"], [[5]], "references must be at least one string in a list, got [5]"),
 ])  # fmt: skip
 def test_a_bad_corpus_is_refused_by_name(score: Any, candidates: Any, references: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{score.__name__}: {message}")):
-        score(candidates, references)
+    refuses(re.escape(f"{score.__name__}: {message}"), score, candidates, references)
 
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "vqa.json").read_text("utf-8"))
@@ -136,5 +136,4 @@ def test_it_is_the_mean_over_people_left_out(people: list[str], prediction: str)
     (["yes"], [["yes"]], [3], "types must be lists of strings, got [3]"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused_by_name(predictions: Any, answers: Any, types: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"vqa_accuracy: {message}")):
-        vqa_accuracy(predictions, answers, types=types)
+    refuses(re.escape(f"vqa_accuracy: {message}"), vqa_accuracy, predictions, answers, types=types)

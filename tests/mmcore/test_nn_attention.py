@@ -10,6 +10,7 @@ from mmcore.nn import Attention, CrossAttention, Packing, shared_keys_values
 from mmcore.nn.cross import by_one_product
 from mmkernels import masks
 from tests.mmcore.nn_fixtures import copy_norm, copy_rows, gradients, randn, torchs
+from tests.refusals import refuses
 
 B, T, LK, D, DK, H = 3, 7, 11, 32, 20, 4
 LENGTHS = masks.lengths(torch.tensor([7, 3, 1]), T, T)
@@ -157,8 +158,7 @@ class TestSharedKeysValues:
             [CrossAttention(D, H), CrossAttention(D, H, key_width=DK)],
             [CrossAttention(D, H), CrossAttention(D, H, bias=False)],
         ):
-            with pytest.raises(ValueError, match="layers must be of one key_width and bias, got"):
-                shared_keys_values(states, layers)
+            refuses("layers must be of one key_width and bias, got", shared_keys_values, states, layers)
 
 
 X = torch.randn(B, T, D)
@@ -185,5 +185,4 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_a_value_error_that_names_it(name: str) -> None:
     call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+    refuses(message, call)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmcore.ema import cosine, warmed_up
 from mmcore.nn import FeatureQueue, MomentumEncoder
 from mmcore.ops import contrastive_loss
+from tests.refusals import refuses
 
 
 def student(seed: int = 0) -> nn.Sequential:
@@ -92,8 +93,7 @@ class TestMomentumEncoder:
     def test_of_weights_that_zero_3_cut_up_is_refused(self) -> None:
         model = nn.Linear(2, 2)
         model.weight.ds_id = 0  # pyright: ignore
-        with pytest.raises(ValueError, match=r"MomentumEncoder: student must hold its weights, got \['weight'\]"):
-            MomentumEncoder(model)
+        refuses(r"MomentumEncoder: student must hold its weights, got \['weight'\]", MomentumEncoder, model)
 
 
 def rows(first: int, num: int, dim: int = 2) -> Tensor:
@@ -136,7 +136,5 @@ class TestFeatureQueue:
 
     def test_refuses_by_name(self) -> None:
         for arguments, message in (((0, 2), "num_features must be at least 1"), ((2, 0), "dim must be at least 1")):
-            with pytest.raises(ValueError, match=f"FeatureQueue: {message}, got 0"):
-                FeatureQueue(*arguments)
-        with pytest.raises(ValueError, match=r"FeatureQueue: features must be \[B, 2\], got \[4, 3\]"):
-            FeatureQueue(5, 2).enqueue(torch.zeros(4, 3))
+            refuses(f"FeatureQueue: {message}, got 0", FeatureQueue, *arguments)
+        refuses(r"FeatureQueue: features must be \[B, 2\], got \[4, 3\]", FeatureQueue(5, 2).enqueue, torch.zeros(4, 3))

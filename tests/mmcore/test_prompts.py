@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mmcore.data.text.prompts import PromptTokens, prompt_texts
 from mmcore.parts.language import tiny_tokenizer
+from tests.refusals import refuses
 
 TEXTS = ["a photo of a cat\n", "Question: what is it? Answer: a dog\n", "two dogs\n"] * 5
 
@@ -31,10 +31,8 @@ def test_prompts_are_as_published_and_take_the_question() -> None:
     assert prompt_texts("caption", None, ["", ""]) == ["", ""]
     assert prompt_texts("caption", "a photo of", [""]) == ["a photo of"]
     assert prompt_texts("vqa", None, [" What is {it}? "]) == ["Question: What is {it}? Answer:"]
-    with pytest.raises(ValueError, match=r"--prompt must hold one \{\} for the question, got 'Q:'"):
-        prompt_texts("vqa", "Q:", ["x"])
-    with pytest.raises(ValueError, match=r"--prompt must hold no \{\}, there is no question, got"):
-        prompt_texts("caption", "a {}", ["x"])
+    refuses(r"--prompt must hold one \{\} for the question, got 'Q:'", prompt_texts, "vqa", "Q:", ["x"])
+    refuses(r"--prompt must hold no \{\}, there is no question, got", prompt_texts, "caption", "a {}", ["x"])
 
 
 def test_an_answer_follows_its_prompt_and_ends_with_a_new_line() -> None:
@@ -98,8 +96,7 @@ def test_a_tokenizer_that_runs_prompt_and_answer_together_is_an_error() -> None:
             return type("Encoding", (), {"input_ids": ids})
 
     known = PromptTokens(Merging(), is_encoder_decoder=False, max_answer=4)
-    with pytest.raises(ValueError, match="must begin with the prompt's, got others for 'what' and 'a'"):
-        known.pairs(["what"], ["a"])
+    refuses("must begin with the prompt's, got others for 'what' and 'a'", known.pairs, ["what"], ["a"])
 
 
 def test_a_tokenizer_without_a_new_line_and_a_length_without_room_are_errors() -> None:
@@ -109,7 +106,5 @@ def test_a_tokenizer_without_a_new_line_and_a_length_without_room_are_errors() -
         def __call__(self, text: str, **_: Any) -> Any:
             return type("Encoding", (), {"input_ids": []})
 
-    with pytest.raises(ValueError, match="tokenizer must have a token for a new line"):
-        PromptTokens(Bare(), is_encoder_decoder=False, max_answer=4)
-    with pytest.raises(ValueError, match="max_answer must be at least 2, got 1"):
-        tokens(max_answer=1)
+    refuses("tokenizer must have a token for a new line", PromptTokens, Bare(), is_encoder_decoder=False, max_answer=4)
+    refuses("max_answer must be at least 2, got 1", tokens, max_answer=1)

@@ -12,6 +12,7 @@ from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
 from mmcore.data.text.templates import AUTO, TEMPLATES, ChatSample, ChatTokens, expand
 from mmcore.labels import IMAGE_TOKEN
 from tests.mmcore.chat_fixtures import byte_bpe, conversation, llama
+from tests.refusals import refuses
 
 IGNORED = -100
 CHATML = (
@@ -167,8 +168,7 @@ def test_a_tokenizer_that_merges_a_prompt_with_its_answer_is_an_error_with_the_i
     chat = ChatTokens(byte_bpe(), "v1", 999)
     chat.tokenizer = byte_bpe(merges_all=True)
     message = r"tokens of conversation 'talk-1' must begin .* up to '.*ASSISTANT:', which the tokenizer merges with ' A"
-    with pytest.raises(ValueError, match=message):
-        chat.sample(conversation(1))
+    refuses(message, chat.sample, conversation(1))
 
 
 def auto(template: str) -> ChatTokens:
@@ -185,8 +185,7 @@ PLAIN_TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
     ("{{ raise_exception('only users') }}", "refuses a conversation: only users"),
 ])  # fmt: skip
 def test_chat_templates_that_cannot_be_learned_from_are_errors(template: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        auto(template)
+    refuses(message, auto, template)
 
 
 def test_a_chat_template_that_rewrites_what_was_said_is_an_error_with_the_id() -> None:
@@ -221,25 +220,18 @@ def test_padding_is_the_end_of_text_where_there_is_none_of_its_own() -> None:
     assert ChatTokens(tokenizer, "chatml", 9).pad_token_id == tokenizer.eos_token_id
     tokenizer.pad_token = "<|eot_id|>"
     assert ChatTokens(tokenizer, "chatml", 9).pad_token_id == tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    with pytest.raises(ValueError, match="tokenizer must have an end of text, got none"):
-        ChatTokens(byte_bpe(end=None), "chatml", 9)
+    refuses("tokenizer must have an end of text, got none", ChatTokens, byte_bpe(end=None), "chatml", 9)
 
 
 def test_what_no_sample_can_be_made_with_is_an_error() -> None:
-    with pytest.raises(ValueError, match="template must be one of plain, v1, llama_3, chatml, auto, got 'v2'"):
-        ChatTokens(llama(), "v2", 9)
-    with pytest.raises(ValueError, match="must have a chat template for 'auto', got none"):
-        ChatTokens(llama(), AUTO, 9)
-    with pytest.raises(ValueError, match=r"template 'chatml' needs '<\|im_end\|>' as one token, got \d+"):
-        ChatTokens(llama(), "chatml", 9)
-    with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
-        ChatTokens(llama(), "v1", 1)
+    refuses("template must be one of plain, v1, llama_3, chatml, auto, got 'v2'", ChatTokens, llama(), "v2", 9)
+    refuses("must have a chat template for 'auto', got none", ChatTokens, llama(), AUTO, 9)
+    refuses(r"template 'chatml' needs '<\|im_end\|>' as one token, got \d+", ChatTokens, llama(), "chatml", 9)
+    refuses("max_length must be at least 2, got 1", ChatTokens, llama(), "v1", 1)
     chat = ChatTokens(llama(), "plain", 99)
     for turns in ([], conversation(1).turns):
-        with pytest.raises(ValueError, match="turns must end with the user's"):
-            chat.prompt(turns)
-    with pytest.raises(ValueError, match="must be as those to learn from, got: no image"):
-        chat.prompt([Turn("user", "hello")])
+        refuses("turns must end with the user's", chat.prompt, turns)
+    refuses("must be as those to learn from, got: no image", chat.prompt, [Turn("user", "hello")])
     with pytest.raises(ValueError, match="counts must be given for the 1 images of conversation 'talk-1', got 2"):
         chat.sample(conversation(1), [3, 3])
 
@@ -254,8 +246,7 @@ def test_samples_that_a_template_cannot_write_are_broken() -> None:
     chat = ChatTokens(byte_bpe(), "chatml", 99)
     with pytest.raises(BrokenRecord, match="a special token of the tokenizer in a text"):
         chat.sample(Conversation("x", (), (forged, Turn("assistant", "yes"))))
-    with pytest.raises(ValueError, match="a special token of the tokenizer in a text"):
-        chat.prompt([forged])
+    refuses("a special token of the tokenizer in a text", chat.prompt, [forged])
 
 
 def test_an_image_becomes_as_many_tokens_as_it_has_features() -> None:
@@ -263,8 +254,7 @@ def test_an_image_becomes_as_many_tokens_as_it_has_features() -> None:
     wide = expand(sample, [3, 1])
     assert wide.tokens.tolist() == [1, *[IMAGE_TOKEN] * 4, 2] and wide.labels.tolist() == [IGNORED] * 5 + [2]
     for counts in ([3], [3, 0], [1, 1, 1]):
-        with pytest.raises(ValueError, match="counts must be at least 1 for each of 2 images, got"):
-            expand(sample, counts)
+        refuses("counts must be at least 1 for each of 2 images, got", expand, sample, counts)
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,6 +19,7 @@ from mmcore.train.optim import (
     param_groups,
     weight_decay_schedule,
 )
+from tests.refusals import refuses
 
 
 def test_the_recipe_is_warmed_up_and_none_is_kept_without() -> None:
@@ -110,8 +111,7 @@ def test_layer_decay_counts_from_the_top_of_each_stack_of_blocks() -> None:
     assert {name: 0.5 ** (4 - depth(name)) for name in NAMES} == NAMES
     alone = ["class_embedding", "blocks.0.weight", "head.weight"]
     assert list(map(depths(alone), alone)) == [0, 1, 2]
-    with pytest.raises(ValueError, match="--layer-decay must be of a model with numbered blocks or layers"):
-        depths(["weight"])
+    refuses("--layer-decay must be of a model with numbered blocks or layers", depths, ["weight"])
 
 
 def test_layer_decay_scales_the_rates_of_groups_by_names_or_by_depths_that_are_given() -> None:
@@ -192,5 +192,4 @@ def test_weight_decay_goes_along_a_cosine_to_its_end() -> None:
     ({"gamma": 0.5}, "--gamma has no effect"), ({"cooldown_share": 0.5}, "--cooldown-share has no effect"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        OptimConfig(**wrong)
+    refuses(named, OptimConfig, **wrong)

@@ -8,6 +8,7 @@ import torch
 
 from mmcore.weights.layout import Layout, leading, optional, scalar, transposed, under
 from mmcore.weights.settings import Key, Settings, section, transformers_keys
+from tests.refusals import refuses
 
 LAYOUT = Layout({
     **under("blocks.{i}", "layers.{i}", {"qkv": "{q,k,v}_proj", "norm.weight": "norm", "{q,kv}.bias": "in_proj"}),
@@ -64,8 +65,7 @@ def test_a_layout_writes_what_it_reads_back() -> None:
 ])  # fmt: skip
 def test_files_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     state = {n: x for n, x in {**LAYOUT.write(model()), **change}.items() if x is not None}
-    with pytest.raises(ValueError, match=f"^test: a transformers file .*{message}"):
-        LAYOUT.read("test", state, model())
+    refuses(f"^test: a transformers file .*{message}", LAYOUT.read, "test", state, model())
 
 
 def test_a_weight_of_ours_without_a_row_is_an_error() -> None:
@@ -119,12 +119,10 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"tower_config": {"bias": False}}, "config.json must have tower_config.bias True, got False"),
         ({"projection_dim": ...}, "config.json must have projection_dim, got none"),
     ):
-        with pytest.raises(ValueError, match=f"^test: {message}$"):
-            SETTINGS.read("test", raw | change)
+        refuses(f"^test: {message}$", SETTINGS.read, "test", raw | change)
     for config, message in (
         (Config(5, Tower(4, 13)), "tower.depth must be 12 to be written in config.json, got 13"),
         (Config(5, Tower(4, 12, True)), "tower.is_causal must be False to be .*, got True"),
         (Config(5, Tower(4, 12), seed=1), "seed must be 0 to be .*, got 1"),
     ):
-        with pytest.raises(ValueError, match=f"^test: {message}$"):
-            SETTINGS.write("test", config)
+        refuses(f"^test: {message}$", SETTINGS.write, "test", config)

@@ -27,6 +27,7 @@ from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.names import hf_layout
 from mmcore.systems.llava.weights import load_llava, save_llava
 from mmcore.weights.layout import Layout
+from tests.refusals import refuses
 from tests.systems.blip2 import test_lm as blip2_lm
 from tests.systems.blip2 import test_model as blip2
 from tests.systems.clip.test_weights import randomized, small_config
@@ -88,8 +89,7 @@ def test_what_is_saved_loads_again_to_the_bit_and_is_written_again_to_the_byte(n
     (file,) = (tmp_path / "a" / "ours").glob("*.safetensors")
     assert all(len(load_file(file).keys() & set(names)) <= 1 for names in ties(ours))
     save(again, tmp_path / "b")
-    with pytest.raises(ValueError, match=r"^save_\w+: folder must not exist yet, got .*/b$"):
-        save(ours, tmp_path / "b")
+    refuses(r"^save_\w+: folder must not exist yet, got .*/b$", save, ours, tmp_path / "b")
     # transformers tells more of a language model that was read from a file
     kept = "*.safetensors" if hasattr(ours, "language_model") else "*"
     files = {file.name: file.read_bytes() for file in (tmp_path / "a" / "ours").glob(kept)}
@@ -210,8 +210,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(
 
 
 def test_a_folder_without_a_language_model_is_refused(saved: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match=r"^load_blip2_lm: folder must hold a language model, got .*blip2"):
-        load_blip2_lm(saved("blip2"))
+    refuses(r"^load_blip2_lm: folder must hold a language model, got .*blip2", load_blip2_lm, saved("blip2"))
 
 
 def test_models_that_transformers_lacks_are_refused_and_leave_nothing(tmp_path: Path) -> None:
@@ -233,8 +232,7 @@ def test_models_that_transformers_lacks_are_refused_and_leave_nothing(tmp_path: 
         ),
     ]
     for save, model, message in table:
-        with pytest.raises(ValueError, match=f"^{save.__name__}: {message}"):
-            save(model, tmp_path / "new")
+        refuses(f"^{save.__name__}: {message}", save, model, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 

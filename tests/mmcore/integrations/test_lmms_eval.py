@@ -25,6 +25,7 @@ from mmcore.systems.llava.inputs import image_inputs, see
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.weights import save_llava
 from tests.distributed.launch import ROOT
+from tests.refusals import refuses
 from tests.systems.llava.fixtures import chat_tokens, image, llava, tokenizer, write_run
 
 CPU = torch.device("cpu")
@@ -294,8 +295,7 @@ def test_lmms_eval_finds_the_model_by_its_entry_point_or_when_it_is_registered(i
     assert model.answerer.batch_size == 3 and model.is_simple and isinstance(model, lmms)
     model.clean()
     assert model.is_clean
-    with pytest.raises(ValueError, match="the model is gone"):
-        model.generate_until([])
+    refuses("the model is gone", model.generate_until, [])
 
 
 def test_without_lmms_eval_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,8 +318,7 @@ def test_folders_of_transformers_serve_too_and_mistakes_are_sentences(tmp_path, 
         (f"pretrained={tmp_path}/plain", "describes images alone"),
         (f"pretrained={tmp_path}/missing", "which is no folder"),
     ):
-        with pytest.raises(ValueError, match=message):
-            made(arguments)
+        refuses(message, made, arguments)
     with pytest.raises(ValueError, match="must be images of Pillow, got str"):
         model.generate_until(requests("generate_until", ("what?", {}, lambda _: ["film.mp4"], 1)))
 

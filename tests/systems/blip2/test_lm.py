@@ -12,6 +12,7 @@ from mmcore.parts.language_weights import LANGUAGE, beside_language
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.names import HF, PARTS_SETTINGS
 from mmcore.systems.blip2.qformer import QFormerConfig
+from tests.refusals import refuses
 from tests.systems.blip2.test_model import hf_config, hf_model, ours_of
 
 QUERIES, LENGTH, VOCAB = 4, 6, 60
@@ -129,9 +130,11 @@ def test_stage_1_is_its_start() -> None:
     with torch.no_grad():
         found = ours.eval().qformer(ours.norm_vision(ours.visual(images)))
         torch.testing.assert_close(found, stage1.qformer(stage1.states(images)))
-    with pytest.raises(ValueError, match="BLIP2LM: qformer must be without text, got has_text True"):
-        BLIP2LM(vision, qformer, ours.language_model)
-    with pytest.raises(ValueError, match="BLIP2LM: state must have this model's weights, got a difference in"):
+    refuses("BLIP2LM: qformer must be without text, got has_text True", BLIP2LM, vision, qformer, ours.language_model)
+    refuses(
+        "BLIP2LM: state must have this model's weights, got a difference in",
         BLIP2LM(
             vision, QFormerConfig(has_text=False, image_width=vision.width, num_layers=6), ours.language_model
-        ).load_start(stage1.state_dict())
+        ).load_start,
+        stage1.state_dict(),
+    )

@@ -12,6 +12,7 @@ from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.names import HF, STAGE1_SETTINGS
 from mmcore.systems.blip2.qformer import QFormerConfig
+from tests.refusals import refuses
 
 QUERIES, LENGTH, VOCAB = 5, 7, 101
 NUM_TEXT = torch.tensor([7, 3, 5])
@@ -159,12 +160,9 @@ def test_an_image_tower_that_is_not_frozen_learns() -> None:
     ({"pad_token_id": -1}, r"QFormerConfig: pad_token_id must be in \[0, 30523\), got -1"),
 ])  # fmt: skip
 def test_impossible_shapes_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        QFormerConfig(**settings)
+    refuses(f"^{message}", QFormerConfig, **settings)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"BLIP2Config: qformer.image_width must be vision.width 768, got 1408"):
-        BLIP2Config(vision=VisionConfig())
-    with pytest.raises(ValueError, match="QFormer: image or tokens must be given, got neither"):
-        ours_of(hf_model()).qformer()
+    refuses(r"BLIP2Config: qformer.image_width must be vision.width 768, got 1408", BLIP2Config, vision=VisionConfig())
+    refuses("QFormer: image or tokens must be given, got neither", ours_of(hf_model()).qformer)

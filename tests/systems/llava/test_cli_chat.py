@@ -21,6 +21,7 @@ from mmcore.systems.llava.weights import save_llava
 from mmcore.tasks.talks import Sampling, load_chat_model
 from mmcore.tasks.terminal import Talk, open_image
 from tests.distributed.launch import ROOT, environment
+from tests.refusals import refuses
 from tests.systems.cli import MMCORE
 from tests.systems.llava.fixtures import Saying, chat_tokens, ids_of, image, llava, tokenizer, write_run
 
@@ -205,8 +206,7 @@ def test_a_chat_template_of_the_tokenizer_serves_where_none_is_named(tmp_path: P
         "{% for m in messages %}{% for c in m.content if c.type %}{{ c.text }}{% endfor %}{% endfor %}"
     )
     save_llava(llava(), tmp_path / "lists", tokenizer=known)
-    with pytest.raises(ValueError, match=r"--template must say how .*, by auto, v1.*must write 1 <image>"):
-        load_chat_model(tmp_path / "lists")
+    refuses(r"--template must say how .*, by auto, v1.*must write 1 <image>", load_chat_model, tmp_path / "lists")
 
 
 def test_images_that_cannot_be_shown_are_errors(tmp_path: Path) -> None:
@@ -226,5 +226,4 @@ def test_images_that_cannot_be_shown_are_errors(tmp_path: Path) -> None:
         "text.png": "not an image",
         "cut.png": "damaged image",
     }.items():
-        with pytest.raises(ValueError, match=f"must be a readable JPEG, PNG, .*: {reason}"):
-            open_image(tmp_path / name)
+        refuses(f"must be a readable JPEG, PNG, .*: {reason}", open_image, tmp_path / name)

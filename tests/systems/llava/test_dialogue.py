@@ -19,6 +19,7 @@ from mmcore.systems.llava.inputs import generate_inputs, prompt_of, see
 from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.systems.llava.talk import Talks
 from mmcore.tasks.talks import Sampling
+from tests.refusals import refuses
 from tests.systems.llava.fixtures import VISION, Saying, chat_tokens, ids_of, image, llava, tokenizer
 
 CPU = torch.device("cpu")
@@ -153,8 +154,7 @@ def test_what_is_drawn_follows_the_seed_and_temperature_and_top_p_reach_the_mode
     ),
 ])  # fmt: skip
 def test_settings_out_of_range_are_errors(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+    refuses(message, make)
 
 
 @pytest.mark.parametrize(("question", "message"), [
@@ -167,8 +167,7 @@ def test_a_question_that_cannot_be_read_is_an_error_and_changes_nothing(question
     dialogue = Dialogue(model, tokens, sampling=Sampling(max_new_tokens=4))
     first = "".join(dialogue.ask("what?", [image(1)]))
     before = (list(dialogue.turns), list(dialogue.images))
-    with pytest.raises(ValueError, match=message):
-        dialogue.ask(question, [image(2)])
+    refuses(message, dialogue.ask, question, [image(2)])
     assert (dialogue.turns, dialogue.images) == before
     dialogue.reset()
     assert "".join(dialogue.ask("what?", [image(1)])) == first

@@ -24,6 +24,7 @@ from mmcore.data.transforms.images import image_processor_config
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.weights import load_llava, load_projector, save_llava
+from tests.refusals import refuses
 from tests.systems.blip2.test_lm import MODELS, VOCAB
 from tests.systems.blip2.test_lm_weights import PROMPTS, is_tied, tokenizer_of
 from tests.systems.llava.test_model import (
@@ -209,13 +210,13 @@ class TestTheOriginalsProjector:
             ([1, 2], "must hold tensors by name, got list"),
             ({"a": Path("/")}, "must be a whole pickle of tensors and nothing else, got"),
         ):
-            with pytest.raises(ValueError, match=f"load_projector: .*mm_projector.bin {message}"):
-                load_projector(ours, self.saved(tmp_path, state))
+            refuses(f"load_projector: .*mm_projector.bin {message}", load_projector, ours, self.saved(tmp_path, state))
         for data in (b"", b"short", b"\x80\x02}q\x00."):
             (tmp_path / "mm_projector.bin").write_bytes(data)
-            with pytest.raises(
-                ValueError, match=r"load_projector: .*mm_projector.bin must be a whole pickle of tensors"
-            ):
-                load_projector(ours, tmp_path / "mm_projector.bin")
-        with pytest.raises(ValueError, match=r"load_projector: file must exist, got .*none.bin"):
-            load_projector(ours, tmp_path / "none.bin")
+            refuses(
+                r"load_projector: .*mm_projector.bin must be a whole pickle of tensors",
+                load_projector,
+                ours,
+                tmp_path / "mm_projector.bin",
+            )
+        refuses(r"load_projector: file must exist, got .*none.bin", load_projector, ours, tmp_path / "none.bin")
