@@ -31,24 +31,9 @@ def test_scores_are_those_of_the_original_scorers(case: dict[str, Any]) -> None:
     assert cider(case["candidates"], case["references"]) == pytest.approx(case["cider"], rel=1e-9, abs=1e-12)
 
 
-@given(caption=st.text(max_size=40))
-def test_a_token_is_lower_case_and_holds_no_space(caption: str) -> None:
-    for token in caption_tokens(caption):
-        assert token and token == token.lower() and token.split() == [token]
-
-
 @given(caption=CAPTIONS)
 def test_case_and_final_punctuation_do_not_count(caption: str) -> None:
     assert caption_tokens(f'"{caption.upper()}" .') == caption_tokens(caption)
-
-
-@given(corpus=CORPORA)
-@settings(max_examples=50)
-def test_a_candidate_equal_to_a_reference_has_bleu_1(corpus: list[tuple[str, list[str]]]) -> None:
-    people = [[f"a big dog sits {first}", *rest] for first, rest in corpus]
-    scores = bleu([first for first, *_ in people], people)
-    # the smoothing of 1e-9 a count, in four precisions
-    assert list(scores.values()) == pytest.approx([1.0] * 4, abs=1e-8)
 
 
 @given(corpus=CORPORA)
@@ -61,25 +46,11 @@ def test_scores_do_not_depend_on_the_order_of_images_and_references(corpus: list
     assert cider(candidates[::-1], reversed_people) == pytest.approx(score) and -1e-9 <= score <= 10 + 1e-9
 
 
-def test_cider_is_10_where_every_image_has_one_reference_of_its_own_words_and_the_candidate_repeats_it() -> None:
-    captions = ["one red dog runs", "two blue cats sleep"]
-    assert cider(captions, [[caption] for caption in captions]) == pytest.approx(10)
-
-
-def test_cider_counts_repeated_words_no_more_often_than_the_reference() -> None:
-    people = [["one red dog runs"], ["two blue cats sleep"]]
-    assert cider(["one red dog dog dog dog", people[1][0]], people) < cider(["one red dog", people[1][0]], people)
-
-
 @pytest.mark.parametrize("score", [bleu, cider], ids=["bleu", "cider"])
 @pytest.mark.parametrize(("candidates", "references", "message"), [
     ([], [], "candidates must be at least one string in a list, got []"),
     ("a cat", [["a cat"]], "candidates must be at least one string in a list, got 'a cat'"),
-    (
-        ["a cat", None],
-        [["a cat"], ["a cat"]],
-        "candidates must be at least one string in a list, got ['a cat', None]",
-    ),
+    (["a cat", None], [["a"], ["a"]], "candidates must be at least one string in a list, got ['a cat', None]"),
     (None, [["a cat"]], "candidates must be at least one string in a list, got None"),
     (["a cat"], [["a cat"], ["a dog"]], "references must be 1 lists, one a candidate, got 2"),
     (["a cat", "a dog"], [["a cat"], []], "references must be at least one string in a list, got []"),
