@@ -152,6 +152,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("clip", settings(vision_config={"num_channels": 4}), "vision_config.num_channels 3, got 4"),
     ("open_clip", without("ln_final.bias"), f"an open_clip file {WHOLE} ln_final.bias"),
     ("open_clip", shaped("visual.proj", 31, 12), r"visual.proj of shape \[32, 12\], got \[31, 12\]"),
+    ("open_clip", shaped("text_projection", 15, 12), r"text_projection of shape \[16, 12\], got \[15, 12\]"),
     ("blip2", without("itm_head.bias"), f"{WHOLE} itm_head.bias"),
     ("blip2", shaped("temperature", 2), r"temperature of shape \[1\], got \[2\]"),
     ("blip2-llama", without("language_projection.bias"), f"{WHOLE} language_projection.bias"),

@@ -1,6 +1,7 @@
 """Masks of transformers' models as intervals: the same matrix, stored and examined once."""
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, create_causal_mask, eager_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    eager_mask,
+)
 
 from mmcore.integrations import interval_mask
 from mmcore.integrations.interval_mask import IntervalMask, seen_by
@@ -59,12 +66,13 @@ def test_a_causal_mask_with_padding_stores_two_ends_a_query() -> None:
     assert mask.data_ptr() == 0  # it has no matrix
 
 
-def of_packed(attn: str, position_ids: Tensor) -> Any:
+def of_packed(attn: str, position_ids: Tensor, make: Callable[..., Any] = create_causal_mask) -> Any:
     """What a model of transformers makes its mask of."""
     register()
     config = LlamaConfig()
+    config.update({"sliding_window": 2})
     config._attn_implementation = attn
-    return create_causal_mask(config, torch.zeros(*position_ids.shape, 4), None, None, position_ids=position_ids)
+    return make(config, torch.zeros(*position_ids.shape, 4), None, None, position_ids=position_ids)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,6 +85,16 @@ def test_the_mask_of_packed_samples_is_eagers_and_stores_two_ends_a_query(starts
     assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
     expected = of_packed("eager", position_ids)
     assert torch.equal((mask + 0).expand_as(expected), expected)
+
+
+def test_packed_samples_under_another_pattern_are_the_matrix() -> None:
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    mask, expected = (
+        of_packed(attn, position_ids, create_sliding_window_causal_mask) for attn in ("mmkernels", "eager")
+    )
+    assert not isinstance(mask, IntervalMask) and torch.equal(mask, expected)
+    plain_packed = of_packed("eager", position_ids)
+    assert not torch.equal(expected, plain_packed)
 
 
 def test_a_causal_mask_without_padding_keeps_its_name_for_the_libraries_that_know_it() -> None:
