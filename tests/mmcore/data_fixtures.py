@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data import LoaderSpec, PairData, Reader, TrainLoader
+from mmcore.data import DataConfig, LoaderSpec, PairData, Reader, TrainLoader, open_data
 from mmcore.data.collate import collate_pairs, pair_sample
 
 
@@ -105,6 +105,18 @@ def write_lavis(folder: Path, num_images: int) -> str:
     return write_json(folder / "karpathy.json", records)
 
 
+def write_lavis_questions(folder: Path, num_images: int) -> str:
+    """Two of each image, with three answers."""
+    write_images(folder, [f"{i}.jpg" for i in range(num_images)])
+    answers = [["a", "a", f"b{i}"] for i in range(num_images)]
+    records = [
+        {"image": f"{i}.jpg", "question": f"question {k}?", "answer": answers[i], "question_id": 2 * i + k}
+        for i in range(num_images)
+        for k in range(2)
+    ]
+    return write_json(folder / "questions.json", records)
+
+
 def write_coco(folder: Path, num_images: int, captions_each: int = 1, first: int = 0) -> str:
     """COCO's captions of images `first` and so on, in turns: the captions of an image do not lie together."""
     numbers = range(first, first + num_images)
@@ -166,6 +178,29 @@ class PairSpec(LoaderSpec):
 def spec(batch_size: int = 4, rank: int = 0, world_size: int = 1, seed: int = 3, **rest) -> PairSpec:
     """Of small images."""
     return PairSpec(batch_size, rank, world_size, seed, **rest)
+
+
+def opened(data: object = "digits", seed: int = 0, **config: Any) -> PairData:
+    """By its name, a file's too."""
+    return open_data(DataConfig(data=str(data), **config), seed=seed)
+
+
+def opened_json(path: Path, content: object, **config: Any) -> PairData:
+    """All of a JSON file, of which nothing is held out."""
+    return opened(write_json(path, content), val_fraction=0.0, **config)
+
+
+def opened_kind(kind: str, folder: Path, **config: Any) -> PairData:
+    """Small data of each kind."""
+    if kind == "stamps":
+        return opened("stamps", stamps_dir=write_stamps(folder / "stamps"), **config)
+    if kind == "vqa":
+        questions, annotations = write_vqa(folder, 12)
+        return opened(questions, annotations=annotations, **config)
+    writers = {"csv": partial(write_pairs, folder, 17), "lavis": partial(write_lavis, folder, 17)}
+    writers |= {"coco": partial(write_coco, folder, 17), "shards": partial(write_shards, folder, 5, 6)}
+    writers |= {"lavis questions": partial(write_lavis_questions, folder, 12)}
+    return opened(writers[kind]() if kind in writers else kind, **config)
 
 
 class PairLoader:

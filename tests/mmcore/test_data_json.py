@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmcore.data import DataConfig, open_data
 from mmcore.data.sources.json_formats import read_json
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     fake_tokenizer,
+    opened,
     spec,
     take,
     train_loader,
@@ -28,7 +28,7 @@ from tests.refusals import refuses
 
 
 def _open(content: object, folder: Path, **config):
-    return open_data(DataConfig(data=write_json(folder / "x.json", content), **config), seed=0)
+    return opened(write_json(folder / "x.json", content), **config)
 
 
 def _image_ids(data, num: int) -> dict[str, int]:
@@ -55,7 +55,7 @@ def test_lavis_captions_are_one_or_several_and_image_ids_text_or_numbers(tmp_pat
 
 
 def test_coco_captions_of_an_image_share_its_id_and_are_told_from_those_of_others(tmp_path: Path) -> None:
-    data = open_data(DataConfig(data=write_coco(tmp_path, 4, captions_each=3), val_fraction=0.0), seed=0)
+    data = opened(write_coco(tmp_path, 4, captions_each=3), val_fraction=0.0)
     assert data.num_train == 12
     batch = next(train_loader(data, spec(12), None))
     numbers = torch.tensor([int(c.split()[1].strip(",")) for c in batch.captions])
@@ -69,7 +69,7 @@ def test_image_ids_do_not_depend_on_where_the_images_lie(tmp_path: Path) -> None
     found = []
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
-        data = open_data(DataConfig(data=write_lavis(tmp_path / place, 5), val_fraction=0.0), seed=0)
+        data = opened(write_lavis(tmp_path / place, 5), val_fraction=0.0)
         found.append(_image_ids(data, 5))
     assert found[0] == found[1]
 
@@ -78,7 +78,7 @@ def test_image_ids_do_not_depend_on_where_the_images_lie(tmp_path: Path) -> None
 def test_several_captions_of_an_image_resume_exactly_on_two_ranks(workers: int, tmp_path: Path) -> None:
     path = write_coco(tmp_path, 12, captions_each=2)
     (tmp_path / "3.jpg").write_bytes(b"broken")
-    data = open_data(DataConfig(data=path, max_broken=0.5, val_fraction=0.0), seed=0)
+    data = opened(path, max_broken=0.5, val_fraction=0.0)
     ranks = []
     for rank in range(2):
         unbroken = train_loader(data, spec(3, rank, 2, workers=workers), fake_tokenizer)
@@ -104,10 +104,10 @@ def test_a_broken_image_of_json_is_counted_and_stops_the_run_above_the_limit(tmp
     path = write_coco(tmp_path, 10)
     (tmp_path / "4.jpg").write_bytes(b"GIF?")
     (tmp_path / "5.jpg").unlink()
-    loader = train_loader(open_data(DataConfig(data=path, val_fraction=0.0, max_broken=0.5), seed=0), spec(4), None)
+    loader = train_loader(opened(path, val_fraction=0.0, max_broken=0.5), spec(4), None)
     take(loader, 2 * loader.steps_per_epoch)
     assert set(loader.broken) == {"not an image", "missing file"}
-    strict = train_loader(open_data(DataConfig(data=path, val_fraction=0.0), seed=0), spec(4), None)
+    strict = train_loader(opened(path, val_fraction=0.0), spec(4), None)
     refuses(r"records of .* are broken .* more than max_broken=0.01", take, strict, 5)
 
 
@@ -170,13 +170,13 @@ def test_a_name_that_no_file_can_have_is_a_broken_image(tmp_path: Path) -> None:
 def test_a_file_of_no_known_format_says_what_it_holds(content: object, got: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     known = "" if isinstance(content, bytes) else "must hold LAVIS's captions .* COCO's .* VQAv2's .*"
-    refuses(rf"data='.*x.json' {known}{got}", open_data, DataConfig(data=str(tmp_path / "x.json")), seed=0)
+    refuses(rf"data='.*x.json' {known}{got}", opened, tmp_path / "x.json")
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     path = Path(write_lavis(tmp_path, 3))
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert open_data(DataConfig(data=str(path), val_fraction=0.0), seed=0).num_train == 3
+    assert opened(path, val_fraction=0.0).num_train == 3
 
 
 def test_other_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_other_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
         ({"data": str(write_json(tmp_path / "one.json", [{"image": "0.jpg", "caption": "x"}]))}, "at least 2 training"),
     ]
     for config, sentence in mistakes:
-        refuses(sentence, open_data, DataConfig(**config), seed=0)
+        refuses(sentence, opened, **config)
 
 
 def test_records_that_are_all_broken_are_none(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_split_leaves_no_image_and_no_caption_on_both_sides(tmp_path: Path) ->
     write_images(tmp_path, [f"{i}.jpg" for i in range(30)])
     records = [{"image": f"{i}.jpg", "caption": [f"c{i}", f"d{i // 2}"], "image_id": i // 3} for i in range(30)]
     for seed in range(5):
-        data = open_data(DataConfig(data=write_json(tmp_path / "x.json", records), val_fraction=0.3), seed=seed)
+        data = opened(write_json(tmp_path / "x.json", records), val_fraction=0.3, seed=seed)
         assert data.val is not None and len(data.val.captions) < 10
         held_out = {c for captions in data.val.captions for c in captions}
         train = set(data.captions())
@@ -234,7 +234,7 @@ def test_a_split_leaves_no_image_and_no_caption_on_both_sides(tmp_path: Path) ->
 
 def test_a_held_out_file_gives_each_image_with_all_of_its_captions(tmp_path: Path) -> None:
     train, val = write_coco(tmp_path, 4), write_coco(tmp_path, 3, captions_each=2, first=10)
-    data = open_data(DataConfig(data=train, val_data=val), seed=0)
+    data = opened(train, val_data=val)
     assert data.num_train == 4 and data.val is not None
     assert data.val.captions == [[f"thing {i}, said {turn} times" for turn in (0, 1)] for i in (10, 11, 12)]
     assert [i for _, indices in data.val.batches(2, 8) for i in indices.tolist()] == [0, 1, 2]
@@ -247,7 +247,7 @@ def test_a_linked_folder_does_not_hide_that_images_are_shared(tmp_path: Path) ->
     (tmp_path / "b").symlink_to(tmp_path / "a")
     val = write_json(tmp_path / "val.json", [{"image": "b/val2014/COCO_val2014_000000000002.jpg", "caption": "x"}])
     with pytest.raises(ValueError, match="val_data must not share images with data, got 1 in both"):
-        open_data(DataConfig(data=train, val_data=val), seed=0)
+        opened(train, val_data=val)
 
 
 def test_parsing_needs_less_than_half_of_the_memory_of_the_whole_file(tmp_path: Path) -> None:
@@ -266,5 +266,5 @@ def test_parsing_needs_less_than_half_of_the_memory_of_the_whole_file(tmp_path: 
 def test_a_table_has_the_image_ids_of_its_images(tmp_path: Path) -> None:
     table = Path(write_pairs(tmp_path, 4))
     table.write_text(table.read_text() + "images/0.png\tthing again\n")
-    ids = _image_ids(open_data(DataConfig(data=str(table), val_fraction=0.0), seed=0), 5)
+    ids = _image_ids(opened(table, val_fraction=0.0), 5)
     assert ids["thing again"] == ids["thing number 0"] and len(set(ids.values())) == 4

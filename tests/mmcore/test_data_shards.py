@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.data import DataConfig, open_data
 from mmcore.data.sources import shards, tar
 from mmcore.data.sources.shards import ShardBatches
 from tests.mmcore.data_fixtures import (
@@ -16,6 +15,7 @@ from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     fake_tokenizer,
     image_bytes,
+    opened,
     pair_reader,
     spec,
     take,
@@ -30,7 +30,7 @@ def _loader(folder: Path, members: list, max_broken: float = 1.0, **config) -> P
     """Loader of one shard of `members` between ten sound pairs, batches of five."""
     sound = [(f"ok{i}.{s}", d) for i in range(10) for s, d in (("jpg", image_bytes(i)), ("txt", b"a caption"))]
     path = write_tar(folder / "x.tar", [*sound[:10], *members, *sound[10:]])
-    data = open_data(DataConfig(data=str(path), max_broken=max_broken, **config), seed=0)
+    data = opened(path, max_broken=max_broken, **config)
     return train_loader(data, spec(5), fake_tokenizer)
 
 
@@ -63,7 +63,7 @@ def test_streams_are_disjoint_and_together_hold_every_sample(world_size: int, wo
 
 
 def test_passes_differ_in_order_and_samples_of_different_shards_mix(tmp_path: Path) -> None:
-    loader = train_loader(open_data(DataConfig(data=write_shards(tmp_path, 4, 4)), seed=0), spec(4), fake_tokenizer)
+    loader = train_loader(opened(write_shards(tmp_path, 4, 4)), spec(4), fake_tokenizer)
     first, second = take(loader, 4), take(loader, 4)
     assert [b.ids for b in first] != [b.ids for b in second]
     assert any(len({i.split(":")[0] for i in b.ids}) > 1 for b in first)
@@ -73,7 +73,7 @@ def test_a_small_buffer_resumes_exactly_amid_broken_records(tmp_path: Path, monk
     monkeypatch.setattr(shards, "SHUFFLE_BUFFER", 3)
     pattern = write_shards(tmp_path, 2, 9)
     write_tar(tmp_path / "002.tar", [*_pair("a"), ("b.jpg", b"junk"), ("b.txt", b"x"), *_pair("/c"), ("d.txt", b"x")])
-    data = open_data(DataConfig(data=pattern.replace("001", "002"), max_broken=0.5), seed=0)
+    data = opened(pattern.replace("001", "002"), max_broken=0.5)
     unbroken = train_loader(data, spec(4), fake_tokenizer)
     for _ in range(9):
         state = unbroken.state_dict()
@@ -121,7 +121,7 @@ def test_the_image_id_is_that_of_the_json_member_or_else_the_samples_own(tmp_pat
             members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", b"a caption")]
             members += [(f"{i}.json", metadata)] if metadata is not None else []
         write_tar(tmp_path / f"{shard}.tar", members)
-    data = open_data(DataConfig(data=str(tmp_path / "{0..1}.tar")), seed=0)
+    data = opened(str(tmp_path / "{0..1}.tar"))
     batch = next(train_loader(data, spec(10), None))
     image_ids = dict(zip(batch.ids, batch.image_ids.tolist(), strict=True))
     shared = {image_ids[f"{shard}.tar:{i}"] for shard in range(2) for i in range(2)}
@@ -154,20 +154,20 @@ def test_a_truncated_shard_counts_once_and_its_sound_part_is_used(cut: int, tmp_
     pattern = write_shards(tmp_path, 2, 8)
     whole = (tmp_path / "001.tar").read_bytes()
     (tmp_path / "001.tar").write_bytes(whole[:cut])
-    data = open_data(DataConfig(data=pattern, num_samples=9, max_broken=1.0), seed=0)
+    data = opened(pattern, num_samples=9, max_broken=1.0)
     loader = train_loader(data, spec(3), fake_tokenizer)
     ids = {i for batch in take(loader, 5) for i in batch.ids}
     assert loader.broken["damaged tar"] == 1 and any(i.startswith("001") for i in ids)
     with pytest.raises(ValueError, match=r"001.tar must be an undamaged, uncompressed tar .*num_samples"):
-        open_data(DataConfig(data=pattern), seed=0)
+        opened(pattern)
 
 
 def test_compressed_and_piped_shards_train_when_num_samples_is_given(tmp_path: Path) -> None:
     write_shards(tmp_path, 1, 6)
     (tmp_path / "z.tar.gz").write_bytes(gzip.compress((tmp_path / "000.tar").read_bytes()))
     for url in (str(tmp_path / "z.tar.gz"), f"pipe:cat {tmp_path}/000.tar"):
-        refuses("num_samples", open_data, DataConfig(data=url), seed=0)
-        data = open_data(DataConfig(data=url, num_samples=6), seed=0)
+        refuses("num_samples", opened, url)
+        data = opened(url, num_samples=6)
         loader = train_loader(data, spec(3), fake_tokenizer)
         assert len({i for batch in take(loader, 2) for i in batch.ids}) == 6
         take(loader, 5)
@@ -178,7 +178,7 @@ def test_compressed_and_piped_shards_train_when_num_samples_is_given(tmp_path: P
 def test_a_pipe_that_fails_is_counted_as_a_damaged_shard(command: str, tmp_path: Path) -> None:
     write_shards(tmp_path, 1, 6)
     url = f"{tmp_path}/000.tar::pipe:{command.format(tmp_path)}"
-    data = open_data(DataConfig(data=url, num_samples=6, max_broken=1.0), seed=0)
+    data = opened(url, num_samples=6, max_broken=1.0)
     loader = train_loader(data, spec(3), fake_tokenizer)
     take(loader, 5)
     # webdataset drops what is unread when it learns of the failure, so the last sample may lack its caption.
@@ -195,16 +195,16 @@ def test_a_pipe_may_be_left_half_read(tmp_path: Path) -> None:
 
 def test_num_samples_sets_the_steps_of_an_epoch_and_else_is_counted(tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, 3, 5)
-    counted = open_data(DataConfig(data=pattern), seed=0)
+    counted = opened(pattern)
     assert counted.num_train == 15
-    given = open_data(DataConfig(data=pattern, num_samples=9), seed=0)
+    given = opened(pattern, num_samples=9)
     loader = train_loader(given, spec(4), fake_tokenizer)
     assert (given.num_train, loader.steps_per_epoch) == (9, 2)
     assert [batch.epoch for batch in take(loader, 5)] == [0, 0, 1, 1, 2]
 
 
 def test_captions_are_those_of_the_training_shards_in_order(tmp_path: Path) -> None:
-    data = open_data(DataConfig(data=write_shards(tmp_path, 2, 3)), seed=0)
+    data = opened(write_shards(tmp_path, 2, 3))
     assert list(data.captions()) == [f"caption number {i}" for i in range(6)]
 
 
@@ -212,7 +212,7 @@ def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> No
     for name in ("train", "val"):
         (tmp_path / name).mkdir()
     train, val = write_shards(tmp_path / "train", 2, 3), write_shards(tmp_path / "val", 2, 4)
-    held_out = open_data(DataConfig(data=train, val_data=val), seed=0).val
+    held_out = opened(train, val_data=val).val
     assert held_out is not None and held_out.captions == [[f"caption number {i}"] for i in range(8)]
     assert held_out.labels is None
     assert [i for _, indices in held_out.batches(3, 8) for i in indices.tolist()] == list(range(8))
@@ -224,7 +224,7 @@ def test_names_and_image_ids_that_are_no_unicode_train(tmp_path: Path) -> None:
     for i, name in enumerate(["a", "b\udcff", "c\udcfe"]):  # how Python reads bytes that are not UTF-8
         members += [(f"{name}.jpg", image_bytes(i)), (f"{name}.txt", b"a caption")]
     members += [("c\udcfe.json", b'{"image_id": "\\ud800"}')]
-    data = open_data(DataConfig(data=str(write_tar(tmp_path / "x.tar", members))), seed=0)
+    data = opened(str(write_tar(tmp_path / "x.tar", members)))
     loader = train_loader(data, spec(3), fake_tokenizer)
     assert len(set(next(loader).image_ids.tolist())) == 3 and loader.broken == {}
 
@@ -235,7 +235,7 @@ def test_held_out_shards_of_one_file_name_in_two_folders_are_not_mixed_up(tmp_pa
     for name in "ab":
         write_shards(tmp_path / name, 1, 3)
     train = write_shards(tmp_path / "train", 1, 3)
-    data = open_data(DataConfig(data=train, val_data=str(tmp_path / "{a,b}" / "000.tar")), seed=0)
+    data = opened(train, val_data=str(tmp_path / "{a,b}" / "000.tar"))
     assert data.val is not None and len(data.val) == 6
 
 
@@ -245,14 +245,14 @@ def test_held_out_samples_of_one_image_id_are_one_image(tmp_path: Path) -> None:
         members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", f"caption {i}".encode())]
         members += [(f"{i}.json", metadata)] if metadata is not None else []
     val = write_tar(tmp_path / "val.tar", members)
-    data = open_data(DataConfig(data=write_shards(tmp_path, 2, 3), val_data=str(val), max_broken=0.2), seed=0)
+    data = opened(write_shards(tmp_path, 2, 3), val_data=str(val), max_broken=0.2)
     assert data.val is not None
     assert data.val.captions == [["caption 0", "caption 2"], ["caption 1"], ["caption 3"], ["caption 4"]]
     assert list(data.val.indices) == [0, 1, 3, 4]
 
 
 def test_more_streams_than_shards_are_refused(tmp_path: Path) -> None:
-    data = open_data(DataConfig(data=write_shards(tmp_path, 3, 4)), seed=0)
+    data = opened(write_shards(tmp_path, 3, 4))
     with pytest.raises(ValueError, match=r"world_size x workers must be at most the 3 shards, got 2 x 2"):
         train_loader(data, spec(1, 0, 2, workers=2), fake_tokenizer)
 
@@ -260,8 +260,8 @@ def test_more_streams_than_shards_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_without_a_pair_stop_the_first_batch(workers: int, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
-    refuses(r"must hold at least 2 pairs .* got 0", open_data, DataConfig(data=str(path)), seed=0)
-    data = open_data(DataConfig(data=str(path), num_samples=5, max_broken=1.0), seed=0)
+    refuses(r"must hold at least 2 pairs .* got 0", opened, path)
+    data = opened(path, num_samples=5, max_broken=1.0)
     with pytest.raises(ValueError, match=r"rank 0 found none among 2 samples; x.tar:.: no caption"):
         next(train_loader(data, spec(2, workers=workers), fake_tokenizer))
 
@@ -274,11 +274,11 @@ def test_too_many_broken_records_stop_the_run_at_the_end_of_the_epoch(tmp_path: 
 def test_bad_names_of_shards_are_refused_in_one_sentence(tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, 2, 3)
     with pytest.raises(ValueError, match=r"1 of 3 are missing, the first is .*002.tar"):
-        open_data(DataConfig(data=pattern.replace("001}", "002}")), seed=0)
-    refuses("must name each shard once", open_data, DataConfig(data=str(tmp_path / "{000,000}.tar")), seed=0)
+        opened(pattern.replace("001}", "002}"))
+    refuses("must name each shard once", opened, str(tmp_path / "{000,000}.tar"))
     with pytest.raises(ValueError, match="val_data must not share shards with data"):
-        open_data(DataConfig(data=pattern, val_data=str(tmp_path / "001.tar")), seed=0)
+        opened(pattern, val_data=str(tmp_path / "001.tar"))
     with pytest.raises(ValueError, match=r"val_data must be local files, got 'pipe:cat x.tar'"):
-        open_data(DataConfig(data=pattern, val_data="pipe:cat x.tar"), seed=0)
+        opened(pattern, val_data="pipe:cat x.tar")
     empty = write_tar(tmp_path / "empty.tar", [])
-    refuses("must hold at least one pair, got none", open_data, DataConfig(data=pattern, val_data=str(empty)), seed=0)
+    refuses("must hold at least one pair, got none", opened, pattern, val_data=str(empty))

@@ -12,6 +12,7 @@ from mmcore.data.held_out import open_held_out
 from tests.mmcore.data_fixtures import (
     fake_tokenizer,
     image_bytes,
+    opened,
     spec,
     take,
     train_loader,
@@ -37,7 +38,7 @@ def test_paths_are_relative_to_the_table_or_absolute(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(image_bytes(1))
     absolute = str(tmp_path / "elsewhere" / "b.png")
     table = write_table(tmp_path, [HEADER, ["a.png", "one"], [absolute, "two"]])
-    data = open_data(DataConfig(data=table, val_fraction=0.0), seed=0)
+    data = opened(table, val_fraction=0.0)
     assert data.val is None
     assert set(next(train_loader(data, spec(2), fake_tokenizer)).ids) == {str(tmp_path / "a.png"), absolute}
     assert list(data.captions()) == ["one", "two"]
@@ -52,7 +53,7 @@ def test_other_columns_separators_and_a_byte_order_mark_are_read(tmp_path: Path)
     assert list(open_data(config, seed=0).captions()) == ["a, 0", "a, 1", "a, 2"]
     tab = write_table(tmp_path, [HEADER, *([p, "x"] for p in paths)], "\t", "tab.tsv")
     # What a shell passes for --csv-separator '\t'.
-    assert open_data(DataConfig(data=tab, csv_separator="\\t", val_fraction=0.0), seed=0).num_train == 3
+    assert opened(tab, csv_separator="\\t", val_fraction=0.0).num_train == 3
 
 
 @pytest.mark.parametrize(("row", "reason"), [
@@ -64,24 +65,24 @@ def test_a_bad_line_is_counted_logged_and_left_out(row: list[str], reason: str, 
     paths = _images(tmp_path, 4)
     table = write_table(tmp_path, [HEADER, [paths[0], "good"], row, *([p, "good"] for p in paths[1:])])
     with caplog.at_level(logging.WARNING, "mmcore.data"):
-        data = open_data(DataConfig(data=table, val_fraction=0.0, max_broken=0.2), seed=0)
+        data = opened(table, val_fraction=0.0, max_broken=0.2)
     assert caplog.messages == [f"skipped pairs.csv:3: {reason}"] and data.num_train == 4
     loader = train_loader(data, spec(2), fake_tokenizer)
     take(loader, 4)
     assert loader.broken == {reason: 1}
     with pytest.raises(ValueError, match=rf"1 of 5 records of data=.* are broken \({reason} 1\)"):
-        open_data(DataConfig(data=table, val_fraction=0.0, max_broken=0.19), seed=0)
+        opened(table, val_fraction=0.0, max_broken=0.19)
 
 
 def test_a_missing_image_is_counted_and_all_missing_is_an_error_at_once(tmp_path: Path) -> None:
     paths = _images(tmp_path, 9)
     rows = [HEADER, *([p, f"c{i}"] for i, p in enumerate([*paths, "gone.png"]))]
-    data = open_data(DataConfig(data=write_table(tmp_path, rows), val_fraction=0.0, max_broken=0.5), seed=0)
+    data = opened(write_table(tmp_path, rows), val_fraction=0.0, max_broken=0.5)
     loader = train_loader(data, spec(5), fake_tokenizer)
     take(loader, 4)
     assert loader.broken == {"missing file": 2}
     table = write_table(tmp_path, [HEADER, *([f"no/{i}.png", "x"] for i in range(500))], name="gone.csv")
-    refuses(r"none of 100 tried exists, the first is .*no/0.png", open_data, DataConfig(data=table), seed=0)
+    refuses(r"none of 100 tried exists, the first is .*no/0.png", opened, table)
 
 
 def test_an_image_with_several_captions_is_one_held_out_image(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_a_table_that_cannot_be_read_as_asked_is_refused(content: bytes, config:
     table.write_bytes(content)
     (tmp_path / "a.png").write_bytes(image_bytes(0))
     given: dict[str, Any] = {"data": str(table)} | {k: str(table) if v == "TABLE" else v for k, v in config.items()}
-    refuses(sentence, open_data, DataConfig(**given), seed=0)
+    refuses(sentence, opened, **given)
 
 
 def test_every_image_of_a_json_file_comes_once_with_all_of_its_captions(tmp_path: Path) -> None:

@@ -209,9 +209,7 @@ def test_bad_input_is_refused_by_name() -> None:
     refuses("^cosine: num_updates must be at least 1, got 0", cosine, 0.9, 1.0, 0)
     refuses("^EMA: decay of update 0 must be from 0 to 1, got 2.0", EMA(model, lambda t: 2.0).update)
     load = EMA(model).load_state_dict
-    refuses(
-        "^EMA.load_state_dict: state must have .*, got .*0.bias", load, EMA(small()).state_dict()
-    )
+    refuses("^EMA.load_state_dict: state must have .*, got .*0.bias", load, EMA(small()).state_dict())
     refuses(r"^EMA: weight must be \[3, 2\], got \[2, 2\]", load, EMA(narrow).state_dict())
     refuses("^EMA: model must have 1.num_batches_tracked, got none", EMA(small()).copy_to, model)
     model.weight.ds_id = 0  # pyright: ignore
