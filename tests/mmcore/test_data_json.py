@@ -4,18 +4,15 @@ import json
 import logging
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mmcore.data.sources.json_formats import read_json
 from tests.mmcore.data_fixtures import (
-    assert_equal_batches,
-    fake_tokenizer,
     opened,
+    opened_json,
     spec,
-    take,
     train_loader,
     write_coco,
     write_images,
@@ -25,10 +22,6 @@ from tests.mmcore.data_fixtures import (
     write_vqa,
 )
 from tests.refusals import refuses
-
-
-def _open(content: object, folder: Path, **config):
-    return opened(write_json(folder / "x.json", content), **config)
 
 
 def _image_ids(data, num: int) -> dict[str, int]:
@@ -47,7 +40,7 @@ def test_lavis_captions_are_one_or_several_and_image_ids_text_or_numbers(tmp_pat
         {"image": "d.jpg", "caption": "seven", "image_id": "7"},
         {"image": "c.jpg", "caption": "eight", "image_id": None},
     ]
-    data = _open(records, tmp_path, val_fraction=0.0)
+    data = opened_json(tmp_path / "x.json", records)
     assert list(data.captions()) == "one two three four five six seven eight".split()
     ids = _image_ids(data, 8)
     groups = [{"one", "two"}, {"three", "four", "seven"}, {"five", "six", "eight"}]
@@ -74,43 +67,6 @@ def test_image_ids_do_not_depend_on_where_the_images_lie(tmp_path: Path) -> None
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_several_captions_of_an_image_resume_exactly_on_two_ranks(workers: int, tmp_path: Path) -> None:
-    path = write_coco(tmp_path, 12, captions_each=2)
-    (tmp_path / "3.jpg").write_bytes(b"broken")
-    data = opened(path, max_broken=0.5, val_fraction=0.0)
-    ranks = []
-    for rank in range(2):
-        unbroken = train_loader(data, spec(3, rank, 2, workers=workers), fake_tokenizer)
-        take(unbroken, 3)
-        state = json.loads(json.dumps(unbroken.state_dict()))
-        want = take(unbroken, 6)
-        resumed = train_loader(data, spec(3, rank, 2, workers=workers), fake_tokenizer)
-        resumed.load_state_dict(state)
-        assert_equal_batches(take(resumed, 6), want)
-        assert resumed.broken == unbroken.broken
-        ranks.append(want)
-    # Every image is seen by both ranks in two epochs, under one image_id; the broken one by none.
-    of_rank = [
-        {n: i for batch in batches for n, i in zip(batch.ids, batch.image_ids.tolist(), strict=True)}
-        for batches in ranks
-    ]
-    shared = of_rank[0].keys() & of_rank[1].keys()
-    assert len(shared) > 3 and all(of_rank[0][name] == of_rank[1][name] for name in shared)
-    assert not any(name.endswith("/3.jpg") for seen in of_rank for name in seen)
-
-
-def test_a_broken_image_of_json_is_counted_and_stops_the_run_above_the_limit(tmp_path: Path) -> None:
-    path = write_coco(tmp_path, 10)
-    (tmp_path / "4.jpg").write_bytes(b"GIF?")
-    (tmp_path / "5.jpg").unlink()
-    loader = train_loader(opened(path, val_fraction=0.0, max_broken=0.5), spec(4), None)
-    take(loader, 2 * loader.steps_per_epoch)
-    assert set(loader.broken) == {"not an image", "missing file"}
-    strict = train_loader(opened(path, val_fraction=0.0), spec(4), None)
-    refuses(r"records of .* are broken .* more than max_broken=0.01", take, strict, 5)
-
-
 @pytest.mark.parametrize(("record", "reason"), [
     ({"image": "a.jpg"}, "no caption"), ({"image": "a.jpg", "caption": []}, "caption is not text"),
     ({"image": "a.jpg", "caption": " "}, "empty caption"),
@@ -124,15 +80,15 @@ def test_a_broken_image_of_json_is_counted_and_stops_the_run_above_the_limit(tmp
 ])  # fmt: skip
 def test_a_bad_record_is_counted_logged_and_left_out(record: object, reason: str, tmp_path: Path, caplog):
     write_images(tmp_path, ["a.jpg"])
-    good = [{"image": "a.jpg", "caption": f"good {i}"} for i in range(4)]
+    records = [*({"image": "a.jpg", "caption": f"good {i}"} for i in range(4)), record]
     with caplog.at_level(logging.WARNING, "mmcore.data"):
-        data = _open([*good, record], tmp_path, val_fraction=0.0, max_broken=0.2)
+        data = opened_json(tmp_path / "x.json", records, max_broken=0.2)
     number = 5 if "good" in str(record) else 4
     assert caplog.messages == [f"skipped x.json, caption {number}: {reason}"]
     assert set(data.captions()) == {f"good {i}" for i in range(4)} | ({"good"} if number == 5 else set())
     assert train_loader(data, spec(2), None).broken == {reason: 1}
-    with pytest.raises(ValueError, match=rf"1 of . records of data=.* are broken \({reason} 1\)"):
-        _open([*good, record], tmp_path, val_fraction=0.0, max_broken=0.1)
+    message = rf"1 of . records of data=.* are broken \({reason} 1\)"
+    refuses(message, opened, tmp_path / "x.json", val_fraction=0.0, max_broken=0.1)
 
 
 @pytest.mark.parametrize(("annotation", "reason"), [
@@ -145,15 +101,15 @@ def test_a_bad_record_is_counted_logged_and_left_out(record: object, reason: str
 def test_a_bad_annotation_of_coco_is_counted(annotation: dict, reason: str, tmp_path: Path) -> None:
     write_images(tmp_path, ["a.jpg"])
     images = [{"id": 0, "file_name": "a.jpg"}, {"id": 1}, {"id": []}, "odd"]
-    good = [{"image_id": 0, "caption": f"good {i}"} for i in range(3)]
-    data = _open({"images": images, "annotations": [*good, annotation]}, tmp_path, max_broken=1, val_fraction=0.0)
+    annotations = [*({"image_id": 0, "caption": f"good {i}"} for i in range(3)), annotation]
+    data = opened_json(tmp_path / "x.json", {"images": images, "annotations": annotations}, max_broken=1)
     assert data.num_train == 3 and data.broken == {reason: 1}
 
 
 def test_a_name_that_no_file_can_have_is_a_broken_image(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.jpg"])
     records = [{"image": name, "caption": "x"} for name in ("a.jpg", "a.jpg", "a.jpg", "a\0.jpg")]
-    loader = train_loader(_open(records, tmp_path, val_fraction=0.0, max_broken=0.5), spec(4), None)
+    loader = train_loader(opened_json(tmp_path / "x.json", records, max_broken=0.5), spec(4), None)
     next(loader)
     assert loader.broken == {"unreadable file": 1}
 
@@ -180,43 +136,31 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
 
 
 def test_other_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
-    coco = write_coco(tmp_path, 5)
-    questions, annotations = write_vqa(tmp_path, 4)
-    empty = tmp_path / "empty"
+    coco, (questions, annotations), empty = write_coco(tmp_path, 5), write_vqa(tmp_path, 4), tmp_path / "empty"
     empty.mkdir()
-    mistakes: list[tuple[dict[str, Any], str]] = [
-        ({"data": "no.json"}, r"data must be an existing file, got 'no.json'"),
-        ({"data": coco, "val_data": "no.json"}, r"val_data must be an existing file, got 'no.json'"),
-        ({"data": coco, "image_root": "nowhere"}, r"image_root must be an existing folder, got 'nowhere'"),
-        ({"data": coco, "image_root": str(empty)}, r"image_root must be the folder .* none of 5 tried .*0.jpg$"),
-        ({"data": coco, "annotations": annotations}, r"annotations='.*' has no effect on .* COCO captions"),
-        ({"data": coco, "val_annotations": annotations}, r"val_annotations='.*' has no effect without val_data"),
-        ({"data": coco, "val_data": coco}, r"val_data must not share images with data, got 5 in both"),
-        (
-            {"data": coco, "val_data": questions, "val_annotations": annotations},
-            r"val_data must hold captions as data does, but '.*' holds questions",
-        ),
-        ({"data": str(write_json(tmp_path / "one.json", [{"image": "0.jpg", "caption": "x"}]))}, "at least 2 training"),
-    ]
-    for config, sentence in mistakes:
-        refuses(sentence, opened, **config)
-
-
-def test_records_that_are_all_broken_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold at least one caption, got none"):
-        _open([{"image": "", "caption": "x"}], tmp_path, max_broken=1.0)
+    refuses("data must be an existing file, got 'no.json'", opened, "no.json")
+    refuses("val_data must be an existing file, got 'no.json'", opened, coco, val_data="no.json")
+    refuses("image_root must be an existing folder, got 'nowhere'", opened, coco, image_root="nowhere")
+    refuses("image_root must be the folder .* none of 5 tried .*0.jpg$", opened, coco, image_root=str(empty))
+    refuses("annotations='.*' has no effect on .* COCO captions", opened, coco, annotations=annotations)
+    refuses("val_annotations='.*' has no effect without val_data", opened, coco, val_annotations=annotations)
+    refuses("val_data must not share images with data, got 5 in both", opened, coco, val_data=coco)
+    message = "val_data must hold captions as data does, but '.*' holds questions"
+    refuses(message, opened, coco, val_data=questions, val_annotations=annotations)
+    refuses("at least 2 training", opened, write_json(tmp_path / "one.json", [{"image": "0.jpg", "caption": "x"}]))
+    broken = write_json(tmp_path / "broken.json", [{"image": "", "caption": "x"}])
+    refuses("must hold at least one caption, got none", opened, broken, max_broken=1.0)
 
 
 def test_images_are_found_in_the_root_or_in_a_folder_right_below_it(tmp_path: Path) -> None:
     write_images(tmp_path, ["images/train2014/a.jpg", "images/val2014/b.jpg", "images/val2014/a2.jpg"])
     records = [{"image": "b.jpg", "caption": "x"}, {"image": "a2.jpg", "caption": "y"}]
+    wanted = {str(tmp_path / "images/val2014" / name) for name in ("b.jpg", "a2.jpg")}
     for root in ("images", "images/val2014"):
-        data = _open(records, tmp_path, image_root=str(tmp_path / root), val_fraction=0.0)
-        assert set(next(train_loader(data, spec(2), None)).ids) == {
-            str(tmp_path / "images" / "val2014" / name) for name in ("b.jpg", "a2.jpg")
-        }
+        data = opened_json(tmp_path / "x.json", records, image_root=str(tmp_path / root))
+        assert set(next(train_loader(data, spec(2), None)).ids) == wanted
     absolute = [{"image": str(tmp_path / "images/train2014/a.jpg"), "caption": c} for c in "xy"]
-    assert _open(absolute, tmp_path, val_fraction=0.0).num_train == 2
+    assert opened_json(tmp_path / "x.json", absolute).num_train == 2
 
 
 def test_a_split_leaves_no_image_and_no_caption_on_both_sides(tmp_path: Path) -> None:

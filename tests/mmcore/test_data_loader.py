@@ -41,7 +41,9 @@ READS += [(source, question_loader) for source in ("digits", "stamps", "vqa", "l
 def test_batches_after_a_resume_equal_those_of_the_unbroken_run(
     kind: str, loader_of: Any, workers: int, tmp_path: Path
 ):
-    data = opened_kind(kind, tmp_path)
+    data = opened_kind(kind, tmp_path, max_broken=0.5)
+    if kind == "coco":
+        (tmp_path / "3.jpg").write_bytes(b"broken")
     unbroken = loader_of(data, spec(3, workers=workers), fake_tokenizer)
     # Digits have 479 steps an epoch, the others pass the end of one here.
     take(unbroken, 5)
@@ -50,7 +52,8 @@ def test_batches_after_a_resume_equal_those_of_the_unbroken_run(
     resumed = loader_of(data, spec(3, workers=workers), fake_tokenizer)
     resumed.load_state_dict(state)
     assert_equal_batches(take(resumed, 12), want)
-    assert resumed.state_dict() == unbroken.state_dict()
+    assert resumed.state_dict() == unbroken.state_dict() and resumed.broken == unbroken.broken
+    assert set(resumed.broken) == ({"not an image"} if kind == "coco" else set())
     unbroken.load_state_dict(state)
     assert_equal_batches(take(unbroken, 12), want)
 
