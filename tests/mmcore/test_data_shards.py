@@ -4,6 +4,7 @@ import gzip
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,9 @@ def _loader(folder: Path, members: list, max_broken: float = 1.0, **config) -> P
     return train_loader(data, spec(5), fake_tokenizer)
 
 
-def _pair(name: str) -> list[tuple[str, bytes]]:
-    return [(f"{name}.jpg", image_bytes(99)), (f"{name}.txt", b"bad")]
+def _pair(name: str, number: int = 99, caption: str = "bad", metadata: bytes | None = None) -> list[tuple[str, bytes]]:
+    members = [(f"{name}.jpg", image_bytes(number)), (f"{name}.txt", caption.encode())]
+    return members if metadata is None else [*members, (f"{name}.json", metadata)]
 
 
 def _link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
@@ -116,11 +118,8 @@ def test_a_bad_member_is_counted_by_its_reason_and_never_trained_on(members: Cal
 def test_the_image_id_is_that_of_the_json_member_or_else_the_samples_own(tmp_path: Path) -> None:
     ids = [b'{"image_id": 7}', b'{"image_id": "7", "url": "x"}', b'{"image_id": null}', b'{"key": "x"}', None]
     for shard in range(2):
-        members = []
-        for i, metadata in enumerate(ids):
-            members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", b"a caption")]
-            members += [(f"{i}.json", metadata)] if metadata is not None else []
-        write_tar(tmp_path / f"{shard}.tar", members)
+        samples = [_pair(str(i), i, metadata=metadata) for i, metadata in enumerate(ids)]
+        write_tar(tmp_path / f"{shard}.tar", chain(*samples))
     data = opened(str(tmp_path / "{0..1}.tar"))
     batch = next(train_loader(data, spec(10), None))
     image_ids = dict(zip(batch.ids, batch.image_ids.tolist(), strict=True))
@@ -220,10 +219,8 @@ def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> No
 
 
 def test_names_and_image_ids_that_are_no_unicode_train(tmp_path: Path) -> None:
-    members = []
-    for i, name in enumerate(["a", "b\udcff", "c\udcfe"]):  # how Python reads bytes that are not UTF-8
-        members += [(f"{name}.jpg", image_bytes(i)), (f"{name}.txt", b"a caption")]
-    members += [("c\udcfe.json", b'{"image_id": "\\ud800"}')]
+    # how Python reads bytes that are not UTF-8
+    members = [*_pair("a", 0), *_pair("b\udcff", 1), *_pair("c\udcfe", 2, metadata=b'{"image_id": "\\ud800"}')]
     data = opened(str(write_tar(tmp_path / "x.tar", members)))
     loader = train_loader(data, spec(3), fake_tokenizer)
     assert len(set(next(loader).image_ids.tolist())) == 3 and loader.broken == {}
@@ -240,11 +237,8 @@ def test_held_out_shards_of_one_file_name_in_two_folders_are_not_mixed_up(tmp_pa
 
 
 def test_held_out_samples_of_one_image_id_are_one_image(tmp_path: Path) -> None:
-    members = []
-    for i, metadata in enumerate([b'{"image_id": 7}', b'{"image_id": 8}', b'{"image_id": 7}', None, b"{}", b""]):
-        members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", f"caption {i}".encode())]
-        members += [(f"{i}.json", metadata)] if metadata is not None else []
-    val = write_tar(tmp_path / "val.tar", members)
+    ids = [b'{"image_id": 7}', b'{"image_id": 8}', b'{"image_id": 7}', None, b"{}", b""]
+    val = write_tar(tmp_path / "val.tar", chain(*(_pair(str(i), i, f"caption {i}", x) for i, x in enumerate(ids))))
     data = opened(write_shards(tmp_path, 2, 3), val_data=str(val), max_broken=0.2)
     assert data.val is not None
     assert data.val.captions == [["caption 0", "caption 2"], ["caption 1"], ["caption 3"], ["caption 4"]]
