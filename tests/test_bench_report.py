@@ -33,9 +33,7 @@ def document() -> dict[str, Any]:
     return found
 
 
-def test_the_page_holds_every_op_and_contender_and_needs_nothing_beside_itself(
-    document: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_page_holds_every_op_and_contender_and_needs_nothing_beside_itself(document: dict[str, Any], tmp_path):
     written = write(tmp_path, [document])
     text = written[0].read_text()
     assert written[0].name == "report.html" and all(path.stat().st_size > 5000 for path in written)
@@ -86,9 +84,7 @@ def test_bars_say_how_many_times_as_long_as_ours_the_others_take(document: dict[
     assert bars("contrastive_loss", [case for case in part if case["extra_info"]["contender"] == "mmkernels"]) is None
 
 
-def test_without_a_file_it_reports_each_machine_folder(
-    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_file_it_reports_each_machine_folder(document: dict[str, Any], tmp_path: Path, monkeypatch, capsys):
     few = document | {"benchmarks": cases(document)[:4]}
     for machine in ("one", "two"):
         (tmp_path / machine).mkdir()
@@ -125,9 +121,7 @@ SUMMED = [
 ]
 
 
-def test_a_summary_sets_ours_against_the_best_other_at_each_ops_largest_case(
-    document: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_summary_sets_ours_against_the_best_other_at_each_ops_largest_case(document: dict[str, Any], tmp_path: Path):
     summed = document | {"benchmarks": SUMMED}
     assert {op: [r.ratio for r in found] for op, found in rivals([summed]).items()} == {
         "op": [0.5, 2.5],

@@ -38,9 +38,7 @@ READS += [(source, question_loader) for source in ("digits", "stamps", "vqa", "l
 
 @pytest.mark.parametrize(("kind", "loader_of"), [*READS, ("shards", train_loader)])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_after_a_resume_equal_those_of_the_unbroken_run(
-    kind: str, loader_of: Any, workers: int, tmp_path: Path
-):
+def test_batches_after_a_resume_equal_those_of_the_unbroken_run(kind: str, loader_of: Any, workers: int, tmp_path):
     data = opened_kind(kind, tmp_path, max_broken=0.5)
     if kind == "coco":
         (tmp_path / "3.jpg").write_bytes(b"broken")

@@ -135,6 +135,7 @@ class TestFeatureQueue:
         assert torch.equal(queue.features, again.features) and queue.num_enqueued == again.num_enqueued == 11
 
     def test_refuses_by_name(self) -> None:
-        for arguments, message in (((0, 2), "num_features must be at least 1"), ((2, 0), "dim must be at least 1")):
-            refuses(f"FeatureQueue: {message}, got 0", FeatureQueue, *arguments)
-        refuses(r"FeatureQueue: features must be \[B, 2\], got \[4, 3\]", FeatureQueue(5, 2).enqueue, torch.zeros(4, 3))
+        refuses("FeatureQueue: num_features must be at least 1, got 0", FeatureQueue, 0, 2)
+        refuses("FeatureQueue: dim must be at least 1, got 0", FeatureQueue, 2, 0)
+        message = r"FeatureQueue: features must be \[B, 2\], got \[4, 3\]"
+        refuses(message, FeatureQueue(5, 2).enqueue, torch.zeros(4, 3))

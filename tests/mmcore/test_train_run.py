@@ -76,12 +76,7 @@ def test_settings_that_change_the_result_may_not_change_on_resume():
 def test_the_loop_hands_the_engine_the_rate_and_decay_of_each_step(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "seed_step", lambda *_: 0)
     optim, calls = OptimConfig(schedule="linear", weight_decay_end=0.4), []
-
-    def taken(*arguments, **options):
-        calls.append((*arguments, options))
-        return 0.5
-
-    engine: Any = SimpleNamespace(step=taken)
+    engine: Any = SimpleNamespace(step=lambda *arguments, **options: (calls.append((*arguments, options)), 0.5)[1])
     recipe: Any = SimpleNamespace(
         run=RunConfig(), optim=optim, backward=lambda *_: {"loss": torch.tensor(1.0)}, after_step=lambda *_: None
     )
@@ -129,10 +124,9 @@ def test_metrics_after_the_checkpoint_are_dropped_with_a_half_written_line_and_g
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "accum", "save_every", "keep", "log_every"])
-def test_counts_below_one_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be at least 1, got 0"):
-        RunConfig(**{name: 0})  # pyright: ignore[reportArgumentType]
+def test_counts_below_one_are_refused_by_name():
+    for name in ("epochs", "steps", "batch_size", "accum", "save_every", "keep", "log_every"):
+        refuses(f"--{name.replace('_', '-')} must be at least 1, got 0", RunConfig, **{name: 0})
 
 
 SGD = OptimConfig(optimizer="sgd")
@@ -151,30 +145,23 @@ def test_flags_alone_give_zero_1_with_clipping_written_out(tmp_path):
     assert config["zero_optimization"] == {"stage": 1} and config["gradient_clipping"] == 1.0
     assert config["train_micro_batch_size_per_gpu"] == 8
     assert precision == ("amp_bf16" if torch.cuda.is_available() else "fp32")
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert resolve(tmp_path, offloaded)[0]["zero_force_ds_cpu_optimizer"] is False  # not DeepSpeed's own Adam
 
 
 def test_users_json_is_kept_and_completed(tmp_path):
-    theirs = {
-        "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto"}, "gradient_clipping": 0.5,
-        "bf16": {"enabled": "auto"}, "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto", "wall_clock_breakdown": True,
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.98]}},
-    }  # fmt: skip
-    config, precision = resolve(tmp_path, theirs, precision="fp32")
-    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": True} and config["gradient_clipping"] == 0.5
-    assert config["wall_clock_breakdown"] is True and precision == "fp32" and "optimizer" not in config
-    assert "auto" not in json.dumps(config)
-
-
-def test_a_json_as_llavas_users_have_it_is_completed(tmp_path):
+    """With all that LLaVA's users have in theirs."""
     sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
     known = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9}
     known |= {"stage3_max_live_parameters": 1e9, "stage3_gather_16bit_weights_on_model_save": True}
     theirs = {"zero_optimization": known | dict.fromkeys(sizes, "auto"), "bf16": {"enabled": "auto"}}
     theirs |= {"fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 2}}
-    theirs |= dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size"), "auto")
+    counts = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    theirs |= {**dict.fromkeys(counts, "auto"), "gradient_clipping": 0.5, "wall_clock_breakdown": True}
+    theirs |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.98]}}}
     config, precision = resolve(tmp_path, theirs, precision="fp32")
-    assert config["zero_optimization"] == known and precision == "fp32"
+    assert config["zero_optimization"] == known and config["gradient_clipping"] == 0.5
+    assert config["wall_clock_breakdown"] is True and precision == "fp32" and "optimizer" not in config
     assert config["train_micro_batch_size_per_gpu"] == 8 and "auto" not in json.dumps(config)
 
 
@@ -183,11 +170,6 @@ def test_json_decides_what_no_flag_says(tmp_path):
     assert (config["zero_optimization"]["stage"], precision) == (2, "bf16") and config["bf16"] == {"enabled": True}
     config, precision = resolve(tmp_path, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
     assert precision == "amp_bf16" and config["torch_autocast"]["lower_precision_safe_modules"] == []
-
-
-def test_offload_does_not_ask_for_deepspeeds_own_adam(tmp_path):
-    config, _ = resolve(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
-    assert config["zero_force_ds_cpu_optimizer"] is False
 
 
 @pytest.mark.parametrize(("theirs", "flags", "message"), [
