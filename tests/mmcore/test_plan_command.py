@@ -43,6 +43,7 @@ def test_a_plan_says_what_fits_and_the_nearest_setting_that_does(capsys: pytest.
     command.main([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"] and found["memory"][found["peak"]]["total"] > FILLED * 40e9
+    assert found["peak"] == max(found["memory"], key=lambda phase: found["memory"][phase]["total"])
     better = found["nearest"]
     assert better["fits"] and better["memory"][better["peak"]]["total"] <= FILLED * 40e9
     assert better["samples_per_s"] > 0 and found["parameters"]["trained"] == JOB.trained
