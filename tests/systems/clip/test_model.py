@@ -69,7 +69,7 @@ def test_activation_checkpointing_gives_bit_equal_gradients_and_keeps_less():
         found.append((num_bytes, [p.grad for p in model.parameters() if p.grad is not None]))
     (plain_bytes, plain), (less_bytes, recomputed) = found
     assert len(plain) == len(recomputed) and all(torch.equal(x, y) for x, y in zip(plain, recomputed))
-    assert less_bytes < plain_bytes / 3
+    assert less_bytes < plain_bytes / 4
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "weights"])
