@@ -128,9 +128,11 @@ def test_the_package_is_fetched_once_and_only_pictures_and_captions_are_kept(deb
     assert {p.suffix for p in cache.rglob("*.*") if p.is_file() and p.name[0] != "."} == {".png", ".txt"}
 
 
-def test_the_package_is_fetched_into_a_given_folder_that_does_not_exist(debian: Path, tmp_path: Path) -> None:
+def test_the_package_is_fetched_into_a_given_folder_that_can_be_made(debian: Path, tmp_path: Path) -> None:
     assert find_stamps(tmp_path / "new" / "place") == tmp_path / "new" / "place"
     assert len(debian.read_text().splitlines()) == 1
+    (tmp_path / "file").write_text("")
+    refuses(r"could not be fetched \(.*\); .*--stamps-dir", find_stamps, tmp_path / "file/below/stamps")
 
 
 def test_package_lists_of_our_own_serve_where_the_machine_has_none(debian: Path, monkeypatch: pytest.MonkeyPatch):
@@ -150,11 +152,6 @@ def test_a_failed_fetch_leaves_nothing_behind_and_says_what_to_do(debian: Path, 
 def test_a_machine_without_apt_is_told_what_to_do(debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     refuses(r"'stamps' needs apt-get, which is not installed, .*--stamps-dir", find_stamps, None)
-
-
-def test_a_cache_that_cannot_be_made_is_told_in_one_sentence(debian: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    refuses(r"could not be fetched \(.*\); .*--stamps-dir", find_stamps, tmp_path / "file" / "below" / "stamps")
 
 
 def test_ranks_that_start_together_fetch_once(debian: Path) -> None:

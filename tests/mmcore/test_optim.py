@@ -67,30 +67,21 @@ def test_adamw_is_its_recurrence_in_float64_and_its_average_that_of_ema() -> Non
         assert optimizer.state[p]["step"] == 20
 
 
-def test_groups_have_settings_of_their_own_and_a_scheduler_sets_their_rates() -> None:
+def test_groups_a_scheduler_and_parameters_without_a_gradient_are_as_with_torchs_adamw() -> None:
     models = model_of(), model_of()
     optimizers = [
         make([{"params": m[0].parameters()}, {"params": m[2].parameters(), "lr": 0.1, "weight_decay": 0.0}])
         for m, make in zip(models, (AdamWEMA, torch.optim.AdamW), strict=True)
     ]
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
-    for step in range(5):
-        for model, optimizer, scheduler in zip(models, optimizers, schedulers, strict=True):
-            steps(model, optimizer, 1, step)
-            scheduler.step()
-    assert_close_models(*models)
-
-
-def test_a_parameter_without_a_gradient_waits_and_counts_its_own_steps() -> None:
-    ours, theirs = model_of(), model_of()
-    optimizers = AdamWEMA(ours.parameters(), **SETTINGS), torch.optim.AdamW(theirs.parameters(), **SETTINGS)
     for step in range(6):
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for model, optimizer, scheduler in zip(models, optimizers, schedulers, strict=True):
             torch.manual_seed(step)
             for i, p in enumerate(model.parameters()):
                 p.grad = torch.randn_like(p) if i != 1 or step % 2 else None
             optimizer.step()
-    assert_close_models(ours, theirs)
+            scheduler.step()
+    assert_close_models(*models)
     assert [int(s["step"]) for s in optimizers[0].state.values()] == [6, 6, 6, 3]
 
 
@@ -163,11 +154,10 @@ def test_it_takes_over_from_torchs_adamw() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_sgd_steps_as_torchs(decay: float) -> None:
-    ours, theirs = model_of(), model_of()
-    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": decay}
-    steps(ours, SGDEMA(ours.parameters(), **settings), 6)
-    steps(theirs, torch.optim.SGD(theirs.parameters(), **settings), 6)
-    assert_close_models(ours, theirs)
+    models, settings = (model_of(), model_of()), {"lr": 0.1, "momentum": 0.9, "weight_decay": decay}
+    for model, make in zip(models, (SGDEMA, torch.optim.SGD), strict=True):
+        steps(model, make(model.parameters(), **settings), 6)
+    assert_close_models(*models)
 
 
 def test_lars_scales_matrices_by_their_norms_and_neither_scales_nor_decays_vectors() -> None:
@@ -251,17 +241,9 @@ def test_weights_are_clamped_and_the_average_is_of_the_clamped() -> None:
         assert x[:2].tolist() == [-1.0, 2.0] and x[2].isnan()
 
 
-def test_without_a_decay_no_average_is_kept() -> None:
-    p = nn.Parameter(torch.zeros(3))
-    optimizer = AdamWEMA([p], ema=None)
-    p.grad = torch.ones(3)
-    optimizer.step()
-    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
-
-
-def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
+def test_a_closure_is_called_with_gradients_its_loss_returned_and_no_average_kept_unasked() -> None:
     p = nn.Parameter(torch.ones(3))
-    optimizer = AdamWEMA([p])
+    optimizer = AdamWEMA([p], ema=None)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -270,6 +252,7 @@ def test_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
         return loss
 
     assert optimizer.step(closure).item() == 3.0 and (p < 1).all()
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_bad_settings_are_refused_by_name_before_a_weight_moves() -> None:
