@@ -108,18 +108,12 @@ def test_curves_are_drawn_with_and_without_held_out_records(tmp_path: Path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["plain.png"]
 
 
-def test_values_above_one_are_no_accuracies(tmp_path: Path):
-    plot_curves(run(3), tmp_path / "a.png")
-    plot_curves(run(3, **{"eval/num_images": 500.0}), tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_a_resumed_run_shows_the_last_record_of_a_step_in_order(tmp_path: Path):
+def test_values_above_one_are_no_accuracies_and_a_resumed_run_shows_the_last_record_of_a_step_in_order(tmp_path: Path):
     once = run(5)
     again = [*once[:3], {"step": 3, "loss": 99.0, "lr": 1.0}, *once[3:], once[2]]
-    plot_curves(once, tmp_path / "a.png")
-    plot_curves(again, tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    for name, records in (("a", once), ("b", again), ("c", run(5, **{"eval/num_images": 500.0}))):
+        plot_curves(records, tmp_path / f"{name}.png")
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 1
 
 
 def test_losses_that_are_not_finite_are_marked_in_red(tmp_path: Path):

@@ -93,23 +93,17 @@ def logits(outputs: Any) -> list[Tensor]:
 
 def qformer(dropout: float = 0.0) -> Case:
     """Queries alone, images of different sizes."""
-    inputs = {
-        "query_embeds": noise(3, 4, 24),
-        "encoder_hidden_states": noise(3, 11, 32),
-        "encoder_attention_mask": padded(3, 11, "right"),
-    }
+    inputs = {"query_embeds": noise(3, 4, 24), "encoder_hidden_states": noise(3, 11, 32)}
+    inputs["encoder_attention_mask"] = padded(3, 11, "right")
     return Case(_qformer(dropout, False), inputs, lambda x: [x.last_hidden_state])
 
 
 def qformer_with_text(dropout: float = 0.0) -> Case:
     """Queries and text that is padded; transformers' own cannot have a mask of the images beside it."""
-    inputs = {
-        "query_embeds": noise(3, 9, 24),
-        "query_length": 4,
-        "attention_mask": torch.cat([torch.ones(3, 4), padded(3, 5, "right")], 1),
-        "encoder_hidden_states": noise(3, 11, 32),
-    }
-    return Case(_qformer(dropout, True), inputs, lambda x: [x.last_hidden_state])
+    seen = torch.cat([torch.ones(3, 4), padded(3, 5, "right")], 1)
+    inputs = {"query_embeds": noise(3, 9, 24), "encoder_hidden_states": noise(3, 11, 32)}
+    model = _qformer(dropout, True)
+    return Case(model, inputs | {"query_length": 4, "attention_mask": seen}, lambda x: [x.last_hidden_state])
 
 
 def _qformer(dropout: float, with_text: bool) -> Blip2QFormerModel:
@@ -137,11 +131,8 @@ def with_images(num_images: int, length: int, first: int) -> Tensor:
 
 def llava() -> Case:
     """Llama with grouped queries after CLIP, prompts padded on the left."""
-    config = LlavaConfig(
-        vision_config=CLIP_VISION | {"model_type": "clip_vision_model"},
-        text_config=LLAMA,
-        image_token_index=IMAGE_TOKEN,
-    )
+    vision = CLIP_VISION | {"model_type": "clip_vision_model"}
+    config = LlavaConfig(vision_config=vision, text_config=LLAMA, image_token_index=IMAGE_TOKEN)
     mask = padded(3, 16, "left")
     inputs = {"input_ids": with_images(9, 16, 3), "attention_mask": mask, "pixel_values": noise(3, 3, 12, 12)}
     return Case(scrambled(LlavaForConditionalGeneration(config)), inputs, logits, mask.bool())
@@ -178,42 +169,29 @@ def mllama() -> Case:
     seen[1, 3:6, 0, :1] = 1
     seen[1, 6:, 1, :3] = 1
     seen[2, 4:, :, :4] = 1
+    tiles = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1]] * 2])
     inputs = {
-        "input_ids": words(3, 8),
-        "attention_mask": mask,
-        "pixel_values": noise(3, 2, 4, 3, 8, 8),
-        "aspect_ratio_ids": torch.tensor([[2, 1], [1, 3], [4, 4]]),
-        "aspect_ratio_mask": torch.tensor(
-            [[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1]] * 2]
-        ),
+        "input_ids": words(3, 8), "attention_mask": mask, "pixel_values": noise(3, 2, 4, 3, 8, 8),
+        "aspect_ratio_ids": torch.tensor([[2, 1], [1, 3], [4, 4]]), "aspect_ratio_mask": tiles,
         "cross_attention_mask": seen,
-    }
+    }  # fmt: skip
     config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
     return Case(scrambled(MllamaForConditionalGeneration(config)), inputs, logits, mask.bool())
 
 
 def idefics(use_resampler: bool = False) -> Case:
     """Text before its image, which sees none and is gated to 0; prompts padded on the left."""
+    perceiver = {
+        "use_resampler": use_resampler, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
+        "resampler_head_dim": 8,
+    }  # fmt: skip
     config = IdeficsConfig(
-        **TEXT,
-        use_resampler=use_resampler,
-        qk_layer_norms=True,
-        vision_config=BLIP_VISION | {"embed_dim": 32},
-        perceiver_config={
-            "use_resampler": use_resampler, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-        },
-        pad_token_id=0,
-        eos_token_id=59,
+        **TEXT, use_resampler=use_resampler, qk_layer_norms=True, vision_config=BLIP_VISION | {"embed_dim": 32},
+        perceiver_config=perceiver, pad_token_id=0, eos_token_id=59,
     )  # fmt: skip
     mask = padded(3, 8, "left")
     seen = torch.zeros(3, 8, 2, dtype=torch.long)  # [B, L, images]
-    seen[0, 2:, 0] = 1
-    seen[1, 3:5, 0] = 1
-    seen[1, 5:, 1] = 1
-    seen[2, 4:] = 1
-    inputs = {
-        "input_ids": words(3, 8), "attention_mask": mask, "pixel_values": noise(3, 2, 3, 12, 12),
-        "image_attention_mask": seen,
-    }  # fmt: skip
-    return Case(scrambled(IdeficsForVisionText2Text(config)), inputs, logits, mask.bool())
+    seen[0, 2:, 0] = seen[1, 3:5, 0] = seen[1, 5:, 1] = seen[2, 4:] = 1
+    inputs = {"input_ids": words(3, 8), "attention_mask": mask, "pixel_values": noise(3, 2, 3, 12, 12)}
+    model = scrambled(IdeficsForVisionText2Text(config))
+    return Case(model, inputs | {"image_attention_mask": seen}, logits, mask.bool())

@@ -72,17 +72,6 @@ def test_what_is_frozen_is_as_it_was_and_in_no_checkpoint(first: Run, second: Ru
     assert torch.equal(read.visual.state_dict()["transformer.blocks.0.mlp.fc1.weight"], given)
 
 
-def test_a_run_goes_on_to_the_same_weights_without_what_it_started_from(second: Run, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    shutil.copytree(second[0], again)
-    shutil.rmtree(again / LAST)
-    run("train", "blip2-stage2", *SMALL, "--out", again, "--resume", "latest")
-    assert losses(again) == losses(second[0])
-    for key in STATE:
-        expected = dict(checkpoint.tensors(second[0] / LAST, key))
-        assert all(torch.equal(x, expected[name]) for name, x in checkpoint.tensors(again / LAST, key))
-
-
 def test_a_language_model_that_was_moved_is_found_and_another_is_not_taken(
     second: Run, parts: tuple[Path, Path], tmp_path: Path
 ) -> None:
