@@ -117,13 +117,6 @@ class TestCrossAttention:
         out = attention(torch.randn(1, T, D), torch.randn(1, LK, D), masks.lengths(torch.tensor([0]), T, LK))
         assert torch.equal(out, attention.out.bias.expand_as(out))
 
-    def test_dropout_acts_in_training_alone(self) -> None:
-        attention = CrossAttention(D, H, dropout=0.3)
-        x, states = torch.randn(B, T, D), torch.randn(B, LK, D)
-        assert not torch.equal(attention(x, states), attention(x, states))
-        attention.eval()
-        assert torch.equal(attention(x, states), attention(x, states))
-
 
 class TestSharedKeysValues:
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -152,13 +145,9 @@ class TestSharedKeysValues:
         assert len(products) == 1
 
     def test_refuse_layers_that_differ(self) -> None:
-        states = torch.randn(B, LK, D)
-        for layers in (
-            [],
-            [CrossAttention(D, H), CrossAttention(D, H, key_width=DK)],
-            [CrossAttention(D, H), CrossAttention(D, H, bias=False)],
-        ):
-            refuses("layers must be of one key_width and bias, got", shared_keys_values, states, layers)
+        plain, message = CrossAttention(D, H), "layers must be of one key_width and bias, got"
+        for layers in ([], [plain, CrossAttention(D, H, key_width=DK)], [plain, CrossAttention(D, H, bias=False)]):
+            refuses(message, shared_keys_values, torch.randn(B, LK, D), layers)
 
 
 def test_bad_input_is_a_value_error_that_names_it() -> None:

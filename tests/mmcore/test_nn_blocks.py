@@ -1,11 +1,12 @@
 """Blocks on cross-attention against the models that published them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerLayer
 from transformers.models.idefics.configuration_idefics import IdeficsConfig
@@ -122,6 +123,7 @@ class TestQFormerBlock:
     def pair(
         self, layer: int, *, has_text: bool = True, dropout: float = 0.0
     ) -> tuple[QFormerBlock, Blip2QFormerLayer]:
+        reads_image = layer % 2 == 0
         config = Blip2QFormerConfig(
             hidden_size=D, num_attention_heads=H, intermediate_size=F_, encoder_hidden_size=self.image_width,
             cross_attention_frequency=2, use_qformer_text_input=has_text, hidden_dropout_prob=dropout,
@@ -129,42 +131,25 @@ class TestQFormerBlock:
         )  # fmt: skip
         config._attn_implementation = "eager"
         theirs = Blip2QFormerLayer(config, layer).double()
-        ours = QFormerBlock(
-            D, H, F_, image_width=self.image_width if layer % 2 == 0 else None, has_text=has_text, dropout=dropout,
-            attention_dropout=0.0,
-        ).double()  # fmt: skip
-        pairs = [("attn", theirs.attention)] + ([("cross", theirs.crossattention)] if layer % 2 == 0 else [])
-        for name, other in pairs:
-            attn, inner = getattr(ours, name), other.attention
-            if name == "attn":
-                copy_rows(attn.qkv, inner.query, inner.key, inner.value)
-            else:
-                copy_rows(attn.q, inner.query)
-                copy_rows(attn.kv, inner.key, inner.value)
-            copy_rows(attn.out, other.output.dense)
-            copy_norm(getattr(ours, f"{name}_norm").norm, other.output.LayerNorm)
+        options: Any = {"has_text": has_text, "dropout": dropout, "attention_dropout": 0.0}
+        ours = QFormerBlock(D, H, F_, image_width=self.image_width if reads_image else None, **options).double()
+        inner = theirs.attention.attention
+        copy_rows(ours.attn.qkv, inner.query, inner.key, inner.value)
+        outputs = [("attn", theirs.attention.output)]
+        if ours.cross is not None:
+            inner = theirs.crossattention.attention
+            copy_rows(ours.cross.q, inner.query)
+            copy_rows(ours.cross.kv, inner.key, inner.value)
+            outputs.append(("cross", theirs.crossattention.output))
+        for name, output in outputs:
+            copy_rows(getattr(ours, name).out, output.dense)
+            copy_norm(getattr(ours, f"{name}_norm").norm, output.LayerNorm)
         for name, suffix in (("query", "_query"), ("text", ""))[: 2 if has_text else 1]:
             output = getattr(theirs, f"output{suffix}")
             copy_rows(getattr(ours, f"{name}_mlp").fc1, getattr(theirs, f"intermediate{suffix}").dense)
             copy_rows(getattr(ours, f"{name}_mlp").fc2, output.dense)
             copy_norm(getattr(ours, f"{name}_norm").norm, output.LayerNorm)
         return ours, theirs
-
-    def check(self, ours: QFormerBlock, theirs: Blip2QFormerLayer, x: Tensor, num_queries: int, text: bool) -> None:
-        image, mask = randn(B, 7, self.image_width), self.itg if text else None
-        torch.manual_seed(1)
-        expected = theirs(
-            x,
-            attention_mask=None if mask is None else torch.where(mask.to_dense(), 0.0, -torch.inf).double(),
-            encoder_hidden_states=image,
-            encoder_attention_mask=torch.where(self.patches.to_dense(), 0.0, -torch.inf).double(),
-            query_length=num_queries,
-        )
-        torch.manual_seed(1)
-        out = ours(x, image, num_queries=num_queries, mask=mask, image_mask=self.patches)
-        torch.testing.assert_close(out, expected)
-        inputs = (x, image) if ours.cross is not None and num_queries else (x,)
-        torch.testing.assert_close(gradients(out, *inputs), gradients(expected, *inputs))
 
     @pytest.mark.parametrize(("layer", "num_queries", "num_text", "options"), [
         (0, num_queries, 0, {"has_text": False}), (1, num_queries, 0, {"has_text": False}),
@@ -173,8 +158,19 @@ class TestQFormerBlock:
     ])  # fmt: skip
     def test_is_blip_2s_with_and_without_image_and_text(self, layer: int, num_queries, num_text, options) -> None:
         ours, theirs = self.pair(layer, **options)
-        x = randn(B, num_queries + num_text, D)
-        self.check(ours, theirs, x, num_queries, text=num_queries > 0 and num_text > 0)
+        x, image = randn(B, num_queries + num_text, D), randn(B, 7, self.image_width)
+        mask = self.itg if num_queries and num_text else None
+        added, seen = (
+            None if m is None else torch.where(m.to_dense(), 0.0, -torch.inf).double() for m in (mask, self.patches)
+        )
+        images = {"encoder_hidden_states": image, "encoder_attention_mask": seen}
+        torch.manual_seed(1)
+        expected = theirs(x, attention_mask=added, **images, query_length=num_queries)
+        torch.manual_seed(1)
+        out = ours(x, image, num_queries=num_queries, mask=mask, image_mask=self.patches)
+        torch.testing.assert_close(out, expected)
+        inputs = (x, image) if ours.cross is not None and num_queries else (x,)
+        torch.testing.assert_close(gradients(out, *inputs), gradients(expected, *inputs))
 
     def test_attention_dropout_reaches_both_attentions(self) -> None:
         block = QFormerBlock(D, H, F_, image_width=20, dropout=0.0, attention_dropout=0.3)

@@ -47,14 +47,6 @@ class TestMomentumEncoder:
         assert not y.requires_grad and not any(p.requires_grad for p in momentum.parameters())
         assert {name.split(".")[0] for name in momentum.state_dict()} == {"teacher", "_extra_state"}
 
-    def test_trains_no_student_through_its_output(self) -> None:
-        model = student()
-        momentum = MomentumEncoder(model)
-        x = torch.randn(4, 3)
-        (model(x) * momentum(x)).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-        assert all(p.grad is None for p in momentum.parameters())
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("moves", [False, True])
     def test_goes_on_to_the_bit_where_it_was_saved(self, dtype: torch.dtype, moves: bool) -> None:

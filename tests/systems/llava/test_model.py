@@ -210,8 +210,7 @@ def test_image_tokens_and_features_must_be_as_many(kind: str) -> None:
     ours, _ = pair("llama", kind)
     tokens, labels, images, sizes = batch(ours.config)
     places = tokens == IMAGE_TOKEN
-    num_tokens = int(places.sum())
-    fewer, more = tokens.clone(), tokens.clone()
+    num_tokens, (fewer, more) = int(places.sum()), (tokens.clone(), tokens.clone())
     fewer[tuple(places.nonzero()[0])] = 5
     more[tuple((~places).nonzero()[0])] = IMAGE_TOKEN
     message = "Llava: tokens must hold {} image tokens, as many as the images have features, got {}"
