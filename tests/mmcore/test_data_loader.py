@@ -215,18 +215,18 @@ def test_a_batch_is_full_typed_and_of_its_seed(kind: str, tmp_path: Path) -> Non
     refuses(r"the global batch .* must be at most .*, got 4000", train_loader, data, spec(2000, 0, 2), fake_tokenizer)
 
 
-def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(tmp_path: Path) -> None:
-    for kind, saved, change, name in (
-        ("csv", {}, {"seed": 9}, "seed"),
-        ("csv", {}, {"batch_size": 5}, "global_batch"),
-        ("csv", {}, {"world_size": 2}, "global_batch"),
-        ("shards", {"world_size": 2}, {"rank": 1}, "rank"),
-    ):
-        (tmp_path / name / str(change)).mkdir(parents=True)
-        data, given = opened_kind(kind, tmp_path / name / str(change)), {"batch_size": 4, **saved}
-        loader = train_loader(data, spec(**given), fake_tokenizer)
-        assert loader.state_is_per_rank == (kind == "shards")
-        with pytest.raises(ValueError, match=f"{name} must be that of the run to resume"):
-            train_loader(data, spec(**given | change), fake_tokenizer).load_state_dict(loader.state_dict())
-    broken = train_loader(data, spec(3), lambda captions: fake_tokenizer(captions).float())
-    refuses(r"tokenizer must return int64 \[3, T\], got torch.float32 \[3, 2\]", next, broken)
+@pytest.mark.parametrize(("kind", "saved", "change", "name"), [
+    ("csv", {}, {"seed": 9}, "seed"), ("csv", {}, {"batch_size": 5}, "global_batch"),
+    ("csv", {}, {"world_size": 2}, "global_batch"), ("shards", {"world_size": 2}, {"rank": 1}, "rank"),
+])  # fmt: skip
+def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(kind, saved, change, name, tmp_path: Path):
+    data, given = opened_kind(kind, tmp_path), {"batch_size": 4, **saved}
+    loader = train_loader(data, spec(**given), fake_tokenizer)
+    assert loader.state_is_per_rank == (kind == "shards")
+    other = train_loader(data, spec(**given | change), fake_tokenizer)
+    refuses(f"{name} must be that of the run to resume", other.load_state_dict, loader.state_dict())
+
+
+def test_a_tokenizer_that_returns_something_else_is_refused(tmp_path: Path) -> None:
+    loader = train_loader(opened_kind("csv", tmp_path), spec(3), lambda captions: fake_tokenizer(captions).float())
+    refuses(r"tokenizer must return int64 \[3, T\], got torch.float32 \[3, 2\]", next, loader)

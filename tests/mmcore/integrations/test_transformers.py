@@ -8,19 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Siglip2VisionConfig,
-    Siglip2VisionModel,
-    StaticCache,
-    VisualBertConfig,
-    VisualBertModel,
-)
 from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
 from transformers.models.t5.modeling_t5 import eager_attention_forward as t5_attention_forward
 
@@ -242,12 +231,12 @@ def test_dropout_of_a_model_reaches_its_attention(make: Callable[..., Case]) -> 
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], [*range(9), 0, 0, 0], [*range(12)]])
 
 
-def llama() -> LlamaForCausalLM:
-    return scrambled(LlamaForCausalLM(LlamaConfig(**LLAMA)))
+def llama() -> hf.LlamaForCausalLM:
+    return scrambled(hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)))
 
 
-def sliding() -> MistralForCausalLM:
-    return scrambled(MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=4)))
+def sliding() -> hf.MistralForCausalLM:
+    return scrambled(hf.MistralForCausalLM(hf.MistralConfig(**LLAMA, sliding_window=4)))
 
 
 @pytest.mark.parametrize(("make", "options"), [
@@ -257,7 +246,7 @@ def sliding() -> MistralForCausalLM:
     (llama, lambda model: {"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]] * 3)}),
     (llama, lambda model: {"attention_mask": torch.tensor([[1, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 1]] * 3)}),
     (llama, lambda model: {"position_ids": PACKED}),
-    (llama, lambda model: {"past_key_values": StaticCache(model.config, max_cache_len=20)}),
+    (llama, lambda model: {"past_key_values": hf.StaticCache(model.config, max_cache_len=20)}),
     (sliding, lambda model: {}),
     (sliding, lambda model: {"attention_mask": padded(3, 12, "right")}),
     (sliding, lambda model: {"position_ids": PACKED}),
@@ -298,16 +287,16 @@ def test_a_compiled_model_gives_the_same(part: str) -> None:
 def test_a_model_that_reshapes_its_mask_itself_gives_the_same() -> None:
     """SigLIP 2's pooling head repeats it for the heads of a torch module, whose attention is not ours to run."""
     vision: dict[str, Any] = models.BLIP_VISION | {"num_patches": 9}
-    model = scrambled(Siglip2VisionModel(Siglip2VisionConfig(**vision)))
+    model = scrambled(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**vision)))
     inputs = (models.noise(3, 9, 48), padded(3, 9, "right"), torch.tensor([[3, 3]] * 3))
     assert_eagers(model, lambda: model(*inputs).pooler_output)
 
 
 def test_a_model_that_adds_its_mask_itself_is_right_though_not_ours() -> None:
-    config = VisualBertConfig(**models.TEXT, visual_embedding_dim=8)
+    config = hf.VisualBertConfig(**models.TEXT, visual_embedding_dim=8)
     inputs = {"input_ids": words(3, 6), "attention_mask": padded(3, 6, "right")}
-    ours, eager = (AutoModel.from_config(config, attn_implementation=x) for x in ("mmkernels", "eager"))
-    assert isinstance(ours, VisualBertModel)
+    ours, eager = (hf.AutoModel.from_config(config, attn_implementation=x) for x in ("mmkernels", "eager"))
+    assert isinstance(ours, hf.VisualBertModel)
     eager.load_state_dict(scrambled(ours).state_dict())
     result, expected = ours(**inputs).last_hidden_state, eager.eval()(**inputs).last_hidden_state
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)

@@ -5,16 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-)
-from transformers import LlavaConfig as HFLlavaConfig
 
 from mmcore.integrations.transformers import register
 from mmcore.labels import IMAGE_TOKEN
@@ -41,15 +34,15 @@ TEXTS: dict[str, dict[str, Any]] = {"llama": {}, "qwen": {}, "tied": TIED}
 
 def hf_model(name: str, kind: str, **settings: Any) -> Any:
     settings = {
-        "vision_config": CLIPVisionConfig(**VISION).to_dict(), "text_config": MODELS[name].to_dict(),
+        "vision_config": hf.CLIPVisionConfig(**VISION).to_dict(), "text_config": MODELS[name].to_dict(),
         "image_token_index": MARK, "image_seq_length": 16, **settings,
     }  # fmt: skip
     torch.manual_seed(0)
     model: Any
     if kind == "llava":
-        model = LlavaForConditionalGeneration(HFLlavaConfig(**settings))
+        model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**settings))
     else:
-        model = LlavaNextForConditionalGeneration(LlavaNextConfig(**settings, image_grid_pinpoints=PINPOINTS))
+        model = hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(**settings, image_grid_pinpoints=PINPOINTS))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -59,7 +52,7 @@ def hf_model(name: str, kind: str, **settings: Any) -> Any:
 def ours_of(theirs: Any, trainable: Trainable = "all") -> Llava:
     config, whole, unread = config_from_hf("test", theirs.config.to_dict())
     state = hf_layout().renamed(theirs.state_dict())
-    language: Any = AutoModelForCausalLM.from_config(whole.text_config)
+    language: Any = hf.AutoModelForCausalLM.from_config(whole.text_config)
     language.load_state_dict({n.removeprefix(LANGUAGE): x for n, x in state.items() if n.startswith(LANGUAGE)})
     ours = Llava(config, language, trainable=trainable).double().eval()
     state = {n: x for n, x in state.items() if not n.startswith(LANGUAGE)}

@@ -11,13 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoProcessor,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    LlavaProcessor,
-)
+from transformers import AutoProcessor, LlavaNextProcessor, LlavaProcessor
 
 from mmcore.checkpoint import write_json
 from mmcore.data.transforms.images import image_processor_config
@@ -44,7 +38,8 @@ from tests.systems.test_weights import assert_same
 
 
 def theirs_at(folder: Path, kind: str) -> Any:
-    kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+    kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration}
+    kinds["llava_next"] = LlavaNextForConditionalGeneration
     model, info = kinds[kind].from_pretrained(folder, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
