@@ -28,14 +28,8 @@ def fake_tokenizer(captions: list[str]) -> Tensor:
 
 def image_bytes(number: int, size: tuple[int, int] = (20, 14), kind: str = "PNG") -> bytes:
     """An encoded image whose gradient tells `number`."""
-    image = Image.new("RGB", size)
-    image.putdata(
-        [
-            ((x * 9 + number * 37) % 256, (y * 13 + number * 59) % 256, (number * 7) % 256)
-            for y in range(size[1])
-            for x in range(size[0])
-        ]
-    )
+    image, places = Image.new("RGB", size), ((x, y) for y in range(size[1]) for x in range(size[0]))
+    image.putdata([((x * 9 + number * 37) % 256, (y * 13 + number * 59) % 256, (number * 7) % 256) for x, y in places])
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
@@ -43,6 +37,7 @@ def image_bytes(number: int, size: tuple[int, int] = (20, 14), kind: str = "PNG"
 
 def write_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> Path:
     """A tar of named members; a TarInfo in place of a name is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name) if isinstance(name, str) else name
@@ -75,7 +70,7 @@ def write_table(folder: Path, rows: Sequence[Sequence[str]], separator: str = "\
 
 def write_pairs(folder: Path, num_pairs: int, size: tuple[int, int] = (20, 14)) -> str:
     """Images and a table of them in open_clip's form; captions all different."""
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     rows = [["filepath", "title"]]
     for i in range(num_pairs):
         (folder / "images" / f"{i}.png").write_bytes(image_bytes(i, size))
@@ -93,6 +88,7 @@ def write_images(folder: Path, names: Sequence[str]) -> None:
 
 def write_json(path: Path, content: object) -> str:
     """A JSON file, and its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return str(path)
 
@@ -224,12 +220,10 @@ def pair_reader(asked: PairSpec, tokenizer: Any) -> Reader:
 
 
 def train_loader(data: PairData, asked: PairSpec, tokenizer: Any) -> PairLoader:
-    """Of captions."""
     return PairLoader(data.train_loader(asked, pair_reader(asked, tokenizer)))
 
 
 def question_loader(data: PairData, asked: PairSpec, tokenizer: Any) -> PairLoader:
-    """Of questions."""
     return PairLoader(data.question_loader(asked, pair_reader(asked, tokenizer)))
 
 

@@ -163,8 +163,6 @@ def test_files_and_folders_that_do_not_exist_are_errors(tmp_path: Path) -> None:
 
 def test_images_come_from_a_folder_or_from_tars_in_it(tmp_path: Path) -> None:
     images, elsewhere = tmp_path / "images", tmp_path / "json"
-    images.mkdir()
-    elsewhere.mkdir()
     write_images(images, ["loose.png"])
     write_tar(images / "a.tar", [("coco/1.png", image_bytes(1, (6, 5))), ("coco/1.txt", b"no image")])
     write_tar(images / "b.tar", [("./gqa/2.jpg", image_bytes(2, (7, 5), "JPEG"))])
@@ -218,7 +216,6 @@ def test_random_records_are_drawn_by_the_seed_each_once() -> None:
 
 
 def test_a_mix_takes_of_each_file_what_it_says(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
     write_json(tmp_path / "sub" / "a.json", texts(10))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts(10, 100)))
     mix = tmp_path / "mix.yaml"

@@ -61,7 +61,6 @@ def test_coco_captions_of_an_image_share_its_id_and_are_told_from_those_of_other
 def test_image_ids_do_not_depend_on_where_the_images_lie(tmp_path: Path) -> None:
     found = []
     for place in ("a", "b"):
-        (tmp_path / place).mkdir()
         data = opened(write_lavis(tmp_path / place, 5), val_fraction=0.0)
         found.append(_image_ids(data, 5))
     assert found[0] == found[1]
@@ -186,7 +185,6 @@ def test_a_held_out_file_gives_each_image_with_all_of_its_captions(tmp_path: Pat
 
 
 def test_a_linked_folder_does_not_hide_that_images_are_shared(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
     train = write_lavis(tmp_path / "a", 4)
     (tmp_path / "b").symlink_to(tmp_path / "a")
     val = write_json(tmp_path / "val.json", [{"image": "b/val2014/COCO_val2014_000000000002.jpg", "caption": "x"}])

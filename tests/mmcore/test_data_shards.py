@@ -142,7 +142,6 @@ def test_folders_metadata_and_dotted_names_do_not_count_as_records(tmp_path: Pat
     loader = _loader(tmp_path, [(folder, b""), ("__meta__", b"x"), ("README", b"x"), *_pair("./sub/good.a")])
     take(loader, 6)
     assert set(loader.broken) == {"no image"}
-    (tmp_path / "more").mkdir()
     loader = _loader(tmp_path / "more", [(folder, b""), ("__meta__", b"x"), ("README", b"x"), *_pair("./sub/good")])
     assert any("x.tar:./sub/good" in batch.ids for batch in take(loader, 3)) and loader.broken == {}
 
@@ -150,15 +149,12 @@ def test_folders_metadata_and_dotted_names_do_not_count_as_records(tmp_path: Pat
 # Inside a header, between two members, inside the padding of one, inside its bytes.
 @pytest.mark.parametrize("cut", [4708, 4608, 4196, 2600])
 def test_a_truncated_shard_counts_once_and_its_sound_part_is_used(cut: int, tmp_path: Path) -> None:
-    pattern = write_shards(tmp_path, 2, 8)
-    whole = (tmp_path / "001.tar").read_bytes()
-    (tmp_path / "001.tar").write_bytes(whole[:cut])
-    data = opened(pattern, num_samples=9, max_broken=1.0)
-    loader = train_loader(data, spec(3), fake_tokenizer)
+    pattern, file = write_shards(tmp_path, 2, 8), tmp_path / "001.tar"
+    file.write_bytes(file.read_bytes()[:cut])
+    loader = train_loader(opened(pattern, num_samples=9, max_broken=1.0), spec(3), fake_tokenizer)
     ids = {i for batch in take(loader, 5) for i in batch.ids}
     assert loader.broken["damaged tar"] == 1 and any(i.startswith("001") for i in ids)
-    with pytest.raises(ValueError, match=r"001.tar must be an undamaged, uncompressed tar .*num_samples"):
-        opened(pattern)
+    refuses(r"001.tar must be an undamaged, uncompressed tar .*num_samples", opened, pattern)
 
 
 def test_compressed_and_piped_shards_train_when_num_samples_is_given(tmp_path: Path) -> None:
@@ -194,11 +190,9 @@ def test_a_pipe_may_be_left_half_read(tmp_path: Path) -> None:
 
 def test_num_samples_sets_the_steps_of_an_epoch_and_else_is_counted(tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, 3, 5)
-    counted = opened(pattern)
-    assert counted.num_train == 15
     given = opened(pattern, num_samples=9)
     loader = train_loader(given, spec(4), fake_tokenizer)
-    assert (given.num_train, loader.steps_per_epoch) == (9, 2)
+    assert (opened(pattern).num_train, given.num_train, loader.steps_per_epoch) == (15, 9, 2)
     assert [batch.epoch for batch in take(loader, 5)] == [0, 0, 1, 1, 2]
 
 
@@ -208,8 +202,6 @@ def test_captions_are_those_of_the_training_shards_in_order(tmp_path: Path) -> N
 
 
 def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> None:
-    for name in ("train", "val"):
-        (tmp_path / name).mkdir()
     train, val = write_shards(tmp_path / "train", 2, 3), write_shards(tmp_path / "val", 2, 4)
     held_out = opened(train, val_data=val).val
     assert held_out is not None and held_out.captions == [[f"caption number {i}"] for i in range(8)]
@@ -227,8 +219,6 @@ def test_names_and_image_ids_that_are_no_unicode_train(tmp_path: Path) -> None:
 
 
 def test_held_out_shards_of_one_file_name_in_two_folders_are_not_mixed_up(tmp_path: Path) -> None:
-    for name in ("train", "a", "b"):
-        (tmp_path / name).mkdir()
     for name in "ab":
         write_shards(tmp_path / name, 1, 3)
     train = write_shards(tmp_path / "train", 1, 3)
@@ -255,9 +245,8 @@ def test_more_streams_than_shards_are_refused(tmp_path: Path) -> None:
 def test_shards_without_a_pair_stop_the_first_batch(workers: int, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
     refuses(r"must hold at least 2 pairs .* got 0", opened, path)
-    data = opened(path, num_samples=5, max_broken=1.0)
-    with pytest.raises(ValueError, match=r"rank 0 found none among 2 samples; x.tar:.: no caption"):
-        next(train_loader(data, spec(2, workers=workers), fake_tokenizer))
+    loader = train_loader(opened(path, num_samples=5, max_broken=1.0), spec(2, workers=workers), fake_tokenizer)
+    refuses(r"rank 0 found none among 2 samples; x.tar:.: no caption", next, loader)
 
 
 def test_too_many_broken_records_stop_the_run_at_the_end_of_the_epoch(tmp_path: Path) -> None:
@@ -266,13 +255,9 @@ def test_too_many_broken_records_stop_the_run_at_the_end_of_the_epoch(tmp_path: 
 
 
 def test_bad_names_of_shards_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    pattern = write_shards(tmp_path, 2, 3)
-    with pytest.raises(ValueError, match=r"1 of 3 are missing, the first is .*002.tar"):
-        opened(pattern.replace("001}", "002}"))
-    refuses("must name each shard once", opened, str(tmp_path / "{000,000}.tar"))
-    with pytest.raises(ValueError, match="val_data must not share shards with data"):
-        opened(pattern, val_data=str(tmp_path / "001.tar"))
-    with pytest.raises(ValueError, match=r"val_data must be local files, got 'pipe:cat x.tar'"):
-        opened(pattern, val_data="pipe:cat x.tar")
-    empty = write_tar(tmp_path / "empty.tar", [])
+    pattern, empty = write_shards(tmp_path, 2, 3), write_tar(tmp_path / "empty.tar", [])
+    refuses("1 of 3 are missing, the first is .*002.tar", opened, pattern.replace("001}", "002}"))
+    refuses("must name each shard once", opened, tmp_path / "{000,000}.tar")
+    refuses("val_data must not share shards with data", opened, pattern, val_data=str(tmp_path / "001.tar"))
+    refuses("val_data must be local files, got 'pipe:cat x.tar'", opened, pattern, val_data="pipe:cat x.tar")
     refuses("must hold at least one pair, got none", opened, pattern, val_data=str(empty))

@@ -81,15 +81,12 @@ def test_a_missing_image_is_counted_and_all_missing_is_an_error_at_once(tmp_path
 def test_an_image_with_several_captions_is_one_held_out_image(tmp_path: Path) -> None:
     write_images(tmp_path, PATHS[:3])
     rows = [HEADER, *([p, f"{word} {p}"] for word in ("first", "second") for p in PATHS[:3])]
-    (tmp_path / "train").mkdir()
     held_out = opened(write_pairs(tmp_path / "train", 4), val_data=write_table(tmp_path, rows)).val
     assert held_out is not None and len(held_out) == 3
     assert held_out.captions == [[f"first {p}", f"second {p}"] for p in PATHS[:3]]
 
 
 def test_held_out_images_that_are_broken_are_left_out_by_index(tmp_path: Path) -> None:
-    for name in "vt":
-        (tmp_path / name).mkdir()
     val = write_pairs(tmp_path / "v", 6)
     (tmp_path / "v/images/2.png").write_bytes(b"")
     held_out = opened(write_pairs(tmp_path / "t", 4), val_data=val, max_broken=0.2).val

@@ -21,16 +21,18 @@ from tests.mmcore.data_fixtures import write_stamps
 
 ASKED = {
     "en": {
-        "caption": "what is in this image?",
-        "kind": "which kind of thing is this?",
-        "colour": "which colour is most of it, apart from white?",
-        "shape": "is it wider than tall, or taller than wide?",
+        "what is in this image?": "caption",
+        "which kind of thing is this?": "kind",
+        "which colour is most of it, apart from white?": "colour",
+        "is it wider than tall, or taller than wide?": "shape",
     },
     "zh_CN": {
-        "caption": "这张图片里有什么？", "kind": "这是哪一类东西？", "colour": "除了白色，它大部分是什么颜色？",
-        "shape": "它是宽大于高，还是高大于宽？",
+        "这张图片里有什么？": "caption",
+        "这是哪一类东西？": "kind",
+        "除了白色，它大部分是什么颜色？": "colour",
+        "它是宽大于高，还是高大于宽？": "shape",
     },
-}  # fmt: skip
+}
 RIVALS = {"caption", "kind", "belongs"}
 
 
@@ -42,8 +44,7 @@ def questions(conversation: Conversation) -> dict[str, str]:
 
 def named(conversation: Conversation, language: str) -> dict[str, tuple[str, str]]:
     """Questions and answers by what is asked."""
-    names = {text: name for name, text in ASKED[language].items()}
-    return {names.get(q, "belongs"): (q, a) for q, a in questions(conversation).items()}
+    return {ASKED[language].get(q, "belongs"): (q, a) for q, a in questions(conversation).items()}
 
 
 def by_picture(found: ConversationSet, language: str) -> dict[str, list[dict[str, tuple[str, str]]]]:
@@ -62,20 +63,17 @@ def as_record(conversation: Conversation) -> dict[str, Any]:
 
 def test_conversations_about_digits_are_derived_true_and_of_1_to_3_turns() -> None:
     scans, _ = open_digits(0.2, 0)
-    found = digit_conversations(scans, seed=0)
+    found, captions = digit_conversations(scans, seed=0), set()
     assert found.derived and "derived" in found.name and len(found) == len(scans)
-    captions = set()
-    for i, conversation in enumerate(found.conversations):
+    for digit, conversation in zip(scans.classes, found.conversations, strict=True):
         assert parse_conversation(0, as_record(conversation)).turns == conversation.turns
+        name = DIGIT_NAMES[digit]
         for question, answer in questions(conversation).items():
-            name = DIGIT_NAMES[scans.classes[i]]
-            want = ("even", "odd")[scans.classes[i] % 2] if "even or odd" in question else name
-            assert want in answer
-            if question == ASKED["en"]["caption"]:
+            assert (("even", "odd")[digit % 2] if "even or odd" in question else name) in answer
+            if ASKED["en"].get(question) == "caption":
                 captions.add(answer.replace(name, "{}"))
     assert captions == {DIGIT_TEMPLATES[0]}
-    lengths = [len(c.turns) // 2 for c in found.conversations]
-    assert set(lengths) == set(range(1, MAX_TURNS + 1))
+    assert {len(c.turns) // 2 for c in found.conversations} == set(range(1, MAX_TURNS + 1))
     assert found.raw_images(5)[0].tobytes() == scans.raw_image(5).tobytes()
     assert digit_conversations(scans, seed=0).conversations == found.conversations
     assert digit_conversations(scans, seed=1).conversations != found.conversations

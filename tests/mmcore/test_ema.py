@@ -233,12 +233,8 @@ def test_a_teacher_that_is_no_copy_of_the_model_is_refused_and_left_as_it_was() 
 def test_a_file_holds_all_by_full_names_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     path = tmp_path / "ema.safetensors"
     model = nn.Sequential(*small(), nn.Linear(1, 1, bias=False), nn.Linear(2, 3).double())
-    for name, buffer in (
-        ("flag", torch.tensor(True)),
-        ("narrow", torch.ones(3).half()),
-        ("wide", torch.ones(3).double()),
-    ):
-        model.register_buffer(name, buffer)
+    for name, dtype in (("flag", torch.bool), ("narrow", torch.float16), ("wide", torch.float64)):
+        model.register_buffer(name, torch.ones(1 if name == "flag" else 3, dtype=dtype))
     ema = EMA(model, 0.9)
     ema.num_updates = 7
     ema.save(str(path))

@@ -77,9 +77,8 @@ def test_the_accuracy_of_a_question_is_the_official_one(case: dict[str, Any]) ->
 
 
 def test_accuracies_overall_and_by_type_are_the_official_ones() -> None:
-    got = vqa_accuracy(
-        [q["prediction"] for q in QUESTIONS], [q["answers"] for q in QUESTIONS], types=[q["type"] for q in QUESTIONS]
-    )
+    predictions, answers, types = ([q[key] for q in QUESTIONS] for key in ("prediction", "answers", "type"))
+    got = vqa_accuracy(predictions, answers, types=types)
     assert got.overall == pytest.approx(OFFICIAL["overall"], abs=1e-12)
     assert got.by_type == pytest.approx(OFFICIAL["by_type"], abs=1e-12)
 

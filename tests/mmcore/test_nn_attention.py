@@ -46,11 +46,11 @@ class TestAttention:
     def test_packed_rows_are_those_of_each_alone(self) -> None:
         attention, lengths = Attention(D, H, is_causal=True).double(), [3, 1, 7]
         x = randn(1, sum(lengths), D)
-        alone = [attention(row) for row in x.split(lengths, 1)]
+        alone = torch.cat([attention(row) for row in x.split(lengths, 1)], 1)
         packed = attention(x, packing=Packing.of(lengths))
-        torch.testing.assert_close(packed, torch.cat(alone, 1))
-        parameters = x, *attention.parameters()
-        torch.testing.assert_close(gradients(packed, *parameters), gradients(torch.cat(alone, 1), *parameters))
+        torch.testing.assert_close(packed, alone)
+        inputs = x, *attention.parameters()
+        torch.testing.assert_close(gradients(packed, *inputs), gradients(alone, *inputs))
 
     def test_dropout_acts_in_training_alone_and_keeps_the_mean(self) -> None:
         attention = Attention(D, H, dropout=0.3)

@@ -39,13 +39,13 @@ CPU = replace(GPUS["h200"], is_cpu=True)
 
 
 def test_a_plan_says_what_fits_and_the_nearest_setting_that_does(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["clip", "--model", "tiny", "--global-batch", "2097152", "--gpus", "8", "--gpu", "a100-40gb"]
+    arguments = "clip --model tiny --global-batch 2097152 --gpus 8 --gpu a100-40gb".split()
     command.main([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert not found["fits"] and found["memory"][found["peak"]]["total"] > FILLED * 40e9
+    better, limit = found["nearest"], FILLED * 40e9
+    assert not found["fits"] and found["memory"][found["peak"]]["total"] > limit
     assert found["peak"] == max(found["memory"], key=lambda phase: found["memory"][phase]["total"])
-    better = found["nearest"]
-    assert better["fits"] and better["memory"][better["peak"]]["total"] <= FILLED * 40e9
+    assert better["fits"] and better["memory"][better["peak"]]["total"] <= limit
     assert better["samples_per_s"] > 0 and found["parameters"]["trained"] == JOB.trained
     command.main(arguments)
     said = capsys.readouterr().out

@@ -30,18 +30,11 @@ def model() -> dict[str, torch.Tensor]:
 def test_a_layout_writes_what_it_reads_back() -> None:
     ours = model()
     theirs = LAYOUT.write(ours)
-    assert {n: list(x.shape) for n, x in theirs.items() if "11" not in n} == {
-        "layers.0.q_proj.weight": [2, 4],
-        "layers.0.k_proj.weight": [2, 4],
-        "layers.0.v_proj.weight": [2, 4],
-        "layers.0.norm": [4],
-        "layers.0.in_proj": [6],
-        "layers.0.in_proj_weight": [6, 4],
-        "token": [1, 1, 4],
-        "scale": [],
-        "proj": [3, 2],
-        "head.bias": [5],
-    }
+    layer = {"q_proj.weight": [2, 4], "k_proj.weight": [2, 4], "v_proj.weight": [2, 4], "norm": [4]}
+    layer |= {"in_proj": [6], "in_proj_weight": [6, 4]}
+    wanted = {f"layers.{i}.{name}": shape for i in (0, 11) for name, shape in layer.items()}
+    wanted |= {"token": [1, 1, 4], "scale": [], "proj": [3, 2], "head.bias": [5]}
+    assert {n: list(x.shape) for n, x in theirs.items()} == wanted
     assert torch.equal(theirs["layers.11.in_proj"], torch.cat([ours["blocks.11.q.bias"], ours["blocks.11.kv.bias"]]))
     assert all(x.is_contiguous() for x in theirs.values())
     renamed = {f"module.{n.replace('layers.', 'old_')}": x.double() for n, x in theirs.items()}

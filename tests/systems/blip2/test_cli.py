@@ -123,8 +123,6 @@ def test_a_tower_of_its_own_and_then_a_language_model_of_its_own_are_trained(tmp
 
 
 def test_both_stages_read_shards(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "val").mkdir()
     data = ["--data", write_shards(tmp_path / "train", 2, 8), "--val-data", write_shards(tmp_path / "val", 1, 6)]
     few = ["--steps", 2, "--batch-size", 8, "--log-every", 1, *data]
     first = run("train", "blip2-stage1", *few, "--no-freeze-vision", "--out", tmp_path / "s1").stdout

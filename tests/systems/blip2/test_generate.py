@@ -88,13 +88,6 @@ class TestGreedy:
         found = model.generate(images, max_length=MAX_TEXT, eos_token_id=eos)
         assert found.dtype == torch.int64 and torch.equal(found, padded(expected))
 
-    def test_captions_end_with_the_longest_row(self) -> None:
-        model, images = tiny(60), images_of(2)
-        first = model.generate(images, max_length=1, eos_token_id=PAD)
-        assert first.shape == (2, 1)
-        alone = model.generate(images[:1], eos_token_id=int(first[0, 0]), max_length=MAX_TEXT)
-        assert torch.equal(alone, first[:1])
-
     def test_states_of_the_tower_and_a_forward_by_name_give_the_same(self) -> None:
         model, images = tiny(60), images_of(3)
         expected = model.generate(images, max_length=8, eos_token_id=EOS)

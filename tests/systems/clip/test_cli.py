@@ -124,7 +124,6 @@ def test_two_ranks_of_half_the_batch_train_as_one_process_under_deepspeeds_launc
 
 def test_shards_and_tables_train_through_the_same_command(tmp_path):
     options = ["--batch-size", 4, "--steps", 4, "--log-every", 1]
-    (tmp_path / "shards").mkdir()
     pattern = write_shards(tmp_path / "shards", 4, 8)
     train, held_out = pattern.replace("..003", "..002"), pattern.replace("{000..003}", "003")
     run("train", "clip", "--data", train, "--val-data", held_out, "--out", tmp_path / "of shards", *options)
@@ -136,7 +135,6 @@ def test_shards_and_tables_train_through_the_same_command(tmp_path):
     assert "has no classes to tell apart" in refused.stderr
     wrong = run("train", "clip", "--data", table, "--csv-img-key", "image", "--out", tmp_path / "no", code=2)
     assert "filepath" in wrong.stderr
-    (tmp_path / "one").mkdir()
     single = write_shards(tmp_path / "one", 1, 16)
     done = run("clip", "--data", single, "--out", tmp_path / "no", *options, launcher=torchrun(), code=1)
     assert "must be at most the 1 shards" in done.stderr and not (tmp_path / "no").exists()

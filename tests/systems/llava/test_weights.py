@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoProcessor, LlavaNextProcessor, LlavaProcessor
 
 from mmcore.checkpoint import write_json
 from mmcore.data.transforms.images import image_processor_config
@@ -38,8 +38,8 @@ from tests.systems.test_weights import assert_same
 
 
 def theirs_at(folder: Path, kind: str) -> Any:
-    kinds: dict[str, Any] = {"llava": LlavaForConditionalGeneration}
-    kinds["llava_next"] = LlavaNextForConditionalGeneration
+    kinds: dict[str, Any] = {"llava": hf.LlavaForConditionalGeneration}
+    kinds["llava_next"] = hf.LlavaNextForConditionalGeneration
     model, info = kinds[kind].from_pretrained(folder, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
@@ -152,8 +152,8 @@ def test_with_its_processor_transformers_answers_as_ours(kind: str, num_tokens: 
     if kind == "llava_next":
         settings |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS}
     write_json(tmp_path / "ours" / "preprocessor_config.json", settings)
-    theirs, processor = theirs_at(tmp_path / "ours", kind), AutoProcessor.from_pretrained(tmp_path / "ours")
-    assert isinstance(processor, LlavaNextProcessor if kind == "llava_next" else LlavaProcessor)
+    theirs, processor = theirs_at(tmp_path / "ours", kind), hf.AutoProcessor.from_pretrained(tmp_path / "ours")
+    assert isinstance(processor, hf.LlavaNextProcessor if kind == "llava_next" else hf.LlavaProcessor)
     assert theirs.config.image_token_index == num_tokens
     pixels = torch.randint(0, 256, (2, 40, 50, 3), dtype=torch.uint8).numpy()
     images = [Image.fromarray(x) for x in pixels]
