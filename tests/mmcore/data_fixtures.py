@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data import DataConfig, LoaderSpec, PairData, Reader, TrainLoader, open_data
+from mmcore.data import DataConfig, LoaderSpec, PairData, Preprocess, Reader, TrainLoader, open_data
 from mmcore.data.collate import collate_pairs, pair_sample
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmcore.data import Preprocess
 from mmcore.data.sources.json_formats import read_json
 from tests.mmcore.data_fixtures import (
     opened,

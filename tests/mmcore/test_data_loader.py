@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcore.data import IMAGE_MEAN, IMAGE_STD, LoaderSpec
+from mmcore.data import DataConfig, LoaderSpec, open_data
+from mmcore.data.loader import Payload, copied_ahead, num_workers
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     digest,
@@ -229,3 +230,45 @@ def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(kind, s
 def test_a_tokenizer_that_returns_something_else_is_refused(tmp_path: Path) -> None:
     loader = train_loader(opened_kind("csv", tmp_path), spec(3), lambda captions: fake_tokenizer(captions).float())
     refuses(r"tokenizer must return int64 \[3, T\], got torch.float32 \[3, 2\]", next, loader)
+
+
+def test_a_gpu_receives_each_micro_batch_while_the_one_before_is_computed_with(monkeypatch) -> None:
+    """By a stand-in for the driver: what is asked of it, and in which order."""
+    asked: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            asked.append("wait")
+
+    payloads = [Payload(torch.tensor([i]), [str(i)]) for i in range(3)] + [Payload(failure="stop")]
+    streams = {"Stream": lambda device: Stream(), "current_stream": lambda device: Stream()}
+    for name, fake in (streams | {"stream": lambda stream: nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: asked.append(f"used {x.item()}"))
+    read = (asked.append(f"read {i}") or payload for i, payload in enumerate(payloads))
+    found = []
+    for payload in copied_ahead(read, torch.device("cpu")):
+        asked.append("computed")
+        found.append(payload.failure or payload.batch.item())
+    step = ["wait", "used {}", "read {}", "computed"]
+    wanted = [word.format(i if "used" in word else i + 1) for i in range(3) for word in step]
+    assert found == [0, 1, 2, "stop"] and asked == ["read 0", *wanted, "computed"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_those_on_the_host() -> None:
+    data = open_data(DataConfig(), seed=0)
+    for workers in (0, 2):
+        host, device = (train_loader(data, spec(6, workers=workers), fake_tokenizer) for _ in "ab")
+        device.loader.device = torch.device("cuda")
+        for expected, got in zip(take(host, 4), take(device, 4), strict=True):
+            assert got.images.is_cuda and torch.equal(got.images.cpu(), expected.images)
+
+
+@pytest.mark.parametrize(("cores", "ranks", "wanted"), [(16, 1, 8), (16, 4, 3), (2, 1, 1), (2, 4, 0)])
+def test_loading_processes_are_by_default_what_a_ranks_cores_leave_on_a_gpu(cores, ranks, wanted, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert num_workers(LoaderSpec(4, 0, 1, 0)) == 0 and num_workers(LoaderSpec(4, 0, 1, 0, workers=5)) == 5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert num_workers(LoaderSpec(4, 0, 1, 0)) == wanted

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmcore.data import Preprocess
 from mmcore.data.broken import BrokenTally
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits
 from mmcore.data.sources.split import split_pairs

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mmcore.data import Preprocess
 from mmcore.data.sources import shards, tar
 from mmcore.data.sources.shards import ShardBatches
 from tests.mmcore.data_fixtures import (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmcore.data import DataConfig
-from mmcore.data.held_out import open_held_out
+from mmcore.data import DataConfig, Preprocess
+from mmcore.data.opening import open_held_out
 from tests.mmcore.data_fixtures import (
     fake_tokenizer,
     image_bytes,
@@ -96,8 +96,8 @@ def test_held_out_images_that_are_broken_are_left_out_by_index(tmp_path: Path) -
     assert [len(images) for images, _ in batches] == [2, 2, 1] and held_out.broken == {"empty file": 1}
     held_out.max_broken = 0.1
     message = r"1 of 6 records of the held-out images are broken \(empty file 1\)"
-    refuses(message, lambda: list(held_out.batches(2, 8)))
-    refuses("batch_size and image_size must be at least 1, got 0 and 8", next, held_out.batches(0, 8))
+    refuses(message, lambda: list(held_out.batches(2, Preprocess(8))))
+    refuses("batch_size must be at least 1, got 0", next, held_out.batches(0, Preprocess(8)))
 
 
 PAIR = b"filepath\ttitle\na.png\tb\n"

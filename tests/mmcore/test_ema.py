@@ -211,7 +211,7 @@ def test_bad_input_is_refused_by_name() -> None:
     load = EMA(model).load_state_dict
     refuses("^EMA.load_state_dict: state must have .*, got .*0.bias", load, EMA(small()).state_dict())
     refuses(r"^EMA: weight must be \[3, 2\], got \[2, 2\]", load, EMA(narrow).state_dict())
-    refuses("^EMA: model must have 1.num_batches_tracked, got none", EMA(small()).copy_to, model)
+    refuses("^EMA: model must have 0.weight, got none", EMA(small()).copy_to, model)
     model.weight.ds_id = 0  # pyright: ignore
     refuses(r"^EMA: model must be DeepSpeed's engine, got a module with \['weight'\] cut up by ZeRO-3", EMA, model)
 

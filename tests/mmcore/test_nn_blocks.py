@@ -13,7 +13,7 @@ from transformers.models.idefics.configuration_idefics import IdeficsConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from mmcore.nn import AttentionalPooler, GatedCrossAttentionBlock, MultiwayBlock, PerceiverResampler, QFormerBlock
-from mmcore.nn.resampler import ResamplerBlock
+from mmcore.nn.pooler import ResamplerBlock
 from mmkernels import masks
 from tests.mmcore.nn_fixtures import copy_norm, copy_rows, gradients, randn, torchs
 from tests.refusals import refuses

@@ -18,8 +18,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from mmcore.data import LoaderSpec, Reader
-from mmcore.data.chats import ChatConfig, open_chats
+from mmcore.data import DataConfig, LoaderSpec, Reader
 from mmcore.data.loader import MapBatches, MapLoader
 from mmcore.data.opening import open_chats
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
@@ -61,7 +60,7 @@ def test_images_stand_in_the_order_of_their_places(is_packed: bool) -> None:
     source = chats([(str(10 * i % 4), str(i % 4)) if i % 2 else (str(i % 4),) for i in range(1, 9)])
     batch = first_part(source, spec(8), is_packed=is_packed)
     assert int((batch.tokens == IMAGE_TOKEN).sum()) == VISION.num_patches * len(batch.images) == 4 * 12
-    red = [round(float(x) / 60) for x in (batch.images[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255]
+    red = [round(x / 60) for x in batch.images[:, 0, 0, 0].tolist()]
     wanted = []
     for row in batch.tokens:
         text = TOKENS.tokenizer.decode(row[row != IMAGE_TOKEN])
@@ -121,7 +120,7 @@ def test_conversations_about_one_image_are_on_one_side(tmp_path: Path) -> None:
     write_images(tmp_path, [f"{i}.png" for i in range(10)])
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]
     records = [{"id": str(i), "image": f"{i % 10}.png", "conversations": turns} for i in range(40)]
-    data = open_chats(ChatConfig(data=write_json(tmp_path / "x.json", records), val_fraction=0.2), seed=0)
+    data = open_chats(DataConfig(data=write_json(tmp_path / "x.json", records), val_fraction=0.2), seed=0)
     assert data.val is not None and (len(data.train), len(data.val)) == (32, 8)
     sides = [{name for c in side.conversations for name in c.images} for side in (data.train, data.val)]
     assert not sides[0] & sides[1]
@@ -159,10 +158,6 @@ def test_an_image_or_a_grid_of_nothing_and_wrong_settings_are_refused() -> None:
     for size in ((0, 5), (5, 0), (-1, 5)):
         refuses("best_resolution: size must be 1 pixel or more each way, got", best_resolution, size, LARGE)
     refuses("best_resolution: pinpoints must be one or more, got none", best_resolution, (5, 5), ())
-    refuses("--val-fraction must be a share, got 1.0", ChatConfig, val_fraction=1.0)
-    refuses("--max-broken must be a share", ChatConfig, max_broken=-0.1)
-    refuses("--workers must be at least 0, got -1", ChatConfig, workers=-1)
-    refuses("--image-root has no effect on 'digits'", ChatConfig, image_root="x")
 
 
 @pytest.mark.parametrize("size", [(40, 20), (10, 30), (17, 17), (1, 1), (3, 100), (100, 3), (200, 199), (64, 64)])
