@@ -84,11 +84,10 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
         loader.load_state_dict(read_loader(start.checkpoint))
         first = read_state(start.checkpoint)["step"]
     total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
-    subject = Subject(recipe, assets, engine, data, engine.device)
 
     def measured() -> dict[str, float]:
-        with engine.eval():
-            return follow(subject)
+        with engine.eval():  # a subject keeps what its model made of the held-out pairs
+            return follow(Subject(recipe, assets, engine, data, engine.device))
 
     options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}
     with Metrics(start.folder, total, first, **options) as metrics:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.data import Preprocess
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.losses import global_ratio
 from mmcore.nn import BatchNorm, FeatureQueue, MomentumEncoder
@@ -30,7 +31,7 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class ToyAssets(Assets):
-    image_size: int = 16
+    preprocess: Preprocess = Preprocess(16)
 
     def save(self, folder: Path) -> dict[str, Any]:
         return {}
