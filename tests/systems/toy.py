@@ -1,7 +1,7 @@
 """A recipe with all that a run may have to keep: BatchNorm over ranks, a queue, a momentum teacher, a centre."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class ToyAssets(Assets):
-    preprocess: Preprocess = Preprocess(16)
+    preprocess: Preprocess = field(default_factory=lambda: Preprocess(16))
 
     def save(self, folder: Path) -> dict[str, Any]:
         return {}
