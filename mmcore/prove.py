@@ -62,11 +62,7 @@ class Found:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `NAME|all|--list ...`.
-
-    Raises:
-        ValueError: an unknown proof, or a folder that exists.
-    """
+    """Runs `NAME|all|--list ...`; raises ValueError for an unknown proof, or a folder that exists."""
     known = entries("PROOFS")
     if arguments[:1] == ["--list"]:
         for name, entry in known.items():

@@ -20,6 +20,12 @@ class BrokenRecord(Exception):
         super().__init__(reason)
         self.reason = reason
 
+    @classmethod
+    def unless(cls, holds: bool, *arguments: str) -> None:
+        """Raises it unless the contract of a record holds."""
+        if not holds:
+            raise cls(*arguments)
+
 
 class BrokenTally:
     """Counts of the records read and of the broken ones among them.

@@ -7,21 +7,13 @@ from typing import Any
 
 from mmcore.data.config import BUILT_IN, DataConfig, SourceKind
 from mmcore.data.pair_data import PairData
+from mmcore.data.sources import derived_chats
 from mmcore.data.sources.annotations import open_json
 from mmcore.data.sources.answers import Answers
-from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.conversations import ConversationSet, open_conversations
-from mmcore.data.sources.derived_chats import (
-    asked_conversations,
-    described_conversations,
-    digit_conversations,
-    emoji_conversations,
-    stamp_conversations,
-)
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
 from mmcore.data.sources.emoji import Emoji, open_emoji
 from mmcore.data.sources.files import FilePairs
-from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.shards import open_held_out_shards, open_shards
 from mmcore.data.sources.split import split_linked
 from mmcore.data.sources.stamps import Stamps, open_stamps
@@ -178,13 +170,13 @@ def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
         if source is None:
             sides.append(None)
         elif config.data == "digits":
-            sides.append(digit_conversations(source, **options))
+            sides.append(derived_chats.digit_conversations(source, **options))
         elif config.data == "emoji":
-            sides.append(emoji_conversations(source, questions, **options))
+            sides.append(derived_chats.emoji_conversations(source, questions, **options))
         else:
             assert isinstance(source, Stamps)
             of_stamps: Any = {"language": config.language, "max_broken": config.max_broken, "is_held_out": is_held_out}
-            sides.append(stamp_conversations(source, questions, **options, **of_stamps))
+            sides.append(derived_chats.stamp_conversations(source, questions, **options, **of_stamps))
     train, val = sides
     assert train is not None
     return ChatData(train.name, train, val)
@@ -192,17 +184,14 @@ def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
 
 def _chats_of(data: PairData, config: DataConfig) -> ChatData:
     source = data.source
-    if isinstance(source, FilePairs):
-        train: EvalSet | QuestionSet | None = source.held_out(config.max_broken)
+    if source is None:
+        assert data.questions is not None
+        train, val = (side and derived_chats.asked_conversations(side) for side in (data.questions, data.val_questions))
     else:  # conversations are read in an order by their lengths, which a stream has not
-        train = data.questions if source is None else open_held_out_shards(config)
-    sides = (
-        asked_conversations(side) if isinstance(side, QuestionSet) else side and described_conversations(side)
-        for side in (train, data.val_questions if source is None else data.val)
-    )
-    chats, val = sides
-    assert chats is not None
-    return ChatData(data.name, replace(chats, name=data.name, broken=data.broken), val)
+        pairs = source.held_out(config.max_broken) if isinstance(source, FilePairs) else open_held_out_shards(config)
+        train, val = (side and derived_chats.described_conversations(side) for side in (pairs, data.val))
+    assert train is not None
+    return ChatData(data.name, replace(train, name=data.name, broken=data.broken), val)
 
 
 def _pairs_of(chats: ChatData) -> PairData:

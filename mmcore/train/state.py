@@ -35,11 +35,11 @@ def save_state(
     keep: int,
     companions: Mapping[str, nn.Module] | None = None,
 ) -> Path:
-    """Saves everything that a resumed run needs. A collective: every rank calls it.
+    """Saves everything that a resumed run needs, and returns its folder. A collective: every rank calls it.
 
     Args:
         engine: the model and its optimizer.
-        root: the run's `checkpoints` folder, in which the new one is made, and returned.
+        root: the run's `checkpoints` folder.
         step: optimizer steps done.
         run_state: JSON, the same on every rank.
         loader: JSON of this rank's position in the data.

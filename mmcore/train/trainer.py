@@ -21,19 +21,11 @@ from mmcore.recipe import Recipe, Step
 from mmcore.runs import FROZEN, load_weights, read_assets
 from mmcore.settings import as_yaml, check_resumed, to_json
 from mmcore.tasks import Subject, follow, report
+from mmcore.train import state
 from mmcore.train.deepspeed_json import deepspeed_config
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
-from mmcore.train.state import (
-    BUFFERS,
-    read_loader,
-    read_state,
-    restore_companions,
-    restore_engine,
-    restore_module,
-    save_state,
-)
 
 T = TypeVar("T")
 
@@ -80,9 +72,9 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
     companions = recipe.companions(engine)
     first = 0
     if start.checkpoint is not None:
-        restore_companions(companions, start.checkpoint)
-        loader.load_state_dict(read_loader(start.checkpoint))
-        first = read_state(start.checkpoint)["step"]
+        state.restore_companions(companions, start.checkpoint)
+        loader.load_state_dict(state.read_loader(start.checkpoint))
+        first = state.read_state(start.checkpoint)["step"]
     total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
 
     def measured() -> dict[str, float]:
@@ -149,7 +141,7 @@ def _model(recipe: Recipe, assets: Any, start: Start) -> nn.Module:
         load_weights(model, recipe.initial(assets, model), is_whole=False)
     else:
         load_weights(model, dict(checkpoint.tensors(start.checkpoint, "weight")))
-        restore_module(model, BUFFERS, start.checkpoint)
+        state.restore_module(model, state.BUFFERS, start.checkpoint)
     return model
 
 
@@ -162,7 +154,7 @@ def _engine(recipe: Recipe, start: Start, model: nn.Module, world_size: int) -> 
         checkpoint.write_json(start.folder / "deepspeed.json", resolved)
     engine = Engine(model, optimizer, resolved, precision)
     if start.checkpoint is not None:
-        restore_engine(engine, start.checkpoint)
+        state.restore_engine(engine, start.checkpoint)
     return engine
 
 
@@ -237,9 +229,9 @@ class Loop:
         return {**losses, "grad_norm": norm, "lr": lr}
 
     def _save(self, step: int) -> None:
-        state = {"epoch": step // self.loader.steps_per_epoch, "total": self.total}
+        done = {"epoch": step // self.loader.steps_per_epoch, "total": self.total}
         options = {"keep": self.recipe.run.keep, "companions": self.companions}
-        save_state(self.engine, self.folder / "checkpoints", step, state, self.loader.state_dict(), **options)
+        state.save_state(self.engine, self.folder / "checkpoints", step, done, self.loader.state_dict(), **options)
 
 
 def _shown(accuracy: dict[str, float]) -> str:

@@ -129,8 +129,8 @@ def parse_image_id(value: object) -> str | None:
     number."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise BrokenRecord("image_id is neither text nor a whole number")
+    is_id = isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
+    BrokenRecord.unless(is_id, "image_id is neither text nor a whole number")
     return str(value)
 
 

@@ -41,17 +41,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation that ends with an answer of the assistant.
+    """A conversation that ends with an answer of the assistant."""
 
-    Args:
-        id: as the source gives it; not unique.
-        images: names, in the order of their `IMAGE` in the turns.
-        turns: a system turn or none, then user and assistant in turns.
-    """
-
-    id: str
-    images: tuple[str, ...]
-    turns: tuple[Turn, ...]
+    id: str  # as the source gives it; not unique
+    images: tuple[str, ...]  # names, in the order of their `IMAGE` in the turns
+    turns: tuple[Turn, ...]  # a system turn or none, then user and assistant in turns
 
 
 class BrokenField(BrokenRecord):
@@ -119,23 +113,14 @@ class ChatRecord:
 
 @dataclass(frozen=True, repr=False)
 class ConversationSet:
-    """Conversations with their images.
+    """Conversations with their images."""
 
-    Args:
-        name: the source, for prints; says so where the conversations are derived.
-        pictures: gives the images by name.
-        conversations: the conversations.
-        derived: made by templates from captions or classes, not said by people or models.
-        max_broken: share of broken records above which a run stops.
-        broken: broken records found on opening, by reason.
-    """
-
-    name: str
-    pictures: Pictures
+    name: str  # the source, for prints; says so where the conversations are derived
+    pictures: Pictures  # gives the images by name
     conversations: list[Conversation]
-    derived: bool
-    max_broken: float = 0.0
-    broken: Counter[str] = field(default_factory=Counter)
+    derived: bool  # made by templates from captions or classes, not said by people or models
+    max_broken: float = 0.0  # share of broken records above which a run stops
+    broken: Counter[str] = field(default_factory=Counter)  # broken records found on opening, by reason
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -182,10 +167,8 @@ class ConversationSet:
 def check_sides(name: str, image: Image.Image) -> Image.Image:
     """The image; raises BrokenField where it is a pixel wide or high, or has a side above `MAX_SIDE`."""
     size = f"image {name!r} of {image.width} x {image.height} pixels"
-    if min(image.size) < 2:
-        raise BrokenField(size, "image of one pixel")
-    if max(image.size) > MAX_SIDE:
-        raise BrokenField(size, f"image wider or higher than {MAX_SIDE:,} pixels")
+    BrokenField.unless(min(image.size) >= 2, size, "image of one pixel")
+    BrokenField.unless(max(image.size) <= MAX_SIDE, size, f"image wider or higher than {MAX_SIDE:,} pixels")
     return image
 
 
@@ -199,9 +182,6 @@ def open_conversations(
         image_root: folder of the images or of tars with them; None = the folder of `data`.
         max_broken: share of broken records above which reading stops, of each file.
         seed: of what a mix draws.
-
-    Raises:
-        ValueError: for each thing that can be wrong with the files.
     """
     is_mix = data.lower().endswith((".yaml", ".yml"))
     parts = read_mix(data) if is_mix else [(Path(data).expanduser(), Sampling("all"))]
@@ -264,14 +244,12 @@ def _parsed(line: str) -> Any:
 def parse_conversation(number: int, record: Any) -> Conversation:
     """A record of LLaVA's JSON: {"id", "image": str | [str] (optional), "conversations": [{"from", "value"}]}; without
     an id, it has its number; raises BrokenField where it is no such record."""
-    if not isinstance(record, dict):
-        raise BrokenField("record", "not a JSON object")
+    BrokenField.unless(isinstance(record, dict), "record", "not a JSON object")
     images = _images(record.get("image"))
     turns = _turns(record.get("conversations"))
     num_marks = sum(turn.text.count(IMAGE) for turn in turns if turn.role == "user")
-    if num_marks != len(images):
-        where = f"conversations with {num_marks} {IMAGE} for {len(images)} images"
-        raise BrokenField(where, f"number of {IMAGE} is not that of the images")
+    where = f"conversations with {num_marks} {IMAGE} for {len(images)} images"
+    BrokenField.unless(num_marks == len(images), where, f"number of {IMAGE} is not that of the images")
     return Conversation(_id(number, record), images, turns)
 
 
@@ -282,45 +260,39 @@ def _id(number: int, record: Any) -> str:
 
 def _images(value: Any) -> tuple[str, ...]:
     names = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(n, str) and n and is_unicode(n) for n in names):
-        raise BrokenField(f"image={value!r:.60}", "neither a file's name nor a list of them")
+    are_names = isinstance(names, list) and all(isinstance(n, str) and n and is_unicode(n) for n in names)
+    BrokenField.unless(are_names, f"image={value!r:.60}", "neither a file's name nor a list of them")
     return tuple(names)
 
 
 def _turns(value: Any) -> tuple[Turn, ...]:
-    if not isinstance(value, list) or not value:
-        raise BrokenField("conversations", "missing, empty or not a list")
+    has_turns = isinstance(value, list) and bool(value)
+    BrokenField.unless(has_turns, "conversations", "missing, empty or not a list")
     turns: list[Turn] = []
     for number, entry in enumerate(value):
         where = f"conversations[{number}]"
-        if not isinstance(entry, dict):
-            raise BrokenField(where, "not a JSON object")
+        BrokenField.unless(isinstance(entry, dict), where, "not a JSON object")
         source, text = entry.get("from"), entry.get("value")
         role = _ROLES.get(source) if isinstance(source, str) else None
         if role is None:
             raise BrokenField(f"{where}.from={source!r:.40}", "role is not human, gpt or system")
-        _check_order(turns, role, f"{where}.from={source!r}")
+        _check_order(turns[-1].role if turns else None, role, f"{where}.from={source!r}")
         turns.append(Turn(role, _text(text, role, f"{where}.value")))
-    if turns[-1].role != "assistant":
-        raise BrokenField("conversations", "the last turn is not the assistant's answer")
+    is_answered = turns[-1].role == "assistant"
+    BrokenField.unless(is_answered, "conversations", "the last turn is not the assistant's answer")
     return tuple(turns)
 
 
-def _check_order(turns: list[Turn], role: Role, where: str) -> None:
-    """Raise a BrokenField where `role` cannot follow `turns`."""
-    if turns and turns[-1].role == role:
-        raise BrokenField(where, "two turns of the same role in a row")
-    if role == "system" and turns:
-        raise BrokenField(where, "system turn is not the first")
-    if role == "assistant" and (not turns or turns[-1].role == "system"):
-        raise BrokenField(where, "conversation does not begin with the human")
+def _check_order(last: Role | None, role: Role, where: str) -> None:
+    """Raise a BrokenField where `role` cannot follow."""
+    BrokenField.unless(role != last, where, "two turns of the same role in a row")
+    BrokenField.unless(role != "system" or last is None, where, "system turn is not the first")
+    begins = role != "assistant" or last == "user"
+    BrokenField.unless(begins, where, "conversation does not begin with the human")
 
 
 def _text(value: Any, role: Role, where: str) -> str:
-    if not isinstance(value, str) or not is_unicode(value):
-        raise BrokenField(where, "value is not text")
-    if not value.strip():
-        raise BrokenField(where, "value is empty")
-    if role != "user" and IMAGE in value:
-        raise BrokenField(where, f"{IMAGE} outside the human's turns")
+    BrokenField.unless(isinstance(value, str) and is_unicode(value), where, "value is not text")
+    BrokenField.unless(bool(value.strip()), where, "value is empty")
+    BrokenField.unless(role == "user" or IMAGE not in value, where, f"{IMAGE} outside the human's turns")
     return value

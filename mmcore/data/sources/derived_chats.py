@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.sources.base import EvalSet, ImageSource
+from mmcore.data.sources.base import EvalSet, ImageSource, PairSource
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits, digit_questions
 from mmcore.data.sources.emoji import Emoji
@@ -45,8 +45,7 @@ class SourcePictures:
     index: dict[str, int]
 
     def named_image(self, name: str, least: int | None = None) -> Image.Image:
-        if name not in self.index:
-            raise BrokenRecord("missing file")
+        BrokenRecord.unless(name in self.index, "missing file")
         return self.source.raw_image(self.index[name], least)
 
 
@@ -61,11 +60,9 @@ def described_conversations(val: EvalSet) -> ConversationSet:
 
 def asked_conversations(questions: QuestionSet) -> ConversationSet:
     """A conversation for each question, with the answer that most annotators gave."""
-    names = [questions.sample_id(i) for i in range(len(questions))]
     asked = [(q.text, Counter(a for a in q.answers if a.strip()).most_common(1)[0][0]) for q in questions.questions]
-    conversations = [_conversation(name, [fact]) for name, fact in zip(names, asked, strict=True)]
-    pictures = SourcePictures(questions, {name: i for i, name in enumerate(names)})
-    return ConversationSet(questions.name, pictures, conversations, questions.derived, questions.max_broken)
+    conversations = [_conversation(questions.sample_id(i), [fact]) for i, fact in enumerate(asked)]
+    return _set(questions.name, questions, conversations, questions.max_broken, derived=questions.derived)
 
 
 def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False) -> ConversationSet:
@@ -207,7 +204,7 @@ def _conversation(image: str, facts: Sequence[Fact]) -> Conversation:
 
 
 def _set(
-    name: str, source: Digits | Stamps | Emoji, conversations: list[Conversation], max_broken: float = 0.0
+    name: str, source: PairSource, conversations: list[Conversation], max_broken: float = 0.0, *, derived: bool = True
 ) -> ConversationSet:
     pictures = SourcePictures(source, {source.sample_id(i): i for i in range(len(source))})
-    return ConversationSet(name, pictures, conversations, True, max_broken)
+    return ConversationSet(name, pictures, conversations, derived, max_broken)

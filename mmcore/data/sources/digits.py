@@ -25,17 +25,11 @@ _SCALE = (0.9, 1.12)
 
 @dataclass(frozen=True)
 class Digits(PairSource):
-    """Scanned digits; scans of the same digit are positives of each other.
+    """Scanned digits; scans of the same digit are positives of each other."""
 
-    Args:
-        pixels: uint8 [N, 8, 8], ink white on black.
-        classes: the digit of each.
-        numbers: position of each in scikit-learn's order.
-    """
-
-    pixels: np.ndarray
-    classes: list[int]
-    numbers: list[int]
+    pixels: np.ndarray  # uint8 [N, 8, 8], ink white on black
+    classes: list[int]  # the digit of each
+    numbers: list[int]  # position of each in scikit-learn's order
 
     def __len__(self) -> int:
         return len(self.classes)

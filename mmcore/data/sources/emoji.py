@@ -61,17 +61,11 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Emoji(PairSource):
-    """Drawings of emoji; a name is of one drawing alone.
+    """Drawings of emoji; a name is of one drawing alone."""
 
-    Args:
-        drawings: of a style, whole.
-        rows: the drawings that are meant.
-        names: of each of them, in each language.
-    """
-
-    drawings: list[Drawing]
-    rows: list[int]
-    names: list[list[str]]
+    drawings: list[Drawing]  # of a style, whole
+    rows: list[int]  # the drawings that are meant
+    names: list[list[str]]  # of each of them, in each language
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -80,17 +80,11 @@ class JsonFile:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A caption or a question with its image.
+    """A caption or a question with its image."""
 
-    Args:
-        image: name of the image's file, or its number where the format gives no name.
-        image_id: the image's identity, or None where the file gives none.
-        text: the caption, or the question with its answers.
-    """
-
-    image: str | int
-    image_id: str | None
-    text: str | Question
+    image: str | int  # name of the image's file, or its number where the format gives no name
+    image_id: str | None  # the image's identity, or None where the file gives none
+    text: str | Question  # the caption, or the question with its answers
 
 
 def read_json(path: str, argument: str) -> JsonFile:
@@ -180,8 +174,7 @@ def _lavis(is_caption: bool, number: int, record: Any) -> Record:
 def _coco_caption(names: dict[str, Any], number: int, record: Any) -> Record:
     entries = _entries(record)
     image_id = parse_image_id(entries.get("image_id"))
-    if image_id not in names:
-        raise BrokenRecord("image_id is not among the images")
+    BrokenRecord.unless(image_id in names, "image_id is not among the images")
     return Record(_text({"file_name": names[image_id]}, "file_name"), image_id, _text(entries, "caption"))
 
 
@@ -190,8 +183,8 @@ def _vqa_question(answers: dict[Any, dict[str, Any]], number: int, record: Any) 
     image_id = parse_image_id(entries.get("image_id"))
     if image_id is None or not image_id.isdecimal() or len(image_id) > _MAX_DIGITS:
         raise BrokenRecord("image_id is not a number")
-    if not _has_id(entries, "question_id") or entries["question_id"] not in answers:
-        raise BrokenRecord("question without annotation")
+    is_answered = _has_id(entries, "question_id") and entries["question_id"] in answers
+    BrokenRecord.unless(is_answered, "question without annotation")
     annotation = answers[entries["question_id"]]
     types = (v if isinstance(v := annotation.get(k), str) else None for k in ("question_type", "answer_type"))
     text, given = _text(entries, "question"), _answers(annotation.get("answers"))
@@ -199,8 +192,7 @@ def _vqa_question(answers: dict[Any, dict[str, Any]], number: int, record: Any) 
 
 
 def _entries(record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise BrokenRecord("record is not an object")
+    BrokenRecord.unless(isinstance(record, dict), "record is not an object")
     return record
 
 
@@ -211,23 +203,19 @@ def _has_id(record: Any, key: str) -> bool:
 
 def _text(entries: dict[str, Any], key: str) -> str:
     """The entry as stripped text; raises BrokenRecord where there is none."""
-    value = entries.get(key)
-    if value is None:
-        raise BrokenRecord(f"no {key}")
-    if not isinstance(value, str) or not is_unicode(value):
-        raise BrokenRecord(f"{key} is not text")
-    if not value.strip():
-        raise BrokenRecord(f"empty {key}")
+    value: Any = entries.get(key)
+    BrokenRecord.unless(value is not None, f"no {key}")
+    BrokenRecord.unless(isinstance(value, str) and is_unicode(value), f"{key} is not text")
+    BrokenRecord.unless(bool(value.strip()), f"empty {key}")
     return value.strip()
 
 
 def _answers(value: Any) -> tuple[str, ...]:
     """All answers to a question, at least one of which is not blank; a single text is one answer."""
     answers = [value] if isinstance(value, str) else value
-    if not isinstance(answers, list) or not any(isinstance(a, str) and a.strip() for a in answers):
-        raise BrokenRecord("no answer")
-    if not all(isinstance(a, str) and is_unicode(a) for a in answers):
-        raise BrokenRecord("answer is not text")
+    is_answered = isinstance(answers, list) and any(isinstance(a, str) and a.strip() for a in answers)
+    BrokenRecord.unless(is_answered, "no answer")
+    BrokenRecord.unless(all(isinstance(a, str) and is_unicode(a) for a in answers), "answer is not text")
     return tuple(answers)
 
 

@@ -19,17 +19,11 @@ _KEYS = ("json_path", "sampling_strategy")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which records of a file to take.
+    """Which records of a file to take."""
 
-    Args:
-        strategy: all of them, the first, the last, or some drawn without replacement.
-        amount: how many, at least 1, or percent of them, above 0 and at most 100; no effect on 'all'.
-        is_percent: which of the two; a share is rounded up.
-    """
-
-    strategy: Strategy
-    amount: float = 100
-    is_percent: bool = True
+    strategy: Strategy  # all of them, the first, the last, or some drawn without replacement
+    amount: float = 100  # how many, at least 1, or percent of them, above 0 and at most 100; no effect on 'all'
+    is_percent: bool = True  # which of the two; a share is rounded up
 
     def indices(self, num_records: int, rng: np.random.Generator) -> list[int]:
         """The records to take, in the file's order; all where fewer are there than asked for."""

@@ -14,21 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig, LoaderSpec
 from mmcore.data.loader import Collector, Payload, Reader, TrainLoader, check_global_batch, num_workers, start_workers
+from mmcore.data.sources import tar
 from mmcore.data.sources.base import EvalSet, Pair, PairSource, by_image, stable_hash
-from mmcore.data.sources.tar import (
-    METADATA_SUFFIX,
-    IndexedPair,
-    Sample,
-    decode_caption,
-    expand_shards,
-    image_identity,
-    index_shard,
-    is_remote,
-    pair_bytes,
-    read_range,
-    sample_id,
-    shard_samples,
-)
 from mmcore.data.transforms.images import decode_rgb
 from mmcore.ops import require
 
@@ -41,22 +28,22 @@ _SHARDS, _SAMPLE = 0x54A4D5, 0x5A3B1F
 class Streamed(PairSource):
     """Samples of a shard, undecoded."""
 
-    samples: list[Sample]
+    samples: list[tar.Sample]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def sample_id(self, i: int) -> str:
-        return sample_id(self.samples[i])
+        return tar.sample_id(self.samples[i])
 
     def raw_image(self, i: int, least: int | None = None) -> Image.Image:
-        return decode_rgb(pair_bytes(self.samples[i])[0], least)
+        return decode_rgb(tar.pair_bytes(self.samples[i])[0], least)
 
     def image_id(self, i: int) -> int:
-        return stable_hash(image_identity(self.samples[i]))
+        return stable_hash(tar.image_identity(self.samples[i]))
 
     def all_captions(self, i: int) -> list[str]:
-        return [pair_bytes(self.samples[i])[1]]
+        return [tar.pair_bytes(self.samples[i])[1]]
 
 
 @dataclass
@@ -65,18 +52,13 @@ class ShardBatches(IterableDataset):
 
     A pass of stream s over the data reads every (number of streams)-th shard of an order drawn from (seed, pass), and
     draws samples through a buffer. A cursor [pass, samples drawn in it] tells where a stream stands.
-
-    Args:
-        shards, spec, reader: what is read, how, and what records become.
-        cursors: where each of the rank's streams starts.
-        turn: the stream that gives the first batch.
     """
 
     shards: list[str]
     spec: LoaderSpec
     reader: Reader
-    cursors: list[list[int]]
-    turn: int = 0
+    cursors: list[list[int]]  # where each of the rank's streams starts
+    turn: int = 0  # the stream that gives the first batch
 
     def __iter__(self) -> Iterator[Payload]:
         info = get_worker_info()
@@ -103,7 +85,7 @@ class ShardBatches(IterableDataset):
             num_pass, drawn, num_good = num_pass + 1, 0, 0
             self.cursors[stream] = [num_pass, 0]
 
-    def samples(self, stream: int, num_pass: int) -> Iterator[Sample]:
+    def samples(self, stream: int, num_pass: int) -> Iterator[tar.Sample]:
         """The undecoded samples of one pass of a stream, in training order."""
         from webdataset.filters import shuffle  # noqa: PLC0415 (see `mmcore.data.sources.tar`)
 
@@ -112,7 +94,7 @@ class ShardBatches(IterableDataset):
         mine = order[first :: self.spec.world_size * len(self.cursors)]
         rng = random.Random(f"{self.spec.seed} {num_pass} {first}")
         buffered = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)
-        return buffered(shard_samples(self.shards[int(s)] for s in mine))
+        return buffered(tar.shard_samples(self.shards[int(s)] for s in mine))
 
     def _failure(self, broken: list[tuple[str, str]]) -> str:
         reason = f"; {broken[0][0]}: {broken[0][1]}" if broken else ""
@@ -154,9 +136,9 @@ class ShardSource:
 
     def captions(self) -> Iterator[str]:
         """Captions of all shards in order; a broken one is left out here and counted in training."""
-        for sample in shard_samples(iter(self.shards)):
+        for sample in tar.shard_samples(iter(self.shards)):
             try:
-                yield pair_bytes(sample)[1]
+                yield tar.pair_bytes(sample)[1]
             except BrokenRecord:
                 continue
 
@@ -165,31 +147,31 @@ class ShardSource:
 class IndexedShards:
     """Images of local shards in random access."""
 
-    pairs: list[IndexedPair]
+    pairs: list[tar.Sample]
 
     def sample_id(self, i: int) -> str:
-        return f"{self.pairs[i].shard.rsplit('/', 1)[-1]}:{self.pairs[i].key}"
+        return tar.sample_id(self.pairs[i])
 
     def raw_image(self, i: int, least: int | None = None) -> Image.Image:
-        return decode_rgb(read_range(*self.pairs[i].image), least)
+        return decode_rgb(tar.read_range(*tar.image_of(self.pairs[i])), least)
 
 
 def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
     """Training shards `config.data`, and held-out pairs of `config.val_data` where that is given; raises ValueError for
     missing shards, shards on both sides, no pairs, or remote shards without `num_samples`."""
-    shards = expand_shards(config.data, "data")
+    shards = tar.expand_shards(config.data, "data")
     held_out = None
     if config.val_data is not None:
-        held_out_shards = expand_shards(config.val_data, "val_data")
+        held_out_shards = tar.expand_shards(config.val_data, "val_data")
         shared = min(set(shards) & set(held_out_shards), default=None)
         require("data", shared is None, "val_data must not share shards with data, got {} in both", shared)
         held_out = _open_held_out(held_out_shards, config, f"val_data={config.val_data!r}")
     num_samples = config.num_samples
     if num_samples is None:
-        remote = next(filter(is_remote, shards), None)
+        remote = next(filter(tar.is_remote, shards), None)
         what = "num_samples must be given for shards that are not files, such as {!r}"
         require("data", remote is None, what, remote)
-        num_samples = sum(len(index_shard(s)) for s in shards)
+        num_samples = sum(len(tar.index_shard(s)) for s in shards)
     what = "data={!r} must hold at least 2 pairs (an image .jpg, .png or .webp and a .txt of the same name), got {}"
     require("data", num_samples >= 2, what, config.data, num_samples)
     return ShardSource(shards, num_samples), held_out
@@ -198,23 +180,21 @@ def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
 def open_held_out_shards(config: DataConfig) -> EvalSet:
     """All pairs of `config.data`, as what a model is measured on; raises ValueError for missing or remote shards, no
     pairs, too many broken ones."""
-    return _open_held_out(expand_shards(config.data, "data"), config, f"data={config.data!r}")
+    return _open_held_out(tar.expand_shards(config.data, "data"), config, f"data={config.data!r}")
 
 
 def _open_held_out(shards: list[str], config: DataConfig, given: str) -> EvalSet:
-    remote = next(filter(is_remote, shards), None)
+    remote = next(filter(tar.is_remote, shards), None)
     require("data", remote is None, "{} must be local files, got {!r}", given.split("=")[0], remote)
     tally = BrokenTally(config.max_broken, given)
-    pairs: list[IndexedPair] = []
+    pairs: list[tar.Sample] = []
     captions: list[str] = []
     identities: list[str] = []
-    for pair in (p for shard in shards for p in index_shard(shard)):
-        with tally.record(f"{pair.shard}:{pair.key}"):
-            caption = decode_caption(read_range(*pair.caption))
-            sample: Sample = {"__url__": pair.shard, "__key__": pair.key}
-            if pair.metadata is not None:
-                sample[METADATA_SUFFIX] = read_range(*pair.metadata)
-            identities.append(image_identity(sample))
+    for pair in (p for shard in shards for p in tar.index_shard(shard)):
+        with tally.record(f"{pair['__url__']}:{pair['__key__']}"):
+            texts = {s: tar.read_range(*pair[s]) for s in (tar.CAPTION_SUFFIX, tar.METADATA_SUFFIX) if s in pair}
+            caption = tar.decode_caption(texts[tar.CAPTION_SUFFIX])
+            identities.append(tar.image_identity(pair | texts))
             captions.append(caption)
             pairs.append(pair)
     tally.check(final=True)

@@ -20,15 +20,8 @@ def split_linked(keys: Sequence[Sequence[Hashable]], val_fraction: float, seed: 
     """Indices of training and held-out samples, ascending; no key is on both sides.
 
     Samples that share a key, directly or through other samples, form a group, and groups are dealt out whole in an
-    order drawn from `seed` until `val_fraction` of the samples is held out.
-
-    Args:
-        keys: of each sample, any number, such as its image and its caption.
-        val_fraction: share to hold out, in [0, 1); 0 holds out nothing.
-        seed: seed of the order of the groups.
-
-    Raises:
-        ValueError: the groups are too large for `val_fraction` to hold out a sample.
+    order drawn from `seed` until `val_fraction` of the samples, in [0, 1), is held out; raises ValueError where the
+    groups are too large for it. `keys` are any number of each sample, such as its image and its caption.
     """
     n = len(keys)
     if val_fraction == 0:

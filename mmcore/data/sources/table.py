@@ -74,12 +74,9 @@ def _columns(header: list[str] | None, path: str, config: DataConfig) -> tuple[i
 
 
 def _parse_row(row: list[str], num_columns: int, image_column: int, caption_column: int) -> tuple[str, str]:
-    if len(row) != num_columns:
-        raise BrokenRecord("wrong number of columns")
+    BrokenRecord.unless(len(row) == num_columns, "wrong number of columns")
     image, caption = row[image_column].strip(), row[caption_column].strip()
-    if not image:
-        raise BrokenRecord("empty path")
+    BrokenRecord.unless(bool(image), "empty path")
     # other programs write a missing caption as nan; any other number is a caption, as "100" may be
-    if not caption or caption.lower() == "nan":
-        raise BrokenRecord("empty caption")
+    BrokenRecord.unless(caption.lower() not in ("", "nan"), "empty caption")
     return image, caption

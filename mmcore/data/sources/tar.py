@@ -8,7 +8,6 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tarfile import ReadError, TarFile
 from typing import Any, BinaryIO, cast
@@ -31,7 +30,9 @@ _HEADER_CUT_OFF = (
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 Sample = dict[str, Any]
-"""A group of members with one key: `__key__`, `__url__`, and bytes by lower-case suffix."""
+"""A group of members with one key: `__key__`, `__url__`, and bytes (or, in an index, places) by lower-case suffix."""
+Place = tuple[str, int, int]
+"""Where a member's data lies: path of the tar, first byte, length."""
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -79,12 +80,15 @@ def pair_bytes(sample: Sample) -> tuple[bytes, str]:
     for suffix, reason in sample.items():
         if suffix.startswith(_REFUSED):
             raise BrokenRecord(reason.decode())
-    image = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
-    if image is None:
-        raise BrokenRecord("no image")
-    if CAPTION_SUFFIX not in sample:
-        raise BrokenRecord("no caption")
+    image = image_of(sample)
+    BrokenRecord.unless(image is not None, "no image")
+    BrokenRecord.unless(CAPTION_SUFFIX in sample, "no caption")
     return image, decode_caption(sample[CAPTION_SUFFIX])
+
+
+def image_of(sample: Sample) -> Any:
+    """A sample's image, as it has its members; None where it has none."""
+    return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
 
 
 def decode_caption(data: bytes) -> str:
@@ -93,8 +97,7 @@ def decode_caption(data: bytes) -> str:
         caption = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise BrokenRecord("caption is not UTF-8") from None
-    if not caption:
-        raise BrokenRecord("empty caption")
+    BrokenRecord.unless(bool(caption), "empty caption")
     return caption
 
 
@@ -197,35 +200,15 @@ def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
     return None
 
 
-Place = tuple[str, int, int]
-"""Where a member's data lies: path of the tar, first byte, length."""
-
-
-@dataclass(frozen=True)
-class IndexedPair:
-    """Where a pair lies in an uncompressed tar; `key` is the sample's name without suffix."""
-
-    shard: str
-    key: str
-    image: Place
-    caption: Place
-    metadata: Place | None
-
-
-def index_shard(shard: str) -> list[IndexedPair]:
-    """The pairs of one local shard, by its headers alone; raises ValueError where it is damaged or compressed."""
-    found: dict[str, dict[str, Place]] = {}
+def index_shard(shard: str) -> list[Sample]:
+    """The pairs of one local shard, by its headers alone: of each member its `Place`; raises ValueError where the shard
+    is damaged or compressed."""
+    found: dict[str, Sample] = {}
     for name, place in _headers(shard, " to be held out, or else num_samples be given to train on it"):
         key, suffix = _split_name(name)
         if key is not None and suffix is not None:
-            found.setdefault(key, {})[suffix.lower()] = place
-    pairs: list[IndexedPair] = []
-    for key, members in found.items():
-        image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-        caption = members.get(CAPTION_SUFFIX)
-        if image is not None and caption is not None:
-            pairs.append(IndexedPair(shard, key, image, caption, members.get(METADATA_SUFFIX)))
-    return pairs
+            found.setdefault(key, {"__key__": key, "__url__": shard})[suffix.lower()] = place
+    return [sample for sample in found.values() if image_of(sample) and CAPTION_SUFFIX in sample]
 
 
 def index_images(shard: str) -> dict[str, Place]:

@@ -47,9 +47,6 @@ def pack(samples: Sequence[ChatSample], max_length: int, pad_token_id: int) -> P
         samples: expanded, at least one; none is split.
         max_length: most tokens of a row.
         pad_token_id: written behind the shorter rows, never learned.
-
-    Raises:
-        ValueError: no samples, or one that is empty or longer than a row.
     """
     lengths = [len(sample.tokens) for sample in samples]
     wrong = [f"{length} of sample {i}" for i, length in enumerate(lengths) if not 0 < length <= max_length]

@@ -21,27 +21,16 @@ EOS = "{eos}"
 
 @dataclass(frozen=True)
 class Template:
-    """What is written around the texts of a conversation.
+    """What is written around the texts of a conversation."""
 
-    Args:
-        system: text of the system where the conversation has none.
-        system_marks: written before and after the system's text; nothing where that is empty.
-        user_marks: written before and after the user's text.
-        answer_mark: the end of a prompt; what follows it is learned.
-        answer_space: between that and the answer.
-        answer_end: ends an answer and is learned; `EOS` in it becomes the tokenizer's.
-        answer_gap: written after that, and not learned.
-        images_only: of the user's text only the images are written, and there is one answer, a caption.
-    """
-
-    system: str = ""
-    system_marks: tuple[str, str] = ("", "")
-    user_marks: tuple[str, str] = ("", "")
-    answer_mark: str = ""
-    answer_space: str = ""
-    answer_end: str = EOS
-    answer_gap: str = ""
-    images_only: bool = False
+    system: str = ""  # text of the system where the conversation has none
+    system_marks: tuple[str, str] = ("", "")  # written before and after the system's text; nothing where that is empty
+    user_marks: tuple[str, str] = ("", "")  # written before and after the user's text
+    answer_mark: str = ""  # the end of a prompt; what follows it is learned
+    answer_space: str = ""  # between that and the answer
+    answer_end: str = EOS  # ends an answer and is learned; `EOS` in it becomes the tokenizer's
+    answer_gap: str = ""  # written after that, and not learned
+    images_only: bool = False  # of the user's text only the images are written, and there is one answer, a caption
 
 
 TEMPLATES: dict[str, Template] = {
@@ -116,12 +105,8 @@ class ChatTokens:
 
     Args:
         tokenizer: with an end of text, which also pads where there is no padding token.
-        template: a name of `TEMPLATES`, or `AUTO`.
+        template: a name of `TEMPLATES` whose end of an answer is a token, or `AUTO`.
         max_length: tokens of a sample, features of images included; what is longer is cut.
-
-    Raises:
-        ValueError: an unknown template, one whose end of an answer is no token, or a tokenizer that lacks what is
-            needed.
     """
 
     def __init__(self, tokenizer: Any, template: str, max_length: int) -> None:
@@ -129,7 +114,7 @@ class ChatTokens:
         _require(max_length >= 2, "max_length must be at least 2, got {}", max_length)
         _require(template in names, "template must be one of {}, got {!r}", ", ".join(names), template)
         _require(tokenizer.eos_token_id is not None, "tokenizer must have an end of text, got none")
-        can_auto = template != AUTO or tokenizer.chat_template
+        can_auto = template != AUTO or bool(tokenizer.chat_template)
         _require(can_auto, "tokenizer must have a chat template for 'auto', got none")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template = None if template == AUTO else TEMPLATES[template]
@@ -167,8 +152,8 @@ class ChatTokens:
         """
         counts = [1] * len(conversation.images) if counts is None else counts
         sample = self._cut(self._sample(conversation), counts, conversation.id)
-        if not (sample.labels[1:] != IGNORED).any():
-            raise BrokenRecord(f"no answer within {self.max_length} tokens")
+        is_learned = bool((sample.labels[1:] != IGNORED).any())
+        BrokenRecord.unless(is_learned, f"no answer within {self.max_length} tokens")
         return sample
 
     def prompt(self, turns: Sequence[Turn]) -> Tensor:
@@ -225,8 +210,8 @@ class ChatTokens:
         for turn in turns:
             text = turn.text.strip()
             rest = text.replace(IMAGE, "")
-            if any(token in rest for token in self._special):
-                raise BrokenRecord("a special token of the tokenizer in a text")
+            is_plain = not any(token in rest for token in self._special)
+            BrokenRecord.unless(is_plain, "a special token of the tokenizer in a text")
             if text.count(IMAGE) == 1:
                 text = f"{IMAGE}\n{rest.strip()}".strip()
             cleaned.append(Turn(turn.role, text))
@@ -236,8 +221,8 @@ class ChatTokens:
         turns = self._cleaned(conversation.turns)
         if self.template is None:
             return self._write_auto(turns, conversation.id)
-        if self.template.images_only and sum(turn.role == "assistant" for turn in turns) != 1:
-            raise BrokenRecord("several answers, where a caption is learned")
+        is_one = not self.template.images_only or sum(turn.role == "assistant" for turn in turns) == 1
+        BrokenRecord.unless(is_one, "several answers, where a caption is learned")
         text, learned = "", []
         for n, turn in enumerate(turns):
             if turn.role == "assistant":
@@ -259,8 +244,7 @@ class ChatTokens:
             return self._apply(turns, is_prompt=True)
         if template.images_only:
             images = sum(turn.text.count(IMAGE) for turn in turns)
-            if not images:
-                raise BrokenRecord("no image, where a caption is learned")
+            BrokenRecord.unless(images > 0, "no image, where a caption is learned")
             return IMAGE * images
         has_system = turns[0].role == "system"
         system = turns[0].text if has_system else template.system

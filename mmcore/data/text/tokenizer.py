@@ -88,9 +88,6 @@ def train_tokenizer(captions: Sequence[str], *, vocab_size: int, context_length:
         vocab_size: upper bound, at least 514 (bytes, bytes that end a word, start, end); fewer where captions
             are too few to learn as many merges.
         context_length: tokens a caption, start and end included, in [3, 65536].
-
-    Raises:
-        ValueError: no captions, one that is not a string, sizes out of range.
     """
     _check_captions("train_tokenizer", captions)
     require("train_tokenizer", vocab_size >= 514, "vocab_size must be at least 514, got {}", vocab_size)

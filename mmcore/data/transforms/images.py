@@ -46,8 +46,7 @@ def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
     Raises:
         BrokenRecord: empty, not an image, truncated, or above `MAX_IMAGE_PIXELS`.
     """
-    if not data:
-        raise BrokenRecord("empty file")
+    BrokenRecord.unless(bool(data), "empty file")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -56,8 +55,7 @@ def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
         raise BrokenRecord("not an image") from None
     except _DECODER_ERRORS:
         raise BrokenRecord("damaged image") from None
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise BrokenRecord("decompression bomb")
+    BrokenRecord.unless(image.width * image.height <= MAX_IMAGE_PIXELS, "decompression bomb")
     try:
         if least is not None:
             image.draft(None, (least, least))

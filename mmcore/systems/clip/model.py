@@ -57,15 +57,8 @@ class CLIPConfig:
 
 
 def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
-    """Index of each row's first end token, by the one rule that transformers and open_clip agree with.
-
-    Args:
-        tokens: [B, T] integer ids; each row is expected to hold its end token (a row without pools at 0).
-        eos_token_id: the id, or None (or transformers' legacy 2) for the highest id of the row.
-
-    Returns:
-        [B] int64.
-    """
+    """Index, int64 [B], of the first end token of each row of tokens [B, T], 0 where it has none, by the one rule that
+    transformers and open_clip agree with: None, or transformers' legacy 2, is the highest id of the row."""
     if eos_token_id is None or eos_token_id == LEGACY_EOS_TOKEN_ID:
         return tokens.argmax(dim=-1)
     return (tokens == eos_token_id).int().argmax(dim=-1)
