@@ -1,6 +1,7 @@
 """From a `DataConfig` to what is trained on and what is held out, as pairs or as conversations."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from mmcore.data.sources import derived_chats
 from mmcore.data.sources.annotations import open_json
 from mmcore.data.sources.answers import Answers
 from mmcore.data.sources.conversations import ConversationSet, open_conversations
-from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
+from mmcore.data.sources.digits import (
+    DIGIT_NAMES,
+    DIGIT_TEMPLATES,
+    Digits,
+    digit_captions,
+    digit_questions,
+    open_digits,
+)
 from mmcore.data.sources.emoji import Emoji, open_emoji
 from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.shards import open_held_out_shards, open_shards
@@ -170,6 +178,7 @@ def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
         if source is None:
             sides.append(None)
         elif config.data == "digits":
+            assert isinstance(source, Digits)
             sides.append(derived_chats.digit_conversations(source, **options))
         elif config.data == "emoji":
             sides.append(derived_chats.emoji_conversations(source, questions, **options))
@@ -184,19 +193,21 @@ def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
 
 def _chats_of(data: PairData, config: DataConfig) -> ChatData:
     source = data.source
+    chats_of: Callable[[Any], ConversationSet] = derived_chats.described_conversations
     if source is None:
-        assert data.questions is not None
-        train, val = (side and derived_chats.asked_conversations(side) for side in (data.questions, data.val_questions))
+        sides, chats_of = (data.questions, data.val_questions), derived_chats.asked_conversations
+    elif isinstance(source, FilePairs):
+        sides = source.held_out(config.max_broken), data.val
     else:  # conversations are read in an order by their lengths, which a stream has not
-        pairs = source.held_out(config.max_broken) if isinstance(source, FilePairs) else open_held_out_shards(config)
-        train, val = (side and derived_chats.described_conversations(side) for side in (pairs, data.val))
+        sides = open_held_out_shards(config), data.val
+    train, val = (None if side is None else chats_of(side) for side in sides)
     assert train is not None
     return ChatData(data.name, replace(train, name=data.name, broken=data.broken), val)
 
 
 def _pairs_of(chats: ChatData) -> PairData:
     source = Answers.of(chats.train)
-    val = chats.val and Answers.of(chats.val).held_out(chats.val.max_broken)
+    val = None if chats.val is None else Answers.of(chats.val).held_out(chats.val.max_broken)
     left_out = Counter({"not of one image": len(chats.train) - len(source)})
     broken = chats.train.broken + left_out
     return PairData(chats.name, len(source), source, val, chats.train.max_broken, broken=broken)

@@ -111,7 +111,7 @@ def check_equal(held: Mapping[str, State]) -> None:
     if dist.get_world_size() == 1:
         return
     digests = {
-        f"{owner} {name}": hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        f"{owner} {name}": hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for owner, (tensors, _) in held.items()
         for name, x in tensors.items()
     }

@@ -240,7 +240,7 @@ def _draw(text: str, font: ImageFont.FreeTypeFont, square: int) -> np.ndarray:
 
 def _font(style: EmojiStyle) -> ImageFont.FreeTypeFont:
     name, size, _, install = _STYLES[style]
-    has_raqm = features.check("raqm")
+    has_raqm = bool(features.check("raqm"))
     require("data", has_raqm, "'emoji' must have a Pillow with Raqm, which composes emoji, got one without it")
     if "/" in name:
         package, inside = name.split("/", 1)

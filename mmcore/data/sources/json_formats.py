@@ -174,7 +174,8 @@ def _lavis(is_caption: bool, number: int, record: Any) -> Record:
 def _coco_caption(names: dict[str, Any], number: int, record: Any) -> Record:
     entries = _entries(record)
     image_id = parse_image_id(entries.get("image_id"))
-    BrokenRecord.unless(image_id in names, "image_id is not among the images")
+    if image_id not in names:
+        raise BrokenRecord("image_id is not among the images")
     return Record(_text({"file_name": names[image_id]}, "file_name"), image_id, _text(entries, "caption"))
 
 
