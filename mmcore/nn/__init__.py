@@ -9,7 +9,7 @@ from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.multiway import MultiwayBlock
 from mmcore.nn.packing import Packing
-from mmcore.nn.pooler import AttentionalPooler
+from mmcore.nn.pooler import AttentionalPooler, PoolingHead
 from mmcore.nn.positions import interpolate_positions, sincos_positions
 from mmcore.nn.qformer import QFormerBlock
 from mmcore.nn.resampler import PerceiverResampler
@@ -32,6 +32,7 @@ __all__ = [
     "MultiwayBlock",
     "Packing",
     "PerceiverResampler",
+    "PoolingHead",
     "QFormerBlock",
     "Transformer",
     "interpolate_positions",

@@ -27,6 +27,7 @@ class VisionConfig:
 
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
+    `has_margin`: pixels on the right and below that fill no patch are not read (SigLIP's 384 in patches of 14).
     """
 
     image_size: int = 224
@@ -42,12 +43,14 @@ class VisionConfig:
     has_class_token: bool = True
     positions: Literal["learned", "sincos"] = "learned"
     has_final_norm: bool = False
+    has_margin: bool = False
 
     def __post_init__(self) -> None:
         owner, size, patch = "VisionConfig", self.image_size, self.patch_size
         sizes = {"image_size": size, "patch_size": patch, "num_layers": self.num_layers, "mlp_dim": self.mlp_dim}
         check_tower(owner, self.width, self.num_heads, self.activation, **sizes)
-        require(owner, size % patch == 0, "image_size must be a multiple of patch_size {}, got {}", patch, size)
+        fits = size % patch == 0 or (self.has_margin and size > patch)
+        require(owner, fits, "image_size must be a multiple of patch_size {}, got {}", patch, size)
         kinds = ("learned", "sincos")
         require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
 
