@@ -118,8 +118,8 @@ class _Others:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
-    def raw_image(self, i: int) -> Image.Image:
-        return self.source.raw_image(self.place[i])
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
+        return self.source.raw_image(self.place[i], least)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmcore.data import DataConfig, LoaderSpec, PairData, Reader, TrainLoader, open_data
+from mmcore.data import DataConfig, LoaderSpec, PairData, Preprocess, Reader, TrainLoader, open_data
 from mmcore.data.collate import PairSample, collate_pairs, pair_sample
 from mmcore.settings import free
 from mmcore.train.accumulate import cached_backward, plain_backward
@@ -72,13 +72,13 @@ class Embeds:
     """Images and texts in one space.
 
     Args:
-        image_size: pixels a side.
-        states: [B, 3, S, S] to what of images is computed once, [B, ...].
+        preprocess: what it wants of an image.
+        states: uint8 [B, 3, S, S] to what of images is computed once, [B, ...].
         image: states to unit vectors, [B, E], or [B, Q, E] of which the nearest counts.
         text: B texts to unit vectors [B, E].
     """
 
-    image_size: int
+    preprocess: Preprocess
     states: Callable[[Tensor], Tensor]
     image: Callable[[Tensor], Tensor]
     text: Callable[[list[str]], Tensor]
@@ -226,14 +226,14 @@ class Recipe(ABC):
 
     def spec(self, rank: int, world_size: int) -> LoaderSpec:
         """How a rank reads the data."""
-        workers = getattr(getattr(self, "data", None), "workers", 0)
+        workers = getattr(getattr(self, "data", None), "workers", None)
         run = self.run
         return LoaderSpec(self.per_rank, rank, world_size, run.seed, workers, run.accum)
 
 
 @dataclass(frozen=True)
 class OnPairs(Recipe):
-    """Mixin: trains on image-caption pairs. `assets` has the image's side as `image_size`."""
+    """Mixin: trains on image-caption pairs. `assets` has `preprocess`, what the model wants of an image."""
 
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -244,7 +244,7 @@ class OnPairs(Recipe):
         return data.train_loader(spec, self.reader(assets))
 
     def sample(self, assets: Any, record: Any, rng: np.random.Generator) -> PairSample:
-        return pair_sample(record, rng, assets.image_size)
+        return pair_sample(record, rng, assets.preprocess)
 
 
 @dataclass(frozen=True)
@@ -312,8 +312,8 @@ class PairAssets(Assets):
     tokenizer: Any
 
     @property
-    def image_size(self) -> int:
-        return self.shape.vision.image_size
+    def preprocess(self) -> Preprocess:
+        return self.shape.vision.preprocess
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.tokenizer.save(folder / "tokenizer")
@@ -359,7 +359,7 @@ class TwoTowers(OnPairs, Contrastive):
         def text(captions: list[str]) -> Tensor:
             return model(None, assets.tokenizer(captions).to(device))[1]
 
-        return Embeds(assets.image_size, image, lambda features: features, text)
+        return Embeds(assets.preprocess, image, lambda features: features, text)
 
     def image_tower(self, assets: PairAssets, model: Any) -> Any:
         return model.image_tower()

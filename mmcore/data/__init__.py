@@ -8,7 +8,7 @@ from mmcore.data.pair_data import PairData
 from mmcore.data.pairs import open_data
 from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.questions import Question, QuestionSet
-from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD
+from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
 
 __all__ = [
     "IMAGE_MEAN",
@@ -20,12 +20,14 @@ __all__ = [
     "LoaderSpec",
     "PairData",
     "PairSample",
+    "Preprocess",
     "Question",
     "QuestionSet",
     "Reader",
     "StepBatch",
     "TrainLoader",
     "collate_pairs",
+    "normalized",
     "open_data",
     "pair_sample",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from mmcore.data.sources.derived_chats import digit_conversations, stamp_convers
 from mmcore.data.sources.digits import open_digits
 from mmcore.data.sources.split import split_linked
 from mmcore.data.sources.stamps import Stamps, open_stamps
+from mmcore.settings import free
 
 _BUILT_IN = ("digits", "stamps")
 
@@ -31,8 +32,9 @@ class ChatConfig:
     """Folder of the images, or of tars with them; none: the folder of the JSON or YAML file."""
     language: Literal["en", "zh_CN"] = "en"
     """Language of 'stamps'."""
-    workers: int = 0
-    """Processes per rank that load data; 0 loads in the training process."""
+    workers: int | None = field(default=None, metadata=free)
+    """Processes per rank that load data, 0 = the training process does; None = on a GPU one for each core that the
+    rank can spare, at most 8, and else 0."""
     max_broken: float = 0.01
     """Share of broken records above which the run stops."""
     stamps_dir: Path | None = None
@@ -43,7 +45,7 @@ class ChatConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "val_fraction" and value == 1):
                 raise ValueError(f"--{name.replace('_', '-')} must be a share, got {value}")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers must be at least 0, got {self.workers}")
         if self.image_root is not None and self.data in _BUILT_IN:
             raise ValueError(f"--image-root has no effect on {self.data!r}, got {self.image_root!r}")

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcore.data.transforms.images import resize_center_crop, to_tensor
+from mmcore.data.transforms.images import Preprocess, to_pixels
 
 
 class PairSample(NamedTuple):
-    """One pair; an image float32 [3, S, S]."""
+    """One pair; an image uint8 [3, S, S]."""
 
     image: Tensor
     caption: str
@@ -28,7 +28,7 @@ class Batch:
     """Pairs of one rank.
 
     Args:
-        images: float32 [B, 3, S, S], normalised with CLIP's mean and standard deviation.
+        images: uint8 [B, 3, S, S], which the model normalises.
         tokens: int64 [B, T], what the tokenizer made of the captions; T = 0 without a tokenizer.
         labels: int64 [B]; equal labels (the same class, or the same caption) are positives of each other, on
             all ranks.
@@ -45,18 +45,18 @@ class Batch:
     questions: list[str] | None = None
 
 
-def pair_sample(record: Any, rng: np.random.Generator, size: int, *, augment: bool = True) -> PairSample:
+def pair_sample(record: Any, rng: np.random.Generator, preprocess: Preprocess, *, augment: bool = True) -> PairSample:
     """A record's image and one of its captions.
 
     Args:
         record: of any source of pairs.
         rng: the random numbers of this sample alone.
-        size: pixels a side; the image comes back as float32 [3, size, size], normalized with CLIP's mean and std.
-        augment: the view that its source trains on, else resized and cropped about the center.
+        preprocess: what the model wants of an image.
+        augment: the view that its source trains on, else that of evaluation.
     """
     caption = record.caption(rng)
-    view = record.augment(size, rng) if augment else resize_center_crop(record.image, size)
-    return PairSample(to_tensor(view), caption, record.label(caption), record.image_id, record.question)
+    pixels = to_pixels(record.augment(preprocess, rng)) if augment else preprocess([record.image])[0]
+    return PairSample(pixels, caption, record.label(caption), record.image_id, record.question)
 
 
 def collate_pairs(samples: Sequence[PairSample], tokenizer: Callable[[list[str]], Tensor] | None = None) -> Batch:

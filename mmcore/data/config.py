@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from mmcore.settings import free
 
 SourceKind = Literal["digits", "stamps", "shards", "csv", "json"]
 
@@ -50,8 +52,9 @@ class DataConfig:
     """VQAv2's annotations for the questions of --val-data."""
     num_samples: int | None = None
     """Samples in an epoch of shards; none: counted once from the tar headers."""
-    workers: int = 0
-    """Processes per rank that load data; 0 loads in the training process."""
+    workers: int | None = field(default=None, metadata=free)
+    """Processes per rank that load data, 0 = the training process does; None = on a GPU one for each core that the
+    rank can spare, at most 8, and else 0."""
     max_broken: float = 0.01
     """Share of broken records above which the run stops."""
     stamps_dir: Path | None = None
@@ -65,13 +68,13 @@ class DataConfig:
             raise ValueError(f"data: max_broken must be in [0, 1], got {self.max_broken}")
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"data: num_samples must be at least 1, got {self.num_samples}")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ValueError(f"data: workers must be at least 0, got {self.workers}")
-        for field in fields(self):
-            kinds = _ONLY_FOR.get(field.name)
-            value = getattr(self, field.name)
-            if kinds is not None and kind not in kinds and value != field.default:
-                raise ValueError(f"data: {field.name}={value!r} has no effect on {self.data!r}, leave it out")
+        for setting in fields(self):
+            kinds = _ONLY_FOR.get(setting.name)
+            value = getattr(self, setting.name)
+            if kinds is not None and kind not in kinds and value != setting.default:
+                raise ValueError(f"data: {setting.name}={value!r} has no effect on {self.data!r}, leave it out")
         if self.val_data is not None and self.val_fraction != DataConfig.val_fraction:
             raise ValueError(f"data: val_fraction={self.val_fraction} has no effect beside val_data={self.val_data!r}")
 
@@ -85,7 +88,7 @@ class LoaderSpec:
         rank: this process, 0 to world_size - 1.
         world_size: number of processes.
         seed: seed of order, captions and augmentation, at least 0.
-        workers: loading processes per rank; 0 loads in the calling process.
+        workers: loading processes per rank; 0 loads in the calling process; None, see `num_workers`.
         accum: parts that a rank's batch of a step comes in, each of the same number of samples.
     """
 
@@ -93,12 +96,12 @@ class LoaderSpec:
     rank: int
     world_size: int
     seed: int
-    workers: int = 0
+    workers: int | None = None
     accum: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("world_size", 1), ("seed", 0), ("workers", 0), ("accum", 1)):
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 raise ValueError(f"data: {name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"data: rank must be in [0, {self.world_size}), got {self.rank}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
@@ -35,20 +38,24 @@ class Reader:
 
 @dataclass
 class Payload:
-    """What a loading process sends for one step."""
+    """A micro-batch, as a loading process sends it."""
 
-    parts: tuple[Any, ...] = ()  # batches, or none where there is a failure
+    batch: Any = None  # None where there is a failure
     ids: list[str] = field(default_factory=list)
     broken: Sequence[tuple[str, str]] = ()  # id and reason of each broken record met on the way
-    cursor: list[int] | None = None  # where the stream stands after this step (streams only)
+    cursor: list[int] | None = None  # where the stream stands after it (streams only)
     failure: str | None = None  # the sentence to stop with
+
+    def pin_memory(self) -> Payload:
+        """What the DataLoader calls where there is a GPU: from pinned memory, copies to it run beside the host."""
+        return replace(self, batch=map_tensors(Tensor.pin_memory, self.batch))
 
 
 class Collector:
-    """Collects the samples of a step, and the broken records between them, into one Payload."""
+    """Collects the samples of a micro-batch, and the broken records between them, into one Payload."""
 
-    def __init__(self, reader: Reader, accum: int) -> None:
-        self.reader, self.accum = reader, accum
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
         self.samples: list[Any] = []
         self.ids: list[str] = []
         self.broken: list[tuple[str, str]] = []
@@ -67,10 +74,34 @@ class Collector:
         return True
 
     def payload(self, cursor: list[int] | None = None) -> Payload:
-        """The collected samples as batches."""
-        size = len(self) // self.accum
-        parts = (self.samples[i : i + size] for i in range(0, len(self), size))
-        return Payload(tuple(map(self.reader.collate, parts)), self.ids, self.broken, cursor)
+        """The collected samples as a batch."""
+        return Payload(self.reader.collate(self.samples), self.ids, self.broken, cursor)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """A batch with its tensors changed; of tuples, lists and dicts."""
+    return tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, batch)
+
+
+def copied_ahead(payloads: Iterator[Payload], device: torch.device) -> Iterator[Payload]:
+    """Micro-batches on a GPU, each copied there by a stream of its own while the one before is computed with."""
+    stream = torch.cuda.Stream(device)
+
+    def copied(payload: Payload) -> Payload:
+        with torch.cuda.stream(stream):
+            return replace(payload, batch=map_tensors(lambda x: x.to(device, non_blocking=True), payload.batch))
+
+    def received(x: Tensor) -> Tensor:
+        x.record_stream(torch.cuda.current_stream(device))  # its memory is not given away before it is read
+        return x
+
+    upcoming = copied(next(payloads))
+    while upcoming.failure is None:
+        torch.cuda.current_stream(device).wait_stream(stream)
+        current = replace(upcoming, batch=map_tensors(received, upcoming.batch))
+        upcoming = copied(next(payloads))
+        yield current
+    yield upcoming
 
 
 class TrainLoader(ABC):
@@ -83,8 +114,11 @@ class TrainLoader(ABC):
         spec: batch size, rank, seed and so on.
         steps_per_epoch: optimizer steps in an epoch, the same on all ranks.
         tally: counts broken records.
-        num_streams: streams that give batches in turn, each with a cursor; 0 if the step alone tells all.
+        num_streams: streams that give micro-batches in turn, each with a cursor; 0 if the step alone tells all.
     """
+
+    device: torch.device | None = None
+    """The GPU that batches are copied to ahead of time; None = they stay where they are."""
 
     def __init__(self, spec: LoaderSpec, steps_per_epoch: int, tally: BrokenTally, num_streams: int = 0) -> None:
         self.spec = spec
@@ -109,17 +143,22 @@ class TrainLoader(ABC):
             ValueError: more than `max_broken` of the records are broken, or the tokenizer broke its contract.
         """
         if self._payloads is None:
-            self._payloads = self._start()
-        payload = next(self._payloads)
-        self._tally.add(len(payload.ids) + len(payload.broken), payload.broken)
-        if payload.failure is not None:
-            raise ValueError(payload.failure)
+            payloads = self._start(self.step * self.spec.accum)
+            self._payloads = payloads if self.device is None else copied_ahead(payloads, self.device)
+        parts, ids = [], []
+        for part in range(self.spec.accum):
+            payload = next(self._payloads)
+            self._tally.add(len(payload.ids) + len(payload.broken), payload.broken)
+            if payload.failure is not None:
+                raise ValueError(payload.failure)
+            if payload.cursor is not None:
+                self._cursors[(self.step * self.spec.accum + part) % len(self._cursors)] = payload.cursor
+            parts.append(payload.batch)
+            ids += payload.ids
         epoch = self.step // self.steps_per_epoch
-        if payload.cursor is not None:
-            self._cursors[self.step % len(self._cursors)] = payload.cursor
         self.step += 1
         self._tally.check(final=self.step % self.steps_per_epoch == 0)
-        return StepBatch(payload.parts, epoch, payload.ids)
+        return StepBatch(tuple(parts), epoch, ids)
 
     def state_dict(self) -> dict:
         """Position after the latest batch, JSON-serialisable; whose it is, see `state_is_per_rank`."""
@@ -134,9 +173,10 @@ class TrainLoader(ABC):
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
+                hint = "; it is that of --workers" if name == "num_streams" else ""
                 raise ValueError(
                     f"data: {name} must be that of the run to resume for the same batches to follow, "
-                    f"{state.get(name)!r}, got {value!r}"
+                    f"{state.get(name)!r}, got {value!r}{hint}"
                 )
         self.step = int(state["step"])
         self._tally.load_state_dict(state["tally"])
@@ -147,7 +187,8 @@ class TrainLoader(ABC):
     """True: each rank saves a state of its own. False: one rank's serves all, at any number of ranks."""
 
     @abstractmethod
-    def _start(self) -> Iterator[Payload]: ...
+    def _start(self, first: int) -> Iterator[Payload]:
+        """Micro-batches from the one of number `first` on, counted over all steps."""
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
@@ -157,11 +198,23 @@ class TrainLoader(ABC):
 def start_workers(dataset: Dataset | IterableDataset, workers: int, sampler: Iterable[int] | None) -> Iterator[Payload]:
     """Payloads of `dataset` out of `workers` processes, in a fixed order."""
     # A generator of its own, or the DataLoader would draw from the model's random numbers.
-    return iter(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, generator=torch.Generator()))
+    options = {"num_workers": workers, "generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
+    return iter(DataLoader(dataset, batch_size=None, sampler=sampler, **options))
+
+
+def num_workers(spec: LoaderSpec, most: int = 8) -> int:
+    """Loading processes of a rank: as asked for; by default none without a GPU, where the step itself takes all cores,
+    and else one for each core of the rank's share but one, at most `most`."""
+    if spec.workers is not None:
+        return spec.workers
+    if not torch.cuda.is_available():
+        return 0
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(share - 1, most))
 
 
 class MapBatches(Dataset):
-    """One rank's part of each step of records in random access, as a pure function of the step.
+    """One rank's micro-batches of records in random access, as a pure function of their number.
 
     Step g of an epoch is `order[g * GB : (g + 1) * GB]` of that epoch's order, whatever the number of ranks; a rank
     takes its slice. The place of a broken record is filled from the records of the epoch outside the step's own.
@@ -173,16 +226,17 @@ class MapBatches(Dataset):
         self._epoch = -1
         self._order = np.zeros(0, dtype=np.int64)
 
-    def __getitem__(self, step: int) -> Payload:
-        """The payload of `step`, counted over all epochs."""
-        global_batch = self.spec.global_batch
+    def __getitem__(self, number: int) -> Payload:
+        """The micro-batch of this number, counted over all steps and epochs."""
+        global_batch, size = self.spec.global_batch, self.spec.batch_size // self.spec.accum
+        step, part = divmod(number, self.spec.accum)
         epoch, step_of_epoch = divmod(step, self.num_samples // global_batch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.spec.seed, _ORDER, epoch])
             self._epoch, self._order = epoch, self.records.order(rng, self.spec)
-        start, batch = step_of_epoch * global_batch, Collector(self.reader, self.spec.accum)
-        first = self.spec.rank * self.spec.batch_size
-        for slot in range(first, first + self.spec.batch_size):
+        start, batch = step_of_epoch * global_batch, Collector(self.reader)
+        first = self.spec.rank * self.spec.batch_size + part * size
+        for slot in range(first, first + size):
             if not self._fill(batch, start, slot):
                 sample_id, reason = batch.broken[-1]
                 failure = f"data: {self._tries} records in a row are broken, the last is {sample_id}: {reason}"
@@ -231,9 +285,9 @@ class MapLoader(TrainLoader):
         super().__init__(spec, num_train // spec.global_batch, tally)
         self._batches = batches
 
-    def _start(self) -> Iterator[Payload]:
-        steps, workers = count(self.step), self.spec.workers
-        return start_workers(self._batches, workers, steps) if workers else map(self._batches.__getitem__, steps)
+    def _start(self, first: int) -> Iterator[Payload]:
+        numbers, workers = count(first), num_workers(self.spec)
+        return start_workers(self._batches, workers, numbers) if workers else map(self._batches.__getitem__, numbers)
 
     def _identity(self) -> dict[str, Any]:
         num_train = self._batches.num_samples

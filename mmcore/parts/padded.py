@@ -63,7 +63,7 @@ def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
 
 
 def padded_tokenizer(
-    folder: Path | None, captions: Callable[[], Iterable[str]], *, vocab_size: int, context_length: int
+    folder: Path | None, captions: Callable[[], Iterable[str]], vocab_size: int, context_length: int
 ) -> PaddedTokenizer:
     """The one in a folder, or, without one, a byte-level BPE of at most `vocab_size` tokens learned from captions.
 

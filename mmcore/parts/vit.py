@@ -1,12 +1,14 @@
 """A vision transformer: images to the states of their patches (arXiv:2010.11929)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
 from mmcore.nn import ACTIVATIONS, Transformer, sincos_positions
 from mmcore.nn.transformer import Pool
 from mmcore.ops import require
@@ -28,6 +30,7 @@ class VisionConfig:
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
     `has_margin`: pixels on the right and below that fill no patch are not read (SigLIP's 384 in patches of 14).
+    The last four are of `Preprocess`.
     """
 
     image_size: int = 224
@@ -44,6 +47,10 @@ class VisionConfig:
     positions: Literal["learned", "sincos"] = "learned"
     has_final_norm: bool = False
     has_margin: bool = False
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    fit: Literal["crop", "squash"] = "crop"
 
     def __post_init__(self) -> None:
         owner, size, patch = "VisionConfig", self.image_size, self.patch_size
@@ -54,6 +61,14 @@ class VisionConfig:
         kinds = ("learned", "sincos")
         require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
 
+        for name in ("image_mean", "image_std"):  # a run's config.json holds lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What it wants of an image."""
+        return Preprocess(self.image_size, self.image_mean, self.image_std, self.interpolation, self.fit)
+
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
@@ -62,6 +77,21 @@ class VisionConfig:
     def num_tokens(self) -> int:
         """Patches and the class token."""
         return self.num_patches + self.has_class_token
+
+
+siglip_vision = partial(
+    VisionConfig,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    has_class_token=False,
+    has_norm_pre=False,
+    has_patch_bias=True,
+    has_final_norm=True,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+    fit="squash",
+)
+"""`VisionConfig` with the options of SigLIP's tower."""
 
 
 class Tower(NamedTuple):
@@ -102,7 +132,8 @@ class ViT(nn.Module):
         """The states of the class token and of the patches.
 
         Args:
-            images: [B, 3, S, S] floating point, normalised pixels, S the configured image size; B may be 0.
+            images: [B, 3, S, S], S the configured image size; uint8, or floating point where they are normalised
+                already; B may be 0.
             kept: int64 [B, K], the patches that are read, in the order of their states; None = all P. The class token
                 always is.
             pool: takes of the last layer's states `[B, 1 + P, D]` those that are wanted.
@@ -120,7 +151,9 @@ class ViT(nn.Module):
         size = self.image_size
         fits = images.ndim == 4 and images.shape[1:] == (3, size, size)
         require("ViT", fits, "images must be [B, 3, {}, {}], got {}", size, size, list(images.shape))
-        require("ViT", images.is_floating_point(), "images must be floating point, got {}", images.dtype)
+        if images.dtype == torch.uint8:
+            images = normalized(images, self.config.image_mean, self.config.image_std)
+        require("ViT", images.is_floating_point(), "images must be uint8 or floating point, got {}", images.dtype)
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [B, D, S / P, S / P]
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
         if self.class_embedding is not None:

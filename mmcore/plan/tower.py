@@ -16,7 +16,7 @@ def tower_piece(config: VisionConfig, *, learns: bool = False) -> Piece:
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
         tower = ViT(replace(config, num_layers=num_layers)).requires_grad_(learns)
         tower.transformer.activation_checkpointing = setting.activation_checkpointing
-        images = torch.empty(samples, 3, config.image_size, config.image_size)
+        images = torch.empty(samples, 3, config.image_size, config.image_size, dtype=torch.uint8)
 
         def forward() -> list[Tensor]:
             with torch.set_grad_enabled(learns):
@@ -28,5 +28,5 @@ def tower_piece(config: VisionConfig, *, learns: bool = False) -> Piece:
 
 
 def image_bytes(config: VisionConfig) -> int:
-    """Bytes of an image as the loader hands it over, float32."""
-    return 4 * 3 * config.image_size**2
+    """Bytes of an image as the loader hands it over, uint8."""
+    return 3 * config.image_size**2

@@ -103,7 +103,7 @@ class Subject:
         """
         embeds, val = self.recipe.embeds(self.assets, self.model, self.device), self.val
         keeps, image, states, index = hasattr(self.recipe, "matches"), [], [], []
-        for images, i in val.batches(BATCH_SIZE, embeds.image_size):
+        for images, i in val.batches(BATCH_SIZE, embeds.preprocess):
             seen = embeds.states(images.to(self.device))
             image.append(embeds.image(seen).float().cpu())
             states += [seen.cpu()] if keeps else []

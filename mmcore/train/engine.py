@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from mmcore.data.loader import map_tensors
 from mmcore.ema.zero import Shards
 from mmcore.optim import EMAOptimizer
 from mmcore.train.config import Precision
@@ -73,7 +73,7 @@ class Engine:
 
     def place(self, batch: Any) -> Any:
         """A batch with its tensors on the engine's device; of tuples, lists and dicts."""
-        return tree_map(lambda x: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x, batch)
+        return map_tensors(lambda x: x.to(self.device, non_blocking=True), batch)
 
     @contextmanager
     def eval(self) -> Iterator[None]:

@@ -76,6 +76,7 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
     loader = recipe.loader(data, assets, recipe.spec(rank, world_size))
     model = _model(recipe, assets, start)
     engine = _engine(recipe, start, model, world_size)
+    loader.device = engine.device if engine.device.type == "cuda" else None
     companions = recipe.companions(engine)
     first = 0
     if start.checkpoint is not None:
@@ -83,11 +84,11 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
         loader.load_state_dict(read_loader(start.checkpoint))
         first = read_state(start.checkpoint)["step"]
     total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
-    subject = Subject(recipe, assets, engine, data, engine.device)
 
     def measured() -> dict[str, float]:
         with engine.eval():
-            return follow(subject)
+            # a new one each time: it keeps what it has computed
+            return follow(Subject(recipe, assets, engine, data, engine.device))
 
     options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}
     with Metrics(start.folder, total, first, **options) as metrics:

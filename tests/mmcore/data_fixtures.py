@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data import LoaderSpec, PairData, Reader, TrainLoader
+from mmcore.data import LoaderSpec, PairData, Preprocess, Reader, TrainLoader
 from mmcore.data.collate import collate_pairs, pair_sample
 
 
@@ -184,7 +184,7 @@ class PairLoader:
 
 
 def pair_reader(asked: PairSpec, tokenizer: Any) -> Reader:
-    sample = partial(pair_sample, size=asked.image_size, augment=asked.augment)
+    sample = partial(pair_sample, preprocess=Preprocess(asked.image_size), augment=asked.augment)
     return Reader(sample, partial(collate_pairs, tokenizer=tokenizer))
 
 

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmcore.data import IMAGE_MEAN, IMAGE_STD, BrokenRecord
+from mmcore.data import IMAGE_MEAN, IMAGE_STD, BrokenRecord, normalized
 from mmcore.data.transforms.images import (
     MAX_IMAGE_PIXELS,
     decode_rgb,
     pad_to_square,
     random_resized_crop,
     resize_center_crop,
-    to_tensor,
+    to_pixels,
 )
 from tests.mmcore.data_fixtures import image_bytes
 
@@ -146,8 +146,9 @@ def test_padding_keeps_the_whole_image_in_the_middle_of_white() -> None:
 
 
 def test_tensors_are_normalised_with_the_statistics_of_clip() -> None:
-    tensor = to_tensor(Image.new("RGB", (3, 2), (255, 0, 51)))
+    pixels = to_pixels(Image.new("RGB", (3, 2), (255, 0, 51)))
+    tensor = normalized(pixels[None], IMAGE_MEAN, IMAGE_STD)[0]
     want = [(v - m) / s for v, m, s in zip((1.0, 0.0, 0.2), IMAGE_MEAN, IMAGE_STD, strict=True)]
-    assert tensor.shape == (3, 2, 3) and tensor.is_contiguous()
+    assert pixels.dtype == torch.uint8 and tensor.shape == (3, 2, 3) and tensor.is_contiguous()
     # Three float32 roundings of values below 4.
     assert torch.allclose(tensor[:, 0, 0], torch.tensor(want), rtol=0, atol=3 * 4 * 2**-24)

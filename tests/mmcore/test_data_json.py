@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmcore.data import DataConfig, open_data
+from mmcore.data import DataConfig, Preprocess, open_data
 from mmcore.data.sources.json_formats import read_json
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
@@ -239,7 +239,7 @@ def test_a_held_out_file_gives_each_image_with_all_of_its_captions(tmp_path: Pat
     data = open_data(DataConfig(data=train, val_data=val), seed=0)
     assert data.num_train == 4 and data.val is not None
     assert data.val.captions == [[f"thing {i}, said {turn} times" for turn in (0, 1)] for i in (10, 11, 12)]
-    assert [i for _, indices in data.val.batches(2, 8) for i in indices.tolist()] == [0, 1, 2]
+    assert [i for _, indices in data.val.batches(2, Preprocess(8)) for i in indices.tolist()] == [0, 1, 2]
     assert data.questions is None and data.val_questions is None
 
 

@@ -12,7 +12,7 @@ from mmcore.data import DataConfig, open_data
 from mmcore.data.broken import BrokenTally
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits
 from mmcore.data.sources.split import split_pairs
-from mmcore.data.transforms.images import resize_center_crop
+from mmcore.data.transforms.images import Preprocess, resize_center_crop
 from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, train_loader
 
 NAN = float("nan")
@@ -151,7 +151,7 @@ def test_digits_are_shifted_by_under_a_pixel_and_scaled_by_a_tenth() -> None:
     plain = np.asarray(resize_center_crop(scan.raw_image(0), size))[..., 0].astype(float)
     offsets, zooms = [], []
     for _ in range(300):
-        view = np.asarray(scan.augment(scan.raw_image(0), size, rng))[..., 0].astype(float)
+        view = np.asarray(scan.augment(0, Preprocess(size), rng))[..., 0].astype(float)
         centre = (
             view.sum(0) @ (np.arange(size) + 0.5) / view.sum(),
             view.sum(1) @ (np.arange(size) + 0.5) / view.sum(),

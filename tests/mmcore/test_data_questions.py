@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmcore.data import DataConfig, PairData, Question, QuestionSet, open_data
+from mmcore.data import DataConfig, PairData, Preprocess, Question, QuestionSet, open_data
 from mmcore.data.sources.digits import DIGIT_NAMES, Digits
 from tests.mmcore.data_fixtures import (
     assert_equal_batches,
@@ -135,17 +135,17 @@ def test_held_out_questions_come_in_order_without_those_of_broken_images(tmp_pat
     config = DataConfig(data=train[0], annotations=train[1], val_data=val[0], val_annotations=val[1], max_broken=0.5)
     (tmp_path / "val2014" / f"COCO_val2014_{22:012d}.jpg").write_bytes(b"GIF?")
     _, held_out = _sets(open_data(config, seed=0))
-    batches = list(held_out.batches(3, 8))
+    batches = list(held_out.batches(3, Preprocess(8)))
     assert [len(images) for images, _ in batches] == [3, 3, 2] and batches[0][0].shape == (3, 3, 8, 8)
     asked = [question.question_id for _, questions in batches for question in questions]
     assert asked == [10 * i + k for i in (20, 21, 23, 24) for k in (0, 1)]
     assert all(len(q.answers) == 10 and q.question_type in ("how", "is") for _, qs in batches for q in qs)
     assert held_out.broken == {"not an image": 2}
-    plain = torch.stack([images[0] for images, _ in held_out.batches(1, 8)])
+    plain = torch.stack([images[0] for images, _ in held_out.batches(1, Preprocess(8))])
     assert torch.equal(plain, torch.cat([images for images, _ in batches]))
     held_out.max_broken = 0.1
     with pytest.raises(ValueError, match=r"2 of 10 records of the images of .*val_questions.json are broken"):
-        list(held_out.batches(3, 8))
+        list(held_out.batches(3, Preprocess(8)))
 
 
 def test_lavis_questions_have_one_answer_or_several_and_a_number_for_a_missing_id(tmp_path: Path) -> None:

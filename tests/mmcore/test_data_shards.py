@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcore.data import DataConfig, open_data
+from mmcore.data import DataConfig, Preprocess, open_data
 from mmcore.data.sources import shards, tar
 from mmcore.data.sources.shards import ShardBatches
 from tests.mmcore.data_fixtures import (
@@ -215,7 +215,7 @@ def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> No
     held_out = open_data(DataConfig(data=train, val_data=val), seed=0).val
     assert held_out is not None and held_out.captions == [[f"caption number {i}"] for i in range(8)]
     assert held_out.labels is None
-    assert [i for _, indices in held_out.batches(3, 8) for i in indices.tolist()] == list(range(8))
+    assert [i for _, indices in held_out.batches(3, Preprocess(8)) for i in indices.tolist()] == list(range(8))
     assert held_out.raw_image(1).size == (20, 14)
 
 

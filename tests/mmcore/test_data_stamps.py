@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmcore.data import BrokenRecord, DataConfig, open_data
+from mmcore.data import BrokenRecord, DataConfig, Preprocess, open_data
 from mmcore.data.sources.stamps import Stamps, find_stamps, parse_stamp_caption
 from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, train_loader, write_stamps
 
@@ -177,7 +177,7 @@ def test_the_real_package_has_the_known_pairs_and_no_broken_one(language: str, n
     held_out = [c for captions in data.val.captions for c in captions]
     assert data.num_train + len(data.val) == num_pairs and len(set(data.captions()) | set(held_out)) == num_distinct
     assert len(data.class_names) == 16
-    assert sum(len(indices) for _, indices in data.val.batches(64, 32)) == len(data.val)
+    assert sum(len(indices) for _, indices in data.val.batches(64, Preprocess(32))) == len(data.val)
     loader = train_loader(data, spec(64, image_size=32), fake_tokenizer)
     take(loader, loader.steps_per_epoch)
     assert loader.broken == {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmcore.data import DataConfig, open_data
+from mmcore.data import DataConfig, Preprocess, open_data
 from mmcore.data.held_out import open_held_out
 from tests.mmcore.data_fixtures import (
     fake_tokenizer,
@@ -102,14 +102,14 @@ def test_held_out_images_that_are_broken_are_left_out_by_index(tmp_path: Path) -
     config = DataConfig(data=write_pairs(tmp_path / "t", 4), val_data=val, max_broken=0.2)
     held_out = open_data(config, seed=0).val
     assert held_out is not None
-    batches = list(held_out.batches(2, 8))
+    batches = list(held_out.batches(2, Preprocess(8)))
     assert [indices.tolist() for _, indices in batches] == [[0, 1], [3, 4], [5]]
     assert [len(images) for images, _ in batches] == [2, 2, 1] and held_out.broken == {"empty file": 1}
     held_out.max_broken = 0.1
     with pytest.raises(ValueError, match=r"1 of 6 records of the held-out images are broken \(empty file 1\)"):
-        list(held_out.batches(2, 8))
-    with pytest.raises(ValueError, match="batch_size and image_size must be at least 1, got 0 and 8"):
-        next(held_out.batches(0, 8))
+        list(held_out.batches(2, Preprocess(8)))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        next(held_out.batches(0, Preprocess(8)))
 
 
 PAIR = b"filepath\ttitle\na.png\tb\n"

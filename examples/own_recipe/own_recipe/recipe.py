@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from mmcore.data import collate_pairs
+from mmcore.data import IMAGE_MEAN, IMAGE_STD, Preprocess, collate_pairs, normalized
 from mmcore.data.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mmcore.losses import global_contrastive_loss
 from mmcore.recipe import Assets, Claim, Contrastive, Embeds, OnPairs, Proof
+
+WANTED = Preprocess(size=16)
 
 
 class Towers(nn.Module):
@@ -22,7 +24,10 @@ class Towers(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), 2.66))
 
     def forward(self, images, tokens):
-        image = None if images is None else F.normalize(self.image(images).float(), dim=-1)
+        image = None
+        if images is not None:
+            pixels = normalized(images, IMAGE_MEAN, IMAGE_STD).to(self.text.weight.dtype)
+            image = F.normalize(self.image(pixels).float(), dim=-1)
         text = None if tokens is None else F.normalize(self.text(tokens).float(), dim=-1)
         return image, text, self.logit_scale.exp()
 
@@ -30,7 +35,7 @@ class Towers(nn.Module):
 @dataclass(frozen=True)
 class OwnAssets(Assets):
     tokenizer: Tokenizer
-    image_size: int = 16
+    preprocess: Preprocess = WANTED
 
     def save(self, folder):
         self.tokenizer.save(folder / "tokenizer")
@@ -70,7 +75,7 @@ class Own(OnPairs, Contrastive):
         def text(captions):
             return model(None, assets.tokenizer(captions).to(device))[1]
 
-        return Embeds(assets.image_size, lambda x: model(x, None)[0], lambda x: x, text)
+        return Embeds(assets.preprocess, lambda x: model(x, None)[0], lambda x: x, text)
 
     def export(self, assets, model, folder, format):
         folder.mkdir(parents=True)

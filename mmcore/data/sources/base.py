@@ -15,14 +15,15 @@ from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import LoaderSpec
-from mmcore.data.transforms.images import centred
+from mmcore.data.transforms.images import Preprocess
 
 
 class ImageSource(Protocol):
     """Images in random access, undecoded until asked for."""
 
     def sample_id(self, i: int) -> str: ...  # for logs
-    def raw_image(self, i: int) -> Image.Image: ...  # RGB; raises BrokenRecord
+    # RGB; raises BrokenRecord. Of a larger JPEG, `least` pixels of the shorter side are enough
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image: ...
 
 
 class TrainImages(ImageSource, Protocol):
@@ -30,8 +31,8 @@ class TrainImages(ImageSource, Protocol):
 
     # which image sample `i` shows, in 63 bits: equal for all captions of one image, in every process
     def image_id(self, i: int) -> int: ...
-    # training view of `size` x `size` pixels, drawn by `rng`
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image: ...
+    # training view for a model, square, drawn by `rng`
+    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image: ...
 
 
 class PairSource(TrainImages, Protocol):
@@ -67,7 +68,11 @@ class Pair:
     @cached_property
     def image(self) -> Image.Image:
         """RGB; raises BrokenRecord."""
-        return self.source.raw_image(self.index)
+        return self.load()
+
+    def load(self, least: int | None = None) -> Image.Image:
+        """As `image`; of a larger JPEG, `least` pixels of the shorter side are enough."""
+        return self.source.raw_image(self.index, least)
 
     @property
     def image_id(self) -> int:
@@ -83,8 +88,8 @@ class Pair:
     def label(self, caption: str) -> int:
         return self.source.label(self.index, caption)
 
-    def augment(self, size: int, rng: np.random.Generator) -> Image.Image:
-        return self.source.augment(self.image, size, rng)
+    def augment(self, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+        return self.source.augment(self.index, preprocess, rng)
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ class Measured:
         self, source: ImageSource, indices: Sequence[int], batch_size: int, what: str
     ) -> Iterator[tuple[list[Image.Image], list[int]]]:
         """RGB images of `source` at `indices` in order, with the positions in `indices` of each batch's."""
+        if batch_size < 1:
+            raise ValueError(f"data: batch_size must be at least 1, got {batch_size}")
         tally = BrokenTally(self.max_broken, what)
         images: list[Image.Image] = []
         positions: list[int] = []
@@ -150,12 +157,6 @@ class Measured:
             yield images, positions
         self.broken = dict(tally.counts)
         tally.check(final=True)
-
-
-def check_sizes(batch_size: int, image_size: int) -> None:
-    """Raise a ValueError for a size below 1."""
-    if batch_size < 1 or image_size < 1:
-        raise ValueError(f"data: batch_size and image_size must be at least 1, got {batch_size} and {image_size}")
 
 
 @dataclass
@@ -189,18 +190,17 @@ class EvalSet(Measured):
         """Held-out image `i` as it is, RGB, for pictures; raises BrokenRecord."""
         return self.source.raw_image(self.indices[i])
 
-    def batches(self, batch_size: int, image_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All held-out images in order: float32 [B, 3, S, S], and the int64 [B] indices of the images.
+    def batches(self, batch_size: int, preprocess: Preprocess) -> Iterator[tuple[Tensor, Tensor]]:
+        """All held-out images in order: uint8 [B, 3, S, S], and the int64 [B] indices of the images.
 
         Broken images are left out, so the indices tell which rows of `captions` and `labels` belong to the
         images.
 
         Raises:
-            ValueError: `batch_size` or `image_size` below 1; more than `max_broken` of the images are broken.
+            ValueError: `batch_size` below 1; more than `max_broken` of the images are broken.
         """
-        check_sizes(batch_size, image_size)
         for images, positions in self.raw_batches(batch_size):
-            yield centred(images, image_size), torch.tensor(positions)
+            yield preprocess(images), torch.tensor(positions)
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[int]]]:
         """As `batches`, the images as they are.

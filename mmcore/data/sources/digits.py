@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.questions import NUM_ANNOTATORS, Question, QuestionSet
 from mmcore.data.sources.split import split_stratified
+from mmcore.data.transforms.images import Preprocess
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DIGIT_TEMPLATES = [
@@ -44,7 +45,7 @@ class Digits:
     def sample_id(self, i: int) -> str:
         return f"digits:{self.numbers[i]}"
 
-    def raw_image(self, i: int) -> Image.Image:
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
         """Scan `i`, RGB 8 x 8."""
         return Image.fromarray(self.pixels[i]).convert("RGB")
 
@@ -64,14 +65,15 @@ class Digits:
     def label(self, i: int, caption: str) -> int:
         return self.classes[i]
 
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """Shift by up to 3/4 of a scan's pixel and scale by up to 12 %, in one bicubic step."""
+    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+        """Shift by up to 3/4 of a scan's pixel and scale by up to 12 %, in one step."""
+        size = preprocess.size
         zoom = rng.uniform(*_SCALE)
         shift_x, shift_y = rng.uniform(-_MAX_SHIFT, _MAX_SHIFT, 2)
         step = _SIDE / (size * zoom)
         left, top = (float(_SIDE / 2 * (1 - 1 / zoom) - shift) for shift in (shift_x, shift_y))
         matrix = (step, 0.0, left, 0.0, step, top)
-        return image.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+        return self.raw_image(i).transform((size, size), Image.Transform.AFFINE, matrix, preprocess.resample)
 
     def take(self, indices: list[int]) -> Digits:
         return Digits(self.pixels[indices], [self.classes[i] for i in indices], [self.numbers[i] for i in indices])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import EvalSet, by_image, stable_hash
-from mmcore.data.transforms.images import decode_rgb, random_resized_crop
+from mmcore.data.transforms.images import Preprocess, decode_rgb, training_view
 
 Files = TypeVar("Files", bound="ImageFiles")
 
@@ -29,14 +30,14 @@ class ImageFiles:
     def sample_id(self, i: int) -> str:
         return self.paths[i]
 
-    def raw_image(self, i: int) -> Image.Image:
-        return decode_rgb(read_image_file(self.paths[i]))
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
+        return decode_rgb(read_image_file(self.paths[i]), least)
 
     def image_id(self, i: int) -> int:
         return stable_hash(self.identities[i])
 
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        return random_resized_crop(image, size, rng)
+    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+        return training_view(partial(self.raw_image, i), preprocess, rng)
 
     def take(self: Files, indices: list[int]) -> Files:
         """The samples at `indices`."""

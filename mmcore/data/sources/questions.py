@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data.sources.base import Measured, TrainImages, check_sizes, stable_hash
-from mmcore.data.transforms.images import centred
+from mmcore.data.sources.base import Measured, TrainImages, stable_hash
+from mmcore.data.transforms.images import Preprocess
 
 NUM_ANNOTATORS = 10
 """Answers to a question in VQAv2; a derived question has as many equal ones, so that VQA's accuracy is 0 or 1."""
@@ -62,9 +62,9 @@ class QuestionSet(Measured):
         """Name of the image and the question's own."""
         return f"{self.source.sample_id(i)}, question {self.questions[i].question_id}"
 
-    def raw_image(self, i: int) -> Image.Image:
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
         """RGB image of question `i`; raises BrokenRecord."""
-        return self.source.raw_image(i)
+        return self.source.raw_image(i, least)
 
     def image_id(self, i: int) -> int:
         """Which image question `i` asks about; equal for questions about the same one."""
@@ -87,21 +87,20 @@ class QuestionSet(Measured):
         """Equal answers have equal labels."""
         return stable_hash(caption)
 
-    def augment(self, image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
         """Training view of the image, as its source draws it."""
-        return self.source.augment(image, size, rng)
+        return self.source.augment(i, preprocess, rng)
 
-    def batches(self, batch_size: int, image_size: int) -> Iterator[tuple[Tensor, list[Question]]]:
-        """All questions in order: float32 [B, 3, S, S] images, centre-cropped and normalised, and B questions.
+    def batches(self, batch_size: int, preprocess: Preprocess) -> Iterator[tuple[Tensor, list[Question]]]:
+        """All questions in order: uint8 [B, 3, S, S] images, and B questions.
 
         Questions about broken images are left out.
 
         Raises:
-            ValueError: `batch_size` or `image_size` below 1; more than `max_broken` of the images are broken.
+            ValueError: `batch_size` below 1; more than `max_broken` of the images are broken.
         """
-        check_sizes(batch_size, image_size)
         for images, questions in self.raw_batches(batch_size):
-            yield centred(images, image_size), questions
+            yield preprocess(images), questions
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Question]]]:
         """As `batches`, the images as they are.

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig, LoaderSpec
-from mmcore.data.loader import Collector, Payload, Reader, TrainLoader, start_workers
+from mmcore.data.loader import Collector, Payload, Reader, TrainLoader, num_workers, start_workers
 from mmcore.data.sources.base import EvalSet, by_image, stable_hash
 from mmcore.data.sources.tar import (
     METADATA_SUFFIX,
@@ -32,7 +32,7 @@ from mmcore.data.sources.tar import (
     sample_id,
     shard_samples,
 )
-from mmcore.data.transforms.images import decode_rgb, random_resized_crop
+from mmcore.data.transforms.images import Preprocess, decode_rgb, training_view
 
 SHUFFLE_BUFFER = 1_000
 """Undecoded samples among which the next one of a stream is drawn."""
@@ -52,7 +52,10 @@ class ShardRecord:
 
     @cached_property
     def image(self) -> Image.Image:
-        return decode_rgb(pair_bytes(self.raw)[0])
+        return self.load()
+
+    def load(self, least: int | None = None) -> Image.Image:
+        return decode_rgb(pair_bytes(self.raw)[0], least)
 
     @property
     def image_id(self) -> int:
@@ -64,13 +67,13 @@ class ShardRecord:
     def label(self, caption: str) -> int:
         return stable_hash(caption)
 
-    def augment(self, size: int, rng: np.random.Generator) -> Image.Image:
-        return random_resized_crop(self.image, size, rng)
+    def augment(self, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+        return training_view(self.load, preprocess, rng)
 
 
 @dataclass
 class ShardBatches(IterableDataset):
-    """The endless batches of one rank's streams; each loading process reads a stream of its own.
+    """The endless micro-batches of one rank's streams; each loading process reads a stream of its own.
 
     A pass of stream s over the data reads every (number of streams)-th shard of an order drawn from (seed, pass), and
     draws samples through a buffer. A cursor [pass, samples drawn in it] tells where a stream stands.
@@ -94,7 +97,8 @@ class ShardBatches(IterableDataset):
 
     def stream(self, stream: int) -> Iterator[Payload]:
         """Batches of the rank's `stream`-th stream, from its cursor on."""
-        batch, num_good = Collector(self.reader, self.spec.accum), 0
+        batch, num_good = Collector(self.reader), 0
+        size = self.spec.batch_size // self.spec.accum
         num_pass, drawn = self.cursors[stream]
         while True:
             for sample in islice(self.samples(stream, num_pass), drawn, None):
@@ -102,9 +106,9 @@ class ShardBatches(IterableDataset):
                 record = ShardRecord(sample)
                 name = zlib.crc32(record.id.encode(errors="surrogatepass"))
                 num_good += batch.add(record, np.random.default_rng([self.spec.seed, _SAMPLE, num_pass, name]))
-                if len(batch) == self.spec.batch_size:
+                if len(batch) == size:
                     yield batch.payload([num_pass, drawn])
-                    batch = Collector(self.reader, self.spec.accum)
+                    batch = Collector(self.reader)
             if num_good == 0 and self.cursors[stream][1] == 0:
                 yield self._failure(batch)
                 return
@@ -144,7 +148,8 @@ class ShardLoader(TrainLoader):
     def __init__(
         self, shards: list[str], num_samples: int, spec: LoaderSpec, reader: Reader, tally: BrokenTally
     ) -> None:
-        self._num_streams = max(1, spec.workers)
+        self._workers = num_workers(spec, min(8, len(shards) // spec.world_size))
+        self._num_streams = max(1, self._workers)
         if spec.world_size * self._num_streams > len(shards):
             raise ValueError(
                 f"data: world_size x workers must be at most the {len(shards)} shards, "
@@ -158,10 +163,10 @@ class ShardLoader(TrainLoader):
         super().__init__(spec, num_samples // spec.global_batch, tally, self._num_streams)
         self._shards, self._reader = shards, reader
 
-    def _start(self) -> Iterator[Payload]:
-        cursors, turn = [list(c) for c in self._cursors], self.step % self._num_streams
+    def _start(self, first: int) -> Iterator[Payload]:
+        cursors, turn = [list(c) for c in self._cursors], first % self._num_streams
         batches = ShardBatches(self._shards, self.spec, self._reader, cursors, turn)
-        return iter(batches) if self.spec.workers == 0 else start_workers(batches, self.spec.workers, None)
+        return start_workers(batches, self._workers, None) if self._workers else iter(batches)
 
     def _identity(self) -> dict[str, Any]:
         of_spec = {name: getattr(self.spec, name) for name in ("batch_size", "rank", "world_size")}
@@ -197,8 +202,8 @@ class IndexedShards:
     def sample_id(self, i: int) -> str:
         return f"{self.pairs[i].shard.rsplit('/', 1)[-1]}:{self.pairs[i].key}"
 
-    def raw_image(self, i: int) -> Image.Image:
-        return decode_rgb(read_range(*self.pairs[i].image))
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
+        return decode_rgb(read_range(*self.pairs[i].image), least)
 
 
 def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:

@@ -53,9 +53,9 @@ class Stamps(FilePairs):
     def sample_id(self, i: int) -> str:
         return self.identities[i]
 
-    def raw_image(self, i: int) -> Image.Image:
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
         """Stamp `i` on a white square, RGB, so that no crop cuts its ends off; raises BrokenRecord."""
-        return pad_to_square(super().raw_image(i))
+        return pad_to_square(super().raw_image(i, least))
 
 
 def open_stamps(config: DataConfig, seed: int) -> PairData:

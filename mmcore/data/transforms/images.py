@@ -1,4 +1,4 @@
-"""Images from untrusted bytes to normalised tensors, with Pillow alone."""
+"""Images from untrusted bytes to pixels, with Pillow alone; they travel as uint8, and models normalise them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ MAX_IMAGE_PIXELS = 64_000_000
 
 # The other formats of Pillow are rarely met in training data, and some of them start external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_CROP_SCALE = (0.9, 1.0)
+CROP_SCALE = (0.9, 1.0)
+"""Share of the area of a training view."""
 _CROP_RATIO = (3 / 4, 4 / 3)
 # What Pillow's decoders raise on damaged input, beside OSError.
 _DECODER_ERRORS = (
@@ -34,11 +36,13 @@ _DECODER_ERRORS = (
 )
 
 
-def decode_rgb(data: bytes) -> Image.Image:
+def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
     """RGB image of an encoded one; transparent parts become white.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, GIF or BMP file.
+        least: pixels that the shorter side has to keep; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
+            takes a fraction of the time. None = all of them.
 
     Returns:
         Image in mode RGB, its pixels loaded.
@@ -59,6 +63,8 @@ def decode_rgb(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise BrokenRecord("decompression bomb")
     try:
+        if least is not None:
+            image.draft(None, (least, least))
         return _to_rgb(image)
     except _DECODER_ERRORS:
         raise BrokenRecord("damaged image") from None
@@ -85,8 +91,64 @@ def pad_to_square(image: Image.Image) -> Image.Image:
     return square
 
 
-def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Evaluation transform: the shorter side to `size` pixels (bicubic), then the centre square."""
+@dataclass(frozen=True)
+class Preprocess:
+    """What a model wants of an image: square RGB pixels, uint8, which it normalises itself.
+
+    Args:
+        size: pixels a side.
+        mean, std: per channel, of pixels in [0, 1], by which they are normalised.
+        interpolation: of the resize, with antialiasing.
+        fit: "crop", the shorter side to `size` and then the centre; "squash", both sides to `size`.
+    """
+
+    size: int
+    mean: tuple[float, ...] = IMAGE_MEAN
+    std: tuple[float, ...] = IMAGE_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    fit: Literal["crop", "squash"] = "crop"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Preprocess: size must be at least 1 pixel, got {self.size}")
+
+    @property
+    def resample(self) -> Image.Resampling:
+        """Of Pillow."""
+        return Image.Resampling[self.interpolation.upper()]
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images as evaluation sees them: uint8 [B, 3, S, S]."""
+        square = (self.size, self.size)
+        if self.fit == "squash":
+            fitted = [image.resize(square, self.resample) for image in images]
+        else:
+            fitted = [resize_center_crop(image, self.size, self.resample) for image in images]
+        return torch.stack([to_pixels(image) for image in fitted])
+
+    def processor(self) -> dict[str, Any]:
+        """The same for transformers (preprocessor_config.json)."""
+        square = {"height": self.size, "width": self.size}
+        is_crop = self.fit == "crop"
+        crop = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": self.size}}
+        return {
+            "image_processor_type": "CLIPImageProcessor" if is_crop else "ViTImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "resample": int(self.resample),
+            **(crop if is_crop else {"size": square}),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+
+def resize_center_crop(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The shorter side to `size` pixels, then the centre square."""
     short = min(image.size)
     width, height = (max(size, size * side // short) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -94,19 +156,20 @@ def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
     # Only the centre square is computed, so a strip of 10 x 10,000 pixels is never enlarged as a whole.
     box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image.resize((size, size), resample, box=box)
 
 
-def centred(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Images as evaluation sees them: float32 [B, 3, S, S]."""
-    return torch.stack([to_tensor(resize_center_crop(image, size)) for image in images])
-
-
-def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """Training transform: crop 90 to 100 % of the area, aspect 3/4 to 4/3, to `size` pixels (bicubic)."""
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    scale: tuple[float, float] = CROP_SCALE,
+) -> Image.Image:
+    """A crop of a share of the area drawn from `scale`, aspect 3/4 to 4/3, to `size` pixels."""
     width, height = image.size
     for _ in range(10):
-        area = width * height * rng.uniform(*_CROP_SCALE)
+        area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])))
         crop_w, crop_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_w <= width and 0 < crop_h <= height:
@@ -120,30 +183,24 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator)
         crop_h = max(1, min(height, round(width / ratio)))
         left, top = (width - crop_w) // 2, (height - crop_h) // 2
     crop = image.crop((left, top, left + crop_w, top + crop_h))
-    return crop.resize((size, size), Image.Resampling.BICUBIC)
+    return crop.resize((size, size), resample)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Normalised tensor (x / 255 - IMAGE_MEAN) / IMAGE_STD of an RGB image: float32 [3, H, W]."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-    mean = torch.tensor(IMAGE_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD).view(3, 1, 1)
-    return pixels.sub_(mean).div_(std).contiguous()
+def training_view(load: Callable[[int], Image.Image], preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+    """A random crop for a model, of an image of at least as many pixels as `load` is asked for."""
+    # what is left of a crop is still twice what is asked for, so that the resize filters as it would all pixels
+    image = load(math.ceil(2 * preprocess.size / CROP_SCALE[0] ** 0.5))
+    return random_resized_crop(image, preprocess.size, rng, preprocess.resample)
 
 
-def image_processor_config(image_size: int) -> dict[str, Any]:
-    """How evaluation prepares an image, as transformers' CLIPImageProcessor reads it (preprocessor_config.json)."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-    }
+def to_pixels(image: Image.Image) -> Tensor:
+    """Pixels of an RGB image: uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x / 255 - mean) / std of uint8 [B, 3, H, W], per channel: float32, on the pixels' device."""
+    x = pixels.to(torch.float32).div_(255)
+    for channel in range(3):  # by numbers: a tensor of them would have to be sent to the device
+        x[:, channel].sub_(mean[channel]).div_(std[channel])
+    return x

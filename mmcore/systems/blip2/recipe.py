@@ -11,11 +11,10 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data import LoaderSpec, PairData, TrainLoader
+from mmcore.data import LoaderSpec, PairData, Preprocess, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
 from mmcore.data.text.wordpiece import Texts, WordPiece, load_wordpiece, train_wordpiece
-from mmcore.data.transforms.images import centred, image_processor_config
 from mmcore.parts.language_folder import (
     LANGUAGE_MODEL,
     TINY,
@@ -57,8 +56,8 @@ class Stage1Assets(Assets):
     wordpiece: WordPiece
 
     @property
-    def image_size(self) -> int:
-        return self.shape.vision.image_size
+    def preprocess(self) -> Preprocess:
+        return self.shape.vision.preprocess
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.wordpiece.save(folder / "tokenizer")
@@ -147,7 +146,7 @@ class Blip2Stage1(OnPairs):
             return model("encode_text", *_placed(assets.wordpiece(captions, self.max_text), device))
 
         tower, image = partial(model, "tower"), partial(model, "encode_image")
-        return Embeds(assets.image_size, tower, image, text)
+        return Embeds(assets.preprocess, tower, image, text)
 
     def matches(self, assets: Stage1Assets, model: Runner, device: torch.device) -> Matches:
         def scores(states: Tensor, index: Tensor, captions: list[str]) -> Tensor:
@@ -161,7 +160,7 @@ class Blip2Stage1(OnPairs):
         options = {"max_length": self.max_text - 1, "eos_token_id": assets.wordpiece.sep_token_id}
 
         def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-            pixels = centred(images, assets.image_size).to(device)
+            pixels = assets.preprocess(images).to(device)
             ids = model.generate(pixels, **options, **decoding.options())
             return [assets.wordpiece.decode(row) for row in ids.tolist()]
 
@@ -173,7 +172,7 @@ class Blip2Stage1(OnPairs):
     def export(self, assets: Stage1Assets, model: BLIP2, folder: Path, format: str) -> dict[str, Any]:
         save_blip2(model, folder)
         assets.wordpiece.save(folder)
-        return image_processor_config(assets.image_size)
+        return assets.preprocess.processor()
 
 
 def _placed(texts: Texts, device: torch.device) -> Texts:
@@ -190,8 +189,8 @@ class Stage2Assets(Assets):
     tokens: PromptTokens
 
     @property
-    def image_size(self) -> int:
-        return self.vision.image_size
+    def preprocess(self) -> Preprocess:
+        return self.vision.preprocess
 
     def save(self, folder: Path) -> dict[str, Any]:
         shapes = {"vision": asdict(self.vision), "qformer": asdict(self.qformer)}
@@ -309,11 +308,11 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         }
 
         def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-            read = (centred(images, assets.image_size), *tokens.prompts(prompts))
+            read = (assets.preprocess(images), *tokens.prompts(prompts))
             return tokens.text(model("generate", *(x.to(device) for x in read), **settings).cpu())
 
         return say
 
     def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> dict[str, Any]:
         save_blip2_lm(model, folder, tokenizer=assets.language.tokenizer)
-        return image_processor_config(assets.image_size)
+        return assets.preprocess.processor()

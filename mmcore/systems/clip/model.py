@@ -81,7 +81,7 @@ class VisionTower(ViT):
         self.proj = Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.proj.weight, std=config.width**-0.5)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[B, 3, S, S] to [B, E]."""
         return self.proj(super().forward(images, pool=lambda x: x[:, 0]))
 
@@ -156,7 +156,7 @@ class CLIP(nn.Module):
         """Unit-norm image embeddings.
 
         Args:
-            images: [B, 3, S, S] floating point, normalised pixels, S the configured image size; B may be 0.
+            images: [B, 3, S, S], see `ViT`; B may be 0.
 
         Returns:
             [B, E] float32.

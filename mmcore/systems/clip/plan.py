@@ -35,7 +35,7 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
     def images(num_layers: int, samples: int, setting: Setting) -> Built:
         tower = VisionTower(replace(vision, num_layers=num_layers), config.embed_dim)
         tower.transformer.activation_checkpointing = setting.activation_checkpointing
-        x = torch.empty(samples, 3, vision.image_size, vision.image_size)
+        x = torch.empty(samples, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
         return _embedding(tower, x)
 
     def texts(num_layers: int, samples: int, setting: Setting) -> Built:
@@ -48,7 +48,7 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
         f"CLIP {name}",
         (Piece("image tower", vision.num_layers, images, DEPTHS), Piece("text tower", text.num_layers, texts, DEPTHS)),
         of_model.trained,
-        batch_bytes=4 * 3 * vision.image_size**2 + 8 * text.context_length,
+        batch_bytes=3 * vision.image_size**2 + 8 * text.context_length,
         small=of_model.small,
         exchange=Exchange(config.embed_dim),
         levers=("accum", "activation_checkpointing", "zero"),

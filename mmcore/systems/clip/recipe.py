@@ -11,7 +11,6 @@ from torch import Tensor
 from mmcore.data import PairData
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.tokenizer import load_tokenizer, train_tokenizer
-from mmcore.data.transforms.images import image_processor_config
 from mmcore.losses import global_contrastive_loss
 from mmcore.recipe import Claim, PairAssets, Proof, Step, TwoTowers
 from mmcore.settings import from_json
@@ -22,7 +21,7 @@ from mmcore.train.optim import Rule
 
 
 class ClipBatch(NamedTuple):
-    """Images float32 [B, 3, S, S], tokens int64 [B, T], and how many of each caption's count."""
+    """Images uint8 [B, 3, S, S], tokens int64 [B, T], and how many of each caption's count."""
 
     images: Tensor
     tokens: Tensor
@@ -93,7 +92,7 @@ class Clip(TwoTowers):
     def export(self, assets: PairAssets, model: CLIP, folder: Path, format: Format) -> dict[str, Any]:
         save_clip(model, folder, format=format)
         assets.tokenizer.save(folder)
-        return image_processor_config(assets.image_size)
+        return assets.preprocess.processor()
 
 
 PROOF = Proof(

@@ -15,7 +15,7 @@ from mmcore.systems.llava.model import LlavaConfig
 
 
 class SeenImage(NamedTuple):
-    """What the tower sees of an image, float32 [V, 3, S, S], and the height and width that this had."""
+    """What the tower sees of an image, uint8 [V, 3, S, S], and the height and width that this had."""
 
     views: Tensor
     size: Size
@@ -67,6 +67,6 @@ def generate_inputs(
 def image_inputs(images: Sequence[SeenImage], config: LlavaConfig, device: torch.device) -> list[Tensor]:
     """What a batch shows, as `Llava` takes it: the views of all images and, with tiles, their sizes; on a device."""
     side = config.vision.image_size
-    seen = torch.cat([torch.zeros(0, 3, side, side), *(image.views for image in images)])
+    seen = torch.cat([torch.zeros(0, 3, side, side, dtype=torch.uint8), *(image.views for image in images)])
     sizes = torch.tensor([image.size for image in images]).view(-1, 2)
     return [x.to(device) for x in (seen, *((sizes,) if config.has_tiles else ()))]

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmcore.data.sources.conversations import ChatRecord
 from mmcore.data.text.chat_batches import collate, pack
 from mmcore.data.text.templates import ChatSample, ChatTokens, expand
-from mmcore.data.transforms.images import IMAGE_MEAN, image_processor_config, to_tensor
+from mmcore.data.transforms.images import to_pixels
 from mmcore.systems.llava.anyres import BICUBIC, Size, split_image
 from mmcore.systems.llava.model import LlavaConfig
 
@@ -24,7 +24,7 @@ class ChatPart(NamedTuple):
         tokens: int64 [B, T], IMAGE_TOKEN once for each feature of an image; B is less than the conversations where
             these are packed.
         labels: int64 [B, T], -100 where nothing is learned.
-        images: float32 [N, 3, S, S], what the tower sees, in the order of the tokens; N may be 0.
+        images: uint8 [N, 3, S, S], what the tower sees, in the order of the tokens; N may be 0.
         image_sizes: int64 [I, 2], height and width of each image, or None without tiles.
         position_ids: int64 [B, T], from 0 in each conversation, or None where each has a row of its own.
     """
@@ -45,7 +45,7 @@ class SeenChat(NamedTuple):
 
 
 def views(image: Image.Image, config: LlavaConfig) -> Tensor:
-    """What the tower sees of an RGB image: float32 [V, 3, S, S].
+    """What the tower sees of an RGB image: uint8 [V, 3, S, S].
 
     With tiles, all of it and then its tiles; without, all of it, made square by the colour that becomes 0.
     """
@@ -53,15 +53,15 @@ def views(image: Image.Image, config: LlavaConfig) -> Tensor:
     if config.has_tiles:
         parts = split_image(image, config.grid_pinpoints, side)
     else:
-        mean = tuple(int(255 * x) for x in IMAGE_MEAN)  # as LLaVA and transformers round it
+        mean = tuple(int(255 * x) for x in config.vision.image_mean)  # as LLaVA and transformers round it
         longest = max(image.size)
         parts = [ImageOps.pad(image, (longest, longest), color=mean).resize((side, side), BICUBIC)]
-    return torch.stack([to_tensor(part) for part in parts])
+    return torch.stack([to_pixels(part) for part in parts])
 
 
 def processor_config(config: LlavaConfig) -> dict[str, Any]:
     """How `views` prepares an image, as transformers' processors of LLaVA read it (preprocessor_config.json)."""
-    settings = image_processor_config(config.vision.image_size)
+    settings = config.vision.preprocess.processor()
     if config.has_tiles:
         own = {"image_grid_pinpoints": [list(size) for size in config.grid_pinpoints], "do_pad": True}
         return settings | {"image_processor_type": "LlavaNextImageProcessor", **own}
@@ -89,7 +89,9 @@ def collate_chats(samples: Sequence[SeenChat], tokens: ChatTokens, config: Llava
     else:
         batch = collate(chats, tokens.pad_token_id)
     side = config.vision.image_size
-    images = torch.cat([torch.zeros(0, 3, side, side), *(x for sample in samples for x in sample.views)])
+    images = torch.cat(
+        [torch.zeros(0, 3, side, side, dtype=torch.uint8), *(x for sample in samples for x in sample.views)]
+    )
     sizes = torch.tensor([size for sample in samples for size in sample.sizes], dtype=torch.int64).view(-1, 2)
     image_sizes = sizes if config.has_tiles else None
     return ChatPart(batch.tokens, batch.labels, images, image_sizes, position_ids)

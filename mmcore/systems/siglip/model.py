@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,7 @@ from mmcore.parts import text
 from mmcore.parts.text import TextConfig
 from mmcore.parts.vit import Tower, VisionConfig, ViT
 
-BLOCK = {"activation": "gelu_tanh", "norm_eps": 1e-6}
-VIT = {"has_class_token": False, "has_norm_pre": False, "has_patch_bias": True, "has_final_norm": True}
+text_config = partial(TextConfig, activation="gelu_tanh", norm_eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class VisionTower(ViT):
             config.width, config.num_heads, config.mlp_dim, activation=config.activation, norm_eps=config.norm_eps
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[B, 3, S, S] to [B, D]."""
         return self.head(super().forward(images))
 

@@ -1,11 +1,8 @@
 """SigLIP's weights and settings as transformers has them: SiglipModel's, and Siglip2Model's for its square images."""
 
-from functools import partial
-
 from mmcore.parts import vit_names
-from mmcore.parts.text import TextConfig
-from mmcore.parts.vit import VisionConfig
-from mmcore.systems.siglip.model import VIT, SigLIP, SigLIPConfig
+from mmcore.parts.vit import siglip_vision
+from mmcore.systems.siglip.model import SigLIP, SigLIPConfig, text_config
 from mmcore.weights.folder import ModelFolder
 from mmcore.weights.layout import Layout, under
 from mmcore.weights.settings import Settings, section, transformers_keys
@@ -23,14 +20,10 @@ _TEXT = transformers_keys(vocab_size=32000, context_length=64) | vit_names.SIGLI
 SETTINGS = Settings(
     {**section("vision", "vision_config", vit_names.SIGLIP_TOWER_SETTINGS), **section("text", "text_config", _TEXT)},
     kind=SigLIPConfig,
-    kinds={"vision": partial(VisionConfig, **VIT), "text": TextConfig},
+    kinds={"vision": siglip_vision, "text": text_config},
     model_types=("siglip", "siglip2"),
-    must={
-        "vision_config.num_channels": 3,
-        "vision_config.vision_use_head": True,
-        "vision_config.attention_dropout": 0,
-        "text_config.attention_dropout": 0,
-    },
+    must={"vision_config.num_channels": 3, "vision_config.vision_use_head": True}
+    | {f"{x}_config.attention_dropout": 0 for x in ("vision", "text")},
     written={
         "architectures": ["SiglipModel"],
         "model_type": "siglip",

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast
 
 from mmcore.checkpoint import write_json
-from mmcore.data.transforms.images import image_processor_config
+from mmcore.data import Preprocess
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.lm_weights import load_blip2_lm, save_blip2_lm
 from mmcore.weights import files
@@ -119,7 +119,7 @@ def test_with_its_processor_transformers_answers_as_ours(name: str, num_tokens: 
     tokenizer = tokenizer_of(specials, num_tokens)
     assert len(tokenizer) == num_tokens
     save_blip2_lm(ours, tmp_path / "ours", tokenizer=tokenizer)
-    write_json(tmp_path / "ours" / "preprocessor_config.json", image_processor_config(32))
+    write_json(tmp_path / "ours" / "preprocessor_config.json", Preprocess(32).processor())
     assert len(tokenizer) == num_tokens
     theirs, processor = theirs_at(tmp_path / "ours"), Blip2Processor.from_pretrained(tmp_path / "ours")
     assert isinstance(AutoProcessor.from_pretrained(tmp_path / "ours"), Blip2Processor)

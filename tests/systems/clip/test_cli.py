@@ -14,6 +14,7 @@ import torch
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from mmcore import checkpoint
+from mmcore.data import normalized
 from mmcore.runs import read_run
 from tests.distributed.launch import environment, free_port
 from tests.mmcore.data_fixtures import write_pairs, write_shards, write_stamps
@@ -59,7 +60,8 @@ def test_export_is_what_transformers_loads(finished, tmp_path):
     theirs = CLIPModel.from_pretrained(tmp_path / "hf").eval()
     ours: Any = read_run(folder)
     val = ours.recipe.open_data().val
-    images = next(val.batches(4, ours.model.config.vision.image_size))[0]
+    wanted = ours.assets.preprocess
+    images = normalized(next(val.batches(4, wanted))[0], wanted.mean, wanted.std)
     tokens = ours.assets.tokenizer(["a scan of the digit three", "a handwritten nine"])
     with torch.no_grad():
         image, text, scale = ours.model(images, tokens)

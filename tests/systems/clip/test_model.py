@@ -279,7 +279,7 @@ def with_lengths(*lengths: int) -> Callable[[], object]:
     (with_images(1, 3, 32, 32), r"images must be \[B, 3, 16, 16\], got \[1, 3, 32, 32\]$"),
     (with_images(1, 1, 16, 16), r"images must be \[B, 3, 16, 16\], got \[1, 1, 16, 16\]$"),
     (with_images(3, 16, 16), r"images must be \[B, 3, 16, 16\], got \[3, 16, 16\]$"),
-    (with_images(1, 3, 16, 16, dtype=torch.uint8), r"floating point, got torch\.uint8"),
+    (with_images(1, 3, 16, 16, dtype=torch.int64), r"uint8 or floating point, got torch\.int64"),
     (with_tokens(1, 10), r"\[B, T\] with 1 <= T <= 9, got \[1, 10\]"),
     (with_tokens(9), r"got \[9\]"),
     (with_tokens(1, 0), r"got \[1, 0\]"),

@@ -82,7 +82,7 @@ def test_images_stand_in_the_order_of_their_places(is_packed: bool) -> None:
     source = chats([(str(10 * i), str(10 * i + 5)) if i % 2 else (str(10 * i),) for i in range(1, 9)])
     batch = take(source, spec(8), 1, is_packed=is_packed)[0].parts[0]
     assert int((batch.tokens == IMAGE_TOKEN).sum()) == VISION.num_patches * len(batch.images) == 4 * 12
-    red = [round(float(x)) for x in (batch.images[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255]
+    red = batch.images[:, 0, 0, 0].tolist()
     wanted, known = [], tokens()
     for row in batch.tokens:
         text = known.tokenizer.decode(row[row != IMAGE_TOKEN])
@@ -118,7 +118,7 @@ def test_tiles_take_as_many_places_as_the_model_makes_features() -> None:
 
 def test_a_wide_image_is_made_square_by_the_colour_of_nothing() -> None:
     seen = views(Image.new("RGB", (40, 10), (255, 255, 255)), FLAT)
-    assert seen.shape == (1, 3, 16, 16) and seen[0, :, 0].abs().max() < 0.02 and seen[0, :, 8].min() > 1
+    assert seen.shape == (1, 3, 16, 16) and seen[0, :, 0, 0].tolist() == [122, 116, 104] and seen[0, :, 8].min() == 255
 
 
 def test_parts_of_a_batch_hold_its_conversations_in_order() -> None:

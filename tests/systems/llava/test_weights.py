@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mmcore.checkpoint import write_json
-from mmcore.data.transforms.images import image_processor_config
+from mmcore.data import Preprocess
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.weights import load_llava, load_projector, save_llava
@@ -158,7 +158,7 @@ def test_with_its_processor_transformers_answers_as_ours(kind: str, num_tokens: 
     ours = ours_float("llama", kind)
     tokenizer = tokenizer_of(["<unk>", "<pad>", "<s>", "</s>"], num_tokens)
     save_llava(ours, tmp_path / "ours", tokenizer=tokenizer)
-    settings = image_processor_config(SIZE)
+    settings = Preprocess(SIZE).processor()
     if kind == "llava_next":
         settings |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS}
     write_json(tmp_path / "ours" / "preprocessor_config.json", settings)
