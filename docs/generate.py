@@ -27,7 +27,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mmcore.integrations.contrastive": ("use_global_loss",),
     "mmcore.integrations.transformers": ("register",),
     "mmcore.data": (),
-    "mmcore.data.chats": ("ChatConfig", "ChatData", "open_chats"),
+    "mmcore.data.opening": ("ChatData", "open_chats", "open_held_out"),
     "mmcore.data.text.templates": ("ChatTokens",),
     "mmcore.systems.clip.model": ("CLIP", "CLIPConfig", "TextConfig"),
     "mmcore.systems.clip.shapes": ("clip_config",),

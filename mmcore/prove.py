@@ -15,7 +15,7 @@ import tyro
 from PIL import Image
 
 from mmcore.data import PairData
-from mmcore.data.chats import ChatData
+from mmcore.data.opening import ChatData
 from mmcore.errors import complain
 from mmcore.launch import leave, parse
 from mmcore.recipe import Proof
@@ -129,8 +129,8 @@ class _OtherPictures:
     pictures: Any
     name_of: Mapping[str, str]
 
-    def named_image(self, name: str) -> Image.Image:
-        return self.pictures.named_image(self.name_of[name])
+    def named_image(self, name: str, least: int | None = None) -> Image.Image:
+        return self.pictures.named_image(self.name_of[name], least)
 
 
 def with_other_images(data: Any) -> Any:

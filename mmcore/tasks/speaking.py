@@ -12,12 +12,12 @@ import tyro
 from PIL import Image
 
 from mmcore import checkpoint
-from mmcore.data import DataConfig, EvalSet, PairData, Question, QuestionSet
-from mmcore.data.held_out import open_held_out
+from mmcore.data import EvalSet, PairData, Question, QuestionSet
 from mmcore.data.text.prompts import Task, prompt_texts
 from mmcore.metrics.captions import bleu, cider
 from mmcore.metrics.vqa import vqa_accuracy
 from mmcore.report.sheets import plot_captions
+from mmcore.tasks.subject import Options as OtherData
 from mmcore.tasks.subject import Subject
 
 BATCH_SIZE = 64
@@ -61,16 +61,11 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(OtherData):
     """Describe pictures, or answer questions about them."""
 
-    data: str | None = None
-    """Pictures with captions, or with questions: a table, a JSON file or shards, all of it; None = what the run held
-    out."""
     annotations: str | None = None
     """VQAv2's file of the answers to the questions of --data."""
-    image_root: str | None = None
-    """Folder of the images of --data; None = that of the file."""
     prompt: str | None = None
     """Text before the caption, or the question's, with {} in its place; None = as it was trained, and of LLaVA that
     was trained on conversations, as published."""
@@ -78,17 +73,9 @@ class Options:
     llm: Path | None = None
     """Where the run's language model is now; None = where it was."""
 
-    def __post_init__(self) -> None:
-        if self.data is None and (self.annotations or self.image_root):
-            given = self.annotations or self.image_root
-            raise ValueError(f"--annotations and --image-root have no effect without --data, got {given}")
-
-    def held_out(self) -> PairData | None:
+    def held_out(self, **named: Any) -> PairData | None:
         """What is measured on in place of what the run held out."""
-        if self.data is None:
-            return None
-        given = DataConfig(self.data, annotations=self.annotations, image_root=self.image_root)
-        return open_held_out(given)
+        return super().held_out(annotations=self.annotations, **named)
 
 
 @dataclass(frozen=True)

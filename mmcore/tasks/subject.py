@@ -1,6 +1,6 @@
 """A model that is measured, with what tasks share of its held-out images and captions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcore.data import EvalSet, PairData
+from mmcore.data import DataConfig, EvalSet, PairData
+from mmcore.data.config import EmojiStyle
+from mmcore.data.opening import open_held_out
 from mmcore.metrics.retrieval import Relevance, encoded_once, relevance_of
 from mmcore.runs import SavedRun
 
 BATCH_SIZE = 256
+OF_DATA = ("image_root", "annotations", "language", "style")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure on what the run held out, or on other data."""
+
+    data: str | None = None
+    """Pictures with captions or questions: a table, a JSON file or shards, all of it, or the combinations that every
+    run on 'emoji' holds out; None = what the run held out."""
+    image_root: str | None = None
+    """Folder of the images of --data; None = that of the file."""
+    language: str = "en"
+    """Of 'emoji'."""
+    style: EmojiStyle = "openmoji"
+    """Which font draws 'emoji'."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if self.data is None and field.name in OF_DATA and value != field.default:
+                flag = field.name.replace("_", "-")
+                raise ValueError(f"--{flag} has no effect without --data, got {value!r}")
+
+    def held_out(self, **named: Any) -> PairData | None:
+        """What is measured on in place of what the run held out; `named` are further fields of a DataConfig."""
+        if self.data is None:
+            return None
+        named |= {"image_root": self.image_root, "language": self.language, "style": self.style}
+        return open_held_out(DataConfig(self.data, **named))
 
 
 def default_device() -> torch.device:

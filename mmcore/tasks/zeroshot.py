@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from mmcore.metrics.zeroshot import top_k_accuracy, zero_shot_weights
-from mmcore.tasks.subject import BATCH_SIZE, Subject
+from mmcore.tasks.subject import BATCH_SIZE, Options, Subject
+
+__all__ = ["Options", "follow", "report"]
 
 
 @torch.no_grad()

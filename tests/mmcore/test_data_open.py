@@ -20,12 +20,14 @@ NAN = float("nan")
 
 @pytest.mark.parametrize(("config", "sentence"), [
     *(({"data": near}, f"got '{near}'; did you mean '{name}'")
-      for near, name in {"digit": "digits", "Digits": "digits", "stamp": "stamps", "stmaps": "stamps"}.items()),
-    ({"data": "laion"}, r"data must be 'digits', 'stamps', tar shards .*, got 'laion'$"),
+      for near, name in {"digit": "digits", "Digits": "digits", "stamp": "stamps", "stmaps": "stamps",
+                         "emojis": "emoji"}.items()),
+    ({"data": "laion"}, r"data must be 'digits', 'stamps', 'emoji', tar shards .*, got 'laion'$"),
     *(({"data": data, name: value}, rf"{name}=.* has no effect on '{data}'")
       for data, name, value in (
           ("digits", "val_data", "x.csv"), ("digits", "language", "zh_CN"), ("digits", "num_samples", 5),
-          ("digits", "stamps_dir", "x"), ("digits", "annotations", "x.json"), ("stamps", "csv_separator", ","),
+          ("digits", "style", "noto"), ("stamps", "style", "noto"), ("digits", "stamps_dir", "x"),
+          ("digits", "annotations", "x.json"), ("stamps", "csv_separator", ","),
           ("stamps", "val_data", "x.csv"), ("x.csv", "num_samples", 5), ("x.csv", "image_root", "x"),
           ("x.tar", "csv_img_key", "img"), ("x.tar", "csv_caption_key", "text"), ("x.tar", "val_fraction", 0.5),
           ("x.tar", "val_annotations", "x.json"), ("x.json", "csv_separator", ","), ("x.json", "num_samples", 5))),

@@ -115,6 +115,8 @@ def test_a_folder_without_stamps_or_without_the_language_is_refused(tmp_path: Pa
         text.write_text("English only.\n")
     with pytest.raises(ValueError, match="must have captions in language='zh_CN', got none"):
         open_data(DataConfig(data="stamps", stamps_dir=root, language="zh_CN"), seed=0)
+    with pytest.raises(ValueError, match="language of 'stamps' must be en or zh_CN, got 'de'"):
+        open_data(DataConfig(data="stamps", stamps_dir=root, language="de"), seed=0)
 
 
 def test_the_package_is_fetched_once_and_only_pictures_and_captions_are_kept(debian: Path, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_ranks_that_start_together_fetch_once(debian: Path) -> None:
 @pytest.mark.skipif(not CACHED.exists(), reason=f"the package is not unpacked in {CACHED}")
 @pytest.mark.parametrize(("language", "num_pairs", "num_distinct"), [("en", 785, 674), ("zh_CN", 713, 599)])
 def test_the_real_package_has_the_known_pairs_and_no_broken_one(language: str, num_pairs: int, num_distinct: int):
-    config = DataConfig(data="stamps", language=language, max_broken=0.0)  # pyright: ignore[reportArgumentType]
+    config = DataConfig(data="stamps", language=language, max_broken=0.0)
     data = open_data(config, seed=0)
     assert data.val is not None and data.class_names is not None
     held_out = [c for captions in data.val.captions for c in captions]

@@ -72,7 +72,8 @@ class BrokenField(BrokenRecord):
 class Pictures(Protocol):
     """Images by the names that conversations give them; picklable."""
 
-    def named_image(self, name: str) -> Image.Image: ...  # RGB; raises BrokenRecord
+    # RGB; raises BrokenRecord. Of a larger JPEG, `least` pixels of the shorter side are enough
+    def named_image(self, name: str, least: int | None = None) -> Image.Image: ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,9 +86,9 @@ class NamedImages:
     def __contains__(self, name: str) -> bool:
         return str(PurePosixPath(name)) in self.members or (self.root / name).is_file()
 
-    def named_image(self, name: str) -> Image.Image:
+    def named_image(self, name: str, least: int | None = None) -> Image.Image:
         where = self.members.get(str(PurePosixPath(name)))
-        return decode_rgb(read_image_file(str(self.root / name)) if where is None else read_range(*where))
+        return decode_rgb(read_image_file(str(self.root / name)) if where is None else read_range(*where), least)
 
 
 def open_images(root: Path) -> NamedImages:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.sources.base import ImageSource
+from mmcore.data.sources.base import EvalSet, ImageSource
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits, digit_questions
+from mmcore.data.sources.emoji import Emoji
 from mmcore.data.sources.picture_facts import COLOURS, main_colour, proportions
 from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.stamps import Stamps
@@ -43,10 +46,28 @@ class SourcePictures:
     source: ImageSource
     index: dict[str, int]
 
-    def named_image(self, name: str) -> Image.Image:
+    def named_image(self, name: str, least: int | None = None) -> Image.Image:
         if name not in self.index:
             raise BrokenRecord("missing file")
-        return self.source.raw_image(self.index[name])
+        return self.source.raw_image(self.index[name], least)
+
+
+def described_conversations(val: EvalSet) -> ConversationSet:
+    """A conversation for each caption, which answers what the image shows."""
+    names = [val.source.sample_id(i) for i in val.indices]
+    captions = ((name, text) for name, texts in zip(names, val.captions, strict=True) for text in texts)
+    conversations = [_conversation(name, [(DESCRIBE["en"], text)]) for name, text in captions]
+    pictures = SourcePictures(val.source, dict(zip(names, val.indices, strict=True)))
+    return ConversationSet("captions", pictures, conversations, False, val.max_broken)
+
+
+def asked_conversations(questions: QuestionSet) -> ConversationSet:
+    """A conversation for each question, with the answer that most annotators gave."""
+    names = [questions.sample_id(i) for i in range(len(questions))]
+    asked = [(q.text, Counter(a for a in q.answers if a.strip()).most_common(1)[0][0]) for q in questions.questions]
+    conversations = [_conversation(name, [fact]) for name, fact in zip(names, asked, strict=True)]
+    pictures = SourcePictures(questions, {name: i for i, name in enumerate(names)})
+    return ConversationSet(questions.name, pictures, conversations, questions.derived, questions.max_broken)
 
 
 def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False) -> ConversationSet:
@@ -66,6 +87,31 @@ def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False
         asked = [facts[place] for place in rng.permutation(len(facts))[:num_asked]]
         conversations.append(_conversation(scans.sample_id(i), asked))
     return _set("digits (derived conversations)", scans, conversations)
+
+
+def emoji_conversations(
+    emoji: Any, questions: QuestionSet | None, *, seed: int, captions_only: bool = False
+) -> ConversationSet:
+    """Two conversations about each emoji: what it shows, answered by its first name, and up to `MAX_TURNS` of its
+    derived questions, which a name would answer; with `captions_only`, the first alone.
+
+    Args:
+        emoji: training or held-out emoji.
+        questions: derived from them.
+        seed: of which are asked, and in which order.
+    """
+    assert isinstance(emoji, Emoji) and questions is not None
+    facts: dict[int, list[Fact]] = defaultdict(list)
+    for i, question in enumerate(questions.questions):
+        facts[questions.image_id(i)].append((question.text, question.answers[0]))
+    conversations: list[Conversation] = []
+    for i in range(len(emoji)):
+        conversations.append(_conversation(emoji.sample_id(i), [(DESCRIBE["en"], emoji.names[i][0])]))
+        if not captions_only:
+            of_one, rng = facts[emoji.image_id(i)], np.random.default_rng([seed, _DERIVED, i])
+            asked = [of_one[place] for place in rng.permutation(len(of_one))[:MAX_TURNS]]
+            conversations.append(_conversation(emoji.sample_id(i), asked))
+    return _set("emoji (derived conversations)", emoji, conversations)
 
 
 def stamp_conversations(
@@ -174,7 +220,7 @@ def _conversation(image: str, facts: Sequence[Fact]) -> Conversation:
 
 
 def _set(
-    name: str, source: Digits | Stamps, conversations: list[Conversation], max_broken: float = 0.0
+    name: str, source: Digits | Stamps | Emoji, conversations: list[Conversation], max_broken: float = 0.0
 ) -> ConversationSet:
     pictures = SourcePictures(source, {source.sample_id(i): i for i in range(len(source))})
     return ConversationSet(name, pictures, conversations, True, max_broken)

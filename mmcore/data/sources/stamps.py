@@ -66,8 +66,11 @@ def open_stamps(config: DataConfig, seed: int) -> PairData:
         seed: seed of the split.
 
     Raises:
-        ValueError: no stamps and no way to fetch them, or too few with a caption in that language.
+        ValueError: another language, no stamps and no way to fetch them, or too few with a caption in that language.
     """
+    if config.language not in STAMP_TEMPLATES:
+        known = " or ".join(STAMP_TEMPLATES)
+        raise ValueError(f"data: language of 'stamps' must be {known}, got {config.language!r}")
     root = find_stamps(config.stamps_dir)
     tally = BrokenTally(config.max_broken, f"the stamps in {root}")
     names: list[str] = []

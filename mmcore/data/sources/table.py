@@ -88,20 +88,10 @@ def _parse_row(row: list[str], num_columns: int, image_column: int, caption_colu
     image, caption = row[image_column].strip(), row[caption_column].strip()
     if not image:
         raise BrokenRecord("empty path")
-    if not caption:
+    # other programs write a missing caption as nan; any other number is a caption, as "100" may be
+    if not caption or caption.lower() == "nan":
         raise BrokenRecord("empty caption")
-    if _is_number(caption):
-        raise BrokenRecord("caption is a number")
     return image, caption
-
-
-def _is_number(text: str) -> bool:
-    """True for '3.5' and for 'nan', which is how other programs write a missing caption."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_some_exist(paths: list[str], what: str) -> None:

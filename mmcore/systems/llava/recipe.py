@@ -14,8 +14,8 @@ import tyro
 from torch import Tensor
 
 from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
-from mmcore.data.chats import ChatConfig, ChatData, open_chats
 from mmcore.data.loader import MapBatches, MapLoader
+from mmcore.data.opening import ChatData, open_chats, source_kind
 from mmcore.data.sources.conversations import IMAGE, ChatRecord
 from mmcore.data.sources.derived_chats import DESCRIBE
 from mmcore.data.text.templates import TEMPLATES, ChatTokens
@@ -85,7 +85,7 @@ class LlavaAssets(Assets):
 class LlavaRecipe(OnLanguageModel):
     """What both stages have in common."""
 
-    data: ChatConfig = field(default_factory=ChatConfig)
+    data: DataConfig = field(default_factory=partial(DataConfig, val_fraction=0.1))
     """Which conversations."""
     max_length: int = 2048
     """Tokens of a row, those of images included."""
@@ -128,27 +128,24 @@ class LlavaRecipe(OnLanguageModel):
 
     @property
     def is_derived(self) -> bool:
-        """Whether the conversations are made of captions, classes and pixels."""
-        return self.data.data in ("digits", "stamps")
+        """Whether the conversations are made of captions, questions, classes and pixels."""
+        return source_kind(self.data.data) != "chats"
 
     @property
     def prompts(self) -> Mapping[str, str | None]:
-        described = DESCRIBE[self.data.language] if self.is_derived else PROMPTS["caption"]
+        described = DESCRIBE.get(self.data.language, DESCRIBE["en"]) if self.is_derived else PROMPTS["caption"]
         return {"caption": described, "vqa": "{}" if self.is_derived else PROMPTS["vqa"]}
 
     def open_data(self) -> ChatData:
         return open_chats(self.data, seed=self.run.seed, captions_only=self.template == "plain")
 
     def pictures(self, data: Any) -> PairData:
-        """Those that a run on 'digits' or 'stamps' held out."""
+        """Those that a run held out of what its conversations were made of."""
         if isinstance(data, PairData):
             return data
-        chats = self.data
         if not self.is_derived:
-            raise ValueError(f"--data must be given: the run was trained on conversations alone, {chats.data}")
-        options = {"val_fraction": chats.val_fraction, "language": chats.language}
-        pairs = DataConfig(chats.data, max_broken=chats.max_broken, stamps_dir=chats.stamps_dir, **options)
-        return open_data(pairs, seed=self.run.seed)
+            raise ValueError(f"--data must be given: the run was trained on conversations alone, {self.data.data}")
+        return open_data(self.data, seed=self.run.seed)
 
     def loader(self, data: ChatData, assets: LlavaAssets, spec: LoaderSpec) -> TrainLoader:
         return MapLoader(MapBatches(data.train, spec, self.reader(assets)), data.train.tally())

@@ -123,7 +123,7 @@ class _Given:
 
     images: Mapping[str, Image.Image]
 
-    def named_image(self, name: str) -> Image.Image:
+    def named_image(self, name: str, least: int | None = None) -> Image.Image:
         return self.images[name]
 
 

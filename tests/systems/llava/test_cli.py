@@ -172,7 +172,7 @@ def test_questions_and_captions_of_a_file_are_answered_in_other_words_and_ways(s
     (0, ["vqa", "--data", "VQA"], "RUN must be of a model that answers questions, got one of llava-stage1"),
     (1, ["vqa", "--data", "digits"], "--data must be a file or shards, of which all is held out"),
     (1, ["vqa", "--prompt", "{}"], "--prompt has no effect on conversations without --data"),
-    (1, ["caption", "--image-root", "x"], "--annotations and --image-root have no effect without --data"),
+    (1, ["caption", "--image-root", "x"], "--image-root has no effect without --data, got 'x'"),
     (1, ["caption", "--data", "VQA"], "has no held-out captions to compare with"),
     (1, ["retrieval"], "retrieval asks for a model that embeds, which a run of llava-stage2 does not"),
 ])  # fmt: skip

