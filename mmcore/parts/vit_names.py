@@ -36,8 +36,10 @@ def _as_convolution(x: Tensor) -> Tensor:
 
 
 SIGLIP_TOWER = {
-    **CLIP_TOWER,
     "patch_embed.weight": Theirs("embeddings.patch_embedding.weight", read=_as_convolution),
+    "patch_embed.bias": "embeddings.patch_embedding.bias",
+    "position_embedding": "embeddings.position_embedding.weight",
+    **under("transformer.blocks.{i}", "encoder.layers.{i}", CLIP_BLOCK),
     "norm_post": "post_layernorm",
     "head.probe": leading("head.probe", 2),
     "head.attn.{q,kv}.weight": "head.attention.in_proj_weight",

@@ -26,6 +26,10 @@ from mmcore.systems.clip.weights import load_clip, save_clip
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.names import hf_layout
 from mmcore.systems.llava.weights import load_llava, save_llava
+from mmcore.systems.siglip import weights as siglip_weights
+from mmcore.systems.siglip.model import SigLIP
+from mmcore.systems.siglip.shapes import siglip_config
+from mmcore.systems.siglip.weights import load_siglip, save_siglip
 from mmcore.weights.layout import Layout
 from tests.systems.blip2 import test_lm as blip2_lm
 from tests.systems.blip2 import test_model as blip2
@@ -42,6 +46,7 @@ class System(NamedTuple):
 SYSTEMS = {
     "clip": System(lambda: randomized(small_config()), save_clip, load_clip),
     "open_clip": System(lambda: randomized(small_config()), partial(save_clip, format="open_clip"), load_clip),
+    "siglip": System(lambda: SigLIP(siglip_config("tiny")), save_siglip, load_siglip),
     "blip2": System(lambda: blip2.ours_of(blip2.hf_model(torch.float32)), save_blip2, load_blip2),
     **{
         f"blip2-{name}": System(partial(blip2_lm.ours_float, name), save_blip2_lm, load_blip2_lm)
@@ -258,7 +263,7 @@ def test_a_language_model_of_bfloat16_stays_it_to_the_bit(name: str, tmp_path: P
 
 @pytest.mark.parametrize(("layout", "names"), [
     (clip_names.HF, ["clip"]), (clip_names.OPEN_CLIP, ["clip"]), (blip2_names.HF, ["blip2", "blip2-llama"]),
-    (hf_layout(), ["llava_next-llama"]),
+    (hf_layout(), ["llava_next-llama"]), (siglip_weights.LAYOUT, ["siglip"]),
 ])  # fmt: skip
 def test_every_row_is_of_a_weight_and_no_two_are_of_one(layout: Layout, names: list[str]) -> None:
     states = [beside_language(SYSTEMS[name].build()) for name in names]

@@ -140,7 +140,7 @@ def test_the_first_loss_is_that_of_few_positives_and_its_scalars_neither_decay_n
     assert first.item() == pytest.approx(10, abs=0.3)
     assert float(global_sigmoid_loss(image, text, 1.0, 0.0)) == pytest.approx(64 * math.log(2), rel=0.01)
     recipe = Siglip()
-    assert (recipe.optim.lr, recipe.optim.beta2, recipe.optim.weight_decay) == (1e-3, 0.95, 1e-4)
+    assert (recipe.optim.lr, recipe.optim.beta2, recipe.optim.weight_decay) == (1e-3, 0.95, 0.1)
     groups = param_groups(model, recipe.optim, recipe.rules)
     for scalar in (model.logit_scale, model.logit_bias):
         [group] = [group for group in groups if any(p is scalar for p in group["params"])]
