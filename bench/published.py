@@ -11,8 +11,7 @@ from mmcore.plan.exchange import loss
 from mmcore.plan.hardware import GPUS, Gpu
 from mmcore.plan.job import Exchange, Job, Setting
 from mmcore.plan.memory import fits, peak, phases
-from mmcore.plan.report import plan
-from mmcore.plan.search import changes
+from mmcore.plan.report import changes, plan
 from mmcore.plan.step import step
 from mmcore.systems.blip2.plan import blip2_stage1_job
 from mmcore.systems.clip.plan import clip_job

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from mmcore.losses import contrastive, ranks, shards, softmax
+from mmcore.nn import batch_norm
 
 T = TypeVar("T")
-# The modules of mmcore.losses that a contrastive loss talks through.
-TALKING = (contrastive, ranks, shards, softmax)
+# The modules that a contrastive loss talks through.
+TALKING = (contrastive, ranks, shards, softmax, batch_norm)
 
 
 @dataclass

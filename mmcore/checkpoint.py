@@ -47,7 +47,6 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` stands."""
     return root / f"step-{step:08d}"
 
 
@@ -83,11 +82,8 @@ def commit(staged: Path, root: Path, step: int, files: dict[str, dict[str, Any]]
 
 
 def verify(folder: Path) -> None:
-    """Checks every file of a checkpoint against its manifest.
-
-    Raises:
-        ValueError: not a checkpoint, or a file is missing, short or altered.
-    """
+    """Checks every file of a checkpoint against its manifest; a ValueError names one that is missing, short or
+    altered."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
     for name, expected in json.loads((folder / MANIFEST).read_text()).items():
@@ -103,11 +99,7 @@ def verify(folder: Path) -> None:
 
 
 def find(where: Path) -> Path:
-    """The checkpoint that `where` means: itself, or the newest of a run folder.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The checkpoint that `where` means: itself, or the newest of a run folder; a ValueError where there is none."""
     if (where / MANIFEST).is_file():
         return where
     found = steps(where / "checkpoints")
@@ -117,11 +109,8 @@ def find(where: Path) -> Path:
 
 
 def tensors(folder: Path, key: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each tensor stored under `key` ("weight", "ema", "exp_avg", ...), one at a time.
-
-    Raises:
-        ValueError: the checkpoint holds nothing under `key`.
-    """
+    """Name and value of each tensor stored under `key` ("weight", "ema", "exp_avg", ...), one at a time; a ValueError
+    where there is none."""
     files = sorted(folder.glob(f"{key}-*.safetensors"))
     if not files:
         raise ValueError(f"checkpoint {folder} holds no {key!r} tensors")

@@ -28,11 +28,7 @@ class ExportConfig:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `RUN --out FOLDER ...`.
-
-    Raises:
-        ValueError: a recipe without export, a format that it has not, a mistake in the options.
-    """
+    """Runs `RUN --out FOLDER ...`; a ValueError of a recipe without export, or a format that it has not."""
     config = tyro.cli(ExportConfig, args=arguments, prog="mmcore export")
     name = find_run(config.run).recipe
     formats = recipe_entry(name).load().formats
@@ -42,8 +38,7 @@ def main(arguments: list[str]) -> None:
     if chosen not in formats:
         raise ValueError(f"--format must be {' or '.join(formats)} for a run of {name}, got {chosen}")
     trained = read_run(config.run, config.weights, llm=config.llm, purpose="export")
-    recipe, run = trained.recipe, trained.run
-    settings = recipe.export(trained.assets, trained.model, config.out, chosen)  # pyright: ignore[reportAttributeAccessIssue]
+    settings = trained.recipe.export(trained.assets, trained.model, config.out, chosen)  # pyright: ignore[reportAttributeAccessIssue]
     if chosen == "hf":
         write_json(config.out / "preprocessor_config.json", settings)
-    print(f"{WEIGHTS[run.key]} of step {run.step} written to {config.out} ({chosen})")
+    print(f"{WEIGHTS[trained.run.key]} of step {trained.run.step} written to {config.out} ({chosen})")

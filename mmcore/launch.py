@@ -24,11 +24,8 @@ def listing(verb: str) -> str:
 
 
 def parse(name: str, arguments: list[str], prog: str) -> Any:
-    """A recipe by its name and flags, and by those of a YAML file of `--config`, which flags override.
-
-    Raises:
-        ValueError: an unknown recipe, or a mistake in the file.
-    """
+    """A recipe by its name and flags, and by those of a YAML file of `--config`, which flags override; a ValueError of
+    an unknown recipe, or a mistake in the file."""
     kind = recipe_entry(name).load()
     tyro, settings = importlib.import_module("tyro"), importlib.import_module("mmcore.settings")
     arguments, options = list(arguments), {}
@@ -53,14 +50,12 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(listing("train"))
         return
+    code = 0
     try:
         recipe = parse(arguments[0], arguments[1:], f"mmcore train {arguments[0]}")
         importlib.import_module("mmcore.train.trainer").train(arguments[0], recipe)
-        code = 0
-    except (ValueError, OSError) as error:
-        code = complain(error, 2)
-    except FloatingPointError as error:
-        code = complain(error, 1)
+    except (ValueError, OSError, FloatingPointError) as error:
+        code = complain(error, 1 if isinstance(error, FloatingPointError) else 2)
     leave(code)
 
 

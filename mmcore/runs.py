@@ -24,21 +24,13 @@ WEIGHTS = {"ema": "the averaged weights (EMA)", "weight": "the weights"}
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run's newest checkpoint, or the one that was named.
+    """A run's newest checkpoint, or the one that was named."""
 
-    Args:
-        folder: the run's.
-        checkpoint: the checkpoint's.
-        key: "ema" or "weight", under which the chosen weights are stored.
-        recipe: which one it is of.
-        saved: its config.json.
-    """
-
-    folder: Path
+    folder: Path  # the run's
     checkpoint: Path
-    key: str
+    key: str  # "ema" or "weight", under which the chosen weights are stored
     recipe: str
-    saved: dict[str, Any]
+    saved: dict[str, Any]  # the run's config.json
 
     @property
     def step(self) -> int:
@@ -47,15 +39,10 @@ class SavedRun:
 
 
 def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
-    """Finds and verifies a checkpoint.
+    """Finds and verifies a checkpoint of a run's folder, or the one given; a ValueError of none, or of a damaged one.
 
-    Args:
-        where: a run's folder, or a checkpoint of it.
-        weights: "ema" for the averaged weights, "weight" for the trained ones, "auto" for the former where the run
-            kept them.
-
-    Raises:
-        ValueError: no checkpoint, or a damaged one.
+    `weights` are "ema" for the averaged ones, "weight" for the trained ones, "auto" for the former where the run kept
+    them.
     """
     if not where.exists():
         raise ValueError(f"RUN must be a run's folder or one of its checkpoints, got {where}, which does not exist")
@@ -68,7 +55,6 @@ def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
 
 
 def is_run(where: Path) -> bool:
-    """Whether a folder is a run's or one of its checkpoints."""
     return (where / "checkpoints").is_dir() or (where / checkpoint.MANIFEST).is_file()
 
 
@@ -85,16 +71,10 @@ class Trained:
 def read_run(
     where: Path, weights: WeightsKey = "auto", *, llm: Path | None = None, purpose: Purpose = "use"
 ) -> Trained:
-    """Reads the newest checkpoint (or the one given) of a run of any recipe.
+    """Reads the newest checkpoint (or the one given) of a run of any recipe; `weights` as in `find_run`.
 
-    Args:
-        where: the run.
-        weights: the averaged ones or not, see `find_run`.
-        llm: where its language model is now; None = where it was.
-        purpose: what for.
-
-    Raises:
-        ValueError: no checkpoint, a damaged one, no such weights in it, a language model that is gone or changed.
+    `llm` is where its language model is now; None = where it was. A ValueError as of `find_run`, and where the
+    checkpoint has no such weights, or the language model is gone or changed.
     """
     run = find_run(where, weights)
     recipe = recipe_of(run, llm)
@@ -107,7 +87,6 @@ def read_run(
 
 
 def recipe_of(run: SavedRun, llm: Path | None = None) -> Recipe:
-    """The recipe of a run, with the settings that it had."""
     recipe: Recipe = from_json(recipe_entry(run.recipe).load(), run.saved["settings"])
     if hasattr(recipe, "llm"):
         return replace(recipe, llm=llm and str(llm))  # pyright: ignore[reportCallIssue]
@@ -127,16 +106,8 @@ def read_frozen(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, is_whole: bool = True) -> None:
-    """Loads weights by name into a model; those that do not learn may have been put there by whoever built it.
-
-    Args:
-        model: the model.
-        state: of its names and shapes.
-        is_whole: every weight that learns has to be there.
-
-    Raises:
-        ValueError: missing or unknown names, other shapes.
-    """
+    """Loads weights by name into a model; those that do not learn may have been put there by whoever built it. A
+    ValueError of unknown names or other shapes, and, where `is_whole`, of a weight that learns and is missing."""
     ours = model.state_dict()
     learns = [name for name, p in model.named_parameters() if p.requires_grad]
     missing = [name for name in learns if is_whole and name not in state]

@@ -1,4 +1,4 @@
-"""Safetensors files written and read tensor by tensor, so that a model never has to be held at once; torch alone."""
+"""Safetensors files written and read tensor by tensor, so that a model never has to be held at once."""
 
 import ctypes
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 # Dtype and shape of tensors, by name.
@@ -46,20 +47,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_tensors(
     path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a file atomically.
-
-    Args:
-        path: of the file.
-        layout: of `tensors`; wider dtypes first, so that each tensor is aligned.
-        tensors: in the order of `layout`, on any device; asked for one at a time.
-        metadata: of the file.
-
-    Raises:
-        ValueError: a dtype that the format lacks.
-    """
+    """Writes `tensors`, all of `layout`, atomically: in any order, on any device, asked for one at a time; a ValueError
+    of a dtype that the format lacks."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name, (dtype, shape) in layout.items():
+    # wider dtypes first, so that each tensor is aligned
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):
         if dtype not in _NAMES:
             raise ValueError(f"write_tensors: {name} must be of a dtype that safetensors has, got {dtype}")
         begin, end = end, end + shape.numel() * dtype.itemsize
@@ -68,19 +61,18 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, x), (expected, (dtype, shape)) in zip(tensors, layout.items(), strict=True):
-            assert (name, x.dtype, x.shape) == (expected, dtype, shape)
+        missing = dict(layout)
+        for name, x in tensors:
+            assert (x.dtype, x.shape) == missing.pop(name)
             held = x.detach().cpu().contiguous()
             if held.numel():
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
                 file.write((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))
+        assert not missing
 
 
 def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
-    """Layout and metadata of a file, in the order of its tensors.
-
-    Raises:
-        ValueError: not such a file, or cut short.
-    """
+    """Layout and metadata of a file, in the order of its tensors; a ValueError of another file, or one cut short."""
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
@@ -90,8 +82,7 @@ def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     end = max((entry["data_offsets"][1] for _, entry in entries), default=0)
-    unknown = sorted({entry["dtype"] for _, entry in entries} - _DTYPES.keys())
-    if unknown:
+    if unknown := sorted({entry["dtype"] for _, entry in entries} - _DTYPES.keys()):
         raise ValueError(f"read_layout: {path} must be of dtypes that are known, got {unknown}")
     if begin + end != size:
         raise ValueError(f"read_layout: path must be a whole file of {begin + end} bytes, got {size} in {path}")
@@ -99,16 +90,8 @@ def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, on the CPU, in the order of the file.
-
-    Raises:
-        ValueError: see `read_layout`.
-    """
+    """Name and tensor, on the CPU, one at a time; raises as `read_layout`."""
     layout, _ = read_layout(path)
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        for name, (dtype, shape) in layout.items():
-            x = torch.empty(shape, dtype=dtype)
-            if x.numel():
-                file.readinto((ctypes.c_char * x.nbytes).from_address(x.data_ptr()))  # pyright: ignore[reportAttributeAccessIssue]
-            yield name, x
+    with safe_open(path, framework="pt") as file:
+        for name in layout:
+            yield name, file.get_tensor(name)

@@ -1,6 +1,6 @@
 """The exponential moving average of a model's weights, kept in float32 beside it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.ema.schedules import Schedule, check_decay
-from mmcore.ema.teacher import Teacher
-from mmcore.ema.watch import overwrite
+from mmcore.ema.watch import overwrite, tensors_of
 from mmcore.ema.weights import Whole, is_engine, unwrapped, weights_of
+from mmcore.ema.zero import Shards
 from mmcore.ops import ema_update_, require
 from mmcore.tensor_file import Layout, read_layout, read_tensors, write_tensors
 
@@ -35,19 +35,17 @@ class EMA:
 
     Under ZeRO each rank averages its own fp32 weights, without communication. `swapped`, `copy_to`, `gathered` and
     `save` are then collective: every rank calls them. With a teacher all else is too, and `update` gathers it.
-
     In a CUDA graph capture `apply`, and call `advance` before each replay.
 
     Args:
         model: a module, on its device, compiled or under DistributedDataParallel or not; or the engine of
-            `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made are not averaged:
-            they stay what they are.
+            `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made stay what they are.
         decay: from 0 to 1, or its schedule: `warmed_up`, `cosine`, or any function of the number of updates.
         buffers: "copy" takes them as they are (BatchNorm's statistics are averages already), "average" averages
             those in floating point; each rank its own.
-        teacher: a copy of the model, of any floating point dtype, whose weights and buffers are the averages from
-            now on, rounded to its dtypes; it is frozen. MoCo's and DINO's, which run forward (arXiv:1911.05722,
-            arXiv:2104.14294). Under ZeRO stages 0 to 2.
+        teacher: a copy of the model, of any floating point dtype, frozen, whose weights and buffers are the averages
+            from now on, rounded to its dtypes: MoCo's and DINO's (arXiv:1911.05722, arXiv:2104.14294). Under ZeRO
+            stages 0 to 2.
 
     Attributes:
         averages: float32 (float64 of float64), by the parameter's name; under ZeRO this rank's parts, flat.
@@ -84,31 +82,23 @@ class EMA:
         self._decay = torch.zeros((), dtype=torch.float64, device=flats[0].device if flats else "cpu")
         self._is_swapped = False
         self._shadows: list[Tensor] | None = None
-        self._teacher: Teacher | None = None
+        self._teacher: _Teacher | None = None
         if teacher is not None:
             self._teach(unwrapped(teacher))
-        num_flats = len(flats)
-        self.averages = self._weights.parts(self._targets[:num_flats])
-        means = dict(zip(self._averaged, self._targets[num_flats:], strict=True))
+        self.averages = self._weights.parts(self._of_weights())
+        means = dict(zip(self._averaged, self._targets[len(flats) :], strict=True))
         self.buffer_averages: dict[str, Tensor] = {name: (self._copies | means)[name] for name in held}
         self._collect()
 
     def update(self) -> None:
-        """Averages the model's weights of now; call it after each optimizer step.
-
-        Raises:
-            ValueError: a model that was moved, or whose weights have other names or shapes than before, or that
-                trains weights which were frozen; or a call within `swapped`.
-        """
+        """Averages the model's weights of now; call it after each optimizer step. A ValueError within `swapped`, and of
+        a model that was moved, or whose weights have other names or shapes than before, or that trains weights which
+        were frozen."""
         self.advance()
         self.apply()
 
     def advance(self) -> None:
-        """The host's half of `update`: sees that the model is what it was, and sets the decay that `apply` reads.
-
-        Raises:
-            ValueError: as `update`.
-        """
+        """The host's half of `update`: sees that the model is what it was, and sets the decay that `apply` reads."""
         require("EMA", not self._is_swapped, "update must be outside of {}, got {}", "swapped()", "a call within")
         if self._weights.refresh():
             self._collect()
@@ -148,11 +138,7 @@ class EMA:
         return self._weights.whole(self._of_weights())
 
     def copy_to(self, model: nn.Module) -> None:
-        """Writes the averages into a model of the same names and shapes.
-
-        Raises:
-            ValueError: a name that it lacks, or another shape.
-        """
+        """Writes the averages into a model of the same names and shapes; a ValueError names what it lacks."""
         model = unwrapped(model)
         into = dict(model.named_parameters()) | dict(model.named_buffers())
         _check_shapes({name: shape for name, (_, shape) in self._layout().items()}, into)
@@ -163,10 +149,8 @@ class EMA:
         """Writes averages, buffers and the number of updates as a safetensors file, by full names, atomically.
 
         Of an engine rank 0 writes, its own buffers; of another module, whoever calls it. The file does not depend on
-        the number of ranks or the stage.
-
-        Raises:
-            OSError, ValueError: it cannot be written, or a buffer is of a dtype that safetensors lacks; on every rank.
+        the number of ranks or the stage. An OSError or ValueError (a dtype that safetensors lacks) is raised on every
+        rank.
         """
         tensors, error = self._everything(), None
         if not self._is_collective or dist.get_rank() == 0:
@@ -184,11 +168,8 @@ class EMA:
             raise error
 
     def load(self, path: Path | str) -> None:
-        """Goes on from a file of `save`, at any number of ranks, of any stage, or of a plain module; alone.
-
-        Raises:
-            ValueError: another file, or names or shapes other than this model's.
-        """
+        """Goes on from a file of `save`, at any number of ranks, of any stage, or of a plain module; a ValueError of
+        another file, or names or shapes other than this model's."""
         layout, (found, metadata) = self._layout(), read_layout(Path(path))
         require("EMA.load", _COUNT in metadata, "path must be a file of EMA.save, got {}", path)
         differ = sorted(found.keys() ^ layout.keys())[:3]
@@ -205,20 +186,14 @@ class EMA:
         self._show()
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name, and the number of updates.
-
-        Raises:
-            ValueError: under ZeRO-1 to 3, where they are one rank's: use `save`.
-        """
+        """The averages by name, and the number of updates; a ValueError under ZeRO-1 to 3, where they are one rank's:
+        use `save`."""
         self._check_whole("state_dict", "save")
         return {"num_updates": self.num_updates, "averages": dict(self.averages), "buffers": dict(self.buffer_averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`, on whatever device it lies.
-
-        Raises:
-            ValueError: names or shapes other than this model's; under ZeRO-1 to 3, use `load`.
-        """
+        """Goes on from a `state_dict`, on whatever device it lies; a ValueError of names or shapes other than this
+        model's, and under ZeRO-1 to 3, where `load` does it."""
         self._check_whole("load_state_dict", "load")
         for kind, held in (("averages", self.averages), ("buffers", self.buffer_averages)):
             differ = sorted(held.keys() ^ state[kind].keys())
@@ -229,7 +204,7 @@ class EMA:
 
     def _teach(self, module: nn.Module) -> None:
         """Has `module` follow; where its dtypes are the averages', its weights are the averages themselves."""
-        self._teacher = Teacher(module, self._weights, self._averaged)
+        self._teacher = _Teacher(module, self._weights, self._averaged)
         shadows = self._teacher.shadows
         if all(x.dtype == y.dtype for x, y in zip(shadows, self._targets, strict=True)):
             overwrite(shadows, self._targets)
@@ -256,26 +231,58 @@ class EMA:
         return self._targets[: len(self._weights.flats)]
 
     def _everything(self) -> Iterator[tuple[str, Tensor]]:
-        """Averages and buffers, wider dtypes first."""
-        wide, narrow = self._sorted_buffers()
-        yield from wide.items()
         yield from self.gathered()
-        yield from narrow.items()
+        yield from self.buffer_averages.items()
 
     def _layout(self) -> Layout:
-        """Dtype and shape of `_everything`."""
-        wide, narrow = ({name: (x.dtype, x.shape) for name, x in part.items()} for part in self._sorted_buffers())
-        return wide | self._weights.layout(self._of_weights()) | narrow
-
-    def _sorted_buffers(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Those that come before float64 and float32, and those behind."""
-        ordered = sorted(self.buffer_averages.items(), key=lambda item: -item[1].itemsize)
-        wide = {name: x for name, x in ordered if x.itemsize > 4}
-        return wide, {name: x for name, x in ordered if name not in wide}
+        buffers = {name: (x.dtype, x.shape) for name, x in self.buffer_averages.items()}
+        return self._weights.layout(self._of_weights()) | buffers
 
     def _check_whole(self, method: str, instead: str) -> None:
         whole = isinstance(self._weights, Whole)
         require(f"EMA.{method}", whole, "model must hold its weights, got parts of ZeRO: use EMA.{}", instead)
+
+
+class _Teacher:
+    """A frozen copy of a model, written by the pass that averages the model's weights.
+
+    Args:
+        averaged: the buffers that are averaged.
+
+    Attributes:
+        shadows: its weights laid out like `weights.flats`, then its averaged buffers.
+    """
+
+    def __init__(self, module: nn.Module, weights: Whole | Shards, averaged: Sequence[str]) -> None:
+        self._module, self._buffers = module, dict(module.named_buffers())
+        shapes = {name: x.shape for name, x in self._buffers.items()}
+        same = shapes == {name: x.shape for name, x in weights.module.named_buffers()}
+        require("EMA", same, "teacher must have the model's buffers, got {}", sorted(shapes))
+        follower = weights.follow(module)
+        self.shadows = [*follower.shadows, *(self._buffers[name] for name in averaged)]
+        self._finish = follower.finish
+        theirs = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, p in weights.module.named_parameters():
+                if name not in weights.params:
+                    theirs[name].copy_(p)
+        module.requires_grad_(False)
+        self._places = _places(module)
+
+    def check(self) -> None:
+        """Sees that its weights lie where they are written: a ValueError where they were moved, cast or replaced."""
+        same = _places(self._module) == self._places
+        require("EMA", same, "teacher must stay as it was given, got {}", "weights moved, cast or replaced")
+
+    def finish(self, copies: Mapping[str, Tensor]) -> None:
+        """Behind an update: the buffers that are no averages, and under ZeRO the other ranks' weights."""
+        for name, x in copies.items():
+            self._buffers[name].copy_(x)
+        self._finish()
+
+
+def _places(module: nn.Module) -> list[object]:
+    return [(x.data_ptr(), x.dtype) for x in tensors_of(module)]
 
 
 def _widened(x: Tensor) -> Tensor:

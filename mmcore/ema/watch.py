@@ -18,11 +18,8 @@ class Watch:
         self._seen = _look(module)
 
     def has_replaced(self) -> bool:
-        """Whether another tensor, that serves as well, stands in the place of one since the last call.
-
-        Raises:
-            ValueError: one does not serve, by name.
-        """
+        """Whether another tensor, that serves as well, stands in the place of one since the last call; a ValueError
+        names one that does not serve."""
         now = _look(self._module)
         if now[1:] == self._seen[1:] and all(map(is_, now[0], self._seen[0])):
             return False
@@ -32,8 +29,8 @@ class Watch:
         require("EMA", not gone, "model must have the weights it had, got it without {}", gone[:3])
         for name, (shape, device, was_trained) in self._expected.items():
             now_shape, now_device, is_trained = found[name]
-            same, thawed = now_shape == shape, is_trained and not was_trained
-            require("EMA", same, "model's {} must be {}, got {}", name, list(shape), list(now_shape))
+            thawed = is_trained and not was_trained
+            require("EMA", now_shape == shape, "model's {} must be {}, got {}", name, list(shape), list(now_shape))
             require("EMA", now_device == device, "model's {} must be on {}, got {}", name, device, now_device)
             require("EMA", not thawed, "model's {} must be frozen as it was, got {}", name, "it trained")
         self._seen = now
@@ -41,11 +38,8 @@ class Watch:
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
-    """The teacher's parameters by name: the student's shapes, on the device of what is averaged, not the student's own.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """The teacher's parameters by name: a ValueError unless they have the student's shapes, on the device of what is
+    averaged, and are not the student's own."""
     held, wanted = dict(teacher.named_parameters()), dict(student.named_parameters())
     differ = sorted(held.keys() ^ wanted.keys())
     require("EMA", not differ, "teacher must have the model's weights, got a difference in {}", differ[:3])

@@ -24,7 +24,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_engine(model: Any) -> bool:
-    """Whether this is what `deepspeed.initialize` returns."""
     return callable(getattr(model, "zero_optimization_stage", None))
 
 
@@ -34,11 +33,8 @@ def module_of(model: Any) -> nn.Module:
 
 
 def weights_of(model: Any) -> "Whole | Shards":
-    """The trainable weights of a module, or of DeepSpeed's engine.
-
-    Raises:
-        ValueError: a module that ZeRO-3 cut up, without its engine.
-    """
+    """The trainable weights of a module, or of DeepSpeed's engine; a ValueError of a module that ZeRO-3 cut up, without
+    its engine."""
     module = module_of(model)
     if is_engine(model):
         return Whole(module) if model.zero_optimization_stage() == 0 else Shards(model, module)
@@ -48,11 +44,8 @@ def weights_of(model: Any) -> "Whole | Shards":
 
 
 class Whole:
-    """The trainable weights of a module that holds them whole, with the methods of `mmcore.ema.zero.Shards`.
-
-    Attributes:
-        flats: the parameters themselves.
-    """
+    """The trainable weights of a module that holds them whole, with the methods of `mmcore.ema.zero.Shards`; `flats`
+    are the parameters themselves."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -63,11 +56,8 @@ class Whole:
         self._watch = Watch(module)
 
     def refresh(self) -> bool:
-        """Takes what was put in a parameter's or buffer's place; whether anything was.
-
-        Raises:
-            ValueError: another model, by its name.
-        """
+        """Takes what was put in a parameter's or buffer's place; whether anything was. Raises as
+        `Watch.has_replaced`."""
         if not self._watch.has_replaced():
             return False
         held = dict(self.module.named_parameters())
@@ -82,8 +72,7 @@ class Whole:
         return dict(zip(self.params, of, strict=True))
 
     def whole(self, of: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor, wider dtypes first."""
-        yield from sorted(zip(self.params, of, strict=True), key=lambda item: -item[1].itemsize)
+        yield from zip(self.params, of, strict=True)
 
     def scatter(self, tensors: Mapping[str, Tensor], into: Sequence[Tensor]) -> None:
         held = self.parts(into)

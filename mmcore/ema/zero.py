@@ -21,13 +21,12 @@ Flats = Sequence[Tensor] | Mapping[int, Tensor]
 
 
 class _Place(NamedTuple):
-    """A rank's part of a parameter: which of the flat tensors, where in it, where in the parameter, how long (0 = the
-    rank has none)."""
+    """A rank's part of a parameter."""
 
-    group: int
-    offset: int
-    start: int
-    numel: int
+    group: int  # which of the flat tensors
+    offset: int  # where in it
+    start: int  # where in the parameter
+    numel: int  # 0 = the rank has none
 
 
 class Follower(NamedTuple):
@@ -38,14 +37,11 @@ class Follower(NamedTuple):
 
 
 class Shards:
-    """This rank's fp32 parts of the trainable weights of a DeepSpeed engine, ZeRO stages 0 to 3.
+    """This rank's fp32 parts of the trainable weights of a DeepSpeed engine (of `deepspeed.initialize`), ZeRO stages 0
+    to 3; `module` is the engine's, without wrappers.
 
     Methods take tensors laid out like `flats` (weights, moments, averages) and what they return is by parameter.
     Those said to be collective are called on every rank with the same names.
-
-    Args:
-        engine: of `deepspeed.initialize`.
-        module: of the engine, without wrappers.
 
     Attributes:
         params: the trainable parameters, by name.
@@ -68,11 +64,8 @@ class Shards:
         self._stamp, self._watch = _stamp(self.flats), Watch(module)
 
     def refresh(self) -> bool:
-        """Sees that the engine holds what it held; whether a buffer or parameter was put in another's place.
-
-        Raises:
-            ValueError: another model, by its name, or other flat tensors.
-        """
+        """Sees that the engine holds what it held; whether a buffer or parameter was put in another's place. A
+        ValueError names another model, or other flat tensors."""
         same = _stamp(self._flats()) == self._stamp
         require("EMA", same, "engine must keep its fp32 weights where they were, got {}", "others")
         return self._watch.has_replaced()
@@ -120,25 +113,22 @@ class Shards:
 
     def numel(self, name: str) -> int:
         """Number of elements of a whole parameter (under ZeRO-3 the tensor itself is empty)."""
-        p = self.params[name]
-        return p.ds_numel if self.stage == 3 else p.numel()
+        return self.shape(name).numel()
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of a whole parameter."""
         p = self.params[name]
         return p.ds_shape if self.stage == 3 else p.shape
 
     def pieces(self, names: Iterable[str] | None = None) -> list[list[str]]:
-        """Names, all where none are given, in order, in lists of at most `PIECE_BYTES` of fp32 (or one parameter)."""
+        """Names (None = all), in order, in lists of at most `PIECE_BYTES` of fp32 (or one parameter)."""
         pieces: list[list[str]] = [[]]
         size = 0
         for name in self.params if names is None else names:
-            num_bytes = 4 * self.numel(name)
-            if pieces[-1] and size + num_bytes > PIECE_BYTES:
+            size += 4 * self.numel(name)
+            if pieces[-1] and size > PIECE_BYTES:
                 pieces.append([])
-                size = 0
+                size = 4 * self.numel(name)
             pieces[-1].append(name)
-            size += num_bytes
         return pieces
 
     def total(self, x: Tensor) -> Tensor:
@@ -151,14 +141,14 @@ class Shards:
         """Whole fp32 tensors on every rank. Collective: one all-reduce."""
         sizes = [self.numel(name) for name in names]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
-        parts = flat.split(sizes)
-        for name, part in zip(names, parts, strict=True):
+        whole = {name: part.view(self.shape(name)) for name, part in zip(names, flat.split(sizes), strict=True)}
+        for name, x in whole.items():
             fragment = self.fragment(name, of)
             if fragment is not None:
                 source, start = fragment
-                part.narrow(0, start, source.numel()).copy_(source)
+                x.view(-1).narrow(0, start, source.numel()).copy_(source)
         self.total(flat)
-        return {n: part.view(self.shape(n)) for n, part in zip(names, parts, strict=True)}
+        return whole
 
     def scatter(self, tensors: Mapping[str, Tensor], into: Flats) -> None:
         """Writes whole tensors into this rank's parts; no communication."""
@@ -220,12 +210,9 @@ class Shards:
         return [flat.detach() for flat in (self._zero.bf16_groups_flat if groups is None else groups)]
 
     def follow(self, teacher: nn.Module) -> Follower:
-        """Makes the teacher's parameters views of flat tensors in its dtypes, laid out as ZeRO lays out the module's:
-        a rank writes its segment, and `finish` gathers the others'.
-
-        Raises:
-            ValueError: stage 3, or a teacher unlike the module.
-        """
+        """Makes the teacher's parameters views of flat tensors in its dtypes, laid out as ZeRO lays out the module's: a
+        rank writes its segment, and `finish` gathers the others'. A ValueError in stage 3, or of a teacher unlike the
+        module."""
         instead = "3, whose weights are never whole: use stage 1 or 2, or average without a teacher"
         require("EMA", self.stage < 3, "teacher must be under ZeRO stage 0, 1 or 2, got {}", instead)
         theirs = check_teacher(teacher, self.module, self.flats[0].device)

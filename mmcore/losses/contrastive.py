@@ -1,27 +1,22 @@
 """InfoNCE over the global batch, exact in value and in gradient on any number of data-parallel ranks."""
 
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mmcore.losses.ranks import (
-    Header,
-    Layout,
-    agree,
-    all_sum,
-    gather_rows,
-    global_mean,
-    wanted_gradients,
-    world_size_of,
-)
-from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
-from mmcore.losses.statistics import Columns, GlobalStats
+from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
+from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
+from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged, own_excess, reduced, rounded
+from mmcore.nn.batch_norm import all_sum
 from mmkernels import contrastive_loss
 from mmkernels.pieces import (
+    NO_UNDERFLOW_SCALE,
     ContrastiveProblem,
     ContrastiveStats,
     LinearMeans,
@@ -30,19 +25,22 @@ from mmkernels.pieces import (
     accumulator,
     broken_claim,
     checked_inputs,
+    contrastive_block,
+    contrastive_block_grads,
     first_match,
     gives_nan,
+    label_sums,
+    mean_cosine,
     pair_losses,
+    poisoned,
     reduce,
-    require,
 )
 
 OP = "global_contrastive_loss"
+IS_OF_COLS = [name in ("col_lse", "col_cross", "col_rest", "teacher_col_lse") for name in ContrastiveStats._fields]
 
 
 class _Inputs(NamedTuple):
-    """This rank's arguments, checked."""
-
     a: Tensor  # [m, D]
     b: Tensor  # [n, D]
     scale: Tensor  # [], float64
@@ -110,14 +108,18 @@ def global_contrastive_loss(
         )
 
     def check() -> tuple[_Inputs, Header]:
-        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         inputs = _checked(a, b, logit_scale, labels, negatives, teacher, options)
-        return inputs, _header(inputs, options, gather_limit_bytes)
+        given = {
+            "teacher": "none" if teacher is None else "given",
+            "negatives": "none" if negatives is None else f"{len(negatives)} rows",
+        }
+        more = given | asdict(options)
+        return inputs, header(OP, ("a", "b", "logit_scale"), inputs[:3], labels, gather_limit_bytes, **more)
 
     inputs, layout = agree(OP, group, a.device, check)
     with torch.autocast(a.device.type, enabled=False):
         match, columns = _columns(inputs, layout, options, gather_limit_bytes)
-        *stats, target = GlobalStats.apply(inputs.a, inputs.b, inputs.scale, columns)  # pyright: ignore[reportGeneralTypeIssues]
+        *stats, target = _GlobalStats.apply(inputs.a, inputs.b, inputs.scale, columns)  # pyright: ignore[reportGeneralTypeIssues]
         means = _linear_means(inputs, layout, match, target, options)
         rows, cols = pair_losses(ContrastiveStats(*stats), match, means, options)
         loss = reduce(rows, match.num_rows, "mean")
@@ -139,28 +141,14 @@ def _checked(
     a, b, scale = a.contiguous(), b.contiguous(), scale.reshape(()).double()
     broken = None
     if options.normalized:
-        teacher_a, teacher_b = teacher or (None, None)
-        broken = broken_claim(ContrastiveProblem(a, b, scale, None, teacher_a, teacher_b, False))
+        broken = broken_claim(ContrastiveProblem(a, b, scale, None, *(teacher or (None, None)), False))
         if negatives is not None:
             of_negatives = broken_claim(ContrastiveProblem(negatives, negatives, scale, None, None, None, False))
             broken = None if broken is None or of_negatives is None else broken | of_negatives
     return _Inputs(a, b, scale, labels, teacher, negatives, broken)
 
 
-def _header(inputs: _Inputs, options: Options, gather_limit_bytes: int) -> Header:
-    same = {
-        "D": inputs.a.shape[1],
-        "dtype": str(inputs.a.dtype),
-        "labels": "none" if inputs.labels is None else "given",
-        "teacher": "none" if inputs.teacher is None else "given",
-        "negatives": "none" if inputs.negatives is None else f"{len(inputs.negatives)} rows",
-        "gather_limit_bytes": gather_limit_bytes,
-        "requires_grad": wanted_gradients(a=inputs.a, b=inputs.b, logit_scale=inputs.scale),
-    }
-    return Header(len(inputs.a), len(inputs.b), same | asdict(options))
-
-
-def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_bytes: int) -> tuple[Match, Columns]:
+def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_bytes: int) -> "tuple[Match, _Columns]":
     """Each row's positives among all columns, and what its statistics are made from."""
     labels, weights = None, None
     if inputs.labels is None:
@@ -187,7 +175,7 @@ def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_byt
     shards = shards_of(layout, [inputs.b, *teacher_b], gather_limit_bytes)
     of_rows = first, labels, weights, inputs.negatives, teacher_a
     is_normalized = options.normalized and gives_nan(inputs.a)
-    return match, Columns(layout, shards, *of_rows, options.symmetric, is_normalized, broken)
+    return match, _Columns(layout, shards, *of_rows, options.symmetric, is_normalized, broken)
 
 
 def _linear_means(inputs: _Inputs, layout: Layout, match: Match, target: Tensor, options: Options) -> LinearMeans:
@@ -208,3 +196,142 @@ def _linear_means(inputs: _Inputs, layout: Layout, match: Match, target: Tensor,
             of_cols = all_sum(F.pad(b @ a_mean, (own.start, sum(layout.cols) - own.stop)), group)
             col = scale * match.pool(of_cols).double()
     return LinearMeans(of_positives, row, col)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What this rank's rows are held against.
+
+    `positives`: int64 `[m]`, the global column of a row's first positive, -1 if none. `labels`: of this rank's
+    rows `[m]` and of all columns `[N]`; times `weights` `[N]`, the sum of b over a row's positives is their mean
+    less the first one. `normalized`: whether the kernels go by that claim; `broken`: on a GPU, whether it is
+    broken (bool).
+    """
+
+    layout: Layout
+    shards: Shards
+    positives: Tensor
+    labels: tuple[Tensor, Tensor] | None
+    weights: Tensor | None
+    negatives: Tensor | None
+    teacher_a: Tensor | None
+    symmetric: bool
+    normalized: bool
+    broken: Tensor | None
+
+    def blocks(self, a: Tensor, scale: Tensor) -> Iterator[tuple[slice | None, ContrastiveProblem]]:
+        """Which columns of the batch, and the rows against them; the negatives, which are none, last."""
+        for cols, (b, *of_teacher) in self.shards.blocks():
+            place = in_block(self.positives, cols, len(b))
+            teacher_b = of_teacher[0] if of_teacher else None
+            yield cols, ContrastiveProblem(a, b, scale, place, self.teacher_a, teacher_b, self.symmetric)
+        if self.negatives is not None:
+            none = torch.full_like(self.positives, -1)
+            teacher_b = None if self.teacher_a is None else self.negatives
+            yield None, ContrastiveProblem(a, self.negatives, scale, none, self.teacher_a, teacher_b, False)
+
+
+class _GlobalStats(torch.autograd.Function):
+    """`ContrastiveStats` in float64, of this rank's rows against all columns (and the negatives) and of all
+    columns against all rows; and for each row the mean of its positives less the first, `[m, D]`, if labelled.
+
+    Every rank has the same statistics of the columns; their gradient is the sum of what the ranks' losses give.
+    The backward computes each block again from the log-sum-exps of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, scale: Tensor, columns: _Columns):
+        a, scale = a.detach(), scale.detach()
+        parts, centers = [], []
+        positive = a.new_zeros(len(a), dtype=torch.float64)
+        target = a.new_zeros(a.shape if columns.labels else 0, dtype=accumulator(a.dtype))
+        # room for every column of the batch, or for none
+        num_cols = sum(columns.layout.cols) if columns.symmetric else 0
+        num_taught = 0 if columns.teacher_a is None else num_cols
+        sizes = num_cols, num_cols, num_taught, num_taught
+        of_cols = Softmax(*(a.new_zeros(n, dtype=torch.float64) for n in sizes))
+        for cols, problem in columns.blocks(a, scale):
+            stats = _block_stats(problem, columns.normalized)
+            parts.append(stats)
+            centers.append(mean_cosine(problem))
+            if cols is None:
+                continue
+            positive += stats.positive
+            own_cols = stats.col_lse, stats.col_rest, stats.teacher_col_lse, stats.col_cross
+            for whole, part in zip(of_cols, own_cols, strict=True):
+                whole[cols] = part
+            if columns.labels is not None and columns.weights is not None:
+                weighted = problem.b.to(target.dtype) * columns.weights[cols, None]
+                target += label_sums(weighted, columns.labels[1][cols], columns.labels[0])
+        of_rows = merged([Softmax(p.row_lse, p.row_rest, p.teacher_row_lse, p.row_cross) for p in parts])
+        if columns.symmetric:
+            of_cols = merged([of_cols], columns.layout.group, over_ranks=True)
+        lse, rest = (of_rows.lse, of_cols.lse), (of_rows.rest, of_cols.rest)
+        of_teacher = of_rows.teacher_lse, of_cols.teacher_lse
+        stats = ContrastiveStats(*lse, positive, of_rows.cross, of_cols.cross, *rest, *of_teacher)
+        if columns.normalized:
+            stats = poisoned(stats, scale, columns.broken)
+        ctx.columns, ctx.parts, ctx.centers = columns, parts, centers
+        ctx.save_for_backward(a, scale, *stats)
+        ctx.mark_non_differentiable(*stats[5:])
+        return *stats, target
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        a, scale, *saved = ctx.saved_tensors
+        columns, stats, needs = ctx.columns, ContrastiveStats(*saved), list(ctx.needs_input_grad[:3])
+        dtype = accumulator(a.dtype)
+        d_stats, center = reduced(grads[:5], IS_OF_COLS, ctx.centers, columns.layout.group)
+        of_rows, own_cols, all_cols = (grads[0], grads[3]), (grads[1], grads[4]), (d_stats[1], d_stats[4])
+        in_dtype = rounded(stats, dtype)
+        da = torch.zeros_like(a, dtype=dtype)
+        ds = center * own_excess(of_rows, own_cols, all_cols, len(ctx.parts))
+        for (cols, problem), part, part_center in zip(columns.blocks(a, scale), ctx.parts, ctx.centers, strict=True):
+            of_block = [x.to(dtype) for x in at_columns(d_stats, IS_OF_COLS, cols)]
+            # the op takes each of these for a part of its dL/dS
+            assert problem.positives is not None
+            of_block[2] = of_block[2].where(problem.positives >= 0, 0.0)
+            wanted = [needs[0], needs[1] and cols is not None, needs[2]]
+            da_part, db, ds_part = contrastive_block_grads(
+                problem, at_columns(in_dtype, IS_OF_COLS, cols), of_block, wanted
+            )
+            if needs[0]:
+                da += da_part
+            if needs[2]:
+                whole = ContrastiveStats(*at_columns(stats, IS_OF_COLS, cols))
+                ds += ds_part + (part_center - center) * _excess(part, whole, of_block)
+            if needs[1] and cols is not None:
+                db = db.to(dtype)
+                if columns.labels is not None and columns.weights is not None:
+                    of_positives = label_sums(grads[9], columns.labels[0], columns.labels[1][cols])
+                    db += of_positives * columns.weights[cols, None]
+                columns.shards.add_grad(db)
+        return (
+            da.to(a.dtype) if needs[0] else None,
+            columns.shards.own_grad().to(a.dtype) if needs[1] else None,
+            ds.to(scale.dtype) if needs[2] else None,
+            None,
+        )
+
+
+def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveStats:
+    stats = ContrastiveStats(*(x.double() for x in contrastive_block(problem, normalized=normalized)))
+    if not normalized:
+        return stats
+
+    def revived(lse: Tensor) -> Tensor:
+        """A sum that lost its terms to underflow adds nothing here; the whole is judged when it is complete."""
+        return torch.where(lse.isnan() & (problem.scale > NO_UNDERFLOW_SCALE), -torch.inf, lse)
+
+    return stats._replace(row_lse=revived(stats.row_lse), col_lse=revived(stats.col_lse))
+
+
+def _excess(part: ContrastiveStats, whole: ContrastiveStats, grads: Sequence[Tensor]) -> Tensor:
+    d_row, d_col, _, d_row_cross, d_col_cross = grads
+    return excess(
+        (d_row, part.row_lse + part.row_rest, whole.row_lse + whole.row_rest),
+        (d_col, part.col_lse + part.col_rest, whole.col_lse + whole.col_rest),
+        (d_row_cross, part.teacher_row_lse, whole.teacher_row_lse),
+        (d_col_cross, part.teacher_col_lse, whole.teacher_col_lse),
+    )

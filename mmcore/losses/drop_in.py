@@ -28,8 +28,6 @@ class _InGroup(nn.Module):
 
     def check_place(self, device: torch.device) -> None:
         """Raises on every rank if any was told wrongly."""
-        if self.agreed:
-            return
         op, size = type(self).__name__, world_size_of(None)
 
         def check() -> tuple[bool, Header]:
@@ -38,7 +36,8 @@ class _InGroup(nn.Module):
             require(op, self.place == place, sentence, place, self.place)
             return True, Header(0, 0, {})
 
-        self.agreed = check()[0] if size == 1 else agree(op, None, device, check)[0]
+        if not self.agreed:
+            self.agreed = check()[0] if size == 1 else agree(op, None, device, check)[0]
 
 
 class ClipLoss(_InGroup):
@@ -49,13 +48,8 @@ class ClipLoss(_InGroup):
     (There, with neither flag, encoders get 1/W of the gradient; with `local_loss` alone, a different direction;
     with `gather_with_grad`, this gradient, and with `local_loss` too the mean of the ranks' values is this one.)
 
-    Args:
-        rank, world_size: as the default process group has them; 0 and 1 without one.
-        use_horovod: must be False.
-
-    Raises:
-        ValueError: `use_horovod`; in forward, a rank or world size that the process group contradicts, and
-            whatever `global_contrastive_loss` refuses.
+    `rank` and `world_size` are as the default process group has them; 0 and 1 without one. Others, `use_horovod`, and
+    whatever `global_contrastive_loss` refuses raise a ValueError.
     """
 
     def __init__(
@@ -78,8 +72,7 @@ class ClipLoss(_InGroup):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The scalar loss, or `{"contrastive_loss": loss}`. A bias of all logits cancels out of a softmax: its
-        gradient is zero."""
+        """The scalar loss, or `{"contrastive_loss": loss}`; a bias of all logits has the gradient zero."""
         self.check_place(image_features.device)
         loss = global_contrastive_loss(image_features, text_features, logit_scale)
         if logit_bias is not None:
@@ -91,15 +84,9 @@ class SigLipLoss(_InGroup):
     """`open_clip.SigLipLoss` (3.x): the sigmoid loss of all pairs of the global batch (arXiv:2303.15343).
 
     Each rank gets the loss of the global batch, of which the ranks' values are shares there; the gradients agree.
-
-    Args:
-        cache_labels: has no effect there either.
-        rank, world_size: as the default process group has them; 0 and 1 without one.
-        dist_impl: None, "bidir", "shift", "reduce" or "gather": how features travel there; here their size decides.
-
-    Raises:
-        ValueError: another `dist_impl`; in forward, a rank or world size that the process group contradicts, and
-            whatever `global_sigmoid_loss` refuses.
+    `cache_labels` has no effect there either, `rank` and `world_size` are as in `ClipLoss`, and `dist_impl` (None,
+    "bidir", "shift", "reduce" or "gather") says how features travel there; here their size decides. Raises as
+    `ClipLoss`, and on another `dist_impl`.
     """
 
     def __init__(
@@ -174,7 +161,7 @@ class ContrastiveLossWithTemperature(nn.Module):
             cross_entropy_kwargs: `label_smoothing` alone.
             mask: bool `[m]`, False for pairs that have no loss of their own and are the others' negatives still.
         """
-        op = "ContrastiveLossWithTemperature"
+        op, labels = "ContrastiveLossWithTemperature", None
         exact = backprop_type.name == BackpropType.GLOBAL.name
         require(op, exact, "backprop_type must be GLOBAL, got {}", backprop_type)
         options = dict(cross_entropy_kwargs or {})
@@ -182,16 +169,12 @@ class ContrastiveLossWithTemperature(nn.Module):
         require(op, not options, "cross_entropy_kwargs must hold label_smoothing alone, got {}", list(options))
         with torch.no_grad():
             self.logit_scale.clamp_(self.logit_scale_min, self.logit_scale_max)
-        labels = None if mask is None else _labels_of(op, mask, embeddings_a)
-        return global_contrastive_loss(
-            embeddings_a, embeddings_b, self.logit_scale.exp(), labels=labels, label_smoothing=smoothing
-        )
-
-
-def _labels_of(op: str, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels that pair row i with column i where the mask holds; elsewhere none has a partner."""
-    fits = mask.dtype == torch.bool and mask.shape == like.shape[:1]
-    require(op, fits, "mask must be bool [{}], got {} {}", len(like), mask.dtype, list(mask.shape))
-    rank = dist.get_rank() if world_size_of(None) > 1 else 0
-    pairs = torch.arange(len(like), device=like.device) + (rank << 32)
-    return torch.where(mask, pairs, -1), torch.where(mask, pairs, -2)
+        if mask is not None:
+            size = len(embeddings_a)
+            fits = mask.dtype == torch.bool and list(mask.shape) == [size]
+            require(op, fits, "mask must be bool [{}], got {} {}", size, mask.dtype, list(mask.shape))
+            rank = dist.get_rank() if world_size_of(None) > 1 else 0
+            pairs = torch.arange(size, device=mask.device) + (rank << 32)
+            labels = torch.where(mask, pairs, -1), torch.where(mask, pairs, -2)  # others have no partner
+        scale = self.logit_scale.exp()
+        return global_contrastive_loss(embeddings_a, embeddings_b, scale, labels=labels, label_smoothing=smoothing)

@@ -41,8 +41,7 @@ def hard_negatives(
         tokens: features `[m, Q, D]` of this rank's images, all ranks' of one Q and D.
         b: features `[m, D]` of their texts.
         logit_scale: the multiplier itself.
-        image_ids: int64 `[m]`, equal for equal images.
-        text_ids: int64 `[m]`, equal for equal texts.
+        image_ids, text_ids: int64 `[m]`, equal for equal images or texts.
         generator: of the draws, on the CPU; of a seed of its own on each rank.
         group: the data-parallel process group.
     """
@@ -51,11 +50,11 @@ def hard_negatives(
         fits = x.dtype == torch.int64 and list(x.shape) == [size]
         require(op, fits, "{} must be int64 [{}], got {} {}", name, size, x.dtype, list(x.shape))
     counts = row_counts(size, tokens.device, group)
-    all_b, all_images, all_texts = (gathered(x, counts, group) for x in (b, image_ids, text_ids))
+    all_b, all_images, all_texts = (gather_rows(x, counts, group) for x in (b, image_ids, text_ids))
     own = _similarities(tokens, all_b) * logit_scale  # [m, N]
     is_right = (image_ids[:, None] == all_images) | (text_ids[:, None] == all_texts)
     first = first_row(counts, group)
-    of_texts = gathered(own, counts, group)[:, first : first + size].T  # [m, N]
+    of_texts = gather_rows(own, counts, group)[:, first : first + size].T  # [m, N]
     return Negatives(_drawn(of_texts, is_right, generator), _drawn(own, is_right, generator))
 
 
@@ -64,9 +63,8 @@ def pair_labels(image_ids: Tensor, text_ids: Tensor, group: Group = None) -> Ten
     """Labels of this rank's pairs, int64 `[m]`: equal for those that share an image or a text, or are joined by such
     pairs, on whichever ranks they are."""
     counts = row_counts(len(image_ids), image_ids.device, group)
-    all_ids = torch.stack([gathered(image_ids, counts, group), gathered(text_ids, counts, group)])
-    labels = torch.arange(all_ids.shape[1], device=image_ids.device)
-    keys = [ids.unique(return_inverse=True)[1] for ids in all_ids]
+    keys = [gather_rows(ids, counts, group).unique(return_inverse=True)[1] for ids in (image_ids, text_ids)]
+    labels = torch.arange(len(keys[0]), device=image_ids.device)
     while True:
         before = labels
         for key in keys:
@@ -78,7 +76,6 @@ def pair_labels(image_ids: Tensor, text_ids: Tensor, group: Group = None) -> Ten
 
 
 def row_counts(size: int, device: torch.device, group: Group) -> tuple[int, ...]:
-    """The ranks' numbers of rows."""
     if world_size_of(group) == 1:
         return (size,)
     own = torch.tensor([size], device=device)
@@ -90,18 +87,13 @@ def first_row(counts: tuple[int, ...], group: Group) -> int:
     return sum(counts[: dist.get_rank(group)]) if len(counts) > 1 else 0
 
 
-def gathered(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:
-    """The ranks' rows one below the other, without a gradient."""
-    return x if len(counts) == 1 else gather_rows(x, counts, group)
-
-
 @torch.no_grad()
 def fetch_rows(x: Tensor, index: Tensor, group: Group = None) -> Tensor:
-    """Rows of the global batch, from the ranks that have them; each row travels to those alone that asked for it.
+    """Rows of the global batch by number, from the ranks that have them; each travels to those alone that asked for it.
 
     Args:
         x: `[m, ...]`, this rank's rows.
-        index: int64 `[R]`, numbers in the global batch, of which R and the ranks' m may differ by rank.
+        index: int64 `[R]`; R and m may differ by rank.
 
     Returns:
         `[R, ...]`, without a gradient.
@@ -126,12 +118,8 @@ def fetch_rows(x: Tensor, index: Tensor, group: Group = None) -> Tensor:
 
 
 def global_ratio(total: Tensor, count: Tensor, group: Group = None) -> Tensor:
-    """The sum of the ranks' totals over that of their counts, 0 without any; its gradient as in `global_mean`.
-
-    Args:
-        total: `[]`, of this rank, differentiable.
-        count: `[]`, of this rank.
-    """
+    """The sum of the ranks' totals `[]` over that of their counts `[]`, 0 without any; the total's gradient as in
+    `global_mean`."""
     counted = count.detach().to(total.dtype)
     if world_size_of(group) == 1:
         return total / counted.clamp(min=1)
@@ -141,12 +129,7 @@ def global_ratio(total: Tensor, count: Tensor, group: Group = None) -> Tensor:
 
 
 def matching_loss(logits: Tensor, is_match: Tensor, group: Group = None) -> Tensor:
-    """The cross-entropy of no and yes, averaged over the pairs of all ranks.
-
-    Args:
-        logits: `[R, 2]`.
-        is_match: bool `[R]`.
-    """
+    """The cross-entropy of no and yes, `logits` `[R, 2]` and bool `[R]`, averaged over the pairs of all ranks."""
     total = F.cross_entropy(logits.float(), is_match.long(), reduction="sum")
     return global_ratio(total, torch.tensor(len(logits), device=logits.device), group)
 

@@ -2,15 +2,15 @@
 all of them, and small differentiable reductions."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmcore.ops import require
 
 Group = dist.ProcessGroup | None
 Checked = TypeVar("Checked")
@@ -61,9 +61,8 @@ def agree(
 ) -> tuple[Checked, Layout]:
     """What `check` returns on this rank, and all ranks' layout; one all-gather.
 
-    Raises:
-        ValueError: on every rank, where `check` raises one on any of them (its own there, its message on the
-            others), or where the ranks differ in what must be the same.
+    A ValueError on every rank, where `check` raises one on any of them (its own there, its message on the others), or
+    where the ranks differ in what must be the same.
     """
     checked = error = None
     try:
@@ -89,15 +88,33 @@ def agree(
     return checked, Layout(group, rows, cols)
 
 
-def wanted_gradients(**inputs: Tensor) -> str:
-    """Of which inputs a gradient is wanted, for a header: a backward that some ranks do not run would hang the
-    others."""
-    wanted = [name for name, x in inputs.items() if torch.is_grad_enabled() and x.requires_grad]
-    return ", ".join(wanted) or "nothing"
+def header(
+    op: str,
+    names: Sequence[str],
+    inputs: Sequence[Tensor],
+    labels: tuple[Tensor, Tensor] | None,
+    gather_limit_bytes: int,
+    **more: Any,
+) -> Header:
+    """Of a loss of `inputs` by name, of which the first are features of rows and of columns; of which a gradient is
+    wanted is the same on all ranks, since a backward that some do not run would hang the others."""
+    require(op, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
+    rows, cols, *_ = inputs
+    wanted = [name for name, x in zip(names, inputs) if torch.is_grad_enabled() and x.requires_grad]
+    same = {
+        "D": rows.shape[-1],
+        "dtype": str(rows.dtype),
+        "labels": "none" if labels is None else "given",
+        "gather_limit_bytes": gather_limit_bytes,
+        "requires_grad": ", ".join(wanted) or "nothing",
+    }
+    return Header(len(rows), len(cols), same | more)
 
 
 def gather_rows(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:
-    """The ranks' `x` `[counts[rank], ...]` one below the other, without a gradient."""
+    """The ranks' `x` `[counts[rank], ...]` one below the other, without a gradient; of one rank `x` itself."""
+    if len(counts) == 1:
+        return x
     most = max(counts)
     padded = x.new_empty(len(counts), most, *x.shape[1:])
     own = x.detach().contiguous()
@@ -119,11 +136,6 @@ def scatter_sum(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:
     return own[: counts[dist.get_rank(group)]]
 
 
-def all_sum(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' `x`; its gradient sums what each rank's loss makes of it."""
-    return _AllSum.apply(x, group)  # pyright: ignore[reportReturnType]
-
-
 def global_mean(own: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' shares of a mean, with this rank's gradient times their number: data parallelism
     takes the mean of the ranks' gradients, and forms the gradient of the sum so."""
@@ -131,22 +143,6 @@ def global_mean(own: Tensor, group: Group) -> Tensor:
     dist.all_reduce(total, group=group)
     scaled = own * dist.get_world_size(group)
     return total + (scaled - scaled.detach())
-
-
-class _AllSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 def _exchanged(told: dict[str, Any], group: Group, device: torch.device) -> list[dict[str, Any]]:
@@ -160,5 +156,5 @@ def _exchanged(told: dict[str, Any], group: Group, device: torch.device) -> list
 
 
 def _extent(counts: tuple[int, ...], rank: int) -> slice:
-    ends = list(accumulate(counts, initial=0))
-    return slice(ends[rank], ends[rank + 1])
+    start = sum(counts[:rank])
+    return slice(start, start + counts[rank])

@@ -59,7 +59,6 @@ class Ring:
             held = coming
 
     def add_grad(self, grad: Tensor) -> None:
-        """This rank's gradient of the block that `blocks` has just yielded."""
         if self.grad is not None:
             _wait(self.transfers)
             grad = grad + self.grad
@@ -67,7 +66,6 @@ class Ring:
         (self.grad,), self.transfers = self._pass_on([grad.contiguous()], owner)
 
     def own_grad(self) -> Tensor:
-        """The gradient of this rank's shard, summed over all ranks."""
         assert self.grad is not None
         _wait(self.transfers)
         return self.grad

@@ -1,16 +1,16 @@
 """The sigmoid loss over the global batch, exact in value and in gradient on any number of data-parallel ranks."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmcore.losses.ranks import Header, agree, gather_rows, global_mean, wanted_gradients, world_size_of
+from mmcore.losses.ranks import Header, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
 from mmkernels import sigmoid_loss
-from mmkernels.pieces import accumulator, checked_sigmoid_operands, require, sigmoid_block
+from mmkernels.pieces import accumulator, checked_sigmoid_operands, sigmoid_block
 
 OP = "global_sigmoid_loss"
 
@@ -29,25 +29,11 @@ def global_sigmoid_loss(
     `x = logit_scale * A B^T + logit_bias`, `sum_ij softplus(-z_ij x_ij) / M`.
 
     Every rank gets the same value, and gradients whose *mean* over ranks is that of one process, as in
-    `global_contrastive_loss`. They are made in forward, 3u/W FLOP a rank of u = 2 M^2 D, with the transfers:
-    evaluate under `torch.no_grad()`, and make of the loss the same on every rank.
+    `global_contrastive_loss`, whose arguments, result and errors these are. They are made in forward, 3u/W FLOP a rank
+    of u = 2 M^2 D, with the transfers: evaluate under `torch.no_grad()`, and make of the loss the same on every rank.
 
     Args:
-        a: features `[m, D]` of this rank's rows, float32, float16, bfloat16 or float64. Ranks may have different
-            numbers of rows, or none.
-        b: features `[n, D]` of their partners, same dtype and device; n = m but for `labels`.
-        logit_scale: the multiplier itself, the same on every rank: a finite float or a tensor of one element.
-        logit_bias: likewise.
-        labels: int64 `[m]` and `[n]`: equal labels are positives, on whichever ranks they are.
-        group: the data-parallel process group; None = the default one, or one process where none is set up.
-        gather_limit_bytes: above so many bytes of gathered `b` the features travel around a ring.
-
-    Returns:
-        The loss, a scalar, float32 (float64 for float64).
-
-    Raises:
-        ValueError: a wrong shape, dtype, device, scale or bias on any rank, or ranks that differ in width, dtype
-            or settings: on every rank.
+        logit_bias: the same on every rank: a finite float or a tensor of one element.
 
     Reference: `mmkernels.sigmoid_loss_ref` on the concatenated ranks. Paper: arXiv:2303.15343.
     """
@@ -55,16 +41,8 @@ def global_sigmoid_loss(
         return sigmoid_loss(a, b, logit_scale, logit_bias, labels=labels)
 
     def check() -> tuple[tuple[Tensor, ...], Header]:
-        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         inputs = checked_sigmoid_operands(a, b, logit_scale, logit_bias, labels)
-        same = {
-            "D": a.shape[1],
-            "dtype": str(inputs[0].dtype),
-            "labels": "none" if labels is None else "given",
-            "gather_limit_bytes": gather_limit_bytes,
-            "requires_grad": wanted_gradients(**dict(zip(("a", "b", "logit_scale", "logit_bias"), inputs))),
-        }
-        return inputs, Header(len(a), len(b), same)
+        return inputs, header(OP, ("a", "b", "logit_scale", "logit_bias"), inputs, labels, gather_limit_bytes)
 
     inputs, layout = agree(OP, group, a.device, check)
     if labels is None:
@@ -79,8 +57,7 @@ def global_sigmoid_loss(
     return global_mean(total / max(sum(layout.rows), 1), group).to(accumulator(inputs[0].dtype))  # pyright: ignore[reportOperatorIssue]
 
 
-@dataclass(frozen=True)
-class _Columns:
+class _Columns(NamedTuple):
     """What this rank's rows are held against, and which gradients are wanted: of a, b, scale and bias."""
 
     shards: Shards

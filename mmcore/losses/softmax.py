@@ -72,9 +72,8 @@ def reduced(
     dist.all_reduce(packed, group=group)
     *summed, center = packed.split([*map(len, own), 1])
     whole = iter(summed)
-    return [next(whole) if of_cols else d for d, of_cols in zip(grads, is_of_cols)], center[0] / dist.get_world_size(
-        group
-    )
+    all_grads = [next(whole) if of_cols else d for d, of_cols in zip(grads, is_of_cols)]
+    return all_grads, center[0] / dist.get_world_size(group)
 
 
 def excess(*of_lse: tuple[Tensor, Tensor, Tensor]) -> Tensor:

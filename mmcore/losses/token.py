@@ -1,25 +1,36 @@
 """The image-text contrastive loss of token features over the global batch, exact on any number of ranks."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, wanted_gradients, world_size_of
-from mmcore.losses.shards import GATHER_LIMIT_BYTES, shards_of
-from mmcore.losses.token_statistics import GlobalTokenStats, TokenColumns
+from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
+from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
+from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged, own_excess, reduced, rounded
 from mmkernels import token_contrastive_loss
 from mmkernels.pieces import (
     TokenContrastiveStats,
+    TokenProblem,
     accumulator,
     check_token_labels,
     check_token_masks,
     label_counts,
     require,
+    token_block,
+    token_block_grads,
     token_cross_entropy,
+    token_mean_cosine,
     token_operands,
 )
 
 OP = "global_token_contrastive_loss"
+COLUMN_FIELDS = ("col_lse", "col_total", "col_matched", "col_rest")
+IS_OF_COLS = [name in COLUMN_FIELDS for name in TokenContrastiveStats._fields]
+NUM_DIFFERENTIABLE = 8
 
 
 def global_token_contrastive_loss(
@@ -38,26 +49,13 @@ def global_token_contrastive_loss(
     `S_ij = logit_scale * max_q <tokens_iq, b_j>` (BLIP-2's image-text contrastive loss).
 
     Every rank gets the same value, and gradients whose *mean* over ranks is that of one process, as in
-    `global_contrastive_loss`. The `b` travel, the tokens stay where they are.
+    `global_contrastive_loss`, whose other arguments, result and errors these are. The `b` travel, the tokens stay where
+    they are.
 
     Args:
         tokens: features `[m, Q, D]` of this rank's rows, float32, float16, bfloat16 or float64. Ranks may have
             different numbers of rows, or none.
-        b: features `[n, D]` of their partners, same dtype and device; n = m but for `labels`.
-        logit_scale: the multiplier itself, the same on every rank: a finite float or a tensor of one element.
-        symmetric: False leaves the columns' half out.
-        labels: int64 `[m]` and `[n]`: equal labels are positives, on whichever ranks they are.
         mask: bool `[m, Q]`, True where a token counts.
-        label_smoothing: from 0 to 1.
-        group: the data-parallel process group; None = the default one, or one process where none is set up.
-        gather_limit_bytes: above so many bytes of gathered `b` the features travel around a ring.
-
-    Returns:
-        The loss, a scalar, float32 (float64 for float64).
-
-    Raises:
-        ValueError: a wrong shape, dtype, device, scale or option on any rank, or ranks that differ in width, dtype
-            or settings: on every rank.
 
     Reference: `mmkernels.token_contrastive_loss_ref` on the concatenated ranks. Paper: arXiv:2301.12597.
     """
@@ -68,7 +66,6 @@ def global_token_contrastive_loss(
         return token_contrastive_loss(tokens, b, logit_scale, labels=labels, masks=masks, **options)
 
     def check() -> tuple[tuple[Tensor, Tensor, Tensor], Header]:
-        require(OP, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
         require(OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing)
         _check_one_side(b)
         inputs = token_operands(tokens, b, logit_scale)
@@ -76,32 +73,21 @@ def global_token_contrastive_loss(
         if check_token_labels(tokens, b, labels) is None:
             sizes = len(tokens), len(b)
             require(OP, sizes[0] == sizes[1], "b must have {} rows without labels, got {}", *sizes)
-        same = {
-            "Q": tokens.shape[1],
-            "D": tokens.shape[2],
-            "dtype": str(inputs[0].dtype),
-            "labels": "none" if labels is None else "given",
-            "gather_limit_bytes": gather_limit_bytes,
-            "requires_grad": wanted_gradients(**dict(zip(("tokens", "b", "logit_scale"), inputs))),
-        }
-        return inputs, Header(len(tokens), len(b), same | options)
+        names, more = ("tokens", "b", "logit_scale"), {"Q": tokens.shape[1], **options}
+        return inputs, header(OP, names, inputs, labels, gather_limit_bytes, **more)
 
     (tokens, b, scale), layout = agree(OP, group, tokens.device, check)
     with torch.autocast(tokens.device.type, enabled=False):
-        all_labels = None
-        if labels is not None:
-            counts = (layout.rows, layout.cols)
-            all_labels = tuple(gather_rows(x, n, group) for x, n in zip(labels, counts, strict=True))
-        own = layout.rows_of(layout.rank)
-        columns = TokenColumns(
-            layout,
-            shards_of(layout, [b.contiguous()], gather_limit_bytes),
-            torch.arange(own.start, own.stop, device=b.device) if labels is None else None,
-            None if labels is None or all_labels is None else (labels[0], all_labels[1]),
-            mask,
-            label_smoothing > 0,
-        )
-        stats = GlobalTokenStats.apply(tokens.contiguous(), b, scale.reshape(()).double(), columns)
+        positives = all_labels = of_columns = None
+        if labels is None:
+            own = layout.rows_of(layout.rank)
+            positives = torch.arange(own.start, own.stop, device=b.device)
+        else:
+            all_labels = gather_rows(labels[0], layout.rows, group), gather_rows(labels[1], layout.cols, group)
+            of_columns = labels[0], all_labels[1]
+        shards = shards_of(layout, [b.contiguous()], gather_limit_bytes)
+        columns = _TokenColumns(layout, shards, positives, of_columns, mask, label_smoothing > 0)
+        stats = _TokenStats.apply(tokens.contiguous(), b, scale.reshape(()).double(), columns)
         loss = _own_share(TokenContrastiveStats(*stats), layout, all_labels, symmetric, label_smoothing)  # pyright: ignore[reportGeneralTypeIssues]
         return global_mean(loss, group).to(accumulator(tokens.dtype))
 
@@ -134,3 +120,92 @@ def _own_share(
         return rows
     cols = token_cross_entropy(col_lse, col_rest, col_target, col_total, num_rows, smoothing)
     return (rows + cols.where(col_count > 0, 0).sum() / (col_counts > 0).sum().clamp(min=1)) / 2
+
+
+@dataclass(frozen=True)
+class _TokenColumns:
+    """What this rank's rows are held against.
+
+    `positives`: int64 `[m]`, the global column of each row's positive, None with labels. `labels`: of this rank's
+    rows `[m]` and of all columns `[N]`. `masks`: of this rank's tokens, bool `[m, Q]`.
+    """
+
+    layout: Layout
+    shards: Shards
+    positives: Tensor | None
+    labels: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    with_totals: bool
+
+    def blocks(self, tokens: Tensor, scale: Tensor) -> Iterator[tuple[slice, TokenProblem]]:
+        row_labels, col_labels = self.labels or (None, None)
+        for cols, (b,) in self.shards.blocks():
+            place = None if self.positives is None else in_block(self.positives, cols, len(b))
+            of_cols = None if col_labels is None else col_labels[cols]
+            yield cols, TokenProblem(tokens, b, scale, place, row_labels, of_cols, self.mask, None, self.with_totals)
+
+
+class _TokenStats(torch.autograd.Function):
+    """`TokenContrastiveStats` in float64, of this rank's rows against all columns and of all columns against all
+    rows. Every rank has the same statistics of the columns; their gradient is the sum of what the ranks' losses
+    give."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, b: Tensor, scale: Tensor, columns: _TokenColumns):
+        tokens, scale = tokens.detach(), scale.detach()
+        parts: list[TokenContrastiveStats] = []
+        places, centers = [], []
+        for cols, problem in columns.blocks(tokens, scale):
+            parts.append(TokenContrastiveStats(*(x.double() for x in token_block(problem))))
+            places.append(cols.start)
+            centers.append(token_mean_cosine(problem))
+        none = tokens.new_zeros(len(parts), 0, dtype=torch.float64).unbind()
+        of_rows = merged([Softmax(p.row_lse, p.row_rest, x, x) for p, x in zip(parts, none, strict=True)])
+        in_order = [part for _, part in sorted(zip(places, parts, strict=True), key=lambda pair: pair[0])]
+        of_cols = {name: torch.cat([getattr(part, name) for part in in_order]) for name in COLUMN_FIELDS}
+        group = columns.layout.group
+        whole_cols = merged([Softmax(of_cols["col_lse"], of_cols["col_rest"], none[0], none[0])], group, True)
+        linear = torch.cat([of_cols["col_total"], of_cols["col_matched"]])
+        dist.all_reduce(linear, group=group)
+        col_total, col_matched = linear.split([len(of_cols["col_total"]), len(of_cols["col_matched"])])
+        rows = ("positive", "col_positive", "row_total", "row_matched")
+        sums = {name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in rows}
+        sums |= {"col_total": col_total, "col_matched": col_matched}
+        sums |= {"row_lse": of_rows.lse, "row_rest": of_rows.rest}
+        stats = TokenContrastiveStats(col_lse=whole_cols.lse, col_rest=whole_cols.rest, **sums)
+        ctx.columns, ctx.parts, ctx.centers = columns, parts, centers
+        ctx.save_for_backward(tokens, scale, *stats)
+        ctx.mark_non_differentiable(*stats[NUM_DIFFERENTIABLE:])
+        return tuple(stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens, scale, *saved = ctx.saved_tensors
+        columns, stats, needs = ctx.columns, TokenContrastiveStats(*saved), list(ctx.needs_input_grad[:3])
+        dtype = accumulator(tokens.dtype)
+        d_stats, center = reduced(grads[:NUM_DIFFERENTIABLE], IS_OF_COLS, ctx.centers, columns.layout.group)
+        in_dtype = rounded(stats, dtype)
+        dtokens = torch.zeros_like(tokens, dtype=dtype)
+        ds = center * own_excess(grads[:1], grads[1:2], d_stats[1:2], len(ctx.parts))
+        for (cols, problem), part, part_center in zip(
+            columns.blocks(tokens, scale), ctx.parts, ctx.centers, strict=True
+        ):
+            of_block = [x.to(dtype) for x in at_columns(d_stats, IS_OF_COLS, cols)]
+            part_grads = token_block_grads(problem, at_columns(in_dtype, IS_OF_COLS, cols), of_block, needs)
+            if needs[0]:
+                dtokens += part_grads[0]
+            if needs[1]:
+                columns.shards.add_grad(part_grads[1].to(dtype))
+            if needs[2]:
+                whole = TokenContrastiveStats(*at_columns(stats, IS_OF_COLS, cols))
+                ds += part_grads[2] + (part_center - center) * excess(
+                    (of_block[0], part.row_lse + part.row_rest, whole.row_lse + whole.row_rest),
+                    (of_block[1], part.col_lse + part.col_rest, whole.col_lse + whole.col_rest),
+                )
+        return (
+            dtokens.to(tokens.dtype) if needs[0] else None,
+            columns.shards.own_grad().to(tokens.dtype) if needs[1] else None,
+            ds.to(scale.dtype) if needs[2] else None,
+            None,
+        )

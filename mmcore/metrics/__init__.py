@@ -1,4 +1,5 @@
-"""Metrics by the field's definitions: retrieval, zero-shot, captions, VQA."""
+"""Metrics by the field's definitions: retrieval, zero-shot, captions, VQA. Nothing to measure, lengths, shapes or types
+that do not fit, an index out of range and features that are not finite raise a ValueError that names the argument."""
 
 from mmcore.metrics.captions import bleu, cider
 from mmcore.metrics.ptb import caption_tokens

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from mmcore.metrics.ptb import caption_tokens
+from mmcore.ops import require
 
 Ngram = tuple[str, ...]
 _ORDERS = range(1, 5)
@@ -25,9 +26,6 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict
 
     Returns:
         "BLEU-1" to "BLEU-4", each in [0, 1].
-
-    Raises:
-        ValueError: no captions, lengths that differ, an image without references, something else than strings.
 
     Reference: pycocoevalcap 1.2, after `caption_tokens`. Paper: doi 10.3115/1073083.1073135.
     """
@@ -61,15 +59,8 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     stemming, the number that COCO's evaluation and the field print as CIDEr. The document frequencies are those of
     the references given: scores of different sets of images do not compare, and one image alone scores 0.
 
-    Args:
-        candidates: [N], one caption an image, as text.
-        references: [N], people's captions of each image, at least one.
-
-    Returns:
-        In [0, 10]; the field's tables give it times 100.
-
-    Raises:
-        ValueError: no captions, lengths that differ, an image without references, something else than strings.
+    `candidates` and `references` are as in `bleu`, and so is what is refused. The result is in [0, 10]; the field's
+    tables give it times 100.
 
     Reference: pycocoevalcap 1.2, after `caption_tokens`. Paper: arXiv:1411.5726.
     """
@@ -111,10 +102,8 @@ def _tokenized(
 ) -> Iterator[tuple[list[str], list[list[str]]]]:
     """Each candidate's tokens and those of its references; ValueError unless both are what `caller` wants."""
     _check_strings(caller, "candidates", candidates)
-    if len(references) != len(candidates):
-        raise ValueError(
-            f"{caller}: references must be {len(candidates)} lists, one a candidate, got {len(references)}"
-        )
+    sizes = len(candidates), len(references)
+    require(caller, sizes[0] == sizes[1], "references must be {} lists, one a candidate, got {}", *sizes)
     for people in references:
         _check_strings(caller, "references", people)
     for candidate, people in zip(candidates, references):
@@ -123,5 +112,5 @@ def _tokenized(
 
 def _check_strings(caller: str, name: str, values: Sequence[str]) -> None:
     listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not listed or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{caller}: {name} must be at least one string in a list, got {values!r}")
+    are_strings = listed and all(isinstance(value, str) for value in values)
+    require(caller, are_strings, "{} must be at least one string in a list, got {!r}", name, values)

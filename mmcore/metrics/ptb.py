@@ -78,7 +78,7 @@ _TOKEN = re.compile(
 
 
 def caption_tokens(caption: str) -> list[str]:
-    """The tokens of a caption that COCO's evaluation counts.
+    """The tokens of a caption, perhaps none, that COCO's evaluation counts; a line break is a space.
 
     As Stanford's PTBTokenizer 3.4.1 with -preserveLines -lowerCase gives them, less the evaluation's list of
     punctuation. Contractions come apart (do n't, it 's), abbreviations keep their period (st., p.m.), numbers,
@@ -88,12 +88,6 @@ def caption_tokens(caption: str) -> list[str]:
     the next caption. Here a caption stands alone, and the period goes, as before captions that start with "A" or "The".
     Beyond that they differ where captions seldom go: "don'ts" and "'tisn't", telephone numbers with brackets, accents
     and vowel signs that are code points of their own, apostrophes inside unusual words, words glued by an @.
-
-    Args:
-        caption: text of one caption; a line break is a space.
-
-    Returns:
-        Tokens, perhaps none.
     """
     text = _CURLY.sub("'", caption)
     text = _ENTITY.sub(lambda found: _ENTITIES[found[1]], text).replace("\u00ad", "")

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmcore.metrics.ranking import check_features, check_ks, wrong_above_best
+from mmcore.metrics.ranking import check_features, check_ks, counts_of, wrong_above_best
+from mmcore.ops import require
 
 
 @dataclass(frozen=True)
 class Relevance:
-    """Which caption is right for which image.
-
-    A caption is right for its own image and for every image that has an equal caption.
+    """Which caption is right for which image: its own, and every one that has an equal caption.
 
     Attributes:
         image_index: [N] int64, the image of each caption.
@@ -51,20 +50,15 @@ def relevance_of(captions: Sequence[str], image_index: Sequence[int] | Tensor, *
         captions: [N] strings.
         image_index: [N], the image of each caption, in [0, num_images).
         num_images: each must have at least one caption.
-
-    Raises:
-        ValueError: lengths that differ, an index out of range, an image without a caption.
     """
     index = torch.as_tensor(image_index, dtype=torch.int64).cpu()
-    if not captions or index.shape != (len(captions),):
-        raise ValueError(
-            f"relevance_of: image_index must hold one image for each caption, "
-            f"got {list(index.shape)} for {len(captions)} captions"
-        )
-    if index.min() < 0 or index.max() >= num_images:
-        raise ValueError(f"relevance_of: image_index must be in [0, {num_images}), got up to {int(index.max())}")
-    if bare := sorted(set(range(num_images)) - set(index.tolist())):
-        raise ValueError(f"relevance_of: each image must have a caption, got none for image {bare[0]}")
+    op, fits = "relevance_of", len(captions) > 0 and index.shape == (len(captions),)
+    sentence = "image_index must hold one image for each caption, got {} for {} captions"
+    require(op, fits, sentence, list(index.shape), len(captions))
+    first, last = int(index.min()), int(index.max())
+    require(op, first >= 0 and last < num_images, "image_index must be in [0, {}), got up to {}", num_images, last)
+    bare = sorted(set(range(num_images)) - set(index.tolist()))
+    require(op, not bare, "each image must have a caption, got none for image {}", *bare[:1])
     ids: dict[str, int] = {}
     group = [ids.setdefault(" ".join(caption.split()).lower(), len(ids)) for caption in captions]
     return Relevance(image_index=index, group=torch.tensor(group), num_images=num_images)
@@ -93,18 +87,12 @@ def retrieval_recall(
 
     Returns:
         "image_to_text_R@k", "text_to_image_R@k" and the same with "_chance_R@k", each in [0, 1].
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite.
     """
     check_features("retrieval_recall", image_features=image_features, text_features=text_features)
     check_ks("retrieval_recall", ks)
-    sizes = (len(image_features), len(text_features))
-    if sizes != (relevance.num_images, len(relevance.group)):
-        raise ValueError(
-            f"retrieval_recall: features must be of {relevance.num_images} images and "
-            f"{len(relevance.group)} texts, got {sizes[0]} and {sizes[1]}"
-        )
+    sizes, wanted = (len(image_features), len(text_features)), (relevance.num_images, len(relevance.group))
+    sentence = "features must be of {} images and {} texts, got {} and {}"
+    require("retrieval_recall", sizes == wanted, sentence, *wanted, *sizes)
     out: dict[str, float] = {}
     directions = (
         ("image_to_text", image_features, text_features, relevance.texts_of_images),
@@ -119,20 +107,8 @@ def retrieval_recall(
 def recall_of_scores(
     image_to_text: Tensor, text_to_image: Tensor, relevance: Relevance, *, ks: tuple[int, ...] = (1, 5, 10)
 ) -> dict[str, float]:
-    """`retrieval_recall` of scores that no inner product gives, such as re-ranked ones.
-
-    Args:
-        image_to_text: [I, N] floating point.
-        text_to_image: [N, I].
-        relevance: of I images and N captions.
-        ks: ranks.
-
-    Returns:
-        As `retrieval_recall`.
-
-    Raises:
-        ValueError: shapes that do not fit, a score that is NaN.
-    """
+    """`retrieval_recall` of scores that no inner product gives, such as re-ranked ones: floating point [I, N] and [N,
+    I] of I images and N captions, as `relevance` is, without NaN."""
     op, sizes = "recall_of_scores", (relevance.num_images, len(relevance.group))
     check_ks(op, ks)
     out: dict[str, float] = {}
@@ -141,20 +117,24 @@ def recall_of_scores(
         ("text_to_image", text_to_image, sizes[::-1], relevance.images_of_texts),
     )
     for name, scores, shape, rows in directions:
-        if scores.shape != shape or scores.isnan().any():
-            raise ValueError(f"{op}: {name} must be {list(shape)} without NaN, got {list(scores.shape)}")
-        right = rows(0, len(scores)).to(scores.device)
-        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        out |= _recalls(name, ((scores >= best) & ~right).sum(dim=1), right.sum(dim=1), shape[1], ks)
+        fits = scores.shape == shape and not scores.isnan().any()
+        require(op, fits, "{} must be {} without NaN, got {}", name, list(shape), list(scores.shape))
+        out |= _recalls(name, *counts_of(scores, rows(0, len(scores))), shape[1], ks)
     return out
 
 
 def _recalls(name: str, above: Tensor, num_right: Tensor, num_candidates: int, ks: tuple[int, ...]) -> dict[str, float]:
-    """R@k and its chance, of queries with so many wrong candidates above the best right one."""
+    """R@k and its chance, of queries with so many wrong candidates above the best right one.
+
+    Chance is the mean of 1 - C(N - r, k) / C(N, k), as a product of k ratios.
+    """
     out: dict[str, float] = {}
+    wrong = (num_candidates - num_right.cpu().double())[:, None]  # [Q, 1]
     for k in ks:
+        drawn = torch.arange(min(k, num_candidates), dtype=torch.float64)
+        misses = ((wrong - drawn).clamp_min(0) / (num_candidates - drawn)).prod(dim=1)
         out[f"{name}_R@{k}"] = (above < k).double().mean().item()
-        out[f"{name}_chance_R@{k}"] = _chance(num_right, num_candidates, k)
+        out[f"{name}_chance_R@{k}"] = (1 - misses).mean().item()
     return out
 
 
@@ -176,11 +156,3 @@ def recall_lines(recalls: Mapping[str, float], ks: tuple[int, ...] = (1, 5, 10))
         )
         lines.append(f"  {direction.replace('_', ' ')}: {'  '.join(cells)}")
     return lines
-
-
-def _chance(num_right: Tensor, num_candidates: int, k: int) -> float:
-    """Mean over queries of 1 - C(N - r, k) / C(N, k), as a product of k ratios."""
-    drawn = torch.arange(min(k, num_candidates), dtype=torch.float64)
-    wrong = (num_candidates - num_right.cpu().double())[:, None]  # [Q, 1]
-    misses = ((wrong - drawn).clamp_min(0) / (num_candidates - drawn)).prod(dim=1)
-    return (1 - misses).mean().item()

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmcore.ops import require
+
 # the right forms; the challenge's table has each without its apostrophe
 _ONE_APOSTROPHE = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
@@ -46,17 +48,12 @@ class VQAAccuracy:
 
 
 def normalize_answer(answer: str) -> str:
-    """The challenge's normal form of an answer: lower case, digits, no articles, little punctuation.
+    """The challenge's normal form of an answer, words one space apart: lower case, digits, no articles, little
+    punctuation.
 
     A mark of punctuation goes without trace if the answer has it beside a space or has a digit group ("1,000"), and
     becomes a space otherwise; a period stays before a digit; numbers up to ten become digits, "none" becomes 0;
     contractions get their apostrophes back.
-
-    Args:
-        answer: as given by a person or a model.
-
-    Returns:
-        The normal form, words one space apart.
     """
     text, out = answer, answer
     has_groups = _DIGIT_GROUPS.search(text) is not None
@@ -84,47 +81,35 @@ def vqa_accuracy(
     Returns:
         Accuracies in [0, 1], not rounded; the challenge's own tool prints percentages with two digits.
 
-    Raises:
-        ValueError: no questions, lengths that differ, a question without answers, something else than strings.
-
     Reference: vqaEval.py of github.com/GT-Vision-Lab/VQA. Paper: arXiv:1505.00468.
     """
+    op, size = "vqa_accuracy", len(predictions)
     _check_strings("predictions", predictions)
-    if not predictions:
-        raise ValueError("vqa_accuracy: predictions must hold at least one answer, got none")
-    if len(answers) != len(predictions):
-        raise ValueError(
-            f"vqa_accuracy: answers must be {len(predictions)} lists, one a prediction, got {len(answers)}"
-        )
+    require(op, size > 0, "predictions must hold at least one answer, got none")
+    require(op, len(answers) == size, "answers must be {} lists, one a prediction, got {}", size, len(answers))
     for people in answers:
         _check_strings("answers", people)
-        if not people:
-            raise ValueError("vqa_accuracy: answers must hold at least one answer a question, got none")
+        require(op, len(people) > 0, "answers must hold at least one answer a question, got none")
     scores = [_score(prediction, people) for prediction, people in zip(predictions, answers)]
     by_type: dict[str, list[float]] = {}
     if types is not None:
         _check_strings("types", types)
-        if len(types) != len(predictions):
-            raise ValueError(f"vqa_accuracy: types must be {len(predictions)} strings, got {len(types)}")
+        require(op, len(types) == size, "types must be {} strings, got {}", size, len(types))
         for kind, score in zip(types, scores):
             by_type.setdefault(kind, []).append(score)
     return VQAAccuracy(sum(scores) / len(scores), {kind: sum(of) / len(of) for kind, of in by_type.items()})
 
 
 def _score(prediction: str, people: Sequence[str]) -> float:
-    prediction, people = _one_line(prediction), [_one_line(answer) for answer in people]
+    prediction, *people = (x.replace("\n", " ").replace("\t", " ").strip() for x in (prediction, *people))
     if len(set(people)) > 1:
-        prediction, people = normalize_answer(prediction), [normalize_answer(answer) for answer in people]
+        prediction, *people = map(normalize_answer, (prediction, *people))
     agree = people.count(prediction)
     left_out_agrees, left_out_differs = min(1, (agree - 1) / 3), min(1, agree / 3)
     return (agree * left_out_agrees + (len(people) - agree) * left_out_differs) / len(people)
 
 
-def _one_line(answer: str) -> str:
-    return answer.replace("\n", " ").replace("\t", " ").strip()
-
-
 def _check_strings(name: str, values: Sequence[str]) -> None:
     listed = isinstance(values, Sequence) and not isinstance(values, str)
-    if not listed or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"vqa_accuracy: {name} must be lists of strings, got {values!r}")
+    are_strings = listed and all(isinstance(value, str) for value in values)
+    require("vqa_accuracy", are_strings, "{} must be lists of strings, got {!r}", name, values)

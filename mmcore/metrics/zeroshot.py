@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.metrics.ranking import check_features, check_ks, wrong_above_best
+from mmcore.ops import require
 
 
 @torch.no_grad()
@@ -30,17 +31,13 @@ def zero_shot_weights(
 
     Returns:
         [num_classes, E] float32, on the device of the embeddings.
-
-    Raises:
-        ValueError: no classes, no templates, a template without "{}".
     """
-    if isinstance(class_names, str) or not class_names:
-        raise ValueError(f"zero_shot_weights: class_names must be a list of at least one name, got {class_names!r}")
-    if isinstance(templates, str) or not templates:
-        raise ValueError(f"zero_shot_weights: templates must be a list of at least one, got {templates!r}")
+    for name, values, what in (("class_names", class_names, "one name"), ("templates", templates, "one")):
+        listed = len(values) > 0 and not isinstance(values, str)
+        require("zero_shot_weights", listed, "{} must be a list of at least {}, got {!r}", name, what, values)
     for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"zero_shot_weights: templates must hold {{}} for the class name, got {template!r}")
+        sentence = "templates must hold {{}} for the class name, got {!r}"
+        require("zero_shot_weights", "{}" in template, sentence, template)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     embeddings = [
         F.normalize(encode_text(tokenizer(prompts[i : i + batch_size])).float(), dim=-1)
@@ -70,25 +67,19 @@ def top_k_accuracy(
 
     Returns:
         {k: accuracy in [0, 1]}.
-
-    Raises:
-        ValueError: shapes that do not fit, no images, labels out of range, features that are not finite.
     """
     check_features("top_k_accuracy", image_features=image_features, class_weights=class_weights)
     check_ks("top_k_accuracy", ks)
-    num_classes = len(class_weights)
-    if labels.shape != (len(image_features),) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"top_k_accuracy: labels must be int64 [{len(image_features)}], got {labels.dtype} {list(labels.shape)}"
-        )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"top_k_accuracy: labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}"
-        )
+    op, size, num_classes = "top_k_accuracy", len(image_features), len(class_weights)
+    fits = labels.shape == (size,) and labels.dtype == torch.int64
+    require(op, fits, "labels must be int64 [{}], got {} {}", size, labels.dtype, list(labels.shape))
+    first, last = int(labels.min()), int(labels.max())
+    in_range = first >= 0 and last < num_classes
+    require(op, in_range, "labels must be in [0, {}), got {} to {}", num_classes, first, last)
 
     def relevant(start: int, stop: int) -> Tensor:
         return F.one_hot(labels[start:stop], num_classes).bool()
 
-    above = [a for a, _ in wrong_above_best(image_features, class_weights, relevant, chunk_size=chunk_size)]
-    ranks = torch.cat(above)
+    counts = wrong_above_best(image_features, class_weights, relevant, chunk_size=chunk_size)
+    ranks = torch.cat([above for above, _ in counts])
     return {k: (ranks < k).double().mean().item() for k in ks}

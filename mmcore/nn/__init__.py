@@ -1,19 +1,16 @@
-"""Building blocks of the models: attention of every kind, transformer blocks, position embeddings, momentum."""
+"""Building blocks of the models: attention of every kind, transformer blocks, position embeddings, momentum. A shape,
+mask or size that does not fit, or an argument that is missing or unexpected, raises a ValueError that names it."""
 
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
 from mmcore.nn.batch_norm import BatchNorm
-from mmcore.nn.cross import CrossAttention, shared_keys_values
-from mmcore.nn.gated import GatedCrossAttentionBlock
-from mmcore.nn.linear import Linear, quicken
-from mmcore.nn.mlp import ACTIVATIONS, MLP, quick_gelu
+from mmcore.nn.cross import CrossAttention, GatedCrossAttentionBlock, shared_keys_values
+from mmcore.nn.linear import ACTIVATIONS, MLP, Linear, quick_gelu, quicken
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
-from mmcore.nn.multiway import MultiwayBlock
 from mmcore.nn.packing import Packing
-from mmcore.nn.pooler import AttentionalPooler, PoolingHead
+from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler, PoolingHead
 from mmcore.nn.positions import interpolate_positions, sincos_positions
 from mmcore.nn.qformer import QFormerBlock
-from mmcore.nn.resampler import PerceiverResampler
-from mmcore.nn.transformer import Block, Transformer
+from mmcore.nn.transformer import Block, MultiwayBlock, Transformer
 
 __all__ = [
     "ACTIVATIONS",

@@ -65,7 +65,7 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Attention among the tokens of a row, and to those of a cache before them.
+        """Attention among the tokens of a row, and to those of a cache before them: [B, T, D].
 
         Args:
             x: [B, T, D].
@@ -75,12 +75,6 @@ class Attention(nn.Module):
             cache: of what came before, to which `x` is added.
             packing: where `x` [1, N, D] is packed; for causal attention without mask and cache, in which no token
                 sees the padding behind it.
-
-        Returns:
-            [B, T, D].
-
-        Raises:
-            ValueError: a wrong shape or mask.
         """
         check_tokens("Attention", "x", x, self.qkv.in_features)
         qkv = self.qkv(x)
@@ -93,18 +87,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extended(KeyValues(k, v))
         if self.is_causal:
-            mask = self._causal(q, k.shape[1], mask)
+            causal = masks.causal(q.shape[1], k.shape[1], device=q.device)
+            if isinstance(mask, masks.Dense):
+                raise ValueError("Attention: mask must be intervals where is_causal, got a dense one")
+            mask = causal if mask is None else causal & mask
         y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0).flatten(2)
         return self.out(y if packing is None else packing.pack(y))
-
-    @staticmethod
-    def _causal(q: Tensor, num_keys: int, mask: masks.Mask | None) -> masks.Intervals:
-        causal = masks.causal(q.shape[1], num_keys, device=q.device)
-        if mask is None:
-            return causal
-        if isinstance(mask, masks.Dense):
-            raise ValueError("Attention: mask must be intervals where is_causal, got a dense one")
-        return causal & mask
 
 
 def check_tokens(op: str, name: str, x: Tensor, width: int) -> None:

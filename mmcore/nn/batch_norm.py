@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -22,22 +23,21 @@ class BatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C] or [B, C, ...] to the same shape and dtype."""
-        x = input
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         if is_alone or not self.training:
-            return super().forward(x)
-        wide, axes = x.float(), [0, *range(2, x.ndim)]
-        count = torch.full((1,), x.numel() / max(1, x.shape[1]), device=x.device)
+            return super().forward(input)
+        wide, axes = input.float(), [0, *range(2, input.ndim)]
+        count = torch.full((1,), input.numel() / max(1, input.shape[1]), device=input.device)
         sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
-        total, squares, count = _SumOfRanks.apply(sums).split([self.num_features, self.num_features, 1])  # pyright: ignore[reportAttributeAccessIssue]
+        total, squares, count = all_sum(sums).split([self.num_features, self.num_features, 1])
         mean = total / count
         var = (squares / count - mean * mean).clamp_min(0)
         self._track(mean.detach(), (var * count / (count - 1).clamp_min(1)).detach())
-        shape = [1, -1, *[1] * (x.ndim - 2)]
+        shape = [1, -1, *[1] * (input.ndim - 2)]
         y = (wide - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
+        return y.to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -54,24 +54,25 @@ class BatchNorm(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
         super()._apply(fn, recurse)
-        for name in ("running_mean", "running_var"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held.float())
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
         return self
 
 
-class _SumOfRanks(torch.autograd.Function):
-    """Of a tensor over all ranks, with the gradient of all ranks' losses."""
+def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of the ranks' `x`; its gradient sums what each rank's loss makes of it."""
+    return _AllSum.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dy = dy.clone()
-        dist.all_reduce(dy)
-        return dy
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _AllSum.forward(ctx, grad, ctx.group), None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.nn.attention import KeyValues, check_dropout, check_tokens
-from mmcore.nn.linear import Linear
+from mmcore.nn.linear import MLP, Linear
 from mmcore.ops import attention, masks, require
 
 
@@ -15,7 +15,6 @@ class HeadNorm(nn.RMSNorm):
     """RMSNorm of each head; autocast leaves the weight in float32, and torch's fused kernel wants one dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, H, K] to [B, L, H, K]."""
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
@@ -55,9 +54,7 @@ class CrossAttention(nn.Module):
         divides = key_heads >= 1 and num_heads % key_heads == 0
         require(op, divides, "num_key_heads must divide num_heads {}, got {}", num_heads, key_heads)
         check_dropout(op, dropout)
-        self.num_heads = num_heads
-        self.num_key_heads = key_heads
-        self.dropout = dropout
+        self.num_heads, self.num_key_heads, self.dropout = num_heads, key_heads, dropout
         self.q = Linear(width, num_heads * head_dim, bias=bias)
         self.kv = Linear(width if key_width is None else key_width, 2 * key_heads * head_dim, bias=bias)
         self.out = Linear(num_heads * head_dim, width, bias=bias)
@@ -67,18 +64,12 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, states: Tensor | KeyValues | tuple[KeyValues, KeyValues], mask: masks.Mask | None = None
     ) -> Tensor:
-        """What each token reads from the states.
+        """What each token reads from the states: [B, Lq, D].
 
         Args:
             x: [B, Lq, D], or [1, Lq, D] for tokens that all rows share.
             states: [B, Lk, D_k], or the `keys_values` of them, a pair of which stands for their concatenation.
             mask: of `mmkernels.masks`, for Lq queries and Lk keys. A token that sees nothing gets `out`'s bias.
-
-        Returns:
-            [B, Lq, D].
-
-        Raises:
-            ValueError: a wrong shape or mask.
         """
         check_tokens("CrossAttention", "x", x, self.q.in_features)
         if isinstance(states, Tensor):
@@ -113,16 +104,11 @@ def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list
     Args:
         states: [B, Lk, D_k].
         layers: at least one, all of the same `key_width` and `bias`.
-
-    Raises:
-        ValueError: a wrong shape; layers that differ.
     """
     op = "shared_keys_values"
-    projections = [layer.kv for layer in layers]
-    kinds = {(kv.in_features, kv.bias is not None) for kv in projections}
-    alike = len(kinds) == 1
-    require(op, alike, "layers must be of one key_width and bias, got {}", sorted(kinds))
-    check_tokens(op, "states", states, projections[0].in_features)
+    kinds = {(layer.kv.in_features, layer.kv.bias is not None) for layer in layers}
+    require(op, len(kinds) == 1, "layers must be of one key_width and bias, got {}", sorted(kinds))
+    check_tokens(op, "states", states, layers[0].kv.in_features)
     if states.is_cpu:
         return [layer.keys_values(states) for layer in layers]
     return by_one_product(states, layers)
@@ -135,3 +121,38 @@ def by_one_product(states: Tensor, layers: Sequence[CrossAttention]) -> list[Key
     bias = None if projections[0].bias is None else torch.cat([kv.bias for kv in projections])
     parts = F.linear(states, weight, bias).split([kv.out_features for kv in projections], 2)
     return [layer.split_heads(kv) for layer, kv in zip(layers, parts, strict=True)]
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """x + tanh(a) attention(LN(x), media), then x + tanh(b) MLP(LN(x)) (Flamingo, arXiv:2204.14198).
+
+    The gates a and b start at 0, and the block as the identity. The projections have no bias, so that text that
+    sees no image takes nothing from the attention.
+
+    Args:
+        width: D of the text.
+        media_width: D of the media; None = `width`.
+        head_dim: K; None = `width / num_heads`.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_dim: int, *, media_width: int | None = None, head_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = CrossAttention(width, num_heads, key_width=media_width, head_dim=head_dim, bias=False)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_dim, bias=False)
+        self.mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, media: Tensor | KeyValues, mask: masks.Mask | None = None) -> Tensor:
+        """Text [B, T, D] that reads the images before it: [B, T, D].
+
+        Args:
+            media: [B, L, D_media], image by image, or `self.attn.keys_values` of them.
+            mask: `mmkernels.masks.media`, made once for all blocks; None = all text sees all media.
+        """
+        check_tokens("GatedCrossAttentionBlock", "x", x, self.attn.q.in_features)
+        x = x + self.attn_gate.tanh() * self.attn(self.norm1(x), media, mask)
+        return x + self.mlp_gate.tanh() * self.mlp(self.norm2(x))

@@ -1,8 +1,10 @@
-"""A linear layer whose float32 products on a CPU go to the fastest library that torch carries."""
+"""A linear layer whose float32 products on a CPU go to the fastest library that torch carries; an MLP of two."""
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -60,3 +62,26 @@ class _Product(torch.autograd.Function):
         dw = matmul_nt(dy_rows.T, rows.T) if ctx.needs_input_grad[1] else None
         db = dy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dw, db
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP weights."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu}
+
+
+class MLP(nn.Module):
+    """fc2(activation(fc1(x)))."""
+
+    def __init__(self, width: int, mlp_dim: int, *, activation: str = "gelu", bias: bool = True) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"MLP: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        self.fc1 = Linear(width, mlp_dim, bias=bias)
+        self.fc2 = Linear(mlp_dim, width, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))

@@ -51,11 +51,7 @@ class MomentumEncoder(nn.Module):
             return self.teacher(*args, **kwargs)
 
     def update(self) -> None:
-        """Averages the student of now; call it after each optimizer step.
-
-        Raises:
-            ValueError: a student that changed, see `mmcore.ema.EMA.update`.
-        """
+        """Averages the student of now; call it after each optimizer step. Raises as `mmcore.ema.EMA.update`."""
         self._follow_moves()
         self.ema.update()
 
@@ -74,27 +70,21 @@ class MomentumEncoder(nn.Module):
         """After `to` and its like the averages go on beside the teacher; the student may have moved later than it."""
         if self._has_moved:
             state = self.ema.state_dict()
-            student, decay = self._followed
-            self.ema = EMA(student, decay, teacher=self.teacher)
+            self.ema = EMA(*self._followed, teacher=self.teacher)
             self.ema.load_state_dict(state)
             self._has_moved = False
 
 
 class FeatureQueue(nn.Module):
-    """The last `num_features` features that were enqueued, for `mmkernels.contrastive_loss(..., negatives=)`.
-
-    Args:
-        num_features: N that it holds.
-        dim: D of each.
-    """
+    """The last N = `num_features` features [N, D = `dim`] that were enqueued, for
+    `mmkernels.contrastive_loss(..., negatives=)`."""
 
     features: Tensor
 
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
-        op = "FeatureQueue"
-        require(op, num_features >= 1, "num_features must be at least 1, got {}", num_features)
-        require(op, dim >= 1, "dim must be at least 1, got {}", dim)
+        for name, size in (("num_features", num_features), ("dim", dim)):
+            require("FeatureQueue", size >= 1, "{} must be at least 1, got {}", name, size)
         self.register_buffer("features", torch.zeros(num_features, dim))
         self.num_enqueued = 0
 
@@ -105,23 +95,20 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
-        """Puts features in the place of the oldest.
+        """Puts features [B, D], of any dtype, in the place of the oldest; of more than N the last. A ValueError of a
+        wrong shape.
 
         Args:
-            features: [B, D], of any dtype; of more than N the last.
             group: of ranks whose features are taken too, in the order of ranks, the same B on each, so that all
                 hold one queue; None = this rank's alone.
-
-        Raises:
-            ValueError: a wrong shape.
         """
         size, dim = self.features.shape
         is_like = features.ndim == 2 and features.shape[1] == dim
         require("FeatureQueue", is_like, "features must be [B, {}], got {}", dim, list(features.shape))
         if group is not None:
-            parts = [torch.empty_like(features) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, features.contiguous(), group=group)
-            features = torch.cat(parts)
+            parts = features.new_empty(dist.get_world_size(group), *features.shape)
+            dist.all_gather(list(parts.unbind()), features.contiguous(), group=group)
+            features = parts.flatten(0, 1)
         end, last = self.num_enqueued + len(features), features[-size:]
         start = (end - len(last)) % size
         before_end = min(len(last), size - start)

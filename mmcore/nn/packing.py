@@ -11,29 +11,18 @@ from mmcore.ops import require
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`; make one with `Packing.of`.
+    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`; make one with `Packing.of`."""
 
-    Attributes:
-        places: int64 [N], of each token among the B * T.
-        lengths: int64 [B], of each row.
-        starts: int64 [B], of each row among the N.
-        num_rows: B.
-        length: T, of the longest row.
-    """
-
-    places: Tensor
-    lengths: Tensor
-    starts: Tensor
-    num_rows: int
-    length: int
+    places: Tensor  # int64 [N], of each token among the B * T
+    lengths: Tensor  # int64 [B], of each row
+    starts: Tensor  # int64 [B], of each row among the N
+    num_rows: int  # B
+    length: int  # T, of the longest row
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Packing":
-        """Of rows by their lengths, each at least 1; known on the host, so that no device is waited for.
-
-        Raises:
-            ValueError: a length below 1.
-        """
+        """Of rows by their lengths, known on the host, so that no device is waited for; a ValueError of a length below
+        1."""
         require("Packing", min(lengths, default=1) >= 1, "lengths must be at least 1, got {}", list(lengths))
         length, each = max(lengths, default=0), torch.tensor(lengths, dtype=torch.int64)
         places = (torch.arange(length) < each[:, None]).flatten().nonzero()[:, 0]

@@ -48,9 +48,6 @@ def interpolate_positions(positions: Tensor, num_patches: int, *, num_prefix: in
         [num_prefix + num_patches, D] in the dtype of `positions`, computed in float32; `positions` itself
         if the grid is the same.
 
-    Raises:
-        ValueError: if either grid is not square.
-
     Reference: ViT, section 3.2 (arXiv 2010.11929).
     """
     old = positions.shape[0] - num_prefix

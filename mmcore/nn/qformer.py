@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
 from mmcore.nn.cross import CrossAttention
-from mmcore.nn.mlp import MLP
+from mmcore.nn.linear import MLP
 from mmcore.ops import masks
 
 
@@ -18,7 +18,6 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """[B, L, D] twice to [B, L, D]."""
         return self.norm(x + self.dropout(y))
 
 
@@ -76,7 +75,7 @@ class QFormerBlock(nn.Module):
         image_mask: masks.Mask | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """One layer over `[queries; text]`.
+        """One layer over `[queries; text]`: [B, Q + T, D].
 
         Args:
             x: [B, Q + T, D], the queries first.
@@ -85,12 +84,6 @@ class QFormerBlock(nn.Module):
             mask: among queries and text, such as `mmkernels.masks.qformer_itc`, `_itm` or `_itg`.
             image_mask: for Q queries and P keys.
             cache: of queries and text that came before; `mask` is then for the keys of both.
-
-        Returns:
-            [B, Q + T, D].
-
-        Raises:
-            ValueError: a wrong shape or mask; text or an image missing or unexpected.
         """
         num_queries = x.shape[1] if num_queries is None else num_queries
         x = self.attn_norm(x, self.attn(x, mask, cache))

@@ -1,14 +1,15 @@
-"""Pre-LN transformer blocks, as CLIP's two towers stack them."""
+"""Pre-LN transformer blocks: as CLIP's two towers stack them, and with a feed-forward for each modality."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcore.nn.attention import Attention
-from mmcore.nn.mlp import MLP
+from mmcore.nn.attention import Attention, check_tokens
+from mmcore.nn.linear import MLP
 from mmcore.nn.packing import Packing
+from mmcore.ops import masks, require
 
 Pool = Callable[[Tensor], Tensor]
 
@@ -26,8 +27,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, mlp_dim, activation=activation)
 
     def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone. For
-        `packing` see `Attention`."""
+        """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone."""
         x = x + self.attn(self.norm1(x), packing=packing)
         x = x if pool is None else pool(x)
         return x + self.mlp(self.norm2(x))
@@ -36,11 +36,10 @@ class Block(nn.Module):
     def init_weights(self, num_layers: int) -> None:
         """CLIP's scheme: residual outputs shrink by sqrt(2 * num_layers); biases 0 (arXiv 2103.00020)."""
         width = self.attn.qkv.in_features
-        nn.init.normal_(self.attn.qkv.weight, std=width**-0.5)
-        nn.init.normal_(self.attn.out.weight, std=(2 * num_layers * width) ** -0.5)
-        nn.init.normal_(self.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp.fc2.weight, std=(2 * num_layers * width) ** -0.5)
-        for layer in (self.attn.qkv, self.attn.out, self.mlp.fc1, self.mlp.fc2):
+        attn, mlp, shrunk = self.attn, self.mlp, (2 * num_layers * width) ** -0.5
+        stds = {attn.qkv: width**-0.5, attn.out: shrunk, mlp.fc1: (2 * width) ** -0.5, mlp.fc2: shrunk}
+        for layer, std in stds.items():
+            nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
 
@@ -69,11 +68,43 @@ class Transformer(nn.Module):
             block.init_weights(num_layers)
 
     def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to `[B, D]`, say, where `pool` takes of the states those that are read; for
-        `packing` see `Attention`."""
+        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` see `Attention`."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             inputs = x, packing, pool if i == last else None
             x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return x
+
+
+class MultiwayBlock(nn.Module):
+    """x + attention(LN(x)), then x + MLP_m(LN_m(x)) by the expert of each token's modality m.
+
+    As in VLMo (arXiv:2111.02358) and BEiT-3 (arXiv:2208.10442).
+
+    Args:
+        num_experts: as many as there are modalities, which may count "both at once" as one.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, num_experts: int = 2) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, num_heads)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_experts))
+        self.mlps = nn.ModuleList(MLP(width, mlp_dim) for _ in range(num_experts))
+
+    def forward(self, x: Tensor, sizes: Sequence[int], mask: masks.Mask | None = None) -> Tensor:
+        """All tokens attend to all; each modality has its own feed-forward: [B, T, D].
+
+        Args:
+            x: [B, T, D], one modality behind the other.
+            sizes: how many tokens each has, T in all; 0 for one that is absent.
+            mask: of `mmkernels.masks`, for T queries and T keys.
+        """
+        op, num_experts = "MultiwayBlock", len(self.mlps)
+        check_tokens(op, "x", x, self.attn.qkv.in_features)
+        fits = len(sizes) == num_experts and sum(sizes) == x.shape[1]
+        require(op, fits, "sizes must be {} that add up to {}, got {}", num_experts, x.shape[1], sizes)
+        x = x + self.attn(self.norm1(x), mask)
+        parts = zip(x.split(list(sizes), 1), self.norms, self.mlps, strict=True)
+        return torch.cat([part + mlp(norm(part)) for part, norm, mlp in parts], 1)

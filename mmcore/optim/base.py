@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mmcore.ema import Schedule
+from mmcore.ema.watch import overwrite
 from mmcore.ema.zero import Shards
 from mmcore.ops import ema_update_, require
 
@@ -49,12 +50,8 @@ class EMAOptimizer(Optimizer):
             self._check(group)
 
     def bind(self, shards: Shards, groups: Sequence[int]) -> None:
-        """Tells what the flat tensors are made of that DeepSpeed hands in instead of parameters.
-
-        Args:
-            shards: of the engine that it is the client optimizer of.
-            groups: the number of the parameter group that each of `shards.flats` belongs to.
-        """
+        """Tells what the flat tensors are made of that DeepSpeed hands in instead of parameters: those of its engine's
+        `shards`, each of the parameter group of its number in `groups`."""
         self._shards, self._groups = (shards if shards.stage > 0 else None), groups
 
     @property
@@ -117,7 +114,6 @@ class EMAOptimizer(Optimizer):
         return loss
 
     def _moments(self, group: Group) -> list[str]:
-        """Names of the moments of a group's parameters."""
         raise NotImplementedError
 
     def _update(self, group: Group, params: list[Tensor], weights: list[Tensor], step: int) -> None:
@@ -146,7 +142,6 @@ class EMAOptimizer(Optimizer):
         torch._foreach_mul_(parts, list(factors.unbind()))
 
     def _index(self, p: Tensor) -> int:
-        """The number of a flat tensor."""
         flats = () if self._shards is None else self._shards.flats
         return next(i for i, flat in enumerate(flats) if flat is p)
 
@@ -176,20 +171,18 @@ class EMAOptimizer(Optimizer):
     def swapped(self) -> Iterator[None]:
         """The averages in the parameters, in place, for as long as the block lasts; what was there comes back
         however it ends. Of parameters alone: of ZeRO's partitions a model sees nothing."""
-        averaged = {p: state["ema"] for p, state in self.state.items() if "ema" in state}
-        before = {p: p.detach().clone() for p in averaged}
+        averaged = {p.detach(): state["ema"] for p, state in self.state.items() if "ema" in state}
+        before = [x.clone() for x in averaged]
         try:
-            _fill(averaged)
+            overwrite(averaged, averaged.values())
             yield
         finally:
-            _fill(before)
+            overwrite(averaged, before)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict`, of torch's AdamW and SGD too: its average starts from the weights as they are.
-
-        What is kept in float32 stays so, which torch would cast to the parameter's dtype.
-        """
+        What is kept in float32 stays so, which torch would cast to the parameter's dtype."""
         super().load_state_dict(dict(state_dict))
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -207,25 +200,22 @@ class EMAOptimizer(Optimizer):
                 group.setdefault(key, value)
 
     def _check(self, group: Group) -> None:
-        op, lr, decay, each = type(self).__name__, float(group["lr"]), group["ema"], group["clip_each"]
-        require(op, 0 <= lr < math.inf, "lr must be at least 0, got {}", lr)
-        is_decay = decay is None or 0 <= decay <= 1
-        require(op, is_decay, "ema must be from 0 to 1, a schedule or None, got {}", decay)
-        require(op, each is None or each > 0, "clip_each must be above 0 or None, got {}", each)
-        if "momentum" in group:
-            momentum, weight_decay, clamp = group["momentum"], group["weight_decay"], group["clamp"]
-            require(op, 0 <= momentum < 1, "momentum must be from 0 to less than 1, got {}", momentum)
-            require(op, weight_decay >= 0, "weight_decay must be at least 0, got {}", weight_decay)
-            is_range = clamp is None or clamp[0] <= clamp[1]
-            require(op, is_range, "clamp must be (low, high), got {}", clamp)
+        op, decay, each, clamp = type(self).__name__, group["ema"], group["clip_each"], group["clamp"]
+        contracts = [
+            ("lr", "at least 0", 0 <= float(group["lr"]) < math.inf),
+            ("ema", "from 0 to 1, a schedule or None", decay is None or 0 <= decay <= 1),
+            ("clip_each", "above 0 or None", each is None or each > 0),
+        ]
+        if "momentum" in group:  # `adamw_update_` checks its own
+            contracts += [
+                ("momentum", "from 0 to less than 1", 0 <= group["momentum"] < 1),
+                ("weight_decay", "at least 0", group["weight_decay"] >= 0),
+                ("clamp", "(low, high)", clamp is None or clamp[0] <= clamp[1]),
+            ]
+        for name, contract, holds in contracts:
+            require(op, holds, "{} must be {}, got {}", name, contract, group[name])
 
 
 def grads_of(params: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """In the dtypes of the weights."""
     return [p.grad.to(w.dtype) for p, w in zip(params, weights, strict=True) if p.grad is not None]
-
-
-@torch.no_grad()
-def _fill(values: Mapping[Tensor, Tensor]) -> None:
-    for p, value in values.items():
-        p.copy_(value)

@@ -15,11 +15,9 @@ class SGDEMA(EMAOptimizer):
     """torch.optim.SGD with momentum, `b = momentum b + g + weight_decay p; p -= lr b`, and the average of the weights.
 
     Args:
-        params: parameters, or groups of them, as of any optimizer; each of these settings may differ by group.
-        lr: learning rate.
         momentum: from 0 to less than 1.
         weight_decay: added to the gradient, at least 0.
-        ema, clamp, clip_each: as in `AdamWEMA`.
+        params, lr, ema, clamp, clip_each: as in `AdamWEMA`.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class SGDEMA(EMAOptimizer):
         self._finish(group, params, weights)
 
     def _directions(self, group: Group, params: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """The gradients with their decay."""
         return list(torch._foreach_add(grads_of(params, weights), weights, alpha=group["weight_decay"]))
 
 

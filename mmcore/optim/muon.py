@@ -27,9 +27,6 @@ class MuonEMA(AdamWEMA):
         momentum: of matrices, from 0 to less than 1.
         lr, betas, eps, weight_decay, ema, clamp, clip_each: as in `AdamWEMA`.
 
-    Raises:
-        ValueError: a parameter that is no matrix.
-
     Papers: arXiv:2502.16982 (Muon, its learning rate).
     """
 

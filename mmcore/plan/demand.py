@@ -2,8 +2,7 @@
 nothing of a model's size is allocated."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -18,23 +17,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 @dataclass(frozen=True)
 class Demand:
-    """Of a forward and its backward, what this computes again under activation checkpointing included.
+    """Of a forward and its backward, what this computes again under activation checkpointing included."""
 
-    Attributes:
-        kept: bytes that the forward leaves to the backward, weights aside.
-        cast: bytes of weights in autocast's dtype that the forward holds until it ends, beyond `kept`.
-        forward_flops, backward_flops: of matrix products; causal attention is counted whole.
-        forward_moved, backward_moved: bytes that all other operations read and write, one after the other.
-        forward_widest, backward_widest: bytes that one operation reads and writes, the most, weights aside.
-    """
-
-    kept: float = 0.0
-    cast: float = 0.0
-    forward_flops: float = 0.0
+    kept: float = 0.0  # bytes that the forward leaves to the backward, weights aside
+    cast: float = 0.0  # bytes of weights in autocast's dtype that the forward holds until it ends, beyond `kept`
+    forward_flops: float = 0.0  # of matrix products; causal attention is counted whole
     backward_flops: float = 0.0
-    forward_moved: float = 0.0
+    forward_moved: float = 0.0  # bytes that all other operations read and write, one after the other
     backward_moved: float = 0.0
-    forward_widest: float = 0.0
+    forward_widest: float = 0.0  # bytes that one operation reads and writes, the most, weights aside
     backward_widest: float = 0.0
 
     def __add__(self, other: "Demand") -> "Demand":
@@ -54,27 +45,16 @@ class Built(NamedTuple):
     forward: Callable[[], Sequence[Tensor]]
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def count(build: Callable[[], Built], *, dtype: torch.dtype, autocast: bool) -> Demand:
-    """Counts one forward and backward.
-
-    Args:
-        build: makes the module.
-        dtype: of its weights, and of what it makes in torch's default dtype.
-        autocast: the forward runs under it, to bfloat16.
-    """
+    """One forward and backward of what `build` makes with `dtype` as torch's default, under autocast to bfloat16 or
+    not."""
     with FakeTensorMode():
-        with _default_dtype(dtype):
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
             built = build()
+        finally:
+            torch.set_default_dtype(before)
         weights = {_storage(x) for x in built.weights}
         kept: dict[int, tuple[int, Any]] = {}
 

@@ -4,8 +4,6 @@ the one that was measured."""
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Source = Literal["measured", "sheet", "scaled"]
-
 # Of an H200: a bare product in bfloat16 and a copy, measured; beside them its sheet's.
 MEASURED_FLOPS, SHEET_FLOPS = 790e12, 989e12
 MEASURED_COPY, SHEET_COPY = 4.3e12, 4.8e12
@@ -16,36 +14,23 @@ class Rate:
     """A rate per second and its source; "scaled" is the vendor's sheet times the measured share of an H200's sheet."""
 
     per_s: float
-    source: Source
+    source: Literal["measured", "sheet", "scaled"]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device and its place in a cluster.
-
-    Attributes:
-        name: as on the command line.
-        memory_bytes: of the sheet.
-        bf16_flops: of matrix products.
-        fp32_flops: of matrix products, without tensor cores: torch's default.
-        copy_bytes: read and written in main memory.
-        exps: exponentials.
-        link_bytes: sent to others of its node, while as much is received.
-        network_bytes: sent to other nodes.
-        per_node: GPUs of a node.
-        is_cpu: memory that is asked for counts when it is written, and ops run blockwise.
-    """
+    """A device and its place in a cluster."""
 
     name: str
     memory_bytes: float
-    bf16_flops: Rate
-    fp32_flops: Rate
-    copy_bytes: Rate
-    exps: Rate
-    link_bytes: Rate
-    network_bytes: Rate
+    bf16_flops: Rate  # of matrix products
+    fp32_flops: Rate  # likewise, without tensor cores: torch's default
+    copy_bytes: Rate  # read and written in main memory
+    exps: Rate  # exponentials
+    link_bytes: Rate  # sent to others of its node, while as much is received
+    network_bytes: Rate  # sent to other nodes
     per_node: int = 8
-    is_cpu: bool = False
+    is_cpu: bool = False  # memory that is asked for counts when it is written, and ops run blockwise
 
     def bytes_between(self, gpus: int) -> float:
         """Bytes a second that one of so many sends, while it receives as many: the slowest link of a ring."""
@@ -53,17 +38,10 @@ class Gpu:
 
 
 def _nvidia(
-    name: str,
-    *,
-    memory_gb: float,
-    bf16_tflops: float,
-    fp32_tflops: float,
-    memory_tb_per_s: float,
-    nvlink_gb_per_s: float,
-    network_gbit_per_s: float,
-    exps: float,
+    name: str, memory_gb: float, memory_tb_per_s: float, nvlink_gb_per_s: float, of_chip: tuple[float, ...]
 ) -> Gpu:
     """By the sheet, whose NVLink counts both directions."""
+    bf16_tflops, fp32_tflops, network_gbit_per_s, exps = of_chip
     return Gpu(
         name,
         memory_gb * 1e9,
@@ -76,26 +54,18 @@ def _nvidia(
     )
 
 
-# Exponentials: 16 a clock and multiprocessor (CUDA C++ Programming Guide, arithmetic instructions), at boost clock.
-_AMPERE_EXPS, _HOPPER_EXPS, _BLACKWELL_EXPS = 16 * 108 * 1.41e9, 16 * 132 * 1.98e9, 16 * 148 * 1.98e9
-# A node's network: an adapter a GPU, of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200, B200).
-_A100 = {"bf16_tflops": 312, "fp32_tflops": 19.5, "network_gbit_per_s": 200, "exps": _AMPERE_EXPS}
-_HOPPER = {"bf16_tflops": 989, "fp32_tflops": 67, "network_gbit_per_s": 400, "exps": _HOPPER_EXPS}
-_BLACKWELL = {"bf16_tflops": 2250, "fp32_tflops": 75, "network_gbit_per_s": 400, "exps": _BLACKWELL_EXPS}
-_H200 = replace(
-    _nvidia("h200", memory_gb=141, memory_tb_per_s=4.8, nvlink_gb_per_s=900, **_HOPPER),
-    bf16_flops=Rate(MEASURED_FLOPS, "measured"),
-    copy_bytes=Rate(MEASURED_COPY, "measured"),
+# TFLOP/s in bfloat16 and float32; a node's network, an adapter a GPU, in Gbit/s (DGX A100; DGX H100, H200, B200);
+# exponentials: 16 a clock and multiprocessor (CUDA C++ Programming Guide, arithmetic instructions), at boost clock.
+_A100 = 312, 19.5, 200, 16 * 108 * 1.41e9
+_HOPPER = 989, 67, 400, 16 * 132 * 1.98e9
+_BLACKWELL = 2250, 75, 400, 16 * 148 * 1.98e9
+_H200 = _nvidia("h200", 141, 4.8, 900, _HOPPER)
+_ALL = (
+    _nvidia("a100-40gb", 40, 1.555, 600, _A100),
+    _nvidia("a100-80gb", 80, 2.039, 600, _A100),
+    _nvidia("a800", 80, 2.039, 400, _A100),
+    _nvidia("h100", 80, 3.35, 900, _HOPPER),
+    replace(_H200, bf16_flops=Rate(MEASURED_FLOPS, "measured"), copy_bytes=Rate(MEASURED_COPY, "measured")),
+    _nvidia("b200", 180, 8.0, 1800, _BLACKWELL),
 )
-
-GPUS: dict[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        _nvidia("a100-40gb", memory_gb=40, memory_tb_per_s=1.555, nvlink_gb_per_s=600, **_A100),
-        _nvidia("a100-80gb", memory_gb=80, memory_tb_per_s=2.039, nvlink_gb_per_s=600, **_A100),
-        _nvidia("a800", memory_gb=80, memory_tb_per_s=2.039, nvlink_gb_per_s=400, **_A100),
-        _nvidia("h100", memory_gb=80, memory_tb_per_s=3.35, nvlink_gb_per_s=900, **_HOPPER),
-        _H200,
-        _nvidia("b200", memory_gb=180, memory_tb_per_s=8.0, nvlink_gb_per_s=1800, **_BLACKWELL),
-    )
-}
+GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _ALL}

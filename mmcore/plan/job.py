@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -48,48 +48,13 @@ class Setting:
         return self.per_rank // self.accum
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of a trained parameter as the module holds it, and of its gradient."""
-        return 2 if self.precision == "bf16" else 4
-
-    @property
     def dtype(self) -> torch.dtype:
+        """Of a trained parameter as the module holds it, and of its gradient."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a model that runs as a whole: equal layers, and what stands around them.
-
-    Attributes:
-        name: for the reader.
-        num_layers: how many it has.
-        depths: two numbers of layers, of which it is built to be counted; twice the same = as it is, whole.
-        build: of layers and samples, on fake tensors, set up as a setting says.
-    """
-
-    name: str
-    num_layers: int
-    build: Callable[[int, int, Setting], Built]
-    depths: tuple[int, int] = (1, 2)
-
-    def counted(self, setting: Setting) -> "Counted":
-        """Its demand as a function of the number of samples."""
-        few, more = self.depths
-        if few == more:
-            one, two = (self._count(few, samples, setting) for samples in (1, 2))
-            return Counted(two - one, one - (two - one), two - one)
-        corners = [[self._count(depth, samples, setting) for samples in (1, 2)] for depth in (few, more)]
-        of_depths = [(b - a, a - (b - a)) for a, b in corners]  # of each sample, and of none
-        (few_each, few_none), (more_each, more_none) = of_depths
-        share = 1 / (more - few)
-        layer_each, layer_none = (more_each - few_each) * share, (more_none - few_none) * share
-        further = self.num_layers - few
-        return Counted(few_each + layer_each * further, few_none + layer_none * further, layer_each)
-
-    def _count(self, num_layers: int, samples: int, setting: Setting) -> Demand:
-        is_amp = setting.precision == "amp_bf16"
-        return count(lambda: self.build(num_layers, samples, setting), dtype=setting.dtype, autocast=is_amp)
+    @property
+    def weight_bytes(self) -> int:
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -105,18 +70,47 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """Features of the global batch that meet in a contrastive loss, float32 as the models make them.
+class Piece:
+    """A part of a model that runs as a whole: equal layers, and what stands around them.
 
     Attributes:
-        width: E.
-        num_tokens: Q, of the side that stays on its rank.
-        has_hard_negatives: whether all similarities are gathered, to draw from them.
+        depths: two numbers of layers, of which it is built to be counted; twice the same = as it is, whole.
+        build: of layers and samples, on fake tensors, set up as a setting says.
     """
 
+    name: str
+    num_layers: int
+    build: Callable[[int, int, Setting], Built]
+    depths: tuple[int, int] = (1, 2)
+
+    def counted(self, setting: Setting) -> Counted:
+        """Its demand as a function of the number of samples."""
+        few, more = self.depths
+        few_each, few_none = self._count(few, setting)
+        if few == more:
+            return Counted(few_each, few_none, few_each)
+        more_each, more_none = self._count(more, setting)
+        share = 1 / (more - few)
+        layer_each, layer_none = (more_each - few_each) * share, (more_none - few_none) * share
+        further = self.num_layers - few
+        return Counted(few_each + layer_each * further, few_none + layer_none * further, layer_each)
+
+    def _count(self, num_layers: int, setting: Setting) -> tuple[Demand, Demand]:
+        is_amp = setting.precision == "amp_bf16"
+        one, two = (
+            count(partial(self.build, num_layers, samples, setting), dtype=setting.dtype, autocast=is_amp)
+            for samples in (1, 2)
+        )
+        return two - one, one - (two - one)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Features of the global batch that meet in a contrastive loss, float32 as the models make them."""
+
     width: int
-    num_tokens: int = 1
-    has_hard_negatives: bool = False
+    num_tokens: int = 1  # Q, of the side that stays on its rank
+    has_hard_negatives: bool = False  # all similarities are gathered, to draw from them
 
 
 class Numbers(NamedTuple):
@@ -141,29 +135,17 @@ def numbers(module: nn.Module) -> Numbers:
 
 @dataclass(frozen=True)
 class Job:
-    """What a recipe trains.
-
-    Attributes:
-        name: for the reader.
-        pieces: what runs.
-        trained: parameters that learn.
-        frozen: parameters that do not, of the dtype of those that do.
-        frozen_low: parameters of a frozen language model, bfloat16 but in a run in fp32.
-        small: of all of them, those in tensors that stage 3 does not release.
-        batch_bytes: of a sample as the loader hands it over.
-        exchange: of a contrastive loss, or None.
-        levers: what `mmcore train` has for it, to take less memory.
-    """
+    """What a recipe trains."""
 
     name: str
     pieces: tuple[Piece, ...]
-    trained: int
-    batch_bytes: int
-    frozen: int = 0
-    frozen_low: int = 0
-    small: int = 0
-    exchange: Exchange | None = None
-    levers: tuple[Lever, ...] = ("zero",)
+    trained: int  # parameters that learn
+    batch_bytes: int  # of a sample as the loader hands it over
+    frozen: int = 0  # parameters that do not learn, of the dtype of those that do
+    frozen_low: int = 0  # parameters of a frozen language model, bfloat16 but in a run in fp32
+    small: int = 0  # of all of them, those in tensors that stage 3 does not release
+    exchange: Exchange | None = None  # of a contrastive loss
+    levers: tuple[Lever, ...] = ("zero",)  # what `mmcore train` has for it, to take less memory
 
     @property
     def parameters(self) -> int:
@@ -174,7 +156,6 @@ class Job:
         return 2 if setting.accum > 1 and self.exchange is not None else 1
 
     def frozen_bytes(self, setting: Setting) -> int:
-        """Bytes of all frozen weights."""
         low = 4 if setting.precision == "fp32" else 2
         return self.frozen * setting.weight_bytes + self.frozen_low * low
 
@@ -185,6 +166,6 @@ class Job:
 
 @cache
 def _counted(job: Job, precision: Precision, activation_checkpointing: bool, has_others: bool) -> tuple[Counted, ...]:
-    options = {"precision": precision, "activation_checkpointing": activation_checkpointing}
-    setting = Setting(2, 2, **options) if has_others else Setting(1, 1, **options)
+    num = 2 if has_others else 1
+    setting = Setting(num, num, precision=precision, activation_checkpointing=activation_checkpointing)
     return tuple(piece.counted(setting) for piece in job.pieces)

@@ -40,14 +40,8 @@ LLMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def language_config(name: str) -> Any:
-    """The configuration of a language model.
-
-    Args:
-        name: a key of `LLMS`, or a folder with the config.json of a causal model of transformers.
-
-    Raises:
-        ValueError: neither, or an encoder-decoder.
-    """
+    """The configuration of a key of `LLMS`, or of a folder with the config.json of a causal model of transformers; a
+    ValueError of another name, or of an encoder-decoder."""
     if name in LLMS:
         kind, shape = LLMS[name]
         return AutoConfig.for_model(kind, **shape)
@@ -71,24 +65,11 @@ def language_model(config: Any, dtype: torch.dtype, *, num_layers: int | None = 
     return model.train()
 
 
-def read(model: Any, samples: int, num_tokens: int, num_learned: int) -> Built:
-    """A pass over `num_tokens` embeddings a sample, which want a gradient, and the loss of the last `num_learned`."""
-    head, embedding = LanguageHead(model.get_output_embeddings()), model.get_input_embeddings().weight
-    shape = (samples, num_tokens, embedding.shape[1])
-    embedded = torch.empty(shape, dtype=embedding.dtype, requires_grad=True)
-    labels = torch.empty(samples, num_learned, dtype=torch.int64)
-
-    def forward() -> list[Tensor]:
-        states = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        return [head(states[:, num_tokens - num_learned :], labels)]
-
-    return Built(model.parameters(), forward)
-
-
 def language_piece(
     config: Any, num_tokens: int, num_learned: int, prepare: Callable[[Any, Setting], Any], *, learns: bool
 ) -> Piece:
-    """A language model, which `prepare` makes ready for training."""
+    """A language model, which `prepare` makes ready for training: a pass over `num_tokens` embeddings a sample, which
+    want a gradient, and the loss of the last `num_learned`."""
 
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
         # frozen, it is bfloat16 but in fp32
@@ -100,7 +81,16 @@ def language_piece(
             with unset_fake_temporarily(), torch.device("meta"):
                 model = prepare(language_model(config, dtype, num_layers=num_layers), setting)
             model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))
-        return read(model, samples, num_tokens, num_learned)
+        head, embedding = LanguageHead(model.get_output_embeddings()), model.get_input_embeddings().weight
+        shape = (samples, num_tokens, embedding.shape[1])
+        embedded = torch.empty(shape, dtype=embedding.dtype, requires_grad=True)
+        labels = torch.empty(samples, num_learned, dtype=torch.int64)
+
+        def forward() -> list[Tensor]:
+            states = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            return [head(states[:, num_tokens - num_learned :], labels)]
+
+        return Built(model.parameters(), forward)
 
     name = "language model" if learns else "language model, frozen"
     return Piece(name, config.num_hidden_layers, build)

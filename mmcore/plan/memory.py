@@ -1,7 +1,8 @@
 """Memory of a rank by part, in each phase of a step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from mmcore.plan import zero
 from mmcore.plan.exchange import Loss, loss
@@ -16,8 +17,7 @@ PARTS = (
 FILLED = 0.9
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """Bytes that a rank holds at the height of a phase, by part."""
 
     name: str
@@ -35,49 +35,36 @@ def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
     loss comes on top of them, or of the features alone where there are several; the backward begins with all of them
     and ends with all gradients; the optimizer steps.
     """
-    is_cpu = gpu.is_cpu
-    kept = zero.states(job, setting, is_cpu=is_cpu)
     # a GPU is given the images that it needs at once: of a micro-batch, but for a loss in which all meet
-    on_device = setting.per_rank if is_cpu or job.exchange is not None else setting.micro
-    always = {
-        "weights": kept.weights,
-        "optimizer": kept.optimizer,
-        "EMA": kept.ema,
-        "gradients": kept.gradients,
-        "buffers": kept.buffers,
-        "batch": job.batch_bytes * on_device,
-    }
+    on_device = setting.per_rank if gpu.is_cpu or job.exchange is not None else setting.micro
+    always = zero.states(job, setting, is_cpu=gpu.is_cpu) | {"batch": job.batch_bytes * on_device}
     activations, forward, backward = _activations(job, setting)
-    gathered = zero.gathered_bytes(job, setting)
-    reduced = zero.reduction(job, setting, is_cpu=is_cpu)
+    gathered = {"weights": zero.gathered_bytes(job, setting)}
+    reduced, buffers, stepped = zero.reduction(job, setting, is_cpu=gpu.is_cpu)
     of_loss = rank_loss(job, setting, gpu)
+    # of all micro-batches, gathered from them and as one, and their gradient
+    cached_features = 3 * 2 * 4 * setting.per_rank * job.exchange.width if job.exchange is not None else 0.0
     pending: dict[str, float] = {}  # what is there while micro-batches are accumulated
     if setting.accum > 1:
-        pending["gradients"] = setting.weight_bytes * job.trained
-        pending["loss workspace"] = _cached_features(job, setting)
+        pending = {"gradients": setting.weight_bytes * job.trained, "loss workspace": cached_features}
     # stages 1 and 2 allocate their bucket at the first gradient, but where gradients wait on the parameters
-    has_early_bucket = setting.zero in (1, 2) and setting.accum == 1 and not is_cpu
+    has_early_bucket = setting.zero in (1, 2) and setting.accum == 1 and not gpu.is_cpu
     early = zero.bucket_bytes(job, setting, is_cpu=False) if has_early_bucket else 0.0
+    in_forward, in_backward = {"activations": activations + forward}, {"activations": activations + backward}
     found = [
-        Phase("forward", _sum(always, pending, {"weights": gathered, "activations": activations + forward})),
-        Phase(
-            "backward",
-            _sum(always, pending, {"weights": gathered, "activations": activations + backward, "buffers": early}),
-        ),
-        Phase("reduction", _sum(always, {"gradients": reduced.gradients, "buffers": reduced.buffers})),
-        Phase("step", _sum(always, {"gradients": reduced.gradients_of_step})),
+        Phase("forward", _sum(always, pending, gathered, in_forward)),
+        Phase("backward", _sum(always, pending, gathered, in_backward, {"buffers": early})),
+        Phase("reduction", _sum(always, {"gradients": reduced, "buffers": buffers})),
+        Phase("step", _sum(always, {"gradients": stepped})),
     ]
     if of_loss is not None:
         features = {"gathered features": of_loss.gathered, "loss workspace": of_loss.workspace}
-        kept_for = (
-            {"loss workspace": _cached_features(job, setting)} if setting.accum > 1 else {"activations": activations}
-        )
-        found.insert(1, Phase("loss", _sum(always, {"weights": gathered}, kept_for, features)))
+        kept = {"loss workspace": cached_features} if setting.accum > 1 else {"activations": activations}
+        found.insert(1, Phase("loss", _sum(always, gathered, kept, features)))
     return found
 
 
 def peak(found: list[Phase]) -> Phase:
-    """The phase that needs most."""
     return max(found, key=lambda phase: phase.total)
 
 
@@ -105,13 +92,6 @@ def _activations(job: Job, setting: Setting) -> tuple[float, float, float]:
         again = whole.layer.kept * micro if setting.activation_checkpointing else 0.0
         backward = max(backward, demand.backward_widest + again)
     return kept, cast + forward, backward
-
-
-def _cached_features(job: Job, setting: Setting) -> float:
-    """Features of all micro-batches, gathered from them and as one, and their gradient."""
-    if job.exchange is None:
-        return 0.0
-    return 3 * 2 * 4 * setting.per_rank * job.exchange.width
 
 
 def _sum(*all_parts: Mapping[str, float]) -> dict[str, float]:

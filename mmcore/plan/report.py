@@ -1,6 +1,7 @@
-"""A plan, put together, as JSON and as tables."""
+"""A plan, the nearest one that fits, put together as JSON and as tables."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -10,8 +11,9 @@ from rich.table import Table
 from mmcore.plan.hardware import Gpu
 from mmcore.plan.job import Job, Setting
 from mmcore.plan.memory import FILLED, PARTS, Phase, fits, peak, phases, rank_loss
-from mmcore.plan.search import changes, nearest
 from mmcore.plan.step import Step, model_flops, step
+
+MOST_GPUS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,42 @@ class Plan:
 
 
 def plan(job: Job, setting: Setting, gpu: Gpu) -> Plan:
-    """Predicts a run."""
     found = phases(job, setting, gpu)
     other = None if fits(found, gpu) else nearest(job, setting, gpu)
     better = None if other is None else plan(job, other, gpu)
     return Plan(job, setting, gpu, found, step(job, setting, gpu), better)
+
+
+def nearest(job: Job, setting: Setting, gpu: Gpu) -> Setting | None:
+    """The setting of the same global batch that fits with the fewest options changed, the fastest of those: on the same
+    number of GPUs if there is one, else on the fewest of twice, four times... as many; None if there is none."""
+    gpus = setting.gpus
+    while gpus <= MOST_GPUS and setting.global_batch % (gpus * setting.accum) == 0:
+        found = [x for x in _neighbours(job, replace(setting, gpus=gpus)) if fits(phases(job, x, gpu), gpu)]
+        if found:
+            return min(found, key=lambda x: (len(changes(setting, x)), step(job, x, gpu).total_s))
+        gpus *= 2
+    return None
+
+
+def changes(before: Setting, after: Setting) -> dict[str, object]:
+    """The options that differ, as flags of the command line."""
+    names = ("gpus", "zero", "accum", "activation_checkpointing")
+    changed = [name for name in names if getattr(before, name) != getattr(after, name)]
+    return {f"--{name.replace('_', '-')}": getattr(after, name) for name in changed}
+
+
+def _neighbours(job: Job, setting: Setting) -> Iterator[Setting]:
+    stages = range(setting.zero, 4) if "zero" in job.levers else [setting.zero]
+    again = {setting.activation_checkpointing, "activation_checkpointing" in job.levers}
+    for zero in stages:
+        for activation_checkpointing in sorted(again):
+            accum = setting.accum
+            while setting.per_rank % accum == 0:
+                yield replace(setting, zero=zero, accum=accum, activation_checkpointing=activation_checkpointing)
+                if "accum" not in job.levers:
+                    break
+                accum *= 2
 
 
 def as_json(found: Plan) -> dict[str, Any]:
@@ -53,13 +86,7 @@ def as_json(found: Plan) -> dict[str, Any]:
         "flops": of_step.flops,
         "model_flops_a_sample": model_flops(found.job, found.setting),
         "sent": dict(of_step.sent),
-        "seconds": {
-            "towers": of_step.towers_s,
-            "loss": of_step.loss_s,
-            "optimizer": of_step.optimizer_s,
-            "communication": of_step.communication_s,
-            "total": of_step.total_s,
-        },
+        "seconds": {x: getattr(of_step, f"{x}_s") for x in ("towers", "loss", "optimizer", "communication", "total")},
         "mfu": of_step.mfu,
         "samples_per_s": of_step.samples_per_s,
         "nearest": None if found.nearest is None else as_json(found.nearest),
@@ -123,16 +150,16 @@ def _step_table(found: Plan) -> Table:
 
 def _verdict(found: Plan) -> str:
     highest, gpu = peak(found.phases), found.gpu
-    limit = FILLED * gpu.memory_bytes
-    of = f"{_gb(highest.total)} GB of {_gb(limit)} ({100 * FILLED:.0f} % of {gpu.name}'s {_gb(gpu.memory_bytes)})"
+    limit = _gb(FILLED * gpu.memory_bytes)
+    of = f"{_gb(highest.total)} GB of {limit} ({100 * FILLED:.0f} % of {gpu.name}'s {_gb(gpu.memory_bytes)})"
     if found.fits:
         return f"[green]fits[/]: the {highest.name} needs {of}"
     largest = sorted(highest.parts.items(), key=lambda part: -part[1])[:2]
     what = ", ".join(f"{part} {_gb(size)}" for part, size in largest)
     said = f"[red]does not fit[/]: the {highest.name} needs {of}: {what}"
-    if found.nearest is None:
-        return f"{said}\nno setting of this recipe fits"
     other = found.nearest
+    if other is None:
+        return f"{said}\nno setting of this recipe fits"
     changed = changes(found.setting, other.setting).items()
     flags = " ".join(flag if value is True else f"{flag} {value}" for flag, value in changed)
     return (

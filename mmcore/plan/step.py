@@ -2,7 +2,8 @@
 model has it, and what no computation hides of the communication."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from mmcore.plan import zero
 from mmcore.plan.hardware import Gpu
@@ -10,29 +11,17 @@ from mmcore.plan.job import Job, Setting
 from mmcore.plan.memory import rank_loss
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step of a rank.
+class Step(NamedTuple):
+    """A step of a rank."""
 
-    Attributes:
-        flops: of products, those that are computed again included.
-        towers_s: forwards and backwards.
-        loss_s: the contrastive loss, a ring's transfers behind it.
-        optimizer_s: AdamW, and the average.
-        communication_s: all others' transfers.
-        sent: bytes that the rank sends, by what they are.
-        mfu: share of the bfloat16 rate that the model's own FLOP, each once, would take.
-        samples_per_s: of all ranks.
-    """
-
-    flops: float
-    towers_s: float
-    loss_s: float
-    optimizer_s: float
-    communication_s: float
-    sent: Mapping[str, float]
-    mfu: float
-    samples_per_s: float
+    flops: float  # of products, those that are computed again included
+    towers_s: float  # forwards and backwards
+    loss_s: float  # the contrastive loss, a ring's transfers behind it
+    optimizer_s: float  # AdamW, and the average
+    communication_s: float  # all others' transfers
+    sent: Mapping[str, float]  # bytes that the rank sends, by what they are
+    mfu: float  # share of the bfloat16 rate that the model's own FLOP, each once, would take
+    samples_per_s: float  # of all ranks
 
     @property
     def total_s(self) -> float:
@@ -41,7 +30,12 @@ class Step:
 
 def step(job: Job, setting: Setting, gpu: Gpu) -> Step:
     """Predicts a step; data loading is taken to be hidden behind it."""
-    flops, moved = _towers(job, setting)
+    forwards = job.forwards(setting)
+    flops = moved = 0.0
+    for piece in job.counted(setting):
+        demand = piece.of(setting.micro)
+        flops += setting.accum * (forwards * demand.forward_flops + demand.backward_flops)
+        moved += setting.accum * (forwards * demand.forward_moved + demand.backward_moved)
     rate = gpu.fp32_flops if setting.precision == "fp32" else gpu.bf16_flops
     towers_s = flops / rate.per_s + moved / gpu.copy_bytes.per_s
     per_s, sent = gpu.bytes_between(setting.gpus), dict(zero.traffic(job, setting))
@@ -60,7 +54,9 @@ def step(job: Job, setting: Setting, gpu: Gpu) -> Step:
         else:
             in_all += features_s
         sent |= of_loss.sent
-    optimizer_s = _optimizer_bytes(job, setting) / gpu.copy_bytes.per_s
+    # weights and moments read and written, the gradient read, the average read and written: float32
+    of_parameter = 28 + (8 if setting.ema else 0)
+    optimizer_s = of_parameter * job.trained / (setting.gpus if setting.zero else 1) / gpu.copy_bytes.per_s
     total_s = towers_s + loss_s + optimizer_s + in_all
     once = model_flops(job, setting) * setting.per_rank
     mfu = once / total_s / gpu.bf16_flops.per_s
@@ -71,20 +67,3 @@ def model_flops(job: Job, setting: Setting) -> float:
     """FLOP of a sample's forward and backward, without recomputation."""
     plain = job.counted(replace(setting, activation_checkpointing=False))
     return sum(piece.each.forward_flops + piece.each.backward_flops for piece in plain)
-
-
-def _towers(job: Job, setting: Setting) -> tuple[float, float]:
-    """FLOP and bytes moved of a rank's micro-batches."""
-    forwards = job.forwards(setting)
-    flops = moved = 0.0
-    for piece in job.counted(setting):
-        demand = piece.of(setting.micro)
-        flops += setting.accum * (forwards * demand.forward_flops + demand.backward_flops)
-        moved += setting.accum * (forwards * demand.forward_moved + demand.backward_moved)
-    return flops, moved
-
-
-def _optimizer_bytes(job: Job, setting: Setting) -> float:
-    """Weights and moments read and written, the gradient read, the average read and written: float32."""
-    of_parameter = 28 + (8 if setting.ema else 0)
-    return of_parameter * job.trained / (setting.gpus if setting.zero else 1)

@@ -1,8 +1,6 @@
 """What ZeRO keeps, sends and allocates on a rank, as DeepSpeed 0.19 does it under `mmcore.train.engine`; read in its
 source and held to the real engine by tests."""
 
-from dataclasses import dataclass
-
 from mmcore.plan.job import Job, Setting
 
 # DeepSpeed's defaults, in elements: what is reduced at a time, what is gathered ahead, and how far ahead a gathered
@@ -10,34 +8,23 @@ from mmcore.plan.job import Job, Setting
 BUCKET, PREFETCH, REUSE = 500_000_000, 50_000_000, 1_000_000_000
 
 
-@dataclass(frozen=True)
-class States:
-    """Bytes that a rank holds from step to step."""
-
-    weights: float
-    optimizer: float
-    ema: float
-    gradients: float
-    buffers: float
-
-
-def states(job: Job, setting: Setting, *, is_cpu: bool) -> States:
-    """Weights in the module's dtype, moments (and, from stage 1 on, a master) in float32.
+def states(job: Job, setting: Setting, *, is_cpu: bool) -> dict[str, float]:
+    """Bytes by part that a rank holds from step to step: weights in the module's dtype, moments (and, from stage 1 on,
+    a master) in float32.
 
     Stages 1 to 3 keep a float32 master beside float32 weights too: what is flattened is cloned. Stage 3 has its
     gradients and its bucket from the start, and small tensors whole beside its share.
     """
     size, ranks = setting.weight_bytes, setting.gpus if setting.zero else 1
     weights = job.trained * size + job.frozen_bytes(setting)
-    of_optimizer = (12 if setting.zero else 8) * job.trained / ranks
     has_all = setting.zero == 3
-    return States(
-        weights / setting.gpus + size * job.small if has_all else weights,
-        of_optimizer,
-        4 * job.trained / ranks if setting.ema else 0.0,
-        size * job.trained / setting.gpus if has_all else 0.0,
-        bucket_bytes(job, setting, is_cpu=is_cpu) if has_all else 0.0,
-    )
+    return {
+        "weights": weights / setting.gpus + size * job.small if has_all else weights,
+        "optimizer": (12 if setting.zero else 8) * job.trained / ranks,
+        "EMA": 4 * job.trained / ranks if setting.ema else 0.0,
+        "gradients": size * job.trained / setting.gpus if has_all else 0.0,
+        "buffers": bucket_bytes(job, setting, is_cpu=is_cpu) if has_all else 0.0,
+    }
 
 
 def bucket_bytes(job: Job, setting: Setting, *, is_cpu: bool) -> float:
@@ -55,29 +42,23 @@ def gathered_bytes(job: Job, setting: Setting) -> float:
     return size * (min(released, REUSE // 2 + PREFETCH) + min(released, PREFETCH))
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """Bytes at the end of the backward, and in the step."""
+def reduction(job: Job, setting: Setting, *, is_cpu: bool) -> tuple[float, float, float]:
+    """Bytes of gradients and of buffers at the end of the backward, and of gradients in the step.
 
-    gradients: float
-    buffers: float
-    gradients_of_step: float
-
-
-def reduction(job: Job, setting: Setting, *, is_cpu: bool) -> Reduction:
-    """Gradients while they are reduced: all of them where a stage, or accumulation, leaves them on the parameters;
-    a bucket, and the flat copy of it that is reduced; then a rank's share, and the copy of that for the optimizer."""
+    While they are reduced: all gradients where a stage, or accumulation, leaves them on the parameters; a bucket, and
+    the flat copy of it that is reduced; then a rank's share, and the copy of that for the optimizer.
+    """
     size = setting.weight_bytes
     whole, share = size * job.trained, size * job.trained / setting.gpus
     bucket, flat = bucket_bytes(job, setting, is_cpu=is_cpu), size * min(job.trained, BUCKET)
     if setting.zero == 0:
-        return Reduction(whole, flat, whole)
+        return whole, flat, whole
     of_step = share + 4 * job.trained / setting.gpus
     if setting.zero == 3:
-        return Reduction(whole if setting.accum > 1 else 0.0, flat, of_step - share)
+        return whole if setting.accum > 1 else 0.0, flat, of_step - share
     if setting.zero == 1 or setting.accum > 1:
-        return Reduction(whole, bucket, of_step)
-    return Reduction(share if job.trained > BUCKET else 0.0, bucket + max(flat, share), of_step)
+        return whole, bucket, of_step
+    return share if job.trained > BUCKET else 0.0, bucket + max(flat, share), of_step
 
 
 def traffic(job: Job, setting: Setting) -> dict[str, float]:

@@ -17,12 +17,10 @@ DPI = 130
 
 
 def mark(right: bool) -> str:
-    """A tick or a cross."""
     return "✓" if right else "✗"
 
 
 def colour_of(right: bool) -> str:
-    """Green or red."""
     return RIGHT if right else WRONG
 
 

@@ -12,27 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from mmcore.ops import require
 from mmcore.report.drawing import COLOURS, FAINT, FONT_NOTE, INK, WRONG, colour_of, draw_image, mark, save
 from mmcore.report.fonts import escape_undrawable, families_for, wrap
 
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draw loss, learning rate and held-out accuracy over the steps of a run, as one PNG.
+    """Draw loss, learning rate and held-out accuracy over the steps of a run, as one PNG whose folder is made.
 
-    Args:
-        records: of metrics.jsonl: each with "step" and "loss", most with "lr", some with "eval/..." values.
-            Where a step comes twice (a resumed run) the last counts. "eval/...loss" joins the loss;
-            keys whose values all lie in [0, 1] are accuracies, other keys are left out; "chance" is dashed.
-        path: of the PNG; its folder is made.
-
-    Raises:
-        ValueError: no records, or one without "step" and "loss".
+    `records` are of metrics.jsonl: each with "step" and "loss" (else a ValueError), most with "lr", some with
+    "eval/..." values. Where a step comes twice (a resumed run) the last counts. "eval/...loss" joins the loss; keys
+    whose values all lie in [0, 1] are accuracies, other keys are left out; "chance" is dashed.
     """
-    if not records:
-        raise ValueError("plot_curves: records must hold at least one record, got none")
+    require("plot_curves", len(records) > 0, "records must hold at least one record, got none")
     for i, record in enumerate(records):
-        if "step" not in record or "loss" not in record:
-            raise ValueError(f"plot_curves: each record must hold step and loss, got {sorted(record)} at {i}")
+        holds = "step" in record and "loss" in record
+        require("plot_curves", holds, "each record must hold step and loss, got {} at {}", sorted(record), i)
     by_step = {int(record["step"]): record for record in records}
     rows = [by_step[step] for step in sorted(by_step)]
     held_out = _held_out_series(rows)
@@ -51,28 +46,20 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 def plot_retrieval(
     queries: Sequence[str], scores: Tensor, relevant: Tensor, images: Sequence[Any], path: str | Path, *, top_k: int = 5
 ) -> None:
-    """Draw each query with the images it finds, right ones framed green, wrong ones red, as one PNG.
+    """Draw each query with the images it finds, right ones framed green, wrong ones red, as one PNG whose folder is
+    made.
 
     Args:
-        queries: [Q] captions, in any script; characters that no font has are shown as code points, and the
-            sheet says so.
-        scores: [Q, I] float.
-        relevant: [Q, I] bool.
-        images: indexed by the I columns; each a PIL image or uint8 [H, W] or [H, W, 3].
-        path: of the PNG; its folder is made.
-        top_k: images a query, cut to I.
-
-    Raises:
-        ValueError: no queries, no images, or shapes that do not fit.
+        queries: [Q] captions, in any script; characters that no font has are shown as code points, and the sheet says
+        so. scores: [Q, I] float. relevant: [Q, I] bool. images: indexed by the I columns; each a PIL image or uint8 [H,
+        W] or [H, W, 3]. top_k: images a query, cut to I.
     """
     shape = (len(queries), scores.shape[-1] if scores.ndim else 0)
-    if not all(shape) or scores.shape != shape or relevant.shape != shape or relevant.dtype != torch.bool:
-        raise ValueError(
-            f"plot_retrieval: scores and bool relevant must be [{len(queries)}, I], not empty, "
-            f"got {list(scores.shape)} and {relevant.dtype} {list(relevant.shape)}"
-        )
-    if top_k < 1:
-        raise ValueError(f"plot_retrieval: top_k must be at least 1, got {top_k}")
+    fits = all(shape) and scores.shape == relevant.shape == shape and relevant.dtype == torch.bool
+    sentence = "scores and bool relevant must be [{}, I], not empty, got {} and {} {}"
+    got = list(scores.shape), relevant.dtype, list(relevant.shape)
+    require("plot_retrieval", fits, sentence, len(queries), *got)
+    require("plot_retrieval", top_k >= 1, "top_k must be at least 1, got {}", top_k)
     top_k = min(top_k, shape[1])
     families = families_for(list(queries))
     figure = Figure(figsize=(2.9 + 1.4 * top_k, 0.75 + 1.6 * len(queries)), facecolor="white")
@@ -84,13 +71,15 @@ def plot_retrieval(
     for row, query in enumerate(queries):
         shown, lost = escape_undrawable(query, families)
         undrawable |= lost
-        _draw_query(figure.add_subplot(grid[row, 0]), wrap(shown, 24, 5), families)
+        axes = figure.add_subplot(grid[row, 0])
+        axes.axis("off")
+        place = {"ha": "right", "va": "center", "transform": axes.transAxes, "family": families}
+        axes.text(0.97, 0.5, wrap(shown, 24, 5), fontsize=10.5, color=INK, parse_math=False, **place)
         for column, index in enumerate(best[row].tolist()):
             axes = figure.add_subplot(grid[row, column + 1])
             is_right, score = bool(right[row, column]), float(scores[row, index])
             draw_image(axes, images[index], colour_of(is_right))
-            label = f"{mark(is_right)} {score:.2f}"
-            axes.set_xlabel(label, fontsize=8.5, color=colour_of(is_right), labelpad=4)
+            axes.set_xlabel(f"{mark(is_right)} {score:.2f}", fontsize=8.5, color=colour_of(is_right), labelpad=4)
             if row == 0:
                 axes.set_title(str(column + 1), fontsize=9, color=FAINT, pad=6)
     first = int(right[:, 0].sum())
@@ -136,8 +125,9 @@ def _draw_loss(
 
 def _draw_rate(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     with_rate = [row for row in rows if row.get("lr") is not None]
-    axes.fill_between([r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=FAINT, alpha=0.25, lw=0)
-    axes.plot([r["step"] for r in with_rate], [r["lr"] for r in with_rate], color=FAINT, lw=1.4)
+    steps, rates = [row["step"] for row in with_rate], [row["lr"] for row in with_rate]
+    axes.fill_between(steps, rates, color=FAINT, alpha=0.25, lw=0)
+    axes.plot(steps, rates, color=FAINT, lw=1.4)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     _style(axes, "Learning rate")
@@ -154,8 +144,8 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
         axes.plot(steps, values, color=colours[name], lw=1.8, marker="o", ms=3.5, label=label)
     for name, (steps, values) in series.items():
         if "chance" in name:
-            owner = next((n for n in names if n == name.replace("_chance", "").replace("chance_", "")), None)
-            axes.plot(steps, values, color=colours.get(owner or "", FAINT), lw=1.1, ls=(0, (4, 3)))
+            owner = name.replace("_chance", "").replace("chance_", "")
+            axes.plot(steps, values, color=colours.get(owner, FAINT), lw=1.1, ls=(0, (4, 3)))
     if len(names) < len(series):
         axes.plot([], [], color=FAINT, lw=1.1, ls=(0, (4, 3)), label="chance")
     axes.set_ylim(0, 1.02)
@@ -163,12 +153,6 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
     axes.set_xlabel("step", color=FAINT)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     _style(axes, "Held-out accuracy")
-
-
-def _draw_query(axes: Axes, text: str, families: list[str]) -> None:
-    axes.axis("off")
-    place = {"ha": "right", "va": "center", "transform": axes.transAxes}
-    axes.text(0.97, 0.5, text, fontsize=10.5, color=INK, family=families, parse_math=False, **place)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:

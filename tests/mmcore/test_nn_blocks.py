@@ -19,7 +19,7 @@ from mmcore.nn import (
     QFormerBlock,
     shared_keys_values,
 )
-from mmcore.nn.resampler import ResamplerBlock
+from mmcore.nn.pooler import ResamplerBlock
 from mmkernels import masks
 from tests.mmcore.nn_fixtures import copy_norm, copy_rows, gradients, randn, torchs
 

@@ -21,7 +21,7 @@ from mmcore.plan.exchange import loss
 from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Exchange, Setting
 from mmcore.plan.memory import FILLED, fits, peak, phases
-from mmcore.plan.search import changes, nearest
+from mmcore.plan.report import changes, nearest
 from mmcore.plan.step import step
 from mmcore.plan.zero import BUCKET
 from mmcore.systems import entries
@@ -180,5 +180,5 @@ def test_the_traffic_of_zero_is_what_the_engine_sends(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_states_of_zero_are_what_the_engine_holds(case: Case) -> None:
     found = zero.states(case.job(), case.setting(RANKS), is_cpu=True)
-    expected = found.weights + found.optimizer + found.ema + found.gradients
+    expected = sum(found[part] for part in ("weights", "optimizer", "EMA", "gradients"))
     assert counted()[case]["held"] == pytest.approx(expected, rel=5e-3)
