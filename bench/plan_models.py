@@ -18,7 +18,7 @@ from mmcore.recipe import Step
 from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig
 from mmcore.systems.clip.plan import clip_job_of
 from mmcore.systems.clip.recipe import Clip, ClipBatch
-from mmcore.systems.llava.loader import ChatPart
+from mmcore.systems.llava.inputs import ChatPart
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable
 from mmcore.systems.llava.plan import llava_job_of
 from mmcore.systems.llava.recipe import LlavaStage2

@@ -22,7 +22,7 @@ from mmcore.data.sources.derived_chats import (
     stamp_conversations,
 )
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
-from mmcore.data.sources.emoji import emoji_drawings, open_emoji
+from mmcore.data.sources.emoji import Emoji, open_emoji
 from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.shards import open_held_out_shards, open_shards
@@ -133,18 +133,17 @@ def open_held_out(config: DataConfig) -> PairData:
         ValueError: as `open_data`, and for 'digits' or 'stamps'.
     """
     kind = source_kind(config.data)
-    if kind == "emoji":
-        data = open_data(config, seed=0)
-        return data if data.val is not None else emoji_drawings(data)
-    if kind in BUILT_IN:
+    if kind in ("digits", "stamps"):
         raise ValueError(f"--data must be a file or shards, of which all is held out, or emoji, got {config.data!r}")
     if kind == "shards":
         val = open_held_out_shards(config)
         return PairData(config.data, len(val), None, val, config.max_broken)
-    data = open_data(replace(config, val_fraction=0.0), seed=0)
+    data = open_data(config if kind == "emoji" else replace(config, val_fraction=0.0), seed=0)
+    if data.val is not None:
+        return data
     if data.source is None:
         return replace(data, val_questions=data.questions)
-    assert isinstance(data.source, FilePairs | Answers)
+    assert isinstance(data.source, FilePairs | Answers | Emoji)
     return replace(data, val=data.source.held_out(config.max_broken))
 
 

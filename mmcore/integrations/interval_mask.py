@@ -52,12 +52,8 @@ _FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def seen_by(mask: Tensor, num_queries: int) -> Seen:
-    """What a mask that a model hands to its attention lets each query see.
-
-    Args:
-        mask: `[B or 1, H or 1, Lq or 1, Lk]`: an `IntervalMask`, bool (True for a key to be seen), or floating point,
-            added to the logits.
-        num_queries: Lq.
+    """What a mask that a model hands to its attention lets each of Lq queries see: `[B or 1, H or 1, Lq or 1, Lk]`, an
+    `IntervalMask`, bool (True for a key to be seen), or floating point, added to the logits.
 
     A float mask of nothing but 0 and numbers no logit can make up for is a bool one, and a bool one with up to two
     runs of keys a query is intervals. To find out waits for a GPU, so it is done once for all layers that are given

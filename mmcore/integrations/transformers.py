@@ -49,24 +49,19 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """`softmax(scaling q k^T + mask) v`, called by transformers.
+    """`softmax(scaling q k^T + mask) v`, called by transformers: `[B, Lq, H, K]`, and None for the weights.
 
     Args:
-        module: whose attention it is; drops weights in training only.
-        query: `[B or 1, H, Lq, K]`.
-        key, value: `[B, Hkv, Lk, K]`; H is a multiple of Hkv.
+        query, key, value: `[B or 1, H, Lq, K]` and `[B, Hkv, Lk, K]`; H is a multiple of Hkv.
         attention_mask: see `seen_by`; None lets every query see every key, whatever `is_causal` says: the models
             that are causal have a mask from `attention_mask`, which leaves none out.
-        dropout: the share of weights to drop.
+        dropout: the share of weights to drop in training.
         scaling: of the products; None = `K ** -0.5`.
         position_bias: `[B or 1, H, Lq, Lk]`, added to the logits (T5).
         kwargs: what else a model hands on; ignored, as by transformers' own, unless it would change the result.
 
-    Returns:
-        `[B, Lq, H, K]`, and None for the weights.
-
     Raises:
-        ValueError: the weights, or what `mmkernels.attention` does not have, are asked for; see there for the rest.
+        ValueError: the weights, or what `mmkernels.attention` does not have, are asked for.
     """
     for name in REFUSED:
         require(NAME, kwargs.get(name) is None, "{} must be None, got {}", name, type(kwargs.get(name)).__name__)
@@ -101,18 +96,13 @@ def _with_bias(bias: Tensor, seen: Seen | None) -> Seen:
 
 
 def attention_mask(**request: Any) -> Tensor | None:
-    """transformers' `eager_mask`, of which, if it is causal or bidirectional, intervals alone are stored.
+    """transformers' `eager_mask`, `[B, 1, Lq, Lk]`, of which, if it is causal or bidirectional, intervals alone are
+    stored; None where nothing is hidden.
 
     Called by transformers once per forward. It has the eager values rather than bool ones: what a model does to its
     eager mask stays right, and so does a model that adds it to its logits itself. Packed samples of a
     causal model are such intervals too. Other patterns (windows, chunks) are the matrix that transformers makes, and
     `seen_by` finds their intervals; so are all in a graph that is compiled, which cannot ask how much is hidden.
-
-    Args:
-        request: the arguments of `eager_mask`.
-
-    Returns:
-        `[B, 1, Lq, Lk]`, 0 or the least number of the dtype; None where nothing is hidden.
     """
     found = None if is_compiling() else _intervals(**request)
     if found is None:

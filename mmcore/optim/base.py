@@ -200,20 +200,17 @@ class EMAOptimizer(Optimizer):
                 group.setdefault(key, value)
 
     def _check(self, group: Group) -> None:
-        op, decay, each, clamp = type(self).__name__, group["ema"], group["clip_each"], group["clamp"]
-        contracts = [
-            ("lr", "at least 0", 0 <= float(group["lr"]) < math.inf),
-            ("ema", "from 0 to 1, a schedule or None", decay is None or 0 <= decay <= 1),
-            ("clip_each", "above 0 or None", each is None or each > 0),
-        ]
+        op, lr, decay, each = type(self).__name__, float(group["lr"]), group["ema"], group["clip_each"]
+        require(op, 0 <= lr < math.inf, "lr must be at least 0, got {}", lr)
+        is_decay = decay is None or 0 <= decay <= 1
+        require(op, is_decay, "ema must be from 0 to 1, a schedule or None, got {}", decay)
+        require(op, each is None or each > 0, "clip_each must be above 0 or None, got {}", each)
         if "momentum" in group:  # `adamw_update_` checks its own
-            contracts += [
-                ("momentum", "from 0 to less than 1", 0 <= group["momentum"] < 1),
-                ("weight_decay", "at least 0", group["weight_decay"] >= 0),
-                ("clamp", "(low, high)", clamp is None or clamp[0] <= clamp[1]),
-            ]
-        for name, contract, holds in contracts:
-            require(op, holds, "{} must be {}, got {}", name, contract, group[name])
+            momentum, weight_decay, clamp = group["momentum"], group["weight_decay"], group["clamp"]
+            require(op, 0 <= momentum < 1, "momentum must be from 0 to less than 1, got {}", momentum)
+            require(op, weight_decay >= 0, "weight_decay must be at least 0, got {}", weight_decay)
+            is_range = clamp is None or clamp[0] <= clamp[1]
+            require(op, is_range, "clamp must be (low, high), got {}", clamp)
 
 
 def grads_of(params: list[Tensor], weights: list[Tensor]) -> list[Tensor]:

@@ -39,16 +39,8 @@ def is_adapter(name: str) -> bool:
 
 
 def add_adapters(language: Any, lora: Lora) -> Any:
-    """Puts an adapter beside each linear layer of a language model but the head; what it adds is 0 until it has
-    learned.
-
-    Args:
-        language: stays the same object, with adapters of float32 named `...lora_A.default.weight`.
-        lora: their shape.
-
-    Returns:
-        What `merge_adapters` takes.
-    """
+    """Puts an adapter of float32, `...lora_A.default.weight`, beside each linear layer of a language model but the
+    head, which adds 0 until it has learned. Returns what `merge_adapters` takes."""
     peft = importlib.import_module("peft")  # takes seconds
     head = language.get_output_embeddings()
     names = [n for n, x in language.named_modules() if isinstance(x, nn.Linear) and x is not head]

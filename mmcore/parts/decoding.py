@@ -35,16 +35,8 @@ def decode(
     eos_token_id: int,
     pad_token_id: int,
 ) -> Tensor:
-    """One text a row, token by token.
-
-    Args:
-        step: the model.
-        start: int64 [B], what the texts begin with; they are returned without it.
-        pick: logits [B, V] to the next tokens [B].
-
-    Returns:
-        int64 [B, T], T <= max_length, of the longest; padded after the end token.
-    """
+    """One text a row, token by token, where `pick` takes the next tokens [B] from logits [B, V]; the rest is as of
+    `beam_search`."""
     tokens, texts = start, []
     has_ended = torch.zeros_like(start, dtype=torch.bool)
     while len(texts) < max_length and not has_ended.all():
@@ -57,17 +49,8 @@ def decode(
 def nucleus(
     logits: Tensor, *, top_p: float, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Tokens drawn by softmax(logits / temperature) from the fewest likely ones that reach `top_p` (arXiv:1904.09751).
-
-    Args:
-        logits: [B, V].
-        top_p: in (0, 1].
-        temperature: above 0.
-        generator: on the device of the logits.
-
-    Returns:
-        int64 [B].
-    """
+    """Tokens, int64 [B], drawn by softmax(logits / temperature) of [B, V] from the fewest likely ones that reach
+    `top_p` in (0, 1] (arXiv:1904.09751); the generator is on the device of the logits."""
     scaled = logits.to(accumulator(logits.dtype)) / temperature
     probabilities, tokens = scaled.softmax(1).sort(1, descending=True)
     before = probabilities.cumsum(1) - probabilities

@@ -41,9 +41,8 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
         ValueError: no such folder; files that transformers does not load; weights that are missing; a model whose
             logits are not its last layer's, W x + b.
     """
-    op = "load_language_model"
+    op, systems = "load_language_model", entries("FOLDERS")
     kind = str(read_json(op, folder / "config.json").get("model_type"))
-    systems = entries("FOLDERS")
     if kind in systems:
         whole = systems[kind].load()(folder, dtype=dtype)
         require(op, hasattr(whole, "language_model"), "folder must hold a language model, got a {} in {}", kind, folder)
@@ -58,16 +57,11 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
 def _from_transformers(op: str, folder: Path, dtype: torch.dtype | None) -> Any:
     # pickles are not read
     require(op, any(folder.glob("*.safetensors")), "folder must hold *.safetensors, got {}", folder)
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, info = kind.from_pretrained(
-            folder,
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model, info = kind.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{op}: folder must hold a language model, got {folder}: {error}") from error
     missing = sorted(info["missing_keys"])[:3]
@@ -76,11 +70,8 @@ def _from_transformers(op: str, folder: Path, dtype: torch.dtype | None) -> Any:
 
 
 def load_language_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside a language model; padding is what it pads with, else its end of text.
-
-    Raises:
-        ValueError: none, or one with neither padding nor an end of text.
-    """
+    """The tokenizer beside a language model, which pads by its end of text if by nothing else; a ValueError without
+    either."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except OSError as error:
@@ -99,23 +90,14 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 
 
 def tiny_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> Any:
-    """A byte-level BPE learned from texts; the same texts give the same one.
-
-    Raises:
-        ValueError: no texts.
-    """
+    """A byte-level BPE learned from one or more texts; the same texts give the same one."""
     require("tiny_tokenizer", len(texts) > 0, "texts must hold at least one string, got {}", "none")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=alphabet,
-    )
+    options = {"special_tokens": [PAD, START, END], "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, **options)
     learner.train_from_iterator(texts, trainer, length=len(texts))
     # a text begins with a token that the model knows to begin a text, whatever comes before that
     start = (START, learner.token_to_id(START))
@@ -125,17 +107,7 @@ def tiny_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> Any:
 
 def tiny_language_model(tokenizer: Any) -> LlamaForCausalLM:
     """A Llama of a million parameters, untrained."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    return LlamaForCausalLM(LlamaConfig(**shape, **sizes, **ids, tie_word_embeddings=True))

@@ -19,19 +19,12 @@ TINY = "tiny"
 
 @dataclass(frozen=True)
 class Language:
-    """A language model of transformers, frozen or not.
-
-    Args:
-        tokenizer: its own.
-        folder: where it lies; None = it was trained here, and no run's folder has it yet.
-        model: at hand; None = `load` reads it.
-        dtype: of what `load` reads, None = as it is stored.
-    """
+    """A language model of transformers, frozen or not."""
 
     tokenizer: Any
-    folder: Path | None
-    model: Any | None = None
-    dtype: torch.dtype | None = torch.float32
+    folder: Path | None  # None = it was trained here, and no run's folder has it yet
+    model: Any | None = None  # None = `load` reads it
+    dtype: torch.dtype | None = torch.float32  # of what `load` reads; None = as it is stored
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -43,11 +36,7 @@ class Language:
         return config.get_text_config().is_encoder_decoder
 
     def load(self) -> Any:
-        """The model, in evaluation mode on the CPU.
-
-        Raises:
-            ValueError: see `load_language_model`.
-        """
+        """The model, in evaluation mode on the CPU; errors as of `load_language_model`."""
         if self.model is not None:
             return self.model
         assert self.folder is not None
@@ -70,17 +59,17 @@ def check_llm_steps(llm: str | None, steps: int | None) -> None:
 
 
 def read_language(folder: Path) -> Language:
-    """One in a folder, read into memory in float32.
-
-    Raises:
-        ValueError: see `load_language_model` and `load_language_tokenizer`.
-    """
+    """One in a folder, read in float32; errors as of `load_language_model` and `load_language_tokenizer`."""
     model = load_language_model(folder, dtype=torch.float32)
     return Language(load_language_tokenizer(folder), folder.resolve(), model)
 
 
-def tiny_language(said: Callable[[], Sequence[Sequence[Said]]], *, seed: int, steps: int | None) -> Language:
-    """A tiny one, trained on what is said of each picture; says so."""
+def chosen_language(
+    llm: str, said: Callable[[], Sequence[Sequence[Said]]], *, seed: int, steps: int | None
+) -> Language:
+    """What --llm names: one in a folder, or a tiny one, trained on what is said of each picture, which is told."""
+    if llm != TINY:
+        return read_language(Path(llm))
     texts = said()
     model, tokenizer, loss = train_tiny_lm(texts, seed=seed, steps=steps or STEPS)
     size, count = sum(p.numel() for p in model.parameters()) / 1e6, sum(map(len, texts))
@@ -91,13 +80,11 @@ def tiny_language(said: Callable[[], Sequence[Sequence[Said]]], *, seed: int, st
 def language_of(
     run: Path, saved: Mapping[str, Any], moved_to: Path | None, dtype: torch.dtype | None, *, verify: bool = True
 ) -> Language:
-    """The language model of a run.
+    """The language model of a run's folder.
 
     Args:
-        run: its folder.
         saved: "model" of its config.json.
         moved_to: where the language model is now; None = where it was.
-        dtype: see `Language`.
         verify: compare its files with those it was trained with.
 
     Raises:
@@ -110,8 +97,6 @@ def language_of(
     files = fingerprint(folder) if verify else known["files"]
     differ = sorted(n for n in known["files"].keys() | files.keys() if known["files"].get(n) != files.get(n))
     if differ:
-        raise ValueError(
-            f"the language model of {run} must be the one it was trained with, got {folder}, which differs in "
-            f"{', '.join(differ[:3])}"
-        )
+        what = f"the language model of {run} must be the one it was trained with"
+        raise ValueError(f"{what}, got {folder}, which differs in {', '.join(differ[:3])}")
     return Language(load_language_tokenizer(folder), folder, dtype=dtype)

@@ -25,15 +25,13 @@ class LanguageHead(nn.Module):
 
 @torch.no_grad()
 def check_head(op: str, model: Any) -> None:
-    """That logits are W x + b of the last states: some models scale or cap them, which the fused loss does not.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise a ValueError unless logits are W x + b of the last states: some models scale or cap them, which the fused
+    loss does not."""
     tokens = torch.zeros(1, 2, dtype=torch.int64)
     model.eval()
     head, states = model.get_output_embeddings(), model.base_model(input_ids=tokens).last_hidden_state
     expected = model(input_ids=tokens).logits
     same = torch.allclose(head(states).float(), expected.float(), rtol=1e-3, atol=1e-3)
-    what = "model must have logits W x + b of its last states, got others from a {}"
-    require(op, same, what, model.config.model_type)
+    require(
+        op, same, "model must have logits W x + b of its last states, got others from a {}", model.config.model_type
+    )

@@ -21,11 +21,7 @@ LANGUAGE = "language_model."
 
 
 def check_language_kind(op: str, kind: str, *, is_causal: bool = False) -> None:
-    """That transformers has a language model of this model type, and, where asked, a causal one.
-
-    Raises:
-        ValueError: it has not.
-    """
+    """Raise a ValueError unless transformers has a language model of this type and, where asked, a causal one."""
     found = kind in CONFIG_MAPPING and _family(CONFIG_MAPPING[kind], is_causal) is not None
     what = "causal language model" if is_causal else "language model"
     require(op, found, "text_config must be of a transformers {}, got {!r}", what, kind)
@@ -37,18 +33,8 @@ def _family(config: type, is_causal: bool) -> Any:
     return next((x[config] for x in families[: 1 if is_causal else 2] if config in x), None)
 
 
-def language_model_of(op: str, text: Any, state: dict[str, Tensor], dtype: torch.dtype | None) -> Any:
-    """A language model of transformers with these weights.
-
-    Args:
-        op: named in errors.
-        text: its configuration, of a kind that `check_language_kind` knows.
-        state: by its own names.
-        dtype: of its weights, None = that of the first of them.
-
-    Raises:
-        ValueError: missing or unknown names, wrong shapes.
-    """
+def _language_model(op: str, text: Any, state: dict[str, Tensor], dtype: torch.dtype | None) -> Any:
+    """A language model of transformers with these weights, by its own names; `dtype` None = that of the first."""
     # transformers tells what differs where it is not asked to stop at it
     model, info = _family(type(text), False).from_pretrained(
         None,
@@ -58,12 +44,14 @@ def language_model_of(op: str, text: Any, state: dict[str, Tensor], dtype: torch
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    for what, differ in (
-        ("every weight of the language model, missing", info["missing_keys"]),
-        ("this language model's weights only, got also", info["unexpected_keys"]),
-        ("weights of text_config's shapes, got others in", info["mismatched_keys"]),
-    ):
-        require(op, not differ, "a transformers file must hold {} {}", what, sorted(differ)[:3])
+    kinds = {
+        "missing": "every weight of the language model, missing",
+        "unexpected": "this language model's weights only, got also",
+        "mismatched": "weights of text_config's shapes, got others in",
+    }
+    for kind, what in kinds.items():
+        differ = sorted(info[f"{kind}_keys"])[:3]
+        require(op, not differ, "a transformers file must hold {} {}", what, differ)
     return model
 
 
@@ -83,13 +71,10 @@ def load_with_language(
     beside it is the language model's.
 
     Args:
-        op: named in errors.
-        folder: with config.json and *.safetensors.
         whole: transformers' configuration of the model, with a text_config of a kind that `check_language_kind` knows.
         dtype: of the language model, None = as it is stored; the rest is float32.
-        layout: of the weights that are not the language model's.
+        layout, unread: of the weights that are not the language model's.
         build: a model, given its language model; what it makes itself is replaced.
-        unread: of `Layout.read`.
 
     Raises:
         ValueError: no language model, missing or unknown names, wrong shapes, a damaged file.
@@ -97,7 +82,7 @@ def load_with_language(
     tensors, text = layout.renamed(read_folder(op, folder)), whole.text_config
     state = {n.removeprefix(LANGUAGE): x for n, x in tensors.items() if n.startswith(LANGUAGE)}
     require(op, bool(state), "folder must hold a language model, got {}", folder)
-    language = language_model_of(op, text, state, dtype)
+    language = _language_model(op, text, state, dtype)
     num_rows = read_json(op, folder / "config.json").get("language_vocab_size", text.vocab_size)
     if num_rows < language.config.vocab_size == whole.image_token_index + 1:
         language.resize_token_embeddings(num_rows)
@@ -120,11 +105,7 @@ def beside_language(model: nn.Module) -> dict[str, Tensor]:
 
 def language_settings(op: str, language: Any, image_token: int) -> dict[str, Any]:
     """What config.json says of a language model, which there has a row for the image token's id; our own setting, how
-    many rows it has here, beside it.
-
-    Raises:
-        ValueError: embeddings of another width than the states.
-    """
+    many rows it has here, beside it. A ValueError where embeddings are not as wide as the states."""
     embedding, wanted = language.get_input_embeddings(), language.config.hidden_size
     num_rows, width = embedding.num_embeddings, embedding.embedding_dim
     require(op, wanted == width, "embeddings must be as wide as the states, {}, got {}", wanted, width)
@@ -137,35 +118,35 @@ def language_settings(op: str, language: Any, image_token: int) -> dict[str, Any
 def save_with_language(
     op: str,
     folder: Path | str,
-    language: Any,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    model: Any,
+    config_of: Callable[[Any, int], Mapping[str, Any]],
+    layout: Layout,
     tokenizer: Any | None,
     processor: Mapping[str, Any],
+    unread: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a new folder of a model with a language model in it.
+    """Writes a new folder of a model with a language model in it; a ValueError where it exists.
 
     Args:
-        op: named in errors.
-        folder: must not exist yet.
-        language: the language model.
-        config: of the whole, with `language_settings`.
-        tensors: the weights that are not the language model's.
-        tokenizer: of `with_image_mark`.
+        config_of: the model and the image's token to the config.json, with `language_settings`.
+        layout: of the weights that are not the language model's.
+        tokenizer: the language model's; None = none is written.
         processor: the processor_config.json beside a tokenizer.
-
-    Raises:
-        ValueError: an existing folder.
+        unread: weights that the model has there and not here.
     """
+    language = model.language_model
+    marked, image_token = with_image_mark(language, tokenizer)
+    config = config_of(model, image_token)
 
     def write_more(staged: Path) -> None:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
+        if marked is not None:
+            marked.save_pretrained(staged)
             write_json(staged / "processor_config.json", processor)
         language.generation_config.to_json_file(staged / "generation_config.json")
 
-    weights = language_weights(language, config["text_config"]["vocab_size"])
-    save_folder(op, folder, config, {**tensors, **weights}, write_more)
+    weights = layout.write(beside_language(model)) | dict(unread or {})
+    weights |= language_weights(language, config["text_config"]["vocab_size"])
+    save_folder(op, folder, config, weights, write_more)
 
 
 def language_weights(language: Any, vocab_size: int) -> dict[str, Tensor]:

@@ -31,24 +31,16 @@ GROUP = "mmcore.systems"
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that a system gives.
-
-    Args:
-        name: how it is asked for.
-        package: the system's, such as "mmcore.systems.clip".
-        target: module and attribute in it, such as "recipe:Clip".
-    """
+    """Something that a system gives, by the name that it is asked for."""
 
     name: str
     package: str
+    """The system's, such as "mmcore.systems.clip"."""
     target: str
+    """Module and attribute in it, such as "recipe:Clip"."""
 
     def load(self) -> Any:
-        """Imports it.
-
-        Raises:
-            ValueError: the system cannot be imported, or has no such thing.
-        """
+        """Imports it; a ValueError where the system cannot be imported, or has no such thing."""
         module, _, attribute = self.target.partition(":")
         try:
             return getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
@@ -102,11 +94,7 @@ def _packages() -> Iterator[str]:
 
 
 def entries(kind: Kind) -> Mapping[str, Entry]:
-    """All of a kind, by name.
-
-    Raises:
-        ValueError: two packages claim one name.
-    """
+    """All of a kind, by name; a ValueError where two packages claim one."""
     found = find_systems()
     for (of_kind, name), (first, second) in found.twice.items():
         if of_kind == kind:
@@ -115,11 +103,7 @@ def entries(kind: Kind) -> Mapping[str, Entry]:
 
 
 def recipe_entry(name: str) -> Entry:
-    """The recipe of a name.
-
-    Raises:
-        ValueError: an unknown one; the nearest are told.
-    """
+    """The recipe of a name; a ValueError for an unknown one tells the nearest."""
     known = entries("RECIPES")
     if name in known:
         return known[name]

@@ -25,11 +25,7 @@ TASKS = {
 
 
 def task(name: str) -> Any:
-    """The module of a task.
-
-    Raises:
-        ValueError: an unknown one; the nearest is told.
-    """
+    """The module of a task; a ValueError for an unknown one tells the nearest."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -38,17 +34,11 @@ def task(name: str) -> Any:
 
 
 def check_capability(name: str, recipe: Any, said: str) -> None:
-    """That a recipe has what a task asks for.
-
-    Raises:
-        ValueError: it has not; what it can be measured by is told.
-    """
+    """Raise a ValueError unless a recipe has what a task asks for; it tells what the recipe can be measured by."""
     if not hasattr(recipe, TASKS[name]):
         able = [other for other, capability in TASKS.items() if hasattr(recipe, capability)]
-        raise ValueError(
-            f"{name} asks for a model that {TASKS[name]}, which {said} does not; it can be measured by "
-            f"{', '.join(able) or 'nothing here'}"
-        )
+        what = f"{name} asks for a model that {TASKS[name]}, which {said} does not"
+        raise ValueError(f"{what}; it can be measured by {', '.join(able) or 'nothing here'}")
 
 
 def follow(subject: Subject) -> dict[str, float]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from mmcore.tasks.speaking import MAX_FOLLOWED, Options, SpeakingOptions, caption, spread, written
+from mmcore.metrics.captions import bleu, cider
+from mmcore.tasks.speaking import MAX_FOLLOWED, Options, Speaker, spread, written
 from mmcore.tasks.subject import Subject
 
 __all__ = ["Options", "follow", "report"]
@@ -16,16 +17,18 @@ def follow(subject: Subject) -> dict[str, float]:
     val = subject.pairs.val
     if val is None:
         return {}
-    asked = SpeakingOptions.of(subject, "caption", None)
-    return caption(asked.answerer, val, prompt=asked.prompt, most=MAX_FOLLOWED).scores
+    index, texts = Speaker.of(subject, "caption", None).about(val, MAX_FOLLOWED)
+    return _scores(texts, [val.captions[i] for i in index])
+
+
+def _scores(texts: list[str], people: list[list[str]]) -> dict[str, float]:
+    """BLEU-4 in [0, 1] and CIDEr in [0, 10]."""
+    return {"BLEU-4": bleu(texts, people)["BLEU-4"], "CIDEr": cider(texts, people)}
 
 
 def report(subject: Subject, options: Any) -> list[Path]:
     """Prints BLEU-4 and CIDEr of the captions of held-out pictures; writes them as COCO's evaluation reads them, and a
     sheet of some, into the run's folder.
-
-    Returns:
-        The files.
 
     Raises:
         ValueError: `mmcore eval caption` where there are no held-out captions.
@@ -35,22 +38,20 @@ def report(subject: Subject, options: Any) -> list[Path]:
         if options is None:
             return []
         raise ValueError(f"{subject.pairs.name} has no held-out captions to compare with")
-    asked = SpeakingOptions.of(subject, "caption", options)
+    speaker = Speaker.of(subject, "caption", options)
     torch.manual_seed(0)
-    found = caption(asked.answerer, val, prompt=asked.prompt)
-    numbers = f"BLEU-4 {100 * found.scores['BLEU-4']:.1f}, CIDEr {100 * found.scores['CIDEr']:.1f}"
-    print(f"captions (held-out), {asked.decode}, {len(found.index)} images: {numbers}")
-    names = [str(i) if val.names is None else val.names[i] for i in found.index]
-    results = [
-        {"image_id": int(name) if name.isdecimal() else name, "caption": text}
-        for name, text in zip(names, found.texts, strict=True)
-    ]
-    shown = spread(len(found.index))
+    index, texts = speaker.about(val)
+    people = [val.captions[i] for i in index]
+    numbers = ", ".join(f"{name} {100 * score:.1f}" for name, score in _scores(texts, people).items())
+    print(f"captions (held-out), {speaker.decode}, {len(index)} images: {numbers}")
+    names = [str(i) if val.names is None else val.names[i] for i in index]
+    ids = [int(name) if name.isdecimal() else name for name in names]
+    shown = spread(len(index))
     return written(
         subject.folder / "captions",
-        results,
-        [val.raw_image(found.index[i]) for i in shown],
-        [found.texts[i] for i in shown],
-        [val.captions[found.index[i]] for i in shown],
-        title=f"{subject.pairs.name}: captions of held-out pictures, {asked.decode}; {numbers}",
+        [{"image_id": number, "caption": text} for number, text in zip(ids, texts, strict=True)],
+        [val.raw_image(index[i]) for i in shown],
+        [texts[i] for i in shown],
+        [people[i] for i in shown],
+        title=f"{subject.pairs.name}: captions of held-out pictures, {speaker.decode}; {numbers}",
     )

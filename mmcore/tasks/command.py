@@ -32,11 +32,7 @@ def listing() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `TASK RUN ...`.
-
-    Raises:
-        ValueError: an unknown task, one that the model has no capability for, or a mistake in the options.
-    """
+    """Runs `TASK RUN ...`; a ValueError for an unknown task, one that the model has no capability for, or a mistake."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(listing())
         return

@@ -1,7 +1,6 @@
-"""Models that say something of pictures: captions by BLEU and CIDEr, answers by VQA's accuracy."""
+"""Models that say something of pictures, captions or answers."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,8 +13,6 @@ from PIL import Image
 from mmcore import checkpoint
 from mmcore.data import EvalSet, PairData, Question, QuestionSet
 from mmcore.data.text.prompts import Task, prompt_texts
-from mmcore.metrics.captions import bleu, cider
-from mmcore.metrics.vqa import vqa_accuracy
 from mmcore.report.sheets import plot_captions
 from mmcore.tasks.subject import Options as OtherData
 from mmcore.tasks.subject import Subject
@@ -79,15 +76,16 @@ class Options(OtherData):
 
 
 @dataclass(frozen=True)
-class SpeakingOptions:
-    """A model that is asked: what it says, what stands before that, and how it chooses it, for a reader."""
+class Speaker:
+    """A model that is asked about pictures: what it says, what stands before that, and how it chooses it."""
 
+    kind: Task
     answerer: Answerer
     prompt: str | None
     decode: str
 
     @classmethod
-    def of(cls, subject: Subject, kind: Task, options: Options | None) -> "SpeakingOptions":
+    def of(cls, subject: Subject, kind: Task, options: Options | None) -> "Speaker":
         """As options say, or by default.
 
         Raises:
@@ -98,85 +96,20 @@ class SpeakingOptions:
             what = "answers questions" if kind == "vqa" else "describes pictures"
             name = subject.run.recipe if subject.run else type(subject.recipe).__name__
             raise ValueError(f"RUN must be of a model that {what}, got one of {name}")
-        decoding = Decoding() if options is None else options.decoding
-        says = subject.recipe.speaks(subject.assets, subject.model, subject.device, decoding)
-        own = None if options is None else options.prompt
-        return cls(says, prompts[kind] if own is None else own, decoding.decode)
+        options = options or Options()
+        answerer = subject.recipe.speaks(subject.assets, subject.model, subject.device, options.decoding)
+        prompt = prompts[kind] if options.prompt is None else options.prompt
+        return cls(kind, answerer, prompt, options.decoding.decode)
 
-
-@dataclass(frozen=True)
-class Captioned:
-    """Held-out pictures with what a model says of them.
-
-    Args:
-        index: positions in the held-out set.
-        texts: the captions.
-        scores: "BLEU-4" in [0, 1], "CIDEr" in [0, 10].
-    """
-
-    index: list[int]
-    texts: list[str]
-    scores: dict[str, float]
-
-
-@torch.no_grad()
-def caption(answerer: Answerer, val: EvalSet, *, prompt: str | None, most: int | None = None) -> Captioned:
-    """Captions of the held-out pictures, the first `most` of them, against people's.
-
-    Raises:
-        ValueError: no pictures, or too many of them broken.
-    """
-    index, texts = [], []
-    for images, i in _first(val.raw_batches(BATCH_SIZE), most):
-        texts += answerer(images, prompt_texts("caption", prompt, [""] * len(images)))
-        index += i
-    people = [val.captions[i] for i in index]
-    return Captioned(index, texts, {"BLEU-4": bleu(texts, people)["BLEU-4"], "CIDEr": cider(texts, people)})
-
-
-@dataclass(frozen=True)
-class Answered:
-    """Held-out questions with a model's answers.
-
-    Args:
-        questions: those of readable pictures, in order.
-        texts: the answers.
-        accuracy: VQA's, in [0, 1].
-        by_type: VQA's, by the type of the answer where the data says it.
-    """
-
-    questions: list[Question]
-    texts: list[str]
-    accuracy: float
-    by_type: dict[str, float]
-
-
-@torch.no_grad()
-def answer(answerer: Answerer, val: QuestionSet, *, prompt: str | None, most: int | None = None) -> Answered:
-    """Answers to the held-out questions, the first `most` of them, against people's.
-
-    Raises:
-        ValueError: no questions, or too many broken pictures.
-    """
-    questions: list[Question] = []
-    texts: list[str] = []
-    for images, asked in _first(val.raw_batches(BATCH_SIZE), most):
-        texts += answerer(images, prompt_texts("vqa", prompt, [q.text for q in asked]))
-        questions += asked
-    types = [q.answer_type or "" for q in questions]
-    found = vqa_accuracy(texts, [q.answers for q in questions], types=types if all(types) else None)
-    return Answered(questions, texts, found.overall, found.by_type)
-
-
-def majority_accuracy(train: QuestionSet, val: Sequence[Question]) -> float:
-    """VQA's accuracy of the answer that is most frequent in training, given to every question."""
-    most = Counter(a for q in train.questions for a in q.answers if a.strip()).most_common(1)[0][0]
-    return vqa_accuracy([most] * len(val), [q.answers for q in val]).overall
-
-
-def _first(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
-    """Whole batches, as many as make up `most`."""
-    return islice(batches, None if most is None else -(-most // BATCH_SIZE))
+    @torch.no_grad()
+    def about(self, val: EvalSet | QuestionSet, most: int | None = None) -> tuple[list[Any], list[str]]:
+        """The positions or the questions of the held-out pictures, of whole batches that make up `most`, and texts."""
+        asked, texts = [], []
+        for images, part in islice(val.raw_batches(BATCH_SIZE), None if most is None else -(-most // BATCH_SIZE)):
+            questions = [x.text if isinstance(x, Question) else "" for x in part]
+            texts += self.answerer(images, prompt_texts(self.kind, self.prompt, questions))
+            asked += part
+        return asked, texts
 
 
 def spread(count: int) -> list[int]:

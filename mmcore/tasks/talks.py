@@ -1,12 +1,13 @@
 """Models to talk to, of a run or of a folder of transformers: the capability `converses`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mmcore.data.text.templates import AUTO, TEMPLATES, ChatTokens
+from mmcore.metrics.vqa import normalize_answer
 from mmcore.runs import WeightsKey, find_run, is_run, read_run
 from mmcore.systems import entries, recipe_entry
 from mmcore.tasks.subject import default_device
@@ -14,6 +15,21 @@ from mmcore.weights.files import read_json
 
 ASKED = [name for name, template in TEMPLATES.items() if not template.images_only]
 """Templates whose questions are read."""
+
+
+class Reply(NamedTuple):
+    """An answer of the model's beside that of conversation number `conversation` of a set, to a user's text without the
+    image's mark."""
+
+    conversation: int
+    question: str
+    said: str
+    wanted: str
+
+    @property
+    def is_right(self) -> bool:
+        """Equal in VQA's normal form."""
+        return normalize_answer(self.said) == normalize_answer(self.wanted)
 
 
 @dataclass(frozen=True)
@@ -62,10 +78,9 @@ def load_chat_model(
 
     Args:
         where: a run of a model that converses, a checkpoint of one, or a folder of transformers with one.
-        weights: of a run, the averaged ones or not.
-        llm: of a run, where the language model that it started from is now; None = where it was.
+        weights, llm: of a run, as of `read_run`.
         template: of a folder, how it was trained: v1, llama_3, chatml, auto; a run knows its own.
-        device: to put it on; None = the GPU where there is one.
+        device: None = the GPU where there is one.
 
     Raises:
         ValueError: none of these, one that reads no questions, a setting that the other kind has, a damaged file.
@@ -77,10 +92,8 @@ def load_chat_model(
         return _of_run(where, weights, llm, device)
     if not config.is_file():
         missing = "has no config.json" if where.is_dir() else "is no folder"
-        raise ValueError(
-            f"RUN must be a run of a model that converses, a checkpoint of it, or a folder of transformers with one, "
-            f"got {where}, which {missing}"
-        )
+        wanted = "a run of a model that converses, a checkpoint of it, or a folder of transformers with one"
+        raise ValueError(f"RUN must be {wanted}, got {where}, which {missing}")
     if llm is not None or weights != "auto":
         name, value = ("llm", llm) if llm is not None else ("weights", weights)
         raise ValueError(f"--{name} has no effect on a folder of transformers, got {value}")
@@ -94,13 +107,11 @@ def _of_run(where: Path, weights: WeightsKey, llm: Path | None, device: torch.de
     run = find_run(where, weights)
     trained = run.saved["settings"].get("template", AUTO)
     if trained not in (AUTO, *ASKED):
-        raise ValueError(
-            f"RUN must have learned to answer questions, got {where}, which describes images alone "
-            f"(template {trained}): train llava-stage2 from it"
-        )
+        which = f"which describes images alone (template {trained}): train llava-stage2 from it"
+        raise ValueError(f"RUN must have learned to answer questions, got {where}, {which}")
     if not hasattr(recipe_entry(run.recipe).load(), "converses"):
         raise ValueError(f"RUN must be of a model that converses, got {where}, which is of {run.recipe}")
     found = read_run(where, weights, llm=llm)
     averaged = ", averaged" if run.key == "ema" else ""
     talks = found.recipe.converses(found.assets, found.model.to(device), device)  # pyright: ignore[reportAttributeAccessIssue]
-    return talks.named(f"{run.folder} at step {run.step}{averaged}")
+    return replace(talks, origin=f"{run.folder} at step {run.step}{averaged}")

@@ -63,34 +63,22 @@ class ChatConfig:
 
 
 def open_image(file: Path) -> Image.Image:
-    """An RGB image to ask about.
-
-    Raises:
-        ValueError: missing, no image, damaged, a pixel wide or high, or with a side above the limit.
-    """
+    """An RGB image to ask about; a ValueError where it is missing, damaged, or has too few pixels or too many."""
     try:
         return check_sides(file.name, decode_rgb(read_image_file(str(file.expanduser()))))
     except BrokenRecord as error:
-        raise ValueError(
-            f"an image must be a readable JPEG, PNG, WebP, GIF or BMP, got {file}: {error.reason}"
-        ) from None
+        what = "an image must be a readable JPEG, PNG, WebP, GIF or BMP"
+        raise ValueError(f"{what}, got {file}: {error.reason}") from None
 
 
 class Talk:
-    """Questions and commands, one after the other.
-
-    Args:
-        dialogue: that answers.
-        images: what the first question shows, by name.
-        is_person: whether someone reads along; else the answers alone are printed, one a line.
-    """
+    """Questions and commands to a dialogue, one after the other, the first of which shows these images; where no person
+    reads along, the answers alone are printed, one a line."""
 
     def __init__(self, dialogue: Any, images: Sequence[tuple[str, Image.Image]], *, is_person: bool) -> None:
         self.dialogue, self.first, self.is_person = dialogue, images, is_person
-        self.waiting: list[Image.Image] = []
-        """What the next question shows."""
-        self.num_refused = 0
-        """Lines that nothing could be done with."""
+        self.waiting: list[Image.Image] = []  # what the next question shows
+        self.num_refused = 0  # lines that nothing could be done with
         self._show(images)
 
     def run(self, read: Callable[[], str]) -> None:
@@ -192,7 +180,7 @@ def main(arguments: list[str]) -> None:
             if importlib.util.find_spec("readline"):  # where it is loaded, input() edits lines by it
                 importlib.import_module("readline")
         talk = Talk(dialogue, images, is_person=is_person)
-        talk.run(partial(input, "you: ") if is_person else _next_line)
+        talk.run(partial(input, "you: ") if is_person else input)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # nobody reads on; what is still in the buffer has no reader either
@@ -211,10 +199,3 @@ def _interrupts() -> Iterator[list[int]]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _next_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line

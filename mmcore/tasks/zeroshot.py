@@ -21,10 +21,9 @@ def accuracy(subject: Subject) -> dict[int, float]:
     weights = zero_shot_weights(text, list, data.class_names, data.templates, batch_size=BATCH_SIZE)
     labels = torch.tensor(subject.val.labels)[held_out.index]
     ks = tuple(k for k in (1, 5) if k < len(weights))
-    image = held_out.image
-    if image.ndim == 2:
-        return top_k_accuracy(image, weights.cpu(), labels, ks=ks)
-    nearest = torch.stack([(row @ weights.cpu().T).amax(0) for row in image])
+    if held_out.image.ndim == 2:
+        return top_k_accuracy(held_out.image, weights.cpu(), labels, ks=ks)
+    nearest = torch.stack([(row @ weights.cpu().T).amax(0) for row in held_out.image])
     return top_k_accuracy(nearest, torch.eye(len(weights)), labels, ks=ks)
 
 

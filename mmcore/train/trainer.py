@@ -86,8 +86,7 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
     total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
 
     def measured() -> dict[str, float]:
-        with engine.eval():
-            # a new one each time: it keeps what it has computed
+        with engine.eval():  # a subject keeps what its model made of the held-out pairs
             return follow(Subject(recipe, assets, engine, data, engine.device))
 
     options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}

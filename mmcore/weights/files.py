@@ -27,11 +27,7 @@ _UNPICKLER += (AssertionError, struct.error)
 
 
 def read_json(op: str, file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: no such file, or none that holds one.
-    """
+    """A JSON object; a ValueError where the file is missing or holds anything else."""
     require(op, file.is_file(), "folder must hold {}, got {}", file.name, file.parent)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -42,11 +38,7 @@ def read_json(op: str, file: Path) -> dict[str, Any]:
 
 
 def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU.
-
-    Raises:
-        ValueError: a damaged file.
-    """
+    """The tensors of a file, on the CPU; a ValueError where it is damaged."""
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -54,11 +46,8 @@ def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(op: str, file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, on the CPU, those of "state_dict" where it has that; no other object is made.
-
-    Raises:
-        ValueError: no such file, a damaged one, one of something else.
-    """
+    """The tensors of a torch file, on the CPU, those of "state_dict" where it has that; no other object is made. A
+    ValueError where it is missing, damaged, or of something else."""
     require(op, file.is_file(), "file must exist, got {}", file)
     try:
         raw = torch.load(file, map_location="cpu", weights_only=True)
@@ -72,11 +61,7 @@ def read_pickle(op: str, file: Path) -> dict[str, Tensor]:
 
 
 def read_folder(op: str, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's *.safetensors, one or several, on the CPU.
-
-    Raises:
-        ValueError: no such file, or a damaged one.
-    """
+    """The tensors of a folder's *.safetensors, one or several, on the CPU; a ValueError where there are none."""
     files = sorted(folder.glob("*.safetensors"))
     require(op, bool(files), "folder must hold *.safetensors, got {}", folder)
     return {name: x for file in files for name, x in read_safetensors(op, file).items()}
@@ -84,21 +69,16 @@ def read_folder(op: str, folder: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def new_folder(op: str, folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` where the block ends well.
-
-    Raises:
-        ValueError: it exists already.
-    """
+    """A folder to write into that becomes `folder` where the block ends well; a ValueError where that exists."""
     require(op, not folder.exists(), "folder must not exist yet, got {}", folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / folder.name
         staged.mkdir()
         yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+        for file in filter(Path.is_file, staged.rglob("*")):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         staged.rename(folder)
 
 
@@ -109,11 +89,7 @@ def save_folder(
     tensors: Mapping[str, Tensor],
     write_more: Callable[[Path], object] = lambda staged: None,
 ) -> None:
-    """Writes a new folder as transformers does: config.json, *.safetensors, and what is written besides.
-
-    Raises:
-        ValueError: it exists already.
-    """
+    """Writes a new folder as transformers does: config.json, *.safetensors, and what is written besides."""
     with new_folder(op, Path(folder)) as staged:
         split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
         for file, names in split.filename_to_tensors.items():

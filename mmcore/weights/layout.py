@@ -107,13 +107,8 @@ class Layout:
     def read(
         self, op: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, unread: Sequence[str] = ()
     ) -> dict[str, Tensor]:
-        """Their weights under our names.
-
-        Args:
-            op: named in errors.
-            state: theirs.
-            wanted: the model's, whose names, shapes and dtypes are returned; they may be on the meta device.
-            unread: besides the layout's own.
+        """Their weights `state` under our names, with the names, shapes and dtypes of `wanted`, the model's, which may
+        be on the meta device; `unread` is besides the layout's own.
 
         Raises:
             ValueError: missing or unknown names, other shapes.
@@ -151,11 +146,7 @@ class Layout:
         return out
 
     def pairs(self, names: Iterable[str]) -> Iterator[Pair]:
-        """What belongs together, here and there.
-
-        Raises:
-            KeyError: a name without a row.
-        """
+        """What belongs together, here and there; a KeyError for a name without a row."""
         found = (self._pair(name) for name in names if name not in self.tied)
         return (pair for pair in found if pair)
 

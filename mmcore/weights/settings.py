@@ -75,11 +75,7 @@ class Settings:
     plain: Callable[[Any], Any] = lambda config: config
 
     def check(self, op: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """A file's settings, dotted.
-
-        Raises:
-            ValueError: another model type, a setting that our model does not have.
-        """
+        """A file's settings, dotted; a ValueError for another model type, or a setting that our model does not have."""
         theirs, what = _flat(self.current(raw)), self.what
         model_type, known = theirs.get("model_type"), " or ".join(map(repr, self.model_types))
         is_known = not known or model_type in self.model_types
@@ -94,11 +90,7 @@ class Settings:
         return theirs
 
     def read(self, op: str, raw: Mapping[str, Any]) -> Any:
-        """Our settings of a file's.
-
-        Raises:
-            ValueError: as `check`, or one that every file has is missing.
-        """
+        """Our settings of a file's; errors as of `check`, or where one that every file has is missing."""
         theirs = self.check(op, raw)
         ours: dict[str, Any] = {}
         for name, key in self.keys.items():
@@ -108,11 +100,7 @@ class Settings:
         return self.kind(**{n: self.kinds[n](**x) if n in self.kinds else x for n, x in _nested(ours).items()})
 
     def write(self, op: str, config: Any) -> dict[str, Any]:
-        """What a file holds for our settings.
-
-        Raises:
-            ValueError: a setting that it could not be read back as.
-        """
+        """What a file holds for our settings; a ValueError for one that it could not be read back as."""
         ours = self._dotted(self.plain(config))
         theirs = {key.name: key.write(ours[name], ours) for name, key in self.keys.items()}
         theirs |= {name: x(ours) if callable(x) else x for name, x in self.written.items()}

@@ -14,7 +14,7 @@ from mmcore.recipe import Step
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.steps import stage2_loss
-from mmcore.systems.llava.loader import ChatPart
+from mmcore.systems.llava.inputs import ChatPart
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable
 from mmcore.systems.llava.recipe import LlavaStage1
 from mmcore.train.optim import OptimConfig, Rule, param_groups

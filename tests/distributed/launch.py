@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,12 @@ def finish(folder: Path, result: dict[str, Any]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def serve(work: Callable[..., dict[str, Any]]) -> NoReturn:
+    """What a worker runs: its work in its folder, of the arguments that its test gives."""
+    folder = Path(sys.argv[1])
+    finish(folder, work(folder, **json.loads((folder / "arguments.json").read_text())))
 
 
 def run_ranks(

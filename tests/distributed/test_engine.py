@@ -1,4 +1,4 @@
-"""Training under ZeRO 0 to 3 on 2 ranks against one process in plain PyTorch."""
+"""Training under ZeRO 0 to 3 on 2 ranks against one process in plain PyTorch, and against itself after a resume."""
 
 import functools
 from pathlib import Path
@@ -7,28 +7,43 @@ from typing import Any
 import pytest
 import torch
 
+from mmcore import checkpoint
 from mmcore.train.optim import make_optimizer, param_groups, weight_decay_schedule
+from mmcore.train.state import read_state
 from tests.distributed import tiny
 from tests.distributed.launch import run_ranks
 
-STEPS = 5
-FROZEN_UNTIL, RATE = 2, 0.5
-# What is trained otherwise than by AdamW: its settings, the steps that the text tower is frozen for.
-OTHERS: dict[str, tuple[dict[str, Any], int]] = {
-    "sgd": ({"optimizer": "sgd", "lr": 1.0, "clip_each": 0.02}, 0), "lars": ({"optimizer": "lars", "lr": 10.0}, 0),
-    "muon": ({"optimizer": "muon"}, 0), "frozen": ({"weight_decay": 0.04, "weight_decay_end": 0.4}, FROZEN_UNTIL),
+WHOLE, HALF = 5, 3
+STAGES = range(4)
+# the text tower is still frozen when a run is saved
+FROZEN = {"optim": {"weight_decay": 0.04, "weight_decay_end": 0.4}, "frozen_until": HALF + 1, "rate": 0.5}
+RECIPES: dict[str, dict[str, Any]] = {
+    "adamw": {}, "accum": {"accum": 2}, "frozen": FROZEN,
+    "sgd": {"optim": {"optimizer": "sgd", "lr": 1.0, "clip_each": 0.02}},
+    "lars": {"optim": {"optimizer": "lars", "lr": 10.0}},
+    "muon": {"optim": {"optimizer": "muon", "weight_decay_end": 0.4}},
 }  # fmt: skip
+RUNS = {f"{name}-zero{zero}": {"zero": zero, **recipe} for name, recipe in RECIPES.items() for zero in STAGES}
+RUNS |= {f"bf16-zero{zero}": {"zero": zero, "precision": "bf16"} for zero in (1, 3)}
+RUNS["bf16-frozen"] = {"zero": 1, "precision": "bf16", **FROZEN}
+RESUMED = [name for name in RUNS if name.startswith(("adamw", "frozen", "bf16"))] + [
+    "sgd-zero2",
+    "lars-zero1",
+    "muon-zero1",
+]
+MOVES = [(0, 3), (1, 1), (2, 2), (3, 3), (3, 0), (1, 2)]
+Runs = tuple[Path, list[dict[str, Any]]]
 
 
 @functools.cache
 def truth_of(name: str) -> dict[str, Any]:
     """Plain PyTorch in float64 on the whole batch: the same recipe without DeepSpeed, ranks or blocks."""
-    settings, frozen_until = OTHERS.get(name, ({}, 0))
-    optim = tiny.optim(settings)
+    recipe = RECIPES[name]
+    optim, frozen_until = tiny.optim(recipe.get("optim", {})), recipe.get("frozen_until", 0)
     model = tiny.TwoTower(torch.float64)
     optimizer = make_optimizer(param_groups(model, optim, tiny.rules(frozen_until)), optim)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(WHOLE):
         images, tokens = tiny.batch(8, step, torch.float64)
         loss = tiny.eager_loss(*model(images, tokens))
         optimizer.zero_grad()
@@ -39,7 +54,7 @@ def truth_of(name: str) -> dict[str, Any]:
             if group["params"][0].ndim > 1:
                 group["weight_decay"] = weight_decay_schedule(optim, tiny.TOTAL)(step)
             if frozen_until and group["params"][0] is not model.embed.weight:
-                group["lr"] = RATE * optim.lr
+                group["lr"] = recipe["rate"] * optim.lr
         most = 1.0 if optim.clip_each is None else float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), most)))
         optimizer.step()
@@ -57,45 +72,100 @@ def farthest(state: dict, truth: dict, key: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Unbroken runs on 2 ranks, and those that go on from where some of them were saved half-way."""
     folder = tmp_path_factory.mktemp("engine")
-    settings: list[dict[str, Any]] = [
-        {"id": f"adamw-zero{z}-accum{a}", "zero": z, "accum": a, "steps": STEPS} for z in range(4) for a in (1, 2)
-    ]
-    for name, (optim, until) in OTHERS.items():
-        common = {"optim": optim, "frozen_until": until, "steps": STEPS, "rate": RATE if until else 1.0}
-        settings += [{"id": f"{name}-zero{z}-accum1", "zero": z, **common} for z in range(4)]
-    short = {"frozen_until": FROZEN_UNTIL, "steps": FROZEN_UNTIL}
-    settings += [{"id": f"short-zero{z}", "zero": z, **short} for z in range(4)]
+    settings = []
+    for name, run in RUNS.items():
+        settings.append({"id": name, "steps": WHOLE, **run})
+        if name in RESUMED:
+            settings[-1] |= {"save_at": HALF, "save": str(folder / name)}
+            settings.append({"id": f"{name}-resumed", "steps": WHOLE, "resume": str(half_of(folder, name)), **run})
     return folder, run_ranks("worker_engine", 2, folder, runs=settings)
 
 
-@pytest.mark.parametrize(("name", "accum"), [("adamw", 1), ("adamw", 2), *((name, 1) for name in OTHERS)])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_two_ranks_train_as_one_process(runs, zero, name, accum):
+@pytest.fixture(scope="module")
+def elsewhere(runs: Runs) -> Runs:
+    """Each stage's checkpoint, continued by one process at another stage."""
+    folder = runs[0] / "elsewhere"
+    settings = [
+        {"id": f"{a}-to-{b}", "zero": b, "steps": WHOLE, "resume": str(half_of(runs[0], f"adamw-zero{a}"))}
+        for a, b in MOVES
+    ]
+    return folder, run_ranks("worker_engine", 1, folder, runs=settings)
+
+
+def half_of(folder: Path, run: str) -> Path:
+    return checkpoint.step_folder(folder / run, HALF)
+
+
+def state(folder: Path, run: str) -> dict[str, dict[str, torch.Tensor]]:
+    return torch.load(folder / f"{run}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("zero", STAGES)
+def test_two_ranks_train_as_one_process(runs: Runs, zero: int, name: str) -> None:
     folder, results = runs
-    run, truth = f"{name}-zero{zero}-accum{accum}", truth_of(name)
-    state = torch.load(folder / f"{run}.pt", weights_only=True)
+    run, truth = f"{name}-zero{zero}", truth_of(name)
+    found = state(folder, run)
     for result in results:  # every rank reports the loss of the global batch
         torch.testing.assert_close(result[run]["losses"], truth["losses"], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(result[run]["norms"], truth["norms"], rtol=1e-5, atol=1e-5)
-    assert state.keys() | {"losses", "norms"} == truth.keys()
+    assert found.keys() | {"losses", "norms"} == truth.keys()
     # Adam divides by the root of the second moment: near-zero gradients amplify fp32 rounding up to lr = 1e-2
     # times their relative error, so weights are held to 1 % of one step.
-    for key in state:
-        assert farthest(state, truth, key) < 1e-4
+    for key in found:
+        assert farthest(found, truth, key) < 1e-4
 
 
-def test_a_step_that_is_not_the_one_that_is_due_is_refused(runs):
-    assert runs[1][0]["adamw-zero1-accum1"]["error"] == (
-        f"Engine.step: step must be {STEPS}, the one that is due, got {STEPS - 1}"
+def test_a_step_that_is_not_the_one_that_is_due_is_refused(runs: Runs) -> None:
+    assert runs[1][0]["adamw-zero1"]["error"] == (
+        f"Engine.step: step must be {WHOLE}, the one that is due, got {WHOLE - 1}"
     )
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_frozen_parameters_stay_to_the_bit_without_moments_or_gradient(runs, zero):
-    state = torch.load(runs[0] / f"short-zero{zero}.pt", weights_only=True)
+@pytest.mark.parametrize("zero", STAGES)
+def test_frozen_parameters_stay_to_the_bit_without_moments_or_gradient(runs: Runs, zero: int) -> None:
+    saved = half_of(runs[0], f"frozen-zero{zero}")
+    weight, ema, exp_avg = (dict(checkpoint.tensors(saved, key)) for key in ("weight", "ema", "exp_avg"))
     for name, p in tiny.TwoTower().named_parameters():
         frozen = name.startswith("text.")
-        assert torch.equal(state["weight"][name], p) == torch.equal(state["ema"][name], p) == frozen
-        assert (state["exp_avg"][name].count_nonzero() == 0) == frozen
+        assert torch.equal(weight[name], p) == torch.equal(ema[name], p) == frozen
+        assert (exp_avg[name].count_nonzero() == 0) == frozen
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_is_bit_equal_to_an_unbroken_one(runs: Runs, name: str) -> None:
+    folder, results = runs
+    assert results[0][f"{name}-resumed"]["losses"] == results[0][name]["losses"][HALF:]
+    whole, resumed = state(folder, name), state(folder, f"{name}-resumed")
+    assert whole.keys() == resumed.keys()
+    for key, tensors in whole.items():
+        for parameter, value in tensors.items():
+            assert torch.equal(value, resumed[key][parameter]), (key, parameter)
+
+
+@pytest.mark.parametrize("move", MOVES, ids=str)
+def test_checkpoint_moves_to_another_stage_and_number_of_ranks(
+    runs: Runs, elsewhere: Runs, move: tuple[int, int]
+) -> None:
+    whole, moved = f"adamw-zero{move[0]}", f"{move[0]}-to-{move[1]}"
+    expected = runs[1][0][whole]["losses"][HALF:]
+    torch.testing.assert_close(elsewhere[1][0][moved]["losses"], expected, rtol=2e-6, atol=2e-6)
+    for key in ("weight", "ema"):  # to 1 % of a step, lr = 1e-2
+        assert farthest(state(elsewhere[0], moved), state(runs[0], whole), key) < 1e-4
+
+
+def test_a_checkpoint_is_json_and_safetensors_and_a_damaged_one_is_refused_by_the_name_of_its_file(runs: Runs) -> None:
+    written = half_of(runs[0], "adamw-zero2")
+    assert {p.suffix for p in written.iterdir()} == {".json", ".safetensors"}
+    assert read_state(written)["step"] == HALF and read_state(written)["note"] == "kept"
+    path = written / "ema-00000.safetensors"
+    data = path.read_bytes()
+    for damaged, message in ((data[:-1], ""), (data[:-1] + bytes([data[-1] ^ 1]), ""), (None, " is missing")):
+        checkpoint.verify(written)
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"damaged: ema-00000.safetensors{message}"):
+            checkpoint.verify(written)
+        path.write_bytes(data)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmcore.losses import global_token_contrastive_loss
 from mmkernels import contrastive_loss_ref, sigmoid_loss_ref, token_contrastive_loss_ref
-from tests.distributed import cases, tiny, worker_losses
+from tests.distributed import cases, worker_losses
 from tests.distributed.launch import run_ranks
 from tests.mmcore.integrations import dual_encoders
 
@@ -100,7 +100,7 @@ def test_float32_is_within_the_contract_of_the_reference(results):
 
 @pytest.fixture(scope="module")
 def by_triton(tmp_path_factory):
-    return run_ranks("worker_triton", 2, tmp_path_factory.mktemp("triton"), interpret=True)
+    return run_ranks("worker_losses", 2, tmp_path_factory.mktemp("triton"), interpret=True, kernels=True)
 
 
 @pytest.mark.parametrize("key", LOSSES)
@@ -114,18 +114,6 @@ def test_blocks_of_which_no_logit_survives_the_shift_add_nothing(by_triton, exch
     expected = contrastive_loss_ref(x, x, 100.0).item()
     for result in by_triton:
         assert abs(result["apart"][exchange] - expected) < 1e-5 * expected
-
-
-def test_a_model_gets_the_gradient_of_the_global_batch(results):
-    model = tiny.TwoTower(torch.float64)
-    loss = tiny.eager_loss(*model(*tiny.batch(12, 0, torch.float64)))
-    loss.backward()
-    for result in results:
-        assert abs(result["model"]["loss"] - loss.item()) < 1e-10
-        for name, p in model.named_parameters():
-            assert p.grad is not None and p.grad.abs().max() > 1e-3
-            found = tensor(result["model"]["gradients"][name])
-            assert (found - p.grad).abs().max() < 1e-10, name
 
 
 SAME = ["D", "dtype", "labels", "negatives", "teacher", "symmetric", "label_smoothing", "gather_limit_bytes"]
@@ -161,7 +149,7 @@ def test_a_mistake_of_one_rank_is_an_error_on_all(results, name, complaint):
 
 
 def test_the_ring_never_holds_the_gathered_features(results):
-    gathered, two_shards = len(results) * 2 * 4096 * 4, 2 * 2 * 4096 * 4
+    gathered, two_shards = len(results) * 2 * 4096, 2 * 2 * 4096
     for result in results:
         assert result["largest"]["gathered"] >= gathered and result["largest"]["ring"] < two_shards
 

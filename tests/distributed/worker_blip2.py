@@ -1,6 +1,5 @@
 """BLIP-2's first stage on these ranks: rows from others, hard negatives, a whole step's losses and gradients."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.data.text.wordpiece import Texts
-from mmcore.losses import fetch_rows, global_token_contrastive_loss, hard_negatives, pair_labels
+from mmcore.losses import fetch_rows, hard_negatives, pair_labels
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.steps import Pair, stage1_losses
-from tests.distributed.launch import finish
+from tests.distributed.launch import serve
 
 SIZE, LENGTH, VOCAB = 8, 6, 50
 # pairs 1 and 5 show one image, 2 and 6 have one caption, 5 and 6 join the two
@@ -62,41 +61,6 @@ def step(rows: slice) -> dict[str, Any]:
     return {"losses": {name: x.item() for name, x in losses.items()}, "grads": grads}
 
 
-def lavis(tokens: Tensor, b: Tensor, rows: slice) -> Tensor:
-    """LAVIS's contrastive loss: on more than one rank features are gathered without their gradients."""
-    world_size = dist.get_world_size()
-    all_tokens, all_b = [tokens], [b]
-    if world_size > 1:
-        all_tokens, all_b = ([torch.empty_like(x) for _ in range(world_size)] for x in (tokens, b))
-        dist.all_gather(all_tokens, tokens.detach().contiguous())
-        dist.all_gather(all_b, b.detach().contiguous())
-    i2t = torch.einsum("mqd,nd->mnq", tokens, torch.cat(all_b)).amax(2) / 0.07
-    t2i = torch.einsum("md,nqd->mnq", b, torch.cat(all_tokens)).amax(2) / 0.07
-    targets = torch.arange(SIZE)[rows]
-    parts = (F.cross_entropy(x, targets, label_smoothing=0.1) for x in (i2t, t2i))
-    return sum(parts, torch.zeros(())) / 2
-
-
-def contrast(rows: slice) -> dict[str, list[float]]:
-    """Gradients of the features' common factor, averaged over ranks: ours and LAVIS's."""
-    generator = torch.Generator().manual_seed(3)
-    tokens = F.normalize(torch.randn(SIZE, 3, 8, generator=generator, dtype=torch.float64), dim=-1)[rows]
-    b = F.normalize(torch.randn(SIZE, 8, generator=generator, dtype=torch.float64), dim=-1)[rows]
-    found = {}
-    for name in ("ours", "lavis"):
-        factor = torch.ones(8, dtype=torch.float64, requires_grad=True)
-        features = tokens * factor, b * factor
-        if name == "ours":
-            loss = global_token_contrastive_loss(*features, 1 / 0.07, label_smoothing=0.1)
-        else:
-            loss = lavis(*features, rows)
-        loss.backward()
-        assert factor.grad is not None
-        dist.all_reduce(factor.grad)
-        found[name] = (factor.grad / dist.get_world_size()).tolist()
-    return found
-
-
 def negatives(rows: slice, draws: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     tokens = F.normalize(torch.randn(SIZE, 3, 8, generator=generator), dim=-1)[rows]
@@ -107,7 +71,7 @@ def negatives(rows: slice, draws: int) -> dict[str, Any]:
     return {name: [getattr(x, name).tolist() for x in drawn] for name in ("images", "texts")}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = SIZE // world_size
@@ -117,7 +81,7 @@ def main(folder: Path) -> None:
     # ranks of different sizes, the first without any
     uneven = [0, *([1] * (world_size - 2)), SIZE - world_size + 2] if world_size > 1 else [SIZE]
     first = sum(uneven[:rank])
-    result = {
+    return {
         "fetched": fetch_rows(table[rows], wanted).tolist(),
         "uneven": fetch_rows(table[first : first + uneven[rank]], wanted).tolist(),
         "nothing": list(fetch_rows(table[rows], wanted[:0]).shape),
@@ -128,11 +92,9 @@ def main(folder: Path) -> None:
             text_ids=torch.arange(share), generator=torch.Generator(),
         ).images.tolist(),
         "negatives": negatives(rows, 400),
-        "contrast": contrast(rows),
         "step": step(rows),
     }  # fmt: skip
-    finish(folder, result)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    serve(main)

@@ -1,8 +1,6 @@
 """EMA of DeepSpeed's engine in each setting given, against the EMA of a plain module of the same weights."""
 
 import copy
-import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.ema import EMA, warmed_up, zero
 from mmcore.nn import FeatureQueue, MomentumEncoder
@@ -20,8 +17,9 @@ from mmcore.train.config import EngineConfig
 from mmcore.train.deepspeed_json import deepspeed_config
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer
-from tests.distributed.launch import finish
+from tests.distributed.launch import serve
 from tests.distributed.tiny import Averaged, averaged_batch
+from tests.kernels.recorded import Operations
 
 zero.PIECE_BYTES = 300  # so that there are several
 STEPS = 3
@@ -74,19 +72,6 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 
 def weights(model: nn.Module, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if n in like}
-
-
-class Collectives(TorchDispatchMode):
-    """Names of those that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -143,8 +128,9 @@ class Case:
                         x.copy_(full(held[name], self.run["zero"]))
                 for x, y in zip(self.truth.buffers(), self.engine.module.buffers(), strict=True):
                     x.copy_(y)
-            with Collectives() as self.collectives:
+            with Operations() as seen:
                 self.ema.update()
+            self.collectives = seen.collectives
             self.true_ema.update()
             also()
 
@@ -187,7 +173,7 @@ class Case:
         self.ema.save(folder / f"{name}.safetensors")
         if rank == 0:
             torch.save(averages | self.true_ema.buffer_averages, folder / f"{name}.pt")
-        found["num_updates"], found["collectives"] = self.ema.num_updates, self.collectives.names
+        found["num_updates"], found["collectives"] = self.ema.num_updates, self.collectives
         found["refused"] = self.refused(folder)
         return found
 
@@ -239,21 +225,18 @@ def momentum() -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    arguments = json.loads((folder / "arguments.json").read_text())
+def main(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     init_distributed()
     results: dict[str, Any] = {}
     last = "first"
-    for run in arguments["runs"]:
+    for run in runs:
         case = Case(run)
         result = case.check(folder)
         expected = torch.load(folder / f"{last}.pt", weights_only=True)
         result["loaded"] = case.loads(folder / f"{last}.safetensors", expected)
         results[run["id"]], last = result, run["id"]
         case.engine.destroy()
-    results["momentum"] = momentum()
-    finish(folder, results)
+    return results | {"momentum": momentum()}
 
 
-main()
+serve(main)

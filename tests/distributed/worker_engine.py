@@ -1,7 +1,5 @@
 """Trains TwoTower under the engine for a few steps in each setting given, and writes weights, states and losses."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import OptimConfig, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.state import read_state, restore_engine, save_state
 from tests.distributed import tiny
-from tests.distributed.launch import finish
+from tests.distributed.launch import serve
 
 
 def make_engine(run: dict[str, Any], optim: OptimConfig) -> tuple[Engine, int]:
@@ -37,12 +35,10 @@ def make_engine(run: dict[str, Any], optim: OptimConfig) -> tuple[Engine, int]:
     return engine, start
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    arguments = json.loads((folder / "arguments.json").read_text())
+def main(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     rank, world_size = init_distributed()
     results = {}
-    for run in arguments["runs"]:
+    for run in runs:
         optim = tiny.optim(run.get("optim", {}))
         engine, start = make_engine(run, optim)
         losses, norms = [], []
@@ -68,7 +64,7 @@ def main() -> None:
         except ValueError as error:
             results[run["id"]]["error"] = str(error)
         engine.close()
-    finish(folder, results)
+    return results
 
 
-main()
+serve(main)

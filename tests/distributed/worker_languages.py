@@ -1,12 +1,9 @@
 """Trains models with a language model under the engine, in each setting given; the last rank has no images."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mmcore import checkpoint
 from mmcore.train.config import EngineConfig
@@ -16,7 +13,7 @@ from mmcore.train.optim import make_optimizer
 from mmcore.train.state import save_state
 from tests.distributed import languages
 from tests.distributed.languages import OPTIM
-from tests.distributed.launch import finish
+from tests.distributed.launch import serve
 
 
 def trained(run: dict[str, Any], folder: Path, rank: int, world_size: int) -> dict[str, Any]:
@@ -50,12 +47,9 @@ def trained(run: dict[str, Any], folder: Path, rank: int, world_size: int) -> di
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     ranks = init_distributed()
-    runs = json.loads((folder / "arguments.json").read_text())["runs"]
-    results = {run["id"]: trained(run, folder, *ranks) for run in runs}
-    dist.barrier()
-    finish(folder, results)
+    return {run["id"]: trained(run, folder, *ranks) for run in runs}
 
 
-main(Path(sys.argv[1]))
+serve(main)

@@ -1,7 +1,6 @@
 """Every variant of the distributed losses on these ranks: values, gradients, refusals and the memory they take."""
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.integrations.contrastive import use_global_loss
 from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
+from mmkernels._device import runs_triton
 from tests.distributed import cases, drop_in, tiny
-from tests.distributed.launch import finish
+from tests.distributed.launch import serve
+from tests.kernels.recorded import Operations
 from tests.mmcore.integrations import dual_encoders
 
 DUAL_ENCODERS = ("CLIP", "SigLIP")
@@ -48,39 +48,36 @@ sigmoid = partial(run, global_sigmoid_loss, "a", (cases.SCALE, cases.BIAS))
 token = partial(run, global_token_contrastive_loss, "tokens", (cases.SCALE,))
 
 
-def variants(one: Callable[..., Any], named: dict[str, cases.Case]) -> dict[str, Any]:
-    layouts = cases.LAYOUTS[dist.get_world_size()]
+def variants(
+    one: Callable[..., Any],
+    named: dict[str, cases.Case],
+    names: Iterable[str] = (),
+    layouts: Iterable[str] = (),
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Of all names and layouts, if none are given."""
+    counts = cases.LAYOUTS[dist.get_world_size()]
     return {
-        f"{name}; {layout}; {exchange}": one(counts, case, limit)
-        for name, case in named.items()
-        for layout, counts in layouts.items()
+        f"{name}; {layout}; {exchange}": one(counts[layout], named[name], limit, dtype)
+        for name in names or named
+        for layout in layouts or counts
         for exchange, limit in cases.EXCHANGES.items()
     }
 
 
-def of_model(model: torch.nn.Module, loss: Tensor) -> dict[str, Any]:
-    """Loss and data-parallel mean of the gradients of a whole model."""
-    loss.backward()
-    gradients = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
-            gradients[name] = (p.grad / dist.get_world_size()).tolist()
-    return {"loss": loss.item(), "gradients": gradients}
-
-
-def two_tower() -> dict[str, Any]:
-    model = tiny.TwoTower(torch.float64)
-    images, tokens = (mine(x) for x in tiny.batch(12, 0, torch.float64))
-    return of_model(model, global_contrastive_loss(*model(images, tokens)))
-
-
 def dual_encoder(name: str) -> dict[str, Any]:
-    """One of transformers after `use_global_loss`."""
+    """Loss and data-parallel mean of the gradients of a model of transformers after `use_global_loss`."""
     model = dual_encoders.make(name)
     use_global_loss(model)
     batch = {key: mine(x) for key, x in dual_encoders.batch(12).items()}
-    return of_model(model, model(**batch, return_loss=True).loss)
+    loss = model(**batch, return_loss=True).loss
+    loss.backward()
+    gradients = {}
+    for parameter, p in model.named_parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            gradients[parameter] = (p.grad / dist.get_world_size()).tolist()
+    return {"loss": loss.item(), "gradients": gradients}
 
 
 def mine(x: Tensor) -> Tensor:
@@ -123,30 +120,15 @@ def refusals() -> dict[str, str]:
     return {name: message(call) for name, call in calls.items()}
 
 
-class LargestTensor(TorchDispatchMode):
-    """The size in bytes of the largest tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(x, Tensor):
-                self.num_bytes = max(self.num_bytes, x.nbytes)
-        return result
-
-
 def largest_tensors() -> dict[str, int]:
     sizes = {}
     for exchange, limit in cases.EXCHANGES.items():
         features = torch.ones(2, 4096, requires_grad=True)
-        with LargestTensor() as largest:
+        with Operations() as seen:
             global_contrastive_loss(features, features, 1.0, gather_limit_bytes=limit).backward()
             global_sigmoid_loss(features, features, 1.0, 0.0, gather_limit_bytes=limit).backward()
             global_token_contrastive_loss(features[:, None], features, 1.0, gather_limit_bytes=limit).backward()
-        sizes[exchange] = largest.num_bytes
+        sizes[exchange] = seen.largest
     return sizes
 
 
@@ -185,25 +167,32 @@ def special() -> dict[str, Any]:
     return results
 
 
-def main() -> None:
+def by_kernels() -> dict[str, Any]:
+    """On the Triton kernels, which an interpreter runs: float32, uneven ranks."""
+    assert runs_triton(torch.empty(1))
+    few: dict[str, Any] = {"layouts": ["uneven"], "dtype": torch.float32}
+    return {
+        "variants": variants(contrastive, cases.CASES, ["everything", "normalized"], **few),
+        "sigmoid": variants(sigmoid, cases.SIGMOID_CASES, ["plain"], **few),
+        "token": variants(token, cases.TOKEN_CASES, ["masked, smoothed"], **few),
+        "apart": {exchange: apart(limit, torch.float32) for exchange, limit in cases.EXCHANGES.items()},
+    }
+
+
+def main(folder: Path, kernels: bool = False) -> dict[str, Any]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    float32 = {
-        f"{name}; {exchange}": contrastive(
-            cases.LAYOUTS[dist.get_world_size()]["one empty"], cases.CASES[name], limit, torch.float32
-        )
-        for name in ("plain", "everything")
-        for exchange, limit in cases.EXCHANGES.items()
-    }
-    result = {
-        "variants": variants(contrastive, cases.CASES), "sigmoid": variants(sigmoid, cases.SIGMOID_CASES),
-        "token": variants(token, cases.TOKEN_CASES), "drop-in": drop_in.compared(),
-        "misplaced": message(drop_in.misplaced), "float32": float32, "refusals": refusals(), "model": two_tower(),
-        "dual encoders": {name: dual_encoder(name) for name in DUAL_ENCODERS},
-        "largest": largest_tensors(), "special": special(),
+    if kernels:
+        return by_kernels()
+    return {
+        "variants": variants(contrastive, cases.CASES),
+        "float32": variants(contrastive, cases.CASES, ["plain", "everything"], ["one empty"], torch.float32),
+        "sigmoid": variants(sigmoid, cases.SIGMOID_CASES), "token": variants(token, cases.TOKEN_CASES),
+        "drop-in": drop_in.compared(), "misplaced": message(drop_in.misplaced), "refusals": refusals(),
+        "dual encoders": {name: dual_encoder(name) for name in DUAL_ENCODERS}, "largest": largest_tensors(),
+        "special": special(),
     }  # fmt: skip
-    finish(Path(sys.argv[1]), result)
 
 
 if __name__ == "__main__":
-    main()
+    serve(main)

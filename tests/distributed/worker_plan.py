@@ -28,7 +28,7 @@ from mmcore.recipe import Step
 from mmcore.systems.clip.model import CLIP
 from mmcore.systems.clip.plan import clip_job
 from mmcore.systems.clip.shapes import clip_config
-from mmcore.systems.llava.loader import ChatPart
+from mmcore.systems.llava.inputs import ChatPart
 from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.systems.llava.plan import llava_job_of
 from mmcore.systems.llava.recipe import LlavaStage1

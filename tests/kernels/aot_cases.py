@@ -36,7 +36,7 @@ POINTERS = {"mask": "*u8"} | {
     )
     for name in names.split()
 }
-FLOATS = {"attention": ("scale", "keep_scale"), "linear": ("z_loss",), "lists": ("max_norm", "weight", "decay")}
+FLOATS = set("scale keep_scale z_loss max_norm weight decay".split())
 ODD = set("M N N1 K H groups threshold offset V B C Q first_owner last_owner".split())
 
 
@@ -51,7 +51,6 @@ class Case:
         table: its op's launch table.
         constants: its flags and its inner strides.
         pointers: of names that elsewhere are of another type.
-        floats: scalars that are floats.
         is_odd: whether sizes that are no multiples of 16 are compiled too.
         products: whether it multiplies matrices.
         product_rows: which side of the tile is the rows of its products.
@@ -64,7 +63,6 @@ class Case:
     table: Table
     constants: Mapping[str, Any]
     pointers: Mapping[str, str] = field(default_factory=dict)
-    floats: tuple[str, ...] = ()
     is_odd: bool = True
     products: bool = True
     product_rows: str = "block_m"
@@ -75,7 +73,7 @@ class Case:
 
     def type_of(self, argument: str, element: str) -> str:
         if not argument.endswith("_ptr"):
-            return "fp32" if argument in self.floats else "i32"
+            return "fp32" if argument in FLOATS else "i32"
         name = argument.removesuffix("_ptr")
         return {**POINTERS, **self.pointers}.get(name, f"*{element}" if name in OPERANDS else "*fp32")
 
@@ -92,30 +90,20 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     """A contrastive kernel with every flag on but the named ones."""
     constants = on("SYMMETRIC HAS_POSITIVES HAS_GRAD HAS_DSCALE") | {"stride_ad": 1, "stride_bd": 1}
     constants |= {"HAS_TEACHER": row.endswith("teacher"), "SHIFTED": False, **flags}
-    name = named("contrastive", flags)
-    return Case(name, kernel, row, contrastive_launch.TABLE, constants, {"scale": "*fp64"})
+    return Case(named("contrastive", flags), kernel, row, contrastive_launch.TABLE, constants, {"scale": "*fp64"})
 
 
-def sigmoid_case(has_labels: bool, has_grad: bool) -> Case:
-    constants = {"stride_ad": 1, "stride_bd": 1, "HAS_LABELS": has_labels, "HAS_GRAD": has_grad}
-    name, row = "sigmoid" if has_grad else "sigmoid-loss", "fwd_labels" if has_labels else "fwd"
-    kernel = sigmoid._sigmoid_fwd_kernel
-    constants["HAS_SUMS"] = has_grad
-    return Case(name, kernel, row, sigmoid_launch.TABLE, constants, {"bias": "*fp32"})
-
-
-def attention_case(kernel: Any, row: str, size: int, **flags: Any) -> Case:
+def attention_case(row: str, size: int, **flags: Any) -> Case:
     """An attention kernel at the largest head dimension of a row."""
     off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS"), False)
-    rich = "_rich" if flags.keys() - {"NUM_ENDS"} else ""
+    rich = "_rich" if flags else ""
     return Case(
         named("attention", flags),
-        kernel,
+        ATTENTION[row],
         f"{row}{rich}_{size}",
         attention_launch.TABLE,
         {"NUM_ENDS": 2, "BIAS": "none", **off, **flags, "BLOCK_K": size},
         {"bias": "*u8"},
-        FLOATS["attention"],
         is_odd=not rich,
         product_rows="block_n" if row == "bwd_k" else "block_m",
         elements=("bf16", "fp32"),
@@ -126,34 +114,33 @@ def lists_case(row: str, dtypes: str, name: str = "", **constants: Any) -> Case:
     """Of all combinations of the lists' dtypes: 0 for none, 1 float32, 2 float16, 3 bfloat16, 4 bytes."""
     digits = product(*(map(int, kinds) for kinds in dtypes.split()))
     kinds = tuple(sum(d << (DIGIT_BITS * i) for i, d in enumerate(combination)) for combination in digits)
-    return Case(
-        f"{row}{name}",
-        getattr(lists, f"_{row}_kernel"),
-        row,
-        lists_launch.TABLE,
-        {"KINDS": kinds, "BLOCK": lists_launch.CHUNK, **constants},
-        {"factors": "*fp64", "sums": "*fp64"},
-        FLOATS["lists"],
-        products=False,
-    )
+    constants = {"KINDS": kinds, "BLOCK": lists_launch.CHUNK, **constants}
+    kernel = getattr(lists, f"_{row}_kernel")
+    pointers = {"factors": "*fp64", "sums": "*fp64"}
+    return Case(f"{row}{name}", kernel, row, lists_launch.TABLE, constants, pointers, products=False)
 
 
-def token_case(row: str, kernel: Any, flag: bool, block_q: int) -> Case:
+def sigmoid_case(has_labels: bool, has_grad: bool) -> Case:
+    constants = {"stride_ad": 1, "stride_bd": 1, "HAS_LABELS": has_labels, "HAS_GRAD": has_grad, "HAS_SUMS": has_grad}
+    name, row = "sigmoid" if has_grad else "sigmoid-loss", "fwd_labels" if has_labels else "fwd"
+    return Case(name, sigmoid._sigmoid_fwd_kernel, row, sigmoid_launch.TABLE, constants, {"bias": "*fp32"})
+
+
+def token_case(row: str, flag: bool, block_q: int) -> Case:
     constants = dict.fromkeys(("HAS_MASK", "HAS_LABELS", "HAS_TOTALS"), flag) | {"stride_td": 1, "stride_bd": 1}
     constants |= on("HAS_POSITIVES HAS_GRAD HAS_DSCALE") | {"BLOCK_Q": block_q}
-    return Case(f"token_contrastive-{block_q}", kernel, row, token_launch.TABLE, constants)
+    return Case(f"token_contrastive-{block_q}", TOKENS[row], row, token_launch.TABLE, constants)
 
 
 def cross_entropy_case(name: str, flag: bool) -> Case:
-    constants, kernel = ({"HAS_BIAS": flag, "HAS_GRAD": flag}, linear_cross_entropy._linear_cross_entropy_fwd_kernel)
+    constants, kernel = {"HAS_BIAS": flag, "HAS_GRAD": flag}, linear_cross_entropy._linear_cross_entropy_fwd_kernel
     table = linear_cross_entropy_launch.TABLE
-    name = f"linear_cross_entropy[{name}]"
-    return Case(name, kernel, "fwd", table, constants, floats=FLOATS["linear"], products=False)
+    return Case(f"linear_cross_entropy[{name}]", kernel, "fwd", table, constants, products=False)
 
 
-def distill_case(row: str, kernel: Any, centered: bool) -> Case:
+def distill_case(row: str, centered: bool) -> Case:
     name, constants = f"distill[HAS_CENTER={centered}]", {"HAS_CENTER": centered}
-    return Case(name, kernel, row, distill_launch.TABLE, constants, {"grad": "*fp32"}, products=False)
+    return Case(name, DISTILL[row], row, distill_launch.TABLE, constants, {"grad": "*fp32"}, products=False)
 
 
 EVERYTHING = {"NUM_ENDS": 4, "BIAS": "bool"} | on("HAS_SLOPES HAS_DROPOUT HAS_SEGMENTS")
@@ -182,12 +169,7 @@ MULTI_TENSOR = (
 )
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
-    *(
-        attention_case(kernel, row, size, **flags)
-        for row, kernel in ATTENTION.items()
-        for size in (64, 128, 256)
-        for flags in ({}, EVERYTHING)
-    ),
+    *(attention_case(*row, **flags) for row in product(ATTENTION, (64, 128, 256)) for flags in ({}, EVERYTHING)),
     *MULTI_TENSOR,
     contrastive_case("fwd", FWD),
     contrastive_case("fwd", FWD, SHIFTED=True),
@@ -197,7 +179,8 @@ CASES = (
     contrastive_case("bwd", BWD, SYMMETRIC=False),
     contrastive_case("bwd_teacher", BWD),
     *(sigmoid_case(*flags) for flags in product((False, True), (True, False))),
-    *(cross_entropy_case(*case) for case in (("gradient", True), ("statistics", False))),
-    *(distill_case(row, kernel, flag) for row, kernel in DISTILL.items() for flag in (True, False)),
-    *(token_case(row, kernel, *x) for row, kernel in TOKENS.items() for x in ((False, 32), (True, 16))),
+    cross_entropy_case("gradient", True),
+    cross_entropy_case("statistics", False),
+    *(distill_case(*case) for case in product(DISTILL, (True, False))),
+    *(token_case(row, *x) for row in TOKENS for x in ((False, 32), (True, 16))),
 )

@@ -64,20 +64,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["aten", "native"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the two ways in which a CPU does the elementwise step on a tile."""
+    """Each of the two ways in which a CPU does elementwise work; under the interpreter Triton does most of it."""
     if request.param == "aten":
         monkeypatch.setattr(native, "AVAILABLE", False)
         monkeypatch.setattr(_tile, "BLOCK", 200)  # so that small tiles are several blocks
-    elif not native.AVAILABLE:
-        pytest.skip("the native step is not built: python setup.py build_ext --inplace")
-    return request.param
-
-
-@pytest.fixture(params=["aten", "native"])
-def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the ways in which this process walks lists of tensors: under the interpreter Triton's alone."""
-    if request.param == "aten":
-        monkeypatch.setattr(native, "AVAILABLE", False)
     elif INTERPRETED:
         pytest.skip("Triton serves this process")
     elif not native.AVAILABLE:

@@ -15,13 +15,14 @@ PRODUCTS = ("mm", "addmm", "_linear_pointwise")
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations by name, and the multiplications of matrix products; torch's own counter knows neither
-    oneDNN's products nor those in place."""
+    """Operations by name, collectives in order, the multiplications of matrix products, which torch's own counter
+    knows neither of oneDNN's nor in place, and the elements of the largest tensor that is returned."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
         self.multiplications = self.largest = 0
+        self.collectives: list[str] = []
 
     @property
     def products(self) -> int:
@@ -30,6 +31,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.names[name] += 1
+        if func.namespace == "c10d":
+            self.collectives.append(name)
         if name in PRODUCTS:
             x, y = args[1:3] if name == "addmm" else args[:2]
             self.multiplications += x.numel() * (y.shape[0] if name == "_linear_pointwise" else y.shape[1])

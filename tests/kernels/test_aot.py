@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import Launch
-from tests.kernels.aot_cases import CASES, FWD, MULTI_TENSOR, ODD, Case, contrastive_case
+from tests.kernels.aot_cases import CASES, FLOATS, FWD, MULTI_TENSOR, ODD, Case, contrastive_case
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -53,7 +53,7 @@ def compile_kernel(
             signature[argument] = "constexpr"
         else:
             signature[argument] = case.type_of(argument, element)
-            if argument not in case.floats and not (is_odd and argument in ODD):
+            if argument not in FLOATS and not (is_odd and argument in ODD):
                 attributes[index,] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes),

@@ -87,13 +87,6 @@ def test_queries_of_a_batch_of_one_serve_every_batch() -> None:
     torch.testing.assert_close(dq, of_each.sum(0, keepdim=True))
 
 
-def test_two_segments_are_their_concatenation() -> None:
-    q, k, v = operands()
-    mask = masks.prefix_causal(torch.tensor([3, 15]), 9, 20)
-    pairs = (k[:, :7], k[:, 7:]), (v[:, :7], v[:, 7:])
-    torch.testing.assert_close(ours(q, *pairs, mask=mask), ours(q, k, v, mask=mask))
-
-
 def test_autocast_brings_operands_of_different_dtypes_to_its_own() -> None:
     q, k, v = (torch.randn(2, 5, 3, 32) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):

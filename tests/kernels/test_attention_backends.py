@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -41,46 +42,32 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, slopes: Ten
     return attention_ref(q, k, v, mask=mask, scale=scale, alibi_slopes=slopes)
 
 
-def flash_attn_2(  # flash-attn 2.8.3
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
-    assert deterministic and dropout_p == 0.0
+# as flash-attn 2.8.3 has it, the hopper folder and flash-attn-4 in August 2026, and xformers 0.0.35: what we pass
+def flash_attn_2(q, k, v, *, softmax_scale, causal, alibi_slopes=None, deterministic):
+    assert deterministic
     assert alibi_slopes is None or alibi_slopes.dtype == torch.float32
     return _math(q, k, v, softmax_scale, causal, alibi_slopes)
 
 
-def flash_attn_3(  # flash-attn's hopper folder, August 2026
-    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-    sm_margin=0, return_attn_probs=False,
-):  # fmt: skip
+def flash_attn_3(q, k, v, *, softmax_scale, causal, deterministic):
     assert deterministic
     return _math(q, k, v, softmax_scale, causal)
 
 
-def flash_attn_4(  # flash-attn-4, August 2026
-    q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
-    learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
-    score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
-    block_sparse_tensors_bwd=None, return_lse=False,
-):  # fmt: skip
-    assert deterministic
-    return _math(q, k, v, softmax_scale, causal), None
+def flash_attn_4(q, k, v, *, softmax_scale, causal, deterministic):
+    return flash_attn_3(q, k, v, softmax_scale=softmax_scale, causal=causal, deterministic=deterministic), None
+
+
+def memory_efficient_attention(query, key, value, *, attn_bias, p, scale):
+    assert p == 0.0 and query.shape[2] == key.shape[2]
+    return _math(query, key, value, scale, isinstance(attn_bias, LowerTriangularFromBottomRightMask))
 
 
 class LowerTriangularFromBottomRightMask:
     pass
 
 
-def memory_efficient_attention(  # xformers 0.0.35
-    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-):
-    assert p == 0.0 and query.shape[2] == key.shape[2]
-    return _math(query, key, value, scale, isinstance(attn_bias, LowerTriangularFromBottomRightMask))
-
-
-# what is not installed, with the signatures of the releases named
+# what is not installed
 FAKES: dict[str, dict[str, Any]] = {
     "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn_2},
     "flash_attn_interface": {"flash_attn_func": flash_attn_3},
@@ -255,15 +242,20 @@ def test_a_backend_that_cannot_serve_says_why(case: str, nothing_installed: None
         pick(call, name)
 
 
-def test_an_installation_that_is_broken_is_warned_of_once_and_not_picked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    package = tmp_path / "flash_attn"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c104')")
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder that is looked for libraries in, of which none was imported."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(libraries, "_FOUND", {})
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    for name in ("flash_attn", "flash_attn_interface"):
+        # so that it is forgotten afterwards too
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        del sys.modules[name]
+    return tmp_path
+
+
+def test_an_installation_that_is_broken_is_warned_of_once_and_not_picked(fresh: Path) -> None:
+    (fresh / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c104')")
     call = replace(TRAINED, architecture=80)
     with pytest.warns(UserWarning, match="cannot be imported: undefined symbol"):
         assert pick(call, None) == "mmkernels"
@@ -272,34 +264,17 @@ def test_an_installation_that_is_broken_is_warned_of_once_and_not_picked(
         pick(call, "flash_attn_2")
 
 
-def test_a_part_that_a_release_lacks_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(libraries, "_FOUND", {})
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+def test_a_part_that_a_release_lacks_is_not_installed(fresh: Path) -> None:
+    (fresh / "flash_attn").mkdir()
+    (fresh / "flash_attn" / "__init__.py").touch()
     assert refusal("flash_attn_4", CALL) == "flash_attn.cute is not installed"
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash_attn_2"])
-def test_a_library_compiles_into_the_one_graph(name: str, installed: None) -> None:
-    q, k, v = (torch.randn(2, 9, 2, 8) for _ in range(3))
-    torch._dynamo.reset()
-    call = partial(attention, backend=name)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q, k, v), call(q, k, v))
-
-
-def test_a_library_is_imported_while_a_first_call_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_library_is_imported_while_a_first_call_is_compiled(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`_missing` is a constant to Dynamo, which could trace no import."""
-    (tmp_path / "flash_attn_interface.py").write_text(
+    (fresh / "flash_attn_interface.py").write_text(
         "def flash_attn_func(q, k, v, softmax_scale, causal, deterministic):\n    return softmax_scale * (q + k + v)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(libraries, "_FOUND", {})
-    # so that it is forgotten afterwards
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
-    del sys.modules["flash_attn_interface"]
     library = replace(LIBRARIES["flash_attn_3"], only=None, dtypes=libraries.SINGLE)
     monkeypatch.setattr(backends, "LIBRARIES", {**LIBRARIES, "flash_attn_3": library})
     torch._dynamo.reset()

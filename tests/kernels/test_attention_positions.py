@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mmkernels import alibi_slopes, attention, masks, rotary, xpos
+from mmkernels import alibi_slopes, rotary, xpos
 
 EPS16, EPS32 = (torch.finfo(dtype).eps for dtype in (torch.float16, torch.float32))
 
@@ -38,18 +38,6 @@ def turned(x: Tensor, positions: Tensor, theta: float, interleaved: bool, dims: 
     return torch.cat(parts, -1)
 
 
-def of_distance(q: Tensor, k: Tensor, distance: Tensor, zeta: Tensor | float) -> Tensor:
-    """What a query [pair] and a key [pair] have for a product at each distance."""
-    distance = distance[..., None]
-    waves = torch.polar(torch.ones(()).double(), distance * frequencies(len(q), 10000.0))
-    return (zeta**distance * (q * k.conj() * waves).real).sum(-1)
-
-
-def at_all(x: Tensor, length: int) -> Tensor:
-    """The same vector at each position, `[1, L, 1, K]`."""
-    return x.expand(1, length, 1, -1)
-
-
 class TestRotary:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("interleaved", [False, True])
@@ -68,26 +56,6 @@ class TestRotary:
             angle = 0 if dtype == torch.float64 else 2 * EPS32 * float(positions.abs().max())
             bound = (4 * torch.finfo(dtype).eps + angle) * gold.abs().max()
             assert (found.double() - gold).abs().max() <= bound
-
-    @pytest.mark.parametrize("options", [{}, {"interleaved": True}, {"dims": 8}], ids=str)
-    def test_products_depend_on_the_distance_alone(self, options: dict[str, Any]) -> None:
-        q, k, places = tensor(12), tensor(12, seed=1), torch.arange(40)
-        rows, cols = (rotary(at_all(x, 40), places + 1000, **options)[0, :, 0] for x in (q, k))
-        dims = options.get("dims", 12)
-        a, b = (as_pairs(x[:dims], options.get("interleaved", False)) for x in (q, k))
-        expected = of_distance(a, b, places[:, None] - places, 1.0) + q[dims:] @ k[dims:]
-        assert_close(rows @ cols.T, expected)
-
-    def test_of_rows_and_columns_makes_products_of_their_distances(self) -> None:
-        q, k = tensor(12), tensor(12, seed=1)
-        rows, cols = torch.arange(12) // 4, torch.arange(12) % 4
-
-        def in_an_image(x: Tensor) -> Tensor:
-            first, second = at_all(x, 12).chunk(2, -1)
-            return torch.cat([rotary(first, rows), rotary(second, cols)], -1)[0, :, 0]
-
-        logits = (in_an_image(q) @ in_an_image(k).T).view(3, 4, 3, 4)
-        assert_close(logits[1:, 1:, 1:, 1:], logits[:-1, :-1, :-1, :-1])
 
     def test_has_the_bits_of_llama_in_transformers(self) -> None:
         llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -110,27 +78,17 @@ class TestRotary:
 
 
 class TestXPos:
-    zeta = torch.tensor([(2 * d / 12 + 0.4) / 1.4 for d in range(6)], dtype=torch.float64)
-
     @pytest.mark.parametrize("scale_base", [512.0, 16.0])
-    def test_products_decay_with_the_distance_and_depend_on_it_alone(self, scale_base: float) -> None:
-        q, k, at_q, at_k = tensor(12), tensor(12, seed=1), torch.arange(30, 50), torch.arange(50)
-        rows, cols = xpos(at_all(q, 20), at_all(k, 50), at_q, at_k, scale_base=scale_base)
-        expected = of_distance(
-            as_pairs(q, True), as_pairs(k, True), at_q[:, None] - at_k, self.zeta ** (1 / scale_base)
-        )
-        assert_close(rows[0, :, 0] @ cols[0, :, 0].T, expected)
-
-    def test_queries_and_keys_have_batches_heads_and_positions_of_their_own(self) -> None:
+    def test_queries_and_keys_have_batches_heads_and_positions_of_their_own(self, scale_base: float) -> None:
         q, k, theta = tensor(1, 4, 6, 8), tensor(2, 7, 3, 8, seed=1), 500.0
         at_q, at_k = torch.tensor([[3.5, 4.0, 9.0, 11.25]]), torch.arange(14).view(2, 7)
-        rows, cols = xpos(q, k, at_q, at_k, theta=theta)
+        rows, cols = xpos(q, k, at_q, at_k, theta=theta, scale_base=scale_base)
         assert rows.shape == q.shape and cols.shape == k.shape
         # the middle lies between the first and the last position of all
         middle = (min(3.5, int(at_k.min())) + max(11.25, int(at_k.max()))) / 2
         zeta = torch.tensor([(d // 2 * 2 / 8 + 0.4) / 1.4 for d in range(8)], dtype=torch.float64)
         for x, found, at, sign in ((q, rows, at_q, 1), (k, cols, at_k, -1)):
-            scale = zeta ** (sign * (at.double()[..., None, None] - middle) / 512)
+            scale = zeta ** (sign * (at.double()[..., None, None] - middle) / scale_base)
             assert_close(found, scale * turned(x, at, theta, True, 8))
 
     def test_late_positions_do_not_overflow(self) -> None:
@@ -175,12 +133,7 @@ class TestAlibiSlopes:
     def test_of_eight_heads_are_the_papers(self) -> None:
         assert alibi_slopes(8).tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
 
-    def test_of_twelve_heads_are_those_of_eight_and_every_other_of_sixteen(self) -> None:
-        expected = torch.cat([alibi_slopes(8), alibi_slopes(16)[:8:2]])
-        assert torch.equal(alibi_slopes(12), expected)
-        assert_close(alibi_slopes(12)[8:], torch.tensor([0.5**0.5, 0.5**1.5, 0.5**2.5, 0.5**3.5]))
-
-    @pytest.mark.parametrize("num_heads", [1, 2, 3, 5, 6, 7, 16, 20, 25, 32, 33, 71])
+    @pytest.mark.parametrize("num_heads", [1, 2, 3, 5, 6, 7, 12, 16, 20, 25, 32, 33, 71])
     def test_follow_the_papers_rule(self, num_heads: int) -> None:
         def rule(n: int) -> list[float]:
             below = 1
@@ -193,12 +146,3 @@ class TestAlibiSlopes:
         found = alibi_slopes(num_heads)
         assert found.dtype == torch.float32 and found.shape == (num_heads,)
         assert_close(found, torch.tensor(rule(num_heads)))
-
-    @pytest.mark.parametrize("num_heads", [8, 12])
-    def test_in_a_causal_call_are_a_dense_mask_of_distances(self, num_heads: int) -> None:
-        q, k = tensor(2, 5, num_heads, 16), tensor(2, 9, num_heads, 16, seed=1)
-        slopes = alibi_slopes(num_heads)
-        behind = torch.arange(5)[:, None] + 4 - torch.arange(9)  # [Lq, Lk]
-        values = torch.where(behind >= 0, -slopes[:, None, None] * behind, -torch.inf)
-        expected = attention(q, k, k, mask=masks.dense(values[None]))
-        assert_close(attention(q, k, k, mask=masks.causal(5, 9), alibi_slopes=slopes), expected)

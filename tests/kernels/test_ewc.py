@@ -14,22 +14,7 @@ SIZES = [1, CHUNK, 300, 0, 4103]
 
 
 class TestFisher:
-    @pytest.mark.parametrize("dtype", ALL, ids=str)
-    @pytest.mark.parametrize(("weight", "decay"), [(1.0, 1.0), (0.25, 0.9), (1.0, 0.0), (0.0, 0.5)])
-    def test_squares_are_added_in_float32(self, dtype: torch.dtype, weight: float, decay: float, walk: str) -> None:
-        fishers, grads = tensors(SIZES, torch.float32, 0), tensors(SIZES, dtype, 1)
-        expected = [decay * f + weight * g.float() ** 2 for f, g in zip(fishers, grads, strict=True)]
-        fisher_accumulate_(fishers, grads, weight=weight, decay=decay)
-        for found, gold in zip(fishers, expected, strict=True):
-            torch.testing.assert_close(found, gold, rtol=1e-6, atol=1e-6)
-
-    def test_batches_add_up_to_the_mean_of_their_squares(self, walk: str) -> None:
-        fishers, batches = [torch.zeros(500)], [torch.randn(500) for _ in range(10)]
-        for grad in batches:
-            fisher_accumulate_(fishers, [grad], weight=0.1)
-        torch.testing.assert_close(fishers[0], torch.stack(batches).square().mean(0))
-
-    def test_gradients_of_other_strides_and_of_float64_are_taken(self, walk: str) -> None:
+    def test_gradients_of_other_strides_and_of_float64_are_taken(self, path: str) -> None:
         fisher, grad = torch.zeros(4, 6), torch.randn(6, 4).T
         fisher_accumulate_([fisher], [grad])
         torch.testing.assert_close(fisher, grad.square())
@@ -48,7 +33,7 @@ def problem(dtypes: tuple[torch.dtype, ...], sizes: list[int] = SIZES) -> Proble
 class TestPenalty:
     @pytest.mark.parametrize("dtypes", itertools.product(ALL, repeat=3), ids=str)
     def test_value_and_gradients_of_any_dtypes_are_those_of_float64(
-        self, dtypes: tuple[torch.dtype, ...], walk: str
+        self, dtypes: tuple[torch.dtype, ...], path: str
     ) -> None:
         lists = problem(dtypes)
         params, anchors, fishers = ([x.detach().double() for x in part] for part in lists)
@@ -63,7 +48,7 @@ class TestPenalty:
             torch.testing.assert_close(x.double(), y, rtol=2 * eps, atol=tiny)
         assert [x.dtype for x in grads] == [x.dtype for x in lists[0]]
 
-    def test_what_needs_no_gradient_gets_none(self, walk: str) -> None:
+    def test_what_needs_no_gradient_gets_none(self, path: str) -> None:
         params, anchors, fishers = problem((torch.float32,) * 3)
         for i in (0, 2, 4):
             params[i].requires_grad_(False)
@@ -74,13 +59,13 @@ class TestPenalty:
         frozen = [x.detach() for x in params]
         assert not ewc_penalty(frozen, anchors, fishers, 0.5).requires_grad
 
-    def test_anchors_and_fishers_are_constants(self, walk: str) -> None:
+    def test_anchors_and_fishers_are_constants(self, path: str) -> None:
         param, *constants = (torch.randn(4, 6, requires_grad=True) for _ in range(3))
         # the second is copied into the first's strides
         ewc_penalty([param], [constants[0] * 1], [constants[1].T.contiguous().T], 1.0).backward()
         assert param.grad is not None and all(x.grad is None for x in constants)
 
-    def test_any_strides_are_read_and_gradients_follow(self, walk: str) -> None:
+    def test_any_strides_are_read_and_gradients_follow(self, path: str) -> None:
         whole = torch.randn(2, 6, 8, requires_grad=True)
         anchors = [torch.randn(8, 6).T, torch.randn(1, 4).expand(6, 4)]
         fishers = [torch.rand(6, 8), torch.rand(6, 8)[:, ::2]]
@@ -92,12 +77,12 @@ class TestPenalty:
         found = torch.autograd.grad(ewc_penalty(params(), anchors, fishers, 2.0), whole)
         torch.testing.assert_close(found, gold)
 
-    def test_the_same_parameter_in_two_places_counts_twice(self, walk: str) -> None:
+    def test_the_same_parameter_in_two_places_counts_twice(self, path: str) -> None:
         param = torch.ones(5, requires_grad=True)
         value = ewc_penalty([param, param], [torch.zeros(5)] * 2, [torch.ones(5)] * 2, 1.0)
         assert torch.equal(torch.autograd.grad(value, param)[0], torch.full((5,), 2.0))
 
-    def test_no_strength_and_no_list_are_no_penalty(self, walk: str) -> None:
+    def test_no_strength_and_no_list_are_no_penalty(self, path: str) -> None:
         params, anchors, fishers = problem((torch.float32,) * 3)
         value = ewc_penalty(params, anchors, fishers, 0.0)
         assert value == 0 and not any(x.any() for x in torch.autograd.grad(value, params))
@@ -113,16 +98,3 @@ class TestPenalty:
             params[1].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
-
-    def test_it_compiles_to_one_graph_forward_and_backward(self) -> None:
-        def step(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor]) -> Tensor:
-            return ewc_penalty(params, anchors, fishers, 0.5) + params[0].sum()
-
-        torch._dynamo.reset()
-        params, anchors, fishers = problem((torch.float32,) * 3, [5, 3])
-        params[1].requires_grad_(False)
-        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        runs = [run(params, anchors, fishers) for run in (compiled, step)]
-        assert torch.equal(*runs)
-        grads = [torch.autograd.grad(value, params[0])[0] for value in runs]
-        assert torch.equal(*grads)

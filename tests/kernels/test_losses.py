@@ -2,11 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,12 +29,13 @@ from mmkernels.specs import SPECS
 from mmkernels.token_contrastive import blockwise as tokens
 from mmkernels.token_contrastive import loss as token_loss
 from mmkernels.token_contrastive.spec import LOSS as TOKENS
-from tests.kernels.losses import LOSSES, features, learned, normal
+from tests.kernels.losses import LOSSES, learned
 
 EPS = torch.finfo(torch.float32).eps
 FAMILIES = (
     "contrastive_loss", "token_contrastive_loss", "sigmoid_loss", "linear_cross_entropy", "distillation",
 )  # fmt: skip
+STATISTICS = {"contrastive": mk.contrastive_stats, "token_contrastive": mk.token_contrastive_stats}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])
 
@@ -151,6 +152,51 @@ def test_zero_and_negative_scales_have_exact_gradients(name: str, scale: float, 
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+def towers(name: str, rows: int, cols: int) -> tuple[list[Tensor], Tensor]:
+    """Leaves in float64, and the logits between them."""
+    a, b, scale = (x.detach().double() for x in LOSSES[name].inputs(max(rows, cols)))
+    a, b, scale = learned(a[:rows], b[:cols], scale)
+    return [a, b, scale], scale * (a @ b.T if a.ndim == 2 else (a @ b.T).amax(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"), [*itertools.product(STATISTICS, ("mean", "sum")), ("token_contrastive", "none")]
+)
+def test_labels_without_a_partner_add_nothing_and_are_not_counted(name: str, reduction: str, either_form: None) -> None:
+    inputs, logits = towers(name, 12, 12)
+    of_rows, of_cols = torch.arange(12) + 5, torch.arange(12)  # 7 pairs
+    rows = F.cross_entropy(logits[:7], of_cols[5:], reduction=reduction)
+    cols = F.cross_entropy(logits.T[5:], of_cols[:7], reduction=reduction)
+    if reduction == "none":
+        rows, cols = F.pad(rows, (0, 5)), F.pad(cols, (5, 0))
+    loss, gold = LOSSES[name].fn(*inputs, labels=(of_rows, of_cols), reduction=reduction), (rows + cols) / 2
+    torch.testing.assert_close(loss, gold)
+    grads = (torch.autograd.grad(x.sum(), inputs) for x in (loss, gold))
+    for grad, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_without_any_partner_the_loss_is_zero_and_so_are_its_gradients(name: str, either_form: None) -> None:
+    inputs, _ = towers(name, 12, 9)
+    loss = LOSSES[name].fn(*inputs, labels=(torch.arange(12), torch.arange(9) - 99))
+    assert loss == 0 and not any(grad.any() for grad in torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)], ids=str)
+def test_of_no_rows_or_no_columns_statistics_are_minus_infinity_and_gradients_zero(
+    name: str, sizes: tuple[int, int], either_form: None
+) -> None:
+    (a, b, scale), _ = towers(name, *sizes)
+    stats = STATISTICS[name](a, b, scale, positives=torch.full((sizes[0],), -1))
+    for lse, size in zip((stats.row_lse, stats.col_lse), sizes, strict=True):
+        assert lse.shape == (size,) and (lse == -math.inf).all()
+    assert stats.positive.shape == (sizes[0],) and not stats.positive.any()
+    total = stats.row_lse.sum() + stats.positive.sum()
+    assert not any(grad.any() for grad in torch.autograd.grad(total, (a, b)))
+
+
 A, B = torch.eye(16), 7 * torch.eye(16) + 93
 LARGE_LOGITS: dict[str, tuple[Any, ...]] = {
     "contrastive": (A, B, 1.0),
@@ -183,44 +229,6 @@ def test_low_precision_gradients_are_float32_gradients_rounded(
         for name in (name for name in got if name.startswith("d_") and got[name].ndim):
             bound = roundings * torch.finfo(dtype).eps * gold[name].abs().max()
             assert (got[name].double() - gold[name]).abs().max() <= bound, (case, name)
-
-
-def by_statistics(stats: Callable[..., Any], a: Tensor, b: Tensor) -> Tensor:
-    """Of each rank's rows against all columns, column sums combined by log-sum-exp."""
-    size = len(a) // 3
-    places = [torch.arange(first, first + size) for first in range(0, len(a), size)]
-    parts = [stats(a[rows], b, 0.7, positives=rows) for rows in places]
-    row_lse, positive = (torch.cat([getattr(x, name) for x in parts]) for name in ("row_lse", "positive"))
-    col_lse = torch.stack([x.col_lse for x in parts]).logsumexp(0)
-    return ((row_lse + col_lse) / 2 - positive).mean()
-
-
-def by_labels(a: Tensor, b: Tensor) -> Tensor:
-    """A rank's place told by labels."""
-    ids = torch.arange(len(b))
-    parts = [mk.sigmoid_loss(a[rows], b, 0.7, -3.0, labels=(ids[rows], ids)) for rows in ids.chunk(3)]
-    return torch.stack(parts).mean()
-
-
-RANKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = {
-    "contrastive": (lambda a, b: by_statistics(mk.contrastive_stats, a, b), features(60), features(60, 1)),
-    "token_contrastive": (
-        lambda a, b: by_statistics(mk.token_contrastive_stats, a, b),
-        normal(24, 5, 12),
-        normal(24, 12, seed=1),
-    ),
-    "sigmoid": (by_labels, features(60), features(60, 1)),
-}
-
-
-@pytest.mark.parametrize("name", RANKS)
-def test_blocks_of_ranks_add_up_to_the_whole_batch(name: str, either_form: None) -> None:
-    by_ranks, *inputs = RANKS[name]
-    a, b = learned(*inputs)
-    loss, whole = by_ranks(a, b), LOSSES[name].ref(a, b, 0.7, *((-3.0,) if name == "sigmoid" else ()))
-    torch.testing.assert_close(loss, whole)
-    for grad, expected in zip(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(whole, (a, b))):
-        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
 
 
 # a setting that makes a path stream, and a shape a little beyond its tiles

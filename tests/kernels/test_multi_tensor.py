@@ -1,5 +1,6 @@
 """What every update of lists promises beyond the contract that every op obeys."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mmkernels as mk
+from mmkernels._device import INTERPRETED
 from tests.kernels.tensor_lists import ALL, tensors
 
 Lists = list[list[Tensor]]
@@ -19,6 +21,15 @@ UPDATES: dict[str, tuple[Callable[..., Any], str]] = {
     "clip_": (lambda x: mk.clip_(x, 0.5), "f"),
     "apply_masks_": (lambda x, owners: mk.apply_masks_(x, owners, owners=(1, 2)), "fb"),
 }
+# of an update or its reference all lists that it takes, and their dtypes: any, float32, bytes
+EVERYTHING: dict[str, tuple[Callable[..., Any], str]] = {
+    "ema_update": (lambda fn, t, s, shadows: fn(t, s, 0.5, shadows=shadows), "xxx"),
+    "adamw_update": (lambda fn, *x: fn(*x[:4], averages=x[4], copies=x[5], shadows=x[6], **SETTINGS), "xxfffxx"),
+    "fisher_accumulate": (lambda fn, fishers, grads: fn(fishers, grads, weight=0.5, decay=0.9), "fx"),
+    "clip": (lambda fn, x: fn(x, 0.5), "x"),
+    "apply_masks": (lambda fn, x, owners: fn(x, owners, owners=(1, 2)), "xb"),
+}
+SETTINGS: dict[str, Any] = {"lr": 0.01, "step": 3, "clamp": (-1.5, 1.5), "decay": 0.9}
 each_update = pytest.mark.parametrize("name", UPDATES)
 
 
@@ -40,10 +51,32 @@ def assert_equal(found: Lists, expected: Lists) -> None:
 
 
 @each_update
-def test_no_list_is_no_work(name: str, walk: str) -> None:
+def test_no_list_is_no_work(name: str, path: str) -> None:
     update, kinds = UPDATES[name]
     update(*([] for _ in kinds))
     update(*drawn(name, [0]))
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_one_call_takes_tensors_of_any_dtypes_and_computes_in_float32(name: str, path: str) -> None:
+    call, kinds = EVERYTHING[name]
+    dtypes = {"x": ALL, "f": (torch.float32,), "b": (torch.uint8,)}
+    combinations = list(itertools.product(*(dtypes[kind] for kind in kinds)))
+    sizes = [4103] * len(combinations) + [0, 1, 4096]
+    found = [
+        [x.to(of_lists[i]) for x, of_lists in zip(tensors(sizes, torch.float32, i), itertools.cycle(combinations))]
+        for i in range(len(kinds))
+    ]
+    if name == "adamw_update":
+        found[3] = [x.abs() for x in found[3]]
+    expected = [[x.double() if x.is_floating_point() else x for x in part] for part in found]
+    call(getattr(mk, f"{name}_"), *found)
+    call(getattr(mk, f"{name}_ref_"), *expected)
+    for x, gold in zip(*(itertools.chain(*lists) for lists in (found, expected)), strict=True):
+        if x.is_floating_point():
+            # one rounding, which the interpreter cuts where a GPU rounds
+            places = 2 if INTERPRETED or x.dtype == torch.float32 else 1
+            torch.testing.assert_close(x, gold.to(x.dtype), rtol=places * torch.finfo(x.dtype).eps, atol=1e-6)
 
 
 @each_update
@@ -69,7 +102,7 @@ def test_it_compiles_into_a_graph_that_writes_in_place(name: str) -> None:
 
 
 @each_update
-def test_parameters_that_want_gradients_are_written_without_any(name: str, walk: str) -> None:
+def test_parameters_that_want_gradients_are_written_without_any(name: str, path: str) -> None:
     lists = drawn(name, [12, 4])
     before, lists[0] = lists[0], [x.clone().requires_grad_() for x in lists[0]]
     UPDATES[name][0](*lists)
@@ -78,7 +111,7 @@ def test_parameters_that_want_gradients_are_written_without_any(name: str, walk:
 
 
 @each_update
-def test_dense_tensors_of_any_strides_are_written_in_place(name: str, walk: str) -> None:
+def test_dense_tensors_of_any_strides_are_written_in_place(name: str, path: str) -> None:
     """Beside lists of other strides, and of none."""
     lists = [[x.view(3, 4, 5, 6) for x in part] for part in drawn(name, [360])]
     lists[0] = [x.to(memory_format=torch.channels_last) for x in lists[0]]
@@ -93,7 +126,7 @@ def test_dense_tensors_of_any_strides_are_written_in_place(name: str, walk: str)
 
 
 @each_update
-def test_parts_of_a_tensor_at_odd_addresses_are_written_and_nothing_beside_them(name: str, walk: str) -> None:
+def test_parts_of_a_tensor_at_odd_addresses_are_written_and_nothing_beside_them(name: str, path: str) -> None:
     for dtype in (torch.float32,) if name == "fisher_accumulate_" else ALL:
         (whole,), *others = drawn(name, [9000], dtype)
         before = whole.clone()

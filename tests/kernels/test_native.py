@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkernels import native
+from mmkernels import distillation_loss, global_norm, native
 from mmkernels._tile import fold_tile, grad_tile, sigmoid_tile
+from tests.kernels.recorded import Operations
+from tests.kernels.tensor_lists import tensors
 from tests.kernels.tile_cases import draw, empty_sums, fold, labels, statistics
 
 needs_native = pytest.mark.skipif(
@@ -19,45 +21,49 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def test_no_bit_depends_on_the_run_or_on_the_number_of_threads(path) -> None:
+def tiles() -> list[Tensor]:
     cosines = draw("random", 333, 1030)
-    row, col = statistics(cosines, 50.0)
+    out, row_loss = torch.empty_like(cosines), torch.zeros(333)
+    total = grad_tile(cosines, 50.0, *statistics(cosines, 50.0), None, 0.5, out)
+    sums = sigmoid_tile(cosines, 50.0, -10.0, *labels(*cosines.shape), row_loss, None)
+    return [total, out, sums, row_loss, *(x for both in fold(cosines, 50.0) for x in both)]
 
-    def run() -> list[Tensor]:
-        out = torch.empty_like(cosines)
-        total, row_loss = grad_tile(cosines, 50.0, row, col, None, 0.5, out), torch.zeros(333)
-        sums = sigmoid_tile(cosines, 50.0, -10.0, *labels(*cosines.shape), row_loss, None)
-        return [total, out, sums, row_loss, *(x for both in fold(cosines, 50.0) for x in both)]
 
-    threads = torch.get_num_threads()
-    expected = run()
+def distillation() -> list[Tensor]:
+    student, teacher = (3 * draw("random", 300, 500, seed).requires_grad_() for seed in (0, 1))
+    losses = distillation_loss(student, teacher, 0.1, 0.04, reduction="none")
+    return [losses, *torch.autograd.grad(losses.sum(), student)]
+
+
+RUNS: dict[str, Callable[[], list[Tensor]]] = {
+    "tiles": tiles,
+    "distillation": distillation,
+    "norm": lambda: [global_norm(tensors([100_000, 77, 300_001], torch.float32, 0))],
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", RUNS)
+def test_no_bit_depends_on_the_number_of_threads(name: str, streamed: None) -> None:
+    threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3) if path == "native" else (threads, threads):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert all(torch.equal(x, y) for x, y in zip(run(), expected, strict=True)), count
+            results.append(RUNS[name]())
     finally:
         torch.set_num_threads(threads)
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(other, results[0], strict=True))
 
 
 def test_native_code_serves_float32_where_it_is_built(path) -> None:
-    ours = {"mmkernels::fold_tile", "mmkernels::grad_tile", "mmkernels::sigmoid_tile"}
+    ours = {"fold_tile", "grad_tile", "sigmoid_tile"}
     for dtype in (torch.float32, torch.float64):
         cosines = draw("random", 4, 6).to(dtype)
-        with Calls() as calls:
+        with Operations() as seen:
             row, col = fold(cosines, 2.0)
             grad_tile(cosines, 2.0, row, col, None, None, torch.empty_like(cosines))
             sigmoid_tile(cosines, 2.0, -1.0, *labels(4, 6), row[0], None)
-        assert calls.names & ours == (ours if (path, dtype) == ("native", torch.float32) else set())
+        assert seen.names.keys() & ours == (ours if (path, dtype) == ("native", torch.float32) else set())
 
 
 @needs_native

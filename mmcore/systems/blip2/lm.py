@@ -11,7 +11,7 @@ from mmcore.labels import IGNORED
 from mmcore.nn import Linear
 from mmcore.ops import accumulator, require
 from mmcore.parts.language_head import LanguageHead
-from mmcore.parts.vit import Tower, VisionConfig, ViT
+from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
 
 
@@ -40,30 +40,15 @@ class BLIP2LM(nn.Module):
         self.language_model: Any = language_model.requires_grad_(False)
         self.language_head = LanguageHead(language_model.get_output_embeddings())
 
-    def image_tower(self) -> Tower:
-        """The image tower, as it is."""
-        return Tower(self.visual.config, dict(self.visual.state_dict()))
-
     def fitting(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a state, this model's tower and Q-Former, and its projection if that has the language model's width.
-
-        Args:
-            state: of a `BLIP2` or a `BLIP2LM`.
-
-        Raises:
-            ValueError: weights that are missing or of other shapes.
-        """
+        """Of the state of a `BLIP2` or a `BLIP2LM` this model's tower and Q-Former, and its projection if that has the
+        language model's width; a ValueError for weights that are missing or of other shapes."""
         ours = {n: x.shape for n, x in self.state_dict().items() if not n.startswith("language_")}
         projection = self.language_projection.state_dict(prefix="language_projection.").items()
         ours |= {n: x.shape for n, x in projection if n in state and state[n].shape == x.shape}
         differ = [n for n, shape in ours.items() if n not in state or state[n].shape != shape]
-        what = "state must have this model's weights, got a difference in {}"
-        require("BLIP2LM", not differ, what, differ[:3])
+        require("BLIP2LM", not differ, "state must have this model's weights, got a difference in {}", differ[:3])
         return {name: state[name] for name in ours}
-
-    def load_start(self, state: Mapping[str, Tensor]) -> None:
-        """Loads what is `fitting`."""
-        self.load_state_dict(self.fitting(state), strict=False)
 
     def train(self, mode: bool = True) -> "BLIP2LM":
         """The tower and the language model stay in evaluation mode."""

@@ -6,13 +6,7 @@ from typing import Any
 import torch
 from transformers import Blip2Config
 
-from mmcore.parts.language_weights import (
-    beside_language,
-    check_language_kind,
-    load_with_language,
-    save_with_language,
-    with_image_mark,
-)
+from mmcore.parts.language_weights import check_language_kind, load_with_language, save_with_language
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.names import HF, PARTS_SETTINGS, stage2_config
 from mmcore.weights.files import read_json
@@ -22,8 +16,7 @@ def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float
     """Loads BLIP-2's second stage on the CPU from a folder that transformers or `save_blip2_lm` wrote.
 
     Args:
-        folder: with config.json, *.safetensors and, if the language model generates by settings of its own,
-            generation_config.json.
+        folder: with config.json, *.safetensors and perhaps the language model's generation_config.json.
         dtype: of the language model, None = as it is stored; the rest is float32.
 
     Returns:
@@ -57,13 +50,5 @@ def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None =
     Raises:
         ValueError: an existing folder; a tower or a language model that transformers' BLIP-2 cannot have.
     """
-    marked, image_token = with_image_mark(model.language_model, tokenizer)
-    save_with_language(
-        "save_blip2_lm",
-        folder,
-        model.language_model,
-        stage2_config(model, image_token),
-        HF.write(beside_language(model)),
-        marked,
-        {"processor_class": "Blip2Processor", "num_query_tokens": model.qformer.config.num_queries},
-    )
+    processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.qformer.config.num_queries}
+    save_with_language("save_blip2_lm", folder, model, stage2_config, HF, tokenizer, processor)

@@ -1,6 +1,6 @@
 """BLIP-2's first stage: a Q-Former that learns to match, tell apart and describe what a frozen tower sees."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -14,7 +14,7 @@ from mmcore.labels import IGNORED
 from mmcore.nn import KeyValues, Linear
 from mmcore.ops import accumulator, masks, require
 from mmcore.parts.decoding import beam_search, check_decoding, decode, nucleus
-from mmcore.parts.vit import Tower, VisionConfig, ViT
+from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig, TextHead
 
 
@@ -83,32 +83,13 @@ class BLIP2(nn.Module):
         self.visual.train(mode and not self.freeze_vision)
         return self
 
-    def load_trained(self, state: Mapping[str, Tensor]) -> None:
-        """Loads weights by name, of which the head's, tied to the tokens' embedding, need not be there.
-
-        Raises:
-            ValueError: missing or unknown names.
-        """
-        word = "qformer.text.word.weight"
-        tied = {"text_head.weight": state[word]} if word in state else {}
-        missing, unknown = self.load_state_dict({**tied, **state}, strict=False)
-        differ = [*missing, *unknown][:3]
-        require("BLIP2", not differ, "weights must have its names, got a difference in {}", differ)
-
-    def image_tower(self) -> Tower:
-        """The image tower as it is."""
-        return Tower(self.config.vision, self.visual.state_dict())
-
     def forward(self, task: str, *inputs: Any, **options: Any) -> Any:
         """`encode_image`, `encode_text`, `pairs`, `match` or `generate` by name: under ZeRO-3 parameters are whole only
         inside a forward."""
         return getattr(self, task)(*inputs, **options)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """What the queries read of images.
-
-        Args:
-            images: [B, 3, S, S], or [B, P, D] states of the tower.
+        """What the queries read of [B, 3, S, S] images, or [B, P, D] states of the tower.
 
         Returns:
             [B, Q, E] float32, unit norm.
@@ -116,15 +97,7 @@ class BLIP2(nn.Module):
         return _unit_norm(self.vision_proj(self.qformer(self.states(images))))
 
     def encode_text(self, tokens: Tensor, num_text: Tensor) -> Tensor:
-        """Embeddings of texts, at their first token.
-
-        Args:
-            tokens: int64 [B, T], padded on the right.
-            num_text: integers [B], how many tokens are no padding.
-
-        Returns:
-            [B, E] float32, unit norm.
-        """
+        """Embeddings of texts, at their first token: [B, E] float32, unit norm; arguments as of `pairs`."""
         length = tokens.shape[1]
         x = self.qformer(tokens=tokens, mask=masks.lengths(num_text, length, length))
         return _unit_norm(self.text_proj(x[:, 0]))
@@ -182,15 +155,13 @@ class BLIP2(nn.Module):
         Returns:
             [R, 2].
         """
-        num_queries = self.config.qformer.num_queries
-        more = self.qformer.image_keys_values(self.norm_vision(self.tower(images)))
+        more = self.qformer.image_keys_values(self.states(images))
         if keys_values is not None:
-            more = [
-                KeyValues(torch.cat([a.k, b.k]), torch.cat([a.v, b.v])) for a, b in zip(keys_values, more, strict=True)
-            ]
+            both = zip(keys_values, more, strict=True)
+            more = [KeyValues(torch.cat([a.k, b.k]), torch.cat([a.v, b.v])) for a, b in both]
         chosen = [KeyValues(kv.k[image_index], kv.v[image_index]) for kv in more]
-        mask = masks.qformer_itm(num_queries, num_text, tokens.shape[1])
-        x = self.qformer(chosen, tokens, mask=mask)
+        num_queries = self.config.qformer.num_queries
+        x = self.qformer(chosen, tokens, mask=masks.qformer_itm(num_queries, num_text, tokens.shape[1]))
         return self.itm_head(x[:, :num_queries]).mean(1)
 
     @torch.no_grad()
@@ -222,10 +193,9 @@ class BLIP2(nn.Module):
         Raises:
             ValueError: an option out of its range, or that has no effect beside the others.
         """
-        op, shape = "BLIP2.generate", self.config.qformer
+        op, shape, most = "BLIP2.generate", self.config.qformer, self.config.qformer.max_text
         check_decoding(op, num_beams=num_beams, top_p=top_p, temperature=temperature, generator=generator)
-        fits = 1 <= max_length <= shape.max_text
-        require(op, fits, "max_length must be in [1, {}], got {}", shape.max_text, max_length)
+        require(op, 1 <= max_length <= most, "max_length must be in [1, {}], got {}", most, max_length)
         is_id = 0 <= eos_token_id < shape.vocab_size
         require(op, is_id, "eos_token_id must be in [0, {}), got {}", shape.vocab_size, eos_token_id)
         caches, places = self.qformer.new_caches(), count()

@@ -110,11 +110,8 @@ STAGE1_SETTINGS = replace(
 
 
 def stage2_config(model: BLIP2LM, image_token: int) -> dict[str, Any]:
-    """What transformers' Blip2ForConditionalGeneration wants in config.json.
-
-    Raises:
-        ValueError: a tower or a language model that transformers' BLIP-2 cannot have.
-    """
+    """What transformers' Blip2ForConditionalGeneration wants in config.json; a ValueError for a model that it cannot
+    have."""
     op, parts = "save_blip2_lm", {"vision": model.visual.config, "qformer": model.qformer.config}
     settings = PARTS_SETTINGS.write(op, parts) | language_settings(op, model.language_model, image_token)
     # its generate asks the language model's configuration, and not generation_config.json, where a text ends

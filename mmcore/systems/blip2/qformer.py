@@ -73,34 +73,17 @@ class TextHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, labels: Tensor | None = None, *, label_smoothing: float = 0.0) -> Tensor:
-        """Logits, or with labels the sum of the cross-entropies without them.
-
-        Args:
-            x: [..., D].
-            labels: int64 [...], -100 where there is none.
-
-        Returns:
-            [..., V]; with labels [].
-        """
+        """[..., D] to logits [..., V]; with int64 labels [...], -100 where there is none, to the sum of the
+        cross-entropies."""
         x = self.norm(F.gelu(self.transform(x)))
         if labels is None:
             return F.linear(x, self.weight, self.bias)
-        return linear_cross_entropy(
-            x.flatten(0, -2),
-            self.weight,
-            labels.flatten(),
-            bias=self.bias,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
+        operands = x.flatten(0, -2), self.weight, labels.flatten()
+        return linear_cross_entropy(*operands, bias=self.bias, label_smoothing=label_smoothing, reduction="sum")
 
 
 class QFormer(nn.Module):
-    """A BERT whose first positions are learned queries, which read an image in every second layer.
-
-    Args:
-        config: its shape.
-    """
+    """A BERT whose first positions are learned queries, which read an image in every `cross_every`-th layer."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -131,7 +114,6 @@ class QFormer(nn.Module):
         *,
         mask: masks.Mask | None = None,
         places: Tensor | None = None,
-        image_mask: masks.Mask | None = None,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
         """States of `[queries; text]`, of the queries where there are no tokens, of the text where there is no image.
@@ -141,7 +123,6 @@ class QFormer(nn.Module):
             tokens: int64 [B, T].
             mask: among all positions, such as `mmkernels.masks.qformer_itc`, `_itm` or `_itg`.
             places: int64 [T], of the tokens in their text; None = from 0 on.
-            image_mask: for the queries and P keys.
             caches: `new_caches()`, of what came before, to which these positions are added.
 
         Returns:
@@ -151,27 +132,17 @@ class QFormer(nn.Module):
             ValueError: neither an image nor tokens; tokens without `has_text`; a wrong shape or mask.
         """
         parts, num_queries = [], 0
-        keys_values = self._per_block(image)
         if image is not None:
             batch = image.shape[0] if isinstance(image, Tensor) else image[0].k.shape[0]
             parts.append(self.queries.expand(batch, -1, -1))
             num_queries = self.config.num_queries
         if tokens is not None:
-            require(
-                "QFormer", self.text is not None, "tokens must be None without has_text, got {}", list(tokens.shape)
-            )
             parts.append(self._embedded(tokens, places))
         require("QFormer", len(parts) > 0, "image or tokens must be given, got {}", "neither")
         x = self.dropout(self.norm(torch.cat(parts, 1)))
-        for i, block in enumerate(self.blocks):
-            x = block(
-                x,
-                keys_values[i],
-                num_queries=num_queries,
-                mask=mask,
-                image_mask=image_mask,
-                cache=None if caches is None else caches[i],
-            )
+        each = zip(self.blocks, self._per_block(image), caches or [None] * len(self.blocks), strict=True)
+        for block, keys_values, cache in each:
+            x = block(x, keys_values, num_queries=num_queries, mask=mask, cache=cache)
         return x
 
     def image_keys_values(self, image: Tensor) -> list[KeyValues]:
@@ -192,12 +163,14 @@ class QFormer(nn.Module):
         return [None if block.cross is None else next(given) for block in self._blocks()]
 
     def _embedded(self, tokens: Tensor, places: Tensor | None) -> Tensor:
+        op = "QFormer"
+        require(op, self.text is not None, "tokens must be None without has_text, got {}", list(tokens.shape))
         assert self.text is not None
         fits = tokens.ndim == 2 and tokens.dtype == torch.int64
-        require("QFormer", fits, "tokens must be int64 [B, T], got {} {}", tokens.dtype, list(tokens.shape))
+        require(op, fits, "tokens must be int64 [B, T], got {} {}", tokens.dtype, list(tokens.shape))
         if places is None:
             most, length = self.config.max_text, tokens.shape[1]
-            require("QFormer", length <= most, "tokens must be at most {} a row, got {}", most, length)
+            require(op, length <= most, "tokens must be at most {} a row, got {}", most, length)
             places = torch.arange(length, device=tokens.device)
         return self.text(tokens, places)
 
@@ -208,9 +181,9 @@ class QFormer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
         if self.text is not None:
             self.text.word.weight[self.config.pad_token_id] = 0

@@ -1,6 +1,6 @@
 """BLIP-2's recipes, one a stage."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,18 +14,18 @@ from torch import Tensor
 from mmcore.data import LoaderSpec, PairData, Preprocess, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
-from mmcore.data.text.wordpiece import Texts, WordPiece, load_wordpiece, train_wordpiece
+from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mmcore.parts.language_folder import (
     LANGUAGE_MODEL,
     TINY,
     Language,
     check_llm_steps,
+    chosen_language,
     language_of,
     read_language,
-    tiny_language,
 )
 from mmcore.parts.tiny_lm import texts_by_picture
-from mmcore.parts.towers import load_tower
+from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import Tower, VisionConfig
 from mmcore.recipe import Assets, Embeds, Matches, OnLanguageModel, OnPairs, Purpose, Runner, Step
 from mmcore.runs import find_run, is_run, load_weights
@@ -89,7 +89,10 @@ class Blip2Stage1(OnPairs):
         return {"caption": None}
 
     def assets(self, data: PairData) -> Stage1Assets:
-        tower = self._tower()
+        if self.vision is None and self.freeze_vision:
+            what = "a frozen image tower of random weights shows nothing"
+            raise ValueError(f"--vision must be given, or --no-freeze-vision: {what}")
+        tower = None if self.vision is None else load_tower(self.vision)
         if self.tokenizer is not None:
             wordpiece = load_wordpiece(self.tokenizer)
         else:
@@ -105,20 +108,8 @@ class Blip2Stage1(OnPairs):
         most = shape.qformer.max_text
         if not 2 <= self.max_text <= most:
             raise ValueError(f"--max-text must be from 2 to {most}, got {self.max_text}")
-        frozen = self._visual(tower) if self.freeze_vision else {}
+        frozen = visual_state(tower) if tower is not None and self.freeze_vision else {}
         return Stage1Assets(shape, wordpiece, frozen=frozen)
-
-    def _tower(self) -> Tower | None:
-        if self.vision is not None:
-            return load_tower(self.vision)
-        if self.freeze_vision:
-            raise ValueError(
-                "--vision must be given, or --no-freeze-vision: a frozen image tower of random weights shows nothing"
-            )
-        return None
-
-    def _visual(self, tower: Tower | None) -> dict[str, Tensor]:
-        return {} if tower is None else {f"visual.{name}": x for name, x in tower.state.items()}
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
@@ -131,7 +122,7 @@ class Blip2Stage1(OnPairs):
         return model
 
     def initial(self, assets: Stage1Assets, model: BLIP2) -> Mapping[str, Tensor]:
-        return {} if self.freeze_vision else self._visual(self._tower())
+        return {} if self.freeze_vision or self.vision is None else visual_state(load_tower(self.vision))
 
     def collate(self, assets: Stage1Assets, samples: list[PairSample]) -> Pair:
         batch = collate_pairs(samples)
@@ -143,18 +134,19 @@ class Blip2Stage1(OnPairs):
 
     def embeds(self, assets: Stage1Assets, model: Runner, device: torch.device) -> Embeds:
         def text(captions: list[str]) -> Tensor:
-            return model("encode_text", *_placed(assets.wordpiece(captions, self.max_text), device))
+            return model("encode_text", *self._texts(assets, captions, device))
 
-        tower, image = partial(model, "tower"), partial(model, "encode_image")
-        return Embeds(assets.preprocess, tower, image, text)
+        return Embeds(assets.preprocess, partial(model, "tower"), partial(model, "encode_image"), text)
 
     def matches(self, assets: Stage1Assets, model: Runner, device: torch.device) -> Matches:
         def scores(states: Tensor, index: Tensor, captions: list[str]) -> Tensor:
-            texts = _placed(assets.wordpiece(captions, self.max_text), device)
-            logits = model("match", None, states, index, *texts)
+            logits = model("match", None, states, index, *self._texts(assets, captions, device))
             return logits[:, 1] - logits[:, 0]
 
         return scores
+
+    def _texts(self, assets: Stage1Assets, captions: list[str], device: torch.device) -> list[Tensor]:
+        return [x.to(device) for x in assets.wordpiece(captions, self.max_text)]
 
     def speaks(self, assets: Stage1Assets, model: BLIP2, device: torch.device, decoding: Decoding) -> Answerer:
         options = {"max_length": self.max_text - 1, "eos_token_id": assets.wordpiece.sep_token_id}
@@ -167,16 +159,12 @@ class Blip2Stage1(OnPairs):
         return say
 
     def image_tower(self, assets: Stage1Assets, model: BLIP2) -> Tower:
-        return model.image_tower()
+        return Tower(assets.shape.vision, model.visual.state_dict())
 
     def export(self, assets: Stage1Assets, model: BLIP2, folder: Path, format: str) -> dict[str, Any]:
         save_blip2(model, folder)
         assets.wordpiece.save(folder)
         return assets.preprocess.processor()
-
-
-def _placed(texts: Texts, device: torch.device) -> Texts:
-    return Texts(*(x.to(device) for x in texts))
 
 
 @dataclass(frozen=True)
@@ -241,30 +229,23 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         if self.start is None:
             raise ValueError(f"--from must be given: a run of {STAGE1}, or what else {STAGE2} starts from")
         vision, qformer, state = stage2_start(self.start)
-        if self.llm == TINY:
-            language = tiny_language(self._texts(data), seed=self.run.seed, steps=self.llm_steps)
+        if self.llm is None:
+            language = self._language_of_start(self.start)
         else:
-            language = self._given_language(self.start)
+            prompt = {"question_prompt" if self.task == "vqa" else "caption_prompt": self.prompt}
+            texts = partial(texts_by_picture, data, **prompt)
+            language = chosen_language(self.llm, texts, seed=self.run.seed, steps=self.llm_steps)
         frozen = {name: x for name, x in state.items() if name.startswith("visual.")}
         assets = Stage2Assets(vision, qformer, language, self._tokens(language), frozen=frozen)
-        self.build(assets).load_start(state)
+        self.build(assets).fitting(state)
         return assets
 
-    def _texts(self, data: PairData) -> Callable[[], list[Any]]:
-        """What a tiny language model learns: what the data says, in the words in which it will be asked."""
-        name = "question_prompt" if self.task == "vqa" else "caption_prompt"
-        return partial(texts_by_picture, data, **{name: self.prompt})
-
-    def _given_language(self, start: Path) -> Language:
-        """That of --llm, else of --from."""
-        if self.llm is not None:
-            return read_language(Path(self.llm))
+    def _language_of_start(self, start: Path) -> Language:
         if has_language_model(start):
             return read_language(start)
-        if is_run(start):
-            run = find_run(start)
-            if run.recipe == STAGE2:
-                return language_of(run.folder, run.saved["model"], None, torch.float32)
+        run = find_run(start) if is_run(start) else None
+        if run is not None and run.recipe == STAGE2:
+            return language_of(run.folder, run.saved["model"], None, torch.float32)
         raise ValueError(f"--llm must be a language model's folder or {TINY!r}: {start} has none")
 
     def _tokens(self, language: Language) -> PromptTokens:

@@ -47,16 +47,8 @@ def blip2_config(
     pad_token_id: int = 0,
     decoder_token_id: int | None = None,
 ) -> BLIP2Config:
-    """The named configuration, fitted to an image tower and a tokenizer.
-
-    Args:
-        name: a key of `BLIP2_CONFIGS`.
-        vision: of the tower; None keeps the configuration's own.
-        vocab_size, pad_token_id, decoder_token_id: the tokenizer's; None keeps the configuration's own.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """The configuration of that name in `BLIP2_CONFIGS`, fitted to an image tower and a tokenizer, of which None keeps
+    its own; a ValueError for an unknown name."""
     if name not in BLIP2_CONFIGS:
         near = difflib.get_close_matches(name, BLIP2_CONFIGS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""

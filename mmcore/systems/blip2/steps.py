@@ -25,32 +25,17 @@ LABEL_SMOOTHING = 0.1
 
 
 class Pair(NamedTuple):
-    """Of texts and their images.
+    """Of texts and their images."""
 
-    Args:
-        images: [B, 3, S, S].
-        texts: each rank's padded to the same length.
-        image_ids: int64 [B], equal for equal images on all ranks: no image is a negative of its own captions.
-        text_ids: int64 [B], equal for equal captions on all ranks.
-    """
-
-    images: Tensor
-    texts: Texts
-    image_ids: Tensor
-    text_ids: Tensor
+    images: Tensor  # [B, 3, S, S]
+    texts: Texts  # each rank's padded to the same length
+    image_ids: Tensor  # int64 [B], equal for equal images on all ranks: no image is a negative of its own captions
+    text_ids: Tensor  # int64 [B], equal for equal captions on all ranks
 
 
 def stage1_losses(model: Runner, batch: Pair, generator: torch.Generator) -> dict[str, Tensor]:
-    """Losses of one batch; every rank calls it.
-
-    Args:
-        model: a `BLIP2`, under the engine or bare.
-        batch: of this rank.
-        generator: of the negatives, of a seed of its own for each rank and step.
-
-    Returns:
-        "loss" and its three parts.
-    """
+    """The "loss" of one batch and its three parts; every rank calls it, with a generator, of the negatives, that has a
+    seed of its own for each rank and step."""
     texts = _trimmed(batch.texts)
     pairs: Pairs = model("pairs", batch.images, *texts, LABEL_SMOOTHING)
     labels = pair_labels(batch.image_ids, batch.text_ids)
@@ -78,21 +63,15 @@ def _matching(
         pairs.image, pairs.text, 1 / pairs.temperature, image_ids=image_ids, text_ids=text_ids, generator=generator
     )
     own = torch.arange(len(image_ids), device=image_ids.device)
-    images, of_text = _chosen(negatives.images, own)
-    more, image_index = _images_to_fetch(pairs, images)
-    chosen_texts, of_image = _chosen(negatives.texts, own)
-    fetched = Texts(*(fetch_rows(x, chosen_texts) for x in texts))
+    # -1 where no negative was found
+    of_text, of_image = own[negatives.images >= 0], own[negatives.texts >= 0]
+    more, image_index = _images_to_fetch(pairs, negatives.images[of_text])
+    fetched = Texts(*(fetch_rows(x, negatives.texts[of_image]) for x in texts))
     rows = Texts(*(torch.cat([x, x[of_text], y]) for x, y in zip(texts, fetched, strict=True)))
     index = torch.cat([own, image_index, of_image])
     logits = model("match", pairs.keys_values, more, index, *rows)
     is_match = torch.arange(len(index), device=index.device) < len(own)
     return matching_loss(logits, is_match)
-
-
-def _chosen(numbers: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The negatives that were found, and the rows that they are negatives of."""
-    there = numbers >= 0
-    return numbers[there], own[there]
 
 
 def _images_to_fetch(pairs: Pairs, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,12 +86,5 @@ def _images_to_fetch(pairs: Pairs, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stage2_loss(model: Runner, images: Tensor, texts: Prompted, has_image: Tensor | None = None) -> Tensor:
-    """The cross-entropy of one batch, averaged over the answers' tokens of all ranks: [].
-
-    Args:
-        model: a `BLIP2LM`, under the engine or bare.
-        images: [B, 3, S, S]; of anything for rows without one.
-        texts: prompts and answers.
-        has_image: bool [B]; None = all have one. A rank may have none at all.
-    """
+    """The mean cross-entropy of one batch over the answers' tokens of all ranks; arguments as of `BLIP2LM.loss`."""
     return global_ratio(*model("loss", images, *texts, has_image))

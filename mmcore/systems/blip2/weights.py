@@ -27,7 +27,7 @@ def load_blip2(folder: Path | str) -> BLIP2:
     folder, op = Path(folder), "load_blip2"
     model = BLIP2(STAGE1_SETTINGS.read(op, read_json(op, folder / "config.json")))
     state = model.state_dict()
-    model.load_trained(state | HF.read(op, read_folder(op, folder), state))
+    model.load_state_dict(state | HF.read(op, read_folder(op, folder), state))
     return model
 
 

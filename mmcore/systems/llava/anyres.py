@@ -5,6 +5,7 @@ Sizes are (height, width), in pixels, as transformers and the checkpoints' grid 
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from PIL import Image
@@ -17,15 +18,8 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps most of an image's pixels, and of several the one with the fewest to spare.
-
-    Args:
-        size: of the image.
-        pinpoints: to choose from, at least one; of equal ones the first is taken.
-
-    Raises:
-        ValueError: an image without pixels, no pinpoints.
-    """
+    """The pinpoint that keeps most of an image's pixels, of several the one with the fewest to spare, of equal ones the
+    first; a ValueError for an image without pixels, or no pinpoints."""
     height, width = size
     require("best_resolution", height > 0 and width > 0, "size must be 1 pixel or more each way, got {}", size)
     require("best_resolution", len(pinpoints) > 0, "pinpoints must be one or more, got {}", "none")
@@ -53,35 +47,21 @@ def split_image(image: Image.Image, pinpoints: Sequence[Size], tile_size: int) -
     """What the tower sees of an RGB image: all of it, squeezed into a square, and then its tiles, row by row.
 
     The tiles are cut of the image as large as the best pinpoint holds it, in the middle of black, as the processors of
-    transformers and of LLaVA make them (bicubic).
-
-    Args:
-        image: in mode RGB, of any size.
-        pinpoints: multiples of `tile_size`.
-        tile_size: of the views, in pixels.
+    transformers and of LLaVA make them (bicubic). Pinpoints are multiples of `tile_size`, the views' pixels a side.
     """
     height, width = best_resolution((image.height, image.width), pinpoints)
-    scale_x, scale_y = width / image.width, height / image.height
-    if scale_x < scale_y:
-        inner = (width, min(math.ceil(image.height * scale_x), height))
-    else:
-        inner = (min(math.ceil(image.width * scale_y), width), height)
+    scale = min(width / image.width, height / image.height)
+    inner = min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(image.resize(inner, BICUBIC), ((width - inner[0]) // 2, (height - inner[1]) // 2))
-    views = [image.resize((tile_size, tile_size), BICUBIC)]
-    for top in range(0, height, tile_size):
-        for left in range(0, width, tile_size):
-            views.append(canvas.crop((left, top, left + tile_size, top + tile_size)))
-    return views
+    corners = product(range(0, height, tile_size), range(0, width, tile_size))
+    tiles = [canvas.crop((left, top, left + tile_size, top + tile_size)) for top, left in corners]
+    return [image.resize((tile_size, tile_size), BICUBIC), *tiles]
 
 
 def margins(size: Size, padded: Size) -> Size:
-    """How much of a padded grid is padding, above as below and left as right.
-
-    Args:
-        size: of the image.
-        padded: rows and columns of the grid that has it in its middle.
-    """
+    """How much of a grid of `padded` rows and columns, an image of `size` in its middle, is padding: above as below and
+    left as right."""
     height, width = size
     rows, columns = padded
     # transformers' rounding; what rounds to nothing keeps no row where their number is even

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from mmcore.data.sources.conversations import IMAGE, Turn
 from mmcore.data.sources.json_formats import is_unicode
 from mmcore.data.text.templates import ChatTokens
-from mmcore.systems.llava.inputs import Prompt, SeenImage, generate_inputs, prompt_of, see
+from mmcore.systems.llava.inputs import SeenChat, SeenImage, generate_inputs, prompt_of, see
 from mmcore.systems.llava.model import Llava
 from mmcore.tasks.talks import Sampling
 
@@ -34,12 +34,9 @@ class Dialogue:
 
     Args:
         model: in evaluation mode.
-        tokens: of its language model; not of a template that reads no questions.
+        tokens: of its language model; a template that reads no questions raises a ValueError.
         system: the system's text; None = the template's.
         sampling: how answers are chosen.
-
-    Raises:
-        ValueError: a template that reads no questions.
     """
 
     def __init__(
@@ -49,19 +46,13 @@ class Dialogue:
             raise ValueError("Dialogue: tokens must be of a template that reads questions, got 'plain'")
         self.model, self.tokens = model, tokens
         self.system, self.sampling = system, sampling or Sampling()
-        self.images: list[SeenImage] = []
-        """Shown so far."""
-        self.turns: list[Turn] = []
-        """Said so far, the system's text first, if it has one of its own."""
-        self.was_cut = False
-        """Whether the last answer went on where it had to end."""
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was said and shown."""
-        self.images, self.turns, self.was_cut = [], [], False
-        if self.system is not None:
-            self.turns.append(Turn("system", self.system))
+        self.images: list[SeenImage] = []  # shown so far
+        self.turns: list[Turn] = [] if self.system is None else [Turn("system", self.system)]  # said so far
+        self.was_cut = False  # whether the last answer went on where it had to end
 
     def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Generator[str]:
         """The answer to the next question, in pieces, each as soon as it is known; joined, they are all of it.
@@ -83,24 +74,23 @@ class Dialogue:
             raise ValueError(f"a question must not hold {IMAGE}: images are given beside it, got {text!r}")
         turns, shown, prompt, room = self._read(text, images)
         if room < 1:
-            raise ValueError(
-                f"the question must leave room for an answer, but with all before it and its images it takes "
-                f"{len(prompt.tokens)} of {len(prompt.tokens) + room} tokens"
-            )
+            length = len(prompt.chat.tokens)
+            what = "the question must leave room for an answer, but with all before it and its images it takes"
+            raise ValueError(f"{what} {length} of {length + room} tokens")
         return self._answer(prompt, turns, shown, min(room, self.sampling.max_new_tokens))
 
     def has_room(self, text: str, images: Sequence[Image.Image] = ()) -> bool:
         """Whether the model has room for an answer to a question after all before it."""
         return self._read(text, images)[3] >= 1
 
-    def _read(self, text: str, images: Sequence[Image.Image]) -> tuple[list[Turn], list[SeenImage], Prompt, int]:
+    def _read(self, text: str, images: Sequence[Image.Image]) -> tuple[list[Turn], list[SeenImage], SeenChat, int]:
         """All turns and images with the question, what is read of them, and how many tokens are left for an answer."""
         turns = [*self.turns, Turn("user", f"{IMAGE}\n" * len(images) + text)]
         shown = [*self.images, *(see(image, self.model.config) for image in images)]
         prompt = prompt_of(self.tokens, self.model.config, turns, shown)
-        return turns, shown, prompt, num_positions(self.model, self.tokens) - len(prompt.tokens)
+        return turns, shown, prompt, num_positions(self.model, self.tokens) - len(prompt.chat.tokens)
 
-    def _answer(self, prompt: Prompt, turns: list[Turn], shown: list[SeenImage], most: int) -> Generator[str]:
+    def _answer(self, prompt: SeenChat, turns: list[Turn], shown: list[SeenImage], most: int) -> Generator[str]:
         ids: list[int] = []
         told, is_done = "", False
         pieces = _generated(self.model, self.tokens, prompt, self.sampling, most)
@@ -138,7 +128,9 @@ class _Streamer(BaseStreamer):
         pass
 
 
-def _generated(model: Llava, tokens: ChatTokens, prompt: Prompt, sampling: Sampling, most: int) -> Generator[list[int]]:
+def _generated(
+    model: Llava, tokens: ChatTokens, prompt: SeenChat, sampling: Sampling, most: int
+) -> Generator[list[int]]:
     """Tokens of an answer as they are made, by a thread that ends where this is closed."""
     inputs = generate_inputs([prompt], tokens.pad_token_id, model.config, next(model.parameters()).device)
     made: SimpleQueue[list[int] | None] = SimpleQueue()

@@ -36,18 +36,11 @@ class LlavaConfig:
     grid_pinpoints: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
-        projectors = ("linear", "mlp2x_gelu")
-        require(
-            "LlavaConfig",
-            self.projector in projectors,
-            "projector must be one of {}, got {!r}",
-            projectors,
-            self.projector,
-        )
-        tile = self.vision.image_size
+        op, kinds, tile = "LlavaConfig", ("linear", "mlp2x_gelu"), self.vision.image_size
+        require(op, self.projector in kinds, "projector must be one of {}, got {!r}", kinds, self.projector)
         fits = all(min(p) > 0 and p[0] % tile == p[1] % tile == 0 for p in self.grid_pinpoints)
         what = "grid_pinpoints must be multiples of the tower's image_size {}, got {}"
-        require("LlavaConfig", fits, what, tile, self.grid_pinpoints)
+        require(op, fits, what, tile, self.grid_pinpoints)
 
     @property
     def has_tiles(self) -> bool:
@@ -84,10 +77,10 @@ class Llava(nn.Module):
         super().__init__()
         self.config = config
         self.visual = ViT(config.vision)
-        embedding = language_model.get_input_embeddings()
-        width = embedding.embedding_dim
-        first = Linear(config.vision.width, width)
-        self.projector = first if config.projector == "linear" else _mlp2x_gelu(first)
+        width = language_model.get_input_embeddings().embedding_dim
+        self.projector: nn.Module = Linear(config.vision.width, width)
+        if config.projector == "mlp2x_gelu":
+            self.projector = nn.Sequential(self.projector, nn.GELU(), Linear(width, width))
         self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5) if config.has_tiles else None
         quicken(language_model)
         self.language_model: Any = language_model
@@ -97,11 +90,7 @@ class Llava(nn.Module):
         self.set_trainable(trainable)
 
     def set_trainable(self, trainable: Trainable) -> None:
-        """Freezes what is not to learn, and no more than that; of a language model with adapters these alone learn.
-
-        Raises:
-            ValueError: another choice.
-        """
+        """Freezes what is not to learn, and no more than that; of a language model with adapters these alone learn."""
         choices = ("projector", "language", "all")
         require("Llava", trainable in choices, "trainable must be one of {}, got {!r}", choices, trainable)
         self.trainable: Trainable = trainable
@@ -190,11 +179,7 @@ class Llava(nn.Module):
         Args:
             tokens: int64 [B, T], prompts, padded on the left, `IMAGE_TOKEN` where a feature of an image goes.
             num_text: int64 [B], how many are no padding.
-            images: as in `loss`.
-            image_sizes: as in `loss`.
-
-        Raises:
-            ValueError: as `loss`.
+            images, image_sizes: as in `loss`, as is what it raises.
         """
         length = tokens.shape[1]
         seen = torch.arange(length, device=tokens.device) >= length - num_text[:, None]
@@ -205,42 +190,25 @@ class Llava(nn.Module):
     def likelihood(
         self, tokens: Tensor, labels: Tensor, images: Tensor, image_sizes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """How likely the labels of each row are, a document a row.
-
-        Args:
-            tokens: as in `loss`.
-            labels: as in `loss`.
-            images: as in `loss`.
-            image_sizes: as in `loss`.
+        """How likely the labels of each row are, a document a row; arguments and errors as of `loss`.
 
         Returns:
             The sum of the labels' log-probabilities, float32 [B]; how many they are, int64 [B]; whether each of a row
             is the likeliest token in its place, bool [B].
-
-        Raises:
-            ValueError: as `loss`.
         """
         embedded = self._embed(tokens, images, image_sizes)
         states = self.language_model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        labels = labels[:, 1:]
-        wanted, rows = labels[labels != IGNORED], (labels != IGNORED).nonzero()[:, 0]
-        head = self.language_head
-        logits = F.linear(states[:, :-1][labels != IGNORED], head.weight, head.bias).float()  # [N, V]
+        labels, head = labels[:, 1:], self.language_head
+        is_wanted = labels != IGNORED
+        wanted, rows = labels[is_wanted], is_wanted.nonzero()[:, 0]
+        logits = F.linear(states[:, :-1][is_wanted], head.weight, head.bias).float()  # [N, V]
         found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         num_missed = torch.zeros_like(labels[:, 0]).index_add(0, rows, (logits.argmax(-1) != wanted).long())
         total = found.new_zeros(len(labels)).index_add(0, rows, found)
-        return total, (labels != IGNORED).sum(1), num_missed == 0
+        return total, is_wanted.sum(1), num_missed == 0
 
     def features(self, images: Tensor, image_sizes: Tensor | None = None) -> Tensor:
-        """What the language model reads of the images, [N, D].
-
-        Args:
-            images: as in `loss`, but one or more.
-            image_sizes: as in `loss`.
-
-        Raises:
-            ValueError: sizes that do not belong to the images.
-        """
+        """What the language model reads of one or more images, [N, D]; arguments and errors as of `loss`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
             states = self.visual(images)[:, int(self.config.vision.has_class_token) :]
         projected = self.projector(states)
@@ -249,40 +217,28 @@ class Llava(nn.Module):
             return projected.flatten(0, 1)
         require("Llava", image_sizes is not None, "image_sizes must be given with tiles, got {}", None)
         assert image_sizes is not None
-        config = self.config
         sizes: list[Size] = [(height, width) for height, width in image_sizes.tolist()]
-        counts = [config.num_views(size) for size in sizes]
+        counts = [self.config.num_views(size) for size in sizes]
         what = "images must be the {} views that image_sizes tell of, got {}"
         require("Llava", sum(counts) == len(images), what, sum(counts), len(images))
-        return torch.cat(
-            [
-                pack_features(
-                    views, size, grid_shape(size, config.grid_pinpoints, config.vision.image_size), self.image_newline
-                )
-                for views, size in zip(projected.split(counts), sizes)
-            ]
-        )
+        pinpoints, tile = self.config.grid_pinpoints, self.config.vision.image_size
+        packed = []
+        for views, size in zip(projected.split(counts), sizes):
+            packed.append(pack_features(views, size, grid_shape(size, pinpoints, tile), self.image_newline))
+        return torch.cat(packed)
 
     def _embed(self, tokens: Tensor, images: Tensor, image_sizes: Tensor | None) -> Tensor:
         """What the language model reads, [B, T, D]."""
-        is_image = tokens == IMAGE_TOKEN
+        is_image, side, has_images = tokens == IMAGE_TOKEN, self.config.vision.image_size, len(images) > 0
         embedded = self.language_model.get_input_embeddings()(tokens.masked_fill(is_image, 0))
-        size = self.config.vision.image_size
-        has_images = len(images) > 0
         if not has_images:
-            pinpoints = self.config.grid_pinpoints[:1]
-            image_sizes = torch.tensor(pinpoints) if pinpoints else None
-            num_views = self.config.num_views(pinpoints[0]) if pinpoints else 1
-            images = images.new_zeros(num_views, 3, size, size)
+            size = self.config.grid_pinpoints[0] if self.config.has_tiles else (side, side)
+            image_sizes = torch.tensor([size]) if self.config.has_tiles else None
+            images = images.new_zeros(self.config.num_views(size), 3, side, side)
         features = self.features(images, image_sizes).to(embedded.dtype)
-        places = int(is_image.sum())
-        num_features = len(features) if has_images else 0
+        places, num_features = int(is_image.sum()), len(features) if has_images else 0
         what = "tokens must hold {} image tokens, as many as the images have features, got {}"
         require("Llava", places == num_features, what, num_features, places)
         if not has_images:
             return embedded + (0.0 * features).sum()
         return embedded.masked_scatter(is_image[..., None], features)
-
-
-def _mlp2x_gelu(first: Linear) -> nn.Sequential:
-    return nn.Sequential(first, nn.GELU(), Linear(first.out_features, first.out_features))

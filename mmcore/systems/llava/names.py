@@ -102,11 +102,7 @@ def config_from_hf(op: str, raw: Mapping[str, Any]) -> tuple[LlavaConfig, Any, l
 
 
 def hf_config(model: Llava, image_token: int) -> dict[str, Any]:
-    """What transformers' LLaVA wants in config.json.
-
-    Raises:
-        ValueError: a tower, a projector or a language model that transformers' LLaVA cannot have.
-    """
+    """What transformers' LLaVA wants in config.json; a ValueError for a model that it cannot have."""
     op, language = "save_llava", model.language_model
     settings = HF_SETTINGS.write(op, model.config) | language_settings(op, language, image_token)
     return settings | {"tie_word_embeddings": language.config.tie_word_embeddings}

@@ -26,17 +26,7 @@ def llava_job(
     train_vision: bool = False,
     lora: Lora | None = None,
 ) -> Job:
-    """Of a CLIP's tower, less its last layer, before a language model.
-
-    Args:
-        stage: 1 trains the projector, 2 the language model too.
-        vision_name: a key of `CLIP_CONFIGS`.
-        llm: see `language_config`.
-        projector: see `LlavaConfig`.
-        num_tokens: of a conversation, those of its image included; None = a caption of 64 in stage 1, a whole row of
-            2,048 in stage 2.
-        train_vision: the tower learns too, in stage 2.
-        lora: of the adapters that learn in place of the language model's weights, in stage 2.
+    """Of a CLIP's tower, less its last layer, before a language model; the options are those of `Stage2Plan`.
 
     Raises:
         ValueError: an unknown name; fewer tokens than an image has.
@@ -118,7 +108,7 @@ class Stage1Plan(LlavaPlan):
     """Plan a run of mmcore train llava-stage1."""
 
     def job(self) -> Job:
-        return _llava_job(self, 1)
+        return llava_job(1, self.vision, self.llm, projector=self.projector, num_tokens=self.tokens)
 
 
 @dataclass(frozen=True)
@@ -132,9 +122,5 @@ class Stage2Plan(LlavaPlan):
 
     def job(self) -> Job:
         lora = None if self.lora is None else Lora(self.lora, 2 * self.lora, LORA_DROPOUT)
-        return _llava_job(self, 2, train_vision=self.train_vision, lora=lora)
-
-
-def _llava_job(config: LlavaPlan, stage: Literal[1, 2], **options: Any) -> Job:
-    both: dict[str, Any] = {"projector": config.projector, "num_tokens": config.tokens}
-    return llava_job(stage, config.vision, config.llm, **both, **options)
+        options: dict[str, Any] = {"train_vision": self.train_vision, "lora": lora}
+        return llava_job(2, self.vision, self.llm, projector=self.projector, num_tokens=self.tokens, **options)

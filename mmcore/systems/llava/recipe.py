@@ -29,17 +29,16 @@ from mmcore.parts.language_folder import (
     TINY,
     Language,
     check_llm_steps,
+    chosen_language,
     language_of,
     read_language,
-    tiny_language,
 )
 from mmcore.parts.tiny_lm import Said
-from mmcore.parts.towers import load_tower
-from mmcore.parts.vit import Tower
+from mmcore.parts.towers import load_tower, visual_state
 from mmcore.recipe import Assets, OnLanguageModel, Purpose, Runner, Step
 from mmcore.runs import load_weights
 from mmcore.settings import free
-from mmcore.systems.llava.loader import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
+from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
 from mmcore.systems.llava.start import LlavaStart, llava_shape, llava_start, next_pinpoints
 from mmcore.systems.llava.talk import Talks
@@ -50,11 +49,6 @@ from mmcore.train.optim import OptimConfig, Rule
 
 # how the names of a model's parts begin
 VISION, PROJECTOR, NEWLINE, LANGUAGE = "visual.", "projector.", "image_newline", "language_model."
-STAGE1, STAGE2 = "llava-stage1", "llava-stage2"
-LORA = "lora"
-"""Of a run's model: the shape of its language model's adapters."""
-TINY_TEMPLATE = "v1"
-"""Of what --llm tiny is trained on."""
 PROMPTS = {
     "caption": "Provide a one-sentence caption for the provided image.",
     "vqa": "{}\nAnswer the question using a single word or phrase.",
@@ -77,8 +71,8 @@ class LlavaAssets(Assets):
     tokens: ChatTokens
 
     def save(self, folder: Path) -> dict[str, Any]:
-        known = {LORA: self.lora and asdict(self.lora), LANGUAGE_MODEL: self.language.save(folder)}
-        return {**asdict(self.shape), **known}
+        adapters = self.lora and asdict(self.lora)
+        return {**asdict(self.shape), "lora": adapters, LANGUAGE_MODEL: self.language.save(folder)}
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,6 @@ class LlavaRecipe(OnLanguageModel):
 
     @property
     def trainable(self) -> Trainable:
-        """What learns."""
         return "projector"
 
     @property
@@ -117,10 +110,8 @@ class LlavaRecipe(OnLanguageModel):
     @property
     def learned(self) -> tuple[str, ...]:
         """How the names of the weights begin that learn, adapters aside."""
-        parts = [PROJECTOR, NEWLINE]
-        if self.learns_language:
-            parts.append(LANGUAGE)
-        return (*parts, VISION) if self.trainable == "all" else tuple(parts)
+        learns = {PROJECTOR: True, NEWLINE: True, LANGUAGE: self.learns_language, VISION: self.trainable == "all"}
+        return tuple(name for name in learns if learns[name])
 
     @property
     def learns_language(self) -> bool:
@@ -174,8 +165,8 @@ class LlavaRecipe(OnLanguageModel):
         return LlavaAssets(*llava_shape(saved), language, self._tokens(language), frozen=frozen)
 
     def build(self, assets: LlavaAssets) -> Llava:
-        language = assets.language.load()
         register()
+        language = assets.language.load()
         language.set_attn_implementation(ATTENTION)
         model = Llava(assets.shape, language, trainable=self.trainable)
         load_weights(model, assets.frozen, is_whole=False)
@@ -230,15 +221,11 @@ class LlavaStage1(LlavaRecipe):
             raise ValueError("--vision must be given: the frozen image tower")
         if self.llm is None:
             raise ValueError(f"--llm must be a language model's folder or {TINY!r}, got nothing")
-        tower: Tower = load_tower(self.vision)
+        tower = load_tower(self.vision)
         pinpoints = next_pinpoints(tower.config.image_size) if self.anyres else ()
         shape = LlavaConfig(tower.config, self.projector, pinpoints)
-        state = {f"visual.{name}": x for name, x in tower.state.items()}
-        if self.llm == TINY:
-            language = tiny_language(partial(_said, data), seed=self.run.seed, steps=self.llm_steps)
-        else:
-            language = read_language(Path(self.llm))
-        return self._checked(LlavaStart(shape, state, Path(self.llm)), language)
+        language = chosen_language(self.llm, partial(_said, data), seed=self.run.seed, steps=self.llm_steps)
+        return self._checked(LlavaStart(shape, visual_state(tower), Path(self.llm)), language)
 
 
 @dataclass(frozen=True)
@@ -301,7 +288,7 @@ class LlavaStage2(LlavaRecipe):
 
     def _start(self) -> LlavaStart:
         if self.start is None:
-            raise ValueError(f"--from must be given: a run of {STAGE1}, or what else it starts from")
+            raise ValueError("--from must be given: a run of llava-stage1, or what else it starts from")
         llm = None if self.llm is None else Path(self.llm)
         return llava_start(self.start, llm=llm, vision=self.vision, anyres=self.anyres)
 
@@ -316,7 +303,7 @@ class LlavaStage2(LlavaRecipe):
 
 def _said(data: ChatData) -> list[list[Said]]:
     """What a tiny language model learns of each picture: what is asked and answered, as stage 2 will write it."""
-    template, found = TEMPLATES[TINY_TEMPLATE], []
+    template, found = TEMPLATES["v1"], []
     system = template.system.join(template.system_marks)
     for conversation in data.train.conversations:
         asked = []

@@ -9,7 +9,8 @@ from torch import Tensor
 from mmcore import checkpoint
 from mmcore.parts.adapters import Lora
 from mmcore.parts.language_folder import language_of
-from mmcore.parts.towers import load_tower
+from mmcore.parts.language_weights import beside_language
+from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import VisionConfig
 from mmcore.runs import find_run, is_run, read_frozen, read_run
 from mmcore.systems.llava.anyres import Size
@@ -20,17 +21,11 @@ STAGES = "llava-stage1", "llava-stage2"
 
 
 class LlavaStart(NamedTuple):
-    """What a model begins with.
-
-    Args:
-        config: of tower, projector and tiles.
-        state: weights by our names, those of the language model where they are not as in its folder.
-        llm: the language model's folder.
-    """
+    """What a model begins with."""
 
     config: LlavaConfig
-    state: dict[str, Tensor]
-    llm: Path
+    state: dict[str, Tensor]  # by our names, of the language model what is not as in its folder
+    llm: Path  # the language model's folder
 
 
 def next_pinpoints(side: int) -> tuple[Size, ...]:
@@ -45,14 +40,18 @@ def llava_start(path: Path, *, llm: Path | None = None, vision: Path | None = No
         path: a run of either stage; a folder of transformers with a Llava or LlavaNext; or a file, the original's
             mm_projector.bin.
         llm: of a run, where its language model is now; of a mm_projector.bin, the language model.
-        vision: of a mm_projector.bin, the image tower, as `load_tower` takes it.
-        anyres: of a mm_projector.bin, with NeXT's tiles.
+        vision, anyres: of a mm_projector.bin, the image tower, as `load_tower` takes it, and whether NeXT's tiles.
 
     Raises:
         ValueError: nothing of this kind; a setting that belongs to another.
     """
     if path.is_file():
-        return _of_projector(path, llm, vision, anyres)
+        if vision is None or llm is None:
+            raise ValueError(f"--vision and --llm must be given where --from is a projector alone, {path}")
+        projector, tower = read_projector(path), load_tower(vision)
+        pinpoints = next_pinpoints(tower.config.image_size) if anyres else ()
+        kind = "linear" if "projector.weight" in projector else "mlp2x_gelu"
+        return LlavaStart(LlavaConfig(tower.config, kind, pinpoints), visual_state(tower) | projector, llm)
     if vision is not None or anyres:
         raise ValueError(f"--vision and --anyres have no effect where --from is {path}, which has a tower")
     if is_run(path) or not path.exists():
@@ -60,8 +59,7 @@ def llava_start(path: Path, *, llm: Path | None = None, vision: Path | None = No
     if llm is not None:
         raise ValueError(f"--llm has no effect where --from is {path}, which has a language model, got {llm}")
     model = load_llava(path, dtype=None)
-    state = {n: x for n, x in model.state_dict().items() if not n.startswith("language_")}
-    return LlavaStart(model.config, state, path)
+    return LlavaStart(model.config, beside_language(model), path)
 
 
 def llava_shape(saved: Mapping[str, Any]) -> tuple[LlavaConfig, Lora | None]:
@@ -83,13 +81,3 @@ def _of_run(path: Path, llm: Path | None) -> LlavaStart:
     else:  # tied ones once
         state = {n: p.detach() for n, p in read_run(path, llm=llm).model.named_parameters()}
     return LlavaStart(config, state, folder)
-
-
-def _of_projector(file: Path, llm: Path | None, vision: Path | None, anyres: bool) -> LlavaStart:
-    if vision is None or llm is None:
-        raise ValueError(f"--vision and --llm must be given where --from is a projector alone, {file}")
-    projector, tower = read_projector(file), load_tower(vision)
-    pinpoints = next_pinpoints(tower.config.image_size) if anyres else ()
-    kind = "linear" if "projector.weight" in projector else "mlp2x_gelu"
-    state = {f"visual.{name}": x for name, x in tower.state.items()} | projector
-    return LlavaStart(LlavaConfig(tower.config, kind, pinpoints), state, llm)

@@ -1,51 +1,36 @@
 """LLaVA as it converses: answers in conversations, answers about pictures, dialogues."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 
-from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.text.templates import AUTO, ChatTokens
 from mmcore.parts.language import load_language_tokenizer
 from mmcore.systems.llava.dialogue import Dialogue, Sampling
-from mmcore.systems.llava.inputs import Prompt, generate_inputs, prompt_of, see
+from mmcore.systems.llava.inputs import SeenChat, generate_inputs, prompt_of, see
 from mmcore.systems.llava.model import LlavaConfig
 from mmcore.systems.llava.weights import load_llava
-from mmcore.tasks.replies import Reply
 from mmcore.tasks.speaking import Answerer
-from mmcore.tasks.talks import ASKED
+from mmcore.tasks.talks import ASKED, Reply
 
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Talks:
-    """A model that converses about images.
+    """A model that converses about images."""
 
-    Args:
-        model: a `Llava` in evaluation mode, bare or under an engine.
-        tokens: of its language model, with the template that it was trained with.
-        config: its own.
-        device: of the model.
-        max_answer: tokens of an answer at most, unless a call says otherwise.
-        origin: what it was read from, for a person.
-    """
-
-    model: Any
-    tokens: ChatTokens
+    model: Any  # a `Llava` in evaluation mode, bare or under an engine
+    tokens: ChatTokens  # with the template that it was trained with
     config: LlavaConfig
     device: torch.device
-    max_answer: int = 512
-    origin: str = ""
-
-    def named(self, origin: str) -> "Talks":
-        """The same, with where it was read from."""
-        return replace(self, origin=origin)
+    max_answer: int = 512  # tokens, unless a call says otherwise
+    origin: str = ""  # what it was read from, for a person
 
     @property
     def reads_questions(self) -> bool:
@@ -59,16 +44,8 @@ class Talks:
 
     @torch.no_grad()
     def replies(self, chats: ConversationSet, *, most: int | None = None, **options: Any) -> list[Reply]:
-        """Every answer anew, after what was said before it; under an engine, every rank alike.
-
-        Args:
-            chats: the conversations; those that could not be learned from are left out, within their limit.
-            most: conversations, evenly spread; None = all.
-            options: of `generate`.
-
-        Raises:
-            ValueError: too many broken conversations.
-        """
+        """Every answer anew, after what was said before it, of `most` conversations evenly spread; under an engine,
+        every rank alike. Options are of `generate`; more broken conversations than their limit raise a ValueError."""
         settings = {
             "do_sample": False,
             "max_new_tokens": self.max_answer,
@@ -78,21 +55,16 @@ class Talks:
         }
         out: list[Reply] = []
 
-        def answer(part: Sequence[_Asked]) -> None:
-            inputs = generate_inputs([a.prompt for a in part], self.tokens.pad_token_id, self.config, self.device)
+        def answer(part: Sequence[tuple[Reply, SeenChat]]) -> None:
+            inputs = generate_inputs([p for _, p in part], self.tokens.pad_token_id, self.config, self.device)
             ids = self.model("generate", *inputs, **settings).cpu()
-            said = [self.tokens.text(row) for row in ids]
-            out.extend(Reply(a.conversation, a.question, text, a.wanted) for a, text in zip(part, said))
+            out.extend(reply._replace(said=self.tokens.text(row)) for (reply, _), row in zip(part, ids))
 
         asked, tally, count = [], chats.tally(), len(chats)
         num_read = count if most is None else min(most, count)
         for i in (number * count // num_read for number in range(num_read)):
-            try:
-                asked += _asked(self.tokens, self.config, chats.conversations[i], i, chats.raw_images(i))
-            except BrokenRecord as error:
-                tally.add(1, [(chats.sample_id(i), error.reason)])
-                continue
-            tally.add(1)
+            with tally.record(chats.sample_id(i)):
+                asked += self._asked(chats.conversations[i], i, chats.raw_images(i))
             while len(asked) >= BATCH_SIZE:
                 answer(asked[:BATCH_SIZE])
                 del asked[:BATCH_SIZE]
@@ -100,6 +72,19 @@ class Talks:
         if asked:
             answer(asked)
         return out
+
+    def _asked(self, chat: Conversation, number: int, images: list[Image.Image]) -> list[tuple[Reply, SeenChat]]:
+        """Each answer of a conversation, still unsaid, with what is read before it; raises BrokenRecord for a
+        conversation that cannot be learned from."""
+        seen = [see(image, self.config) for image in images]
+        self.tokens.sample(chat, [self.config.num_image_tokens(image.size) for image in seen])
+        found = []
+        for n, turn in enumerate(chat.turns):
+            if turn.role == "assistant":
+                question = chat.turns[n - 1].text.replace(IMAGE, "").strip()
+                prompt = prompt_of(self.tokens, self.config, chat.turns[:n], seen)
+                found.append((Reply(number, question, "", turn.text), prompt))
+        return found
 
     def answerer(self, **options: Any) -> Answerer:
         """What it says about pictures, each asked in a conversation of its own; options of `generate`."""
@@ -110,57 +95,25 @@ class Talks:
                 Conversation(name, (name,), (Turn("user", f"{IMAGE}\n{prompt}"), Turn("assistant", "")))
                 for name, prompt in zip(names, prompts, strict=True)
             ]
-            given = _Given(dict(zip(names, images)))
-            chats = ConversationSet("the held-out pictures", given, asked, False)
+            chats = ConversationSet("the held-out pictures", _Given(zip(names, images)), asked, False)
             return [reply.said for reply in self.replies(chats, **options)]
 
         return say
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(dict[str, Image.Image]):
     """Images at hand."""
 
-    images: Mapping[str, Image.Image]
-
     def named_image(self, name: str, least: int | None = None) -> Image.Image:
-        return self.images[name]
-
-
-class _Asked(NamedTuple):
-    conversation: int
-    question: str
-    wanted: str
-    prompt: Prompt
-
-
-def _asked(
-    tokens: ChatTokens, config: LlavaConfig, chat: Conversation, number: int, images: list[Image.Image]
-) -> list[_Asked]:
-    """Each answer of a conversation, with what is read before it; raises BrokenRecord for one that cannot be learned
-    from."""
-    seen = [see(image, config) for image in images]
-    tokens.sample(chat, [config.num_image_tokens(image.size) for image in seen])
-    found = []
-    for n, turn in enumerate(chat.turns):
-        if turn.role == "assistant":
-            question = chat.turns[n - 1].text.replace(IMAGE, "").strip()
-            prompt = prompt_of(tokens, config, chat.turns[:n], seen)
-            found.append(_Asked(number, question, turn.text, prompt))
-    return found
+        return self[name]
 
 
 def model_of_folder(folder: Path, template: str | None, device: torch.device) -> Talks:
     """What transformers or `save_llava` wrote, with its tokenizer.
 
-    Args:
-        folder: a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration.
-        template: that it was trained with, "auto" for the tokenizer's own; None = the latter, if there is one.
-        device: to put it on.
-
     Raises:
         ValueError: no such folder, a model or tokenizer that ours is not, a template that it cannot have or that is
-            not known.
+            not known: "auto" is the tokenizer's own, and None too, if there is one.
     """
     choices = f"--template must say how {folder} was trained, by {AUTO}, {', '.join(ASKED)}"
     if template not in (None, AUTO, *ASKED):

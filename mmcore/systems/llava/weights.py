@@ -9,13 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmcore.ops import require
 from mmcore.parts.language_head import check_head
-from mmcore.parts.language_weights import (
-    IMAGE_MARK,
-    beside_language,
-    load_with_language,
-    save_with_language,
-    with_image_mark,
-)
+from mmcore.parts.language_weights import IMAGE_MARK, load_with_language, save_with_language
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.names import config_from_hf, hf_config, hf_layout, unread_norm
 from mmcore.weights.files import read_json, read_pickle
@@ -25,8 +19,7 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
     """Loads a LLaVA on the CPU from a folder that transformers or `save_llava` wrote.
 
     Args:
-        folder: with config.json, *.safetensors and, if the language model generates by settings of its own,
-            generation_config.json.
+        folder: with config.json, *.safetensors and perhaps the language model's generation_config.json.
         dtype: of the language model, None = as it is stored; the rest is float32.
 
     Returns:
@@ -61,7 +54,6 @@ def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None
     Raises:
         ValueError: an existing folder; a tower, projector or language model that transformers' LLaVA cannot have.
     """
-    marked, image_token = with_image_mark(model.language_model, tokenizer)
     processor = {
         "processor_class": "LlavaNextProcessor" if model.config.has_tiles else "LlavaProcessor",
         "image_token": IMAGE_MARK,
@@ -70,15 +62,7 @@ def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None
         # the class token, which that strategy leaves out
         "num_additional_image_tokens": 1,
     }
-    save_with_language(
-        "save_llava",
-        folder,
-        model.language_model,
-        hf_config(model, image_token),
-        hf_layout().write(beside_language(model)) | unread_norm(model),
-        marked,
-        processor,
-    )
+    save_with_language("save_llava", folder, model, hf_config, hf_layout(), tokenizer, processor, unread_norm(model))
 
 
 def load_projector(model: Llava, file: Path | str) -> None:
@@ -100,10 +84,6 @@ def load_projector(model: Llava, file: Path | str) -> None:
 
 
 def read_projector(file: Path | str) -> dict[str, Tensor]:
-    """The projector in a file as `load_projector` takes it, by our names.
-
-    Raises:
-        ValueError: no such file, one of something else.
-    """
+    """The projector in a file as `load_projector` takes it, by our names; a ValueError for anything else."""
     state, prefix = read_pickle("load_projector", Path(file)), "model.mm_"
     return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(f"{prefix}projector.")}
