@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.data import DataConfig, LoaderSpec, PairData, Preprocess, Reader, TrainLoader, open_data
-from mmcore.data.collate import PairSample, pair_sample
+from mmcore.data.collate import PairSample, collate_pairs, pair_sample
 from mmcore.settings import free
 from mmcore.train.accumulate import cached_backward, plain_backward
 from mmcore.train.config import EngineConfig, Precision, RunConfig
@@ -297,6 +297,72 @@ class Contrastive(Recipe):
 
     def backward(self, model: Any, parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
         return cached_backward(self, model, parts, step)
+
+
+@dataclass(frozen=True)
+class PairAssets(Assets):
+    """The shape of a model of images and captions, and what makes tokens of captions.
+
+    Args:
+        shape: a dataclass whose `vision` is the `VisionConfig`.
+        tokenizer: captions to int64 [B, T]; is saved by `save(folder)`.
+    """
+
+    shape: Any
+    tokenizer: Any
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.shape.vision.preprocess
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.tokenizer.save(folder / "tokenizer")
+        return asdict(self.shape)
+
+
+@dataclass(frozen=True)
+class TwoTowers(OnPairs, Contrastive):
+    """Mixin: images and captions are embedded apart, `model(images, None)[0]` and `model(None, tokens)[1]`, as unit
+    vectors, by towers `visual` and `text`. Its assets are `PairAssets`, its micro-batches what the model is called
+    with."""
+
+    model: str = "tiny"
+    """A shape by its name."""
+    tokenizer: Path | None = None
+    """A tokenizer's files; None = one is trained on the captions."""
+    init: Path | None = None
+    """Weights to start from."""
+    activation_checkpointing: bool = field(default=False, metadata=free)
+    """Recompute activations in the backward: less memory, about a third more time."""
+
+    kind: ClassVar[Callable[[Any], Any]]
+    """The model, made of `PairAssets.shape`."""
+    tasks = ("zeroshot", "retrieval")
+
+    def build(self, assets: PairAssets) -> Any:
+        model = type(self).kind(assets.shape)
+        for tower in (model.visual, model.text):
+            tower.transformer.activation_checkpointing = self.activation_checkpointing
+        return model
+
+    def collate(self, assets: PairAssets, samples: list[PairSample]) -> Any:
+        batch = collate_pairs(samples, assets.tokenizer)
+        return batch.images, batch.tokens
+
+    def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
+        return model(*batch)
+
+    def embeds(self, assets: PairAssets, model: Runner, device: torch.device) -> Embeds:
+        def image(images: Tensor) -> Tensor:
+            return model(images, None)[0]
+
+        def text(captions: list[str]) -> Tensor:
+            return model(None, assets.tokenizer(captions).to(device))[1]
+
+        return Embeds(assets.preprocess, image, lambda features: features, text)
+
+    def image_tower(self, assets: PairAssets, model: Any) -> Any:
+        return model.image_tower()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A vision transformer: images to the states of their patches (arXiv:2010.11929)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class VisionConfig:
 
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
+    `has_margin`: pixels on the right and below that fill no patch are not read (SigLIP's 384 in patches of 14).
     The last four are of `Preprocess`.
     """
 
@@ -44,6 +46,7 @@ class VisionConfig:
     has_class_token: bool = True
     positions: Literal["learned", "sincos"] = "learned"
     has_final_norm: bool = False
+    has_margin: bool = False
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -53,7 +56,8 @@ class VisionConfig:
         owner, size, patch = "VisionConfig", self.image_size, self.patch_size
         sizes = {"image_size": size, "patch_size": patch, "num_layers": self.num_layers, "mlp_dim": self.mlp_dim}
         check_tower(owner, self.width, self.num_heads, self.activation, **sizes)
-        require(owner, size % patch == 0, "image_size must be a multiple of patch_size {}, got {}", patch, size)
+        fits = size % patch == 0 or (self.has_margin and size > patch)
+        require(owner, fits, "image_size must be a multiple of patch_size {}, got {}", patch, size)
         kinds = ("learned", "sincos")
         require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
 
@@ -73,6 +77,21 @@ class VisionConfig:
     def num_tokens(self) -> int:
         """Patches and the class token."""
         return self.num_patches + self.has_class_token
+
+
+siglip_vision = partial(
+    VisionConfig,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    has_class_token=False,
+    has_norm_pre=False,
+    has_patch_bias=True,
+    has_final_norm=True,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+    fit="squash",
+)
+"""`VisionConfig` with the options of SigLIP's tower."""
 
 
 class Tower(NamedTuple):

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_blank_answers_count_for_evaluation_and_are_never_drawn(tmp_path: Path) 
 def test_held_out_questions_come_in_order_without_those_of_broken_images(tmp_path: Path) -> None:
     train, val = write_vqa(tmp_path, 4), write_vqa(tmp_path, 5, "val", first=20)
     (tmp_path / "val2014" / f"COCO_val2014_{22:012d}.jpg").write_bytes(b"GIF?")
-    files = {"annotations": train[1], "val_data": val[0], "val_annotations": val[1]}
+    files: dict[str, Any] = {"annotations": train[1], "val_data": val[0], "val_annotations": val[1]}
     _, held_out = _sets(opened(train[0], **files, max_broken=0.5))
     batches = list(held_out.raw_batches(3))
     assert [len(images) for images, _ in batches] == [3, 3, 2]

@@ -41,7 +41,7 @@ def test_other_columns_separators_and_a_byte_order_mark_are_read(tmp_path: Path)
     rows = [["img", "text", "id"], *([p, f"a, {i}", str(i)] for i, p in enumerate(PATHS[:3]))]
     table = Path(write_table(tmp_path, rows, ","))
     table.write_text(table.read_text(), encoding="utf-8-sig")
-    keys = {"csv_separator": ",", "csv_img_key": "img", "csv_caption_key": "text"}
+    keys: dict[str, Any] = {"csv_separator": ",", "csv_img_key": "img", "csv_caption_key": "text"}
     assert list(opened(table, **keys, val_fraction=0.0).captions()) == ["a, 0", "a, 1", "a, 2"]
     tab = write_table(tmp_path, [HEADER, *([p, "x"] for p in PATHS[:3])], "\t", "tab.tsv")
     # What a shell passes for --csv-separator '\t'.

@@ -129,7 +129,8 @@ def test_copy_to_writes_another_model() -> None:
 
 def test_a_model_of_transformers_has_its_tied_weight_once_and_generates_from_the_averages() -> None:
     config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, eos_token_id=10)
-    model, expected = (GPT2LMHeadModel(config).eval() for _ in range(2))
+    models: list[Any] = [GPT2LMHeadModel(config).eval() for _ in range(2)]
+    model, expected = models
     start = copy.deepcopy(model.state_dict())
     ema, tokens = EMA(model, 0.75), torch.tensor([[1, 2]])
     with torch.no_grad():

@@ -154,7 +154,8 @@ def test_it_takes_over_from_torchs_adamw() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_sgd_steps_as_torchs(decay: float) -> None:
-    models, settings = (model_of(), model_of()), {"lr": 0.1, "momentum": 0.9, "weight_decay": decay}
+    models = model_of(), model_of()
+    settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": decay}
     for model, make in zip(models, (SGDEMA, torch.optim.SGD), strict=True):
         steps(model, make(model.parameters(), **settings), 6)
     assert_close_models(*models)

@@ -39,7 +39,7 @@ CPU = replace(GPUS["h200"], is_cpu=True)
 
 
 def test_a_plan_says_what_fits_and_the_nearest_setting_that_does(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "clip --model tiny --global-batch 2097152 --gpus 8 --gpu a100-40gb".split()
+    arguments = ["clip", "--model", "tiny", "--global-batch", "2097152", "--gpus", "8", "--gpu", "a100-40gb"]
     command.main([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out)
     better, limit = found["nearest"], FILLED * 40e9

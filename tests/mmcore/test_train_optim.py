@@ -81,7 +81,7 @@ def test_the_first_rule_that_fits_a_name_says_how_a_group_is_trained() -> None:
 
 def test_each_optimizer_is_made_with_its_settings_and_muon_leaves_embeddings_to_adamw() -> None:
     model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
-    made = {
+    made: dict[Any, tuple[type, dict[str, Any]]] = {
         "adamw": (AdamWEMA, {"betas": (0.9, 0.98)}), "sgd": (SGDEMA, {"momentum": 0.9}),
         "lars": (LARSEMA, {"momentum": 0.9}), "muon": (MuonEMA, {"momentum": 0.95, "betas": (0.9, 0.98)}),
     }  # fmt: skip

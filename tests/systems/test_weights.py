@@ -27,6 +27,10 @@ from mmcore.systems.clip.weights import load_clip, save_clip
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.names import hf_layout
 from mmcore.systems.llava.weights import load_llava, save_llava
+from mmcore.systems.siglip import weights as siglip_weights
+from mmcore.systems.siglip.model import SigLIP
+from mmcore.systems.siglip.shapes import siglip_config
+from mmcore.systems.siglip.weights import load_siglip, save_siglip
 from mmcore.weights.layout import Layout
 from tests.refusals import refuses
 from tests.systems.blip2 import test_lm as blip2_lm
@@ -44,6 +48,7 @@ class System(NamedTuple):
 SYSTEMS = {
     "clip": System(lambda: randomized(small_config()), save_clip, load_clip),
     "open_clip": System(lambda: randomized(small_config()), partial(save_clip, format="open_clip"), load_clip),
+    "siglip": System(lambda: SigLIP(siglip_config("tiny")), save_siglip, load_siglip),
     "blip2": System(lambda: blip2.ours_of(blip2.hf_model(torch.float32)), save_blip2, load_blip2),
 }
 for name in blip2_lm.MODELS:
@@ -146,6 +151,8 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("clip", settings(model_type="bert"), "config.json must have model_type 'clip', got 'bert'"),
     ("clip", settings(text_config={"attention_dropout": 0.1}), "text_config.attention_dropout 0, got 0.1"),
     ("clip", settings(vision_config={"num_channels": 4}), "vision_config.num_channels 3, got 4"),
+    ("siglip", without("logit_bias"), f"{WHOLE} logit_bias"),
+    ("siglip", settings(model_type="clip"), "must have model_type 'siglip' or 'siglip2', got 'clip'"),
     ("open_clip", without("ln_final.bias"), f"an open_clip file {WHOLE} ln_final.bias"),
     ("open_clip", shaped("visual.proj", 31, 12), r"visual.proj of shape \[32, 12\], got \[31, 12\]"),
     ("open_clip", shaped("text_projection", 15, 12), r"text_projection of shape \[16, 12\], got \[15, 12\]"),
@@ -197,7 +204,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(
     shutil.copytree(saved(name), folder)
     change(folder)
     load = SYSTEMS[name].load
-    with pytest.raises(ValueError, match=f"^{load.__name__}: .*{message}") as error:
+    with pytest.raises(ValueError, match=rf"^load\w*: .*{message}") as error:
         load(folder)
     assert "\n" not in str(error.value)
 
@@ -245,7 +252,7 @@ def test_a_language_model_of_bfloat16_stays_it_to_the_bit(name: str, tmp_path: P
 
 @pytest.mark.parametrize(("layout", "names"), [
     (clip_names.HF, ["clip"]), (clip_names.OPEN_CLIP, ["clip"]), (blip2_names.HF, ["blip2", "blip2-llama"]),
-    (hf_layout(), ["llava_next-llama"]),
+    (hf_layout(), ["llava_next-llama"]), (siglip_weights.LAYOUT, ["siglip"]),
 ])  # fmt: skip
 def test_every_row_is_of_a_weight_and_no_two_are_of_one(layout: Layout, names: list[str]) -> None:
     states = [beside_language(SYSTEMS[name].build()) for name in names]

@@ -98,7 +98,8 @@ def test_an_encoder_decoder_learns_its_targets() -> None:
 
 def test_a_row_without_an_image_is_the_language_models_own() -> None:
     ours, _ = pair("llama")
-    images, *texts = batch()
+    images, tokens, num_prompt, num_text = batch()
+    texts = tokens, num_prompt, num_text
     has_image, factors = torch.tensor([True, False, False]), torch.tensor([1.0, 7.0, -3.0]).view(3, 1, 1, 1)
     total, _ = ours.loss(images, *texts, None, has_image)
     again, _ = ours.loss(images * factors, *texts, None, has_image)

@@ -185,7 +185,7 @@ def test_initial_weights_have_the_published_standard_deviations():
             assert not attn.qkv.bias.any() and not mlp.fc1.bias.any()  # pyright: ignore
     for weight, std in stds:
         assert weight.std().item() == pytest.approx(std, rel=0.05)
-    assert model.visual.class_embedding.std().item() == pytest.approx(width**-0.5, rel=0.2)
+    assert model.visual.class_embedding.std().item() == pytest.approx(width**-0.5, rel=0.2)  # pyright: ignore
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
 
 

@@ -199,7 +199,9 @@ def test_a_chat_template_of_the_tokenizer_serves_where_none_is_named(tmp_path: P
     assert load_chat_model(tmp_path / "llava").tokens.template is None
     named = load_chat_model(tmp_path / "llava", template="v1").tokens.template
     assert named is not None and named.user_marks == ("USER: ", " ")
-    known.chat_template = "{% for m in messages for c in m.content if c.type %}{{ c.text }}{% endfor %}"
+    known.chat_template = (
+        "{% for m in messages %}{% for c in m.content if c.type %}{{ c.text }}{% endfor %}{% endfor %}"
+    )
     save_llava(llava(), tmp_path / "lists", tokenizer=known)
     refuses(r"--template must say how .*, by auto, v1.*must write 1 <image>", load_chat_model, tmp_path / "lists")
 
