@@ -73,12 +73,8 @@ def _holds_conversations(file: Path) -> bool:
 
 
 def open_data(config: DataConfig, *, seed: int) -> PairData:
-    """Finds the pairs that `config` names, checks them, and splits off the held-out ones. Of conversations about one
-    image, the first answer is the caption.
-
-    Args:
-        config: which pairs.
-        seed: seed of the split, at least 0.
+    """Finds the pairs that `config` names, checks them, and splits off the held-out ones by `seed`, at least 0. Of
+    conversations about one image, the first answer is the caption.
 
     Raises:
         ValueError: one sentence for each thing that can be wrong with the input.
@@ -195,11 +191,12 @@ def _chats_of(data: PairData, config: DataConfig) -> ChatData:
     source = data.source
     chats_of: Callable[[Any], ConversationSet] = derived_chats.described_conversations
     if source is None:
-        sides, chats_of = (data.questions, data.val_questions), derived_chats.asked_conversations
+        sides: list[Any] = [data.questions, data.val_questions]
+        chats_of = derived_chats.asked_conversations
     elif isinstance(source, FilePairs):
-        sides = source.held_out(config.max_broken), data.val
+        sides = [source.held_out(config.max_broken), data.val]
     else:  # conversations are read in an order by their lengths, which a stream has not
-        sides = open_held_out_shards(config), data.val
+        sides = [open_held_out_shards(config), data.val]
     train, val = (None if side is None else chats_of(side) for side in sides)
     assert train is not None
     return ChatData(data.name, replace(train, name=data.name, broken=data.broken), val)

@@ -140,9 +140,6 @@ def param_groups(
         rules: of some weights, the first that fits a name.
         layers: depth of a parameter by its name, 0 = embeddings, for --layer-decay: a learning rate counts
             `layer_decay ** (largest depth - depth)` times; None = `depths`.
-
-    Raises:
-        ValueError: --layer-decay of a model without numbered layers.
     """
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0)

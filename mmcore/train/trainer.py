@@ -52,9 +52,7 @@ def seed_step(seed: int, step: int) -> int:
 
 
 def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
-    """Trains as a recipe says, on every rank alike; returns the run's folder.
-
-    `is_quiet` leaves out the report at the end.
+    """Trains as a recipe says, on every rank alike; returns the run's folder. `is_quiet` leaves out the last report.
 
     Raises:
         ValueError: something in the settings, the data or the run's folder is wrong.

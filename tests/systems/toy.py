@@ -54,7 +54,7 @@ class Toy(OnPairs):
         return Encoder(self.queue_size)
 
     def collate(self, assets: ToyAssets, samples: list[PairSample]) -> Tensor:
-        return collate_pairs(samples).images
+        return collate_pairs(samples).images / 255
 
     def companions(self, model: Any) -> Mapping[str, nn.Module]:
         return {"teacher": MomentumEncoder(model.deepspeed, 0.9), "queue": FeatureQueue(self.queue_size, 8)}

@@ -81,10 +81,6 @@ class QuestionSet(Measured, PairSource):
         return self.source.augment(i, preprocess, rng)
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Question]]]:
-        """All questions in order with their images, RGB, less those about broken images.
-
-        Raises:
-            ValueError: `batch_size` below 1; more than `max_broken` of the images are broken.
-        """
+        """All questions in order with their images, RGB, less those about broken images; ValueError for too many."""
         for images, indices in self._good_images(self, range(len(self)), batch_size, f"the images of {self.name}"):
             yield images, [self.questions[i] for i in indices]

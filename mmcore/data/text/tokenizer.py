@@ -110,9 +110,6 @@ def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> To
             with one of them, preferred in this order.
         context_length: tokens a caption; None takes `model_max_length` of a tokenizer_config.json beside it,
             else 77.
-
-    Raises:
-        ValueError: nothing to load, a damaged file, a vocabulary whose end token has not the highest id.
     """
     file = _find(Path(path))
     if context_length is None:

@@ -38,13 +38,9 @@ _DECODER_ERRORS = (
 def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
     """RGB image of a JPEG, PNG, WebP, GIF or BMP file, its pixels loaded; transparent parts become white.
 
-    Args:
-        data: the file's bytes.
-        least: pixels that the shorter side has to keep; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
-            takes a fraction of the time. None = all of them.
-
-    Raises:
-        BrokenRecord: empty, not an image, truncated, or above `MAX_IMAGE_PIXELS`.
+    `least` are the pixels that the shorter side has to keep: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
+    which takes a fraction of the time. Raises BrokenRecord for what is empty, not an image, truncated, or above
+    `MAX_IMAGE_PIXELS`.
     """
     BrokenRecord.unless(bool(data), "empty file")
     try:

@@ -142,15 +142,12 @@ class CLIP(nn.Module):
         return _unit_norm(self.visual(images))
 
     def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Unit-norm caption embeddings.
+        """Unit-norm caption embeddings [B, E], float32.
 
         Args:
             tokens: [B, T] int64, T at most the context length, each row with its end token; B may be 0.
             lengths: of the captions, by `caption_lengths` before the tokens go to a GPU: the rest is not computed,
                 which changes nothing. None = looked up on a CPU; on a GPU, and under torch.compile, all T are.
-
-        Returns:
-            [B, E] float32.
 
         Raises:
             ValueError: another shape or dtype; lengths out of range, or short of an end token (on a GPU, an index out
