@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmcore.data import PairData, Question, QuestionSet
+from mmcore.data import PairData, Preprocess, Question, QuestionSet
 from mmcore.data.sources.digits import DIGIT_NAMES, Digits
 from tests.mmcore.data_fixtures import (
     fake_tokenizer,
@@ -85,17 +85,17 @@ def test_held_out_questions_come_in_order_without_those_of_broken_images(tmp_pat
     (tmp_path / "val2014" / f"COCO_val2014_{22:012d}.jpg").write_bytes(b"GIF?")
     files: dict[str, Any] = {"annotations": train[1], "val_data": val[0], "val_annotations": val[1]}
     _, held_out = _sets(opened(train[0], **files, max_broken=0.5))
-    batches = list(held_out.raw_batches(3))
-    assert [len(images) for images, _ in batches] == [3, 3, 2]
+    batches = list(held_out.batches(3, Preprocess(8)))
+    assert [len(images) for images, _ in batches] == [3, 3, 2] and batches[0][0].shape == (3, 3, 8, 8)
     asked = [question.question_id for _, questions in batches for question in questions]
     assert asked == [10 * i + k for i in (20, 21, 23, 24) for k in (0, 1)]
     assert all(len(q.answers) == 10 and q.question_type in ("how", "is") for _, qs in batches for q in qs)
     assert held_out.broken == {"not an image": 2}
-    plain = [images[0] for images, _ in held_out.raw_batches(1)]
-    assert plain == [image for images, _ in batches for image in images]
+    plain = torch.stack([images[0] for images, _ in held_out.batches(1, Preprocess(8))])
+    assert torch.equal(plain, torch.cat([images for images, _ in batches]))
     held_out.max_broken = 0.1
     message = r"2 of 10 records of the images of .*val_questions.json are broken"
-    refuses(message, lambda: list(held_out.raw_batches(3)))
+    refuses(message, lambda: list(held_out.batches(3, Preprocess(8))))
 
 
 def test_lavis_questions_have_one_answer_or_several_and_a_number_for_a_missing_id(tmp_path: Path) -> None:

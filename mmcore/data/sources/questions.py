@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from mmcore.data.sources.base import Measured, PairSource
 from mmcore.data.transforms.images import Preprocess
@@ -79,6 +80,11 @@ class QuestionSet(Measured, PairSource):
 
     def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
         return self.source.augment(i, preprocess, rng)
+
+    def batches(self, batch_size: int, preprocess: Preprocess) -> Iterator[tuple[Tensor, list[Question]]]:
+        """As `raw_batches`, the images uint8 [B, 3, S, S]."""
+        for images, questions in self.raw_batches(batch_size):
+            yield preprocess(images), questions
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Question]]]:
         """All questions in order with their images, RGB, less those about broken images; ValueError for too many."""
