@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import yaml
@@ -37,11 +37,11 @@ class Sampling:
 def parse_sampling(text: str) -> Sampling:
     """A sampling strategy as LLaVA-NeXT writes it: 'all', 'first:10%', 'end:500', 'random:20%'; raises ValueError,
     naming what is wrong with it."""
-    strategies: tuple[Strategy, ...] = get_args(Strategy)
+    strategies = get_args(Strategy)
     wanted, _, amount = text.partition(":")
     what = "sampling_strategy must be one of {}, got {!r}"
     require("data", wanted in strategies, what, ", ".join(strategies), text)
-    name = strategies[strategies.index(wanted)]  # pyright: ignore[reportArgumentType]
+    name = cast(Strategy, wanted)
     if name == "all":
         require("data", not amount, "sampling_strategy 'all' takes no amount, got {!r}", text)
         return Sampling("all")

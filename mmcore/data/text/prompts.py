@@ -33,11 +33,6 @@ class Prompted(NamedTuple):
     num_text: Tensor  # int64 [B], how many are no padding
     targets: Tensor | None  # int64 [B, T'], an encoder-decoder's answers, -100 behind them
 
-    def to(self, device: torch.device) -> "Prompted":
-        """The same on another device."""
-        tokens, num_prompt, num_text = (x.to(device) for x in self[:3])
-        return Prompted(tokens, num_prompt, num_text, None if self.targets is None else self.targets.to(device))
-
 
 class Prompts(NamedTuple):
     """Prompts to go on from."""
