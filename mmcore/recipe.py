@@ -45,6 +45,20 @@ class Assets:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class VisionAssets(Assets):
+    """The shape of a model, a dataclass whose `vision` is the `VisionConfig` of its image tower."""
+
+    shape: Any
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.shape.vision.preprocess
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return asdict(self.shape)
+
+
 @dataclass
 class Step:
     """A step under way.
@@ -102,6 +116,7 @@ class Recipe(ABC):
     - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
+    - `reconstructs(assets, model, device) -> Reconstructs`: images from some of their patches; reconstruction.
     - `export(assets, model, folder, format) -> image processor's settings`: `mmcore export`.
     - `image_tower(assets, model) -> Tower`: what `--vision RUN` of other recipes starts from.
     """
@@ -287,24 +302,14 @@ class Contrastive(Recipe):
 
 
 @dataclass(frozen=True)
-class PairAssets(Assets):
-    """The shape of a model of images and captions, and what makes tokens of captions.
+class PairAssets(VisionAssets):
+    """The shape of a model of images and captions, and what makes int64 [B, T] of captions, with `save(folder)`."""
 
-    Args:
-        shape: a dataclass whose `vision` is the `VisionConfig`.
-        tokenizer: captions to int64 [B, T]; is saved by `save(folder)`.
-    """
-
-    shape: Any
     tokenizer: Any
-
-    @property
-    def preprocess(self) -> Preprocess:
-        return self.shape.vision.preprocess
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.tokenizer.save(folder / "tokenizer")
-        return asdict(self.shape)
+        return super().save(folder)
 
 
 @dataclass(frozen=True)
@@ -359,12 +364,14 @@ class Claim:
     Args:
         figure: for the reader, such as "zero-shot accuracy (held-out)".
         value: its name among those that the recipe's tasks follow, such as "zero-shot top-1".
-        floor: that it has to reach, in [0, 1].
+        floor: that it has to reach, at most 1.
+        ceiling: that the control has to stay below; None = the floor.
     """
 
     figure: str
     value: str
     floor: float
+    ceiling: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
+from mmcore.data.transforms.masks import gather
 from mmcore.nn import ACTIVATIONS, Transformer, sincos_positions
 from mmcore.nn.transformer import Pool
 from mmcore.ops import require
@@ -92,6 +93,17 @@ siglip_vision = partial(
     fit="squash",
 )
 """`VisionConfig` with the options of SigLIP's tower."""
+mae_vision = partial(
+    VisionConfig,
+    norm_eps=1e-6,
+    has_norm_pre=False,
+    has_patch_bias=True,
+    positions="sincos",
+    has_final_norm=True,
+    image_mean=(0.485, 0.456, 0.406),
+    image_std=(0.229, 0.224, 0.225),
+)
+"""`VisionConfig` with the options of MAE's encoder, and ImageNet's mean and deviation."""
 
 
 class Tower(NamedTuple):
@@ -158,12 +170,12 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self.position_embedding
+        x = x + self.position_embedding.to(self.patch_embed.weight.dtype)  # a buffer stays float32 under bf16 weights
         if kept is not None:
             fits = kept.ndim == 2 and len(kept) == len(x) and kept.shape[1] > 0 and kept.dtype == torch.int64
             got = f"{kept.dtype} {list(kept.shape)}"
             require("ViT", fits, "kept must be int64 [{}, K] of at least one patch an image, got {}", len(x), got)
             if self.class_embedding is not None:
                 kept = F.pad(kept + 1, (1, 0))  # the class token is row 0
-            x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+            x = gather(x, kept)
         return self.norm_pre(x)

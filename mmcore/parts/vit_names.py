@@ -63,6 +63,25 @@ CLIP_BLOCK_SETTINGS = transformers_keys(
 )
 CLIP_TOWER_SETTINGS = transformers_keys(image_size=224, patch_size=32) | CLIP_BLOCK_SETTINGS
 """CLIPVisionConfig's, for a `VisionConfig`."""
+VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.qkv": "attention.attention.{query,key,value}",
+    "attn.out": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+"""A layer of ViTModel's and of those that are made of it (MAE, DINO, BEiT), as their files have it."""
+VIT_TOWER = {
+    "class_embedding": leading("embeddings.cls_token", 2),
+    "patch_embed": "embeddings.patch_embeddings.projection",
+    "position_embedding": leading("embeddings.position_embeddings", 1),
+    **under("transformer.blocks.{i}", "encoder.layer.{i}", VIT_BLOCK),
+    "norm_post": "layernorm",
+}
+"""ViTModel's, for a `ViT`."""
+VIT_SETTINGS = CLIP_TOWER_SETTINGS | transformers_keys(patch_size=16, activation="gelu", norm_eps=1e-12)
+"""ViTConfig's, for a `VisionConfig`."""
 _GELU_TANH = Key(
     "hidden_act",
     "gelu_pytorch_tanh",

@@ -17,6 +17,7 @@ from torch import nn
 
 from mmcore import checkpoint
 from mmcore.data import StepBatch, TrainLoader
+from mmcore.figures import shown
 from mmcore.recipe import Recipe, Step
 from mmcore.runs import FROZEN, load_weights, read_assets
 from mmcore.settings import as_yaml, check_resumed, to_json
@@ -167,7 +168,7 @@ class Loop:
     metrics: Metrics
     total: int  # optimizer steps in all
     companions: Any  # see `Recipe.companions`
-    # on every rank alike: numbers by name, the first of which, in [0, 1], the progress bar shows
+    # on every rank alike: numbers by name, the first of which the progress bar shows
     evaluate: Callable[[], dict[str, float]]
     _at: tuple[int, list[str]] = field(default=(0, []), init=False)  # the step under way, and its records here
 
@@ -233,4 +234,4 @@ class Loop:
 
 
 def _shown(accuracy: dict[str, float]) -> str:
-    return "  ".join(f"{k} {100 * v:.1f} %" for k, v in list(accuracy.items())[:1])
+    return "  ".join(f"{k} {shown(k, v)}" for k, v in list(accuracy.items())[:1])
