@@ -81,7 +81,8 @@ def batch(shape: Shape, device: torch.device) -> tuple[Tensor, Prompted]:
     # the last of the vocabulary is transformers' place of an image
     tokens = torch.randint(4, shape.opt.vocab_size - 1, (size, LENGTH), generator=generator)
     tokens = tokens.masked_fill(torch.arange(LENGTH) >= num_text[:, None], PAD)
-    return images.to(device), Prompted(tokens, torch.zeros_like(num_text), num_text, None).to(device)
+    tokens, num_text = tokens.to(device), num_text.to(device)
+    return images.to(device), Prompted(tokens, torch.zeros_like(num_text), num_text, None)
 
 
 def our_step(model: BLIP2LM, images: Tensor, texts: Prompted) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmcore.data import PairData
 from mmcore.data.opening import ChatData
-from mmcore.errors import complain
+from mmcore.errors import complain, did_you_mean
 from mmcore.figures import is_share, shown
 from mmcore.launch import leave, parse
 from mmcore.recipe import Proof
@@ -70,11 +70,7 @@ class Found:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `NAME|all|--list ...`.
-
-    Raises:
-        ValueError: an unknown proof, or a folder that exists.
-    """
+    """Runs `NAME|all|--list ...`; raises ValueError for an unknown proof, or a folder that exists."""
     known = entries("PROOFS")
     if arguments[:1] == ["--list"]:
         for name, entry in known.items():
@@ -84,7 +80,8 @@ def main(arguments: list[str]) -> None:
     config = tyro.cli(ProveConfig, args=arguments, prog="mmcore prove")
     names = list(known) if config.name == "all" else [config.name]
     if names[0] not in known:
-        raise ValueError(f"the proof must be one of {', '.join(known)} or all, got {config.name!r}")
+        hint = did_you_mean(config.name, [*known, "all"])
+        raise ValueError(f"the proof must be one of {', '.join(known)} or all, got {config.name!r}{hint}")
     found: list[Found] = []
     code = 0
     with tempfile.TemporaryDirectory() as temporary:

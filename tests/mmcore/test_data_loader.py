@@ -180,7 +180,6 @@ def test_a_loader_spec_out_of_range_is_refused(name: str, value: int) -> None:
 def test_batches_are_those_of_one_rank_whatever_the_workers_and_the_ranks(kind: str, loader_of: Any, tmp_path: Path):
     data = opened_kind(kind, tmp_path)
     loader = loader_of(data, spec(6), fake_tokenizer)
-    assert not loader.state_is_per_rank
     states, alone = [], []
     for _ in range(5):
         states.append(loader.state_dict())
@@ -222,7 +221,6 @@ def test_a_batch_is_full_typed_and_of_its_seed(kind: str, tmp_path: Path) -> Non
 def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(kind, saved, change, name, tmp_path: Path):
     data, given = opened_kind(kind, tmp_path), {"batch_size": 4, **saved}
     loader = train_loader(data, spec(**given), fake_tokenizer)
-    assert loader.state_is_per_rank == (kind == "shards")
     other = train_loader(data, spec(**given | change), fake_tokenizer)
     refuses(f"{name} must be that of the run to resume", other.load_state_dict, loader.state_dict())
 

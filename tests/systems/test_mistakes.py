@@ -41,6 +41,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
     "train clip": [
         ("--data digitz", "did you mean 'digits'"),
         ("--data missing.csv", "missing.csv"),
+        ("--data stamps --language zh", "got 'zh'; did you mean 'zh_CN'?"),
         ("--data missing/{000..003}.tar", "missing/"),
         ("--batch-size 5000", "batch"),
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
@@ -112,6 +113,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
         ("OF_CLIP", "RUN must be of a model that converses, got .* which is of clip"),
         ("EMPTY", "holds no checkpoint"),
     ],
+    "prove": [("clipp", "got 'clipp'; did you mean 'clip'?")],
     "plan": [
         ("", "must be followed by one of"),
         ("vit", "got vit"),

@@ -18,11 +18,7 @@ DEPTHS = 2, 3
 
 
 def clip_job(name: str) -> Job:
-    """Of a configuration by name; every caption as long as the context.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Of a configuration by name; every caption as long as the context."""
     return clip_job_of(name, clip_config(name))
 
 

@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from mmcore.data import DataConfig, LoaderSpec, Reader
-from mmcore.data.loader import MapBatches, MapLoader
+from mmcore.data.loader import MapLoader
 from mmcore.data.opening import open_chats
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.labels import IMAGE_TOKEN
@@ -48,7 +48,7 @@ def spec(batch_size: int = 4, **more: Any) -> LoaderSpec:
 def chat_loader(source: ConversationSet, of: LoaderSpec, *, is_packed: bool, config: LlavaConfig = FLAT) -> MapLoader:
     collate = partial(collate_chats, tokens=TOKENS, config=config, is_packed=is_packed)
     reader = Reader(lambda record, _: seen_chat(record, TOKENS, config), collate)
-    return MapLoader(MapBatches(source, of, reader), source.tally())
+    return MapLoader(source, of, reader, source.tally())
 
 
 def first_part(source: ConversationSet, of: LoaderSpec, *, is_packed: bool, config: LlavaConfig = FLAT) -> Any:
