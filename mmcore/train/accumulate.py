@@ -15,8 +15,8 @@ def plain_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> 
         losses = recipe.loss(model, model.place(parts[0]), step)
         model.backward(losses["loss"])
         return {name: x.detach() for name, x in losses.items()}
-    weights = torch.tensor([float(recipe.weight(part)) for part in parts], dtype=torch.float64)
-    weights = weights.to(model.device)
+    # stacked before they are read: a GPU is waited for once
+    weights = torch.stack([torch.as_tensor(recipe.weight(x), dtype=torch.float64, device=model.device) for x in parts])
     if dist.is_initialized():
         dist.all_reduce(weights)
     total: dict[str, Tensor] = {}

@@ -46,8 +46,9 @@ def test_a_package_of_ones_own_trains_is_measured_exported_planned_and_proved(in
     planned = mmcore(installed, "plan", "own", "--global-batch", 64, "--gpus", 2, "--width", 32, "--json").stdout
     weights = load_file(tmp_path / "out/model.safetensors").values()
     assert json.loads(planned)["parameters"]["trained"] == sum(x.numel() for x in weights)
-    proved = mmcore(installed, "prove", "own", "--json", tmp_path / "proof.json").stdout
+    proved = mmcore(installed, "prove", "own", "--json", tmp_path / "proof.json", "--out", tmp_path / "proof").stdout
     assert proved.startswith("own: zero-shot accuracy (held-out) ")
+    assert (tmp_path / "proof" / "own" / "0-own" / "retrieval.png").is_file()
     [figure] = json.loads((tmp_path / "proof.json").read_text())
     assert figure["holds"] and figure["value"] > 0.85 > 0.3 > figure["control"]
 
