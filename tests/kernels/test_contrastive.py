@@ -16,7 +16,7 @@ from mmkernels.contrastive import blockwise, kernel, loss, op
 from mmkernels.contrastive.op import gives_nan
 from mmkernels.contrastive.problem import Problem
 from mmkernels.contrastive.spec import STATS, VARIANTS
-from tests.kernels.recorded import Operations, opcheck
+from tests.kernels.recorded import opcheck
 
 
 def features(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -76,21 +76,6 @@ def test_float16_gradients_of_a_huge_batch_do_not_underflow() -> None:
 
 def kernel_runs() -> bool:
     return runs_triton(torch.empty(0))
-
-
-@pytest.mark.parametrize(
-    ("needs", "products"),
-    [((True, True, True), 3), ((True, False, False), 2), ((False, True, True), 2), ((False, False, True), 1)],
-)
-def test_a_gradient_that_nobody_asked_for_costs_no_product(needs: tuple[bool, bool, bool], products: int) -> None:
-    a, b = (x.detach() for x in features(40, 40))
-    ones, none = torch.ones(40), torch.zeros(0)
-    problem = Problem(a, b, torch.tensor(1.0), torch.arange(40), None, None, True)
-    stats = blockwise.contrastive_fwd(problem)
-    with Operations() as seen:
-        results = blockwise.contrastive_bwd(problem, stats, [ones, ones, ones, none, none], needs)
-    assert seen.products == products
-    assert tuple(result is not None for result in results) == needs
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
