@@ -147,6 +147,18 @@ def test_a_frozen_operand_saves_its_product_and_an_ignored_row_all_three(
     assert seen.multiplications == products * (40 - num_ignored) * weight.numel()
 
 
+@pytest.mark.parametrize("frozen", WRT)
+def test_of_a_frozen_operand_no_gradient_is_asked(frozen: str, streamed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: dict[str, Any] = named(*problem())
+    asked, run = [], op._run
+    monkeypatch.setattr(op, "_run", lambda *args: (asked.append(args[-1]), run(*args))[1])
+    inputs[frozen].requires_grad_(False)
+    linear_cross_entropy(**inputs).backward()
+    linear_cross_entropy(**inputs, reduction="none").sum().backward()
+    of_other = [frozen != "hidden", frozen != "weight", False]
+    assert asked == [of_other, [False] * 3, of_other]
+
+
 def test_float16_gradients_under_a_loss_scale_do_not_underflow(streamed: None) -> None:
     """A mean's dL/dlogits are near 1e-9 here before the scale, which float16 flushes to zero."""
     hidden, weight, targets = problem(40, dtype=torch.float16)

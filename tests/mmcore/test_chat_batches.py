@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,18 @@ def test_samples_stand_one_after_the_other_and_each_begins_anew() -> None:
     assert batch.num_text.tolist() == [5, 5, 4]
     # a sample's first token would be predicted from the sample before it
     assert batch.labels[2].tolist() == [-100, 4001, 4002, -100, -100]
+
+
+@pytest.mark.parametrize(("lengths", "max_length", "rows"), [
+    # the first row with room: 11 and 7
+    ([6, 5, 4, 3], 12, [[0, 3], [1, 2]]),
+    # the shortest row: 7, which none has room for
+    ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),
+    # two of them in a row: 8, 8 and 4
+    ([4, 4, 4, 4, 4], 8, [[0], [1], [2], [3], [4]]),
+])  # fmt: skip
+def test_rows_are_those_that_pad_least(lengths: list[int], max_length: int, rows: list[list[int]]) -> None:
+    assert pack([sample(i, n) for i, n in enumerate(lengths)], max_length, PAD).samples == rows
 
 
 @settings(max_examples=80, deadline=None)

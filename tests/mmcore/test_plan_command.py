@@ -92,6 +92,19 @@ def test_a_plan_has_what_its_recipe_has_to_take_less_memory(name: str) -> None:
     assert has_levers == hasattr(config, "accum") == hasattr(config, "activation_checkpointing")
 
 
+def test_gradients_wait_beside_later_micro_batches() -> None:
+    for job in (JOB, LLAVA):
+        one, more = (phases(job, Setting(16, 1, accum=n), GPU)[0].parts["gradients"] for n in (1, 2))
+        assert (one, more) == (0, 4 * job.trained)
+
+
+def test_a_gpu_holds_the_images_that_its_forward_sees() -> None:
+    """Of LLaVA those of a micro-batch; CLIP's recipe hands over all that meet in its loss."""
+    for job, held in ((JOB, 16), (LLAVA, 4)):
+        assert phases(job, Setting(16, 1, accum=4), GPU)[0].parts["batch"] == held * job.batch_bytes
+        assert phases(job, Setting(16, 1, accum=4), CPU)[0].parts["batch"] == 16 * job.batch_bytes
+
+
 @pytest.mark.parametrize("how", ["gather", "ring"])
 def test_the_loss_sends_what_is_planned_and_is_exact(how: str) -> None:
     found = simulate(8, how)

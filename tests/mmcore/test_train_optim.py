@@ -52,12 +52,6 @@ def test_logit_scale_is_clamped_after_the_step_on_both_sides():
         assert model.logit_scale.item() == pytest.approx(bound, abs=1e-6)
 
 
-def test_a_part_of_the_model_has_a_rate_of_its_own() -> None:
-    groups = param_groups(nn.Sequential(Tower(), Tower()), OptimConfig(), [Rule("1.", 0.1), Rule("", 1.0)])
-    found = [(len(g["params"]), g["weight_decay"], g["lr_scale"]) for g in groups]
-    assert found == [(1, 0.2, 1.0), (2, 0.0, 1.0), (1, 0.2, 0.1), (2, 0.0, 0.1)]
-
-
 def test_the_first_rule_that_fits_a_name_says_how_a_group_is_trained() -> None:
     rules = [
         Rule("0.linear.weight", weight_decay=0.0, fixed_lr=True),
