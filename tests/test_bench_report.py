@@ -11,7 +11,6 @@ import pytest
 from bench import __main__ as command
 from bench.page import page, write
 from bench.pages import fill
-from bench.plots import sweeps
 from bench.report import cases, load, op_of
 from bench.summary import figure, rivals
 
@@ -42,18 +41,6 @@ def test_the_page_holds_every_op_and_contender_and_needs_nothing_beside_itself(d
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', text) == []
     assert "<script" not in text and "@import" not in text and "url(" not in text
     assert "out of memory" in text and "made_up is not installed" in text
-
-
-def test_the_sweep_of_an_op_is_its_widest_series_of_batch_sizes(document: dict[str, Any]) -> None:
-    sweep = sweeps(cases(document), document["out_of_memory"])["contrastive_loss"]
-    assert sorted(sweep.roofline) == [64, 256, 1024, 2048, 4096, 8192]
-    assert sweep.contenders[0] == "mmkernels"
-    assert [size for size, _ in sweep.times["eager"]] == [64, 256, 1024, 2048, 4096]
-    assert sweep.did_not_fit == {"eager": [8192]}
-    # the roofline is the least that any contender's share of it gives
-    case = next(c for c in cases(document) if c["group"] == "contrastive_loss float32 B4096-D512 both")
-    floor = 1e3 * case["stats"]["median"] * case["extra_info"]["roofline_share"]
-    assert sweep.roofline[4096] <= floor * (1 + 1e-9)
 
 
 def test_without_a_file_it_reports_each_machine_folder(document: dict[str, Any], tmp_path: Path, monkeypatch, capsys):

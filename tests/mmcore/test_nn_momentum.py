@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmcore.ema import warmed_up
+from mmcore.ema import cosine, warmed_up
 from mmcore.nn import FeatureQueue, MomentumEncoder
 from mmcore.ops import contrastive_loss
 from tests.refusals import refuses
@@ -71,6 +71,16 @@ class TestMomentumEncoder:
             assert x.dtype == torch.float32 and torch.equal(x, again.ema.averages[name])
         for name, x in whole.teacher.state_dict().items():
             assert torch.equal(x, again.teacher.state_dict()[name])
+
+    def test_goes_on_where_it_was_moved_in_training(self) -> None:
+        models = [student(), student()]
+        moved, still = (MomentumEncoder(model, cosine(0.9, 1.0, 9)) for model in models)
+        walk(models[0], moved, 0, 2)
+        walk(models[1], still, 0, 2)
+        nn.ModuleList([models[0], moved]).double().float()
+        walk(models[0], moved, 2, 2)
+        walk(models[1], still, 2, 2)
+        assert all(torch.equal(x, moved.ema.averages[name]) for name, x in still.ema.averages.items())
 
     def test_of_weights_that_zero_3_cut_up_is_refused(self) -> None:
         model = nn.Linear(2, 2)

@@ -127,7 +127,10 @@ def test_empty_lists_and_other_than_strings_are_refused(captions, match: str, to
     refuses(match, train_tokenizer, captions, vocab_size=600, context_length=8)
 
 
-def test_sizes_out_of_range_are_refused():
+def test_vocabulary_has_the_size_asked_for_at_most_and_sizes_out_of_range_are_refused():
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"] * 2
+    assert train_tokenizer(words, vocab_size=550, context_length=8).vocab_size == 550
+    assert train_tokenizer(["a"], vocab_size=5000, context_length=8).vocab_size == 514
     refuses("vocab_size must be at least 514, got 513", train_tokenizer, ["a"], vocab_size=513, context_length=8)
     refuses(r"context_length must be in \[3, 65536\], got 2", train_tokenizer, ["a"], vocab_size=514, context_length=2)
 

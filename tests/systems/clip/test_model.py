@@ -172,6 +172,15 @@ def test_interpolated_positions_keep_the_prefix_constants_and_orientation():
     torch.testing.assert_close(grid[:, :, 2], grid[:, :, 1].T)
 
 
+def test_interpolation_there_and_back_returns_smooth_positions():
+    ramp = torch.linspace(-1, 1, 8)
+    smooth = torch.stack([ramp.repeat_interleave(8), (ramp * 2).cos().repeat(8)], dim=1)
+    positions = torch.cat([torch.zeros(1, 2), smooth])
+    back = interpolate_positions(interpolate_positions(positions, 256), 64)
+    inner = (back - positions)[1:].reshape(8, 8, 2)[1:-1, 1:-1]
+    assert inner.abs().max() < 0.03 and interpolate_positions(positions.bfloat16(), 16).dtype == torch.bfloat16
+
+
 def test_configurations_have_the_published_sizes():
     published = {"ViT-B-32": 151_277_313, "ViT-B-16": 149_620_737, "ViT-L-14": 427_616_513, "ViT-L-14-336": 427_944_193}
     for name, count in published.items():
