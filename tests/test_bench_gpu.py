@@ -39,18 +39,6 @@ def test_all_phases_together_keep_the_seconds_even_where_all_are_stopped(tmp_pat
     assert clock.allowed["report"] >= 10
 
 
-def test_what_a_phase_does_not_use_the_later_ones_have(tmp_path: Path) -> None:
-    slow, fast = run_with({}, tmp_path)[0], run_with({"tests": 0.1}, tmp_path)[0]
-    assert fast.allowed["tests"] == slow.allowed["tests"]
-    for name in ("losses", "attention", "lists", "steps", "report"):
-        assert fast.allowed[name] > 1.3 * slow.allowed[name]
-
-
-def test_no_phase_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
-    clock = Clock({})
-    assert {x.status for x in run_all(phases(tmp_path), KILL_AFTER_S, clock.run, clock)} == {"not begun"}
-
-
 def test_the_benchmarks_are_all_of_them_each_once_and_pytest_ends_before_it_is_stopped(tmp_path: Path) -> None:
     chosen = [x for phase in phases(tmp_path) for x in phase.command if x.startswith("bench/test_")]
     assert sorted(chosen) == [f"bench/{path.name}" for path in sorted(BENCH.glob("test_*.py"))]
