@@ -8,12 +8,11 @@ from torch import Tensor
 
 from mmkernels._checks import accumulator, require
 from mmkernels._gemm import CALLS_ONEDNN, matmul_nt
-from mmkernels._launch import chunk_rows
+from mmkernels._launch import MAX_PROGRAMS, chunk_rows
 from mmkernels._numerics import log_sum_exp
 from mmkernels._spec import Cost
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.contrastive.labels import first_match, label_sums
-from mmkernels.contrastive.launch import MAX_PROGRAMS
 from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
 from mmkernels.contrastive.op import STORED_LOGITS, broken_claim, gives_nan
 from mmkernels.contrastive.problem import NO_UNDERFLOW_SCALE, ContrastiveStats, mean_cosine, poisoned

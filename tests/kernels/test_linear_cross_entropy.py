@@ -13,7 +13,7 @@ from mmkernels import linear_cross_entropy, linear_cross_entropy_ref
 from mmkernels._contract import check, evaluate
 from mmkernels._spec import OpSpec
 from mmkernels.linear_cross_entropy import blockwise, op
-from mmkernels.linear_cross_entropy.launch import MAX_CHUNK, MIN_CHUNK, chunk_rows
+from mmkernels.linear_cross_entropy.kernel import MAX_CHUNK, MIN_CHUNK, chunk_rows
 from mmkernels.linear_cross_entropy.spec import IGNORED, ROWS
 from tests.kernels.recorded import Operations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkernels import contrastive_loss, token_contrastive_loss, token_contrastive_stats
 from mmkernels.token_contrastive import blockwise
-from mmkernels.token_contrastive.launch import CHUNK_BYTES, MIN_CHUNK_TOKENS, chunk_rows
+from mmkernels.token_contrastive.kernel import CHUNK_BYTES, MIN_CHUNK_TOKENS, chunk_rows
 from mmkernels.token_contrastive.problem import Problem, weights_of
 from mmkernels.token_contrastive.spec import LEAST_GAP, SPECS, gaps
 from tests.kernels.recorded import Operations
