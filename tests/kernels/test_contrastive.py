@@ -12,7 +12,7 @@ from mmkernels import contrastive_loss, contrastive_stats, contrastive_stats_ref
 from mmkernels._contract import cast_inputs, check
 from mmkernels._device import INTERPRETED, runs_triton
 from mmkernels._spec import OpSpec
-from mmkernels.contrastive import blockwise, kernel, loss, op
+from mmkernels.contrastive import blockwise, eager, kernel, op
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.op import gives_nan
 from mmkernels.contrastive.problem import Problem
@@ -29,7 +29,7 @@ def features(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize("spec", [STATS, *VARIANTS], ids=lambda spec: spec.name)
 def test_statistics_whose_logits_are_kept_obey_the_contract(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "TILE", 32)
-    monkeypatch.setattr(loss, "EAGER_LOGITS", 0)
+    monkeypatch.setattr(eager, "EAGER_LOGITS", 0)
     for case, dtype in itertools.product(spec.cases, (*spec.dtypes, torch.float64)):
         for shape in spec.shapes:
             check(spec, shape, case, dtype)
