@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from bench import summary
-from bench.report import load, load_folder, markdown
+from bench.report import summary
+from bench.report.tables import load, load_folder, markdown
 
 TABLE = re.compile(r"(<!-- (bench|summary): (\S+)((?: [\w\[\]-]+)*) -->\n)(.*?)(\n?<!-- end -->)", re.DOTALL)
 

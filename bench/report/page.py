@@ -9,9 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench import summary
-from bench.plots import OURS, bars, scaling, sweeps
-from bench.report import WHOLE, cases, op_of
+from bench.report import summary
+from bench.report.plots import OURS, bars, scaling, sweeps
+from bench.report.tables import WHOLE, cases, op_of
 
 STYLE = """
 :root{--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--ours:#0f766e;--wash:#f0fdfa}

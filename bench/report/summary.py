@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.plots import FAINT, INK, OUR_COLOUR, OURS, dress, ratio_axis
-from bench.report import WHOLE, cases, op_of, ran_on
+from bench.report.plots import FAINT, INK, OUR_COLOUR, OURS, dress, ratio_axis
+from bench.report.tables import WHOLE, cases, op_of, ran_on
 
 HEAD = (
     "op",

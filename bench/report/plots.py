@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.report import WHOLE
+from bench.report.tables import WHOLE
 
 OURS = ("mmkernels", "mmcore")
 OUR_COLOUR = "#0f766e"

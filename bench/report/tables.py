@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.conftest import COLUMNS, row
+COLUMNS = ("case", "contender", "median ms", "p20", "p80", "predicted ms", "extra MiB", "error dA", "roofline %")
+# what a case's mode is, for the tables that show the whole of an op's work and nothing else
+WHOLE = (" both", " update", " step")
 
 
 def load(paths: list[Path]) -> list[dict[str, Any]]:
@@ -36,10 +38,6 @@ def cases(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [case for case in document["benchmarks"] if "contender" in case["extra_info"]]
 
 
-# what a case's mode is, for the tables that show the whole of an op's work and nothing else
-WHOLE = (" both", " update", " step")
-
-
 def op_of(case: dict[str, Any]) -> str:
     """The op's name, `op[]` of the variants of `op`."""
     return re.sub(r"\[.*\]", "[]", case["group"]).split()[0]
@@ -49,6 +47,24 @@ def ran_on(document: dict[str, Any]) -> str:
     """Device, torch and day."""
     info = document["machine_info"]
     return f"{info['device']} ({info['cpu']}), torch {info['torch']}, {document['datetime'][:10]}"
+
+
+def row(case: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table, of one benchmark as pytest-benchmark's JSON has it."""
+    info, median = case["extra_info"], 1e3 * case["stats"]["median"]
+    predicted = info.get("predicted_s")
+    extra, error, share = info.get("extra_bytes"), info.get("error_da"), info.get("roofline_share")
+    return (
+        case["group"],
+        info["contender"],
+        f"{median:.2f}",
+        f"{1e3 * info['p20_s']:.2f}",
+        f"{1e3 * info['p80_s']:.2f}",
+        "" if predicted is None else f"{1e3 * predicted:.2f}",
+        "" if extra is None else f"{extra / 2**20:.0f}",
+        "" if error is None else f"{error:.1e}",
+        "" if share is None else f"{100 * share:.0f}",
+    )
 
 
 def markdown(document: dict[str, Any], *, ops: tuple[str, ...] = ()) -> str:
