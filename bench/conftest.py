@@ -36,6 +36,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--op", action="append", metavar="NAME", help="those of a module of bench/ops alone")
     parser.addoption(
         "--claims", action="store_true", help="also assert what is said of the results, in paired runs of their own"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.case import Case, time_case
 from bench.clip_step import CONTENDERS, UPDATE_BYTES, batch, clip, step_flops
-from bench.ema import sizes
+from bench.lists import sizes
 from bench.measure import gemm_flops_per_s, machine_rates, paired_medians
 from bench.peers import missing
 from mmcore.systems.clip.model import CLIPConfig

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bench.case import Case, time_case
-from bench.contrastive import cost
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
+from bench.ops.contrastive import cost_of
 from bench.two_ranks import CONTENDERS, NUM_RANKS, ROWS, WIDTH, first_rank, leaves, two_ranks, whole_batch
 from mmkernels import contrastive_loss
 
@@ -40,7 +40,7 @@ def test_global_contrastive_loss(benchmark: Any, ranks: None, contender: str) ->
     mine = leaves()
     da = torch.autograd.grad(first_rank(contender, mine), mine)[0]
     assert_agrees(da, gold())
-    forward, backward = cost(mine[0], NUM_RANKS * ROWS)
+    forward, backward = cost_of(mine[0], NUM_RANKS * ROWS)
     case = Case(
         group=f"global_contrastive_loss float32 W{NUM_RANKS}-B{ROWS}-D{WIDTH}",
         contender=contender,

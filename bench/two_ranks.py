@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.multiprocessing.spawn import start_processes
 
-from bench.contrastive import features
+from bench.ops.contrastive import features
 from mmcore.losses import global_contrastive_loss
 
 ROWS, WIDTH, NUM_RANKS = 512, 512, 2

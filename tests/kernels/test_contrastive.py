@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.contract import cast_inputs, check
+from bench.ops.contrastive import LOSS, VARIANTS
+from bench.ops.statistics import STATS
+from bench.spec import OpSpec
 from mmkernels import contrastive_loss, contrastive_stats, contrastive_stats_ref
-from mmkernels._contract import cast_inputs, check
 from mmkernels._device import INTERPRETED, runs_triton
-from mmkernels._spec import OpSpec
 from mmkernels.contrastive import blockwise, eager, kernel, op
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.op import gives_nan
 from mmkernels.contrastive.problem import Problem
-from mmkernels.contrastive.spec import LOSS, STATS, VARIANTS
 from tests.kernels.recorded import Operations, opcheck
 
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.contract import check, evaluate
+from bench.ops.linear_cross_entropy import IGNORED, ROWS
+from bench.spec import OpSpec
 from mmkernels import linear_cross_entropy, linear_cross_entropy_ref
-from mmkernels._contract import check, evaluate
-from mmkernels._spec import OpSpec
 from mmkernels.linear_cross_entropy import blockwise, op
 from mmkernels.linear_cross_entropy.kernel import MAX_CHUNK, MIN_CHUNK, chunk_rows
-from mmkernels.linear_cross_entropy.spec import IGNORED, ROWS
 from tests.kernels.recorded import Operations
 
 WRT = ("hidden", "weight")

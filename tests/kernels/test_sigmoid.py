@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.contract import cast_inputs, evaluate
+from bench.ops.sigmoid import LABELS
 from mmkernels import sigmoid_loss, sigmoid_loss_ref
-from mmkernels._contract import cast_inputs, evaluate
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import MAX_CHUNK, MIN_CHUNK, chunk_rows
 from mmkernels.sigmoid import blockwise
-from mmkernels.sigmoid.spec import LABELS
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.ops.token_contrastive import LEAST_GAP, SPECS, gaps
 from mmkernels import contrastive_loss, token_contrastive_loss, token_contrastive_stats
 from mmkernels.token_contrastive import blockwise
 from mmkernels.token_contrastive.kernel import CHUNK_BYTES, MIN_CHUNK_TOKENS, chunk_rows
 from mmkernels.token_contrastive.problem import Problem, weights_of
-from mmkernels.token_contrastive.spec import LEAST_GAP, SPECS, gaps
 from tests.kernels.recorded import Operations
 
 pytestmark = pytest.mark.usefixtures("streamed")

@@ -1,18 +1,25 @@
-"""Attention's entries in the contract test and in bench.
+"""`mmkernels.attention`: its entries in the contract test, and the layers of published models beside SDPA with the
+dense mask, eager, compile and, on a GPU, FlexAttention, flash-attn and xformers.
 
-Every variant asks for our own backend by name. The masks are made from tensors inside the op, so that the test can
-move and restride those like any other.
+In the contract every variant asks for our own backend by name. The masks are made from tensors inside the op, so that
+the test can move and restride those like any other.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels._spec import Cost, Inputs, OpSpec, Shape, Terms
+from bench.case import Case, dtype_id
+from bench.cross_attentions import LIBRARIES, WORKLOADS, contenders, operands, seen_cost, seen_share
+from bench.harness import CPU, DEVICE, DTYPE, ON_GPU, Bench, Claims, gradient_case
+from bench.measure import MIB, gemm_flops_per_s, paired_medians, peak_extra_bytes
+from bench.spec import Inputs, OpSpec, Shape, Terms, shape_id
+from mmkernels._cost import Cost
 from mmkernels.attention.op import attention
 from mmkernels.attention.reference import QKNorm, attention_ref
 from mmkernels.masks import Mask, causal, dense, intervals
@@ -212,8 +219,6 @@ def _spec(variant: str, extra: Extra | None, more: tuple[str, ...] = (), **optio
         draw_shape=_draw,
         cases=CASES,
         differentiable=(*TENSORS, *more),
-        cost=_cost,
-        bench_shapes={"cpu": (), "cuda": ()},
         terms=_terms,
     )
 
@@ -229,3 +234,118 @@ GATED = _spec("[gated]", _gated, ("gate", "q_weight", "k_weight"))
 SEGMENTS = _spec("[segments]", _segments, ("k2", "v2"))
 UNIFORM = _spec("[uniform]", _ends, empty_rows="uniform")
 SPECS = (PLAIN, CAUSAL, INTERVALS, BLOCKS, DENSE, BIAS, DROPOUT, GATED, SEGMENTS, UNIFORM)
+
+
+# a CPU's forward is in its forward and backward
+MODES = ("forward", "both") if ON_GPU else ("both",)
+# a compilation takes up to half a minute, and eager's weights much memory
+COMPILED = ("Q-Former", "OpenFlamingo", "SDXL") if ON_GPU else ("Q-Former",)
+WEIGHTS_LIMIT = 1 << (32 if ON_GPU else 25)
+
+
+def _skip_reason(name: str, contender: str, shape: Shape, known: bool) -> str | None:
+    num_weights = shape["B"] * shape["H"] * shape["Lq"] * shape["Lk"]
+    if not known:
+        return f"{contender} does not serve this on this machine"
+    if contender == "compile" and name not in COMPILED:
+        return f"compiled for {', '.join(COMPILED)} only: each compilation takes up to half a minute"
+    if contender in ("eager", "compile") and num_weights > WEIGHTS_LIMIT:
+        return f"{contender} would hold several matrices of {num_weights} weights"
+    return None
+
+
+@cache
+def _gold(name: str) -> Tensor:
+    """dq in float64 of the same inputs, by the float64 path that the contract test holds to the reference."""
+    workload = WORKLOADS[name]
+    shape = workload.on(DEVICE.type)
+    q, k, v = (x.detach().double() for x in operands(shape, DTYPE, DEVICE))
+    mask = None if workload.mask is None else workload.mask(shape, DEVICE)
+    q.requires_grad_()
+    return torch.autograd.grad(attention(q, k, v, mask=mask, backend="mmkernels").sum(), q)[0]
+
+
+def _case(name: str, contender: str, mode: str) -> Case:
+    workload = WORKLOADS[name]
+    shape = workload.on(DEVICE.type)
+    calls = contenders(workload, shape, DEVICE)
+    if reason := _skip_reason(name, contender, shape, contender in calls):
+        pytest.skip(reason)
+    inputs, call = operands(shape, DTYPE, DEVICE), calls[contender]
+    try:
+        found = call(*inputs)
+    except RuntimeError as refusal:
+        if contender == "mmkernels":
+            raise
+        pytest.skip(f"{contender} does not serve this: {refusal}")
+    assert found.isfinite().all(), "what is timed gives NaN"
+    mask = None if workload.mask is None else workload.mask(shape, DEVICE)
+    made, scaled = (seen_cost(x, seen_share(shape, mask)) for x in _cost(shape, inputs[0].element_size()))
+    return gradient_case(
+        f"attention[{name.replace(' ', '_')}] {dtype_id(DTYPE)} {shape_id(shape)}",
+        contender,
+        lambda: call(*inputs).sum(),
+        inputs,
+        mode,
+        made if mode == "forward" else made + scaled,
+        # of no fewer than 2,048 queries and keys: all heads together are as many
+        rate=gemm_flops_per_s(max(shape["Lq"], 2048), max(shape["Lk"], 2048), shape["K"], DTYPE, DEVICE),
+        # each contender drops other weights
+        gold=None if workload.dropout_p > 0 else lambda: _gold(name),
+    )
+
+
+CONTENDERS = ("mmkernels", "sdpa", "eager", "compile", "flex", *LIBRARIES)
+AXES = {"name": tuple(WORKLOADS), "contender": CONTENDERS, "mode": MODES}
+BENCHES = (Bench("attention", _case, AXES, LIBRARIES),)
+
+
+def _paired(name: str, rounds: int, mode: str) -> float:
+    """How many times as long as ours SDPA with the dense mask takes, in turns."""
+    shape = WORKLOADS[name].on("cpu")
+    inputs, calls = operands(shape, DTYPE, CPU), contenders(WORKLOADS[name], shape, CPU)
+
+    def run(call: Any) -> None:
+        if mode == "forward":
+            with torch.no_grad():
+                call(*inputs)
+        else:
+            torch.autograd.grad(call(*inputs).sum(), inputs)
+
+    medians = paired_medians({who: partial(run, calls[who]) for who in ("mmkernels", "sdpa")}, rounds, CPU)
+    ratio = medians["sdpa"] / medians["mmkernels"]
+    print(f"{name} {mode}: mmkernels {medians['mmkernels']:.4f} s, SDPA {medians['sdpa']:.4f} s: {ratio:.2f}x")
+    return ratio
+
+
+def _structure_doubles_the_speed(name: str, mode: str) -> None:
+    assert _paired(name, 5, mode) >= 2.0
+
+
+def _dense_is_within_five_percent(name: str, mode: str) -> None:
+    assert 1 / _paired(name, 41, mode) <= 1.05
+
+
+def _packed_holds_nothing_of_the_size_of_its_mask() -> None:
+    workload = WORKLOADS["LLaVA packed"]
+    shape = workload.on("cpu")
+    inputs, call = operands(shape, DTYPE, CPU), contenders(workload, shape, CPU)["mmkernels"]
+    extra = peak_extra_bytes(lambda: torch.autograd.grad(call(*inputs).sum(), inputs), CPU)
+    held = sum(x.nbytes for x in inputs)
+    print(f"extra {extra} bytes, operands {held}")
+    assert extra is None or extra <= 4 * held + 8 * MIB
+
+
+CLAIMS: Claims = {
+    **{
+        f"{name}, {mode}: twice as fast as a dense mask": partial(_structure_doubles_the_speed, name, mode)
+        for name in ("IDEFICS", "Llama-3.2-Vision", "Llama-3.2-Vision 4 images", "LLaVA packed")
+        for mode in ("forward", "both")
+    },
+    **{
+        f"{name}, {mode}: within five percent of SDPA": partial(_dense_is_within_five_percent, name, mode)
+        for name in ("Q-Former", "BLIP", "Llama-3.2-Vision tower", "SDXL", "video resampler")
+        for mode in ("forward", "both")
+    },
+    "packed, it holds nothing of the size of its mask": _packed_holds_nothing_of_the_size_of_its_mask,
+}

@@ -1,4 +1,5 @@
-"""The token-contrastive ops' entries in the contract test and in bench.
+"""`mmkernels.token_contrastive_loss`: the token-contrastive ops' entries in the contract test, and BLIP-2's shapes
+beside two eager forms and compile.
 
 The best token is a discontinuous choice: where two tokens of a row are within rounding of each other, an op and
 its reference may route a gradient to different ones, both rightly. So the data keep every best token ahead of the
@@ -9,15 +10,25 @@ hundreds of tokens tie, and all paths must agree that the first one wins.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels._spec import Cost, Inputs, OpSpec, Shape
-from mmkernels.token_contrastive.loss import token_contrastive_loss
-from mmkernels.token_contrastive.op import token_contrastive_stats
-from mmkernels.token_contrastive.reference import token_contrastive_loss_ref, token_contrastive_stats_ref
+from bench.case import MODES, Case, dtype_id
+from bench.harness import CPU, DEVICE, ON_GPU, Bench, Claims, assert_faster, gradient_case, of_mode
+from bench.measure import MIB, gemm_flops_per_s
+from bench.spec import Inputs, OpSpec, Shape, shape_id
+from mmkernels import (
+    token_contrastive_loss,
+    token_contrastive_loss_ref,
+    token_contrastive_stats,
+    token_contrastive_stats_ref,
+)
+from mmkernels._cost import Cost
 
 CASES = ("random", "cone", "trained", "duplicates", "ties")
 # Gaps below this share of |token| |b| are widened: float32's rounding of a product of some dozen terms is a tenth.
@@ -150,7 +161,6 @@ def _spec(
     loss: bool = True,
     cases: tuple[str, ...] = ("random", "trained"),
     draw_shape: Callable[[Callable[[int, int], int]], Shape] = _rectangle,
-    bench_shapes: dict[str, tuple[Shape, ...]] | None = None,
     **options: object,
 ) -> OpSpec:
     """The loss or the statistics with some of their arguments."""
@@ -172,8 +182,6 @@ def _spec(
         draw_shape=draw_shape,
         cases=cases,
         differentiable=("tokens", "b", "logit_scale"),
-        cost=_cost,
-        bench_shapes=bench_shapes or {"cpu": (), "cuda": ()},
     )
 
 
@@ -185,20 +193,7 @@ def _shape(rows: int, tokens: int, cols: int, width: int) -> Shape:
     return {"M": rows, "Q": tokens, "N": cols, "D": width}
 
 
-LOSS = _spec(
-    "",
-    (_shape(3, 1, 3, 5), _shape(10, 32, 10, 33)),
-    cases=CASES,
-    draw_shape=_square,
-    bench_shapes={
-        "cpu": (
-            *(_shape(size, 32, size, 256) for size in (16, 64, 128, 256)),
-            _shape(64, 32, 2048, 256),
-            _shape(512, 32, 512, 256),
-        ),
-        "cuda": (_shape(128, 32, 8192, 256), _shape(1024, 32, 1024, 256), _shape(4096, 32, 4096, 256)),
-    },
-)
+LOSS = _spec("", (_shape(3, 1, 3, 5), _shape(10, 32, 10, 33)), cases=CASES, draw_shape=_square)
 RECTANGLE = _spec("positives", (_shape(2, 9, 70, 17),), _positives, label_smoothing=0.1)
 LABELS = _spec("labels", (_shape(7, 4, 33, 9),), _labels, label_smoothing=0.1)
 ROWS = _spec("rows", (_shape(7, 4, 33, 9),), _positives, symmetric=False, reduction="none")
@@ -210,7 +205,6 @@ STATS = _spec(
     _masks,
     loss=False,
     cases=CASES,
-    bench_shapes={"cpu": (_shape(64, 32, 1024, 256),), "cuda": (_shape(128, 32, 1024, 256),)},
     with_totals=True,
 )
 LATE = _spec(
@@ -232,3 +226,132 @@ LATE_STATS = _spec(
 )
 
 SPECS = (LOSS, RECTANGLE, LABELS, ROWS, STATS, LATE, LATE_STATS)
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def positives_of(tokens: Tensor) -> Tensor:
+    """A rank's: on the diagonal."""
+    return torch.arange(len(tokens), device=tokens.device)
+
+
+def ours(tokens: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return token_contrastive_loss(tokens, b, scale, positives=positives_of(tokens))
+
+
+def eager(tokens: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """One product and one maximum for both directions."""
+    logits = scale * (tokens.flatten(0, 1) @ b.T).unflatten(0, tokens.shape[:2]).max(1).values
+    target = positives_of(tokens)
+    of_rows = F.cross_entropy(logits, target)
+    return (of_rows + F.cross_entropy(logits.T[: len(tokens)], target)) / 2
+
+
+def lavis(tokens: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """LAVIS's Blip2Qformer: each direction has products and a maximum of its own."""
+    of_images = torch.matmul(tokens.unsqueeze(1), b.unsqueeze(-1)).squeeze(-1)  # [M, N, Q]
+    own = b[: len(tokens)]
+    of_texts = torch.matmul(own.unsqueeze(1).unsqueeze(1), tokens.permute(0, 2, 1)).squeeze(-2)  # [M, M, Q]
+    target = positives_of(tokens)
+    of_rows = F.cross_entropy(scale * of_images.max(-1).values, target)
+    return (of_rows + F.cross_entropy(scale * of_texts.max(-1).values, target)) / 2
+
+
+def contenders() -> dict[str, Loss]:
+    """By name; `torch.compile` is of the one-product form."""
+    return {"mmkernels": ours, "eager": eager, "lavis": lavis, "compile": torch.compile(eager, dynamic=False)}
+
+
+def features(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit-norm leaves as after some training: a positive cosine of about .3 by one token, scale 14.3 (BLIP-2's
+    temperature is .07)."""
+    num_rows, num_tokens, num_cols, width = shape
+    generator = torch.Generator(device).manual_seed(0)
+    tokens, b = (
+        F.normalize(torch.randn(*size, width, generator=generator, device=device), dim=-1)
+        for size in ((num_rows, num_tokens), (num_cols,))
+    )
+    tokens[:, 0] = F.normalize(0.3 * b[:num_rows] + (1 - 0.3**2) ** 0.5 * tokens[:, 0], dim=-1)
+    tokens, b = (x.to(dtype).requires_grad_() for x in (tokens, b))
+    return tokens, b, torch.tensor(1 / 0.07, device=device, requires_grad=True)
+
+
+def cost_of(shape: Shape, tokens: Tensor) -> tuple[Cost, Cost]:
+    """Of the form that is run: on a CPU one of the Q products of a pair counts in the gradients."""
+    forward, backward = _cost(shape, tokens.element_size())
+    if tokens.is_cpu:
+        backward = replace(backward, flops=int((1 + 2 / shape["Q"]) * forward.flops))
+    return forward, backward
+
+
+DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (torch.float32,)
+TIMED_SHAPES = (
+    (_shape(128, 32, 8192, 256), _shape(1024, 32, 1024, 256), _shape(4096, 32, 4096, 256))
+    if ON_GPU
+    else (
+        *(_shape(size, 32, size, 256) for size in (16, 64, 128, 256)),
+        _shape(64, 32, 2048, 256),
+        _shape(512, 32, 512, 256),
+    )
+)
+COMPILED = (4096,) if ON_GPU else (256, 512)  # a compilation takes up to half a minute
+# products that an eager form may store; LAVIS's form multiplies matrices by vectors, on a CPU for seconds
+STORED_LIMIT = 2**31 if ON_GPU else 2**27
+LAVIS_LIMIT = 2**29 if ON_GPU else 2**18
+
+Sizes = tuple[int, int, int, int]
+
+
+@cache
+def _gold(sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """The tokens' gradient in float64 of the same inputs, by the float64 path that the contract test holds to
+    eager."""
+    inputs = [x.detach().double().requires_grad_() for x in features(sizes, dtype, DEVICE)]
+    return torch.autograd.grad(ours(*inputs), inputs[0])[0]
+
+
+def _skip_reason(sizes: Sizes, contender: str, dtype: torch.dtype) -> str | None:
+    """Why a case is left out of this machine's run, which is to stay within minutes."""
+    num_rows, num_tokens, num_cols, _ = sizes
+    products = num_rows * num_tokens * num_cols
+    if contender == "compile" and num_rows not in COMPILED:
+        return f"compiled at M = {COMPILED} only: each compilation takes up to half a minute"
+    if contender != "mmkernels" and products > STORED_LIMIT:
+        return f"{contender} would hold several times {products} products"
+    if contender == "lavis" and products > LAVIS_LIMIT:
+        return f"{products} products by LAVIS's form would take minutes, or more memory than there is"
+    if ON_GPU and dtype == torch.float32 and num_rows != 1024:
+        return "float32 is timed at M = 1024 only on a GPU"
+    return None
+
+
+def _case(shape: Shape, contender: str, dtype: torch.dtype, mode: str) -> Case:
+    sizes = (shape["M"], shape["Q"], shape["N"], shape["D"])
+    if reason := _skip_reason(sizes, contender, dtype):
+        pytest.skip(reason)
+    inputs, loss = features(sizes, dtype, DEVICE), contenders()[contender]
+    return gradient_case(
+        f"token_contrastive_loss {dtype_id(dtype)} {shape_id(shape)}",
+        contender,
+        lambda: loss(*inputs),
+        inputs,
+        mode,
+        of_mode(mode, *cost_of(shape, inputs[0])),
+        rate=gemm_flops_per_s(shape["M"] * shape["Q"], shape["N"], shape["D"], dtype, DEVICE),
+        gold=lambda: _gold(sizes, dtype),
+    )
+
+
+AXES = {"shape": TIMED_SHAPES, "contender": ("mmkernels", "eager", "lavis", "compile"), "dtype": DTYPES, "mode": MODES}
+BENCHES = (Bench("token_contrastive_loss", _case, AXES),)
+
+
+def _is_twice_as_fast_as_eager_in_64_mib() -> None:
+    inputs = features((1024, 32, 1024, 256), torch.float32, CPU)
+    mine, other = (lambda loss=loss: loss(*inputs) for loss in (ours, eager))
+    assert_faster(mine, other, inputs, least=2.0, most_bytes=64 * MIB)
+
+
+CLAIMS: Claims = {"twice as fast as eager in 64 MiB": _is_twice_as_fast_as_eager_in_64_mib}

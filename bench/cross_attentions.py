@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.peers import load, missing
+from bench.spec import Shape
 from mmkernels import attention, masks
-from mmkernels._spec import Cost, Shape
+from mmkernels._cost import Cost
 from mmkernels.masks import Intervals, Mask
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from bench.spec import Inputs, OpSpec, Shape, Terms
 from mmkernels._checks import accumulator
-from mmkernels._spec import Inputs, OpSpec, Shape, Terms
 
 NONE = Terms(0.0, 0.0)
 

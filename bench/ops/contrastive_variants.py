@@ -4,22 +4,21 @@ A rank's rows against the gathered batch, several captions an image, a queue, mo
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.case import MODES, Case, dtype_id, time_case
-from bench.contrastive import cost as cost_of
-from bench.contrastive import features
-from bench.measure import gemm_flops_per_s, relative_error
+from bench.case import MODES, Case, dtype_id
+from bench.harness import DEVICE, DTYPE, ON_GPU, Bench, gradient_case, of_mode
+from bench.measure import gemm_flops_per_s
+from bench.ops.contrastive import cost_of, features
+from bench.spec import Shape, shape_id
 from mmkernels import contrastive_loss, contrastive_loss_ref
-from mmkernels._spec import Cost, shape_id
+from mmkernels._cost import Cost
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Kwargs = dict[str, Any]
 
 
@@ -60,51 +59,52 @@ VARIANTS: dict[str, Callable[[Tensor, int], Kwargs]] = {
     "momentum": momentum,
     "locked": locked,
 }
-SHAPES = {
-    "cpu": ({"M": 512, "N": 4096, "D": 512}, {"M": 1023, "N": 6143, "D": 640}),
-    "cuda": ({"M": 4096, "N": 65536, "D": 768}, {"M": 8192, "N": 65536, "D": 768}),
-}[DEVICE]
+SHAPES = (
+    ({"M": 4096, "N": 65536, "D": 768}, {"M": 8192, "N": 65536, "D": 768})
+    if ON_GPU
+    else ({"M": 512, "N": 4096, "D": 512}, {"M": 1023, "N": 6143, "D": 640})
+)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("contender", ["mmkernels", "eager"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_contrastive_loss_variant(benchmark, device, shape, variant, contender, mode):
+def _case(variant: str, shape: Shape, contender: str, mode: str) -> Case:
     num_rows, num_cols, width = shape["M"], shape["N"], shape["D"]
-    a, b, scale = features(num_cols, width, DTYPE, device)
+    a, b, scale = features(num_cols, width, DTYPE, DEVICE)
     a = a.detach()[:num_rows].requires_grad_()
     kwargs = VARIANTS[variant](b, num_rows)
     if variant == "queue":
         b = b.detach()[:num_rows].requires_grad_()
-    wrt = (a, scale) if variant == "locked" else (a, b, scale)
     columns = b.detach() if variant == "locked" else b
     loss = {"mmkernels": contrastive_loss, "eager": contrastive_loss_ref}[contender]
 
-    def error() -> float:
-        da = torch.autograd.grad(loss(a, columns, scale, **kwargs), a)[0]
+    def gold() -> Tensor:
         gold_a = a.detach().double().requires_grad_()
         wide = {k: v.double() if k == "negatives" else v for k, v in kwargs.items()}
         if "teacher" in kwargs:
             wide["teacher"] = tuple(x.double() for x in kwargs["teacher"])
-        gold = contrastive_loss(gold_a, columns.detach().double(), scale.detach().double(), **wide)
-        return relative_error(da, torch.autograd.grad(gold, gold_a)[0])
+        value = contrastive_loss(gold_a, columns.detach().double(), scale.detach().double(), **wide)
+        return torch.autograd.grad(value, gold_a)[0]
 
     forward, backward = cost_of(a, num_cols, 0 if variant == "locked" else len(b) / num_cols)
     if variant == "momentum":
         more = Cost(forward.flops, 0, forward.exps)
         forward, backward = forward + more, backward + more
-    cost = {"forward": forward, "backward": backward, "both": forward + backward}[mode]
-    rate = gemm_flops_per_s(num_rows, num_cols, width, DTYPE, device)
-    case = Case(
-        group=f"contrastive_loss[{variant}] {dtype_id(DTYPE)} {shape_id(shape)}",
-        contender=contender,
-        loss=lambda: loss(a, columns, scale, **kwargs),
-        wrt=wrt,
-        mode=mode,
-        floor_s=cost.flops / rate,
-        cost=cost if contender == "mmkernels" else None,
-        gemm_rate=rate,
-        error=error,
+    return gradient_case(
+        f"contrastive_loss[{variant}] {dtype_id(DTYPE)} {shape_id(shape)}",
+        contender,
+        lambda: loss(a, columns, scale, **kwargs),
+        (a, scale) if variant == "locked" else (a, b, scale),
+        mode,
+        of_mode(mode, forward, backward),
+        rate=gemm_flops_per_s(num_rows, num_cols, width, DTYPE, DEVICE),
+        gold=gold,
     )
-    time_case(benchmark, device, case)
+
+
+BENCHES = tuple(
+    Bench(
+        f"contrastive_loss[{variant}]",
+        partial(_case, variant),
+        {"shape": SHAPES, "contender": ("mmkernels", "eager"), "mode": MODES},
+    )
+    for variant in VARIANTS
+)

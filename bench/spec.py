@@ -1,4 +1,4 @@
-"""What an op declares once, to be held to the contract test and timed by bench."""
+"""What an op declares once, to be held to the contract test."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,24 +8,6 @@ import torch
 
 Shape = Mapping[str, int]
 Inputs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a call asks of a machine, from which bench predicts its time.
-
-    Attributes:
-        flops: floating-point operations of its matrix products.
-        bytes_moved: bytes that it has to read and write in main memory.
-        exps: exponentials, each with the few elementwise operations that go with it.
-    """
-
-    flops: int = 0
-    bytes_moved: int = 0
-    exps: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes_moved + other.bytes_moved, self.exps + other.exps)
 
 
 class Terms(NamedTuple):
@@ -40,10 +22,10 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class OpSpec:
-    """An op's entry in the contract test and in bench.
+    """An op's entry in the contract test.
 
     Attributes:
-        name: the public function's name, in brackets the variant: the test's and the benchmark's id.
+        name: the public function's name, in brackets the variant: the test's id.
         op: the public function.
         ref: its eager reference, same signature.
         make_inputs: keyword arguments for a shape, a data case, a dtype and a seed, on the CPU; tensors may be
@@ -52,8 +34,6 @@ class OpSpec:
         draw_shape: any small shape, from a function that draws an integer between two bounds, both included.
         cases: names of the data that `make_inputs` can make; the first is the plainest.
         differentiable: arguments with a gradient.
-        cost: of forward and of backward with every gradient, by shape and bytes an element.
-        bench_shapes: by device type, smallest first.
         dtypes: what the contract runs.
         casts_under_autocast: whether its tensors are cast there, as a matrix product's are.
         terms: from the inputs and the results in float64, by result, where its formula cancels.
@@ -67,8 +47,6 @@ class OpSpec:
     draw_shape: Callable[[Callable[[int, int], int]], Shape]
     cases: tuple[str, ...]
     differentiable: tuple[str, ...]
-    cost: Callable[[Shape, int], tuple[Cost, Cost]]
-    bench_shapes: Mapping[str, tuple[Shape, ...]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     casts_under_autocast: bool = True
     terms: Callable[[Inputs, Mapping[str, torch.Tensor]], Mapping[str, Terms]] | None = None

@@ -3,21 +3,18 @@
 The roofline is a copy of what has to be read and written, twice for a gradient.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from functools import cache, partial
 
-import pytest
 import torch
 from torch import Tensor
 
-from bench.case import Case, dtype_id, time_case
+from bench.case import Case, dtype_id
+from bench.harness import DEVICE, DTYPE, ON_GPU, Bench
 from bench.measure import assert_agrees, machine_rates, relative_error
 from mmkernels import rotary, xpos
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-BATCH, LENGTH, HEADS, KEY_HEADS, WIDTH = (8 if DEVICE == "cuda" else 1), 2048, 32, 8, 64
+BATCH, LENGTH, HEADS, KEY_HEADS, WIDTH = (8 if ON_GPU else 1), 2048, 32, 8, 64
 THETA, SCALE_BASE = 10000.0, 512.0
 Pair = tuple[Tensor, Tensor]
 
@@ -70,12 +67,12 @@ OPS: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Pair]]] = {
     "rotary": {"mmkernels": our_rotary, "eager": llamas},
     "xpos": {"mmkernels": our_xpos, "eager": torchscales},
 }
-if DEVICE == "cuda":  # a compilation takes up to half a minute
+if ON_GPU:  # a compilation takes up to half a minute
     for contenders in OPS.values():
         contenders["compile"] = torch.compile(contenders["eager"], dynamic=False)
 
 
-@functools.cache
+@cache
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(0)
     q, k = (
@@ -91,7 +88,7 @@ def total(call: Callable[[Tensor, Tensor, Tensor], Pair], q: Tensor, k: Tensor, 
     return found @ torch.linspace(-1, 1, len(found), device=found.device, dtype=found.dtype)
 
 
-@functools.cache
+@cache
 def gold(op: str) -> Tensor:
     """dq in float64, of the published expression."""
     q, k, positions = inputs()
@@ -99,9 +96,7 @@ def gold(op: str) -> Tensor:
     return torch.autograd.grad(total(OPS[op]["eager"], q, k, positions), q)[0]
 
 
-@pytest.mark.parametrize("mode", ["forward", "both"])
-@pytest.mark.parametrize(("op", "contender"), [(op, who) for op, found in OPS.items() for who in found])
-def test_positions(benchmark: Any, device: torch.device, op: str, contender: str, mode: str) -> None:
+def _case(op: str, contender: str, mode: str) -> Case:
     q, k, positions = inputs()
     call = OPS[op][contender]
     (dq,) = torch.autograd.grad(total(call, q, k, positions), q)
@@ -112,13 +107,15 @@ def test_positions(benchmark: Any, device: torch.device, op: str, contender: str
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(call(q, k, positions), (q, k), seeds)
 
-    case = Case(
+    return Case(
         group=f"{op} {dtype_id(DTYPE)} B{BATCH}-L{LENGTH}-H{HEADS}-Hkv{KEY_HEADS}-K{WIDTH}",
         contender=contender,
         loss=both if mode == "both" else lambda: call(q, k, positions),
         wrt=(q, k),
         mode="step" if mode == "both" else mode,
-        floor_s=(2 if mode == "both" else 1) * moved / machine_rates(device)[0],
+        floor_s=(2 if mode == "both" else 1) * moved / machine_rates(DEVICE)[0],
         error=lambda: relative_error(dq, gold(op)),
     )
-    time_case(benchmark, device, case)
+
+
+BENCHES = tuple(Bench(op, partial(_case, op), {"contender": tuple(OPS[op]), "mode": ("forward", "both")}) for op in OPS)
