@@ -14,8 +14,10 @@ from bench.peers import missing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = metafunc.config.getoption("--op")
-    found = {name: module for name, module in modules().items() if not chosen or name in chosen}
+    found, chosen = modules(), metafunc.config.getoption("--op") or ()
+    if unknown := [name for name in chosen if name not in found]:
+        raise pytest.UsageError(f"--op must be a module of bench/ops, {', '.join(found)}, got {', '.join(unknown)}")
+    found = {name: module for name, module in found.items() if not chosen or name in chosen}
     if "bench" in metafunc.fixturenames:
         cases = [case for module in found.values() for bench in module.BENCHES for case in bench.params()]
         metafunc.parametrize(("bench", "axes"), cases)

@@ -12,6 +12,7 @@ import torch
 from bench import case, peers
 from bench.case import SESSION_S, Case, refusal, share_time, time_case
 from bench.conftest import slim
+from bench.ops import contrastive
 from bench.peers import PEERS, Peer, facts, load, missing
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +118,19 @@ def test_a_claim_is_asserted_where_it_is_asked_for() -> None:
         env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("op", "said"), [("ewc", "test_op[ewc_penalty-many-mmkernels]"), ("made_up", "got made_up")])
+def test_one_module_of_the_ops_is_taken_by_its_name(op: str, said: str) -> None:
+    command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "--collect-only", "-q", f"--op={op}"]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr and "contrastive_loss-" not in done.stdout
+
+
+def test_a_form_written_here_is_not_skipped_for_the_library_of_its_name() -> None:
+    (bench,) = contrastive.BENCHES
+    assert "open_clip" in bench.axes["contender"] and "open_clip" in PEERS and "open_clip" not in bench.peers
 
 
 def pytest_in(folder: Path, source: str, *options: str) -> str:

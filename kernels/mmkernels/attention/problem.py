@@ -73,7 +73,7 @@ class Operands(NamedTuple):
         keys = (*(x for segment in problem.segments for x in segment), None, None)[:4]
         ends = (*problem.ends, None, None, None, None)[:4]
         rest = (problem.alibi_slopes, problem.seed, problem.scale, problem.dropout_p)
-        return cls(problem.q, *keys, problem.bias, *ends, *rest)  # pyright: ignore[reportArgumentType]
+        return cls._make((problem.q, *keys, problem.bias, *ends, *rest))
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
