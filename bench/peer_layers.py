@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.nn import MLP, Attention, AttentionalPooler, CrossAttention, GatedCrossAttentionBlock, MultiwayBlock
+from mmcore.nn import (
+    MLP,
+    Attention,
+    AttentionalPooler,
+    CrossAttention,
+    GatedCrossAttentionBlock,
+    MultiwayBlock,
+    PoolingHead,
+)
 
 
 def copy_rows(linear: nn.Linear, *others: nn.Linear) -> None:
@@ -109,6 +117,21 @@ class Pooler(nn.Module):
         """[B, L, D_k] to [B, Q, D]."""
         x, q = self.ln_k(x), self.ln_q(self.query)
         return self.attn(q.expand(len(x), -1, -1), x, x, need_weights=False)[0]
+
+
+class Head(nn.Module):
+    """SigLIP's pooling head, as transformers has it."""
+
+    def __init__(self, ours: PoolingHead) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(ours.probe.detach().clone())
+        self.attn = torchs_cross_attention(ours.attn)
+        self.norm, self.mlp = nn.LayerNorm(len(ours.probe), eps=ours.norm.eps), torchs_mlp(ours.mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] to [B, D]."""
+        y = self.attn(self.probe.expand(len(x), 1, -1), x, x, need_weights=False)[0][:, 0]
+        return y + self.mlp(self.norm(y))
 
 
 class Multiway(nn.Module):

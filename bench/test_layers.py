@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.case import Case, dtype_id, time_case
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
-from bench.peer_layers import Flamingos, Multiway, Pooler, copy_rows, torchs_attention, torchs_cross_attention
+from bench.peer_layers import Flamingos, Head, Multiway, Pooler, copy_rows, torchs_attention, torchs_cross_attention
 from bench.peers import load, missing
 from mmcore.nn import (
     Attention,
@@ -27,6 +27,7 @@ from mmcore.nn import (
     GatedCrossAttentionBlock,
     MultiwayBlock,
     PerceiverResampler,
+    PoolingHead,
     QFormerBlock,
     shared_keys_values,
 )
@@ -142,6 +143,13 @@ def pooler(rows: int) -> Layer:
     return Layer((torch.randn(rows, 256, 1024),), contenders)
 
 
+def head(rows: int) -> Layer:
+    """SigLIP B/16's at 224 pixels."""
+    ours = PoolingHead(768, 12, 3072, activation="gelu", norm_eps=1e-6)
+    contenders = {"mmcore": Contender(ours, plain), "eager": Contender(Head(ours), plain)}
+    return Layer((torch.randn(rows, 196, 768),), contenders)
+
+
 def resampler(rows: int) -> Layer:
     """A layer of IDEFICS' on the patches of ViT-H/14, beside transformers'."""
     ours = PerceiverResampler(1280, 64, 1, 16, 5120, head_dim=96)
@@ -226,6 +234,7 @@ LAYERS: Mapping[str, tuple[Callable[[int], Layer], int, int]] = {
     "GatedCrossAttentionBlock": (gated, 1, 64),
     "MultiwayBlock": (multiway, 2, 64),
     "PerceiverResampler": (resampler, 2, 64),
+    "PoolingHead": (head, 4, 128),
     "QFormerBlock": (qformer, 2, 100),
     "shared_keys_values": (keys_values, 1, 100),
 }

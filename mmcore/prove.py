@@ -17,6 +17,7 @@ from PIL import Image
 from mmcore.data import PairData
 from mmcore.data.opening import ChatData
 from mmcore.errors import complain
+from mmcore.figures import is_share, shown
 from mmcore.launch import leave, parse
 from mmcore.recipe import Proof
 from mmcore.runs import read_run
@@ -42,23 +43,30 @@ class ProveConfig:
 
 @dataclass(frozen=True)
 class Found:
-    """A figure, its control and its floor, in [0, 1]."""
+    """A figure, its control and its floor: of [0, 1], or an R^2."""
 
     proof: str
     figure: str
     value: float
     control: float
     floor: float
+    ceiling: float
 
     @property
     def holds(self) -> bool:
-        """Whether it reaches its floor, and its control does not."""
-        return self.value >= self.floor > self.control
+        """Whether it reaches its floor, and its control stays below its ceiling."""
+        return self.value >= self.floor and self.control < self.ceiling
 
     @property
     def line(self) -> str:
-        value, control, floor = (100 * x for x in (self.value, self.control, self.floor))
-        return f"{self.proof}: {self.figure} {value:.1f} %; control {control:.1f} %; floor {floor:.0f} %"
+        value, control = (shown(self.figure, x) for x in (self.value, self.control))
+        return f"{self.proof}: {self.figure} {value}; control {control}; floor {shown(self.figure, self.floor, 0)}"
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """For --json: shares of [0, 1], not per cent, and an R^2 as it is."""
+        unit = "share" if is_share(self.figure) else "R^2"
+        return {**vars(self), "unit": unit, "holds": self.holds}
 
 
 def main(arguments: list[str]) -> None:
@@ -70,7 +78,7 @@ def main(arguments: list[str]) -> None:
     known = entries("PROOFS")
     if arguments[:1] == ["--list"]:
         for name, entry in known.items():
-            claims = "; ".join(f"{c.figure}, floor {100 * c.floor:.0f} %" for c in entry.load().claims)
+            claims = "; ".join(f"{c.figure}, floor {shown(c.figure, c.floor, 0)}" for c in entry.load().claims)
             print(f"{name:14} {claims}")
         return
     config = tyro.cli(ProveConfig, args=arguments, prog="mmcore prove")
@@ -87,7 +95,7 @@ def main(arguments: list[str]) -> None:
             except FileNotFoundError as error:
                 code = complain(error, NO_DATA)
     if config.json is not None and not (dist.is_initialized() and dist.get_rank()):
-        config.json.write_text(json.dumps([vars(x) | {"holds": x.holds} for x in found], indent=2) + "\n")
+        config.json.write_text(json.dumps([x.json for x in found], indent=2) + "\n")
     leave(code if all(x.holds for x in found) else 1)
 
 
@@ -100,8 +108,12 @@ def prove(name: str, proof: Proof, root: Path) -> list[Found]:
     if dist.get_rank():
         return []
     subject = subject_of(read_run(folders[-1]))
-    values, control = follow(subject), follow(replace(subject, data=with_other_images(subject.data)))
-    found = [Found(name, c.figure, values[c.value], control[c.value], c.floor) for c in proof.claims]
+    others = replace(subject, data=with_other_images(subject.data), own=subject.data)
+    values, control = follow(subject), follow(others)
+    found = []
+    for c in proof.claims:
+        ceiling = c.floor if c.ceiling is None else c.ceiling
+        found.append(Found(name, c.figure, values[c.value], control[c.value], c.floor, ceiling))
     for figure in found:
         print(figure.line)
     sys.stdout.flush()
@@ -134,7 +146,8 @@ class _OtherPictures:
 
 
 def with_other_images(data: Any) -> Any:
-    """The same held-out captions, questions and conversations about images of other records."""
+    """The same held-out captions, questions and conversations about images of other records; a task that compares with
+    the record's own image has it from `Subject.own`."""
     if isinstance(data, ChatData):
         assert data.val is not None
         names = sorted({name for c in data.val.conversations for name in c.images})

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.data import DataConfig, LoaderSpec, PairData, Preprocess, Reader, TrainLoader, open_data
-from mmcore.data.collate import PairSample, pair_sample
+from mmcore.data.collate import PairSample, collate_pairs, pair_sample
 from mmcore.settings import free
 from mmcore.train.accumulate import cached_backward, plain_backward
 from mmcore.train.config import EngineConfig, Precision, RunConfig
@@ -43,6 +43,20 @@ class Assets:
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes all but `frozen` into a run's folder; returns what its config.json knows of them."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class VisionAssets(Assets):
+    """The shape of a model, a dataclass whose `vision` is the `VisionConfig` of its image tower."""
+
+    shape: Any
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.shape.vision.preprocess
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return asdict(self.shape)
 
 
 @dataclass
@@ -102,6 +116,7 @@ class Recipe(ABC):
     - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
+    - `reconstructs(assets, model, device) -> Reconstructs`: images from some of their patches; reconstruction.
     - `export(assets, model, folder, format) -> image processor's settings`: `mmcore export`.
     - `image_tower(assets, model) -> Tower`: what `--vision RUN` of other recipes starts from.
     """
@@ -300,18 +315,76 @@ class Contrastive(Recipe):
 
 
 @dataclass(frozen=True)
+class PairAssets(VisionAssets):
+    """The shape of a model of images and captions, and what makes int64 [B, T] of captions, with `save(folder)`."""
+
+    tokenizer: Any
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.tokenizer.save(folder / "tokenizer")
+        return super().save(folder)
+
+
+@dataclass(frozen=True)
+class TwoTowers(OnPairs, Contrastive):
+    """Mixin: images and captions are embedded apart, `model(images, None)[0]` and `model(None, tokens)[1]`, as unit
+    vectors, by towers `visual` and `text`. Its assets are `PairAssets`, its micro-batches what the model is called
+    with."""
+
+    model: str = "tiny"
+    """A shape by its name."""
+    tokenizer: Path | None = None
+    """A tokenizer's files; None = one is trained on the captions."""
+    init: Path | None = None
+    """Weights to start from."""
+    activation_checkpointing: bool = field(default=False, metadata=free)
+    """Recompute activations in the backward: less memory, about a third more time."""
+
+    kind: ClassVar[Callable[[Any], Any]]
+    """The model, made of `PairAssets.shape`."""
+    tasks = ("zeroshot", "retrieval")
+
+    def build(self, assets: PairAssets) -> Any:
+        model = type(self).kind(assets.shape)
+        for tower in (model.visual, model.text):
+            tower.transformer.activation_checkpointing = self.activation_checkpointing
+        return model
+
+    def collate(self, assets: PairAssets, samples: list[PairSample]) -> Any:
+        batch = collate_pairs(samples, assets.tokenizer)
+        return batch.images, batch.tokens
+
+    def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
+        return model(*batch)
+
+    def embeds(self, assets: PairAssets, model: Runner, device: torch.device) -> Embeds:
+        def image(images: Tensor) -> Tensor:
+            return model(images, None)[0]
+
+        def text(captions: list[str]) -> Tensor:
+            return model(None, assets.tokenizer(captions).to(device))[1]
+
+        return Embeds(assets.preprocess, image, lambda features: features, text)
+
+    def image_tower(self, assets: PairAssets, model: Any) -> Any:
+        return model.image_tower()
+
+
+@dataclass(frozen=True)
 class Claim:
     """A figure that a proof shows.
 
     Args:
         figure: for the reader, such as "zero-shot accuracy (held-out)".
         value: its name among those that the recipe's tasks follow, such as "zero-shot top-1".
-        floor: that it has to reach, in [0, 1].
+        floor: that it has to reach, at most 1.
+        ceiling: that the control has to stay below; None = the floor.
     """
 
     figure: str
     value: str
     floor: float
+    ceiling: float | None = None
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,10 @@ def run_main(
                 out.with_suffix(suffix).touch()
             process.start()
         _wait(started)
+        texts = [[out.with_suffix(suffix).read_text() for suffix in (".out", ".err")] for out in outs]
         return [
-            subprocess.CompletedProcess(
-                [module, *arguments],
-                process.exitcode,
-                out.with_suffix(".out").read_text(),
-                out.with_suffix(".err").read_text(),
-            )
-            for arguments, process, out in zip(ranks, started, outs, strict=True)
+            subprocess.CompletedProcess([module, *arguments], process.exitcode, *said)
+            for arguments, process, said in zip(ranks, started, texts, strict=True)
         ]
 
 

@@ -29,22 +29,21 @@ def peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "made_up_peer.py"
 
 
-def test_a_peer_that_is_not_installed_says_so(peer: Path) -> None:
-    assert missing("made_up") == "is not installed"
-    with pytest.raises(ImportError, match="made_up is not installed"):
-        load("made_up")
-
-
-def test_a_peer_that_cannot_be_imported_gives_the_first_line_of_the_error(peer: Path) -> None:
-    peer.write_text("raise OSError('libcudart.so.12: cannot open shared object file\\nand more')")
-    assert missing("made_up") == "cannot be imported: libcudart.so.12: cannot open shared object file"
-
-
-def test_a_peer_that_is_there_is_loaded_and_its_version_said(peer: Path) -> None:
-    peer.write_text("answer = 42")
-    assert load("made_up").answer == 42
-    assert facts() == {"made_up": "of an unknown version"}
-    sys.modules.pop("made_up_peer")
+@pytest.mark.parametrize(("source", "reason"), [
+    (None, "is not installed"),
+    ("raise OSError('x.so: cannot open\\nand more')", "cannot be imported: x.so: cannot open"),
+    ("answer = 42", None),
+])  # fmt: skip
+def test_a_peer_is_loaded_or_it_is_said_why_not(peer: Path, source: str | None, reason: str | None) -> None:
+    if source is not None:
+        peer.write_text(source)
+    assert missing("made_up") == reason
+    if reason is None:
+        assert load("made_up").answer == 42 and facts() == {"made_up": "of an unknown version"}
+        sys.modules.pop("made_up_peer")
+    else:
+        with pytest.raises(ImportError, match=f"made_up {reason}"):
+            load("made_up")
 
 
 def test_a_cpu_has_no_use_for_a_peer_that_needs_a_gpu(peer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,35 +62,31 @@ class Unused:
         raise AssertionError("timed")
 
 
-def fails(error: BaseException) -> Any:
+def timed(contender: str, error: BaseException, mode: str = "step", floor_s: float = 1.0) -> None:
+    """Times a case that ends with the error."""
+
     def call() -> None:
         raise error
 
-    return call
+    time_case(Unused(), CPU, Case("op B8", contender, call, (), mode, floor_s))
 
 
 def test_a_case_that_does_not_fit_is_kept_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case, "OUT_OF_MEMORY", [])
-    call = fails(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(pytest.skip.Exception, match="more memory"):
-        time_case(Unused(), CPU, Case("op B8", "eager", call, (), "step", 1.0))
-    assert case.OUT_OF_MEMORY == [
-        {"group": "op B8 step", "extra_info": {"contender": "eager"}, "params": {"shape": {"B": 8}}}
-    ]
+        timed("eager", torch.OutOfMemoryError("CUDA out of memory"))
+    kept = {"group": "op B8 step", "extra_info": {"contender": "eager"}, "params": {"shape": {"B": 8}}}
+    assert [kept] == case.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "both", "step"])
-def test_a_peer_that_serves_no_such_case_is_skipped_with_its_words(mode: str) -> None:
-    call = fails(ValueError("D must be 64\nor so"))
-    name = next(iter(PEERS))
+def test_a_peer_that_serves_no_such_case_is_skipped_with_its_words_and_ours_never(mode: str) -> None:
+    name, error = next(iter(PEERS)), ValueError("D must be 64\nor so")
     with pytest.raises(pytest.skip.Exception, match=f"{name} does not serve this: ValueError: D must be 64$"):
-        time_case(Unused(), CPU, Case("op B8", name, call, (), mode, 1e-6))
+        timed(name, error, mode, 1e-6)
+    with pytest.raises(ValueError, match="D must be 64"):
+        timed("mmkernels", error, mode, 1e-6)
     assert refusal(lambda: None) is None
-
-
-def test_ours_is_never_skipped_for_an_error() -> None:
-    with pytest.raises(ValueError, match="wrong"):
-        time_case(Unused(), CPU, Case("op B8", "mmkernels", fails(ValueError("wrong")), (), "step", 1.0))
 
 
 def test_the_cases_of_a_run_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,18 +101,15 @@ def test_the_cases_of_a_run_share_its_time(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_takes_long_is_timed_whole_on_a_cpu(contender: str, floor_s: float) -> None:
     for mode in ("forward", "backward"):
         with pytest.raises(pytest.skip.Exception, match="forward and backward together"):
-            time_case(Unused(), CPU, Case("op B8", contender, fails(ValueError("ran")), (), mode, floor_s))
+            timed(contender, ValueError("ran"), mode, floor_s)
     with pytest.raises(ValueError, match="ran"):
-        time_case(Unused(), CPU, Case("op B8", contender, fails(ValueError("ran")), (), "both", floor_s))
+        timed(contender, ValueError("ran"), "both", floor_s)
 
 
 def test_a_claim_is_asserted_where_it_is_asked_for() -> None:
     name = "bench/test_llava.py::test_the_mix_is_as_large_as_published"
-    for options, said in (((), "a claim, which --claims asserts"), (("--claims",), "1 passed")):
-        command = [sys.executable, "-m", "pytest", name, "-q", "-rs", *options]
-        env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+    assert "a claim, which --claims asserts" in pytest_in(ROOT, name)
+    assert "1 passed" in pytest_in(ROOT, name, "--claims")
 
 
 @pytest.mark.parametrize(("op", "said"), [("ewc", "test_op[ewc_penalty-many-mmkernels]"), ("made_up", "got made_up")])
@@ -133,10 +125,13 @@ def test_a_form_written_here_is_not_skipped_for_the_library_of_its_name() -> Non
     assert "open_clip" in bench.axes["contender"] and "open_clip" in PEERS and "open_clip" not in bench.peers
 
 
-def pytest_in(folder: Path, source: str, *options: str) -> str:
-    (folder / "test_it.py").write_text(source)
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--rootdir=.", "test_it.py", *options]
+def pytest_in(folder: Path, *options: str, source: str | None = None) -> str:
+    """What a run of pytest prints, of a file of this source where it is given."""
+    if source is not None:
+        (folder / "test_it.py").write_text(source)
+        options = ("--rootdir=.", "test_it.py", *options)
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *options]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -151,16 +146,16 @@ def test_a_run_whose_time_is_over_ends_by_itself_and_writes_what_it_has(tmp_path
         "def test_second(benchmark): benchmark(int)\n"
     )
     options = "-p bench.deadline --time-limit 100 --benchmark-json=out.json".split()
-    assert "not begun: 100 s are over" in pytest_in(tmp_path, source, *options)
+    assert "not begun: 100 s are over" in pytest_in(tmp_path, *options, source=source)
     assert [b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]] == ["test_first"]
 
 
 def test_a_run_compares_with_the_json_of_another(tmp_path: Path) -> None:
     """`--benchmark-compare` needs nothing of what `slim` leaves out."""
     source = "def test_first(benchmark): benchmark(int)\n"
-    pytest_in(tmp_path, source, "--benchmark-json=out.json")
+    pytest_in(tmp_path, "--benchmark-json=out.json", source=source)
     document = json.loads((tmp_path / "out.json").read_text())
     slim(document)
     (tmp_path / "before.json").write_text(json.dumps(document))
-    shown = pytest_in(tmp_path, source, "--benchmark-compare=before.json")
+    shown = pytest_in(tmp_path, "--benchmark-compare=before.json", source=source)
     assert "test_first (before)" in shown and "test_first (NOW)" in shown

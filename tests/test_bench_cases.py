@@ -50,14 +50,10 @@ def benched(name: str, collected: list[str]) -> bool:
     return any(place.search(line) and re.search(r"mm(kernels|core)", line.partition("::")[2]) for line in collected)
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        name
-        for name in mmkernels.__all__
-        if name.islower() and not re.search("_ref_?$", name) and name not in ("masks", *NO_TENSOR)
-    ],
-)
+OPS = [x for x in mmkernels.__all__ if x.islower() and not re.search("_ref_?$", x) and x not in ("masks", *NO_TENSOR)]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_is_benched(op: str, collected: list[str]) -> None:
     assert benched(op, collected)
 

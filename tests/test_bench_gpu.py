@@ -69,13 +69,14 @@ def test_the_benchmarks_are_all_of_them_each_once_and_pytest_ends_before_it_is_s
             assert float(phase.limited(100.0)[-1].removeprefix("--time-limit=")) <= 80
 
 
-def test_a_phase_leaves_its_log_and_says_how_it_ended(tmp_path: Path) -> None:
-    def of(code: str) -> Phase:
-        return Phase("phase", (sys.executable, "-c", code), 1.0)
+def phase_of(code: str) -> Phase:
+    return Phase("phase", (sys.executable, "-S", "-c", code), 1.0)
 
-    assert run(of("print('written')"), tmp_path, 60.0) == "done"
+
+def test_a_phase_leaves_its_log_and_says_how_it_ended(tmp_path: Path) -> None:
+    assert run(phase_of("print('written')"), tmp_path, 60.0) == "done"
     assert (tmp_path / "phase.log").read_text() == "written\n"
-    assert run(of("raise SystemExit(3)"), tmp_path, 60.0) == "failed"
+    assert run(phase_of("raise SystemExit(3)"), tmp_path, 60.0) == "failed"
 
 
 def test_a_phase_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_phase_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print(child.pid, flush=True); time.sleep(60)\n"
     )
-    assert run(Phase("phase", (sys.executable, "-S", "-c", code), 1.0), tmp_path, 4.0) == "stopped"
+    assert run(phase_of(code), tmp_path, 4.0) == "stopped"
     child = Path("/proc") / (tmp_path / "phase.log").read_text().split()[0] / "stat"
     for _ in range(50):
         # gone, or dead and not yet collected

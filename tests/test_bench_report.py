@@ -33,9 +33,7 @@ def document() -> dict[str, Any]:
     return found
 
 
-def test_the_page_holds_every_op_and_contender_and_needs_nothing_beside_itself(
-    document: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_page_holds_every_op_and_contender_and_needs_nothing_beside_itself(document: dict[str, Any], tmp_path):
     written = write(tmp_path, [document])
     text = written[0].read_text()
     assert written[0].name == "report.html" and all(path.stat().st_size > 5000 for path in written)
@@ -76,19 +74,14 @@ def test_bars_say_how_many_times_as_long_as_ours_the_others_take(document: dict[
     part = [case for case in cases(document) if op_of(case) == "contrastive_loss"]
     figure = bars("contrastive_loss", part)
     assert figure is not None
-    medians = {
-        (case["group"], case["extra_info"]["contender"]): case["stats"]["median"]
-        for case in part
-        if case["group"].endswith(" both")
-    }
+    both = [case for case in part if case["group"].endswith(" both")]
+    medians = {(case["group"], case["extra_info"]["contender"]): case["stats"]["median"] for case in both}
     ratios = {f"{t / medians[group, 'mmkernels']:.2f}x" for (group, name), t in medians.items() if name != "mmkernels"}
     assert {text.get_text() for text in figure.axes[0].texts} == ratios
     assert bars("contrastive_loss", [case for case in part if case["extra_info"]["contender"] == "mmkernels"]) is None
 
 
-def test_without_a_file_it_reports_each_machine_folder(
-    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_file_it_reports_each_machine_folder(document: dict[str, Any], tmp_path: Path, monkeypatch, capsys):
     few = document | {"benchmarks": cases(document)[:4]}
     for machine in ("one", "two"):
         (tmp_path / machine).mkdir()
@@ -104,14 +97,9 @@ def test_without_a_file_it_reports_each_machine_folder(
 
 def made(group: str, **medians_ms: float) -> list[dict[str, Any]]:
     """Cases of contenders by their times."""
-    return [
-        {
-            "group": group,
-            "extra_info": {"contender": name.replace("_", " ", 1), "extra_bytes": 2**20 * i},
-            "stats": {"median": ms / 1e3},
-        }
-        for i, (name, ms) in enumerate(medians_ms.items())
-    ]
+    infos = [{"contender": name.replace("_", " ", 1), "extra_bytes": 2**20 * i} for i, name in enumerate(medians_ms)]
+    times = [{"median": ms / 1e3} for ms in medians_ms.values()]
+    return [{"group": group, "extra_info": info, "stats": time} for info, time in zip(infos, times, strict=True)]
 
 
 SUMMED = [
@@ -125,14 +113,10 @@ SUMMED = [
 ]
 
 
-def test_a_summary_sets_ours_against_the_best_other_at_each_ops_largest_case(
-    document: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_summary_sets_ours_against_the_best_other_at_each_ops_largest_case(document: dict[str, Any], tmp_path: Path):
     summed = document | {"benchmarks": SUMMED}
-    assert {op: [r.ratio for r in found] for op, found in rivals([summed]).items()} == {
-        "op": [0.5, 2.5],
-        "train": [1.5],
-    }
+    ratios = {op: [rival.ratio for rival in found] for op, found in rivals([summed]).items()}
+    assert ratios == {"op": [0.5, 2.5], "train": [1.5]}
     (tmp_path / "results").mkdir()
     (tmp_path / "results/some.json").write_text(json.dumps(summed))
     (tmp_path / "results/plan.json").write_text("{}")

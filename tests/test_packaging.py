@@ -19,10 +19,11 @@ BUILDS_NATIVE = bool(shutil.which("cmake") and shutil.which("c++"))
 needs_compiler = pytest.mark.skipif(not BUILDS_NATIVE, reason="needs cmake and a C++ compiler")
 
 
-def run(*command: str | Path, cwd: Path, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=dict(env), capture_output=True, text=True, check=False
-    )
+def run(*command: str | Path, cwd: Path, env: Mapping[str, str] = os.environ, code: int | None = 0) -> str:
+    """What Python prints; None = any exit but 0."""
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=dict(env), capture_output=True, text=True)
+    assert done.returncode == code or (code is None and done.returncode), done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +41,12 @@ def tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sdist(tree, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    done = run("setup.py", "-q", "sdist", "-d", folder, cwd=tree)
-    assert done.returncode == 0, done.stderr
+    run("setup.py", "-q", "sdist", "-d", folder, cwd=tree)
     return next(folder.glob("*.tar.gz"))
 
 
 def build_wheel(source: Path, folder: Path, env: Mapping[str, str] = os.environ) -> Path:
-    build = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source)
-    done = run(*build, cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr
+    run("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder, env=env)
     return next(folder.glob("*.whl"))
 
 
@@ -84,12 +82,10 @@ def test_a_wheel_without_the_native_step_is_for_any_platform(tree, tmp_path):
 
 
 def test_the_build_says_why_it_leaves_the_native_step_out(tree, tmp_path):
-    for env, reason in (({"PATH": str(tmp_path)}, "there is no cmake"), ({"MMKERNELS_NATIVE": "0"}, "=0")):
-        done = run("setup.py", "--name", cwd=tree, env=os.environ | env)
-        assert done.returncode == 0, done.stderr
-        assert f"the CPU's native step is not built, ATen serves in its place: {reason}" in done.stderr.replace(
-            "MMKERNELS_NATIVE=0", "=0"
-        )
+    said = "the CPU's native step is not built, ATen serves in its place: "
+    off = {"MMKERNELS_NATIVE": "0"}
+    for env, reason in (({"PATH": str(tmp_path)}, "there is no cmake"), (off, "MMKERNELS_NATIVE=0")):
+        assert said + reason in run("setup.py", "--name", cwd=tree, env=os.environ | env)
 
 
 @needs_compiler
@@ -97,16 +93,7 @@ def test_a_compile_error_fails_the_build(tree, tmp_path):
     shutil.copytree(tree, tmp_path / "tree")
     with (tmp_path / "tree/kernels/csrc/tile.cpp").open("a") as source:
         source.write("#error planted\n")
-    done = run("setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path / "tree")
-    assert done.returncode != 0
-    assert "planted" in done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def site(wheel, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
+    assert "planted" in run("setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path / "tree", code=None)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +104,7 @@ def environment(wheel, tmp_path_factory) -> Path:
     venv.create(folder)
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    done = run("-m", "pip", "--python", folder / "bin/python", "install", "-q", "--no-index", wheel, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("-m", "pip", "--python", folder / "bin/python", "install", "-q", "--no-index", wheel, cwd=folder)
     return folder
 
 
@@ -129,13 +115,8 @@ def test_the_op_of_a_wheel_runs_in_an_empty_environment_and_folder_without_the_t
         "wanted = {'deepspeed', 'transformers', 'tyro', 'webdataset', 'matplotlib'} & set(sys.modules)\n"
         "assert not wanted, wanted; print(mmkernels.native.AVAILABLE, mmkernels.__file__, mmcore.losses.__file__)"
     )
-    done = subprocess.run(
-        [environment / "bin/python", "-I", "-c", program],
-        cwd=tmp_path,
-        env={"OMP_NUM_THREADS": "1", "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
+    command, env = [environment / "bin/python", "-I", "-c", program], {"OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     available, *files = done.stdout.split()
     assert available == str(BUILDS_NATIVE)
@@ -146,20 +127,19 @@ def test_the_op_of_a_wheel_runs_in_an_empty_environment_and_folder_without_the_t
 def test_what_a_wheel_requires_is_looked_for(environment, wheel, tmp_path):
     """So that the test above cannot pass with a requirement missing."""
     venv.create(tmp_path / "bare")
-    python = tmp_path / "bare/bin/python"
-    done = run("-m", "pip", "--python", python, "install", "-q", "--no-index", wheel, cwd=tmp_path)
-    assert done.returncode != 0
-    assert re.search("No matching distribution found for (torch|triton)>=", done.stderr)
+    pip = ("-m", "pip", "--python", tmp_path / "bare/bin/python", "install", "-q", "--no-index")
+    found = run(*pip, wheel, cwd=tmp_path, code=None)
+    assert re.search("No matching distribution found for (torch|triton)>=", found)
 
 
-def test_a_library_that_does_not_load_is_an_error_that_says_what_to_do(site, tmp_path):
-    shutil.copytree(site, tmp_path / "site")
+def test_a_library_that_does_not_load_is_an_error_that_says_what_to_do(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "site" / NATIVE).write_bytes(b"not a library")
     env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
-    done = run("-c", "import mmkernels.native", cwd=tmp_path, env=env)
-    assert re.search(r"ImportError: mmkernels: .*_native.so must load .* set MMKERNELS_NATIVE=0", done.stderr)
+    said = run("-c", "import mmkernels.native", cwd=tmp_path, env=env, code=None)
+    assert re.search(r"ImportError: mmkernels: .*_native.so must load .* set MMKERNELS_NATIVE=0", said)
     program = "import mmkernels.native; assert not mmkernels.native.AVAILABLE"
-    assert run("-c", program, cwd=tmp_path, env=env | {"MMKERNELS_NATIVE": "0"}).returncode == 0
+    run("-c", program, cwd=tmp_path, env=env | {"MMKERNELS_NATIVE": "0"})
 
 
 def test_every_tested_version_is_pinned(wheel):

@@ -8,7 +8,7 @@ from bench.report.pages import TABLE
 from tests.pages import ROOT, blocks, check_tables
 
 
-@pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "kernels/README.md", "docs/benchmarks.md"])
 def test_tables_are_those_of_the_committed_json(page: str, tmp_path: Path) -> None:
     assert TABLE.search((ROOT / page).read_text())
     check_tables(page, tmp_path)

@@ -12,14 +12,15 @@ TABLE = re.compile(r"(<!-- (bench|summary): (\S+)((?: [\w\[\]-]+)*) -->\n)(.*?)(
 def fill(page: Path) -> None:
     """Writes each table of a page between its mark and `<!-- end -->`.
 
-    `<!-- bench: FILE OP ... -->` is of a file's ops, `<!-- summary: FOLDER -->` of all ops of a folder's files.
+    `<!-- bench: FILE OP ... -->` is of a file's ops, `<!-- summary: FOLDER OP ... -->` of the largest case
+    of each, of all without ops, of a folder's files.
     """
 
     def table(found: re.Match[str]) -> str:
         mark, kind, source, ops, *_ = found.groups()
         path = page.parent / source
         if kind == "summary":
-            return f"{mark}{summary.table(load_folder(path))}\n<!-- end -->"
+            return f"{mark}{summary.table(load_folder(path), tuple(ops.split()))}\n<!-- end -->"
         return f"{mark}{markdown(load([path])[0], ops=tuple(ops.split()))}\n<!-- end -->"
 
     page.write_text(TABLE.sub(table, page.read_text()))

@@ -57,15 +57,17 @@ def rivals(documents: list[dict[str, Any]]) -> dict[str, list[Rival]]:
     return dict(found)
 
 
-def table(documents: list[dict[str, Any]]) -> str:
-    """In Markdown, a line an op, under what they ran on."""
+def table(documents: list[dict[str, Any]], ops: tuple[str, ...] = ()) -> str:
+    """In Markdown, a line an op (all, or those named, in their order), under what they ran on."""
     lines = [
         "; ".join(dict.fromkeys(map(ran_on, documents))),
         "",
         "| " + " | ".join(HEAD) + " |",
         "|---|---|---:|---|---:|---:|---:|---:|",
     ]
-    for op, found in rivals(documents).items():
+    by_op = rivals(documents)
+    for op in ops or by_op:
+        found = by_op[op]
         at = _largest(found)
         ratios = [rival.ratio for rival in found]
         cells = (

@@ -85,6 +85,26 @@ class PairData:
             raise ValueError(f"data: {self.name!r} must have questions to train on, but has captions alone")
         return MapLoader(MapBatches(Pairs(self.questions), spec, reader), self._tally())
 
+    def image_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
+        """Endless batches of images for one rank, those of the questions where there are no captions; an epoch has an
+        image as often as it has captions or questions.
+
+        Args:
+            spec, reader: as for `train_loader`.
+
+        Raises:
+            ValueError: a batch larger than their number, or more streams than shards.
+        """
+        return self.question_loader(spec, reader) if self.source is None else self.train_loader(spec, reader)
+
+    def held_out_images(self) -> EvalSet | None:
+        """Each held-out image once: with its captions, or without where there are questions alone."""
+        asked = self.val_questions
+        if self.val is not None or asked is None:
+            return self.val
+        indices = list({asked.image_id(i): i for i in range(len(asked))}.values())
+        return EvalSet(asked, indices, [[] for _ in indices], max_broken=asked.max_broken)
+
     def _captioned(self) -> PairSource | ShardSource:
         if self.source is None:
             raise ValueError(f"data: {self.name!r} must have captions to train on, but has questions alone")

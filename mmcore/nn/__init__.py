@@ -7,7 +7,7 @@ from mmcore.nn.cross import CrossAttention, GatedCrossAttentionBlock, shared_key
 from mmcore.nn.linear import ACTIVATIONS, MLP, Linear, quick_gelu, quicken
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.packing import Packing
-from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler
+from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler, PoolingHead
 from mmcore.nn.positions import interpolate_positions, sincos_positions
 from mmcore.nn.qformer import QFormerBlock
 from mmcore.nn.transformer import Block, MultiwayBlock, Transformer
@@ -29,6 +29,7 @@ __all__ = [
     "MultiwayBlock",
     "Packing",
     "PerceiverResampler",
+    "PoolingHead",
     "QFormerBlock",
     "Transformer",
     "interpolate_positions",

@@ -1,4 +1,4 @@
-"""A sequence of any length pooled into a fixed number of tokens: CoCa's pooler, Flamingo's Perceiver resampler."""
+"""A sequence of any length pooled into a fixed number of tokens: CoCa's pooler, SigLIP's head, Flamingo's resampler."""
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,27 @@ class AttentionalPooler(nn.Module):
         check_tokens("AttentionalPooler", "x", x, self.attn.kv.in_features)
         queries = self.query_norm(self.queries)[None]  # [1, Q, D], one for the whole batch
         return self.attn(queries, self.key_norm(x), mask)
+
+
+class PoolingHead(nn.Module):
+    """One state of many by a learned query, y = attention(probe, x), then y + MLP(LN(y)): SigLIP's (arXiv:2303.15343).
+
+    Args:
+        width: D.
+        mlp_dim, activation: of the MLP.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, activation: str, norm_eps: float) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.attn = CrossAttention(width, num_heads)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, mlp_dim, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] to [B, D]."""
+        y = self.attn(self.probe[None, None], x)[:, 0]
+        return y + self.mlp(self.norm(y))
 
 
 class ResamplerBlock(nn.Module):

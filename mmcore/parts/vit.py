@@ -1,6 +1,7 @@
 """A vision transformer: images to the states of their patches (arXiv:2010.11929)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
+from mmcore.data.transforms.masks import gather
 from mmcore.nn import ACTIVATIONS, Transformer, sincos_positions
 from mmcore.nn.transformer import Pool
 from mmcore.ops import require
@@ -28,6 +30,7 @@ class VisionConfig:
 
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
+    `has_margin`: pixels on the right and below that fill no patch are not read (SigLIP's 384 in patches of 14).
     The last four are of `Preprocess`.
     """
 
@@ -44,6 +47,7 @@ class VisionConfig:
     has_class_token: bool = True
     positions: Literal["learned", "sincos"] = "learned"
     has_final_norm: bool = False
+    has_margin: bool = False
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -53,7 +57,8 @@ class VisionConfig:
         owner, size, patch = "VisionConfig", self.image_size, self.patch_size
         sizes = {"image_size": size, "patch_size": patch, "num_layers": self.num_layers, "mlp_dim": self.mlp_dim}
         check_tower(owner, self.width, self.num_heads, self.activation, **sizes)
-        require(owner, size % patch == 0, "image_size must be a multiple of patch_size {}, got {}", patch, size)
+        fits = size % patch == 0 or (self.has_margin and size > patch)
+        require(owner, fits, "image_size must be a multiple of patch_size {}, got {}", patch, size)
         kinds = ("learned", "sincos")
         require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
 
@@ -73,6 +78,32 @@ class VisionConfig:
     def num_tokens(self) -> int:
         """Patches and the class token."""
         return self.num_patches + self.has_class_token
+
+
+siglip_vision = partial(
+    VisionConfig,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    has_class_token=False,
+    has_norm_pre=False,
+    has_patch_bias=True,
+    has_final_norm=True,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+    fit="squash",
+)
+"""`VisionConfig` with the options of SigLIP's tower."""
+mae_vision = partial(
+    VisionConfig,
+    norm_eps=1e-6,
+    has_norm_pre=False,
+    has_patch_bias=True,
+    positions="sincos",
+    has_final_norm=True,
+    image_mean=(0.485, 0.456, 0.406),
+    image_std=(0.229, 0.224, 0.225),
+)
+"""`VisionConfig` with the options of MAE's encoder, and ImageNet's mean and deviation."""
 
 
 class Tower(NamedTuple):
@@ -139,12 +170,12 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self.position_embedding
+        x = x + self.position_embedding.to(self.patch_embed.weight.dtype)  # a buffer stays float32 under bf16 weights
         if kept is not None:
             fits = kept.ndim == 2 and len(kept) == len(x) and kept.shape[1] > 0 and kept.dtype == torch.int64
             got = f"{kept.dtype} {list(kept.shape)}"
             require("ViT", fits, "kept must be int64 [{}, K] of at least one patch an image, got {}", len(x), got)
             if self.class_embedding is not None:
                 kept = F.pad(kept + 1, (1, 0))  # the class token is row 0
-            x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+            x = gather(x, kept)
         return self.norm_pre(x)

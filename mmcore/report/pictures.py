@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from mmcore.figures import is_share, shown
 from mmcore.ops import require
 from mmcore.report.drawing import COLOURS, FAINT, FONT_NOTE, INK, WRONG, colour_of, draw_image, mark, save
 from mmcore.report.fonts import escape_undrawable, families_for, wrap
@@ -22,7 +23,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
     `records` are of metrics.jsonl: each with "step" and "loss" (else a ValueError), most with "lr", some with
     "eval/..." values. Where a step comes twice (a resumed run) the last counts. "eval/...loss" joins the loss; keys
-    whose values all lie in [0, 1] are accuracies, other keys are left out; "chance" is dashed.
+    whose values all lie in [0, 1], and R^2, are accuracies, other keys are left out; "chance" is dashed.
     """
     require("plot_curves", len(records) > 0, "records must hold at least one record, got none")
     for i, record in enumerate(records):
@@ -31,7 +32,7 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     by_step = {int(record["step"]): record for record in records}
     rows = [by_step[step] for step in sorted(by_step)]
     held_out = _held_out_series(rows)
-    accuracies = {k: s for k, s in held_out.items() if "loss" not in k and all(0 <= v <= 1 for v in s[1])}
+    accuracies = {k: s for k, s in held_out.items() if "loss" not in k and _is_accuracy(k, s[1])}
     figure = Figure(figsize=(11 if accuracies else 6.5, 4.6), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(2, 2 if accuracies else 1, height_ratios=(4, 1))
     loss_axes = figure.add_subplot(grid[0, 0])
@@ -140,7 +141,7 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     for name in names:
         steps, values = series[name]
-        label = f"{_title(name)}  {values[-1]:.1%}"
+        label = f"{_title(name)}  {shown(name, values[-1])}"
         axes.plot(steps, values, color=colours[name], lw=1.8, marker="o", ms=3.5, label=label)
     for name, (steps, values) in series.items():
         if "chance" in name:
@@ -149,10 +150,15 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
     if len(names) < len(series):
         axes.plot([], [], color=FAINT, lw=1.1, ls=(0, (4, 3)), label="chance")
     axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if all(map(is_share, series)):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("step", color=FAINT)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
-    _style(axes, "Held-out accuracy")
+    _style(axes, "Held-out accuracy" if all(map(is_share, series)) else "Held-out figures")
+
+
+def _is_accuracy(name: str, values: Sequence[float]) -> bool:
+    return all(0 <= v <= 1 for v in values) or not is_share(name)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -81,6 +81,33 @@ def plot_dialogues(
     _draw(cells, path, title)
 
 
+def plot_reconstructions(
+    originals: Sequence[Any], masked: Sequence[Any], reconstructed: Sequence[Any], path: str | Path, *, title: str
+) -> None:
+    """Draw images, what a model sees of them, and what it makes of that, a row each, as one PNG.
+
+    Args:
+        originals, masked, reconstructed: [N] each; PIL images or uint8 [H, W] or [H, W, 3].
+        path: of the PNG; its folder is made.
+        title: of the sheet.
+
+    Raises:
+        ValueError: no images, lengths that differ.
+    """
+    lengths = [len(x) for x in (originals, masked, reconstructed)]
+    what = "originals, masked, reconstructed must be as many, not 0, got {}"
+    require("plot_reconstructions", lengths == [max(1, len(originals))] * 3, what, lengths)
+    figure = Figure(figsize=(5.2, 0.6 + 1.65 * len(originals)), facecolor="white", layout="constrained")
+    axes = figure.subplots(len(originals), 3, squeeze=False)
+    for row, images in zip(axes, zip(originals, masked, reconstructed, strict=True), strict=True):
+        for cell, image in zip(row, images, strict=True):
+            draw_image(cell, image, None)
+    for cell, name in zip(axes[0], ("original", "masked", "reconstructed"), strict=True):
+        cell.set_title(name, fontsize=9, color=FAINT)
+    figure.suptitle(wrap(title, 60, 3), fontsize=10, color=INK, fontweight="bold", parse_math=False)
+    save(figure, path)
+
+
 class _Line(NamedTuple):
     """A paragraph below an image."""
 

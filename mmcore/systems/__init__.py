@@ -3,12 +3,12 @@
 A system's `__init__` holds strings alone, so that all are listed without importing torch:
 
 ```
-RECIPES = {"siglip": "recipe:SigLIP"}  # mmcore train siglip
+RECIPES = {"siglip": "recipe:Siglip"}  # mmcore train siglip
 FOLDERS = {"siglip": "weights:load_siglip"}  # model_type of a config.json -> what loads such a folder
 TOWERS = {"blip-2": "weights:load_blip2_tower"}  # where a folder's tower is read without the rest
 CHATS = {"llava": "talk:model_of_folder"}  # model_type -> what makes a model of it to talk to, mmcore chat
-PLANS = {"siglip": "plan:SigLIPPlan"}  # where depth has to be extrapolated, mmcore plan siglip
-PROOFS = {"siglip": "proof:PROOF"}  # mmcore prove siglip
+PLANS = {"clip": "plan:ClipPlan"}  # where depth has to be extrapolated, mmcore plan clip
+PROOFS = {"siglip": "recipe:PROOF"}  # mmcore prove siglip
 ```
 """
 

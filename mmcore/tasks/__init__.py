@@ -20,6 +20,7 @@ TASKS = {
     "caption": "speaks",
     "vqa": "speaks",
     "conversation": "converses",
+    "reconstruction": "reconstructs",
 }
 """Each task, and the capability that it asks for."""
 

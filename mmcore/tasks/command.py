@@ -27,7 +27,7 @@ def listing() -> str:
     lines = ["usage: mmcore eval TASK RUN [options]; mmcore eval TASK --help explains every option", ""]
     for name in TASKS:
         text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-        lines.append(f"  {name:12}  {(ast.get_docstring(ast.parse(text)) or '').splitlines()[0]}")
+        lines.append(f"  {name:14}  {(ast.get_docstring(ast.parse(text)) or '').splitlines()[0]}")
     return "\n".join(lines)
 
 

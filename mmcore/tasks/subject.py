@@ -93,6 +93,7 @@ class Subject:
         data: as `Recipe.open_data` gives it, or what is measured on in place of it.
         device: of the model.
         run: None while it trains.
+        own: the data with each record's own images, where those of `data` are others' (a proof's control).
     """
 
     recipe: Any
@@ -101,6 +102,7 @@ class Subject:
     data: Any
     device: torch.device
     run: SavedRun | None = None
+    own: Any = None
 
     @property
     def folder(self) -> Path:

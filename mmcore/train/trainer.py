@@ -17,6 +17,7 @@ from torch import nn
 
 from mmcore import checkpoint
 from mmcore.data import StepBatch, TrainLoader
+from mmcore.figures import shown
 from mmcore.recipe import Recipe, Step
 from mmcore.runs import FROZEN, load_weights, read_assets
 from mmcore.settings import as_yaml, check_resumed, to_json
@@ -84,11 +85,10 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
         loader.load_state_dict(read_loader(start.checkpoint))
         first = read_state(start.checkpoint)["step"]
     total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
-    subject = Subject(recipe, assets, engine, data, engine.device)
 
     def measured() -> dict[str, float]:
-        with engine.eval():
-            return follow(subject)
+        with engine.eval():  # a subject keeps what its model made of the held-out pairs
+            return follow(Subject(recipe, assets, engine, data, engine.device))
 
     options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}
     with Metrics(start.folder, total, first, **options) as metrics:
@@ -181,7 +181,7 @@ class Loop:
         metrics: where numbers go.
         total: optimizer steps in all.
         companions: see `Recipe.companions`.
-        evaluate: on every rank alike: numbers by name, the first of which, in [0, 1], the progress bar shows.
+        evaluate: on every rank alike: numbers by name, the first of which the progress bar shows.
     """
 
     folder: Path
@@ -261,4 +261,4 @@ class Loop:
 
 
 def _shown(accuracy: dict[str, float]) -> str:
-    return "  ".join(f"{k} {100 * v:.1f} %" for k, v in list(accuracy.items())[:1])
+    return "  ".join(f"{k} {shown(k, v)}" for k, v in list(accuracy.items())[:1])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data import LoaderSpec, PairData, Preprocess, Reader, TrainLoader
+from mmcore.data import DataConfig, LoaderSpec, PairData, Preprocess, Reader, TrainLoader, open_data
 from mmcore.data.collate import collate_pairs, pair_sample
 
 
@@ -28,14 +28,8 @@ def fake_tokenizer(captions: list[str]) -> Tensor:
 
 def image_bytes(number: int, size: tuple[int, int] = (20, 14), kind: str = "PNG") -> bytes:
     """An encoded image whose gradient tells `number`."""
-    image = Image.new("RGB", size)
-    image.putdata(
-        [
-            ((x * 9 + number * 37) % 256, (y * 13 + number * 59) % 256, (number * 7) % 256)
-            for y in range(size[1])
-            for x in range(size[0])
-        ]
-    )
+    image, places = Image.new("RGB", size), ((x, y) for y in range(size[1]) for x in range(size[0]))
+    image.putdata([((x * 9 + number * 37) % 256, (y * 13 + number * 59) % 256, (number * 7) % 256) for x, y in places])
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
@@ -43,6 +37,7 @@ def image_bytes(number: int, size: tuple[int, int] = (20, 14), kind: str = "PNG"
 
 def write_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> Path:
     """A tar of named members; a TarInfo in place of a name is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name) if isinstance(name, str) else name
@@ -75,7 +70,7 @@ def write_table(folder: Path, rows: Sequence[Sequence[str]], separator: str = "\
 
 def write_pairs(folder: Path, num_pairs: int, size: tuple[int, int] = (20, 14)) -> str:
     """Images and a table of them in open_clip's form; captions all different."""
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     rows = [["filepath", "title"]]
     for i in range(num_pairs):
         (folder / "images" / f"{i}.png").write_bytes(image_bytes(i, size))
@@ -93,6 +88,7 @@ def write_images(folder: Path, names: Sequence[str]) -> None:
 
 def write_json(path: Path, content: object) -> str:
     """A JSON file, and its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return str(path)
 
@@ -103,6 +99,18 @@ def write_lavis(folder: Path, num_images: int) -> str:
     write_images(folder, names)
     records = [{"image": name, "caption": f"thing number {i}"} for i, name in enumerate(names)]
     return write_json(folder / "karpathy.json", records)
+
+
+def write_lavis_questions(folder: Path, num_images: int) -> str:
+    """Two of each image, with three answers."""
+    write_images(folder, [f"{i}.jpg" for i in range(num_images)])
+    answers = [["a", "a", f"b{i}"] for i in range(num_images)]
+    records = [
+        {"image": f"{i}.jpg", "question": f"question {k}?", "answer": answers[i], "question_id": 2 * i + k}
+        for i in range(num_images)
+        for k in range(2)
+    ]
+    return write_json(folder / "questions.json", records)
 
 
 def write_coco(folder: Path, num_images: int, captions_each: int = 1, first: int = 0) -> str:
@@ -168,6 +176,29 @@ def spec(batch_size: int = 4, rank: int = 0, world_size: int = 1, seed: int = 3,
     return PairSpec(batch_size, rank, world_size, seed, **rest)
 
 
+def opened(data: object = "digits", seed: int = 0, **config: Any) -> PairData:
+    """By its name, a file's too."""
+    return open_data(DataConfig(data=str(data), **config), seed=seed)
+
+
+def opened_json(path: Path, content: object, **config: Any) -> PairData:
+    """All of a JSON file, of which nothing is held out."""
+    return opened(write_json(path, content), val_fraction=0.0, **config)
+
+
+def opened_kind(kind: str, folder: Path, **config: Any) -> PairData:
+    """Small data of each kind."""
+    if kind == "stamps":
+        return opened("stamps", stamps_dir=write_stamps(folder / "stamps"), **config)
+    if kind == "vqa":
+        questions, annotations = write_vqa(folder, 12)
+        return opened(questions, annotations=annotations, **config)
+    writers = {"csv": partial(write_pairs, folder, 17), "lavis": partial(write_lavis, folder, 17)}
+    writers |= {"coco": partial(write_coco, folder, 17), "shards": partial(write_shards, folder, 5, 6)}
+    writers |= {"lavis questions": partial(write_lavis_questions, folder, 12)}
+    return opened(writers[kind]() if kind in writers else kind, **config)
+
+
 class PairLoader:
     """A loader of pairs whose batches have one part each, with its epoch and ids."""
 
@@ -189,12 +220,10 @@ def pair_reader(asked: PairSpec, tokenizer: Any) -> Reader:
 
 
 def train_loader(data: PairData, asked: PairSpec, tokenizer: Any) -> PairLoader:
-    """Of captions."""
     return PairLoader(data.train_loader(asked, pair_reader(asked, tokenizer)))
 
 
 def question_loader(data: PairData, asked: PairSpec, tokenizer: Any) -> PairLoader:
-    """Of questions."""
     return PairLoader(data.question_loader(asked, pair_reader(asked, tokenizer)))
 
 

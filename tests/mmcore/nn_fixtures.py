@@ -1,5 +1,8 @@
 """What the tests of `mmcore.nn` share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,21 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def gradients(out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     return torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True)
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> tuple[int, Any]:
+    """What autograd saves in a forward, weights aside, and the forward's result."""
+    weights = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = forward()
+    return sum(x.untyped_storage().nbytes() for x in saved.values()), result
 
 
 def torchs(ours: CrossAttention) -> nn.MultiheadAttention:

@@ -9,15 +9,10 @@ from hypothesis import strategies as st
 
 from mmcore.data.grouping import group_by_modality_length
 from mmcore.data.text.chat_batches import collate, pack
-from mmcore.data.text.templates import ChatSample, ChatTokens, expand
-from mmkernels import masks
-from tests.mmcore.chat_fixtures import byte_bpe, conversation
+from mmcore.data.text.templates import ChatSample
+from tests.refusals import refuses
 
 IGNORED, PAD = -100, 9
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def sample(number: int, length: int) -> ChatSample:
@@ -31,8 +26,7 @@ def test_shorter_samples_are_padded_on_the_right_and_padding_is_not_learned() ->
     assert batch.tokens.tolist() == [[1000, 1001, PAD, PAD], [2000, 2001, 2002, 2003]]
     assert batch.labels.tolist() == [[-100, 1001, -100, -100], [-100, -100, 2002, 2003]]
     assert batch.num_text.tolist() == [2, 4] and all(x.dtype == torch.int64 for x in batch)
-    with pytest.raises(ValueError, match="samples must be at least one, got none"):
-        collate([], PAD)
+    refuses("samples must be at least one, got none", collate, [], PAD)
 
 
 def test_samples_stand_one_after_the_other_and_each_begins_anew() -> None:
@@ -81,33 +75,11 @@ def test_packing_splits_nothing_loses_nothing_and_pads_less_than_half(lengths: l
     assert batch.tokens.numel() <= len(lengths) * max(lengths)
 
 
-def test_a_packed_token_sees_its_own_sample_alone() -> None:
-    batch = pack([sample(0, 3), sample(1, 2), sample(2, 4)], 6, PAD)
-    seen = masks.documents(batch.documents)
-    for row in range(2):
-        for token in range(int(batch.num_text[row])):
-            first = token - int(batch.position_ids[row, token])
-            assert (int(seen.lo[row, token]), int(seen.hi[row, token])) == (first, token + 1)
-    assert (seen.hi == seen.lo)[batch.documents < 0].all()
-
-
 def test_samples_that_no_row_can_hold_are_errors() -> None:
-    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got 5 of sample 1"):
-        pack([sample(0, 3), sample(1, 5)], 4, PAD)
-    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got 0 of sample 0"):
-        pack([sample(0, 0)], 4, PAD)
-    with pytest.raises(ValueError, match="samples must have 1 to 4 tokens each, got none"):
-        pack([], 4, PAD)
-
-
-def test_chats_are_packed_with_the_features_of_their_images() -> None:
-    chat = ChatTokens(byte_bpe(), "chatml", 200)
-    samples = [expand(chat.sample(conversation(n, num_images=n), [7] * n), [7] * n) for n in (1, 2)]
-    batch = pack(samples, 200, chat.pad_token_id)
-    assert [len(row) for row in batch.samples] == [2]
-    apart = collate([samples[i] for i in batch.samples[0]], chat.pad_token_id)
-    flat = [token for row, n in zip(apart.labels, apart.num_text, strict=True) for token in row[:n].tolist()]
-    assert batch.labels[0].tolist() == flat
+    message = "samples must have 1 to 4 tokens each, got"
+    refuses(f"{message} 5 of sample 1", pack, [sample(0, 3), sample(1, 5)], 4, PAD)
+    refuses(f"{message} 0 of sample 0", pack, [sample(0, 0)], 4, PAD)
+    refuses(f"{message} none", pack, [], 4, PAD)
 
 
 LENGTHS = [7 * i % 11 + 1 for i in range(23)]
@@ -121,41 +93,24 @@ def test_the_order_is_that_of_llavas_sampler() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    samples=st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=60),
-    batch_size=st.integers(1, 4),
-    world_size=st.integers(1, 3),
-)
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=60), st.integers(1, 4), st.integers(1, 3))
 def test_every_index_comes_once_and_runs_are_of_one_modality_but_for_what_is_left_over(
     samples: list[tuple[int, bool]], batch_size: int, world_size: int
 ) -> None:
     lengths, has_image = [s[0] for s in samples], [s[1] for s in samples]
-    order = group_by_modality_length(lengths, has_image, batch_size, world_size, generator(3))
+    order = group_by_modality_length(lengths, has_image, batch_size, world_size, torch.Generator().manual_seed(3))
     assert sorted(order) == list(range(len(samples)))
-    size = batch_size * world_size
-    counts = Counter(has_image)
-    mixed = 0
-    for start in range(0, len(order), size):
-        run = order[start : start + size]
-        if len({has_image[i] for i in run}) > 1:
-            mixed += 1
-            assert start == 0 or start + size >= len(order)
-    assert mixed <= (2 if all(counts[m] % size for m in (True, False)) else 1)
-
-
-def test_the_batches_of_a_run_weigh_about_the_same_on_all_ranks() -> None:
-    lengths = torch.randint(1, 400, (400,), generator=generator(0)).tolist()
-    order = group_by_modality_length(lengths, [True] * 400, 8, 4, generator(0))
-    for start in range(0, 400 - 32, 32):
-        weights = [sum(lengths[i] for i in order[start + 8 * r : start + 8 * r + 8]) for r in range(4)]
-        if start:  # the first run is what was left over
-            assert max(weights) - min(weights) < 400
+    size, counts = batch_size * world_size, Counter(has_image)
+    starts = range(0, len(order), size)
+    mixed = [start for start in starts if len({has_image[i] for i in order[start : start + size]}) > 1]
+    assert all(start == 0 or start + size >= len(order) for start in mixed)
+    assert len(mixed) <= (2 if all(counts[m] % size for m in (True, False)) else 1)
 
 
 def test_lengths_and_sizes_that_no_order_has_are_errors() -> None:
-    with pytest.raises(ValueError, match="lengths must be at least 1 for each of 2 samples, got 1, the least 5"):
-        group_by_modality_length([5], [True, False], 1, 1, generator(0))
-    with pytest.raises(ValueError, match="lengths must be at least 1 for each of 2 samples, got 2, the least 0"):
-        group_by_modality_length([5, 0], [True, False], 1, 1, generator(0))
-    with pytest.raises(ValueError, match="batch_size and world_size must be at least 1, got 0 and 1"):
-        group_by_modality_length([5], [True], 0, 1, generator(0))
+    for lengths, batch_size, message in (
+        ([5], 1, "lengths must be at least 1 for each of 2 samples, got 1, the least 5"),
+        ([5, 0], 1, "lengths must be at least 1 for each of 2 samples, got 2, the least 0"),
+        ([5, 5], 0, "batch_size and world_size must be at least 1, got 0 and 1"),
+    ):
+        refuses(message, group_by_modality_length, lengths, [True, False], batch_size, 1, torch.Generator())

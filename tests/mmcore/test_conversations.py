@@ -22,25 +22,27 @@ from mmcore.data.sources.conversations import (
 )
 from mmcore.data.sources.mixes import parse_sampling
 from tests.mmcore.data_fixtures import image_bytes, write_images, write_json, write_tar
-
-ASKED = {"from": "human", "value": f"{IMAGE}\nWhat is it?"}
-SAID = {"from": "gpt", "value": "A cat."}
+from tests.refusals import refuses
 
 
 def record(*turns: Any, **rest: Any) -> dict[str, Any]:
     return {"id": "x7", "conversations": list(turns), **rest}
 
 
+def by(role: Any, value: Any = "x") -> dict[str, Any]:
+    return {"from": role, "value": value}
+
+
 def written(folder: Path, records: list[Any], name: str = "x.json", **options: Any) -> ConversationSet:
     return open_conversations(write_json(folder / name, records), **options)
 
 
+ASKED, SAID, HUMAN = by("human", f"{IMAGE}\nWhat is it?"), by("gpt", "A cat."), by("human", "And now?")
+
+
 def texts(n: int, first: int = 0) -> list[dict[str, Any]]:
     """Conversations without images, answered by their number."""
-    return [
-        {"id": i, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": str(i)}]}
-        for i in range(first, first + n)
-    ]
+    return [{"id": i, "conversations": [by("human", "?"), by("gpt", str(i))]} for i in range(first, first + n)]
 
 
 def numbers(found: ConversationSet) -> list[int]:
@@ -49,28 +51,18 @@ def numbers(found: ConversationSet) -> list[int]:
 
 def test_records_become_conversations_with_their_images(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.jpg", "sub/b.png"])
-    system = {"from": "system", "value": "Be brief."}
-    more = [{"from": "human", "value": "And now?"}, SAID]
-    both = {"from": "human", "value": f"{IMAGE} or {IMAGE}?"}
+    both = f"{IMAGE} or {IMAGE}?"
     found = written(tmp_path, [
-        record(system, ASKED, SAID, *more, image="a.jpg"),
-        record(both, SAID, image=["a.jpg", "sub/b.png"], id=3),
-        {"conversations": more, "image": None},
+        record(by("system", "Be brief."), ASKED, SAID, HUMAN, SAID, image="a.jpg"),
+        record(by("human", both), SAID, image=["a.jpg", "sub/b.png"], id=3),
+        {"conversations": [HUMAN, SAID], "image": None},
     ])  # fmt: skip
+    more = (Turn("user", "And now?"), Turn("assistant", "A cat."))
+    asked = (Turn("user", f"{IMAGE}\nWhat is it?"), more[1])
     assert found.conversations == [
-        Conversation(
-            "x7",
-            ("a.jpg",),
-            (
-                Turn("system", "Be brief."),
-                Turn("user", f"{IMAGE}\nWhat is it?"),
-                Turn("assistant", "A cat."),
-                Turn("user", "And now?"),
-                Turn("assistant", "A cat."),
-            ),
-        ),
-        Conversation("3", ("a.jpg", "sub/b.png"), (Turn("user", both["value"]), Turn("assistant", "A cat."))),
-        Conversation("2", (), (Turn("user", "And now?"), Turn("assistant", "A cat."))),
+        Conversation("x7", ("a.jpg",), (Turn("system", "Be brief."), *asked, *more)),
+        Conversation("3", ("a.jpg", "sub/b.png"), (Turn("user", both), more[1])),
+        Conversation("2", (), more),
     ]
     assert [[i.size for i in found.raw_images(n)] for n in range(3)] == [[(20, 14)], [(20, 14)] * 2, []]
     assert found.is_multimodal() == [True, True, False] and found.lengths() == [12, 5, 4]
@@ -78,65 +70,40 @@ def test_records_become_conversations_with_their_images(tmp_path: Path) -> None:
     assert found.take([2, 0]).conversations == [found.conversations[2], found.conversations[0]]
 
 
-HUMAN = {"from": "human", "value": "And?"}
-BROKEN = {
-    "empty": (record(), "conversations", "missing, empty or not a list"),
-    "missing": ({"id": 1}, "conversations", "missing, empty or not a list"),
-    "list": ([], "record", "not a JSON object"),
-    "turn": (record("hi", SAID), r"conversations\[0\]", "not a JSON object"),
-    "role": (
-        record(HUMAN, {"from": "bot", "value": "x"}),
-        r"conversations\[1\]\.from='bot'",
-        "role is not human, gpt or system",
-    ),
-    "unhashable role": (
-        record({"from": ["human"], "value": "x"}),
-        r"conversations\[0\]\.from=\['human'\]",
-        "role is not human, gpt or system",
-    ),
-    "twice": (record(HUMAN, HUMAN, SAID), r"conversations\[1\]\.from='human'", "same role in a row"),
-    "answered twice": (record(HUMAN, SAID, SAID), r"conversations\[2\]\.from='gpt'", "same role in a row"),
-    "first": (record(SAID, HUMAN, SAID), r"conversations\[0\]\.from='gpt'", "does not begin with the human"),
-    "system then gpt": (
-        record({"from": "system", "value": "x"}, SAID),
-        r"conversations\[1\]\.from='gpt'",
-        "does not begin with the human",
-    ),
-    "late system": (
-        record(HUMAN, {"from": "system", "value": "x"}, SAID),
-        r"conversations\[1\]\.from='system'",
-        "system turn is not the first",
-    ),
-    "last": (record(HUMAN, SAID, HUMAN), "conversations", "the last turn is not the assistant's answer"),
-    "too many": (record(ASKED, SAID), "conversations with 1 <image> for 0 images", "is not that of the images"),
-    "too few": (
-        record(ASKED, SAID, image=["a", "b"]),
-        "conversations with 1 <image> for 2 images",
-        "is not that of the images",
-    ),
-    "said": (
-        record(HUMAN, {"from": "gpt", "value": f"see {IMAGE}"}),
-        r"conversations\[1\]\.value",
-        "outside the human's turns",
-    ),
-    "number": (record(HUMAN, {"from": "gpt", "value": 7}), r"conversations\[1\]\.value", "value is not text"),
-    "surrogate": (record(HUMAN, {"from": "gpt", "value": "\ud800"}), r"conversations\[1\]\.value", "value is not text"),
-    "blank": (record(HUMAN, {"from": "gpt", "value": " \n"}), r"conversations\[1\]\.value", "value is empty"),
-    "image": (record(ASKED, SAID, image=7), "image=7", "neither a file's name nor a list of them"),
-    "no name": (record(ASKED, SAID, image=[""]), r"image=\[''\]", "neither a file's name nor a list of them"),
-}
+TOO_FEW, TWICE = record(ASKED, SAID, image=["a", "b"]), record(HUMAN, HUMAN, SAID)
+BROKEN = [
+    (record(), "conversations", "missing, empty or not a list"),
+    ({"id": 1}, "conversations", "missing, empty or not a list"),
+    ([], "record", "not a JSON object"),
+    (record("hi", SAID), r"conversations\[0\]", "not a JSON object"),
+    (record(HUMAN, by("bot")), r"conversations\[1\]\.from='bot'", "role is not human, gpt or system"),
+    (record(by(["human"])), r"conversations\[0\]\.from=\['human'\]", "role is not human, gpt or system"),
+    (TWICE, r"conversations\[1\]\.from='human'", "same role in a row"),
+    (record(HUMAN, SAID, SAID), r"conversations\[2\]\.from='gpt'", "same role in a row"),
+    (record(SAID, HUMAN, SAID), r"conversations\[0\]\.from='gpt'", "does not begin with the human"),
+    (record(by("system"), SAID), r"conversations\[1\]\.from='gpt'", "does not begin with the human"),
+    (record(HUMAN, by("system"), SAID), r"conversations\[1\]\.from='system'", "system turn is not the first"),
+    (record(HUMAN, SAID, HUMAN), "conversations", "the last turn is not the assistant's answer"),
+    (record(ASKED, SAID), "conversations with 1 <image> for 0 images", "is not that of the images"),
+    (TOO_FEW, "conversations with 1 <image> for 2 images", "is not that of the images"),
+    (record(HUMAN, by("gpt", f"see {IMAGE}")), r"conversations\[1\]\.value", "outside the human's turns"),
+    (record(HUMAN, by("gpt", 7)), r"conversations\[1\]\.value", "value is not text"),
+    (record(HUMAN, by("gpt", "\ud800")), r"conversations\[1\]\.value", "value is not text"),
+    (record(HUMAN, by("gpt", " \n")), r"conversations\[1\]\.value", "value is empty"),
+    (record(ASKED, SAID, image=7), "image=7", "neither a file's name nor a list of them"),
+    (record(ASKED, SAID, image=[""]), r"image=\[''\]", "neither a file's name nor a list of them"),
+]
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_what_is_wrong_with_a_record_is_said_with_its_field(case: str) -> None:
-    wrong, field, reason = BROKEN[case]
+@pytest.mark.parametrize(("wrong", "field", "reason"), BROKEN)
+def test_what_is_wrong_with_a_record_is_said_with_its_field(wrong: Any, field: str, reason: str) -> None:
     with pytest.raises(BrokenField, match=reason) as raised:
         parse_conversation(0, wrong)
     assert re.fullmatch(field, raised.value.field)
 
 
 def test_broken_records_are_counted_logged_with_their_ids_and_stop_the_run(tmp_path: Path, caplog):
-    records = [*texts(98), BROKEN["too few"][0], BROKEN["twice"][0]]
+    records = [*texts(98), TOO_FEW, TWICE]
     with caplog.at_level(logging.WARNING):
         found = written(tmp_path, records, max_broken=0.02)
     assert numbers(found) == list(range(98))
@@ -146,8 +113,7 @@ def test_broken_records_are_counted_logged_with_their_ids_and_stop_the_run(tmp_p
         "number of <image> is not that of the images",
         "skipped x.json, record 99 (id 'x7'), conversations[1].from='human': two turns of the same role in a row",
     ]
-    with pytest.raises(ValueError, match=r"2 of 100 records of .* the first is x\.json, record 98 \(id 'x7'\), conv"):
-        written(tmp_path, records)
+    refuses(r"2 of 100 records of .* the first is x\.json, record 98 \(id 'x7'\), conv", written, tmp_path, records)
 
 
 def test_jsonl_is_read_line_by_line_and_a_damaged_line_is_one_broken_record(tmp_path: Path) -> None:
@@ -183,26 +149,20 @@ def entry(setting: str) -> str:
 ])  # fmt: skip
 def test_files_that_hold_no_conversations_and_mixes_that_are_wrong_are_errors(tmp_path: Path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        open_conversations(str(tmp_path / name))
+    refuses(message, open_conversations, str(tmp_path / name))
 
 
 def test_files_and_folders_that_do_not_exist_are_errors(tmp_path: Path) -> None:
     for name in ("x.json", "x.yaml"):
-        with pytest.raises(ValueError, match="data must be an existing file, got"):
-            open_conversations(str(tmp_path / name))
-    with pytest.raises(ValueError, match="image_root must be an existing folder, got"):
-        written(tmp_path, texts(1), image_root=str(tmp_path / "none"))
-    with pytest.raises(
-        ValueError, match=r"image_root must be the folder .* none of 1 tried exists, the first is .*a\.jpg"
-    ):
-        written(tmp_path, [record(ASKED, SAID, image="a.jpg")])
+        refuses("data must be an existing file, got", open_conversations, str(tmp_path / name))
+    missing = str(tmp_path / "none")
+    refuses("image_root must be an existing folder, got", written, tmp_path, texts(1), image_root=missing)
+    message = r"image_root must be the folder .* none of 1 tried exists, the first is .*a\.jpg"
+    refuses(message, written, tmp_path, [record(ASKED, SAID, image="a.jpg")])
 
 
 def test_images_come_from_a_folder_or_from_tars_in_it(tmp_path: Path) -> None:
     images, elsewhere = tmp_path / "images", tmp_path / "json"
-    images.mkdir()
-    elsewhere.mkdir()
     write_images(images, ["loose.png"])
     write_tar(images / "a.tar", [("coco/1.png", image_bytes(1, (6, 5))), ("coco/1.txt", b"no image")])
     write_tar(images / "b.tar", [("./gqa/2.jpg", image_bytes(2, (7, 5), "JPEG"))])
@@ -221,24 +181,22 @@ def test_images_that_cannot_be_used_are_broken_with_their_names(tmp_path: Path) 
     write_images(tmp_path, ["good.png"])
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes(image_bytes(0)[:60])
-    (tmp_path / "dot.png").write_bytes(image_bytes(0, (1, 1)))
-    (tmp_path / "line.png").write_bytes(image_bytes(0, (9, 1)))
-    Image.new("L", (MAX_SIDE + 1, 2)).save(tmp_path / "wide.png")
-    Image.new("L", (2, MAX_SIDE)).save(tmp_path / "high.png")
+    for name, size in {"dot": (1, 1), "line": (9, 1), "wide": (MAX_SIDE + 1, 2), "high": (2, MAX_SIDE)}.items():
+        Image.new("L", size).save(tmp_path / f"{name}.png")
     wrong = {
-        "gone.png": ("image 'gone.png'", "missing file"),
-        "text.png": ("image 'text.png'", "not an image"),
-        "cut.png": ("image 'cut.png'", "damaged image"),
-        "dot.png": ("image 'dot.png' of 1 x 1 pixels", "image of one pixel"),
-        "line.png": ("image 'line.png' of 9 x 1 pixels", "image of one pixel"),
-        "wide.png": ("image 'wide.png' of 20001 x 2 pixels", "image wider or higher than 20,000 pixels"),
+        "gone.png": ("", "missing file"),
+        "text.png": ("", "not an image"),
+        "cut.png": ("", "damaged image"),
+        "dot.png": (" of 1 x 1 pixels", "image of one pixel"),
+        "line.png": (" of 9 x 1 pixels", "image of one pixel"),
+        "wide.png": (" of 20001 x 2 pixels", "image wider or higher than 20,000 pixels"),
     }
-    asked = {"from": "human", "value": IMAGE * 2}
+    asked = by("human", IMAGE * 2)
     found = written(tmp_path, [record(asked, SAID, image=["good.png", n]) for n in [*wrong, "high.png"]])
-    for i, (field, reason) in enumerate(wrong.values()):
+    for i, (name, (size, reason)) in enumerate(wrong.items()):
         with pytest.raises(BrokenField) as raised:
             found.raw_images(i)
-        assert (raised.value.field, raised.value.reason) == (field, reason)
+        assert (raised.value.field, raised.value.reason) == (f"image '{name}'{size}", reason)
     assert found.raw_images(6)[1].size == (2, MAX_SIDE)
 
 
@@ -258,7 +216,6 @@ def test_random_records_are_drawn_by_the_seed_each_once() -> None:
 
 
 def test_a_mix_takes_of_each_file_what_it_says(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
     write_json(tmp_path / "sub" / "a.json", texts(10))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts(10, 100)))
     mix = tmp_path / "mix.yaml"

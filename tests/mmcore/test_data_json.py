@@ -4,18 +4,16 @@ import json
 import logging
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from mmcore.data import DataConfig, Preprocess, open_data
+from mmcore.data import Preprocess
 from mmcore.data.sources.json_formats import read_json
 from tests.mmcore.data_fixtures import (
-    assert_equal_batches,
-    fake_tokenizer,
+    opened,
+    opened_json,
     spec,
-    take,
     train_loader,
     write_coco,
     write_images,
@@ -24,10 +22,7 @@ from tests.mmcore.data_fixtures import (
     write_pairs,
     write_vqa,
 )
-
-
-def _open(content: object, folder: Path, **config):
-    return open_data(DataConfig(data=write_json(folder / "x.json", content), **config), seed=0)
+from tests.refusals import refuses
 
 
 def _image_ids(data, num: int) -> dict[str, int]:
@@ -46,7 +41,7 @@ def test_lavis_captions_are_one_or_several_and_image_ids_text_or_numbers(tmp_pat
         {"image": "d.jpg", "caption": "seven", "image_id": "7"},
         {"image": "c.jpg", "caption": "eight", "image_id": None},
     ]
-    data = _open(records, tmp_path, val_fraction=0.0)
+    data = opened_json(tmp_path / "x.json", records)
     assert list(data.captions()) == "one two three four five six seven eight".split()
     ids = _image_ids(data, 8)
     groups = [{"one", "two"}, {"three", "four", "seven"}, {"five", "six", "eight"}]
@@ -54,7 +49,7 @@ def test_lavis_captions_are_one_or_several_and_image_ids_text_or_numbers(tmp_pat
 
 
 def test_coco_captions_of_an_image_share_its_id_and_are_told_from_those_of_others(tmp_path: Path) -> None:
-    data = open_data(DataConfig(data=write_coco(tmp_path, 4, captions_each=3), val_fraction=0.0), seed=0)
+    data = opened(write_coco(tmp_path, 4, captions_each=3), val_fraction=0.0)
     assert data.num_train == 12
     batch = next(train_loader(data, spec(12), None))
     numbers = torch.tensor([int(c.split()[1].strip(",")) for c in batch.captions])
@@ -67,48 +62,9 @@ def test_coco_captions_of_an_image_share_its_id_and_are_told_from_those_of_other
 def test_image_ids_do_not_depend_on_where_the_images_lie(tmp_path: Path) -> None:
     found = []
     for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        data = open_data(DataConfig(data=write_lavis(tmp_path / place, 5), val_fraction=0.0), seed=0)
+        data = opened(write_lavis(tmp_path / place, 5), val_fraction=0.0)
         found.append(_image_ids(data, 5))
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_several_captions_of_an_image_resume_exactly_on_two_ranks(workers: int, tmp_path: Path) -> None:
-    path = write_coco(tmp_path, 12, captions_each=2)
-    (tmp_path / "3.jpg").write_bytes(b"broken")
-    data = open_data(DataConfig(data=path, max_broken=0.5, val_fraction=0.0), seed=0)
-    ranks = []
-    for rank in range(2):
-        unbroken = train_loader(data, spec(3, rank, 2, workers=workers), fake_tokenizer)
-        take(unbroken, 3)
-        state = json.loads(json.dumps(unbroken.state_dict()))
-        want = take(unbroken, 6)
-        resumed = train_loader(data, spec(3, rank, 2, workers=workers), fake_tokenizer)
-        resumed.load_state_dict(state)
-        assert_equal_batches(take(resumed, 6), want)
-        assert resumed.broken == unbroken.broken
-        ranks.append(want)
-    # Every image is seen by both ranks in two epochs, under one image_id; the broken one by none.
-    of_rank = [
-        {n: i for batch in batches for n, i in zip(batch.ids, batch.image_ids.tolist(), strict=True)}
-        for batches in ranks
-    ]
-    shared = of_rank[0].keys() & of_rank[1].keys()
-    assert len(shared) > 3 and all(of_rank[0][name] == of_rank[1][name] for name in shared)
-    assert not any(name.endswith("/3.jpg") for seen in of_rank for name in seen)
-
-
-def test_a_broken_image_of_json_is_counted_and_stops_the_run_above_the_limit(tmp_path: Path) -> None:
-    path = write_coco(tmp_path, 10)
-    (tmp_path / "4.jpg").write_bytes(b"GIF?")
-    (tmp_path / "5.jpg").unlink()
-    loader = train_loader(open_data(DataConfig(data=path, val_fraction=0.0, max_broken=0.5), seed=0), spec(4), None)
-    take(loader, 2 * loader.steps_per_epoch)
-    assert set(loader.broken) == {"not an image", "missing file"}
-    strict = train_loader(open_data(DataConfig(data=path, val_fraction=0.0), seed=0), spec(4), None)
-    with pytest.raises(ValueError, match=r"records of .* are broken .* more than max_broken=0.01"):
-        take(strict, 5)
 
 
 @pytest.mark.parametrize(("record", "reason"), [
@@ -124,15 +80,15 @@ def test_a_broken_image_of_json_is_counted_and_stops_the_run_above_the_limit(tmp
 ])  # fmt: skip
 def test_a_bad_record_is_counted_logged_and_left_out(record: object, reason: str, tmp_path: Path, caplog):
     write_images(tmp_path, ["a.jpg"])
-    good = [{"image": "a.jpg", "caption": f"good {i}"} for i in range(4)]
+    records = [*({"image": "a.jpg", "caption": f"good {i}"} for i in range(4)), record]
     with caplog.at_level(logging.WARNING, "mmcore.data"):
-        data = _open([*good, record], tmp_path, val_fraction=0.0, max_broken=0.2)
+        data = opened_json(tmp_path / "x.json", records, max_broken=0.2)
     number = 5 if "good" in str(record) else 4
     assert caplog.messages == [f"skipped x.json, caption {number}: {reason}"]
     assert set(data.captions()) == {f"good {i}" for i in range(4)} | ({"good"} if number == 5 else set())
     assert train_loader(data, spec(2), None).broken == {reason: 1}
-    with pytest.raises(ValueError, match=rf"1 of . records of data=.* are broken \({reason} 1\)"):
-        _open([*good, record], tmp_path, val_fraction=0.0, max_broken=0.1)
+    message = rf"1 of . records of data=.* are broken \({reason} 1\)"
+    refuses(message, opened, tmp_path / "x.json", val_fraction=0.0, max_broken=0.1)
 
 
 @pytest.mark.parametrize(("annotation", "reason"), [
@@ -145,15 +101,15 @@ def test_a_bad_record_is_counted_logged_and_left_out(record: object, reason: str
 def test_a_bad_annotation_of_coco_is_counted(annotation: dict, reason: str, tmp_path: Path) -> None:
     write_images(tmp_path, ["a.jpg"])
     images = [{"id": 0, "file_name": "a.jpg"}, {"id": 1}, {"id": []}, "odd"]
-    good = [{"image_id": 0, "caption": f"good {i}"} for i in range(3)]
-    data = _open({"images": images, "annotations": [*good, annotation]}, tmp_path, max_broken=1, val_fraction=0.0)
+    annotations = [*({"image_id": 0, "caption": f"good {i}"} for i in range(3)), annotation]
+    data = opened_json(tmp_path / "x.json", {"images": images, "annotations": annotations}, max_broken=1)
     assert data.num_train == 3 and data.broken == {reason: 1}
 
 
 def test_a_name_that_no_file_can_have_is_a_broken_image(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.jpg"])
     records = [{"image": name, "caption": "x"} for name in ("a.jpg", "a.jpg", "a.jpg", "a\0.jpg")]
-    loader = train_loader(_open(records, tmp_path, val_fraction=0.0, max_broken=0.5), spec(4), None)
+    loader = train_loader(opened_json(tmp_path / "x.json", records, max_broken=0.5), spec(4), None)
     next(loader)
     assert loader.broken == {"unreadable file": 1}
 
@@ -169,62 +125,48 @@ def test_a_name_that_no_file_can_have_is_a_broken_image(tmp_path: Path) -> None:
 def test_a_file_of_no_known_format_says_what_it_holds(content: object, got: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     known = "" if isinstance(content, bytes) else "must hold LAVIS's captions .* COCO's .* VQAv2's .*"
-    with pytest.raises(ValueError, match=rf"data='.*x.json' {known}{got}"):
-        open_data(DataConfig(data=str(tmp_path / "x.json")), seed=0)
+    refuses(rf"data='.*x.json' {known}{got}", opened, tmp_path / "x.json")
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     path = Path(write_lavis(tmp_path, 3))
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert open_data(DataConfig(data=str(path), val_fraction=0.0), seed=0).num_train == 3
+    assert opened(path, val_fraction=0.0).num_train == 3
 
 
 def test_other_mistakes_are_told_in_one_sentence(tmp_path: Path) -> None:
-    coco = write_coco(tmp_path, 5)
-    questions, annotations = write_vqa(tmp_path, 4)
-    empty = tmp_path / "empty"
+    coco, (questions, annotations), empty = write_coco(tmp_path, 5), write_vqa(tmp_path, 4), tmp_path / "empty"
     empty.mkdir()
-    mistakes: list[tuple[dict[str, Any], str]] = [
-        ({"data": "no.json"}, r"data must be an existing file, got 'no.json'"),
-        ({"data": coco, "val_data": "no.json"}, r"val_data must be an existing file, got 'no.json'"),
-        ({"data": coco, "image_root": "nowhere"}, r"image_root must be an existing folder, got 'nowhere'"),
-        ({"data": coco, "image_root": str(empty)}, r"image_root must be the folder .* none of 5 tried .*0.jpg$"),
-        ({"data": coco, "annotations": annotations}, r"annotations='.*' has no effect on .* COCO captions"),
-        ({"data": coco, "val_annotations": annotations}, r"val_annotations='.*' has no effect without val_data"),
-        ({"data": coco, "val_data": coco}, r"val_data must not share images with data, got 5 in both"),
-        (
-            {"data": coco, "val_data": questions, "val_annotations": annotations},
-            r"val_data must hold captions as data does, but '.*' holds questions",
-        ),
-        ({"data": str(write_json(tmp_path / "one.json", [{"image": "0.jpg", "caption": "x"}]))}, "at least 2 training"),
-    ]
-    for config, sentence in mistakes:
-        with pytest.raises(ValueError, match=sentence):
-            open_data(DataConfig(**config), seed=0)
-
-
-def test_records_that_are_all_broken_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold at least one caption, got none"):
-        _open([{"image": "", "caption": "x"}], tmp_path, max_broken=1.0)
+    refuses("data must be an existing file, got 'no.json'", opened, "no.json")
+    refuses("val_data must be an existing file, got 'no.json'", opened, coco, val_data="no.json")
+    refuses("image_root must be an existing folder, got 'nowhere'", opened, coco, image_root="nowhere")
+    refuses("image_root must be the folder .* none of 5 tried .*0.jpg$", opened, coco, image_root=str(empty))
+    refuses("annotations='.*' has no effect on .* COCO captions", opened, coco, annotations=annotations)
+    refuses("val_annotations='.*' has no effect without val_data", opened, coco, val_annotations=annotations)
+    refuses("val_data must not share images with data, got 5 in both", opened, coco, val_data=coco)
+    message = "val_data must hold captions as data does, but '.*' holds questions"
+    refuses(message, opened, coco, val_data=questions, val_annotations=annotations)
+    refuses("at least 2 training", opened, write_json(tmp_path / "one.json", [{"image": "0.jpg", "caption": "x"}]))
+    broken = write_json(tmp_path / "broken.json", [{"image": "", "caption": "x"}])
+    refuses("must hold at least one caption, got none", opened, broken, max_broken=1.0)
 
 
 def test_images_are_found_in_the_root_or_in_a_folder_right_below_it(tmp_path: Path) -> None:
     write_images(tmp_path, ["images/train2014/a.jpg", "images/val2014/b.jpg", "images/val2014/a2.jpg"])
     records = [{"image": "b.jpg", "caption": "x"}, {"image": "a2.jpg", "caption": "y"}]
+    wanted = {str(tmp_path / "images/val2014" / name) for name in ("b.jpg", "a2.jpg")}
     for root in ("images", "images/val2014"):
-        data = _open(records, tmp_path, image_root=str(tmp_path / root), val_fraction=0.0)
-        assert set(next(train_loader(data, spec(2), None)).ids) == {
-            str(tmp_path / "images" / "val2014" / name) for name in ("b.jpg", "a2.jpg")
-        }
+        data = opened_json(tmp_path / "x.json", records, image_root=str(tmp_path / root))
+        assert set(next(train_loader(data, spec(2), None)).ids) == wanted
     absolute = [{"image": str(tmp_path / "images/train2014/a.jpg"), "caption": c} for c in "xy"]
-    assert _open(absolute, tmp_path, val_fraction=0.0).num_train == 2
+    assert opened_json(tmp_path / "x.json", absolute).num_train == 2
 
 
 def test_a_split_leaves_no_image_and_no_caption_on_both_sides(tmp_path: Path) -> None:
     write_images(tmp_path, [f"{i}.jpg" for i in range(30)])
     records = [{"image": f"{i}.jpg", "caption": [f"c{i}", f"d{i // 2}"], "image_id": i // 3} for i in range(30)]
     for seed in range(5):
-        data = open_data(DataConfig(data=write_json(tmp_path / "x.json", records), val_fraction=0.3), seed=seed)
+        data = opened(write_json(tmp_path / "x.json", records), val_fraction=0.3, seed=seed)
         assert data.val is not None and len(data.val.captions) < 10
         held_out = {c for captions in data.val.captions for c in captions}
         train = set(data.captions())
@@ -235,7 +177,7 @@ def test_a_split_leaves_no_image_and_no_caption_on_both_sides(tmp_path: Path) ->
 
 def test_a_held_out_file_gives_each_image_with_all_of_its_captions(tmp_path: Path) -> None:
     train, val = write_coco(tmp_path, 4), write_coco(tmp_path, 3, captions_each=2, first=10)
-    data = open_data(DataConfig(data=train, val_data=val), seed=0)
+    data = opened(train, val_data=val)
     assert data.num_train == 4 and data.val is not None
     assert data.val.captions == [[f"thing {i}, said {turn} times" for turn in (0, 1)] for i in (10, 11, 12)]
     assert [i for _, indices in data.val.batches(2, Preprocess(8)) for i in indices.tolist()] == [0, 1, 2]
@@ -243,12 +185,11 @@ def test_a_held_out_file_gives_each_image_with_all_of_its_captions(tmp_path: Pat
 
 
 def test_a_linked_folder_does_not_hide_that_images_are_shared(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
     train = write_lavis(tmp_path / "a", 4)
     (tmp_path / "b").symlink_to(tmp_path / "a")
     val = write_json(tmp_path / "val.json", [{"image": "b/val2014/COCO_val2014_000000000002.jpg", "caption": "x"}])
     with pytest.raises(ValueError, match="val_data must not share images with data, got 1 in both"):
-        open_data(DataConfig(data=train, val_data=val), seed=0)
+        opened(train, val_data=val)
 
 
 def test_parsing_needs_less_than_half_of_the_memory_of_the_whole_file(tmp_path: Path) -> None:
@@ -267,5 +208,5 @@ def test_parsing_needs_less_than_half_of_the_memory_of_the_whole_file(tmp_path: 
 def test_a_table_has_the_image_ids_of_its_images(tmp_path: Path) -> None:
     table = Path(write_pairs(tmp_path, 4))
     table.write_text(table.read_text() + "images/0.png\tthing again\n")
-    ids = _image_ids(open_data(DataConfig(data=str(table), val_fraction=0.0), seed=0), 5)
+    ids = _image_ids(opened(table, val_fraction=0.0), 5)
     assert ids["thing again"] == ids["thing number 0"] and len(set(ids.values())) == 4

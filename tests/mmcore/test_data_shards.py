@@ -4,11 +4,12 @@ import gzip
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from mmcore.data import DataConfig, Preprocess, open_data
+from mmcore.data import Preprocess
 from mmcore.data.sources import shards, tar
 from mmcore.data.sources.shards import ShardBatches
 from tests.mmcore.data_fixtures import (
@@ -16,6 +17,7 @@ from tests.mmcore.data_fixtures import (
     assert_equal_batches,
     fake_tokenizer,
     image_bytes,
+    opened,
     pair_reader,
     spec,
     take,
@@ -23,18 +25,20 @@ from tests.mmcore.data_fixtures import (
     write_shards,
     write_tar,
 )
+from tests.refusals import refuses
 
 
 def _loader(folder: Path, members: list, max_broken: float = 1.0, **config) -> PairLoader:
     """Loader of one shard of `members` between ten sound pairs, batches of five."""
     sound = [(f"ok{i}.{s}", d) for i in range(10) for s, d in (("jpg", image_bytes(i)), ("txt", b"a caption"))]
     path = write_tar(folder / "x.tar", [*sound[:10], *members, *sound[10:]])
-    data = open_data(DataConfig(data=str(path), max_broken=max_broken, **config), seed=0)
+    data = opened(path, max_broken=max_broken, **config)
     return train_loader(data, spec(5), fake_tokenizer)
 
 
-def _pair(name: str) -> list[tuple[str, bytes]]:
-    return [(f"{name}.jpg", image_bytes(99)), (f"{name}.txt", b"bad")]
+def _pair(name: str, number: int = 99, caption: str = "bad", metadata: bytes | None = None) -> list[tuple[str, bytes]]:
+    members = [(f"{name}.jpg", image_bytes(number)), (f"{name}.txt", caption.encode())]
+    return members if metadata is None else [*members, (f"{name}.json", metadata)]
 
 
 def _link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
@@ -62,7 +66,7 @@ def test_streams_are_disjoint_and_together_hold_every_sample(world_size: int, wo
 
 
 def test_passes_differ_in_order_and_samples_of_different_shards_mix(tmp_path: Path) -> None:
-    loader = train_loader(open_data(DataConfig(data=write_shards(tmp_path, 4, 4)), seed=0), spec(4), fake_tokenizer)
+    loader = train_loader(opened(write_shards(tmp_path, 4, 4)), spec(4), fake_tokenizer)
     first, second = take(loader, 4), take(loader, 4)
     assert [b.ids for b in first] != [b.ids for b in second]
     assert any(len({i.split(":")[0] for i in b.ids}) > 1 for b in first)
@@ -72,7 +76,7 @@ def test_a_small_buffer_resumes_exactly_amid_broken_records(tmp_path: Path, monk
     monkeypatch.setattr(shards, "SHUFFLE_BUFFER", 3)
     pattern = write_shards(tmp_path, 2, 9)
     write_tar(tmp_path / "002.tar", [*_pair("a"), ("b.jpg", b"junk"), ("b.txt", b"x"), *_pair("/c"), ("d.txt", b"x")])
-    data = open_data(DataConfig(data=pattern.replace("001", "002"), max_broken=0.5), seed=0)
+    data = opened(pattern.replace("001", "002"), max_broken=0.5)
     unbroken = train_loader(data, spec(4), fake_tokenizer)
     for _ in range(9):
         state = unbroken.state_dict()
@@ -115,12 +119,9 @@ def test_a_bad_member_is_counted_by_its_reason_and_never_trained_on(members: Cal
 def test_the_image_id_is_that_of_the_json_member_or_else_the_samples_own(tmp_path: Path) -> None:
     ids = [b'{"image_id": 7}', b'{"image_id": "7", "url": "x"}', b'{"image_id": null}', b'{"key": "x"}', None]
     for shard in range(2):
-        members = []
-        for i, metadata in enumerate(ids):
-            members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", b"a caption")]
-            members += [(f"{i}.json", metadata)] if metadata is not None else []
-        write_tar(tmp_path / f"{shard}.tar", members)
-    data = open_data(DataConfig(data=str(tmp_path / "{0..1}.tar")), seed=0)
+        samples = [_pair(str(i), i, metadata=metadata) for i, metadata in enumerate(ids)]
+        write_tar(tmp_path / f"{shard}.tar", chain(*samples))
+    data = opened(str(tmp_path / "{0..1}.tar"))
     batch = next(train_loader(data, spec(10), None))
     image_ids = dict(zip(batch.ids, batch.image_ids.tolist(), strict=True))
     shared = {image_ids[f"{shard}.tar:{i}"] for shard in range(2) for i in range(2)}
@@ -142,7 +143,6 @@ def test_folders_metadata_and_dotted_names_do_not_count_as_records(tmp_path: Pat
     loader = _loader(tmp_path, [(folder, b""), ("__meta__", b"x"), ("README", b"x"), *_pair("./sub/good.a")])
     take(loader, 6)
     assert set(loader.broken) == {"no image"}
-    (tmp_path / "more").mkdir()
     loader = _loader(tmp_path / "more", [(folder, b""), ("__meta__", b"x"), ("README", b"x"), *_pair("./sub/good")])
     assert any("x.tar:./sub/good" in batch.ids for batch in take(loader, 3)) and loader.broken == {}
 
@@ -150,24 +150,20 @@ def test_folders_metadata_and_dotted_names_do_not_count_as_records(tmp_path: Pat
 # Inside a header, between two members, inside the padding of one, inside its bytes.
 @pytest.mark.parametrize("cut", [4708, 4608, 4196, 2600])
 def test_a_truncated_shard_counts_once_and_its_sound_part_is_used(cut: int, tmp_path: Path) -> None:
-    pattern = write_shards(tmp_path, 2, 8)
-    whole = (tmp_path / "001.tar").read_bytes()
-    (tmp_path / "001.tar").write_bytes(whole[:cut])
-    data = open_data(DataConfig(data=pattern, num_samples=9, max_broken=1.0), seed=0)
-    loader = train_loader(data, spec(3), fake_tokenizer)
+    pattern, file = write_shards(tmp_path, 2, 8), tmp_path / "001.tar"
+    file.write_bytes(file.read_bytes()[:cut])
+    loader = train_loader(opened(pattern, num_samples=9, max_broken=1.0), spec(3), fake_tokenizer)
     ids = {i for batch in take(loader, 5) for i in batch.ids}
     assert loader.broken["damaged tar"] == 1 and any(i.startswith("001") for i in ids)
-    with pytest.raises(ValueError, match=r"001.tar must be an undamaged, uncompressed tar .*num_samples"):
-        open_data(DataConfig(data=pattern), seed=0)
+    refuses(r"001.tar must be an undamaged, uncompressed tar .*num_samples", opened, pattern)
 
 
 def test_compressed_and_piped_shards_train_when_num_samples_is_given(tmp_path: Path) -> None:
     write_shards(tmp_path, 1, 6)
     (tmp_path / "z.tar.gz").write_bytes(gzip.compress((tmp_path / "000.tar").read_bytes()))
     for url in (str(tmp_path / "z.tar.gz"), f"pipe:cat {tmp_path}/000.tar"):
-        with pytest.raises(ValueError, match="num_samples"):
-            open_data(DataConfig(data=url), seed=0)
-        data = open_data(DataConfig(data=url, num_samples=6), seed=0)
+        refuses("num_samples", opened, url)
+        data = opened(url, num_samples=6)
         loader = train_loader(data, spec(3), fake_tokenizer)
         assert len({i for batch in take(loader, 2) for i in batch.ids}) == 6
         take(loader, 5)
@@ -178,7 +174,7 @@ def test_compressed_and_piped_shards_train_when_num_samples_is_given(tmp_path: P
 def test_a_pipe_that_fails_is_counted_as_a_damaged_shard(command: str, tmp_path: Path) -> None:
     write_shards(tmp_path, 1, 6)
     url = f"{tmp_path}/000.tar::pipe:{command.format(tmp_path)}"
-    data = open_data(DataConfig(data=url, num_samples=6, max_broken=1.0), seed=0)
+    data = opened(url, num_samples=6, max_broken=1.0)
     loader = train_loader(data, spec(3), fake_tokenizer)
     take(loader, 5)
     # webdataset drops what is unread when it learns of the failure, so the last sample may lack its caption.
@@ -195,24 +191,20 @@ def test_a_pipe_may_be_left_half_read(tmp_path: Path) -> None:
 
 def test_num_samples_sets_the_steps_of_an_epoch_and_else_is_counted(tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, 3, 5)
-    counted = open_data(DataConfig(data=pattern), seed=0)
-    assert counted.num_train == 15
-    given = open_data(DataConfig(data=pattern, num_samples=9), seed=0)
+    given = opened(pattern, num_samples=9)
     loader = train_loader(given, spec(4), fake_tokenizer)
-    assert (given.num_train, loader.steps_per_epoch) == (9, 2)
+    assert (opened(pattern).num_train, given.num_train, loader.steps_per_epoch) == (15, 9, 2)
     assert [batch.epoch for batch in take(loader, 5)] == [0, 0, 1, 1, 2]
 
 
 def test_captions_are_those_of_the_training_shards_in_order(tmp_path: Path) -> None:
-    data = open_data(DataConfig(data=write_shards(tmp_path, 2, 3)), seed=0)
+    data = opened(write_shards(tmp_path, 2, 3))
     assert list(data.captions()) == [f"caption number {i}" for i in range(6)]
 
 
 def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> None:
-    for name in ("train", "val"):
-        (tmp_path / name).mkdir()
     train, val = write_shards(tmp_path / "train", 2, 3), write_shards(tmp_path / "val", 2, 4)
-    held_out = open_data(DataConfig(data=train, val_data=val), seed=0).val
+    held_out = opened(train, val_data=val).val
     assert held_out is not None and held_out.captions == [[f"caption number {i}"] for i in range(8)]
     assert held_out.labels is None
     assert [i for _, indices in held_out.batches(3, Preprocess(8)) for i in indices.tolist()] == list(range(8))
@@ -220,39 +212,32 @@ def test_held_out_shards_give_every_image_with_its_caption(tmp_path: Path) -> No
 
 
 def test_names_and_image_ids_that_are_no_unicode_train(tmp_path: Path) -> None:
-    members = []
-    for i, name in enumerate(["a", "b\udcff", "c\udcfe"]):  # how Python reads bytes that are not UTF-8
-        members += [(f"{name}.jpg", image_bytes(i)), (f"{name}.txt", b"a caption")]
-    members += [("c\udcfe.json", b'{"image_id": "\\ud800"}')]
-    data = open_data(DataConfig(data=str(write_tar(tmp_path / "x.tar", members))), seed=0)
+    # how Python reads bytes that are not UTF-8
+    members = [*_pair("a", 0), *_pair("b\udcff", 1), *_pair("c\udcfe", 2, metadata=b'{"image_id": "\\ud800"}')]
+    data = opened(str(write_tar(tmp_path / "x.tar", members)))
     loader = train_loader(data, spec(3), fake_tokenizer)
     assert len(set(next(loader).image_ids.tolist())) == 3 and loader.broken == {}
 
 
 def test_held_out_shards_of_one_file_name_in_two_folders_are_not_mixed_up(tmp_path: Path) -> None:
-    for name in ("train", "a", "b"):
-        (tmp_path / name).mkdir()
     for name in "ab":
         write_shards(tmp_path / name, 1, 3)
     train = write_shards(tmp_path / "train", 1, 3)
-    data = open_data(DataConfig(data=train, val_data=str(tmp_path / "{a,b}" / "000.tar")), seed=0)
+    data = opened(train, val_data=str(tmp_path / "{a,b}" / "000.tar"))
     assert data.val is not None and len(data.val) == 6
 
 
 def test_held_out_samples_of_one_image_id_are_one_image(tmp_path: Path) -> None:
-    members = []
-    for i, metadata in enumerate([b'{"image_id": 7}', b'{"image_id": 8}', b'{"image_id": 7}', None, b"{}", b""]):
-        members += [(f"{i}.jpg", image_bytes(i)), (f"{i}.txt", f"caption {i}".encode())]
-        members += [(f"{i}.json", metadata)] if metadata is not None else []
-    val = write_tar(tmp_path / "val.tar", members)
-    data = open_data(DataConfig(data=write_shards(tmp_path, 2, 3), val_data=str(val), max_broken=0.2), seed=0)
+    ids = [b'{"image_id": 7}', b'{"image_id": 8}', b'{"image_id": 7}', None, b"{}", b""]
+    val = write_tar(tmp_path / "val.tar", chain(*(_pair(str(i), i, f"caption {i}", x) for i, x in enumerate(ids))))
+    data = opened(write_shards(tmp_path, 2, 3), val_data=str(val), max_broken=0.2)
     assert data.val is not None
     assert data.val.captions == [["caption 0", "caption 2"], ["caption 1"], ["caption 3"], ["caption 4"]]
     assert list(data.val.indices) == [0, 1, 3, 4]
 
 
 def test_more_streams_than_shards_are_refused(tmp_path: Path) -> None:
-    data = open_data(DataConfig(data=write_shards(tmp_path, 3, 4)), seed=0)
+    data = opened(write_shards(tmp_path, 3, 4))
     with pytest.raises(ValueError, match=r"world_size x workers must be at most the 3 shards, got 2 x 2"):
         train_loader(data, spec(1, 0, 2, workers=2), fake_tokenizer)
 
@@ -260,29 +245,20 @@ def test_more_streams_than_shards_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_without_a_pair_stop_the_first_batch(workers: int, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
-    with pytest.raises(ValueError, match=r"must hold at least 2 pairs .* got 0"):
-        open_data(DataConfig(data=str(path)), seed=0)
-    data = open_data(DataConfig(data=str(path), num_samples=5, max_broken=1.0), seed=0)
-    with pytest.raises(ValueError, match=r"rank 0 found none among 2 samples; x.tar:.: no caption"):
-        next(train_loader(data, spec(2, workers=workers), fake_tokenizer))
+    refuses(r"must hold at least 2 pairs .* got 0", opened, path)
+    loader = train_loader(opened(path, num_samples=5, max_broken=1.0), spec(2, workers=workers), fake_tokenizer)
+    refuses(r"rank 0 found none among 2 samples; x.tar:.: no caption", next, loader)
 
 
 def test_too_many_broken_records_stop_the_run_at_the_end_of_the_epoch(tmp_path: Path) -> None:
     loader = _loader(tmp_path, _pair("/bad"), max_broken=0.05, num_samples=10)
-    with pytest.raises(ValueError, match=r"1 of 11 records .* are broken \(absolute path in tar 1\)"):
-        take(loader, 3)
+    refuses(r"1 of 11 records .* are broken \(absolute path in tar 1\)", take, loader, 3)
 
 
 def test_bad_names_of_shards_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    pattern = write_shards(tmp_path, 2, 3)
-    with pytest.raises(ValueError, match=r"1 of 3 are missing, the first is .*002.tar"):
-        open_data(DataConfig(data=pattern.replace("001}", "002}")), seed=0)
-    with pytest.raises(ValueError, match="must name each shard once"):
-        open_data(DataConfig(data=str(tmp_path / "{000,000}.tar")), seed=0)
-    with pytest.raises(ValueError, match="val_data must not share shards with data"):
-        open_data(DataConfig(data=pattern, val_data=str(tmp_path / "001.tar")), seed=0)
-    with pytest.raises(ValueError, match=r"val_data must be local files, got 'pipe:cat x.tar'"):
-        open_data(DataConfig(data=pattern, val_data="pipe:cat x.tar"), seed=0)
-    empty = write_tar(tmp_path / "empty.tar", [])
-    with pytest.raises(ValueError, match="must hold at least one pair, got none"):
-        open_data(DataConfig(data=pattern, val_data=str(empty)), seed=0)
+    pattern, empty = write_shards(tmp_path, 2, 3), write_tar(tmp_path / "empty.tar", [])
+    refuses("1 of 3 are missing, the first is .*002.tar", opened, pattern.replace("001}", "002}"))
+    refuses("must name each shard once", opened, tmp_path / "{000,000}.tar")
+    refuses("val_data must not share shards with data", opened, pattern, val_data=str(tmp_path / "001.tar"))
+    refuses("val_data must be local files, got 'pipe:cat x.tar'", opened, pattern, val_data="pipe:cat x.tar")
+    refuses("must hold at least one pair, got none", opened, pattern, val_data=str(empty))

@@ -1,59 +1,51 @@
 """Tables of image paths and captions: columns, separators, bad lines, held-out images; sources all held out."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmcore.data import DataConfig, Preprocess, open_data
+from mmcore.data import DataConfig, Preprocess
 from mmcore.data.opening import open_held_out
 from tests.mmcore.data_fixtures import (
     fake_tokenizer,
     image_bytes,
+    opened,
     spec,
     take,
     train_loader,
+    write_images,
+    write_json,
     write_pairs,
     write_shards,
     write_table,
     write_vqa,
 )
+from tests.refusals import refuses
 
-HEADER = ["filepath", "title"]
-
-
-def _images(folder: Path, num: int) -> list[str]:
-    for i in range(num):
-        (folder / f"{i}.png").write_bytes(image_bytes(i))
-    return [f"{i}.png" for i in range(num)]
+HEADER, PATHS = ["filepath", "title"], [f"{i}.png" for i in range(9)]
 
 
 def test_paths_are_relative_to_the_table_or_absolute(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    for name in ("a.png", "elsewhere/b.png"):
-        (tmp_path / name).write_bytes(image_bytes(1))
-    absolute = str(tmp_path / "elsewhere" / "b.png")
-    table = write_table(tmp_path, [HEADER, ["a.png", "one"], [absolute, "two"]])
-    data = open_data(DataConfig(data=table, val_fraction=0.0), seed=0)
+    write_images(tmp_path, ["a.png", "elsewhere/b.png"])
+    absolute = str(tmp_path / "elsewhere/b.png")
+    data = opened(write_table(tmp_path, [HEADER, ["a.png", "one"], [absolute, "two"]]), val_fraction=0.0)
     assert data.val is None
     assert set(next(train_loader(data, spec(2), fake_tokenizer)).ids) == {str(tmp_path / "a.png"), absolute}
     assert list(data.captions()) == ["one", "two"]
 
 
 def test_other_columns_separators_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
-    paths = _images(tmp_path, 3)
-    rows = [["img", "text", "id"], *([p, f"a, {i}", str(i)] for i, p in enumerate(paths))]
+    write_images(tmp_path, PATHS[:3])
+    rows = [["img", "text", "id"], *([p, f"a, {i}", str(i)] for i, p in enumerate(PATHS[:3]))]
     table = Path(write_table(tmp_path, rows, ","))
     table.write_text(table.read_text(), encoding="utf-8-sig")
-    config = DataConfig(data=str(table), csv_separator=",", csv_img_key="img", csv_caption_key="text", val_fraction=0.0)
-    assert list(open_data(config, seed=0).captions()) == ["a, 0", "a, 1", "a, 2"]
-    numbers = write_table(tmp_path, [HEADER, *([p, str(100 + i)] for i, p in enumerate(paths))], "\t", "numbers.tsv")
-    assert list(open_data(DataConfig(data=numbers, val_fraction=0.0), seed=0).captions()) == ["100", "101", "102"]
-    tab = write_table(tmp_path, [HEADER, *([p, "x"] for p in paths)], "\t", "tab.tsv")
+    keys: dict[str, Any] = {"csv_separator": ",", "csv_img_key": "img", "csv_caption_key": "text"}
+    assert list(opened(table, **keys, val_fraction=0.0).captions()) == ["a, 0", "a, 1", "a, 2"]
+    tab = write_table(tmp_path, [HEADER, *([p, "x"] for p in PATHS[:3])], "\t", "tab.tsv")
     # What a shell passes for --csv-separator '\t'.
-    assert open_data(DataConfig(data=tab, csv_separator="\\t", val_fraction=0.0), seed=0).num_train == 3
+    assert opened(tab, csv_separator="\\t", val_fraction=0.0).num_train == 3
 
 
 @pytest.mark.parametrize(("row", "reason"), [
@@ -62,56 +54,50 @@ def test_other_columns_separators_and_a_byte_order_mark_are_read(tmp_path: Path)
     (["0.png"], "wrong number of columns"), (["0.png", "a", "cat"], "wrong number of columns"),
 ])  # fmt: skip
 def test_a_bad_line_is_counted_logged_and_left_out(row: list[str], reason: str, tmp_path: Path, caplog):
-    paths = _images(tmp_path, 4)
-    table = write_table(tmp_path, [HEADER, [paths[0], "good"], row, *([p, "good"] for p in paths[1:])])
+    write_images(tmp_path, PATHS[:4])
+    table = write_table(tmp_path, [HEADER, [PATHS[0], "good"], row, *([p, "good"] for p in PATHS[1:4])])
     with caplog.at_level(logging.WARNING, "mmcore.data"):
-        data = open_data(DataConfig(data=table, val_fraction=0.0, max_broken=0.2), seed=0)
+        data = opened(table, val_fraction=0.0, max_broken=0.2)
     assert caplog.messages == [f"skipped pairs.csv:3: {reason}"] and data.num_train == 4
     loader = train_loader(data, spec(2), fake_tokenizer)
     take(loader, 4)
     assert loader.broken == {reason: 1}
-    with pytest.raises(ValueError, match=rf"1 of 5 records of data=.* are broken \({reason} 1\)"):
-        open_data(DataConfig(data=table, val_fraction=0.0, max_broken=0.19), seed=0)
+    message = rf"1 of 5 records of data=.* are broken \({reason} 1\)"
+    refuses(message, opened, table, val_fraction=0.0, max_broken=0.19)
 
 
 def test_a_missing_image_is_counted_and_all_missing_is_an_error_at_once(tmp_path: Path) -> None:
-    paths = _images(tmp_path, 9)
-    rows = [HEADER, *([p, f"c{i}"] for i, p in enumerate([*paths, "gone.png"]))]
-    data = open_data(DataConfig(data=write_table(tmp_path, rows), val_fraction=0.0, max_broken=0.5), seed=0)
-    loader = train_loader(data, spec(5), fake_tokenizer)
+    write_images(tmp_path, PATHS)
+    rows = [HEADER, *([p, f"c{i}"] for i, p in enumerate([*PATHS, "gone.png"]))]
+    loader = train_loader(
+        opened(write_table(tmp_path, rows), val_fraction=0.0, max_broken=0.5), spec(5), fake_tokenizer
+    )
     take(loader, 4)
     assert loader.broken == {"missing file": 2}
     table = write_table(tmp_path, [HEADER, *([f"no/{i}.png", "x"] for i in range(500))], name="gone.csv")
-    with pytest.raises(ValueError, match=r"none of 100 tried exists, the first is .*no/0.png"):
-        open_data(DataConfig(data=table), seed=0)
+    refuses("none of 100 tried exists, the first is .*no/0.png", opened, table)
 
 
 def test_an_image_with_several_captions_is_one_held_out_image(tmp_path: Path) -> None:
-    paths = _images(tmp_path, 3)
-    rows = [HEADER, *([p, f"{word} {p}"] for word in ("first", "second") for p in paths)]
-    (tmp_path / "train").mkdir()
-    config = DataConfig(data=write_pairs(tmp_path / "train", 4), val_data=write_table(tmp_path, rows))
-    held_out = open_data(config, seed=0).val
+    write_images(tmp_path, PATHS[:3])
+    rows = [HEADER, *([p, f"{word} {p}"] for word in ("first", "second") for p in PATHS[:3])]
+    held_out = opened(write_pairs(tmp_path / "train", 4), val_data=write_table(tmp_path, rows)).val
     assert held_out is not None and len(held_out) == 3
-    assert held_out.captions == [[f"first {p}", f"second {p}"] for p in paths]
+    assert held_out.captions == [[f"first {p}", f"second {p}"] for p in PATHS[:3]]
 
 
 def test_held_out_images_that_are_broken_are_left_out_by_index(tmp_path: Path) -> None:
-    (tmp_path / "v").mkdir()
-    (tmp_path / "t").mkdir()
     val = write_pairs(tmp_path / "v", 6)
-    (tmp_path / "v" / "images" / "2.png").write_bytes(b"")
-    config = DataConfig(data=write_pairs(tmp_path / "t", 4), val_data=val, max_broken=0.2)
-    held_out = open_data(config, seed=0).val
+    (tmp_path / "v/images/2.png").write_bytes(b"")
+    held_out = opened(write_pairs(tmp_path / "t", 4), val_data=val, max_broken=0.2).val
     assert held_out is not None
     batches = list(held_out.batches(2, Preprocess(8)))
     assert [indices.tolist() for _, indices in batches] == [[0, 1], [3, 4], [5]]
     assert [len(images) for images, _ in batches] == [2, 2, 1] and held_out.broken == {"empty file": 1}
     held_out.max_broken = 0.1
-    with pytest.raises(ValueError, match=r"1 of 6 records of the held-out images are broken \(empty file 1\)"):
-        list(held_out.batches(2, Preprocess(8)))
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        next(held_out.batches(0, Preprocess(8)))
+    message = r"1 of 6 records of the held-out images are broken \(empty file 1\)"
+    refuses(message, lambda: list(held_out.batches(2, Preprocess(8))))
+    refuses("batch_size must be at least 1, got 0", next, held_out.batches(0, Preprocess(8)))
 
 
 PAIR = b"filepath\ttitle\na.png\tb\n"
@@ -140,17 +126,14 @@ def test_a_table_that_cannot_be_read_as_asked_is_refused(content: bytes, config:
     table.write_bytes(content)
     (tmp_path / "a.png").write_bytes(image_bytes(0))
     given: dict[str, Any] = {"data": str(table)} | {k: str(table) if v == "TABLE" else v for k, v in config.items()}
-    with pytest.raises(ValueError, match=sentence):
-        open_data(DataConfig(**given), seed=0)
+    refuses(sentence, opened, **given)
 
 
 def test_every_image_of_a_json_file_comes_once_with_all_of_its_captions(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.png").write_bytes(image_bytes(0, kind="PNG"))
+    write_images(tmp_path, ["a.png", "b.png"])
     captions = {"a": ["one", "two"], "b": ["three"]}
     records = [{"image": f"{n}.png", "caption": c, "image_id": n} for n, of in captions.items() for c in of]
-    (tmp_path / "x.json").write_text(json.dumps(records))
-    val = open_held_out(DataConfig(str(tmp_path / "x.json"))).val
+    val = open_held_out(DataConfig(write_json(tmp_path / "x.json", records))).val
     assert val is not None and val.captions == [["one", "two"], ["three"]] and val.names == ["a", "b"]
     assert [i for _, positions in val.raw_batches(8) for i in positions] == [0, 1]
 
@@ -171,5 +154,4 @@ def test_tables_and_shards_are_too(tmp_path: Path) -> None:
 
 
 def test_what_a_run_splits_itself_is_refused() -> None:
-    with pytest.raises(ValueError, match="--data must be a file or shards, of which all is held out"):
-        open_held_out(DataConfig("digits"))
+    refuses("--data must be a file or shards, of which all is held out", open_held_out, DataConfig("digits"))

@@ -21,16 +21,18 @@ from tests.mmcore.data_fixtures import write_stamps
 
 ASKED = {
     "en": {
-        "caption": "what is in this image?",
-        "kind": "which kind of thing is this?",
-        "colour": "which colour is most of it, apart from white?",
-        "shape": "is it wider than tall, or taller than wide?",
+        "what is in this image?": "caption",
+        "which kind of thing is this?": "kind",
+        "which colour is most of it, apart from white?": "colour",
+        "is it wider than tall, or taller than wide?": "shape",
     },
     "zh_CN": {
-        "caption": "这张图片里有什么？", "kind": "这是哪一类东西？", "colour": "除了白色，它大部分是什么颜色？",
-        "shape": "它是宽大于高，还是高大于宽？",
+        "这张图片里有什么？": "caption",
+        "这是哪一类东西？": "kind",
+        "除了白色，它大部分是什么颜色？": "colour",
+        "它是宽大于高，还是高大于宽？": "shape",
     },
-}  # fmt: skip
+}
 RIVALS = {"caption", "kind", "belongs"}
 
 
@@ -42,8 +44,7 @@ def questions(conversation: Conversation) -> dict[str, str]:
 
 def named(conversation: Conversation, language: str) -> dict[str, tuple[str, str]]:
     """Questions and answers by what is asked."""
-    names = {text: name for name, text in ASKED[language].items()}
-    return {names.get(q, "belongs"): (q, a) for q, a in questions(conversation).items()}
+    return {ASKED[language].get(q, "belongs"): (q, a) for q, a in questions(conversation).items()}
 
 
 def by_picture(found: ConversationSet, language: str) -> dict[str, list[dict[str, tuple[str, str]]]]:
@@ -54,12 +55,6 @@ def by_picture(found: ConversationSet, language: str) -> dict[str, list[dict[str
     return told
 
 
-def opened(folder: Path, language: Any) -> tuple[Stamps, QuestionSet]:
-    data = open_stamps(DataConfig(data="stamps", language=language, stamps_dir=write_stamps(folder)), 0)
-    assert isinstance(data.source, Stamps) and data.questions is not None
-    return data.source, data.questions
-
-
 def as_record(conversation: Conversation) -> dict[str, Any]:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     turns = [{"from": names[t.role], "value": t.text} for t in conversation.turns]
@@ -68,20 +63,17 @@ def as_record(conversation: Conversation) -> dict[str, Any]:
 
 def test_conversations_about_digits_are_derived_true_and_of_1_to_3_turns() -> None:
     scans, _ = open_digits(0.2, 0)
-    found = digit_conversations(scans, seed=0)
+    found, captions = digit_conversations(scans, seed=0), set()
     assert found.derived and "derived" in found.name and len(found) == len(scans)
-    captions = set()
-    for i, conversation in enumerate(found.conversations):
+    for digit, conversation in zip(scans.classes, found.conversations, strict=True):
         assert parse_conversation(0, as_record(conversation)).turns == conversation.turns
+        name = DIGIT_NAMES[digit]
         for question, answer in questions(conversation).items():
-            name = DIGIT_NAMES[scans.classes[i]]
-            want = ("even", "odd")[scans.classes[i] % 2] if "even or odd" in question else name
-            assert want in answer
-            if question == ASKED["en"]["caption"]:
+            assert (("even", "odd")[digit % 2] if "even or odd" in question else name) in answer
+            if ASKED["en"].get(question) == "caption":
                 captions.add(answer.replace(name, "{}"))
     assert captions == {DIGIT_TEMPLATES[0]}
-    lengths = [len(c.turns) // 2 for c in found.conversations]
-    assert set(lengths) == set(range(1, MAX_TURNS + 1))
+    assert {len(c.turns) // 2 for c in found.conversations} == set(range(1, MAX_TURNS + 1))
     assert found.raw_images(5)[0].tobytes() == scans.raw_image(5).tobytes()
     assert digit_conversations(scans, seed=0).conversations == found.conversations
     assert digit_conversations(scans, seed=1).conversations != found.conversations
@@ -89,9 +81,17 @@ def test_conversations_about_digits_are_derived_true_and_of_1_to_3_turns() -> No
     assert digit_conversations(part, seed=0).conversations == [found.conversations[i] for i in (40, 3)]
 
 
-@pytest.mark.parametrize("language", ["en", "zh_CN"])
-def test_conversations_about_stamps_are_derived_and_true(tmp_path: Path, language: Any) -> None:
-    stamps, questions = opened(tmp_path / "s", language)
+@pytest.fixture(params=["en", "zh_CN"])
+def stamped(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Stamps, QuestionSet]:
+    """A language, and what there is in it."""
+    config = DataConfig(data="stamps", language=request.param, stamps_dir=write_stamps(tmp_path))
+    data = open_stamps(config, 0)
+    assert isinstance(data.source, Stamps) and data.questions is not None
+    return request.param, data.source, data.questions
+
+
+def test_conversations_about_stamps_are_derived_and_true(stamped: tuple[Any, Stamps, QuestionSet]) -> None:
+    language, stamps, questions = stamped
     found = stamp_conversations(stamps, questions, language=language, seed=0)
     assert found.derived and "derived" in found.name
     told, said = by_picture(found, language), set()
@@ -113,36 +113,31 @@ def test_conversations_about_stamps_are_derived_and_true(tmp_path: Path, languag
     assert stamp_conversations(stamps, questions, language=language, seed=1) != found
 
 
-def test_each_fact_about_a_stamp_is_asked_once_and_apart_from_what_gives_it_away(tmp_path: Path) -> None:
-    stamps, questions = opened(tmp_path / "s", "en")
-    found = stamp_conversations(stamps, questions, language="en", seed=0)
+def test_each_fact_about_a_stamp_is_asked_once_and_apart_from_what_gives_it_away(stamped: Any) -> None:
+    language, stamps, questions = stamped
+    found = stamp_conversations(stamps, questions, language=language, seed=0)
     lengths = set()
-    for conversations in by_picture(found, "en").values():
+    for conversations in by_picture(found, language).values():
         counts = Counter(name for conversation in conversations for name in conversation)
         assert counts == dict.fromkeys(RIVALS | {"colour", "shape"}, 1)
         assert all(len(RIVALS & conversation.keys()) == 1 for conversation in conversations)
         lengths |= {len(conversation) for conversation in conversations}
     assert lengths == set(range(1, MAX_TURNS + 1))
-    assert len({tuple(named(c, "en")) for c in found.conversations}) > 6  # in any order
+    assert len({tuple(named(c, language)) for c in found.conversations}) > 6  # in any order
 
 
-def test_a_held_out_stamp_is_asked_nothing_that_no_training_stamp_tells(tmp_path: Path) -> None:
-    stamps, questions = opened(tmp_path / "s", "en")
-    options: Any = {"language": "en", "seed": 0, "is_held_out": True}
-    found = stamp_conversations(stamps, questions, **options)
-    asked = {name for c in found.conversations for name in named(c, "en")}
-    assert asked == {"kind", "belongs", "colour", "shape"}
-    alone = stamp_conversations(stamps, questions, captions_only=True, **options)
+def test_a_stamp_is_asked_nothing_that_no_training_stamp_tells_or_that_nobody_knows(stamped: Any) -> None:
+    language, stamps, questions = stamped
+
+    def asked(questions: QuestionSet | None, **options: Any) -> set[str]:
+        found = stamp_conversations(stamps, questions, language=language, seed=0, **options)
+        return {name for conversation in found.conversations for name in named(conversation, language)}
+
+    assert asked(questions, is_held_out=True) == {"kind", "belongs", "colour", "shape"}
+    assert asked(None) == {"caption", "colour", "shape"} and asked(None, is_held_out=True) == {"colour", "shape"}
+    options: Any = {"language": language, "seed": 0, "is_held_out": True, "captions_only": True}
+    alone = stamp_conversations(stamps, questions, **options)
     assert [c.turns[1].text for c in alone.conversations] == stamps.texts
-
-
-def test_stamps_without_classes_are_asked_for_captions_and_what_is_seen(tmp_path: Path) -> None:
-    stamps, _ = opened(tmp_path / "s", "en")
-    found = stamp_conversations(stamps, None, language="en", seed=0)
-    assert all(set(named(c, "en")) == {"caption", "colour", "shape"} for c in found.conversations)
-    held_out = stamp_conversations(stamps, None, language="en", seed=0, is_held_out=True)
-    assert len(held_out) == len(stamps)
-    assert all(set(named(c, "en")) == {"colour", "shape"} for c in held_out.conversations)
 
 
 @pytest.mark.parametrize("seed", range(4))

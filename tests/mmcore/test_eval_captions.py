@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcore.metrics import bleu, caption_tokens, cider, normalize_answer, vqa_accuracy
+from tests.refusals import refuses
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text("utf-8"))
 WORDS = "a the red dog cat man's can't runs sits 5 st. t-shirt".split()
@@ -30,24 +31,9 @@ def test_scores_are_those_of_the_original_scorers(case: dict[str, Any]) -> None:
     assert cider(case["candidates"], case["references"]) == pytest.approx(case["cider"], rel=1e-9, abs=1e-12)
 
 
-@given(caption=st.text(max_size=40))
-def test_a_token_is_lower_case_and_holds_no_space(caption: str) -> None:
-    for token in caption_tokens(caption):
-        assert token and token == token.lower() and token.split() == [token]
-
-
 @given(caption=CAPTIONS)
 def test_case_and_final_punctuation_do_not_count(caption: str) -> None:
     assert caption_tokens(f'"{caption.upper()}" .') == caption_tokens(caption)
-
-
-@given(corpus=CORPORA)
-@settings(max_examples=50)
-def test_a_candidate_equal_to_a_reference_has_bleu_1(corpus: list[tuple[str, list[str]]]) -> None:
-    people = [[f"a big dog sits {first}", *rest] for first, rest in corpus]
-    scores = bleu([first for first, *_ in people], people)
-    # the smoothing of 1e-9 a count, in four precisions
-    assert list(scores.values()) == pytest.approx([1.0] * 4, abs=1e-8)
 
 
 @given(corpus=CORPORA)
@@ -60,25 +46,11 @@ def test_scores_do_not_depend_on_the_order_of_images_and_references(corpus: list
     assert cider(candidates[::-1], reversed_people) == pytest.approx(score) and -1e-9 <= score <= 10 + 1e-9
 
 
-def test_cider_is_10_where_every_image_has_one_reference_of_its_own_words_and_the_candidate_repeats_it() -> None:
-    captions = ["one red dog runs", "two blue cats sleep"]
-    assert cider(captions, [[caption] for caption in captions]) == pytest.approx(10)
-
-
-def test_cider_counts_repeated_words_no_more_often_than_the_reference() -> None:
-    people = [["one red dog runs"], ["two blue cats sleep"]]
-    assert cider(["one red dog dog dog dog", people[1][0]], people) < cider(["one red dog", people[1][0]], people)
-
-
 @pytest.mark.parametrize("score", [bleu, cider], ids=["bleu", "cider"])
 @pytest.mark.parametrize(("candidates", "references", "message"), [
     ([], [], "candidates must be at least one string in a list, got []"),
     ("a cat", [["a cat"]], "candidates must be at least one string in a list, got 'a cat'"),
-    (
-        ["a cat", None],
-        [["a cat"], ["a cat"]],
-        "candidates must be at least one string in a list, got ['a cat', None]",
-    ),
+    (["a cat", None], [["a"], ["a"]], "candidates must be at least one string in a list, got ['a cat', None]"),
     (None, [["a cat"]], "candidates must be at least one string in a list, got None"),
     (["a cat"], [["a cat"], ["a dog"]], "references must be 1 lists, one a candidate, got 2"),
     (["a cat", "a dog"], [["a cat"], []], "references must be at least one string in a list, got []"),
@@ -86,8 +58,7 @@ def test_cider_counts_repeated_words_no_more_often_than_the_reference() -> None:
     (["a cat"], [[5]], "references must be at least one string in a list, got [5]"),
 ])  # fmt: skip
 def test_a_bad_corpus_is_refused_by_name(score: Any, candidates: Any, references: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{score.__name__}: {message}")):
-        score(candidates, references)
+    refuses(re.escape(f"{score.__name__}: {message}"), score, candidates, references)
 
 
 OFFICIAL: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "vqa.json").read_text("utf-8"))
@@ -106,9 +77,8 @@ def test_the_accuracy_of_a_question_is_the_official_one(case: dict[str, Any]) ->
 
 
 def test_accuracies_overall_and_by_type_are_the_official_ones() -> None:
-    got = vqa_accuracy(
-        [q["prediction"] for q in QUESTIONS], [q["answers"] for q in QUESTIONS], types=[q["type"] for q in QUESTIONS]
-    )
+    predictions, answers, types = ([q[key] for q in QUESTIONS] for key in ("prediction", "answers", "type"))
+    got = vqa_accuracy(predictions, answers, types=types)
     assert got.overall == pytest.approx(OFFICIAL["overall"], abs=1e-12)
     assert got.by_type == pytest.approx(OFFICIAL["by_type"], abs=1e-12)
 
@@ -136,5 +106,4 @@ def test_it_is_the_mean_over_people_left_out(people: list[str], prediction: str)
     (["yes"], [["yes"]], [3], "types must be lists of strings, got [3]"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused_by_name(predictions: Any, answers: Any, types: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"vqa_accuracy: {message}")):
-        vqa_accuracy(predictions, answers, types=types)
+    refuses(re.escape(f"vqa_accuracy: {message}"), vqa_accuracy, predictions, answers, types=types)

@@ -1,7 +1,6 @@
 """`mmcore plan` against the modules that it counts: parameters, FLOP, what a forward leaves to its backward."""
 
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -32,6 +31,7 @@ from mmcore.systems.clip.plan import clip_job
 from mmcore.systems.clip.shapes import clip_config
 from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.systems.llava.plan import llava_job
+from tests.mmcore.nn_fixtures import kept_bytes
 
 # Of the checkpoints on the hub, as their safetensors have them.
 PUBLISHED = {
@@ -40,23 +40,6 @@ PUBLISHED = {
 }  # fmt: skip
 FEW = 3
 LORA = Lora(8, 16, 0.05)
-
-
-def kept_bytes(model: torch.nn.Module, forward: Callable[[], object], *, autocast: bool) -> int:
-    """What autograd saves in a forward, weights aside."""
-    weights = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in weights:
-            saved[x.untyped_storage().data_ptr()] = x
-        return x
-
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), cast:
-        alive = forward()
-    assert alive is not None
-    return sum(x.untyped_storage().nbytes() for x in saved.values())
 
 
 def planned(job: Job, setting: Setting, samples: int) -> float:
@@ -82,39 +65,28 @@ def test_language_models_have_the_parameters_of_their_checkpoints(name: str) -> 
 
 
 def test_parameters_are_those_of_the_models(tiny_llm: str) -> None:
-    def parts(model: torch.nn.Module) -> tuple[int, int]:
-        learned, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is x) for x in (True, False))
-        return learned, frozen
+    def language() -> Any:
+        # on the CPU: BLIP-2's projection looks at the embedding
+        return language_model(language_config(tiny_llm), torch.float32)
 
-    config = blip2_config("tiny")
-    # on the CPU: its projection looks at the embedding
-    language = language_model(language_config(tiny_llm), torch.float32)
-    stage2 = BLIP2LM(config.vision, replace(config.qformer, has_text=False), language)
-    whole = clip_config("tiny").vision
+    config, whole = blip2_config("tiny"), clip_config("tiny").vision
     shape = LlavaConfig(replace(whole, num_layers=whole.num_layers - 1))
-    with torch.device("meta"):
-        models: list[tuple[Job, Any]] = [
-            (clip_job("ViT-L-14"), CLIP(clip_config("ViT-L-14"))),
-            (blip2_stage1_job("ViT-g", 32), BLIP2(blip2_config("ViT-g"))),
-        ]
-    models.append((blip2_stage2_job("tiny", tiny_llm, 8), stage2))
-    stages: tuple[tuple[Any, Any], ...] = ((1, "projector"), (2, "language"))
-    for stage, trainable in stages:
-        language = language_model(language_config(tiny_llm), torch.float32)
-        models.append((llava_job(stage, "tiny", tiny_llm), Llava(shape, language, trainable=trainable)))
-    adapted = Llava(shape, language_model(language_config(tiny_llm), torch.float32), trainable="language")
+    adapted = Llava(shape, language(), trainable="language")
     adapted.add_adapters(LORA)
-    models.append((llava_job(2, "tiny", tiny_llm, lora=LORA), adapted))
-    for job, model in models:
-        assert (job.trained, job.parameters - job.trained) == parts(model), job.name
+    stage2 = BLIP2LM(config.vision, replace(config.qformer, has_text=False), language())
+    with torch.device("meta"):
+        clip, stage1 = CLIP(clip_config("ViT-L-14")), BLIP2(blip2_config("ViT-g"))
+    for job, model in (
+        (clip_job("ViT-L-14"), clip),
+        (blip2_stage1_job("ViT-g", 32), stage1),
+        (blip2_stage2_job("tiny", tiny_llm, 8), stage2),
+        (llava_job(1, "tiny", tiny_llm), Llava(shape, language(), trainable="projector")),
+        (llava_job(2, "tiny", tiny_llm), Llava(shape, language(), trainable="language")),
+        (llava_job(2, "tiny", tiny_llm, lora=LORA), adapted),
+    ):
+        learned, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is x) for x in (True, False))
+        assert (job.trained, job.parameters - job.trained) == (learned, frozen), job.name
         assert job.small == sum(p.numel() for p in model.parameters() if p.numel() <= 100_000), job.name
-
-
-def long_captions() -> torch.Tensor:
-    """As long as the context, which is what a plan takes them for."""
-    tokens = torch.randint(1, 999, (FEW, 32))
-    tokens[:, -1] = 999
-    return tokens
 
 
 @pytest.mark.parametrize(
@@ -125,8 +97,11 @@ def test_clip_leaves_what_autograd_saves(precision: Any, checkpointing: bool) ->
     if precision == "bf16":
         model.to(torch.bfloat16)
     model.set_activation_checkpointing(checkpointing)
-    images, tokens = torch.randn(FEW, 3, 16, 16), long_captions()
-    found = kept_bytes(model, lambda: model(images, tokens), autocast=precision == "amp_bf16")
+    # captions as long as the context, which is what a plan takes them for
+    images, tokens = torch.randn(FEW, 3, 16, 16), torch.randint(1, 999, (FEW, 32))
+    tokens[:, -1] = 999
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp_bf16"):
+        found, _ = kept_bytes(model, lambda: model(images, tokens))
     setting = Setting(FEW, 1, precision=precision, activation_checkpointing=checkpointing)
     assert planned(clip_job("tiny"), setting, FEW) == pytest.approx(found, rel=1e-4)
 
@@ -142,7 +117,8 @@ def test_blip2_leaves_what_autograd_saves() -> None:
         rows = tokens.repeat(3, 1), num_text.repeat(3)
         return pairs, model.match(pairs.keys_values, pairs.tower[:0], index, *rows)
 
-    found = kept_bytes(model, forward, autocast=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = kept_bytes(model, forward)
     setting = Setting(FEW, 1)
     assert planned(blip2_stage1_job("tiny", length), setting, FEW) == pytest.approx(found, rel=1e-4)
 
@@ -161,27 +137,12 @@ def test_llava_leaves_what_autograd_saves(stage: Any, checkpointing: bool, tiny_
     tokens = torch.randint(2, 500, (FEW, length))
     tokens[:, 1 : 1 + config.vision.num_patches] = IMAGE_TOKEN
     labels, images = tokens.clamp(min=0), torch.randn(FEW, 3, 16, 16)
-    found = kept_bytes(model, lambda: model("loss", tokens, labels, images), autocast=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = kept_bytes(model, lambda: model("loss", tokens, labels, images))
     job = llava_job(stage, "tiny", tiny_llm, num_tokens=length)
     setting = Setting(FEW, 1, activation_checkpointing=checkpointing)
     # of which tokens are an image's, and which are embedded, the plan knows nothing
     assert planned(job, setting, FEW) == pytest.approx(found, rel=3e-3)
-
-
-def test_flops_are_those_of_torchs_counter_and_of_attention() -> None:
-    """Torch's own counter knows the linear layers on a CPU, not its attention."""
-    config = clip_config("tiny")
-    model, setting = CLIP(config), Setting(FEW, 1)
-    images, tokens = torch.randn(FEW, 3, 16, 16), long_captions()
-    with FlopCounterMode(display=False) as counted, torch.autocast("cpu", torch.bfloat16):
-        image, text, scale = model(images, tokens)
-        ((image * text).sum() * scale).sum().backward()
-    towers = ((config.vision, 17), (config.text, 32))
-    # two products forward, five backward
-    attention = sum(FEW * side.num_layers * 7 * 2 * length**2 * side.width for side, length in towers)
-    demands = [piece.of(FEW) for piece in clip_job("tiny").counted(setting)]
-    found = sum(x.forward_flops + x.backward_flops for x in demands)
-    assert found == pytest.approx(counted.get_total_flops() + attention, rel=1e-3)
 
 
 class Bare:

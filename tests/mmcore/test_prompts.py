@@ -1,14 +1,15 @@
 """Prompts and answers in a language model's tokens."""
 
+from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mmcore.data.text.prompts import PromptTokens, prompt_texts
 from mmcore.parts.language import tiny_tokenizer
+from tests.refusals import refuses
 
 TEXTS = ["a photo of a cat\n", "Question: what is it? Answer: a dog\n", "two dogs\n"] * 5
 
@@ -31,37 +32,23 @@ def test_prompts_are_as_published_and_take_the_question() -> None:
     assert prompt_texts("caption", None, ["", ""]) == ["", ""]
     assert prompt_texts("caption", "a photo of", [""]) == ["a photo of"]
     assert prompt_texts("vqa", None, [" What is {it}? "]) == ["Question: What is {it}? Answer:"]
-    with pytest.raises(ValueError, match=r"--prompt must hold one \{\} for the question, got 'Q:'"):
-        prompt_texts("vqa", "Q:", ["x"])
-    with pytest.raises(ValueError, match=r"--prompt must hold no \{\}, there is no question, got"):
-        prompt_texts("caption", "a {}", ["x"])
+    refuses(r"--prompt must hold one \{\} for the question, got 'Q:'", prompt_texts, "vqa", "Q:", ["x"])
+    refuses(r"--prompt must hold no \{\}, there is no question, got", prompt_texts, "caption", "a {}", ["x"])
 
 
 def test_an_answer_follows_its_prompt_and_ends_with_a_new_line() -> None:
-    known = tokens()
-    found = known.pairs(["a photo of", ""], ["a cat", " two dogs "])
+    known, prompts = tokens(), ["a photo of", ""]
+    found, asked = known.pairs(prompts, ["a cat", " two dogs "]), known.prompts(prompts)
     for row, (prompt, text) in enumerate([("a photo of", "a photo of a cat\n"), ("", "two dogs\n")]):
         n, before = int(found.num_text[row]), int(found.num_prompt[row])
         assert known.tokenizer.decode(found.tokens[row, :n], skip_special_tokens=True) == text
         assert known.tokenizer.decode(found.tokens[row, :before], skip_special_tokens=True) == prompt
         assert found.tokens[row, n - 1] == known.end_token_id
         assert (found.tokens[row, n:] == known.tokenizer.pad_token_id).all()
-    assert found.targets is None
-
-
-def test_what_a_model_goes_on_from_is_what_it_learned_to_go_on_from() -> None:
-    known = tokens()
-    prompts = ["a photo of", "Question: what is it? Answer:", ""]
-    learned, asked = known.pairs(prompts, ["a cat", "a dog", "two dogs"]), known.prompts(prompts)
-    for row in range(3):
-        n = int(asked.num_text[row])
-        assert n == learned.num_prompt[row]
-        assert torch.equal(asked.tokens[row, asked.tokens.shape[1] - n :], learned.tokens[row, :n])
-
-
-def test_a_text_begins_with_a_token_that_begins_texts() -> None:
-    known = tokens()
-    assert known.prompts([""]).tokens.tolist() == [[known.tokenizer.bos_token_id]]
+        # what a model goes on from is what it learned to go on from
+        assert asked.num_text[row] == before
+        assert torch.equal(asked.tokens[row, asked.tokens.shape[1] - before :], found.tokens[row, :before])
+    assert found.targets is None and known.prompts([""]).tokens.tolist() == [[known.tokenizer.bos_token_id]]
 
 
 def test_what_is_too_long_is_cut_and_has_no_end() -> None:
@@ -89,27 +76,21 @@ def test_an_encoder_decoder_reads_prompts_and_learns_answers_apart() -> None:
     assert known.text(torch.tensor([[3, 4, 1, 0]])) == ["a cat"]
 
 
-def test_a_tokenizer_that_runs_prompt_and_answer_together_is_an_error() -> None:
-    class Merging:
-        pad_token_id, eos_token_id = 0, 1
+class Bare:
+    """A tokenizer of few texts."""
 
-        def __call__(self, text: str, **_: Any) -> Any:
-            ids = {"\n": [9], "what": [5], "what a": [7]}[text]
-            return type("Encoding", (), {"input_ids": ids})
+    pad_token_id, eos_token_id = 0, 1
 
-    known = PromptTokens(Merging(), is_encoder_decoder=False, max_answer=4)
-    with pytest.raises(ValueError, match="must begin with the prompt's, got others for 'what' and 'a'"):
-        known.pairs(["what"], ["a"])
+    def __init__(self, **ids: list[int]) -> None:
+        self.ids = ids
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=self.ids[text])
 
 
-def test_a_tokenizer_without_a_new_line_and_a_length_without_room_are_errors() -> None:
-    class Bare:
-        pad_token_id, eos_token_id = 0, 1
-
-        def __call__(self, text: str, **_: Any) -> Any:
-            return type("Encoding", (), {"input_ids": []})
-
-    with pytest.raises(ValueError, match="tokenizer must have a token for a new line"):
-        PromptTokens(Bare(), is_encoder_decoder=False, max_answer=4)
-    with pytest.raises(ValueError, match="max_answer must be at least 2, got 1"):
-        tokens(max_answer=1)
+def test_a_tokenizer_that_does_not_serve_and_a_length_without_room_are_errors() -> None:
+    merging = PromptTokens(Bare(**{"\n": [9], "what": [5], "what a": [7]}), is_encoder_decoder=False, max_answer=4)
+    refuses("must begin with the prompt's, got others for 'what' and 'a'", merging.pairs, ["what"], ["a"])
+    options = {"is_encoder_decoder": False, "max_answer": 4}
+    refuses("tokenizer must have a token for a new line", PromptTokens, Bare(**{"\n": []}), **options)
+    refuses("max_answer must be at least 2, got 1", tokens, max_answer=1)

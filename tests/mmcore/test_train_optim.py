@@ -1,6 +1,7 @@
 """The client optimizer, its groups and the schedules."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mmcore.train.optim import (
     param_groups,
     weight_decay_schedule,
 )
+from tests.refusals import refuses
 
 
 def test_the_recipe_is_warmed_up_and_none_is_kept_without() -> None:
@@ -66,35 +68,33 @@ def test_the_first_rule_that_fits_a_name_says_how_a_group_is_trained() -> None:
     groups = param_groups(model, OptimConfig(weight_decay_end=0.4), rules)
     keys = ("weight_decay", "fixed_lr", "frozen_until", "clamp", "scheduled_decay")
     of = {p: tuple(group[key] for key in keys) for group in groups for p in group["params"]}
+    plain, clamped = (0.0, False, 0, None, False), (0.0, False, 0, (0.0, 1.0), False)
     assert {name: of[p] for name, p in model.named_parameters()} == {
         "0.linear.weight": (0.0, True, 0, None, False),
         "0.linear.bias": (0.0, False, 7, None, False),
-        "0.logit_scale": (0.0, False, 0, None, False),
+        "0.logit_scale": plain,
         "1.linear.weight": (0.2, False, 0, (0.0, 1.0), True),
-        "1.linear.bias": (0.0, False, 0, (0.0, 1.0), False),
-        "1.logit_scale": (0.0, False, 0, (0.0, 1.0), False),
+        "1.linear.bias": clamped,
+        "1.logit_scale": clamped,
     }
 
 
 def test_each_optimizer_is_made_with_its_settings_and_muon_leaves_embeddings_to_adamw() -> None:
     model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
-    made = {
+    made: dict[Any, tuple[type, dict[str, Any]]] = {
         "adamw": (AdamWEMA, {"betas": (0.9, 0.98)}), "sgd": (SGDEMA, {"momentum": 0.9}),
         "lars": (LARSEMA, {"momentum": 0.9}), "muon": (MuonEMA, {"momentum": 0.95, "betas": (0.9, 0.98)}),
     }  # fmt: skip
     for name, (kind, settings) in made.items():
-        config = OptimConfig(optimizer=name, clip_each=3.0)  # pyright: ignore[reportArgumentType]
+        config: Any = OptimConfig(optimizer=name, clip_each=3.0)
         optimizer = make_optimizer(param_groups(model, config), config)
         assert type(optimizer) is kind and optimizer.defaults.items() >= settings.items()
         assert {group["clip_each"] for group in optimizer.param_groups} == {3.0}
     sgd = make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], OptimConfig(optimizer="sgd", momentum=0.5))
     assert sgd.defaults["momentum"] == 0.5
     muon = param_groups(model, OptimConfig(optimizer="muon"))
-    assert [(group["params"][0].shape, group["muon"]) for group in muon] == [
-        ((3, 2), False),
-        ((2, 2), True),
-        ((2,), False),
-    ]
+    kinds = [(list(group["params"][0].shape), group["muon"]) for group in muon]
+    assert kinds == [([3, 2], False), ([2, 2], True), ([2], False)]
 
 
 NAMES = {
@@ -110,8 +110,7 @@ def test_layer_decay_counts_from_the_top_of_each_stack_of_blocks() -> None:
     assert {name: 0.5 ** (4 - depth(name)) for name in NAMES} == NAMES
     alone = ["class_embedding", "blocks.0.weight", "head.weight"]
     assert list(map(depths(alone), alone)) == [0, 1, 2]
-    with pytest.raises(ValueError, match="--layer-decay must be of a model with numbered blocks or layers"):
-        depths(["weight"])
+    refuses("--layer-decay must be of a model with numbered blocks or layers", depths, ["weight"])
 
 
 def test_layer_decay_scales_the_rates_of_groups_by_names_or_by_depths_that_are_given() -> None:
@@ -138,20 +137,17 @@ def test_schedules_have_their_values_at_the_first_the_middle_and_the_last_step()
     assert schedules.cosine(2.0, 1.0, 12)(4) == pytest.approx(1.75)
 
 
-@pytest.mark.parametrize(("name", "middle", "last"), [
-    ("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0), ("multistep", 0.5, 0.125),
-    ("const-cooldown", 1.0, 0.1),
+@pytest.mark.parametrize(("settings", "middle", "last"), [
+    ({"schedule": "cosine", "min_lr": 0.1}, 0.55, 0.1), ({"schedule": "linear", "min_lr": 0.1}, 0.55, 0.1),
+    ({"schedule": "constant"}, 1.0, 1.0),
+    ({"schedule": "multistep", "milestones": (0.5, 0.75, 0.9), "gamma": 0.5}, 0.5, 0.125),
+    ({"schedule": "const-cooldown", "cooldown_share": 0.25, "min_lr": 0.1}, 1.0, 0.1),
 ])  # fmt: skip
-def test_a_run_warms_up_and_goes_on_as_its_schedule_says(name: str, middle: float, last: float) -> None:
-    own = {
-        "multistep": {"milestones": (0.5, 0.75, 0.9), "gamma": 0.5},
-        "const-cooldown": {"cooldown_share": 0.25, "min_lr": 0.1},
-        "constant": {},
-    }.get(name, {"min_lr": 0.1})
-    rate = lr_schedule(OptimConfig(lr=1.0, warmup=20, schedule=name, **own), 220)  # pyright: ignore[reportArgumentType]
+def test_a_run_warms_up_and_goes_on_as_its_schedule_says(settings: dict[str, Any], middle: float, last: float) -> None:
+    rate = lr_schedule(OptimConfig(lr=1.0, warmup=20, **settings), 220)
     assert [rate(step) for step in (0, 19, 20)] == pytest.approx([0.05, 1.0, 1.0])
     assert [rate(step) for step in (120, 220)] == pytest.approx([middle, last])
-    if name == "const-cooldown":
+    if settings["schedule"] == "const-cooldown":
         assert rate(165) == 1.0 and rate(166) < 1.0
 
 
@@ -179,18 +175,18 @@ def test_weight_decay_goes_along_a_cosine_to_its_end() -> None:
     assert weight_decay_schedule(OptimConfig(weight_decay=0.04), 100)(50) == 0.04
 
 
-@pytest.mark.parametrize(("wrong", "named"), [
-    ({"lr": 0.0}, "--lr"), ({"lr": math.nan}, "--lr"), ({"ema": 1.0}, "--ema"), ({"min_lr": 1.0}, "--min-lr"),
-    ({"warmup_lr": -1e-9}, "--warmup-lr"), ({"warmup": -1}, "--warmup"),
-    ({"weight_decay_end": -0.1}, "--weight-decay-end"), ({"clip_each": 0.0}, "--clip-each"),
-    ({"layer_decay": 1.5}, "--layer-decay"), ({"optimizer": "sgd", "momentum": 1.0}, "--momentum"),
-    ({"schedule": "multistep", "milestones": (30.0,)}, "--milestones must be shares"),
-    ({"momentum": 0.9}, "--momentum has no effect with --optimizer adamw: it must stay None, got 0.9"),
-    ({"optimizer": "lars", "beta2": 0.999}, "--beta2 has no effect with --optimizer lars"),
-    ({"schedule": "constant", "min_lr": 1e-5}, "--min-lr has no effect with --schedule constant"),
-    ({"milestones": (0.5,)}, "--milestones has no effect with --schedule cosine"),
-    ({"gamma": 0.5}, "--gamma has no effect"), ({"cooldown_share": 0.5}, "--cooldown-share has no effect"),
-])  # fmt: skip
-def test_bad_settings_are_refused_by_name(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        OptimConfig(**wrong)
+def test_bad_settings_are_refused_by_name():
+    for name, value in (
+        ("lr", 0.0), ("lr", math.nan), ("ema", 1.0), ("min_lr", 1.0), ("warmup_lr", -1e-9), ("warmup", -1),
+        ("weight_decay_end", -0.1), ("clip_each", 0.0), ("layer_decay", 1.5),
+    ):  # fmt: skip
+        refuses(f"--{name.replace('_', '-')} must", OptimConfig, **{name: value})
+    refuses("--momentum must", OptimConfig, optimizer="sgd", momentum=1.0)
+    refuses("--milestones must be shares", OptimConfig, schedule="multistep", milestones=(30.0,))
+    message = "--momentum has no effect with --optimizer adamw: it must stay None, got 0.9"
+    refuses(message, OptimConfig, momentum=0.9)
+    refuses("--beta2 has no effect with --optimizer lars", OptimConfig, optimizer="lars", beta2=0.999)
+    refuses("--min-lr has no effect with --schedule constant", OptimConfig, schedule="constant", min_lr=1e-5)
+    for name, value in (("milestones", (0.5,)), ("gamma", 0.5), ("cooldown_share", 0.5)):
+        message = f"--{name.replace('_', '-')} has no effect with --schedule cosine"
+        refuses(message, OptimConfig, **{name: value})

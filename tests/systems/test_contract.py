@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mmcore import checkpoint
 from mmcore.data import LoaderSpec
 from mmcore.launch import parse
+from mmcore.plan import command
 from mmcore.plan.config import PlanConfig
 from mmcore.runs import read_run
 from mmcore.settings import as_yaml, flat, with_yaml
@@ -112,9 +113,13 @@ def test_what_is_exported_loads_with_the_same_weights_or_is_refused_in_a_sentenc
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_plan_is_of_the_flags_that_all_plans_have(name: str) -> None:
-    found = entries("PLANS")[name].load()(global_batch=64, gpus=2)
-    assert isinstance(found, PlanConfig) and found.job().trained > 0
+def test_the_plan_is_of_the_flags_that_all_plans_have(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name in entries("PLANS"):
+        found = entries("PLANS")[name].load()(global_batch=64, gpus=2)
+        assert isinstance(found, PlanConfig) and found.job().trained > 0
+    else:
+        command.main([name, "--global-batch", "64", "--gpus", "2", "--json"])
+        assert json.loads(capsys.readouterr().out)["parameters"]["trained"] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

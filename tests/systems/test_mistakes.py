@@ -87,9 +87,15 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
         ("--from TOWER", "config.json must have model_type 'llava' or 'llava_next', got 'clip'"),
         ("--from WRONG --vision TOWER --llm LLM", "weights must have its names and shapes"),
     ],
+    "train mae": [
+        ("--mask-ratio 1", "mask_ratio must mask and leave at least one of 16 patches, got 1.0"),
+        ("--mask-ratio 0", "mask_ratio must mask and leave at least one of 16 patches, got 0.0"),
+        ("--model ViT-B-32", "mae: --model must be one of tiny, ViT-B-16, .* got 'ViT-B-32'"),
+    ],
     "eval": [
         ("zeroshot missing", "missing"),
-        ("speed missing", "the task must be one of zeroshot, retrieval, matching, caption, vqa, conversation.*'speed'"),
+        ("reconstruction OF_CLIP", "reconstruction asks for a model that reconstructs, which a run of clip does not"),
+        ("speed missing", "the task must be one of zeroshot, retrieval, .*, reconstruction, got 'speed'"),
     ],
     "chat": [
         ("missing", "RUN must be a run of a model that converses, .* got missing, which is no folder"),

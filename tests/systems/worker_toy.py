@@ -20,22 +20,10 @@ STEPS = 6
 
 
 def recipe(out: Path, zero: Any, resume: str | None = None, queue_size: int = 32) -> Toy:
-    run = RunConfig(
-        out,
-        resume,
-        steps=STEPS,
-        batch_size=16 // dist.get_world_size(),
-        save_every=3,
-        keep=9,
-        log_every=1,
-        eval_every=99,
-    )
-    return Toy(
-        run,
-        OptimConfig(optimizer="sgd", lr=0.1, weight_decay=1e-3),
-        EngineConfig(zero=zero, precision="fp32"),
-        queue_size=queue_size,
-    )
+    size = 16 // dist.get_world_size()
+    run = RunConfig(out, resume, steps=STEPS, batch_size=size, save_every=3, keep=9, log_every=1, eval_every=99)
+    optim = OptimConfig(optimizer="sgd", lr=0.1, weight_decay=1e-3)
+    return Toy(run, optim, EngineConfig(zero=zero, precision="fp32"), queue_size=queue_size)
 
 
 def losses(folder: Path) -> list[float]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
 
-from mmcore.data.transforms.images import random_resized_crop
+from mmcore.data.transforms.images import Preprocess, random_resized_crop, to_pixels
 
 Change = Callable[[Image.Image], Image.Image]
 
@@ -82,6 +83,15 @@ class View:
 
     def _hue(self, rng: np.random.Generator) -> Change:
         return partial(shifted_hue, shift=rng.uniform(-self.jitter[3], self.jitter[3]))
+
+
+def seen(record: Any, preprocess: Preprocess, rng: np.random.Generator, view: View | None) -> Tensor:
+    """uint8 [3, S, S] of a record as a model wants it: by a view of the model's size and interpolation; None = by the
+    view that the record's source trains on."""
+    if view is None:
+        return to_pixels(record.augment(preprocess, rng))
+    view = replace(view, size=preprocess.size, interpolation=preprocess.interpolation)
+    return to_pixels(view(record.load(view.least), rng))
 
 
 _ENHANCED = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.nn import Linear, Packing, Transformer
-from mmcore.parts.vit import Tower, VisionConfig, ViT, check_tower
+from mmcore.nn import Linear, Packing
+from mmcore.parts import text
+from mmcore.parts.vit import Tower, VisionConfig, ViT
 
 # transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
 LEGACY_EOS_TOKEN_ID = 2
@@ -17,34 +18,17 @@ _DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(text.TextConfig):
     """Shape of the text tower.
 
     `eos_token_id` says where a caption is pooled: at the first token of that id. None, or transformers'
     legacy value 2, means the first token with the highest id of its row, which is open_clip's rule.
     """
 
-    vocab_size: int = 49408
-    context_length: int = 77
-    width: int = 512
-    num_layers: int = 12
-    num_heads: int = 8
-    mlp_dim: int = 2048
-    activation: str = "gelu"
-    norm_eps: float = 1e-5
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        check_tower(
-            "TextConfig",
-            self.width,
-            self.num_heads,
-            self.activation,
-            vocab_size=self.vocab_size,
-            context_length=self.context_length,
-            num_layers=self.num_layers,
-            mlp_dim=self.mlp_dim,
-        )
+        super().__post_init__()
         if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
             raise ValueError(f"TextConfig: eos_token_id must be in [0, {self.vocab_size}), got {self.eos_token_id}")
 
@@ -97,43 +81,21 @@ class VisionTower(ViT):
         self.proj = Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.proj.weight, std=config.width**-0.5)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[B, 3, S, S] to [B, E]."""
         return self.proj(super().forward(images, pool=lambda x: x[:, 0]))
 
 
-class TextTower(nn.Module):
+class TextTower(text.TextTower):
     """Causal transformer pooled at the end token: tokens [B, T] to embeddings [B, E], not yet normalised."""
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
-        super().__init__()
-        self.context_length = config.context_length
+        super().__init__(config, embed_dim, is_causal=True, bias=False)
         self.eos_token_id = config.eos_token_id
-        width = config.width
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.position_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
-        self.transformer = Transformer(
-            width,
-            config.num_layers,
-            config.num_heads,
-            config.mlp_dim,
-            is_causal=True,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-        )
-        self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
-        self.proj = Linear(width, embed_dim, bias=False)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.proj.weight, std=width**-0.5)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """[B, T] int64 to [B, E]; T may be shorter than the context. For `lengths` see `CLIP.encode_text`."""
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.context_length:
-            raise ValueError(
-                f"CLIP: tokens must be [B, T] with 1 <= T <= {self.context_length}, got {list(tokens.shape)}"
-            )
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"CLIP: tokens must be int64, got {tokens.dtype}")
+        self.check("CLIP", tokens)
         ends = eos_positions(tokens, self.eos_token_id)
         if lengths is None and tokens.is_cpu and not torch.compiler.is_compiling():
             lengths = (ends + 1).tolist()

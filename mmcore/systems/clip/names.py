@@ -6,7 +6,7 @@ from typing import Any
 
 from mmcore.ops import require
 from mmcore.parts.vit import VisionConfig
-from mmcore.parts.vit_names import CLIP_BLOCK, CLIP_BLOCK_SETTINGS, CLIP_TOWER, CLIP_TOWER_SETTINGS
+from mmcore.parts.vit_names import CLIP_BLOCK_SETTINGS, CLIP_TEXT, CLIP_TOWER, CLIP_TOWER_SETTINGS, POSITION_IDS
 from mmcore.systems.clip.model import LEGACY_EOS_TOKEN_ID, CLIPConfig, TextConfig
 from mmcore.weights.layout import Layout, scalar, transposed, under
 from mmcore.weights.settings import Key, Settings, section, transformers_keys
@@ -16,13 +16,10 @@ HF = Layout(
         "logit_scale": scalar("logit_scale"),
         **under("visual", "vision_model", {**CLIP_TOWER, "norm_post": "post_layernorm"}),
         "visual.proj": "visual_projection",
-        "text.token_embedding": "text_model.embeddings.token_embedding",
-        "text.position_embedding": "text_model.embeddings.position_embedding.weight",
-        **under("text.transformer.blocks.{i}", "text_model.encoder.layers.{i}", CLIP_BLOCK),
-        "text.norm_final": "text_model.final_layer_norm",
+        **under("text", "text_model", CLIP_TEXT),
         "text.proj": "text_projection",
     },
-    unread=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+    unread=POSITION_IDS,
 )
 _BLOCK = {
     "norm1": "ln_1",

@@ -3,21 +3,8 @@
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    AltCLIPConfig,
-    AltCLIPModel,
-    BlipConfig,
-    BlipModel,
-    ChineseCLIPConfig,
-    ChineseCLIPModel,
-    CLIPConfig,
-    CLIPModel,
-    MetaClip2Config,
-    MetaClip2Model,
-    SiglipConfig,
-    SiglipModel,
-)
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -28,20 +15,21 @@ VISION = SMALL | {"image_size": 8, "patch_size": 4}
 # XLM-RoBERTa's positions begin behind its padding
 PADDED = TEXT | {"max_position_embeddings": 12, "project_dim": 16, "pooler_fn": "cls"}
 
-MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
-    "CLIP": (CLIPModel, CLIPConfig, TEXT), "MetaCLIP 2": (MetaClip2Model, MetaClip2Config, TEXT),
-    "Chinese-CLIP": (ChineseCLIPModel, ChineseCLIPConfig, TEXT), "AltCLIP": (AltCLIPModel, AltCLIPConfig, PADDED),
-    "BLIP": (BlipModel, BlipConfig, TEXT | {"encoder_hidden_size": 32}),
-    "SigLIP": (SiglipModel, SiglipConfig, TEXT | {"projection_size": 32}),
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CLIP": ("CLIP", TEXT), "MetaCLIP 2": ("MetaClip2", TEXT), "Chinese-CLIP": ("ChineseCLIP", TEXT),
+    "AltCLIP": ("AltCLIP", PADDED), "BLIP": ("Blip", TEXT | {"encoder_hidden_size": 32}),
+    "SigLIP": ("Siglip", TEXT | {"projection_size": 32}),
 }  # fmt: skip
+"""What their classes' names begin with, and their texts."""
 
 
 def make(name: str) -> Any:
     """The model, whose text and image features spread enough for a loss to depend on them."""
-    kind, config, text = MODELS[name]
+    prefix, text = MODELS[name]
     options = {} if name == "SigLIP" else {"projection_dim": 16}
     torch.manual_seed(0)
-    model = kind(config(text_config=text, vision_config=VISION, **options))
+    config = getattr(hf, f"{prefix}Config")(text_config=text, vision_config=VISION, **options)
+    model = getattr(hf, f"{prefix}Model")(config)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:

@@ -5,23 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import Tensor, nn
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2QFormerModel,
-    CLIPConfig,
-    CLIPModel,
-    IdeficsConfig,
-    IdeficsForVisionText2Text,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MllamaConfig,
-    MllamaForConditionalGeneration,
-    MllamaTextConfig,
-    PreTrainedModel,
-)
 
 TEXT: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -57,7 +42,7 @@ IMAGE_TOKEN = 58
 class Case:
     """A model, its inputs, what is compared of its outputs and which rows of that a loss may read, bool `[B, L]`."""
 
-    model: PreTrainedModel
+    model: hf.PreTrainedModel
     inputs: dict[str, Any]
     outputs: Callable[[Any], list[Tensor]]
     rows: Tensor | None = None
@@ -93,39 +78,33 @@ def logits(outputs: Any) -> list[Tensor]:
 
 def qformer(dropout: float = 0.0) -> Case:
     """Queries alone, images of different sizes."""
-    inputs = {
-        "query_embeds": noise(3, 4, 24),
-        "encoder_hidden_states": noise(3, 11, 32),
-        "encoder_attention_mask": padded(3, 11, "right"),
-    }
+    inputs = {"query_embeds": noise(3, 4, 24), "encoder_hidden_states": noise(3, 11, 32)}
+    inputs["encoder_attention_mask"] = padded(3, 11, "right")
     return Case(_qformer(dropout, False), inputs, lambda x: [x.last_hidden_state])
 
 
 def qformer_with_text(dropout: float = 0.0) -> Case:
     """Queries and text that is padded; transformers' own cannot have a mask of the images beside it."""
-    inputs = {
-        "query_embeds": noise(3, 9, 24),
-        "query_length": 4,
-        "attention_mask": torch.cat([torch.ones(3, 4), padded(3, 5, "right")], 1),
-        "encoder_hidden_states": noise(3, 11, 32),
-    }
-    return Case(_qformer(dropout, True), inputs, lambda x: [x.last_hidden_state])
+    seen = torch.cat([torch.ones(3, 4), padded(3, 5, "right")], 1)
+    inputs = {"query_embeds": noise(3, 9, 24), "encoder_hidden_states": noise(3, 11, 32)}
+    model = _qformer(dropout, True)
+    return Case(model, inputs | {"query_length": 4, "attention_mask": seen}, lambda x: [x.last_hidden_state])
 
 
-def _qformer(dropout: float, with_text: bool) -> Blip2QFormerModel:
+def _qformer(dropout: float, with_text: bool) -> hf.Blip2QFormerModel:
     config = QFORMER | {"attention_probs_dropout_prob": dropout, "use_qformer_text_input": with_text}
-    return scrambled(Blip2QFormerModel(Blip2QFormerConfig(**config)))
+    return scrambled(hf.Blip2QFormerModel(hf.Blip2QFormerConfig(**config)))
 
 
 def clip(dropout: float = 0.0) -> Case:
     """Both towers, captions padded on the right."""
     text = TEXT | {"max_position_embeddings": 16, "eos_token_id": 59, "attention_dropout": dropout}
     vision = CLIP_VISION | {"attention_dropout": dropout}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     captions = words(3, 7)
     captions[torch.arange(3), 6 - torch.arange(3)] = 59
     inputs = {"input_ids": captions, "attention_mask": padded(3, 7, "right"), "pixel_values": noise(3, 3, 12, 12)}
-    return Case(scrambled(CLIPModel(config)), inputs, lambda x: [x.text_embeds, x.image_embeds])
+    return Case(scrambled(hf.CLIPModel(config)), inputs, lambda x: [x.text_embeds, x.image_embeds])
 
 
 def with_images(num_images: int, length: int, first: int) -> Tensor:
@@ -137,25 +116,22 @@ def with_images(num_images: int, length: int, first: int) -> Tensor:
 
 def llava() -> Case:
     """Llama with grouped queries after CLIP, prompts padded on the left."""
-    config = LlavaConfig(
-        vision_config=CLIP_VISION | {"model_type": "clip_vision_model"},
-        text_config=LLAMA,
-        image_token_index=IMAGE_TOKEN,
-    )
+    vision = CLIP_VISION | {"model_type": "clip_vision_model"}
+    config = hf.LlavaConfig(vision_config=vision, text_config=LLAMA, image_token_index=IMAGE_TOKEN)
     mask = padded(3, 16, "left")
     inputs = {"input_ids": with_images(9, 16, 3), "attention_mask": mask, "pixel_values": noise(3, 3, 12, 12)}
-    return Case(scrambled(LlavaForConditionalGeneration(config)), inputs, logits, mask.bool())
+    return Case(scrambled(hf.LlavaForConditionalGeneration(config)), inputs, logits, mask.bool())
 
 
 def blip2(text: dict[str, Any]) -> Case:
     """A Q-Former that every image is shown to, and OPT or T5."""
-    config = Blip2Config(
+    config = hf.Blip2Config(
         vision_config=BLIP_VISION, qformer_config=QFORMER, text_config=text, num_query_tokens=4,
         image_token_index=IMAGE_TOKEN,
     )  # fmt: skip
     mask = padded(3, 10, "left")
     inputs = {"input_ids": with_images(4, 10, 3), "attention_mask": mask, "pixel_values": noise(3, 3, 12, 12)}
-    model = scrambled(Blip2ForConditionalGeneration(config))
+    model = scrambled(hf.Blip2ForConditionalGeneration(config))
     if text is T5:
         return Case(model, inputs | {"decoder_input_ids": words(3, 5)}, logits)
     return Case(model, inputs, logits, mask.bool())
@@ -168,7 +144,7 @@ def mllama() -> Case:
         "attention_heads": 2, "vision_output_dim": 48, "image_size": 8, "patch_size": 4,
         "intermediate_layers_indices": [1],
     }  # fmt: skip
-    text = MllamaTextConfig(
+    text = hf.MllamaTextConfig(
         **TEXT | {"num_hidden_layers": 3, "num_key_value_heads": 2, "cross_attention_layers": [1]},
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, pad_token_id=0, bos_token_id=1, eos_token_id=59,
     )  # fmt: skip
@@ -178,42 +154,29 @@ def mllama() -> Case:
     seen[1, 3:6, 0, :1] = 1
     seen[1, 6:, 1, :3] = 1
     seen[2, 4:, :, :4] = 1
+    tiles = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1]] * 2])
     inputs = {
-        "input_ids": words(3, 8),
-        "attention_mask": mask,
-        "pixel_values": noise(3, 2, 4, 3, 8, 8),
-        "aspect_ratio_ids": torch.tensor([[2, 1], [1, 3], [4, 4]]),
-        "aspect_ratio_mask": torch.tensor(
-            [[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1]] * 2]
-        ),
+        "input_ids": words(3, 8), "attention_mask": mask, "pixel_values": noise(3, 2, 4, 3, 8, 8),
+        "aspect_ratio_ids": torch.tensor([[2, 1], [1, 3], [4, 4]]), "aspect_ratio_mask": tiles,
         "cross_attention_mask": seen,
-    }
-    config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
-    return Case(scrambled(MllamaForConditionalGeneration(config)), inputs, logits, mask.bool())
+    }  # fmt: skip
+    config = hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    return Case(scrambled(hf.MllamaForConditionalGeneration(config)), inputs, logits, mask.bool())
 
 
 def idefics(use_resampler: bool = False) -> Case:
     """Text before its image, which sees none and is gated to 0; prompts padded on the left."""
-    config = IdeficsConfig(
-        **TEXT,
-        use_resampler=use_resampler,
-        qk_layer_norms=True,
-        vision_config=BLIP_VISION | {"embed_dim": 32},
-        perceiver_config={
-            "use_resampler": use_resampler, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-        },
-        pad_token_id=0,
-        eos_token_id=59,
+    perceiver = {
+        "use_resampler": use_resampler, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
+        "resampler_head_dim": 8,
+    }  # fmt: skip
+    config = hf.IdeficsConfig(
+        **TEXT, use_resampler=use_resampler, qk_layer_norms=True, vision_config=BLIP_VISION | {"embed_dim": 32},
+        perceiver_config=perceiver, pad_token_id=0, eos_token_id=59,
     )  # fmt: skip
     mask = padded(3, 8, "left")
     seen = torch.zeros(3, 8, 2, dtype=torch.long)  # [B, L, images]
-    seen[0, 2:, 0] = 1
-    seen[1, 3:5, 0] = 1
-    seen[1, 5:, 1] = 1
-    seen[2, 4:] = 1
-    inputs = {
-        "input_ids": words(3, 8), "attention_mask": mask, "pixel_values": noise(3, 2, 3, 12, 12),
-        "image_attention_mask": seen,
-    }  # fmt: skip
-    return Case(scrambled(IdeficsForVisionText2Text(config)), inputs, logits, mask.bool())
+    seen[0, 2:, 0] = seen[1, 3:5, 0] = seen[1, 5:, 1] = seen[2, 4:] = 1
+    inputs = {"input_ids": words(3, 8), "attention_mask": mask, "pixel_values": noise(3, 2, 3, 12, 12)}
+    model = scrambled(hf.IdeficsForVisionText2Text(config))
+    return Case(model, inputs | {"image_attention_mask": seen}, logits, mask.bool())

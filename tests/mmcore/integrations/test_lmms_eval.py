@@ -18,13 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
-from mmcore.data.text.templates import ChatTokens, expand
+from mmcore.data.text.templates import expand
 from mmcore.integrations import lmms_eval as adapter
 from mmcore.systems.llava.dialogue import Dialogue, Sampling
 from mmcore.systems.llava.inputs import image_inputs, see
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.weights import save_llava
 from tests.distributed.launch import ROOT
+from tests.refusals import refuses
 from tests.systems.llava.fixtures import chat_tokens, image, llava, tokenizer, write_run
 
 CPU = torch.device("cpu")
@@ -145,9 +146,8 @@ def model(run: Path, installed: ModelRegistryV2) -> Any:
 def made(arguments: str, options: dict[str, Any] | None = None) -> Any:
     module, name = adapter.manifest().simple_class_path.rsplit(".", 1)
     found = getattr(importlib.import_module(module), name).create_from_arg_string(arguments, options)
-    found.task_dict[TASK] = {
-        SPLIT: [{"shown": (), "answer": "no"}, {"shown": (1,), "answer": "a dog"}, {"shown": (2, 3)}]
-    }
+    documents = [{"shown": (), "answer": "no"}, {"shown": (1,), "answer": "a dog"}, {"shown": (2, 3)}]
+    found.task_dict[TASK] = {SPLIT: documents}
     return found
 
 
@@ -159,40 +159,39 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
     return [Instance(kind, (*given, TASK, SPLIT), 0) for given in arguments]
 
 
-def asked(text: str, settings: dict[str, Any], doc_id: int) -> tuple[Any, ...]:
-    return text, settings, shown, doc_id
+def answered(model: Any, *questions: tuple[str, dict[str, Any], int]) -> list[str]:
+    """To texts under a task's settings about documents."""
+    given = [
+        Instance("generate_until", (text, settings, shown, doc_id, TASK, SPLIT), 0)
+        for text, settings, doc_id in questions
+    ]
+    return model.generate_until(given)
 
 
-def alone(text: str, images: Sequence[int], most: int, tokens: ChatTokens | None = None) -> str:
+def alone(text: str, images: Sequence[int], most: int) -> str:
     """What a dialogue says."""
-    dialogue = Dialogue(llava(), tokens or chat_tokens(), sampling=Sampling(max_new_tokens=most))
+    dialogue = Dialogue(llava(), chat_tokens(), sampling=Sampling(max_new_tokens=most))
     return "".join(dialogue.ask(text, [image(n) for n in images]))
 
 
 def test_answers_of_batches_are_those_of_dialogues(model: Any) -> None:
-    documents = [((), 0), ((1,), 1), ((2, 3), 2)]
-    given = [(f"what is it, {n}?", *documents[n % 3], (5, 9)[n > 3]) for n in range(7)]
-    answers = model.generate_until(
-        requests("generate_until", *(asked(text, {"max_new_tokens": most}, i) for text, _, i, most in given))
-    )
-    assert answers == [alone(text, images, most) for text, images, _, most in given]
+    images = [(), (1,), (2, 3)]
+    given = [(f"what is it, {n}?", n % 3, (5, 9)[n > 3]) for n in range(7)]
+    answers = answered(model, *((text, {"max_new_tokens": most}, i) for text, i, most in given))
+    assert answers == [alone(text, images[i], most) for text, i, most in given]
     assert [unwrap_generation_output(answer)[0] for answer in answers] == answers
 
 
 def test_images_stand_at_their_marks_and_before_the_text_where_there_are_others(model: Any) -> None:
-    seen = []
-    generate = model.answerer.model.generate
+    seen, generate, tokenizer = [], model.answerer.model.generate, model.answerer.tokens.tokenizer
     model.answerer.model.generate = lambda tokens, *x, **options: (
         seen.append(tokens),
         generate(tokens, *x, **options),
     )[1]
     texts = (f"what is {IMAGE} beside {IMAGE}?", f"what is {IMAGE} </s>?", "what </</s>s> is it?")
-    model.generate_until(requests("generate_until", *(asked(x, {"max_new_tokens": 2}, 2) for x in texts)))
-    written = []
-    for row in seen[0]:
-        text = model.answerer.tokens.tokenizer.decode(row.masked_fill(row == -200, 5), skip_special_tokens=True)
-        written.append(text.split("USER: ")[1].replace(model.answerer.tokens.tokenizer.decode([5]) * 4, IMAGE))
-    assert written == [
+    answered(model, *((text, {"max_new_tokens": 2}, 2) for text in texts))
+    written = [tokenizer.decode(row.masked_fill(row == -200, 5), skip_special_tokens=True) for row in seen[0]]
+    assert [text.split("USER: ")[1].replace(tokenizer.decode([5]) * 4, IMAGE) for text in written] == [
         f"what is {IMAGE} beside {IMAGE}? ASSISTANT:",
         f"{IMAGE}\n{IMAGE}\nwhat is  ? ASSISTANT:",
         f"{IMAGE}\n{IMAGE}\nwhat  is it? ASSISTANT:",
@@ -219,7 +218,7 @@ def test_a_tasks_settings_are_obeyed(model: Any) -> None:
         ({"image_aspect_ratio": "original", "max_new_tokens": 10**6}, {"max_new_tokens": None}, None),
     ):
         given.clear()
-        (said,) = model.generate_until(requests("generate_until", asked("what?", settings, 1)))
+        (said,) = answered(model, ("what?", settings, 1))
         room = 512 - len(model.answerer.tokens.prompt([Turn("user", f"{IMAGE}\nwhat?")])) - 3
         assert {name: given[name] for name in options} == {n: x or room if x is None else x for n, x in options.items()}
         assert answer in (said, None)
@@ -242,10 +241,8 @@ def test_likelihoods_are_losses_and_greedy_where_the_model_would_say_so(model: A
         loss_of(learner, "what?", (1,), "a dog").backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert model.generate_until(requests("generate_until", asked("what?", {}, 1))) == ["a dog"]
-    answers = [
-        (" a cat", 2), ("a dog", 1), (lambda document: document["answer"], 0), (" a dog ", 1), ("a", 1),
-    ]  # fmt: skip
+    assert answered(model, ("what?", {}, 1)) == ["a dog"]
+    answers = [(" a cat", 2), ("a dog", 1), (lambda document: document["answer"], 0), (" a dog ", 1), ("a", 1)]
     given = requests("loglikelihood", *(("what?", answer, shown, i) for answer, i in answers))
     found = [unwrap_generation_output(x)[0] for x in model.loglikelihood(given)]
     with torch.no_grad():
@@ -259,17 +256,13 @@ def test_likelihoods_are_losses_and_greedy_where_the_model_would_say_so(model: A
 def test_what_is_too_long_has_no_answer_and_is_counted(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     long, settings = "what? " * 300, {"max_new_tokens": 4}
     with caplog.at_level(logging.WARNING):
-        answers = model.generate_until(
-            requests("generate_until", asked(long, settings, 1), asked("what?", settings, 1), asked(long, settings, 0))
-        )
+        answers = answered(model, (long, settings, 1), ("what?", settings, 1), (long, settings, 0))
         assert answers == ["", alone("what?", (1,), 4), ""]
-        (first, second) = model.loglikelihood(
-            requests("loglikelihood", (long, "no", shown, 1), ("what?", "no", shown, 1))
-        )
+        given = requests("loglikelihood", (long, "no", shown, 1), ("what?", "no", shown, 1))
+        first, second = model.loglikelihood(given)
         assert first.text == (float("inf"), False) and second.text[0] < 100
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{n} questions had no answer: they are longer than the model's 512 tokens" for n in (2, 1)
-    ]
+    message = "{} questions had no answer: they are longer than the model's 512 tokens"
+    assert [r.getMessage() for r in caplog.records] == [message.format(n) for n in (2, 1)]
 
 
 def test_rounds_are_asked_as_the_task_makes_them(model: Any) -> None:
@@ -294,8 +287,7 @@ def test_lmms_eval_finds_the_model_by_its_entry_point_or_when_it_is_registered(i
     assert model.answerer.batch_size == 3 and model.is_simple and isinstance(model, lmms)
     model.clean()
     assert model.is_clean
-    with pytest.raises(ValueError, match="the model is gone"):
-        model.generate_until([])
+    refuses("the model is gone", model.generate_until, [])
 
 
 def test_without_lmms_eval_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,20 +300,15 @@ def test_without_lmms_eval_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_folders_of_transformers_serve_too_and_mistakes_are_sentences(tmp_path, installed: ModelRegistryV2, run: Path):
     save_llava(llava(has_tiles=True), tmp_path / "folder", tokenizer=tokenizer())
     model: Any = made(f"pretrained={tmp_path}/folder,template=v1", {"batch_size": "2"})
-    question = asked("what?", {"max_new_tokens": 4}, 2)
-    alone_first, *rest = model.generate_until(requests("generate_until", question, question, question))
-    assert alone_first and set(rest) == {alone_first}
+    first, *rest = answered(model, *[("what?", {"max_new_tokens": 4}, 2)] * 3)
+    assert first and set(rest) == {first}
     write_run(tmp_path / "plain", template="plain")
-    for arguments, message in (
-        (f"pretrained={run},batch_size=auto", "batch_size must be a number, got auto"),
-        (f"pretrained={run},batch_size=0", "batch_size must be at least 1, got 0"),
-        (f"pretrained={tmp_path}/plain", "describes images alone"),
-        (f"pretrained={tmp_path}/missing", "which is no folder"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            made(arguments)
-    with pytest.raises(ValueError, match="must be images of Pillow, got str"):
-        model.generate_until(requests("generate_until", ("what?", {}, lambda _: ["film.mp4"], 1)))
+    refuses("batch_size must be a number, got auto", made, f"pretrained={run},batch_size=auto")
+    refuses("batch_size must be at least 1, got 0", made, f"pretrained={run},batch_size=0")
+    refuses("describes images alone", made, f"pretrained={tmp_path}/plain")
+    refuses("which is no folder", made, f"pretrained={tmp_path}/missing")
+    film = requests("generate_until", ("what?", {}, lambda _: ["film.mp4"], 1))
+    refuses("must be images of Pillow, got str", model.generate_until, film)
 
 
 def test_what_was_recorded_is_what_lmms_eval_has() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.generation.logits_process import TopPLogitsWarper
 
 from mmcore.ops import masks
 from mmcore.parts.decoding import Step, beam_search, nucleus
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
+from tests.refusals import refuses
 
 PAD, EOS = 0, 1
 MAX_TEXT = 12
@@ -64,24 +64,6 @@ def greedy_text(model: BLIP2, image: Tensor, max_length: int, eos: int) -> tuple
     return text
 
 
-def all_texts(model: BLIP2, image: Tensor, max_length: int) -> dict[tuple[int, ...], float]:
-    """The mean log-probability of every text that ended or is as long as it may be."""
-    vocab_size = model.config.qformer.vocab_size
-    going, done = {(): 0.0}, {}
-    for length in range(1, max_length + 1):
-        images = image.expand(len(going), -1, -1, -1)
-        found = next_log_probs(model, images, torch.tensor(list(going), dtype=torch.int64)).tolist()
-        longer = {
-            (*text, token): before + log_probs[token]
-            for (text, before), log_probs in zip(going.items(), found, strict=True)
-            for token in range(vocab_size)
-        }
-        ended = {text for text in longer if text[-1] == EOS or length == max_length}
-        done |= {text: longer[text] / length for text in ended}
-        going = {text: total for text, total in longer.items() if text not in ended}
-    return done
-
-
 def step_of_texts(logits_of: Any) -> Step:
     """The step of a model that reads whole texts."""
     texts: Tensor | None = None
@@ -106,13 +88,6 @@ class TestGreedy:
         found = model.generate(images, max_length=MAX_TEXT, eos_token_id=eos)
         assert found.dtype == torch.int64 and torch.equal(found, padded(expected))
 
-    def test_captions_end_with_the_longest_row(self) -> None:
-        model, images = tiny(60), images_of(2)
-        first = model.generate(images, max_length=1, eos_token_id=PAD)
-        assert first.shape == (2, 1)
-        alone = model.generate(images[:1], eos_token_id=int(first[0, 0]), max_length=MAX_TEXT)
-        assert torch.equal(alone, first[:1])
-
     def test_states_of_the_tower_and_a_forward_by_name_give_the_same(self) -> None:
         model, images = tiny(60), images_of(3)
         expected = model.generate(images, max_length=8, eos_token_id=EOS)
@@ -121,14 +96,6 @@ class TestGreedy:
 
 
 class TestBeamSearch:
-    @pytest.mark.parametrize("seed", [0, 1, 3, 4])
-    def test_a_beam_that_holds_all_texts_finds_the_best_of_all(self, seed: int) -> None:
-        model, images, length = tiny(4, seed), images_of(4), 4
-        scores = [all_texts(model, image[None], length) for image in images]
-        best = [max(score, key=lambda text: score[text]) for score in scores]
-        found = model.generate(images, max_length=length, num_beams=3**length, eos_token_id=EOS)
-        assert torch.equal(found, padded(best))
-
     @pytest.mark.parametrize(("num_beams", "eos"), product([2, 3, 5], [5, 8, 15]))
     def test_caches_follow_their_beams(self, num_beams: int, eos: int) -> None:
         model, images = tiny(20, seed=2), images_of(5)
@@ -139,13 +106,6 @@ class TestBeamSearch:
         found = model.generate(images, max_length=8, num_beams=num_beams, eos_token_id=eos)
         assert torch.equal(found, expected)
 
-    def test_a_row_does_not_depend_on_those_beside_it(self) -> None:
-        model, images = tiny(20, seed=2), images_of(5)
-        options: dict[str, Any] = {"max_length": 8, "num_beams": 3, "eos_token_id": 8}
-        alone = [model.generate(image[None], **options)[0].tolist() for image in images]
-        assert len({len(text) for text in alone}) > 1
-        assert torch.equal(model.generate(images, **options), padded(alone))
-
     @pytest.mark.parametrize(("num_beams", "seed"), product([2, 3, 8], range(4)))
     def test_texts_are_those_of_transformers(self, num_beams: int, seed: int) -> None:
         torch.manual_seed(seed)
@@ -153,79 +113,48 @@ class TestBeamSearch:
         theirs: Any = GPT2LMHeadModel(config).eval()
         with torch.no_grad():
             for p in theirs.parameters():
-                p.add_(0.3 * torch.randn_like(p))
+                p.add_(0.8 * torch.randn_like(p))
         # transformers takes a padding id of 0 for none
         start, pad = torch.arange(2, 10), 10
         expected = theirs.generate(
             start[:, None], attention_mask=torch.ones(8, 1, dtype=torch.int64), num_beams=num_beams,
             early_stopping="never", max_new_tokens=9, eos_token_id=EOS, pad_token_id=pad, do_sample=False,
         )  # fmt: skip
+        step = step_of_texts(lambda texts: theirs(texts).logits[:, -1])
+        options = {"num_beams": num_beams, "max_length": 9, "eos_token_id": EOS, "pad_token_id": pad}
         with torch.no_grad():
-            step, ends = (
-                step_of_texts(lambda texts: theirs(texts).logits[:, -1]),
-                {"eos_token_id": EOS, "pad_token_id": pad},
-            )
-            found = beam_search(step, start, num_beams=num_beams, max_length=9, **ends)
-        assert torch.equal(found, expected[:, 1:])
-
-    @pytest.mark.parametrize(
-        ("max_length", "again", "expected"), [(1, 1.0, [EOS]), (2, 1.0, [3, 3]), (3, 1.0, [3, 3, 3]), (3, 0.25, [EOS])]
-    )
-    def test_a_longer_text_wins_over_one_that_ended_if_its_mean_is_higher(
-        self, max_length: int, again: float, expected: list[int]
-    ) -> None:
-        # an end of log-probability -0.69; or 3, of -1.20, which comes again: surely, a mean of -0.60 for two
-        table = torch.full((4, 4), 0.25, dtype=torch.float64)
-        table[2] = torch.tensor([0.0, 0.5, 0.2, 0.3])
-        table[3] = torch.tensor([(1 - again) / 3] * 3 + [again])
-        step, ends = step_of_texts(lambda texts: table.log()[texts[:, -1]]), {"eos_token_id": EOS, "pad_token_id": PAD}
-        found = beam_search(step, torch.tensor([2]), num_beams=2, max_length=max_length, **ends)
-        assert found.tolist() == [expected]
+            found = beam_search(step, start, **options)
+        assert torch.equal(found, expected[:, 1:]) and len(set(map(tuple, found.tolist()))) > 4
 
 
 class TestNucleus:
     PROBABILITIES = torch.tensor([0.05, 0.4, 0.02, 0.3, 0.23], dtype=torch.float64)
 
-    def shares(self, num: int = 40_000, **options: Any) -> Tensor:
-        logits = self.PROBABILITIES.log().expand(num, -1)
-        drawn = nucleus(logits, generator=torch.Generator().manual_seed(2), **options)
-        return drawn.bincount(minlength=5) / num
-
-    @pytest.mark.parametrize(
-        ("top_p", "inside"), [(0.1, [1]), (0.39, [1]), (0.41, [1, 3]), (0.71, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])]
-    )
-    def test_tokens_come_as_often_as_their_share_of_the_nucleus(self, top_p: float, inside: list[int]) -> None:
+    @pytest.mark.parametrize(("top_p", "temperature", "inside"), [
+        (0.1, 1.0, [1]), (0.39, 1.0, [1]), (0.41, 1.0, [1, 3]), (0.71, 1.0, [1, 3, 4]), (1.0, 1.0, [0, 1, 2, 3, 4]),
+        (1.0, 0.5, [0, 1, 2, 3, 4]),
+    ])  # fmt: skip
+    def test_tokens_come_as_often_as_their_share_of_the_nucleus(self, top_p: float, temperature: float, inside) -> None:
+        generator = torch.Generator().manual_seed(2)
+        logits = self.PROBABILITIES.log().expand(40_000, -1)
+        drawn = nucleus(logits, top_p=top_p, temperature=temperature, generator=generator)
+        powers = self.PROBABILITIES ** (1 / temperature)
         expected = torch.zeros(5, dtype=torch.float64)
-        expected[inside] = self.PROBABILITIES[inside] / self.PROBABILITIES[inside].sum()
-        found = self.shares(top_p=top_p)
-        assert found.nonzero()[:, 0].tolist() == inside
+        expected[inside] = powers[inside] / powers[inside].sum()
+        assert drawn.unique().tolist() == inside
         # five standard deviations of a share among 40,000 draws
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=5 * 0.5 / 200)
-
-    def test_a_temperature_raises_probabilities_to_its_inverse(self) -> None:
-        expected = self.PROBABILITIES**2 / (self.PROBABILITIES**2).sum()
-        found = self.shares(top_p=1.0, temperature=0.5)
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=5 * 0.5 / 200)
-
-    @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9])
-    def test_it_is_that_of_transformers(self, top_p: float) -> None:
-        logits = 2 * torch.randn(1, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        warp: Any = TopPLogitsWarper(top_p)
-        expected = warp(None, logits).isfinite()[0].nonzero()[:, 0]
-        drawn = nucleus(logits.expand(40_000, -1), top_p=top_p, generator=torch.Generator().manual_seed(4))
-        assert torch.equal(drawn.unique(), expected)
+        torch.testing.assert_close(drawn.bincount(minlength=5) / 40_000, expected.float(), rtol=0, atol=5 * 0.5 / 200)
 
     def test_the_same_seed_gives_the_same_captions_and_another_seed_others(self) -> None:
         model, images = tiny(60), images_of(4)
+        options: dict[str, Any] = {"max_length": 8, "eos_token_id": EOS}
 
         def captions(seed: int, top_p: float = 0.9) -> Tensor:
             generator = torch.Generator().manual_seed(seed)
-            return model.generate(
-                images, max_length=8, top_p=top_p, temperature=1.5, generator=generator, eos_token_id=EOS
-            )
+            return model.generate(images, top_p=top_p, temperature=1.5, generator=generator, **options)
 
         assert torch.equal(captions(5), captions(5)) and not torch.equal(captions(5), captions(6))
-        greedy = model.generate(images, max_length=8, eos_token_id=EOS)
+        greedy = model.generate(images, **options)
         assert torch.equal(captions(7, top_p=1e-6), greedy) and not torch.equal(captions(5), greedy)
 
 
@@ -253,5 +182,4 @@ def test_rows_that_ended_stay_padded(options: dict[str, Any]) -> None:
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     given = {"max_length": 5, "eos_token_id": EOS, **options}
-    with pytest.raises(ValueError, match=f"^BLIP2.generate: {message}"):
-        tiny(60).generate(images_of(1), **given)
+    refuses(f"^BLIP2.generate: {message}", tiny(60).generate, images_of(1), **given)

@@ -12,6 +12,7 @@ from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.names import HF, STAGE1_SETTINGS
 from mmcore.systems.blip2.qformer import QFormerConfig
+from tests.refusals import refuses
 
 QUERIES, LENGTH, VOCAB = 5, 7, 101
 NUM_TEXT = torch.tensor([7, 3, 5])
@@ -54,42 +55,18 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return images, tokens.masked_fill(torch.arange(LENGTH) >= NUM_TEXT[:, None], 0), NUM_TEXT
 
 
-class TestParityWithTransformers:
-    def test_of_contrastive_logits_and_their_gradients(self) -> None:
-        theirs = hf_model()
-        ours, (images, tokens, num_text) = ours_of(theirs), batch()
-        mask = (torch.arange(LENGTH) < num_text[:, None]).long()
-        expected = theirs(pixel_values=images, input_ids=tokens, attention_mask=mask).logits_per_image
-        image, text = ours("encode_image", images), ours("encode_text", tokens, num_text)
-        found = (image @ text.T).amax(1)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-        assert_gradients_agree(ours, theirs, found, expected)
-
-    def test_of_matching_logits_and_their_gradients(self) -> None:
-        theirs = hf_model()
-        ours, (images, tokens, num_text) = ours_of(theirs), batch()
-        mask = (torch.arange(LENGTH) < num_text[:, None]).long()
-        expected = theirs(
-            pixel_values=images, input_ids=tokens, attention_mask=mask, use_image_text_matching_head=True
-        ).logits_per_image
+@pytest.mark.parametrize("is_matching", [False, True], ids=["contrastive", "matching"])
+def test_logits_and_the_gradients_of_all_that_learns_are_those_of_transformers(is_matching: bool) -> None:
+    theirs = hf_model()
+    ours, (images, tokens, num_text) = ours_of(theirs), batch()
+    mask = (torch.arange(LENGTH) < num_text[:, None]).long()
+    inputs = {"pixel_values": images, "input_ids": tokens, "attention_mask": mask}
+    expected = theirs(**inputs, use_image_text_matching_head=is_matching).logits_per_image
+    if is_matching:
         found = ours("match", None, images, torch.arange(3), tokens, num_text)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-        assert_gradients_agree(ours, theirs, found, expected)
-
-    def test_of_names_and_settings_there_and_back(self) -> None:
-        theirs = hf_model(torch.float32)
-        ours = ours_of(theirs)
-        state, expected = HF.write(ours.state_dict()), theirs.state_dict()
-        assert expected.keys() <= state.keys() and all(torch.equal(state[name], x) for name, x in expected.items())
-        settings = STAGE1_SETTINGS.write("test", ours.config)
-        config = Blip2Config(**{k: v for k, v in settings.items() if k != "dtype"})
-        again = Blip2ForImageTextRetrieval(config)
-        again.load_state_dict({name: state[name] for name in expected})
-        assert STAGE1_SETTINGS.read("test", config.to_dict()) == ours.config
-
-
-def assert_gradients_agree(ours: BLIP2, theirs: Any, found: Tensor, expected: Tensor) -> None:
-    """Of all parameters but the frozen tower's, of a random projection of the outputs."""
+    else:
+        found = (ours("encode_image", images) @ ours("encode_text", tokens, num_text).T).amax(1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (found * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -102,6 +79,15 @@ def assert_gradients_agree(ours: BLIP2, theirs: Any, found: Tensor, expected: Te
         torch.testing.assert_close(grads[name], expected_grad, rtol=1e-6, atol=1e-9)
 
 
+def test_names_and_settings_are_those_of_transformers() -> None:
+    theirs = hf_model(torch.float32)
+    ours = ours_of(theirs)
+    state = HF.write(ours.state_dict())
+    assert all(torch.equal(state[name], x) for name, x in theirs.state_dict().items())
+    again = Blip2Config(**{k: v for k, v in STAGE1_SETTINGS.write("test", ours.config).items() if k != "dtype"})
+    assert STAGE1_SETTINGS.read("test", again.to_dict()) == ours.config
+
+
 def test_one_pass_gives_what_separate_passes_and_a_cache_give() -> None:
     ours, (images, tokens, num_text) = ours_of(hf_model()), batch()
     pairs = ours("pairs", images, tokens, num_text, 0.1)
@@ -111,13 +97,11 @@ def test_one_pass_gives_what_separate_passes_and_a_cache_give() -> None:
     ours.qformer(ours.states(images), caches=caches)
     inputs = tokens.clone()
     inputs[:, 0] = ours.config.decoder_token_id
-    logits = torch.cat(
-        [
-            ours.text_head(ours.qformer(tokens=inputs[:, t : t + 1], places=torch.tensor([t]), caches=caches))
-            for t in range(LENGTH)
-        ],
-        1,
-    )
+
+    def logits_at(t: int) -> Tensor:
+        return ours.text_head(ours.qformer(tokens=inputs[:, t : t + 1], places=torch.tensor([t]), caches=caches))
+
+    logits = torch.cat([logits_at(t) for t in range(LENGTH)], 1)
     labels = tokens.masked_fill(torch.arange(LENGTH) >= num_text[:, None], -100)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
     assert pairs.num_tokens == num_text.sum() - 3
@@ -152,19 +136,11 @@ def test_an_image_tower_that_is_not_frozen_learns() -> None:
     assert all(p.grad is not None for p in ours.visual.parameters()) and ours.visual.training
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"num_heads": 5}, "QFormerConfig: num_heads must divide width 768, got 5"),
-    ({"num_queries": 0}, "QFormerConfig: num_queries must be at least 1, got 0"),
-    ({"dropout": 1.0}, "QFormerConfig: dropout must be from 0, below 1, got 1.0"),
-    ({"pad_token_id": -1}, r"QFormerConfig: pad_token_id must be in \[0, 30523\), got -1"),
-])  # fmt: skip
-def test_impossible_shapes_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        QFormerConfig(**settings)
-
-
-def test_parts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"BLIP2Config: qformer.image_width must be vision.width 768, got 1408"):
-        BLIP2Config(vision=VisionConfig())
-    with pytest.raises(ValueError, match="QFormer: image or tokens must be given, got neither"):
-        ours_of(hf_model()).qformer()
+def test_shapes_and_parts_that_do_not_fit_are_refused() -> None:
+    refuses("^QFormerConfig: num_heads must divide width 768, got 5", QFormerConfig, num_heads=5)
+    refuses("^QFormerConfig: num_queries must be at least 1, got 0", QFormerConfig, num_queries=0)
+    refuses("^QFormerConfig: dropout must be from 0, below 1, got 1.0", QFormerConfig, dropout=1.0)
+    refuses(r"^QFormerConfig: pad_token_id must be in \[0, 30523\), got -1", QFormerConfig, pad_token_id=-1)
+    message = "BLIP2Config: qformer.image_width must be vision.width 768, got 1408"
+    refuses(message, BLIP2Config, vision=VisionConfig())
+    refuses("QFormer: image or tokens must be given, got neither", ours_of(hf_model()).qformer)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmcore import checkpoint
+from mmcore.data.broken import BrokenRecord
 from mmcore.data.text.templates import ChatTokens
 from mmcore.parts.language import (
     fingerprint,
@@ -33,8 +34,8 @@ def tokenizer() -> Any:
     return tiny_tokenizer(["USER: what is it? ASSISTANT: a dog, a cat and a bird"] * 4)
 
 
-def chat_tokens() -> ChatTokens:
-    return ChatTokens(tokenizer(), "v1", 256)
+def chat_tokens(max_length: int = 256) -> ChatTokens:
+    return ChatTokens(tokenizer(), "v1", max_length)
 
 
 def llava(*, has_tiles: bool = False, positions: int = 512) -> Llava:
@@ -50,6 +51,18 @@ def llava(*, has_tiles: bool = False, positions: int = 512) -> Llava:
 
 def image(number: int, size: tuple[int, int] = (20, 14)) -> Image.Image:
     return Image.new("RGB", size, (60 * number, 255 - 60 * number, 9))
+
+
+@dataclass(frozen=True)
+class Painted:
+    """Images by their number; 'broken' is none."""
+
+    size: tuple[int, int] = (20, 14)
+
+    def named_image(self, name: str, least: int | None = None) -> Image.Image:
+        if name == "broken":
+            raise BrokenRecord("missing file")
+        return image(int(name), self.size)
 
 
 def write_run(folder: Path, *, recipe: str = "llava-stage1", template: str = "v1", model: Llava | None = None) -> Path:

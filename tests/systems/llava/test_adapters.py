@@ -1,7 +1,5 @@
 """LoRA on LLaVA's language model, and activations that the backward computes again."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +8,8 @@ from mmcore.parts.adapters import Lora, is_adapter
 from mmcore.runs import load_weights
 from mmcore.systems.llava.model import Llava, Trainable
 from tests.distributed import languages
+from tests.mmcore.nn_fixtures import kept_bytes
+from tests.refusals import refuses
 
 LORA = Lora(rank=2, alpha=6)
 
@@ -30,22 +30,6 @@ def loss_of(ours: Llava) -> Tensor:
     tokens, labels, images, sizes = languages.llava_batch(0, range(2), ours.config)
     total, count = ours("loss", tokens, labels, images.double(), sizes)
     return total / count
-
-
-def saved_bytes(ours: Llava) -> int:
-    """What a forward keeps for the backward, weights aside."""
-    weights, kept = {p.data_ptr() for p in ours.parameters()}, {}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = loss_of(ours)
-        total = sum(kept.values())
-    loss.backward()
-    return total
 
 
 def test_new_adapters_change_nothing() -> None:
@@ -96,20 +80,17 @@ def test_adapters_are_loaded_whole_or_not_at_all() -> None:
     ours.add_adapters(LORA)
     load_weights(ours, state)
     assert all(torch.equal(x, ours.state_dict()[n].double()) for n, x in state.items() if is_adapter(n))
-    with pytest.raises(ValueError, match=f"names and shapes, got a difference in .*{first}"):
-        load_weights(ours, without)
+    refuses(f"names and shapes, got a difference in .*{first}", load_weights, ours, without)
     for lora in (None, Lora(3, 6)):
         other = languages.llava("language")
         if lora is not None:
             other.add_adapters(lora)
-        with pytest.raises(ValueError, match="names and shapes, got a difference in"):
-            load_weights(other, state)
+        refuses("names and shapes, got a difference in", load_weights, other, state)
 
 
-@pytest.mark.parametrize(("fields", "message"), [((0, 1), "rank"), ((1, 0), "alpha"), ((1, 1, 1.0), "dropout")])
-def test_a_shape_that_no_adapter_has_is_refused(fields: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"Lora: {message} must be"):
-        Lora(*fields)
+def test_a_shape_that_no_adapter_has_is_refused() -> None:
+    for fields, name in (((0, 1), "rank"), ((1, 0), "alpha"), ((1, 1, 1.0), "dropout")):
+        refuses(f"Lora: {name} must be", Lora, *fields)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(2, 6, 0.5)], ids=["whole", "lora"])
@@ -121,7 +102,8 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory(trainab
         ours.set_activation_checkpointing(not enable)
         ours.set_activation_checkpointing(enable)
         torch.manual_seed(2)
-        kept = saved_bytes(ours)
+        kept, loss = kept_bytes(ours, lambda ours=ours: loss_of(ours))
+        loss.backward()
         found.append((kept, {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}))
     (kept, expected), (less, grads), (again, _) = found
     assert less < 0.7 * kept and again == kept and grads.keys() == expected.keys()

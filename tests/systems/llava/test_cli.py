@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalG
 
 from mmcore import checkpoint
 from mmcore.cli import main
+from mmcore.data import IMAGE_MEAN, IMAGE_STD, normalized
 from mmcore.data.sources.conversations import IMAGE, Turn
 from mmcore.data.text.templates import ChatSample, expand
 from mmcore.parts.adapters import is_adapter
@@ -133,15 +134,12 @@ def test_held_out_answers_are_those_that_the_run_printed(second: Run, capsys: py
 
 def test_answers_of_which_training_has_none_are_not_counted(first: Run, capsys: pytest.CaptureFixture[str]) -> None:
     subject = subject_of(read_run(first[0]))
-    data = subject.data
-    val = data.val
-    assert val is not None and answers_recur(data.train, val)
+    train, val = subject.data.train, subject.data.val
+    assert val is not None and answers_recur(train, val)
     turn = Turn("assistant", "a word that no training answer is")
-    unique = [replace(c, turns=(*c.turns[:-1], turn)) for c in val.conversations]
-    val = replace(val, conversations=unique)
-    assert not answers_recur(data.train, val)
-    val = val.take([0, 1])
-    conversation.report(replace(subject, data=replace(data, val=val)), Options())
+    val = replace(val, conversations=[replace(c, turns=(*c.turns[:-1], turn)) for c in val.conversations])
+    assert not answers_recur(train, val)
+    conversation.report(replace(subject, data=replace(subject.data, val=val.take([0, 1]))), Options())
     printed = capsys.readouterr().out
     assert printed == ("answers (held-out): no answer is one of training's, so that they are to be read, not counted\n")
 
@@ -190,19 +188,15 @@ def test_what_is_exported_answers_in_transformers_as_the_run_does(adapted: Path,
     assert f"the weights of step 4 written to {tmp_path / 'out'} (hf)" in capsys.readouterr().out
     theirs: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     processor: Any = AutoProcessor.from_pretrained(tmp_path / "out")
-    read_back: Any = read_run(adapted)
-    trained, model = read_back.assets, read_back.model
-    image = Image.effect_noise((40, 26), 60).convert("RGB")
-    prompt = trained.tokens.prompt([Turn("user", f"{IMAGE}\nwhat is it?")])
-    text = trained.tokens.tokenizer.decode(prompt[prompt > 0]).replace("USER: ", f"USER: {IMAGE}", 1)
+    ours: Any = read_run(adapted)
+    image, asked = Image.effect_noise((40, 26), 60).convert("RGB"), Turn("user", f"{IMAGE}\nwhat is it?")
+    prompt = ours.assets.tokens.prompt([asked])
+    text = ours.assets.tokens.tokenizer.decode(prompt[prompt > 0]).replace("USER: ", f"USER: {IMAGE}", 1)
     inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=False)
-    seen = views(image, model.config)
-    torch.testing.assert_close(inputs["pixel_values"], seen, rtol=0, atol=1e-6)
-    count = model.config.num_image_tokens((26, 40))
-    read = expand(ChatSample(prompt, prompt), [count]).tokens
-    assert torch.equal(inputs["input_ids"][0], read.masked_fill(read < 0, theirs.config.image_token_index))
     options = {"max_new_tokens": 8, "do_sample": False}
-    expected = model.generate(read[None], torch.tensor([len(read)]), seen, **options)
+    read = expand(ChatSample(prompt, prompt), [ours.model.config.num_image_tokens((26, 40))]).tokens
+    seen = views(image, ours.model.config)
+    expected = ours.model.generate(read[None], torch.tensor([len(read)]), seen, **options)
     assert torch.equal(theirs.generate(**inputs, **options)[:, len(read) :], expected)
 
 
@@ -214,4 +208,5 @@ def test_transformers_processor_sees_what_ours_sees(pinpoints: tuple[Size, ...],
     for size in ((40, 26), (16, 16), (7, 33)):
         image = Image.effect_noise(size, 60).convert("RGB")
         found = from_folder(image, return_tensors="pt")["pixel_values"].reshape(-1, 3, 16, 16)
-        torch.testing.assert_close(found, views(image, config), rtol=0, atol=1e-6)
+        wanted = normalized(views(image, config), IMAGE_MEAN, IMAGE_STD)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from mmcore.cli import main
 from mmcore.systems.llava.dialogue import Dialogue
@@ -21,6 +20,7 @@ from mmcore.systems.llava.weights import save_llava
 from mmcore.tasks.talks import Sampling, load_chat_model
 from mmcore.tasks.terminal import Talk, open_image
 from tests.distributed.launch import ROOT, environment
+from tests.refusals import refuses
 from tests.systems.cli import MMCORE
 from tests.systems.llava.fixtures import Saying, chat_tokens, ids_of, image, llava, tokenizer, write_run
 
@@ -156,19 +156,17 @@ def test_a_terminal_is_spared_what_moves_its_cursor(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "model: a[2J dog\n\tand a cat\n"
 
 
-def test_runs_and_folders_of_both_kinds_answer(tmp_path: Path) -> None:
-    for has_tiles in (False, True):
-        model = llava(has_tiles=has_tiles)
-        save_llava(model, tmp_path / f"{has_tiles}/folder", tokenizer=tokenizer())
-        write_run(tmp_path / f"{has_tiles}/run", model=model)
-        said = []
-        for name, template in (("folder", "v1"), ("run", None), ("run/checkpoints/step-00000003", None)):
-            chat = load_chat_model(
-                tmp_path / f"{has_tiles}/{name}", template=template, weights="auto" if template else "weight"
-            )
-            dialogue = Dialogue(chat.model, chat.tokens, sampling=Sampling(max_new_tokens=8))
-            said.append("".join(dialogue.ask("what is it?", [image(1, (40, 20))])))
-        assert said[0] == said[1] == said[2]
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_runs_and_folders_of_both_kinds_answer(has_tiles: bool, tmp_path: Path) -> None:
+    model = llava(has_tiles=has_tiles)
+    save_llava(model, tmp_path / "folder", tokenizer=tokenizer())
+    write_run(tmp_path / "run", model=model)
+    said = set()
+    for name, template in (("folder", "v1"), ("run", None), ("run/checkpoints/step-00000003", None)):
+        chat = load_chat_model(tmp_path / name, template=template, weights="auto" if template else "weight")
+        dialogue = Dialogue(chat.model, chat.tokens, sampling=Sampling(max_new_tokens=8))
+        said.add("".join(dialogue.ask("what is it?", [image(1, (40, 20))])))
+    assert len(said) == 1
 
 
 def test_options_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -205,26 +203,17 @@ def test_a_chat_template_of_the_tokenizer_serves_where_none_is_named(tmp_path: P
         "{% for m in messages %}{% for c in m.content if c.type %}{{ c.text }}{% endfor %}{% endfor %}"
     )
     save_llava(llava(), tmp_path / "lists", tokenizer=known)
-    with pytest.raises(ValueError, match=r"--template must say how .*, by auto, v1.*must write 1 <image>"):
-        load_chat_model(tmp_path / "lists")
+    refuses(r"--template must say how .*, by auto, v1.*must write 1 <image>", load_chat_model, tmp_path / "lists")
 
 
 def test_images_that_cannot_be_shown_are_errors(tmp_path: Path) -> None:
-    Image.new("RGB", (1, 9)).save(tmp_path / "thin.png")
-    Image.new("1", (20_001, 2)).save(tmp_path / "wide.png")
-    (tmp_path / "empty.png").touch()
+    image(1, (1, 9)).save(tmp_path / "thin.png")
     (tmp_path / "text.png").write_text("no image")
-    image(1).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    for name, reason in {
-        "missing.png": "missing file",
-        ".": "unreadable file",
-        "a\0b.png": "unreadable file",
-        "thin.png": "image of one pixel",
-        "wide.png": "image wider or higher than 20,000 pixels",
-        "empty.png": "empty file",
-        "text.png": "not an image",
-        "cut.png": "damaged image",
-    }.items():
-        with pytest.raises(ValueError, match=f"must be a readable JPEG, PNG, .*: {reason}"):
-            open_image(tmp_path / name)
+    for name, reason in (
+        ("missing.png", "missing file"),
+        (".", "unreadable file"),
+        ("a\0b.png", "unreadable file"),
+        ("thin.png", "image of one pixel"),
+        ("text.png", "not an image"),
+    ):
+        refuses(f"must be a readable JPEG, PNG, .*: {reason}", open_image, tmp_path / name)

@@ -1,13 +1,11 @@
 """Questions and answers in turn: what is streamed, what is remembered, what is refused."""
 
-from collections.abc import Callable
 from contextlib import closing
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM
 
@@ -19,14 +17,10 @@ from mmcore.systems.llava.inputs import generate_inputs, prompt_of, see
 from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.systems.llava.talk import Talks
 from mmcore.tasks.talks import Sampling
-from tests.systems.llava.fixtures import VISION, Saying, chat_tokens, ids_of, image, llava, tokenizer
+from tests.refusals import refuses
+from tests.systems.llava.fixtures import VISION, Painted, Saying, chat_tokens, ids_of, image, llava, tokenizer
 
 CPU = torch.device("cpu")
-
-
-class Painted:
-    def named_image(self, name: str, least: int | None = None) -> Image.Image:
-        return image(int(name))
 
 
 @pytest.mark.parametrize("has_tiles", [False, True])
@@ -129,32 +123,23 @@ def test_marks_that_a_model_spells_out_are_read_as_nothing_by_later_questions() 
 
 def test_what_is_drawn_follows_the_seed_and_temperature_and_top_p_reach_the_model() -> None:
     model, tokens = llava(), chat_tokens()
-    said = []
-    for seed in (0, 0, 1):
+
+    def said(seed: int = 0, **options: Any) -> str:
         torch.manual_seed(seed)
-        drawn = Sampling(temperature=2.0, max_new_tokens=8)
-        said.append("".join(Dialogue(model, tokens, sampling=drawn).ask("what?")))
-    assert said[0] == said[1] != said[2]
-    narrow = Sampling(temperature=2.0, top_p=1e-6, max_new_tokens=8)
-    assert "".join(Dialogue(model, tokens, sampling=narrow).ask("what?")) == "".join(
-        Dialogue(model, tokens, sampling=Sampling(max_new_tokens=8)).ask("what?")
-    )
+        return "".join(Dialogue(model, tokens, sampling=Sampling(max_new_tokens=8, **options)).ask("what?"))
+
+    assert said(0, temperature=2.0) == said(0, temperature=2.0) != said(1, temperature=2.0)
+    assert said(temperature=2.0, top_p=1e-6) == said()
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: Sampling(temperature=-1), "--temperature must be 0 or more, got -1"),
-    (lambda: Sampling(temperature=float("nan")), "--temperature must be 0 or more, got nan"),
-    (lambda: Sampling(temperature=1, top_p=0), r"--top-p must be in \(0, 1\], got 0"),
-    (lambda: Sampling(top_p=0.9), "--top-p has no effect without a --temperature above 0, got 0.9"),
-    (lambda: Sampling(max_new_tokens=0), "--max-new-tokens must be at least 1, got 0"),
-    (
-        lambda: Dialogue(llava(), ChatTokens(tokenizer(), "plain", 256)),
-        "template that reads questions, got 'plain'",
-    ),
-])  # fmt: skip
-def test_settings_out_of_range_are_errors(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_settings_out_of_range_are_errors() -> None:
+    refuses("--temperature must be 0 or more, got -1", Sampling, temperature=-1)
+    refuses("--temperature must be 0 or more, got nan", Sampling, temperature=float("nan"))
+    refuses(r"--top-p must be in \(0, 1\], got 0", Sampling, temperature=1, top_p=0)
+    refuses("--top-p has no effect without a --temperature above 0, got 0.9", Sampling, top_p=0.9)
+    refuses("--max-new-tokens must be at least 1, got 0", Sampling, max_new_tokens=0)
+    plain = ChatTokens(tokenizer(), "plain", 256)
+    refuses("template that reads questions, got 'plain'", Dialogue, llava(), plain)
 
 
 @pytest.mark.parametrize(("question", "message"), [
@@ -167,8 +152,7 @@ def test_a_question_that_cannot_be_read_is_an_error_and_changes_nothing(question
     dialogue = Dialogue(model, tokens, sampling=Sampling(max_new_tokens=4))
     first = "".join(dialogue.ask("what?", [image(1)]))
     before = (list(dialogue.turns), list(dialogue.images))
-    with pytest.raises(ValueError, match=message):
-        dialogue.ask(question, [image(2)])
+    refuses(message, dialogue.ask, question, [image(2)])
     assert (dialogue.turns, dialogue.images) == before
     dialogue.reset()
     assert "".join(dialogue.ask("what?", [image(1)])) == first

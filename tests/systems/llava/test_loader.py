@@ -1,6 +1,5 @@
 """Conversations in batches; views and tiles of images of any resolution, to the pixel and the feature transformers'."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -19,35 +18,19 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from mmcore.data import DataConfig, LoaderSpec, Reader, StepBatch
-from mmcore.data.broken import BrokenRecord
+from mmcore.data import DataConfig, LoaderSpec, Reader
 from mmcore.data.loader import MapBatches, MapLoader
 from mmcore.data.opening import open_chats
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
-from mmcore.data.text.templates import ChatTokens
 from mmcore.labels import IMAGE_TOKEN
-from mmcore.parts.language import tiny_tokenizer
-from mmcore.parts.vit import VisionConfig
 from mmcore.systems.llava.anyres import best_resolution, grid_shape, num_packed, num_views, pack_features, split_image
 from mmcore.systems.llava.inputs import collate_chats, seen_chat, views
 from mmcore.systems.llava.model import LlavaConfig
-from tests.mmcore.data_fixtures import image_bytes
+from tests.mmcore.data_fixtures import write_images, write_json
+from tests.refusals import refuses
+from tests.systems.llava.fixtures import PINPOINTS, VISION, Painted, chat_tokens
 
-VISION = VisionConfig(image_size=16, patch_size=8, width=8, num_layers=1, num_heads=1, mlp_dim=8)
-FLAT, TILED = LlavaConfig(VISION), LlavaConfig(VISION, grid_pinpoints=((16, 32), (32, 16), (32, 32)))
-
-
-def tokens(max_length: int = 1024) -> ChatTokens:
-    return ChatTokens(tiny_tokenizer(["USER: what is it? ASSISTANT: a dog"] * 4), "v1", max_length)
-
-
-class Painted:
-    """Images whose colour is in their name; 'broken' is none."""
-
-    def named_image(self, name: str, least: int | None = None) -> Image.Image:
-        if name == "broken":
-            raise BrokenRecord("missing file")
-        return Image.new("RGB", (16, 16), (int(name), 0, 0))
+FLAT, TILED, TOKENS = LlavaConfig(VISION), LlavaConfig(VISION, grid_pinpoints=PINPOINTS), chat_tokens(1024)
 
 
 def chats(images: list[tuple[str, ...]]) -> ConversationSet:
@@ -55,7 +38,7 @@ def chats(images: list[tuple[str, ...]]) -> ConversationSet:
     for i, names in enumerate(images):
         question = IMAGE * len(names) + " what is it?" * (i % 3 + 1)
         found.append(Conversation(f"c{i}", names, (Turn("user", question), Turn("assistant", f"dog {i}"))))
-    return ConversationSet("painted", Painted(), found, True, max_broken=0.5)
+    return ConversationSet("painted", Painted((16, 16)), found, True, max_broken=0.5)
 
 
 def spec(batch_size: int = 4, **more: Any) -> LoaderSpec:
@@ -63,54 +46,46 @@ def spec(batch_size: int = 4, **more: Any) -> LoaderSpec:
 
 
 def chat_loader(source: ConversationSet, of: LoaderSpec, *, is_packed: bool, config: LlavaConfig = FLAT) -> MapLoader:
-    known = tokens()
-    collate = partial(collate_chats, tokens=known, config=config, is_packed=is_packed)
-    return MapLoader(
-        MapBatches(source, of, Reader(lambda record, _: seen_chat(record, known, config), collate)), source.tally()
-    )
+    collate = partial(collate_chats, tokens=TOKENS, config=config, is_packed=is_packed)
+    reader = Reader(lambda record, _: seen_chat(record, TOKENS, config), collate)
+    return MapLoader(MapBatches(source, of, reader), source.tally())
 
 
-def take(
-    source: ConversationSet, of: LoaderSpec, steps: int, *, is_packed: bool, config: LlavaConfig = FLAT
-) -> list[StepBatch]:
-    loader = chat_loader(source, of, is_packed=is_packed, config=config)
-    return [next(loader) for _ in range(steps)]
+def first_part(source: ConversationSet, of: LoaderSpec, *, is_packed: bool, config: LlavaConfig = FLAT) -> Any:
+    return next(chat_loader(source, of, is_packed=is_packed, config=config)).parts[0]
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_images_stand_in_the_order_of_their_places(is_packed: bool) -> None:
-    source = chats([(str(10 * i), str(10 * i + 5)) if i % 2 else (str(10 * i),) for i in range(1, 9)])
-    batch = take(source, spec(8), 1, is_packed=is_packed)[0].parts[0]
+    source = chats([(str(10 * i % 4), str(i % 4)) if i % 2 else (str(i % 4),) for i in range(1, 9)])
+    batch = first_part(source, spec(8), is_packed=is_packed)
     assert int((batch.tokens == IMAGE_TOKEN).sum()) == VISION.num_patches * len(batch.images) == 4 * 12
-    red = batch.images[:, 0, 0, 0].tolist()
-    wanted, known = [], tokens()
+    red = [round(x / 60) for x in batch.images[:, 0, 0, 0].tolist()]
+    wanted = []
     for row in batch.tokens:
-        text = known.tokenizer.decode(row[row != IMAGE_TOKEN])
+        text = TOKENS.tokenizer.decode(row[row != IMAGE_TOKEN])
         order = [int(part.split("<")[0]) for part in text.split("dog ")[1:]]
         wanted += [int(name) for i in order for name in source.conversations[i].images]
     assert red == wanted and (batch.position_ids is not None) == is_packed and batch.image_sizes is None
 
 
 def test_packed_rows_hold_what_padded_rows_hold() -> None:
-    source = chats([("10",), (), ("30", "40"), (), ("50",), (), (), ("60",)])
-    padded, packed = (take(source, spec(8), 1, is_packed=x)[0].parts[0] for x in (False, True))
+    source = chats([("1",), (), ("3", "0"), (), ("2",), (), (), ("1",)])
+    padded, packed = (first_part(source, spec(8), is_packed=x) for x in (False, True))
     assert len(packed.tokens) < len(padded.tokens) == 8 and packed.position_ids is not None
-    pieces = []
+    pieces, rows = [], []
     for row, places, labels in zip(packed.tokens, packed.position_ids, packed.labels):
         starts = [*(places == 0).nonzero()[:, 0].tolist(), len(row)]
         pieces += [(row[a:b].tolist(), labels[a:b].tolist()) for a, b in pairwise(starts) if b > a + 1]
-    pad = tokens().pad_token_id
-    rows = []
     for row, labels in zip(padded.tokens.tolist(), padded.labels.tolist()):
         end = max(i for i, x in enumerate(labels) if x != -100) + 1
-        assert all(x == pad for x in row[end:])
+        assert all(x == TOKENS.pad_token_id for x in row[end:])
         rows.append((row[:end], labels[:end]))
     assert sorted(pieces) == sorted(rows)
 
 
 def test_tiles_take_as_many_places_as_the_model_makes_features() -> None:
-    source = chats([(str(10 * i),) for i in range(1, 5)])
-    batch = take(source, spec(), 1, is_packed=False, config=TILED)[0].parts[0]
+    batch = first_part(chats([(str(i),) for i in range(4)]), spec(), is_packed=False, config=TILED)
     assert batch.image_sizes is not None and batch.image_sizes.tolist() == [[16, 16]] * 4
     assert len(batch.images) == 4 * TILED.num_views((16, 16))
     assert int((batch.tokens == IMAGE_TOKEN).sum()) == 4 * TILED.num_image_tokens((16, 16))
@@ -122,51 +97,30 @@ def test_a_wide_image_is_made_square_by_the_colour_of_nothing() -> None:
 
 
 def test_parts_of_a_batch_hold_its_conversations_in_order() -> None:
-    source = chats([(str(10 * i),) if i % 2 else () for i in range(12)])
-    whole = take(source, spec(12), 1, is_packed=False)[0].parts[0]
-    loader = chat_loader(source, spec(12, accum=3), is_packed=False)
-    parts = next(loader).parts
+    source = chats([(str(i % 4),) if i % 2 else () for i in range(12)])
+    whole = first_part(source, spec(12), is_packed=False)
+    parts = next(chat_loader(source, spec(12, accum=3), is_packed=False)).parts
     assert [len(part.tokens) for part in parts] == [4, 4, 4]
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
-    rows = [row[row != tokens().pad_token_id].tolist() for part in parts for row in part.tokens]
-    assert rows == [row[row != tokens().pad_token_id].tolist() for row in whole.tokens]
-    with pytest.raises(ValueError, match="data: accum must divide the batch of 12, got 5"):
-        spec(12, accum=5)
-
-
-def test_a_loader_goes_on_where_it_stopped_and_ranks_share_a_step() -> None:
-    source = chats([(str(i),) if i % 3 else () for i in range(40)])
-    whole = take(source, spec(8), 10, is_packed=True)
-    loader = chat_loader(source, spec(8), is_packed=True)
-    for _ in range(6):
-        next(loader)
-    again = chat_loader(source, spec(8), is_packed=True)
-    again.load_state_dict(loader.state_dict())
-    for expected in whole[6:]:
-        found = next(again)
-        assert found.ids == expected.ids and found.epoch == expected.epoch
-        for one, other in zip(found.parts, expected.parts, strict=True):
-            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.images, other.images)
-    assert sorted(i for batch in whole[:5] for i in batch.ids) == sorted(c.id for c in source.conversations)
-    ranks = [take(source, spec(4, rank=r, world_size=2), 1, is_packed=False)[0].ids for r in range(2)]
-    assert not set(ranks[0]) & set(ranks[1])
+    of_parts, of_whole = (
+        [row[row != TOKENS.pad_token_id].tolist() for part in batch for row in part.tokens]
+        for batch in (parts, [whole])
+    )
+    assert of_parts == of_whole
+    refuses("data: accum must divide the batch of 12, got 5", spec, 12, accum=5)
 
 
 def test_a_broken_image_is_replaced_and_counted() -> None:
-    source = chats([("broken",) if i == 3 else (str(i),) for i in range(12)])
-    loader = chat_loader(source, spec(4), is_packed=False)
+    loader = chat_loader(chats([("broken",) if i == 3 else (str(i),) for i in range(12)]), spec(4), is_packed=False)
     ids = [i for _ in range(3) for i in next(loader).ids]
     assert "c3" not in ids and len(ids) == 12 and loader.broken == {"missing file": 1}
 
 
 def test_conversations_about_one_image_are_on_one_side(tmp_path: Path) -> None:
-    names = [f"{i % 10}.png" for i in range(40)]
-    for name in set(names):
-        (tmp_path / name).write_bytes(image_bytes(int(name[0]), kind="PNG"))
+    write_images(tmp_path, [f"{i}.png" for i in range(10)])
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]
-    records = [{"id": str(i), "image": name, "conversations": turns} for i, name in enumerate(names)]
-    (tmp_path / "x.json").write_text(json.dumps(records))
-    data = open_chats(DataConfig(data=str(tmp_path / "x.json"), val_fraction=0.2), seed=0)
+    records = [{"id": str(i), "image": f"{i % 10}.png", "conversations": turns} for i in range(40)]
+    data = open_chats(DataConfig(data=write_json(tmp_path / "x.json", records), val_fraction=0.2), seed=0)
     assert data.val is not None and (len(data.train), len(data.val)) == (32, 8)
     sides = [{name for c in side.conversations for name in c.images} for side in (data.train, data.val)]
     assert not sides[0] & sides[1]
@@ -180,10 +134,9 @@ def test_derived_ones_ask_for_captions_alone_where_these_are_learned() -> None:
     assert max(len(c.turns) for c in asked.conversations) == 6 and np.mean(asked.is_multimodal()) == 1
 
 
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+LARGE = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 SMALL = ((16, 32), (32, 16), (32, 32), (48, 16), (16, 48))
 SIDES = st.one_of(st.integers(1, 64), st.integers(1, 20_000))
-THIN = [(1, 20_000), (20_000, 1)]
 
 
 def listed(pinpoints: Any) -> list[list[int]]:
@@ -197,16 +150,14 @@ def listed(pinpoints: Any) -> list[list[int]]:
 @settings(max_examples=300, deadline=None)
 def test_the_best_resolution_is_that_of_transformers(height: int, width: int) -> None:
     size = (height, width)
-    assert best_resolution(size, PINPOINTS) == tuple(select_best_resolution(size, listed(PINPOINTS)))
-    assert num_views(size, PINPOINTS, 336) == image_size_to_num_patches(size, listed(PINPOINTS), 336)
+    assert best_resolution(size, LARGE) == tuple(select_best_resolution(size, listed(LARGE)))
+    assert num_views(size, LARGE, 336) == image_size_to_num_patches(size, listed(LARGE), 336)
 
 
-def test_an_image_or_a_grid_of_nothing_is_refused() -> None:
+def test_an_image_or_a_grid_of_nothing_and_wrong_settings_are_refused() -> None:
     for size in ((0, 5), (5, 0), (-1, 5)):
-        with pytest.raises(ValueError, match="best_resolution: size must be 1 pixel or more each way, got"):
-            best_resolution(size, PINPOINTS)
-    with pytest.raises(ValueError, match="best_resolution: pinpoints must be one or more, got none"):
-        best_resolution((5, 5), ())
+        refuses("best_resolution: size must be 1 pixel or more each way, got", best_resolution, size, LARGE)
+    refuses("best_resolution: pinpoints must be one or more, got none", best_resolution, (5, 5), ())
 
 
 @pytest.mark.parametrize("size", [(40, 20), (10, 30), (17, 17), (1, 1), (3, 100), (100, 3), (200, 199), (64, 64)])
@@ -224,7 +175,7 @@ def test_views_are_those_of_transformers_to_the_pixel(size: tuple[int, int]) -> 
     assert torch.equal(found, expected["pixel_values"][0].to(torch.uint8))
 
 
-@pytest.mark.parametrize("size", THIN)
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
 def test_a_line_of_20000_pixels_has_views(size: tuple[int, int]) -> None:
     views = split_image(Image.new("RGB", (size[1], size[0]), "white"), SMALL, 16)
     assert [view.size for view in views] == [(16, 16)] * 3

@@ -1,0 +1,77 @@
+"""Captions as tokens of one length: a tokenizer of transformers for a text tower that sees its padding, as SigLIP's."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import normalizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from mmcore.ops import require
+from mmcore.parts.language import tiny_tokenizer
+
+
+class PaddedTokenizer:
+    """Captions, lower-cased, to ids [B, context_length]: padded on the right, cut with the tokens that end a text kept.
+
+    Args:
+        tokenizer: of transformers, with padding or an end of text, which pads where there is none.
+        context_length: tokens a caption, at least 2.
+
+    Raises:
+        ValueError: neither of them; a length below 2.
+    """
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        require("PaddedTokenizer", context_length >= 2, "context_length must be at least 2, got {}", context_length)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        has_padding = tokenizer.pad_token is not None
+        require("PaddedTokenizer", has_padding, "tokenizer must have padding or an end of text, got {}", "neither")
+        # what is written into its folder says so too
+        tokenizer.padding_side, tokenizer.model_max_length = "right", context_length
+        self.context_length = context_length
+        self.vocab_size = len(tokenizer)
+        self._tokenizer = tokenizer
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """[B, context_length] int64 on the CPU."""
+        # one at a time: a batch is encoded by threads, which do not survive a fork into data workers
+        rows = [self._tokenizer(x.lower(), padding="max_length", truncation=True).input_ids for x in captions]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.context_length)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        self._tokenizer.save_pretrained(folder)
+
+
+def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
+    """The tokenizer in a folder of transformers, by its tokenizer.json alone.
+
+    Raises:
+        ValueError: no such file, a damaged one, one without padding and end of text.
+    """
+    op, file = "load_padded_tokenizer", folder / "tokenizer.json"
+    require(op, file.is_file(), "folder must hold tokenizer.json, got {}", folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what tokenizers raises is no more than that
+        raise ValueError(f"{op}: {file} must be a tokenizer's, got: {error}") from error
+    return PaddedTokenizer(tokenizer, context_length)
+
+
+def padded_tokenizer(
+    folder: Path | None, captions: Callable[[], Iterable[str]], vocab_size: int, context_length: int
+) -> PaddedTokenizer:
+    """The one in a folder, or, without one, a byte-level BPE of at most `vocab_size` tokens learned from captions.
+
+    Raises:
+        ValueError: see `load_padded_tokenizer`; no captions.
+    """
+    if folder is not None:
+        return load_padded_tokenizer(folder, context_length)
+    learned = tiny_tokenizer([caption.lower() for caption in captions()], vocab_size=vocab_size)
+    learned.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return PaddedTokenizer(learned, context_length)

@@ -1,0 +1,5 @@
+"""MAE, masked autoencoders (arXiv 2111.06377)."""
+
+RECIPES = {"mae": "recipe:Mae"}
+FOLDERS = {"vit_mae": "weights:load_mae"}
+PROOFS = {"mae": "recipe:PROOF"}

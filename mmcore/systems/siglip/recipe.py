@@ -1,0 +1,74 @@
+"""SigLIP's recipe."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmcore.data import PairData
+from mmcore.losses import global_sigmoid_loss
+from mmcore.ops import require
+from mmcore.parts.padded import load_padded_tokenizer, padded_tokenizer
+from mmcore.recipe import Claim, PairAssets, Proof, Step, TwoTowers
+from mmcore.settings import from_json
+from mmcore.systems.siglip.model import SigLIP, SigLIPConfig
+from mmcore.systems.siglip.shapes import siglip_config
+from mmcore.systems.siglip.weights import load_siglip, save_siglip
+from mmcore.train.optim import OptimConfig
+
+# big_vision takes 1e-4 of a weight off apart from the learning rate, which at 1e-3 is AdamW's 0.1
+_published = partial(OptimConfig, lr=1e-3, beta2=0.95, eps=1e-8, weight_decay=0.1, warmup=20_000)
+
+
+@dataclass(frozen=True)
+class Siglip(TwoTowers):
+    """Train SigLIP (arXiv 2303.15343) on image-caption pairs, with the sigmoid loss of all pairs of the batch."""
+
+    optim: OptimConfig = field(default_factory=_published)
+    model: str = "tiny"
+    """tiny, or tower, patch and pixels as published: B-16-224, L-16-256, So400m-14-384; --init has its own."""
+    tokenizer: Path | None = None
+    """A folder with tokenizer.json (SigLIP's, or Gemma's for SigLIP 2); None = that of --init, or one is trained."""
+    init: Path | None = None
+    """Weights and shape to start from: a folder of transformers with SigLIP or SigLIP 2 (safetensors)."""
+
+    kind = SigLIP
+    formats = ("hf",)
+
+    def assets(self, data: PairData) -> PairAssets:
+        is_one = self.init is None or self.model == "tiny"
+        require("siglip", is_one, "--model must be left out with --init, got {}", self.model)
+        shape = siglip_config(self.model) if self.init is None else load_siglip(self.init).config
+        length, most = shape.text.context_length, shape.text.vocab_size
+        tokenizer = padded_tokenizer(self.tokenizer or self.init, data.captions, most, length)
+        if self.init is None:
+            most = tokenizer.vocab_size
+        fits = tokenizer.vocab_size <= most
+        require("siglip", fits, "--tokenizer must have at most {} tokens, got {}", most, tokenizer.vocab_size)
+        return PairAssets(replace(shape, text=replace(shape.text, vocab_size=most)), tokenizer)
+
+    def load_assets(
+        self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Any
+    ) -> PairAssets:
+        shape = from_json(SigLIPConfig, saved)
+        return PairAssets(shape, load_padded_tokenizer(folder / "tokenizer", shape.text.context_length))
+
+    def initial(self, assets: PairAssets, model: SigLIP) -> Mapping[str, Tensor]:
+        return {} if self.init is None else load_siglip(self.init).state_dict()
+
+    def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
+        return {"loss": global_sigmoid_loss(*features)}
+
+    def export(self, assets: PairAssets, model: SigLIP, folder: Path, format: str) -> dict[str, Any]:
+        save_siglip(model, folder)
+        assets.tokenizer.save(folder)
+        return assets.preprocess.processor()
+
+
+PROOF = Proof(
+    [("siglip", "--data digits --model tiny --batch-size 32 --lr 5e-4 --epochs 20 --ema 0.98")],
+    [Claim("zero-shot accuracy (held-out)", "zero-shot top-1", 0.9)],
+)

@@ -1,0 +1,114 @@
+"""How well masked patches of held-out images are reconstructed, by R^2."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmcore.data import Preprocess
+from mmcore.data.transforms.masks import hidden
+from mmcore.figures import shown
+from mmcore.report.sheets import plot_reconstructions
+from mmcore.tasks.subject import Subject
+
+FIGURE = "R^2 of masked patches"
+BATCH_SIZE = 64
+NUM_DRAWN = 8
+_GREY = 128
+
+
+@dataclass(frozen=True)
+class Reconstructs:
+    """Images from some of their patches.
+
+    Args:
+        preprocess: what it wants of an image.
+        mask: random numbers to the patches that are visible, int64 [K].
+        target: uint8 [B, 3, S, S] to what is predicted of each patch, [B, P, C].
+        predict: uint8 [B, 3, S, S] and visible patches [B, K] to predictions [B, P, C].
+        draw: predictions, uint8 images and visible patches to uint8 [B, 3, S, S]: those patches as they are, others as
+            predicted, with nothing else of the images in them.
+    """
+
+    preprocess: Preprocess
+    mask: Callable[[np.random.Generator], Tensor]
+    target: Callable[[Tensor], Tensor]
+    predict: Callable[[Tensor, Tensor], Tensor]
+    draw: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def follow(subject: Subject) -> dict[str, float]:
+    """While a run trains."""
+    value = math.nan if subject.pairs.held_out_images() is None else r_squared(subject)
+    return {} if math.isnan(value) else {FIGURE: value}
+
+
+def report(subject: Subject, options: Any) -> list[Path]:
+    """Prints R^2 of the masked patches of held-out images; draws some, masked and reconstructed.
+
+    Raises:
+        ValueError: `mmcore eval reconstruction` where nothing is held out.
+    """
+    held_out = subject.pairs.held_out_images()
+    if held_out is None:
+        if options is None:
+            return []
+        raise ValueError(f"{subject.pairs.name} has no held-out images: give --val-data or --val-fraction")
+    value, path = shown(FIGURE, r_squared(subject)), subject.folder / "reconstructions.png"
+    print(f"{FIGURE} (held-out), against the mean of each place, {len(held_out)} images: {value}")
+    title = f"{subject.pairs.name}: held-out images, masked and reconstructed; {FIGURE} {value}"
+    originals, masked, reconstructed = (list(x.permute(0, 2, 3, 1).numpy()) for x in drawn(subject))
+    plot_reconstructions(originals, masked, reconstructed, path, title=title)
+    return [path]
+
+
+@torch.no_grad()
+def r_squared(subject: Subject) -> float:
+    """1 - (squared error) / (squared distance from the mean of each place), over the masked patches of all held-out
+    images: 0 is the best that can be said without seeing an image. NaN where all images are alike."""
+    able, error = _able(subject), 0.0
+    num = total = squares = torch.zeros((), dtype=torch.float64, device=subject.device)  # of each place
+    for own, seen, kept in _batches(subject, able):
+        target = able.target(own.to(subject.device)).double()  # [B, P, C]
+        predicted = able.predict(seen.to(subject.device), kept.to(subject.device)).double()
+        masked = hidden(kept, target.shape[1]).to(subject.device)[:, :, None]
+        error += ((predicted - target).square() * masked).sum().item()
+        num, total = num + masked.sum(0), total + (target * masked).sum(0)
+        squares = squares + (target.square() * masked).sum(0)
+    spread = (squares - total**2 / num.clamp(min=1)).sum().item()
+    return 1 - error / spread if spread > 0 else math.nan
+
+
+@torch.no_grad()
+def drawn(subject: Subject) -> tuple[Tensor, Tensor, Tensor]:
+    """Some held-out images, with their masked patches grey, and as they are reconstructed: uint8 [N, 3, S, S] each."""
+    able = _able(subject)
+    images, _, kept = next(_batches(subject, able))
+    chosen = torch.arange(len(images))[:: max(1, len(images) // NUM_DRAWN)][:NUM_DRAWN]
+    images, kept = images[chosen].to(subject.device), kept[chosen].to(subject.device)
+    predicted = able.predict(images, kept)
+    side = round(predicted.shape[1] ** 0.5)
+    masked = hidden(kept, side**2).view(-1, 1, side, side)
+    for axis in (2, 3):
+        masked = masked.repeat_interleave(images.shape[2] // side, axis)
+    return images.cpu(), images.masked_fill(masked, _GREY).cpu(), able.draw(predicted, images, kept).cpu()
+
+
+def _able(subject: Subject) -> Reconstructs:
+    return subject.recipe.reconstructs(subject.assets, subject.model, subject.device)
+
+
+def _batches(subject: Subject, able: Reconstructs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The records' images, those that the model sees, both uint8 [B, 3, S, S], and which patches of them."""
+    seen = subject.pairs.held_out_images()
+    own = None if subject.own is None else subject.recipe.pictures(subject.own).held_out_images()
+    assert seen is not None
+    for images, index in seen.batches(BATCH_SIZE, able.preprocess):
+        kept = torch.stack([able.mask(np.random.default_rng([0, i])) for i in index.tolist()])
+        wanted = images if own is None else able.preprocess([own.raw_image(i) for i in index.tolist()])
+        yield wanted, images, kept

@@ -1,0 +1,51 @@
+"""A model's folder as transformers has it: config.json and safetensors, read and written by the same two tables."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcore.weights.files import read_folder, read_json, save_folder
+from mmcore.weights.layout import Layout
+from mmcore.weights.settings import Settings
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """How one kind of model is loaded and saved; errors name `load_NAME` and `save_NAME`.
+
+    Args:
+        name: the model's.
+        build: makes it of what `settings` reads; it has that as `config`.
+        settings: those of config.json.
+        layout: the names of the weights.
+    """
+
+    name: str
+    build: Callable[[Any], nn.Module]
+    settings: Settings
+    layout: Layout
+
+    def load(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
+        """The model in a folder, in training mode, in float32 on the CPU whatever `dtype` is.
+
+        Raises:
+            ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes.
+        """
+        op, folder = f"load_{self.name}", Path(folder)
+        with torch.device("meta"):
+            model = self.build(self.settings.read(op, read_json(op, folder / "config.json")))
+        model.load_state_dict(self.layout.read(op, read_folder(op, folder), model.state_dict()), assign=True)
+        return model
+
+    def save(self, model: Any, folder: Path | str) -> None:
+        """Writes a new folder that transformers' `from_pretrained` loads.
+
+        Raises:
+            ValueError: it exists already; a shape that transformers' model cannot have.
+        """
+        op = f"save_{self.name}"
+        save_folder(op, folder, self.settings.write(op, model.config), self.layout.write(model.state_dict()))
