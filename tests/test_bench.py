@@ -11,6 +11,7 @@ import torch
 
 from bench import case, peers
 from bench.case import Case, refusal, time_case
+from bench.ops import contrastive
 from bench.peers import PEERS, Peer, facts, load, missing
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,19 @@ def test_a_claim_is_asserted_where_it_is_asked_for() -> None:
     name = "bench/test_llava.py::test_the_mix_is_as_large_as_published"
     assert "a claim, which --claims asserts" in pytest_in(ROOT, name)
     assert "1 passed" in pytest_in(ROOT, name, "--claims")
+
+
+@pytest.mark.parametrize(("op", "said"), [("ewc", "test_op[ewc_penalty-many-mmkernels]"), ("made_up", "got made_up")])
+def test_one_module_of_the_ops_is_taken_by_its_name(op: str, said: str) -> None:
+    command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "--collect-only", "-q", f"--op={op}"]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr and "contrastive_loss-" not in done.stdout
+
+
+def test_a_form_written_here_is_not_skipped_for_the_library_of_its_name() -> None:
+    (bench,) = contrastive.BENCHES
+    assert "open_clip" in bench.axes["contender"] and "open_clip" in PEERS and "open_clip" not in bench.peers
 
 
 def pytest_in(folder: Path, *options: str, source: str | None = None) -> str:

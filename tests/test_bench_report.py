@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
-from bench.page import page, write
-from bench.pages import fill
-from bench.report import cases, load, op_of
-from bench.summary import figure, rivals
+from bench.report.page import page, write
+from bench.report.pages import fill
+from bench.report.summary import figure, rivals
+from bench.report.tables import cases, load, op_of
 
 BENCH = Path(__file__).parents[1] / "bench/results/cpu-2core/bench.json"
 

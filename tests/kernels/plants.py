@@ -4,21 +4,26 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 
-from mmkernels._spec import OpSpec, Shape
+from bench.ops import linear_cross_entropy as words
+from bench.ops import sigmoid as pairs
+from bench.ops import token_contrastive as tokens
+from bench.ops.adamw import AVERAGED
+from bench.ops.attention import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, PLAIN, SEGMENTS
+from bench.ops.contrastive import LOSS, VARIANTS
+from bench.ops.distill import SPECS as DISTILL
+from bench.ops.ema import EMA, SHADOWED
+from bench.ops.ewc import EWC, FISHER
+from bench.ops.norm import CLIP, NORM
+from bench.ops.packnet import MASKS
+from bench.ops.statistics import STATS
+from bench.spec import OpSpec, Shape
 from mmkernels.attention import op as attention
-from mmkernels.attention.spec import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, PLAIN, SEGMENTS
 from mmkernels.contrastive import op as contrastive
-from mmkernels.contrastive.spec import LOSS, STATS, VARIANTS
 from mmkernels.distill import op as distill
-from mmkernels.distill.spec import SPECS as DISTILL
-from mmkernels.linear_cross_entropy import spec as words
 from mmkernels.multi_tensor import paths as multi_tensor
-from mmkernels.multi_tensor.spec import AVERAGED, CLIP, EMA, EWC, FISHER, MASKS, NORM, SHADOWED
 from mmkernels.multi_tensor.table import CHUNK
 from mmkernels.sigmoid import op as sigmoid
-from mmkernels.sigmoid import spec as pairs
 from mmkernels.token_contrastive import op as token_contrastive
-from mmkernels.token_contrastive import spec as tokens
 from tests.kernels.planting import Bug
 
 

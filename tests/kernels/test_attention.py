@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench.contract import check
+from bench.ops.attention import INTERVALS, PLAIN
 from mmkernels import QKNorm, attention, masks
-from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
 from mmkernels._philox import drop_, kept
 from mmkernels.attention import blockwise
-from mmkernels.attention.spec import INTERVALS, PLAIN
 from tests.kernels.recorded import Operations
 
 

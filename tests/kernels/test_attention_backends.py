@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.contract import check
+from bench.ops.attention import BIAS, CAUSAL, DENSE, PLAIN
+from bench.spec import OpSpec
 from mmkernels import attention, attention_ref, masks
-from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
-from mmkernels._spec import OpSpec
 from mmkernels.attention import backends, libraries, op
 from mmkernels.attention.backends import NAMES, Call, pick, refusal
 from mmkernels.attention.libraries import LIBRARIES
-from mmkernels.attention.spec import BIAS, CAUSAL, DENSE, PLAIN
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel of ours runs here")
 

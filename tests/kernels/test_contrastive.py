@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.contract import check
+from bench.ops.contrastive import VARIANTS
+from bench.ops.statistics import STATS
+from bench.spec import OpSpec
 from mmkernels import contrastive_loss, contrastive_stats
-from mmkernels._contract import check
 from mmkernels._device import INTERPRETED, runs_triton
-from mmkernels._spec import OpSpec
-from mmkernels.contrastive import blockwise, kernel, loss, op
+from mmkernels.contrastive import blockwise, eager, kernel, op
 from mmkernels.contrastive.op import gives_nan
 from mmkernels.contrastive.problem import Problem
-from mmkernels.contrastive.spec import STATS, VARIANTS
 from tests.kernels.recorded import opcheck
 
 
@@ -28,7 +29,7 @@ def features(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize("spec", [STATS, *VARIANTS], ids=lambda spec: spec.name)
 def test_statistics_whose_logits_are_kept_obey_the_contract(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "TILE", 32)
-    monkeypatch.setattr(loss, "EAGER_LOGITS", 0)
+    monkeypatch.setattr(eager, "EAGER_LOGITS", 0)
     for case, dtype in itertools.product(spec.cases, (*spec.dtypes, torch.float64)):
         for shape in spec.shapes:
             check(spec, shape, case, dtype)

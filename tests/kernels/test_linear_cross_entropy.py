@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.contract import check, evaluate
+from bench.ops.linear_cross_entropy import IGNORED, ROWS
+from bench.spec import OpSpec
 from mmkernels import linear_cross_entropy, linear_cross_entropy_ref
-from mmkernels._contract import check, evaluate
-from mmkernels._spec import OpSpec
 from mmkernels.linear_cross_entropy import op
-from mmkernels.linear_cross_entropy.spec import IGNORED, ROWS
 from tests.kernels.recorded import Operations
 
 WRT = ("hidden", "weight")

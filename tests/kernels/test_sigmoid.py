@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.contract import cast_inputs, evaluate
+from bench.ops.sigmoid import LABELS
 from mmkernels import sigmoid_loss, sigmoid_loss_ref
-from mmkernels._contract import cast_inputs, evaluate
-from mmkernels.sigmoid.spec import LABELS
 
 EPS = torch.finfo(torch.float32).eps
 
