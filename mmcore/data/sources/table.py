@@ -1,7 +1,9 @@
 """Pairs from a table of image paths and captions (open_clip's CSV form)."""
 
 import csv
-from collections import Counter
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
@@ -11,6 +13,8 @@ from mmcore.data.sources.files import FilePairs, some_of
 from mmcore.data.sources.split import split_pairs
 from mmcore.ops import require
 
+_FILE = re.compile(r"\S.*\.[A-Za-z]{2,5}")
+_MOST_LINES = 100  # of a caption in quotes
 _SEPARATORS = {"\t": "\\t", ",": ",", ";": ";", "|": "|"}
 
 
@@ -37,13 +41,11 @@ def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs
     texts: list[str] = []
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter=separator)
-            header = next(reader, None)
+            rows = _rows(file, separator)
+            _, header = next(rows, (0, None))
             image_column, caption_column = _columns(header, path, config)
-            for row in reader:
-                if not row:
-                    continue
-                with tally.record(f"{table.name}:{reader.line_num}"):
+            for number, row in rows:
+                with tally.record(f"{table.name}:{number}"):
                     image, caption = _parse_row(row, len(header or ()), image_column, caption_column)
                     # Joining keeps an absolute path as it is.
                     paths.append(str(table.parent / image))
@@ -59,6 +61,54 @@ def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs
     what += "exists, the first is {}"
     require("data", any(Path(p).is_file() for p in probed), what, argument, path, len(probed), paths[0])
     return FilePairs(paths, paths, texts), tally.counts
+
+
+def _rows(file: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table, each with the number of its last line; empty lines are none.
+
+    A field in quotes may go on over several lines. A quote that nothing closes, or that would swallow lines which are
+    rows of their own, is a quote mark of its caption.
+    """
+    lines, number = deque[str](), 0
+    num_columns = 0
+    source = iter(file)
+    while (line := lines.popleft() if lines else next(source, None)) is not None:
+        number += 1
+        plain = line.rstrip("\r\n").split(separator)
+        if '"' not in line:
+            row = plain if plain != [""] else []
+        else:
+            quoted, taken = [line], _quoted(line, separator)
+            while taken is None and len(quoted) < _MOST_LINES:
+                more = lines.popleft() if lines else next(source, None)
+                if more is None:
+                    break
+                quoted.append(more)
+                taken = _quoted("".join(quoted), separator)
+            swallowed = any(_is_row(other, separator, num_columns) for other in quoted[1:])
+            if taken is None or swallowed or (num_columns and len(taken) != num_columns):
+                lines.extendleft(reversed(quoted[1:]))
+                row = plain if taken is None or len(quoted) > 1 else taken
+            else:
+                row, number = taken, number + len(quoted) - 1
+        if row:
+            num_columns = num_columns or len(row)
+            yield number, row
+
+
+def _quoted(text: str, separator: str) -> list[str] | None:
+    """The one row of a text, in which quotes are closed where a field ends; None where it is none."""
+    try:
+        rows = list(csv.reader([text], delimiter=separator, strict=True))
+    except csv.Error:
+        return None
+    return rows[0] if len(rows) == 1 else None
+
+
+def _is_row(line: str, separator: str, num_columns: int) -> bool:
+    """Whether a line on its own has all columns, one of them a file's name."""
+    fields = line.rstrip("\r\n").split(separator)
+    return len(fields) == num_columns and any(_FILE.fullmatch(field.strip('" ')) for field in fields)
 
 
 def _columns(header: list[str] | None, path: str, config: DataConfig) -> tuple[int, int]:

@@ -123,6 +123,8 @@ def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> To
         return Tokenizer(_clip_bpe(raw, merges), context_length=context_length)
     is_bpe = isinstance(raw.get("model"), dict) and raw["model"].get("type", "BPE") == "BPE"
     _require(is_bpe, "{} must describe a BPE model, got {}", file, sorted(raw))
+    # transformers leaves its latest call's truncation and padding in the file
+    raw |= {"truncation": None, "padding": None}
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(raw)), context_length=context_length)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord
@@ -36,7 +36,7 @@ _DECODER_ERRORS = (
 
 
 def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
-    """RGB image of a JPEG, PNG, WebP, GIF or BMP file, its pixels loaded; transparent parts become white.
+    """RGB image of an encoded one, upright by its EXIF orientation; transparent parts become white.
 
     `least` are the pixels that the shorter side has to keep: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
     which takes a fraction of the time. Raises BrokenRecord for what is empty, not an image, truncated, or above
@@ -62,6 +62,7 @@ def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
