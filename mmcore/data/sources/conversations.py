@@ -28,6 +28,8 @@ MAX_SIDE = 20_000
 """Pixels; images with a longer side are refused."""
 
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_OTHER_MARKS = ("<video>", "<audio>")
 _SAMPLING = 0x3117
 
 
@@ -242,11 +244,21 @@ def _parsed(line: str) -> Any:
 
 
 def parse_conversation(number: int, record: Any) -> Conversation:
-    """A record of LLaVA's JSON: {"id", "image": str | [str] (optional), "conversations": [{"from", "value"}]}; without
-    an id, it has its number; raises BrokenField where it is no such record."""
+    """A record of LLaVA's JSON: {"id", "image" or "images": str | [str] (optional), "system" (optional),
+    "conversations": [{"from", "value"}]}; without an id, it has its number; raises BrokenField where it is none.
+    """
     BrokenField.unless(isinstance(record, dict), "record", "not a JSON object")
-    images = _images(record.get("image"))
+    for other in _OTHER_MEDIA:
+        BrokenField.unless(not record.get(other), other, "neither text nor images: video or audio")
+    is_named_once = not (record.get("image") and record.get("images"))
+    BrokenField.unless(is_named_once, "image and images", "images under two names")
+    images = _images(record.get("image") or record.get("images"))
     turns = _turns(record.get("conversations"))
+    if record.get("system") is not None and str(record["system"]).strip():
+        BrokenField.unless(turns[0].role != "system", "system", "two system turns")
+        turns = (Turn("system", _text(record["system"], "system", "system")), *turns)
+    marked = [mark for mark in _OTHER_MARKS if any(mark in turn.text for turn in turns if turn.role == "user")]
+    BrokenField.unless(not marked, "".join(marked[:1]), "neither text nor images: video or audio")
     num_marks = sum(turn.text.count(IMAGE) for turn in turns if turn.role == "user")
     where = f"conversations with {num_marks} {IMAGE} for {len(images)} images"
     BrokenField.unless(num_marks == len(images), where, f"number of {IMAGE} is not that of the images")

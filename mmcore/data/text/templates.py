@@ -129,7 +129,10 @@ class ChatTokens:
             num_ids = len(self._ids(end.replace(EOS, tokenizer.eos_token)))
             _require(num_ids == 1, "template {!r} needs {!r} as one token, got {}", template, end, num_ids)
         probe = Conversation("probe", ("",), (Turn("user", f"{IMAGE}\na"), Turn("assistant", "a")))
-        labels = self._sample(probe).labels
+        try:
+            labels = self._sample(probe).labels
+        except BrokenRecord as error:
+            raise ValueError(f"ChatTokens: {error.reason}") from None
         self.stops: frozenset[int] = frozenset({tokenizer.eos_token_id, int(labels[labels != IGNORED][-1])})
         """Tokens that end an answer."""
 
@@ -283,7 +286,8 @@ class ChatTokens:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
         except TemplateError as error:
-            raise ValueError(f"ChatTokens: the tokenizer's chat template refuses a conversation: {error}") from None
+            reason = f"the tokenizer's chat template refuses a conversation: {' '.join(str(error).split())}"
+            raise BrokenRecord(reason) from None
         num_images = sum(turn.text.count(IMAGE) for turn in turns)
         what = "the tokenizer's chat template must write {} {}, got {}"
         _require(text.count(IMAGE) == num_images, what, num_images, IMAGE, text.count(IMAGE))

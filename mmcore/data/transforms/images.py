@@ -74,10 +74,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image) -> Image.Image:
-    """The whole RGB image, centred on a white square of its longer side."""
+def pad_to_square(image: Image.Image, color: Any = "white") -> Image.Image:
+    """The whole RGB image, centred on a square of its longer side, as LLaVA and transformers round its place."""
     side = max(image.size)
-    square = Image.new("RGB", (side, side), "white")
+    square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from mmcore.data.sources.conversations import ChatRecord, Turn
 from mmcore.data.text.chat_batches import collate, pack
 from mmcore.data.text.templates import ChatSample, ChatTokens, expand
-from mmcore.data.transforms.images import to_pixels
+from mmcore.data.transforms.images import pad_to_square, to_pixels
 from mmcore.systems.llava.anyres import BICUBIC, Size, split_image
 from mmcore.systems.llava.model import LlavaConfig
 
@@ -49,8 +49,7 @@ def views(image: Image.Image, config: LlavaConfig) -> Tensor:
         parts = split_image(image, config.grid_pinpoints, side)
     else:
         mean = tuple(int(255 * x) for x in config.vision.image_mean)  # as LLaVA and transformers round it
-        longest = max(image.size)
-        parts = [ImageOps.pad(image, (longest, longest), color=mean).resize((side, side), BICUBIC)]
+        parts = [pad_to_square(image, mean).resize((side, side), BICUBIC)]
     return torch.stack([to_pixels(part) for part in parts])
 
 

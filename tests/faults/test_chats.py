@@ -1,0 +1,61 @@
+"""Conversations that are no dialogue about images: read as what they are, or left out by name."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from mmcore.data.broken import BrokenRecord
+from mmcore.data.sources.conversations import Conversation, Turn, parse_conversation
+from mmcore.data.transforms.images import pad_to_square
+from tests.mmcore.test_templates import auto
+
+SAID = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]
+
+
+@pytest.mark.parametrize("record", [
+    {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nwhat?"}, SAID[1]]},
+    {"conversations": [{"from": "human", "value": "<video>\nwhat?"}, SAID[1]]},
+    {"audio": ["a.wav"], "conversations": [{"from": "human", "value": "what?"}, SAID[1]]},
+    {"image": "a.png", "video": "a.mp4", "conversations": SAID},
+])  # fmt: skip
+def test_videos_and_sounds_are_refused_by_name(record: dict[str, Any]) -> None:
+    with pytest.raises(BrokenRecord, match="neither text nor images: video or audio"):
+        parse_conversation(0, record)
+
+
+def test_images_may_be_named_in_the_plural_and_need_their_marks() -> None:
+    assert parse_conversation(0, {"images": ["a.png"], "conversations": SAID}).images == ("a.png",)
+    with pytest.raises(BrokenRecord, match="number of <image> is not that of the images"):
+        parse_conversation(0, {"images": ["a.png"], "conversations": [{"from": "human", "value": "what?"}, SAID[1]]})
+    with pytest.raises(BrokenRecord, match="images under two names"):
+        parse_conversation(0, {"image": "a.png", "images": ["a.png"], "conversations": SAID})
+
+
+def test_a_system_prompt_beside_the_turns_is_one_of_them() -> None:
+    record = {"image": "a.png", "system": "be brief", "conversations": SAID}
+    assert parse_conversation(0, record).turns[0] == Turn("system", "be brief")
+    record["conversations"] = [{"from": "system", "value": "be kind"}, *SAID]
+    with pytest.raises(BrokenRecord, match="two system turns"):
+        parse_conversation(0, record)
+
+
+def test_a_conversation_that_the_template_refuses_is_a_broken_record() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    turns = (Turn("user", "what?"), Turn("assistant", "that"))
+    assert len(auto(template).sample(Conversation("1", (), turns)).tokens) > 2
+    with pytest.raises(BrokenRecord, match="refuses a conversation: no system turns"):
+        auto(template).sample(Conversation("2", (), (Turn("system", "be brief"), *turns)))
+
+
+@pytest.mark.parametrize("size", [(40, 37), (37, 40), (41, 37), (42, 37), (43, 37), (44, 37), (1, 4), (7, 7)])
+def test_square_padding_is_transformers_to_the_pixel(size: tuple[int, int]) -> None:
+    image = Image.effect_noise(size, 90).convert("RGB")
+    theirs = LlavaImageProcessorPil().pad_to_square(np.asarray(image).transpose(2, 0, 1), (122, 116, 104))
+    ours = np.asarray(pad_to_square(image, (122, 116, 104))).transpose(2, 0, 1)
+    assert np.array_equal(ours, theirs)
