@@ -4,7 +4,7 @@ that do not fit, an index out of range and features that are not finite raise a 
 from mmcore.metrics.captions import bleu, cider
 from mmcore.metrics.ptb import caption_tokens
 from mmcore.metrics.retrieval import Relevance, relevance_of, retrieval_recall
-from mmcore.metrics.vqa import VQAAccuracy, normalize_answer, vqa_accuracy
+from mmcore.metrics.vqa import VQAAccuracy, exact_match, normalize_answer, vqa_accuracy
 from mmcore.metrics.zeroshot import top_k_accuracy, zero_shot_weights
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "bleu",
     "caption_tokens",
     "cider",
+    "exact_match",
     "normalize_answer",
     "relevance_of",
     "retrieval_recall",

@@ -65,13 +65,18 @@ def normalize_answer(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+FEWEST = 3
+"""Answers to a question of which one can be left out."""
+
+
 def vqa_accuracy(
     predictions: Sequence[str], answers: Sequence[Sequence[str]], *, types: Sequence[str] | None = None
 ) -> VQAAccuracy:
     """Mean over questions of the mean over people left out of min(1, n / 3), n the others who agree.
 
     Answers are compared in their normal form, except where all people wrote the same: there as they stand, as the
-    challenge does. Leaving one out, a question with k < 4 answers scores at most (k - 1) / 3.
+    challenge does. Leaving one out, a question with 3 answers scores at most 2 / 3. With fewer nobody can be left out:
+    there an answer counts where it is one of them (`exact_match`).
 
     Args:
         predictions: [N], one answer a question.
@@ -100,7 +105,18 @@ def vqa_accuracy(
     return VQAAccuracy(sum(scores) / len(scores), {kind: sum(of) / len(of) for kind, of in by_type.items()})
 
 
+def exact_match(said: str, wanted: str) -> bool:
+    """Whether two answers have the same normal form; of letters that it drops, as the "A" of a choice, these count."""
+    return _form(said) == _form(wanted)
+
+
+def _form(text: str) -> str:
+    return normalize_answer(text) or "".join(c for c in text.lower() if c.isalnum())
+
+
 def _score(prediction: str, people: Sequence[str]) -> float:
+    if len(people) < FEWEST:
+        return float(any(exact_match(prediction, answer) for answer in people))
     prediction, *people = (x.replace("\n", " ").replace("\t", " ").strip() for x in (prediction, *people))
     if len(set(people)) > 1:
         prediction, *people = map(normalize_answer, (prediction, *people))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mmcore.data.text.templates import AUTO, TEMPLATES, ChatTokens
-from mmcore.metrics.vqa import normalize_answer
+from mmcore.metrics.vqa import exact_match
 from mmcore.runs import WeightsKey, find_run, is_run, read_run
 from mmcore.systems import entries, recipe_entry
 from mmcore.tasks.subject import default_device
@@ -29,7 +29,7 @@ class Reply(NamedTuple):
     @property
     def is_right(self) -> bool:
         """Equal in VQA's normal form."""
-        return normalize_answer(self.said) == normalize_answer(self.wanted)
+        return exact_match(self.said, self.wanted)
 
 
 @dataclass(frozen=True)

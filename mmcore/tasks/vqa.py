@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmcore.metrics.vqa import vqa_accuracy
+from mmcore.metrics.vqa import FEWEST, vqa_accuracy
 from mmcore.tasks import conversation
 from mmcore.tasks.speaking import MAX_FOLLOWED, Options, Speaker, spread, written
 from mmcore.tasks.subject import Subject
@@ -49,6 +49,7 @@ def report(subject: Subject, options: Any) -> list[Path]:
     of_majority = vqa_accuracy([of_training] * len(questions), answers).overall
     numbers = f"{100 * accuracy.overall:.1f} % (majority {100 * of_majority:.1f} %)"
     kind = ", derived questions" if val.derived else ""
+    kind += ", exact match: fewer than three answers a question" if min(map(len, answers)) < FEWEST else ""
     print(f"VQA accuracy (held-out{kind}), {speaker.decode}, {len(texts)} questions: {numbers}")
     for name, value in accuracy.by_type.items():
         print(f"  {name} {100 * value:.1f} %")
