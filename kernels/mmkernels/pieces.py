@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import first_order
 from mmkernels._checks import accumulator, require
 from mmkernels._cost import Cost, contrastive_cost
 from mmkernels._gemm import CALLS_ONEDNN, matmul_nt
@@ -48,6 +49,7 @@ __all__ = [
     "contrastive_bytes",
     "contrastive_cost",
     "first_match",
+    "first_order",
     "gives_nan",
     "keeps_logits",
     "label_counts",

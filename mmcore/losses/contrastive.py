@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
@@ -28,6 +27,7 @@ from mmkernels.pieces import (
     contrastive_block,
     contrastive_block_grads,
     first_match,
+    first_order,
     gives_nan,
     label_sums,
     mean_cosine,
@@ -277,7 +277,7 @@ class _GlobalStats(torch.autograd.Function):
         return *stats, target
 
     @staticmethod
-    @once_differentiable
+    @first_order("global_contrastive_loss", "mmkernels.contrastive_loss_ref of gathered features")
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         a, scale, *saved = ctx.saved_tensors
         columns, stats, needs = ctx.columns, ContrastiveStats(*saved), list(ctx.needs_input_grad[:3])

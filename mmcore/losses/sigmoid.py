@@ -5,12 +5,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmcore.losses.ranks import Header, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
 from mmkernels import sigmoid_loss
-from mmkernels.pieces import accumulator, checked_sigmoid_operands, sigmoid_block
+from mmkernels.pieces import accumulator, checked_sigmoid_operands, first_order, sigmoid_block
 
 OP = "global_sigmoid_loss"
 
@@ -92,7 +91,7 @@ class _SigmoidSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order("global_sigmoid_loss", "mmkernels.sigmoid_loss_ref of gathered features")
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return *(
             None if dx is None else (dx * grad).to(dtype).view(shape)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
@@ -18,6 +17,7 @@ from mmkernels.pieces import (
     accumulator,
     check_token_labels,
     check_token_masks,
+    first_order,
     label_counts,
     require,
     token_block,
@@ -179,7 +179,7 @@ class _TokenStats(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @once_differentiable
+    @first_order("global_token_contrastive_loss", "mmkernels.token_contrastive_loss_ref of gathered features")
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         tokens, scale, *saved = ctx.saved_tensors
         columns, stats, needs = ctx.columns, TokenContrastiveStats(*saved), list(ctx.needs_input_grad[:3])

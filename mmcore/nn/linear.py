@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mmcore.ops import CALLS_ONEDNN, matmul_nt
 
@@ -54,12 +53,12 @@ class _Product(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
-        dx = matmul_nt(dy_rows, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = matmul_nt(dy_rows.T, rows.T) if ctx.needs_input_grad[1] else None
+        product = F.linear if torch.is_grad_enabled() else matmul_nt  # create_graph asks for what has a derivative
+        dx = product(dy_rows, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = product(dy_rows.T, rows.T) if ctx.needs_input_grad[1] else None
         db = dy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dw, db
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from mmkernels._gemm import matmul, matmul_nt
@@ -54,24 +53,31 @@ class StoredLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        ctx.dtypes = (a.dtype, b.dtype, scale.dtype)
+        given = (a, b)
         a, b = widen(a), widen(b)
         cosines = matmul_nt(a, b)  # [B, B]
         # in a cone of features all cosines are near their mean: see mean_cosine
         center = cosines.mean() if ctx.needs_input_grad[2] else 0.0
         sums = info_nce_tile(cosines, scale.item(), center if any(ctx.needs_input_grad) else None)
-        ctx.save_for_backward(cosines, a, b, scale, sums)
+        ctx.save_for_backward(cosines, a, b, scale, sums, *given)
         return sums[0].to(a.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad, a, b, scale, sums = ctx.saved_tensors
+        grad, a, b, scale, sums, *given = ctx.saved_tensors
         needs_a, needs_b, needs_scale = ctx.needs_input_grad
+        inputs = (*given, scale)
+        if torch.is_grad_enabled():  # a second derivative is asked for, which the reference has
+            wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            loss = contrastive_loss_ref(widen(given[0]), widen(given[1]), scale).to(upstream.dtype)
+            found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         da = matmul(grad, b) if needs_a else None
         db = matmul(grad.T, a) if needs_b else None
         dscale = sums[1].view(scale.shape) if needs_scale else None
         grads = (da, db, dscale)
         if upstream.item() != 1:
             grads = (None if dx is None else dx * upstream for dx in grads)
-        return tuple(None if dx is None else dx.to(dtype) for dx, dtype in zip(grads, ctx.dtypes, strict=True))
+        return tuple(
+            None if dx is None else dx.to(dtype) for dx, dtype in zip(grads, [x.dtype for x in inputs], strict=True)
+        )
