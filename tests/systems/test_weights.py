@@ -19,9 +19,8 @@ from mmcore.checkpoint import write_json
 from mmcore.parts.language_weights import LANGUAGE, beside_language
 from mmcore.systems.blip2 import names as blip2_names
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.systems.blip2.lm_weights import load_blip2_lm, save_blip2_lm
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
-from mmcore.systems.blip2.weights import load_blip2, save_blip2
+from mmcore.systems.blip2.weights import load_blip2, load_blip2_lm, save_blip2, save_blip2_lm
 from mmcore.systems.clip import names as clip_names
 from mmcore.systems.clip.weights import load_clip, save_clip
 from mmcore.systems.llava.model import Llava

@@ -29,15 +29,14 @@ from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import Tower, VisionConfig
 from mmcore.recipe import Assets, Embeds, Matches, OnLanguageModel, OnPairs, Purpose, Runner, Step
 from mmcore.runs import find_run, is_run, load_weights
-from mmcore.settings import free
+from mmcore.settings import free, from_json
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.systems.blip2.lm_weights import save_blip2_lm
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.shapes import blip2_config
-from mmcore.systems.blip2.start import STAGE1, STAGE2, blip2_shape, has_language_model, stage2_start
+from mmcore.systems.blip2.start import STAGE1, STAGE2, has_language_model, stage2_start
 from mmcore.systems.blip2.steps import Pair, stage1_losses, stage2_loss
-from mmcore.systems.blip2.weights import save_blip2
+from mmcore.systems.blip2.weights import save_blip2, save_blip2_lm
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.optim import OptimConfig
 
@@ -114,7 +113,7 @@ class Blip2Stage1(OnPairs):
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
     ) -> Stage1Assets:
-        return Stage1Assets(blip2_shape(saved), load_wordpiece(folder / "tokenizer"), frozen=frozen)
+        return Stage1Assets(from_json(BLIP2Config, saved), load_wordpiece(folder / "tokenizer"), frozen=frozen)
 
     def build(self, assets: Stage1Assets) -> BLIP2:
         model = BLIP2(assets.shape, freeze_vision=self.freeze_vision)
@@ -249,9 +248,8 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         raise ValueError(f"--llm must be a language model's folder or {TINY!r}: {start} has none")
 
     def _tokens(self, language: Language) -> PromptTokens:
-        return PromptTokens(
-            language.tokenizer, is_encoder_decoder=language.is_encoder_decoder, max_answer=self.max_text
-        )
+        is_encoder_decoder = language.is_encoder_decoder
+        return PromptTokens(language.tokenizer, is_encoder_decoder=is_encoder_decoder, max_answer=self.max_text)
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose

@@ -1,6 +1,5 @@
 """What BLIP-2's stages start from: an image tower, a run, a folder of transformers."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,19 +11,11 @@ from mmcore import checkpoint
 from mmcore.parts.language_weights import beside_language
 from mmcore.parts.vit import VisionConfig
 from mmcore.runs import find_run, is_run, read_frozen, read_run
-from mmcore.systems.blip2.lm_weights import load_blip2_lm
-from mmcore.systems.blip2.model import BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
-from mmcore.systems.blip2.weights import load_blip2
+from mmcore.systems.blip2.weights import load_blip2, load_blip2_lm
 from mmcore.weights.files import read_json
 
 STAGE1, STAGE2 = "blip2-stage1", "blip2-stage2"
-
-
-def blip2_shape(saved: Mapping[str, Any]) -> BLIP2Config:
-    """A configuration as a run's config.json holds it."""
-    parts = {"vision": VisionConfig(**saved["vision"]), "qformer": QFormerConfig(**saved["qformer"])}
-    return BLIP2Config(**{**saved, **parts})
 
 
 class Stage2Start(NamedTuple):

@@ -1,25 +1,23 @@
-"""BLIP-2's weights on disk, in the layout of transformers' Blip2ForImageTextRetrieval."""
+"""BLIP-2 on disk as transformers has it: Blip2ForImageTextRetrieval, and of stage 2 Blip2ForConditionalGeneration."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import Blip2Config
 
+from mmcore.parts.language_weights import check_language_kind, load_with_language, save_with_language
 from mmcore.parts.vit import Tower, ViT
+from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.model import BLIP2
-from mmcore.systems.blip2.names import HF, PARTS_SETTINGS, STAGE1_SETTINGS
+from mmcore.systems.blip2.names import HF, PARTS_SETTINGS, STAGE1_SETTINGS, stage2_config
 from mmcore.weights.files import read_folder, read_json, save_folder
 
 
 def load_blip2(folder: Path | str) -> BLIP2:
-    """Loads BLIP-2's first stage, float32 on the CPU, from a folder that transformers or `save_blip2` wrote.
+    """BLIP-2's first stage, float32 on the CPU, in training mode, of a folder that transformers or `save_blip2` wrote.
 
     The captions' head and the temperature, which transformers has not, start anew where they are not there.
-
-    Args:
-        folder: with config.json and *.safetensors.
-
-    Returns:
-        The model, in training mode, its image tower frozen.
 
     Raises:
         ValueError: no such folder, a damaged file, missing or unknown names, a Q-Former without a text branch.
@@ -32,11 +30,8 @@ def load_blip2(folder: Path | str) -> BLIP2:
 
 
 def load_blip2_tower(folder: Path | str) -> Tower:
-    """The image tower, float32 on the CPU, in a folder of transformers or ours with a BLIP-2 of either stage.
-
-    Raises:
-        ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes.
-    """
+    """The image tower, float32 on the CPU, in a folder of transformers or ours with a BLIP-2 of either stage; errors as
+    of `load_blip2`."""
     folder, op = Path(folder), "load_tower"
     config = PARTS_SETTINGS.read(op, read_json(op, folder / "config.json"))["vision"]
     with torch.device("meta"):
@@ -51,12 +46,37 @@ def save_blip2(model: BLIP2, folder: Path | str) -> None:
 
     What transformers has not, the captions' head and the temperature, is in it under our names.
 
-    Args:
-        model: whose configuration and weights are written.
-        folder: must not exist yet; its parents are made.
-
     Raises:
         ValueError: an existing folder; a tower or sizes that transformers' BLIP-2 cannot have.
     """
     op = "save_blip2"
     save_folder(op, folder, STAGE1_SETTINGS.write(op, model.config), HF.write(model.state_dict()))
+
+
+def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> BLIP2LM:
+    """BLIP-2's second stage, on the CPU, in training mode, of a folder that transformers or `save_blip2_lm` wrote.
+
+    Args:
+        folder: with config.json, *.safetensors and perhaps the language model's generation_config.json.
+        dtype: of the language model, None = as it is stored; the rest is float32.
+
+    Raises:
+        ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes, no language model.
+    """
+    folder, op = Path(folder), "load_blip2_lm"
+    raw = read_json(op, folder / "config.json")
+    parts = PARTS_SETTINGS.read(op, raw)
+    check_language_kind(op, (raw.get("text_config") or {}).get("model_type", "opt"))
+    whole: Any = Blip2Config.from_dict(dict(raw))
+    return load_with_language(op, folder, whole, dtype, HF, lambda x: BLIP2LM(**parts, language_model=x))
+
+
+def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None = None) -> None:
+    """Writes a new folder that transformers' Blip2ForConditionalGeneration.from_pretrained loads; for `<image>` and the
+    tokenizer see `mmcore.parts.language_weights.save_with_language`.
+
+    Raises:
+        ValueError: an existing folder; a tower or a language model that transformers' BLIP-2 cannot have.
+    """
+    processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.qformer.config.num_queries}
+    save_with_language("save_blip2_lm", folder, model, stage2_config, HF, tokenizer, processor)

@@ -11,8 +11,8 @@ from mmcore.parts.adapters import Lora
 from mmcore.parts.language_folder import language_of
 from mmcore.parts.language_weights import beside_language
 from mmcore.parts.towers import load_tower, visual_state
-from mmcore.parts.vit import VisionConfig
 from mmcore.runs import find_run, is_run, read_frozen, read_run
+from mmcore.settings import from_json
 from mmcore.systems.llava.anyres import Size
 from mmcore.systems.llava.model import LlavaConfig
 from mmcore.systems.llava.weights import load_llava, read_projector
@@ -34,16 +34,12 @@ def next_pinpoints(side: int) -> tuple[Size, ...]:
 
 
 def llava_start(path: Path, *, llm: Path | None = None, vision: Path | None = None, anyres: bool = False) -> LlavaStart:
-    """Reads what the second stage starts from.
+    """Reads what the second stage starts from: a run of either stage; a folder of transformers with a Llava or
+    LlavaNext; or a file, the original's mm_projector.bin.
 
-    Args:
-        path: a run of either stage; a folder of transformers with a Llava or LlavaNext; or a file, the original's
-            mm_projector.bin.
-        llm: of a run, where its language model is now; of a mm_projector.bin, the language model.
-        vision, anyres: of a mm_projector.bin, the image tower, as `load_tower` takes it, and whether NeXT's tiles.
-
-    Raises:
-        ValueError: nothing of this kind; a setting that belongs to another.
+    `llm` is where a run's language model is now, or that of a mm_projector.bin, which needs an image tower too, as
+    `load_tower` takes it, and may have NeXT's tiles. A ValueError of anything else, or a setting that belongs to
+    another.
     """
     if path.is_file():
         if vision is None or llm is None:
@@ -64,9 +60,7 @@ def llava_start(path: Path, *, llm: Path | None = None, vision: Path | None = No
 
 def llava_shape(saved: Mapping[str, Any]) -> tuple[LlavaConfig, Lora | None]:
     """The model and its adapters as a run's config.json holds them."""
-    pinpoints = tuple((height, width) for height, width in saved["grid_pinpoints"])
-    config = LlavaConfig(VisionConfig(**saved["vision"]), saved["projector"], pinpoints)
-    return config, saved["lora"] and Lora(**saved["lora"])
+    return from_json(LlavaConfig, saved), saved["lora"] and Lora(**saved["lora"])
 
 
 def _of_run(path: Path, llm: Path | None) -> LlavaStart:

@@ -16,14 +16,12 @@ from mmcore.weights.files import read_json, read_pickle
 
 
 def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> Llava:
-    """Loads a LLaVA on the CPU from a folder that transformers or `save_llava` wrote.
+    """A LLaVA on the CPU, in training mode, of a folder that transformers or `save_llava` wrote; its projector alone
+    learns (`Llava.set_trainable`).
 
     Args:
         folder: with config.json, *.safetensors and perhaps the language model's generation_config.json.
         dtype: of the language model, None = as it is stored; the rest is float32.
-
-    Returns:
-        The model, in training mode; its projector alone learns (`Llava.set_trainable`).
 
     Raises:
         ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes, a model that ours is not.
@@ -38,18 +36,8 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
 
 
 def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None) -> None:
-    """Writes a new folder that transformers' Llava- or LlavaNextForConditionalGeneration.from_pretrained loads.
-
-    transformers marks the places of an image by a token `<image>`, whose row of the embedding nobody reads. It is the
-    tokenizer's, if that has one, else the first id that the tokenizer, or, without one, the vocabulary leaves free.
-    Where the language model has no such row, what is written has one more, the mean of the others, that greedy search
-    never chooses; `load_llava` takes it away again.
-
-    Args:
-        model: whose configuration and weights are written, the language model's in the dtype that they have.
-        folder: must not exist yet; its parents are made.
-        tokenizer: the language model's, of transformers, which is written, `<image>` in it, with what else the
-            processor of this model wants, but for preprocessor_config.json.
+    """Writes a new folder that transformers' Llava- or LlavaNextForConditionalGeneration.from_pretrained loads; for
+    `<image>` and the tokenizer see `mmcore.parts.language_weights.save_with_language`.
 
     Raises:
         ValueError: an existing folder; a tower, projector or language model that transformers' LLaVA cannot have.
@@ -66,15 +54,8 @@ def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None
 
 
 def load_projector(model: Llava, file: Path | str) -> None:
-    """Loads the original repository's mm_projector.bin, or the projector of a larger file of it, into a model.
-
-    Args:
-        model: whose projector, linear or MLP, takes the weights, in the dtype that it has.
-        file: a pickle of tensors; of other objects none is made.
-
-    Raises:
-        ValueError: no such file, one of something else, another projector than the model's.
-    """
+    """Loads the original repository's mm_projector.bin, or the projector of a larger file of it, into a model; no other
+    object of the pickle is made. A ValueError without such a file, or of another projector than the model's."""
     found = read_projector(file)
     wanted = model.projector.state_dict(prefix="projector.")
     shapes = [{n: list(x.shape) for n, x in state.items()} for state in (wanted, found)]

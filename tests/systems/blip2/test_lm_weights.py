@@ -21,7 +21,7 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2Proc
 from mmcore.checkpoint import write_json
 from mmcore.data import Preprocess
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.systems.blip2.lm_weights import load_blip2_lm, save_blip2_lm
+from mmcore.systems.blip2.weights import load_blip2_lm, save_blip2_lm
 from mmcore.weights import files
 from tests.systems.blip2.test_lm import MODELS, QUERIES, VOCAB, batch, ours_float, pair
 from tests.systems.test_weights import assert_same
