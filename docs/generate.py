@@ -73,6 +73,8 @@ HEAD = """# API
 Written by `python docs/generate.py` from the docstrings; change those. Shapes: B batch, T tokens, H heads, K width of a
 head, D width of a model, V vocabulary, P patches, Q queries; M and N rows and columns of a similarity matrix.
 """
+# The comment behind a declaration, an attribute of its node.
+COMMENT = "comment"
 # Signatures are not examples, which `python` marks.
 LANGUAGE = "py"
 
@@ -93,7 +95,12 @@ class Source:
         base = ROOT / "kernels" if name.split(".")[0] == "mmkernels" else ROOT
         path = base.joinpath(*name.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        return Source(name, ast.parse(file.read_text()))
+        text = file.read_text()
+        tree, lines = ast.parse(text), text.splitlines()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.AnnAssign):  # what `fields` tells of it
+                setattr(node, COMMENT, lines[(node.end_lineno or 1) - 1].partition("  # ")[2])
+        return Source(name, tree)
 
     @property
     def exported(self) -> list[str]:
@@ -220,13 +227,13 @@ def _entry(line: str, section: str, *, is_new: bool) -> str:
 
 
 def fields(node: ast.ClassDef) -> list[tuple[str, str]]:
-    """Declarations of a dataclass or a named tuple, each with the docstring after it."""
+    """Declarations of a dataclass or a named tuple, each with the docstring after it or the comment behind it."""
     found = []
     for x, after in zip(node.body, [*node.body[1:], None]):
         if not isinstance(x, ast.AnnAssign) or ast.unparse(x.target).startswith("_"):
             continue
         value = f" = {written(x.value)}" if x.value else ""
-        text = ""
+        text = getattr(x, COMMENT, "")
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             text = " ".join(str(after.value.value).split())
         found.append((f"{ast.unparse(x.target)}: {named_type(x.annotation)}{value}", text))
