@@ -12,17 +12,11 @@ from mmcore.ops import require
 
 @dataclass(frozen=True)
 class Relevance:
-    """Which caption is right for which image: its own, and every one that has an equal caption.
+    """Which caption is right for which image: its own, and every one that has an equal caption."""
 
-    Attributes:
-        image_index: [N] int64, the image of each caption.
-        group: [N] int64 in [0, number of distinct captions), one value for equal captions.
-        num_images: images; each has at least one caption.
-    """
-
-    image_index: Tensor
-    group: Tensor
-    num_images: int
+    image_index: Tensor  # [N] int64, the image of each caption
+    group: Tensor  # [N] int64 in [0, number of distinct captions), one value for equal captions
+    num_images: int  # each has at least one caption
 
     def texts_of_images(self, start: int, stop: int) -> Tensor:
         """Bool mask [stop - start, N] of the captions that are right for a range of images."""
@@ -44,13 +38,8 @@ class Relevance:
 
 
 def relevance_of(captions: Sequence[str], image_index: Sequence[int] | Tensor, *, num_images: int) -> Relevance:
-    """Relevance from the captions' own text: equal but for case and white space is equal.
-
-    Args:
-        captions: [N] strings.
-        image_index: [N], the image of each caption, in [0, num_images).
-        num_images: each must have at least one caption.
-    """
+    """Relevance from the text of N captions, equal but for case and white space being equal, and the image of each,
+    [N], in [0, num_images); each image must have a caption."""
     index = torch.as_tensor(image_index, dtype=torch.int64).cpu()
     op, fits = "relevance_of", len(captions) > 0 and index.shape == (len(captions),)
     sentence = "image_index must hold one image for each caption, got {} for {} captions"
@@ -124,12 +113,10 @@ def recall_of_scores(
 
 
 def _recalls(name: str, above: Tensor, num_right: Tensor, num_candidates: int, ks: tuple[int, ...]) -> dict[str, float]:
-    """R@k and its chance, of queries with so many wrong candidates above the best right one.
-
-    Chance is the mean of 1 - C(N - r, k) / C(N, k), as a product of k ratios.
-    """
+    """R@k and its chance, of queries with so many wrong candidates above the best right one."""
     out: dict[str, float] = {}
     wrong = (num_candidates - num_right.cpu().double())[:, None]  # [Q, 1]
+    # 1 - C(N - r, k) / C(N, k), as a product of k ratios
     for k in ks:
         drawn = torch.arange(min(k, num_candidates), dtype=torch.float64)
         misses = ((wrong - drawn).clamp_min(0) / (num_candidates - drawn)).prod(dim=1)
@@ -150,9 +137,7 @@ def recall_lines(recalls: Mapping[str, float], ks: tuple[int, ...] = (1, 5, 10))
     """`retrieval_recall`'s result to be printed, a line each way, in % with chance in brackets."""
     lines = []
     for direction in ("image_to_text", "text_to_image"):
-        cells = (
-            f"R@{k} {100 * recalls[f'{direction}_R@{k}']:.1f} ({100 * recalls[f'{direction}_chance_R@{k}']:.1f})"
-            for k in ks
-        )
+        shares = [(k, recalls[f"{direction}_R@{k}"], recalls[f"{direction}_chance_R@{k}"]) for k in ks]
+        cells = (f"R@{k} {100 * found:.1f} ({100 * chance:.1f})" for k, found, chance in shares)
         lines.append(f"  {direction.replace('_', ' ')}: {'  '.join(cells)}")
     return lines

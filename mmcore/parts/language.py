@@ -30,12 +30,9 @@ PAD, START, END = "<pad>", "<s>", "</s>"
 
 
 def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
-    """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU.
-
-    Args:
-        folder: config.json and safetensors, as transformers writes them; of a larger model that is known here, such
-            as a Blip2ForConditionalGeneration or a Llava, its language model.
-        dtype: of the weights; None = as they are stored.
+    """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU, in a dtype or as it is stored,
+    from a folder of transformers with safetensors; of a larger model that is known here, such as a
+    Blip2ForConditionalGeneration or a Llava, its language model.
 
     Raises:
         ValueError: no such folder; files that transformers does not load; weights that are missing; a model whose

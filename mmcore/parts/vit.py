@@ -61,7 +61,6 @@ class VisionConfig:
         require(owner, fits, "image_size must be a multiple of patch_size {}, got {}", patch, size)
         kinds = ("learned", "sincos")
         require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
-
         for name in ("image_mean", "image_std"):  # a run's config.json holds lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -129,15 +128,8 @@ class ViT(nn.Module):
             fixed = sincos_positions(width, config.num_patches, num_prefix=config.has_class_token)
             self.position_embedding = nn.Buffer(fixed)
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()
-        self.transformer = Transformer(
-            width,
-            config.num_layers,
-            config.num_heads,
-            config.mlp_dim,
-            is_causal=False,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-        )
+        options = {"is_causal": False, "activation": config.activation, "norm_eps": config.norm_eps}
+        self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
         self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
 
     def forward(self, images: Tensor, kept: Tensor | None = None, *, pool: Pool | None = None) -> Tensor:
@@ -152,9 +144,6 @@ class ViT(nn.Module):
 
         Returns:
             [B, 1 + P, D], [B, 1 + K, D], without the 1 where there is no class token, or what `pool` returns.
-
-        Raises:
-            ValueError: another shape or dtype.
         """
         return self.norm_post(self.transformer(self.embed(images, kept), pool=pool))
 

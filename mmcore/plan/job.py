@@ -71,17 +71,12 @@ class Counted:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a model that runs as a whole: equal layers, and what stands around them.
-
-    Attributes:
-        depths: two numbers of layers, of which it is built to be counted; twice the same = as it is, whole.
-        build: of layers and samples, on fake tensors, set up as a setting says.
-    """
+    """A part of a model that runs as a whole: equal layers, and what stands around them."""
 
     name: str
     num_layers: int
-    build: Callable[[int, int, Setting], Built]
-    depths: tuple[int, int] = (1, 2)
+    build: Callable[[int, int, Setting], Built]  # of layers and samples, on fake tensors, set up as a setting says
+    depths: tuple[int, int] = (1, 2)  # numbers of layers that it is counted with; twice the same = as it is, whole
 
     def counted(self, setting: Setting) -> Counted:
         """Its demand as a function of the number of samples."""
