@@ -15,7 +15,6 @@ from mmcore.tensor_file import Layout
 # Of float32 that is gathered at a time: neither device nor host holds a whole model.
 PIECE_BYTES = 2 << 30
 
-
 # Tensors laid out like `Shards.flats`, all of them or some by their number.
 Flats = Sequence[Tensor] | Mapping[int, Tensor]
 

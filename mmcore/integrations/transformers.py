@@ -58,10 +58,8 @@ def attention_forward(
         dropout: the share of weights to drop in training.
         scaling: of the products; None = `K ** -0.5`.
         position_bias: `[B or 1, H, Lq, Lk]`, added to the logits (T5).
-        kwargs: what else a model hands on; ignored, as by transformers' own, unless it would change the result.
-
-    Raises:
-        ValueError: the weights, or what `mmkernels.attention` does not have, are asked for.
+        kwargs: what else a model hands on; ignored, as by transformers' own, but a ValueError where it asks for the
+            weights, or for what `mmkernels.attention` does not have.
     """
     for name in REFUSED:
         require(NAME, kwargs.get(name) is None, "{} must be None, got {}", name, type(kwargs.get(name)).__name__)

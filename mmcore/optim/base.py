@@ -82,12 +82,9 @@ class EMAOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Steps and averages all parameters that have a gradient; returns what `closure` does.
-
-        Raises:
-            ValueError: a sparse gradient; a setting out of its range.
-            RuntimeError: in the capture of a CUDA graph, which would repeat one step's learning rate for ever.
-        """
+        """Steps and averages all parameters that have a gradient; returns what `closure` does. A ValueError of a sparse
+        gradient, a RuntimeError in the capture of a CUDA graph, which would repeat one step's learning rate for
+        ever."""
         loss, name = None, type(self).__name__
         if closure is not None:
             with torch.enable_grad():

@@ -51,9 +51,10 @@ def plot_retrieval(
     made.
 
     Args:
-        queries: [Q] captions, in any script; characters that no font has are shown as code points, and the sheet says
-        so. scores: [Q, I] float. relevant: [Q, I] bool. images: indexed by the I columns; each a PIL image or uint8 [H,
-        W] or [H, W, 3]. top_k: images a query, cut to I.
+        queries: [Q] captions, in any script; characters that no font has are shown as code points, and it says so.
+        scores, relevant: [Q, I] float and bool.
+        images: [I]; each a PIL image or uint8 [H, W] or [H, W, 3].
+        top_k: images a query, cut to I.
     """
     shape = (len(queries), scores.shape[-1] if scores.ndim else 0)
     fits = all(shape) and scores.shape == relevant.shape == shape and relevant.dtype == torch.bool

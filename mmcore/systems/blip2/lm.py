@@ -16,14 +16,8 @@ from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
 
 
 class BLIP2LM(nn.Module):
-    """An image tower and a language model, both frozen, and a Q-Former and a projection between them, which learn
-    (arXiv:2301.12597).
-
-    Args:
-        vision: shape of the tower.
-        qformer: shape of the Q-Former, without text.
-        language_model: a causal or an encoder-decoder model of transformers: OPT, Llama, Qwen, T5.
-    """
+    """An image tower and a causal or an encoder-decoder model of transformers (OPT, Llama, Qwen, T5), both frozen, and
+    a Q-Former, without text, and a projection between them, which learn (arXiv:2301.12597)."""
 
     def __init__(self, vision: VisionConfig, qformer: QFormerConfig, language_model: Any) -> None:
         super().__init__()

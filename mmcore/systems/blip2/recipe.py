@@ -1,7 +1,7 @@
 """BLIP-2's recipes, one a stage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -11,6 +11,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from mmcore import checkpoint
 from mmcore.data import LoaderSpec, PairData, Preprocess, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
@@ -24,21 +25,23 @@ from mmcore.parts.language_folder import (
     language_of,
     read_language,
 )
+from mmcore.parts.language_weights import beside_language
 from mmcore.parts.tiny_lm import texts_by_picture
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import Tower, VisionConfig
-from mmcore.recipe import Assets, Embeds, Matches, OnLanguageModel, OnPairs, Purpose, Runner, Step
-from mmcore.runs import find_run, is_run, load_weights
+from mmcore.recipe import Assets, Claim, Embeds, Matches, OnLanguageModel, OnPairs, Proof, Purpose, Runner, Step
+from mmcore.runs import find_run, is_run, load_weights, read_frozen, read_run
 from mmcore.settings import free, from_json
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.shapes import blip2_config
-from mmcore.systems.blip2.start import STAGE1, STAGE2, has_language_model, stage2_start
 from mmcore.systems.blip2.steps import Pair, stage1_losses, stage2_loss
-from mmcore.systems.blip2.weights import save_blip2, save_blip2_lm
+from mmcore.systems.blip2.weights import has_language_model, load_folder, save_blip2, save_blip2_lm
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.optim import OptimConfig
+
+STAGE1, STAGE2 = "blip2-stage1", "blip2-stage2"
 
 
 def _published(warmup: int) -> OptimConfig:
@@ -184,11 +187,26 @@ class Stage2Assets(Assets):
         return {**shapes, LANGUAGE_MODEL: self.language.save(folder)}
 
 
-class Asked(NamedTuple):
-    """Images float32 [B, 3, S, S], and what is read and learned about them."""
+class Stage2Start(NamedTuple):
+    """What stage 2 starts from."""
 
-    images: Tensor
-    texts: Prompted
+    vision: VisionConfig
+    qformer: QFormerConfig  # without text
+    state: dict[str, Tensor]  # of the tower and the Q-Former; the language model's is not in it
+
+
+def stage2_start(path: Path) -> Stage2Start:
+    """Reads what stage 2 starts from: a run of stage 1 or stage 2, or a folder of transformers with a
+    Blip2ForImageTextRetrieval or a Blip2ForConditionalGeneration; a ValueError for anything else."""
+    run = find_run(path) if is_run(path) else None
+    if run is not None and run.recipe not in (STAGE1, STAGE2):
+        raise ValueError(f"--from must be a run of {STAGE1} or {STAGE2}, got one of {run.recipe}, {path}")
+    if run is not None and run.recipe == STAGE2:
+        saved = run.saved["model"]
+        state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
+        return Stage2Start(VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"]), state)
+    model: Any = load_folder(path) if run is None else read_run(path).model
+    return Stage2Start(model.visual.config, replace(model.qformer.config, has_text=False), beside_language(model))
 
 
 @dataclass(frozen=True)
@@ -268,13 +286,12 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         assert self.start is not None
         return model.fitting(stage2_start(self.start).state)
 
-    def collate(self, assets: Stage2Assets, samples: list[PairSample]) -> Asked:
+    def collate(self, assets: Stage2Assets, samples: list[PairSample]) -> tuple[Tensor, Prompted]:
         batch = collate_pairs(samples)
         questions = batch.questions or [""] * len(batch.captions)
-        texts = assets.tokens.pairs(prompt_texts(self.task, self.prompt, questions), batch.captions)
-        return Asked(batch.images, texts)
+        return batch.images, assets.tokens.pairs(prompt_texts(self.task, self.prompt, questions), batch.captions)
 
-    def loss(self, model: Runner, batch: Asked, step: Step) -> dict[str, Tensor]:
+    def loss(self, model: Runner, batch: tuple[Tensor, Prompted], step: Step) -> dict[str, Tensor]:
         return {"loss": stage2_loss(model, *batch)}
 
     def speaks(self, assets: Stage2Assets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
@@ -295,3 +312,13 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
     def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> dict[str, Any]:
         save_blip2_lm(model, folder, tokenizer=assets.language.tokenizer)
         return assets.preprocess.processor()
+
+
+_TOWER = ("clip", "--data digits --epochs 15 --lr 1e-3 --ema 0.99")
+_ON_TOWER = "--data digits --vision {0} --batch-size 64 --lr 1e-3"
+_ON_STAGE1 = "--data digits --from {1} --llm tiny --task vqa --epochs 6 --batch-size 64 --lr 1e-3 --ema 0.99"
+PROOF1 = Proof([_TOWER, (STAGE1, f"{_ON_TOWER} --epochs 20")], [Claim("ITM accuracy (held-out)", "ITM accuracy", 0.75)])
+PROOF2 = Proof(
+    [_TOWER, (STAGE1, f"{_ON_TOWER} --epochs 6"), (STAGE2, _ON_STAGE1)],
+    [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.5)],
+)

@@ -14,6 +14,19 @@ from mmcore.systems.blip2.names import HF, PARTS_SETTINGS, STAGE1_SETTINGS, stag
 from mmcore.weights.files import read_folder, read_json, save_folder
 
 
+def load_folder(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A BLIP-2 of transformers: a `BLIP2LM` where it has a language model, in `dtype` or as it is stored, else a
+    `BLIP2`; errors as of `load_blip2` and `load_blip2_lm`."""
+    return load_blip2_lm(folder, dtype=dtype) if has_language_model(folder) else load_blip2(folder)
+
+
+def has_language_model(folder: Path) -> bool:
+    """Whether a folder is of transformers' Blip2ForConditionalGeneration."""
+    config = folder / "config.json"
+    kinds = read_json("stage2_start", config).get("architectures") if config.is_file() else None
+    return "Blip2ForConditionalGeneration" in (kinds or ())
+
+
 def load_blip2(folder: Path | str) -> BLIP2:
     """BLIP-2's first stage, float32 on the CPU, in training mode, of a folder that transformers or `save_blip2` wrote.
 

@@ -79,17 +79,8 @@ def num_packed(size: Size, pinpoints: Sequence[Size], tile_size: int, patch_size
 
 
 def pack_features(features: Tensor, size: Size, grid: Size, newline: Tensor) -> Tensor:
-    """An image's features in the order in which a language model reads them: the whole, then the tiles row by row.
-
-    Args:
-        features: [1 + tiles, P, D], the whole first; P is a square.
-        size: of the image.
-        grid: rows and columns of tiles, of `grid_shape`.
-        newline: [D], at the end of each row.
-
-    Returns:
-        [N, D], N of `num_packed`.
-    """
+    """Features [1 + tiles, P, D] of an image in the order in which a language model reads them, [N, D], N of
+    `num_packed`: the whole, then its `grid` of tiles, of `grid_shape`, row by row, each ended by `newline` [D]."""
     side = math.isqrt(features.shape[1])
     tiles = features[1:].unflatten(0, grid).unflatten(2, (side, side)).transpose(1, 2)
     tiles = tiles.flatten(2, 3).flatten(0, 1)  # [rows, columns, D]

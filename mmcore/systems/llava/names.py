@@ -77,14 +77,8 @@ HF_SETTINGS = Settings(
 
 
 def config_from_hf(op: str, raw: Mapping[str, Any]) -> tuple[LlavaConfig, Any, list[str]]:
-    """Read transformers' config.json; what it leaves out has transformers' defaults.
-
-    Returns:
-        Our configuration; transformers' of the whole; what its tower's layers that nobody runs are called.
-
-    Raises:
-        ValueError: another model type, or a setting that this LLaVA does not have.
-    """
+    """Of transformers' config.json our configuration; transformers' of the whole; what its tower's layers that nobody
+    runs are called. A ValueError of another model type, or of a setting that this LLaVA does not have."""
     HF_SETTINGS.check(op, raw)
     check_language_kind(op, (raw.get("text_config") or {}).get("model_type", "llama"), is_causal=True)
     whole = _CONFIGS[raw["model_type"]].from_dict(dict(raw))

@@ -35,7 +35,7 @@ from mmcore.parts.language_folder import (
 )
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower, visual_state
-from mmcore.recipe import Assets, OnLanguageModel, Purpose, Runner, Step
+from mmcore.recipe import Assets, Claim, OnLanguageModel, Proof, Purpose, Runner, Step
 from mmcore.runs import load_weights
 from mmcore.settings import free
 from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
@@ -313,3 +313,13 @@ def _said(data: ChatData) -> list[list[Said]]:
                 asked.append((f"{system}{text}{template.answer_mark}", answer.text))
         found.append([*asked, *(("", answer) for _, answer in asked)])
     return found
+
+
+_TOWER = ("clip", "--data digits --val-fraction 0.2 --epochs 15 --lr 1e-3 --ema 0.99")
+_DATA = "--data digits --val-fraction 0.2 --batch-size 32 --max-answer 16"
+_ON_TOWER = f"{_DATA} --vision {{0}} --llm tiny --llm-steps 60"
+_CLAIM = "answer accuracy (held-out)", "answer accuracy"
+PROOF1 = Proof([_TOWER, ("llava-stage1", f"{_ON_TOWER} --lr 1e-2 --epochs 15")], [Claim(*_CLAIM, 0.4)])
+_FIRST = ("llava-stage1", f"{_ON_TOWER} --lr 1e-3 --epochs 4")
+_SECOND = ("llava-stage2", f"{_DATA} --lr 1e-3 --from {{1}} --epochs 6")
+PROOF2 = Proof([_TOWER, _FIRST, _SECOND], [Claim(*_CLAIM, 0.7)])
