@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.metrics.ranking import check_features, check_ks, wrong_above_best
+from mmcore.metrics.retrieval import check_features, check_ks, wrong_above_best
 from mmcore.ops import require
 
 

@@ -24,8 +24,7 @@ from mmcore.systems.blip2.weights import load_blip2, load_blip2_lm, save_blip2, 
 from mmcore.systems.clip import names as clip_names
 from mmcore.systems.clip.weights import load_clip, save_clip
 from mmcore.systems.llava.model import Llava
-from mmcore.systems.llava.names import hf_layout
-from mmcore.systems.llava.weights import load_llava, save_llava
+from mmcore.systems.llava.weights import hf_layout, load_llava, save_llava
 from mmcore.systems.siglip import weights as siglip_weights
 from mmcore.systems.siglip.model import SigLIP
 from mmcore.systems.siglip.shapes import siglip_config

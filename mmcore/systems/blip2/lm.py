@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmcore.labels import IGNORED
 from mmcore.nn import Linear
 from mmcore.ops import accumulator, require
-from mmcore.parts.language_head import LanguageHead
+from mmcore.parts.language import LanguageHead
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
 

@@ -16,15 +16,7 @@ from mmcore.data import LoaderSpec, PairData, Preprocess, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
-from mmcore.parts.language_folder import (
-    LANGUAGE_MODEL,
-    TINY,
-    Language,
-    check_llm_steps,
-    chosen_language,
-    language_of,
-    read_language,
-)
+from mmcore.parts import language_folder
 from mmcore.parts.language_weights import beside_language
 from mmcore.parts.tiny_lm import texts_by_picture
 from mmcore.parts.towers import load_tower, visual_state
@@ -175,7 +167,7 @@ class Stage2Assets(Assets):
 
     vision: VisionConfig
     qformer: QFormerConfig
-    language: Language
+    language: language_folder.Language
     tokens: PromptTokens
 
     @property
@@ -184,7 +176,7 @@ class Stage2Assets(Assets):
 
     def save(self, folder: Path) -> dict[str, Any]:
         shapes = {"vision": asdict(self.vision), "qformer": asdict(self.qformer)}
-        return {**shapes, LANGUAGE_MODEL: self.language.save(folder)}
+        return {**shapes, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
 
 
 class Stage2Start(NamedTuple):
@@ -242,7 +234,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
 
     def assets(self, data: PairData) -> Stage2Assets:
         prompt_texts(self.task, self.prompt, [""])
-        check_llm_steps(self.llm, self.llm_steps)
+        language_folder.check_llm_steps(self.llm, self.llm_steps)
         if self.start is None:
             raise ValueError(f"--from must be given: a run of {STAGE1}, or what else {STAGE2} starts from")
         vision, qformer, state = stage2_start(self.start)
@@ -251,21 +243,21 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         else:
             prompt = {"question_prompt" if self.task == "vqa" else "caption_prompt": self.prompt}
             texts = partial(texts_by_picture, data, **prompt)
-            language = chosen_language(self.llm, texts, seed=self.run.seed, steps=self.llm_steps)
+            language = language_folder.chosen_language(self.llm, texts, seed=self.run.seed, steps=self.llm_steps)
         frozen = {name: x for name, x in state.items() if name.startswith("visual.")}
         assets = Stage2Assets(vision, qformer, language, self._tokens(language), frozen=frozen)
         self.build(assets).fitting(state)
         return assets
 
-    def _language_of_start(self, start: Path) -> Language:
+    def _language_of_start(self, start: Path) -> language_folder.Language:
         if has_language_model(start):
-            return read_language(start)
+            return language_folder.read_language(start)
         run = find_run(start) if is_run(start) else None
         if run is not None and run.recipe == STAGE2:
-            return language_of(run.folder, run.saved["model"], None, torch.float32)
-        raise ValueError(f"--llm must be a language model's folder or {TINY!r}: {start} has none")
+            return language_folder.language_of(run.folder, run.saved["model"], None, torch.float32)
+        raise ValueError(f"--llm must be a language model's folder or {language_folder.TINY!r}: {start} has none")
 
-    def _tokens(self, language: Language) -> PromptTokens:
+    def _tokens(self, language: language_folder.Language) -> PromptTokens:
         is_encoder_decoder = language.is_encoder_decoder
         return PromptTokens(language.tokenizer, is_encoder_decoder=is_encoder_decoder, max_answer=self.max_text)
 
@@ -273,7 +265,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
     ) -> Stage2Assets:
         dtype = self.language_dtype(purpose)
-        language = language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
+        language = language_folder.language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
         shapes = VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"])
         return Stage2Assets(*shapes, language, self._tokens(language), frozen=frozen)
 

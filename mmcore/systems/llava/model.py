@@ -14,7 +14,7 @@ from mmcore.labels import IGNORED, IMAGE_TOKEN
 from mmcore.nn import Linear, quicken
 from mmcore.ops import require
 from mmcore.parts.adapters import Lora, add_adapters, is_adapter, merge_adapters
-from mmcore.parts.language_head import LanguageHead
+from mmcore.parts.language import LanguageHead
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.llava.anyres import Size, grid_shape, num_packed, num_views, pack_features
 

@@ -23,16 +23,8 @@ from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
 from mmcore.labels import IGNORED
 from mmcore.losses import global_ratio
+from mmcore.parts import language_folder
 from mmcore.parts.adapters import LORA_DROPOUT, Lora
-from mmcore.parts.language_folder import (
-    LANGUAGE_MODEL,
-    TINY,
-    Language,
-    check_llm_steps,
-    chosen_language,
-    language_of,
-    read_language,
-)
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.recipe import Assets, Claim, OnLanguageModel, Proof, Purpose, Runner, Step
@@ -67,12 +59,12 @@ class LlavaAssets(Assets):
 
     shape: LlavaConfig
     lora: Lora | None
-    language: Language
+    language: language_folder.Language
     tokens: ChatTokens
 
     def save(self, folder: Path) -> dict[str, Any]:
         adapters = self.lora and asdict(self.lora)
-        return {**asdict(self.shape), "lora": adapters, LANGUAGE_MODEL: self.language.save(folder)}
+        return {**asdict(self.shape), "lora": adapters, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
 
 
 @dataclass(frozen=True)
@@ -147,21 +139,21 @@ class LlavaRecipe(OnLanguageModel):
     def collate(self, assets: LlavaAssets, samples: list[SeenChat]) -> ChatPart:
         return collate_chats(samples, assets.tokens, assets.shape, is_packed=self.pack)
 
-    def _checked(self, start: LlavaStart, language: Language) -> LlavaAssets:
+    def _checked(self, start: LlavaStart, language: language_folder.Language) -> LlavaAssets:
         """What a new run keeps; the weights are put into a model once, to see that they fit."""
         frozen = {n: x for n, x in start.state.items() if not n.startswith(self.learned)}
         assets = LlavaAssets(start.config, self.adapters, language, self._tokens(language), frozen=frozen)
         load_weights(Llava(assets.shape, language.load()), start.state, is_whole=False)
         return assets
 
-    def _tokens(self, language: Language) -> ChatTokens:
+    def _tokens(self, language: language_folder.Language) -> ChatTokens:
         return ChatTokens(language.tokenizer, self.template, self.max_length)
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
     ) -> LlavaAssets:
         dtype = self.language_dtype(purpose)
-        language = language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
+        language = language_folder.language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
         return LlavaAssets(*llava_shape(saved), language, self._tokens(language), frozen=frozen)
 
     def build(self, assets: LlavaAssets) -> Llava:
@@ -216,15 +208,17 @@ class LlavaStage1(LlavaRecipe):
         return {"caption": super().prompts["caption"]}
 
     def assets(self, data: ChatData) -> LlavaAssets:
-        check_llm_steps(self.llm, self.llm_steps)
+        language_folder.check_llm_steps(self.llm, self.llm_steps)
         if self.vision is None:
             raise ValueError("--vision must be given: the frozen image tower")
         if self.llm is None:
-            raise ValueError(f"--llm must be a language model's folder or {TINY!r}, got nothing")
+            raise ValueError(f"--llm must be a language model's folder or {language_folder.TINY!r}, got nothing")
         tower = load_tower(self.vision)
         pinpoints = next_pinpoints(tower.config.image_size) if self.anyres else ()
         shape = LlavaConfig(tower.config, self.projector, pinpoints)
-        language = chosen_language(self.llm, partial(_said, data), seed=self.run.seed, steps=self.llm_steps)
+        language = language_folder.chosen_language(
+            self.llm, partial(_said, data), seed=self.run.seed, steps=self.llm_steps
+        )
         return self._checked(LlavaStart(shape, visual_state(tower), Path(self.llm)), language)
 
 
@@ -293,9 +287,9 @@ class LlavaStage2(LlavaRecipe):
         return llava_start(self.start, llm=llm, vision=self.vision, anyres=self.anyres)
 
     def assets(self, data: ChatData) -> LlavaAssets:
-        check_llm_steps(self.llm, self.llm_steps)
+        language_folder.check_llm_steps(self.llm, self.llm_steps)
         start = self._start()
-        return self._checked(start, read_language(start.llm))
+        return self._checked(start, language_folder.read_language(start.llm))
 
     def initial(self, assets: LlavaAssets, model: Llava) -> Mapping[str, Tensor]:
         return {n: x for n, x in self._start().state.items() if n.startswith(self.learned)}

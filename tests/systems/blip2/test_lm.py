@@ -10,8 +10,8 @@ from transformers import Blip2ForConditionalGeneration, LlamaConfig, OPTConfig, 
 
 from mmcore.parts.language_weights import LANGUAGE, beside_language
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.systems.blip2.names import HF, PARTS_SETTINGS
 from mmcore.systems.blip2.qformer import QFormerConfig
+from mmcore.systems.blip2.weights import HF, PARTS_SETTINGS
 from tests.refusals import refuses
 from tests.systems.blip2.test_model import hf_config, hf_model, ours_of
 
