@@ -249,9 +249,8 @@ class _Teacher:
         shapes = {name: x.shape for name, x in self._buffers.items()}
         same = shapes == {name: x.shape for name, x in weights.module.named_buffers()}
         require("EMA", same, "teacher must have the model's buffers, got {}", sorted(shapes))
-        follower = weights.follow(module)
-        self.shadows = [*follower.shadows, *(self._buffers[name] for name in averaged)]
-        self._finish = follower.finish
+        shadows, self._finish = weights.follow(module)
+        self.shadows = [*shadows, *(self._buffers[name] for name in averaged)]
         theirs = dict(module.named_parameters())
         with torch.no_grad():
             for name, p in weights.module.named_parameters():

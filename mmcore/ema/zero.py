@@ -28,11 +28,8 @@ class _Place(NamedTuple):
     numel: int  # 0 = the rank has none
 
 
-class Follower(NamedTuple):
-    """What keeps a teacher's weights: `shadows`, laid out like what they are copies of, then `finish`, collective."""
-
-    shadows: list[Tensor]
-    finish: Callable[[], None]
+# What keeps a teacher's weights: tensors laid out like what they are copies of, and what comes after, collective.
+Follower = tuple[list[Tensor], Callable[[], None]]
 
 
 class Shards:
@@ -229,7 +226,7 @@ class Shards:
             for flat, group in zip(flats, groups, strict=True):
                 _all_gather(flat, group)
 
-        return Follower([_segment(flat, group) for flat, group in zip(flats, groups, strict=True)], finish)
+        return [_segment(flat, group) for flat, group in zip(flats, groups, strict=True)], finish
 
 
 def _stamp(flats: Sequence[Tensor]) -> list[object]:

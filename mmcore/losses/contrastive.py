@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
 
 from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
 from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged, own_excess, reduced, rounded
-from mmcore.nn.batch_norm import all_sum
 from mmkernels import contrastive_loss
 from mmkernels.pieces import (
     NO_UNDERFLOW_SCALE,
@@ -186,14 +186,14 @@ def _linear_means(inputs: _Inputs, layout: Layout, match: Match, target: Tensor,
     if match.labels is not None:
         of_positives = scale * (a * target).sum(1).double()
     if options.label_smoothing > 0:
-        total, count = all_sum(b.sum(0), group), sum(layout.cols)
+        total, count = all_reduce(b.sum(0), group=group), sum(layout.cols)
         if inputs.negatives is not None:
             total, count = total + inputs.negatives.to(dtype).sum(0), count + len(inputs.negatives)
         row = scale * (a @ (total / max(count, 1))).double()
         if options.symmetric:
-            a_mean = all_sum(a.sum(0), group) / max(sum(layout.rows), 1)
+            a_mean = all_reduce(a.sum(0), group=group) / max(sum(layout.rows), 1)
             own = layout.cols_of(layout.rank)
-            of_cols = all_sum(F.pad(b @ a_mean, (own.start, sum(layout.cols) - own.stop)), group)
+            of_cols = all_reduce(F.pad(b @ a_mean, (own.start, sum(layout.cols) - own.stop)), group=group)
             col = scale * match.pool(of_cols).double()
     return LinearMeans(of_positives, row, col)
 

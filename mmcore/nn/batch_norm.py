@@ -1,12 +1,11 @@
 """BatchNorm over the batches of all ranks, on a GPU and on a CPU (torch's SyncBatchNorm refuses the latter)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -29,7 +28,7 @@ class BatchNorm(_BatchNorm):
         wide, axes = input.float(), [0, *range(2, input.ndim)]
         count = torch.full((1,), input.numel() / max(1, input.shape[1]), device=input.device)
         sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
-        total, squares, count = all_sum(sums).split([self.num_features, self.num_features, 1])
+        total, squares, count = all_reduce(sums).split([self.num_features, self.num_features, 1])
         mean = total / count
         var = (squares / count - mean * mean).clamp_min(0)
         self._track(mean.detach(), (var * count / (count - 1).clamp_min(1)).detach())
@@ -57,22 +56,3 @@ class BatchNorm(_BatchNorm):
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
         return self
-
-
-def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of the ranks' `x`; its gradient sums what each rank's loss makes of it."""
-    return _AllSum.apply(x, group)  # pyright: ignore[reportReturnType]
-
-
-class _AllSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _AllSum.forward(ctx, grad, ctx.group), None

@@ -79,13 +79,11 @@ class FeatureQueue(nn.Module):
     """The last N = `num_features` features [N, D = `dim`] that were enqueued, for
     `mmkernels.contrastive_loss(..., negatives=)`."""
 
-    features: Tensor
-
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         for name, size in (("num_features", num_features), ("dim", dim)):
             require("FeatureQueue", size >= 1, "{} must be at least 1, got {}", name, size)
-        self.register_buffer("features", torch.zeros(num_features, dim))
+        self.features = nn.Buffer(torch.zeros(num_features, dim))
         self.num_enqueued = 0
 
     @property
@@ -109,12 +107,10 @@ class FeatureQueue(nn.Module):
             parts = features.new_empty(dist.get_world_size(group), *features.shape)
             dist.all_gather(list(parts.unbind()), features.contiguous(), group=group)
             features = parts.flatten(0, 1)
-        end, last = self.num_enqueued + len(features), features[-size:]
-        start = (end - len(last)) % size
-        before_end = min(len(last), size - start)
-        self.features[start : start + before_end] = last[:before_end]
-        self.features[: len(last) - before_end] = last[before_end:]
-        self.num_enqueued = end
+        self.num_enqueued += len(features)
+        last = features[-size:].to(self.features)
+        places = torch.arange(self.num_enqueued - len(last), self.num_enqueued, device=last.device) % size
+        self.features[places] = last
 
     def get_extra_state(self) -> int:
         return self.num_enqueued

@@ -32,7 +32,11 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     by_step = {int(record["step"]): record for record in records}
     rows = [by_step[step] for step in sorted(by_step)]
     held_out = _held_out_series(rows)
-    accuracies = {k: s for k, s in held_out.items() if "loss" not in k and _is_accuracy(k, s[1])}
+    accuracies = {
+        name: series
+        for name, series in held_out.items()
+        if "loss" not in name and (all(0 <= x <= 1 for x in series[1]) or not is_share(name))
+    }
     figure = Figure(figsize=(11 if accuracies else 6.5, 4.6), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(2, 2 if accuracies else 1, height_ratios=(4, 1))
     loss_axes = figure.add_subplot(grid[0, 0])
@@ -156,10 +160,6 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
     axes.set_xlabel("step", color=FAINT)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     _style(axes, "Held-out accuracy" if all(map(is_share, series)) else "Held-out figures")
-
-
-def _is_accuracy(name: str, values: Sequence[float]) -> bool:
-    return all(0 <= v <= 1 for v in values) or not is_share(name)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:

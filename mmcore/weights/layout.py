@@ -85,7 +85,7 @@ class Layout:
     in other files begin with, and what stands there in this layout; replaced in this order.
     """
 
-    rows: Rows  # our names and theirs, as `mmcore.weights` explains
+    rows: Rows  # our names and theirs, as CONTRIBUTING.md explains
     tied: Mapping[str, str] = field(default_factory=dict)
     unread: Sequence[str] = ()
     older: Sequence[tuple[str, str]] = ()

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, OPTConfig, OPTForCausalLM
 
 from mmcore.checkpoint import write_json
 from mmcore.parts.language_weights import LANGUAGE, beside_language
-from mmcore.systems.blip2 import names as blip2_names
+from mmcore.systems.blip2 import weights as blip2_weights
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.weights import load_blip2, load_blip2_lm, save_blip2, save_blip2_lm
@@ -249,7 +249,7 @@ def test_a_language_model_of_bfloat16_stays_it_to_the_bit(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("layout", "names"), [
-    (clip_names.HF, ["clip"]), (clip_names.OPEN_CLIP, ["clip"]), (blip2_names.HF, ["blip2", "blip2-llama"]),
+    (clip_names.HF, ["clip"]), (clip_names.OPEN_CLIP, ["clip"]), (blip2_weights.HF, ["blip2", "blip2-llama"]),
     (hf_layout(), ["llava_next-llama"]), (siglip_weights.LAYOUT, ["siglip"]),
 ])  # fmt: skip
 def test_every_row_is_of_a_weight_and_no_two_are_of_one(layout: Layout, names: list[str]) -> None:

@@ -9,20 +9,15 @@ from torch import Tensor, nn
 from mmcore.nn import Linear
 from mmcore.parts.vit import ViT
 from mmcore.plan import pieces
-from mmcore.plan.config import PlanConfig
 from mmcore.plan.demand import Built
-from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
+from mmcore.plan.job import Exchange, Job, Piece, PlanConfig, Setting, numbers
 from mmcore.systems.blip2.model import BLIP2
 from mmcore.systems.blip2.qformer import QFormer
 from mmcore.systems.blip2.shapes import blip2_config
 
 
 def blip2_stage1_job(name: str, num_text: int) -> Job:
-    """Of a configuration by name, with texts of `num_text` tokens, on a frozen image tower.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Of a configuration by name, with texts of `num_text` tokens, on a frozen image tower."""
     config = blip2_config(name)
     vision, qformer = config.vision, config.qformer
     with torch.device("meta"):

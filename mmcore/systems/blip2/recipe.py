@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -179,26 +179,19 @@ class Stage2Assets(Assets):
         return {**shapes, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
 
 
-class Stage2Start(NamedTuple):
-    """What stage 2 starts from."""
-
-    vision: VisionConfig
-    qformer: QFormerConfig  # without text
-    state: dict[str, Tensor]  # of the tower and the Q-Former; the language model's is not in it
-
-
-def stage2_start(path: Path) -> Stage2Start:
-    """Reads what stage 2 starts from: a run of stage 1 or stage 2, or a folder of transformers with a
-    Blip2ForImageTextRetrieval or a Blip2ForConditionalGeneration; a ValueError for anything else."""
+def stage2_start(path: Path) -> tuple[VisionConfig, QFormerConfig, dict[str, Tensor]]:
+    """What stage 2 starts from: the shapes of the tower and of the Q-Former, without text, and their weights, of a run
+    of stage 1 or stage 2, or of a folder of transformers with a Blip2ForImageTextRetrieval or a
+    Blip2ForConditionalGeneration; a ValueError for anything else."""
     run = find_run(path) if is_run(path) else None
     if run is not None and run.recipe not in (STAGE1, STAGE2):
         raise ValueError(f"--from must be a run of {STAGE1} or {STAGE2}, got one of {run.recipe}, {path}")
     if run is not None and run.recipe == STAGE2:
         saved = run.saved["model"]
         state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
-        return Stage2Start(VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"]), state)
+        return VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"]), state
     model: Any = load_folder(path) if run is None else read_run(path).model
-    return Stage2Start(model.visual.config, replace(model.qformer.config, has_text=False), beside_language(model))
+    return model.visual.config, replace(model.qformer.config, has_text=False), beside_language(model)
 
 
 @dataclass(frozen=True)
@@ -276,7 +269,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
 
     def initial(self, assets: Stage2Assets, model: BLIP2LM) -> Mapping[str, Tensor]:
         assert self.start is not None
-        return model.fitting(stage2_start(self.start).state)
+        return model.fitting(stage2_start(self.start)[2])
 
     def collate(self, assets: Stage2Assets, samples: list[PairSample]) -> tuple[Tensor, Prompted]:
         batch = collate_pairs(samples)

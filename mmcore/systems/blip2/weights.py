@@ -1,7 +1,6 @@
 """BLIP-2 on disk as transformers has it: Blip2ForImageTextRetrieval, and of stage 2 Blip2ForConditionalGeneration."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 from transformers import Blip2Config
 
 from mmcore.parts.language_weights import check_language_kind, language_settings, load_with_language, save_with_language
-from mmcore.parts.vit import Tower, VisionConfig, ViT
+from mmcore.parts.vit import Tower, ViT
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
+from mmcore.systems.blip2.shapes import eva_vision
 from mmcore.weights.files import read_folder, read_json, save_folder
 from mmcore.weights.layout import Layout, leading, optional, under
 from mmcore.weights.settings import Key, Settings, section, transformers_keys
@@ -86,8 +86,7 @@ PARTS_SETTINGS = Settings(
         **section("qformer", "qformer_config", _QFORMER_SETTINGS),
         "qformer.num_queries": Key("num_query_tokens", 32),
     },
-    # EVA's tower
-    kinds={"vision": partial(VisionConfig, has_norm_pre=False, has_patch_bias=True), "qformer": QFormerConfig},
+    kinds={"vision": eva_vision, "qformer": QFormerConfig},
     model_types=("blip-2",),
     must={f"{x}_config.hidden_act": "gelu" for x in ("vision", "qformer")},
     written={
@@ -142,10 +141,8 @@ def has_language_model(folder: Path) -> bool:
 def load_blip2(folder: Path | str) -> BLIP2:
     """BLIP-2's first stage, float32 on the CPU, in training mode, of a folder that transformers or `save_blip2` wrote.
 
-    The captions' head and the temperature, which transformers has not, start anew where they are not there.
-
-    Raises:
-        ValueError: no such folder, a damaged file, missing or unknown names, a Q-Former without a text branch.
+    The captions' head and the temperature, which transformers has not, start anew where they are not there. A
+    ValueError without such a folder, of a damaged file, missing or unknown names, a Q-Former without a text branch.
     """
     folder, op = Path(folder), "load_blip2"
     model = BLIP2(STAGE1_SETTINGS.read(op, read_json(op, folder / "config.json")))
@@ -167,13 +164,9 @@ def load_blip2_tower(folder: Path | str) -> Tower:
 
 
 def save_blip2(model: BLIP2, folder: Path | str) -> None:
-    """Writes a new folder that transformers' Blip2ForImageTextRetrieval.from_pretrained loads.
-
-    What transformers has not, the captions' head and the temperature, is in it under our names.
-
-    Raises:
-        ValueError: an existing folder; a tower or sizes that transformers' BLIP-2 cannot have.
-    """
+    """Writes a new folder that transformers' Blip2ForImageTextRetrieval.from_pretrained loads. What that has not, the
+    captions' head and the temperature, is in it under our names. A ValueError of an existing folder, and of a tower or
+    sizes that transformers' BLIP-2 cannot have."""
     op = "save_blip2"
     save_folder(op, folder, STAGE1_SETTINGS.write(op, model.config), HF.write(model.state_dict()))
 
@@ -181,12 +174,8 @@ def save_blip2(model: BLIP2, folder: Path | str) -> None:
 def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> BLIP2LM:
     """BLIP-2's second stage, on the CPU, in training mode, of a folder that transformers or `save_blip2_lm` wrote.
 
-    Args:
-        folder: with config.json, *.safetensors and perhaps the language model's generation_config.json.
-        dtype: of the language model, None = as it is stored; the rest is float32.
-
-    Raises:
-        ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes, no language model.
+    `dtype` is the language model's, None = as it is stored; the rest is float32. A generation_config.json there is the
+    language model's. Errors are those of `load_blip2`, and of a folder without a language model.
     """
     folder, op = Path(folder), "load_blip2_lm"
     raw = read_json(op, folder / "config.json")
@@ -198,10 +187,7 @@ def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float
 
 def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None = None) -> None:
     """Writes a new folder that transformers' Blip2ForConditionalGeneration.from_pretrained loads; for `<image>` and the
-    tokenizer see `mmcore.parts.language_weights.save_with_language`.
-
-    Raises:
-        ValueError: an existing folder; a tower or a language model that transformers' BLIP-2 cannot have.
-    """
+    tokenizer see `mmcore.parts.language_weights.save_with_language`. A ValueError of an existing folder, and of a tower
+    or a language model that transformers' BLIP-2 cannot have."""
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.qformer.config.num_queries}
     save_with_language("save_blip2_lm", folder, model, stage2_config, HF, tokenizer, processor)

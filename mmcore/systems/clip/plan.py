@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmcore.plan.config import MicroBatchPlan
 from mmcore.plan.demand import Built
-from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
+from mmcore.plan.job import Exchange, Job, MicroBatchPlan, Piece, Setting, numbers
 from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, VisionTower
 from mmcore.systems.clip.shapes import clip_config
 
@@ -18,11 +17,7 @@ DEPTHS = 2, 3
 
 
 def clip_job(name: str) -> Job:
-    """Of a configuration by name; every caption as long as the context.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Of a configuration by name; every caption as long as the context."""
     return clip_job_of(name, clip_config(name))
 
 

@@ -8,9 +8,8 @@ import torch
 from mmcore.ops import require
 from mmcore.parts.adapters import LORA_DROPOUT, Lora
 from mmcore.plan import pieces
-from mmcore.plan.config import MicroBatchPlan
 from mmcore.plan.demand import Built
-from mmcore.plan.job import Job, Piece, Setting, numbers
+from mmcore.plan.job import Job, MicroBatchPlan, Piece, Setting, numbers
 from mmcore.systems.clip.shapes import clip_config
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable
 
@@ -25,11 +24,7 @@ def llava_job(
     train_vision: bool = False,
     lora: Lora | None = None,
 ) -> Job:
-    """Of a CLIP's tower, less its last layer, before a language model; the options are those of `Stage2Plan`.
-
-    Raises:
-        ValueError: an unknown name; fewer tokens than an image has.
-    """
+    """Of a CLIP's tower, less its last layer, before a language model; the options are those of `Stage2Plan`."""
     whole = clip_config(vision_name).vision
     vision = replace(whole, num_layers=whole.num_layers - 1)
     least = vision.num_patches + 2

@@ -115,12 +115,9 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
     """A LLaVA on the CPU, in training mode, of a folder that transformers or `save_llava` wrote; its projector alone
     learns (`Llava.set_trainable`).
 
-    Args:
-        folder: with config.json, *.safetensors and perhaps the language model's generation_config.json.
-        dtype: of the language model, None = as it is stored; the rest is float32.
-
-    Raises:
-        ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes, a model that ours is not.
+    `dtype` is the language model's, None = as it is stored; the rest is float32. A generation_config.json there is the
+    language model's. A ValueError without such a folder, of a damaged file, missing or unknown names, wrong shapes, and
+    of a model that ours is not.
     """
     folder, op = Path(folder), "load_llava"
     config, whole, unread = config_from_hf(op, read_json(op, folder / "config.json"))
@@ -135,11 +132,8 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
 
 def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None) -> None:
     """Writes a new folder that transformers' Llava- or LlavaNextForConditionalGeneration.from_pretrained loads; for
-    `<image>` and the tokenizer see `mmcore.parts.language_weights.save_with_language`.
-
-    Raises:
-        ValueError: an existing folder; a tower, projector or language model that transformers' LLaVA cannot have.
-    """
+    `<image>` and the tokenizer see `mmcore.parts.language_weights.save_with_language`. A ValueError of an existing
+    folder, and of a tower, projector or language model that transformers' LLaVA cannot have."""
     processor = {
         "processor_class": "LlavaNextProcessor" if model.config.has_tiles else "LlavaProcessor",
         "image_token": language_weights.IMAGE_MARK,
