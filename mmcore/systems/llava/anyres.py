@@ -17,6 +17,11 @@ Size = tuple[int, int]
 BICUBIC = Image.Resampling.BICUBIC
 
 
+def next_pinpoints(side: int) -> tuple[Size, ...]:
+    """LLaVA-NeXT's resolutions for a tower of this image size."""
+    return ((side, 2 * side), (2 * side, side), (2 * side, 2 * side), (3 * side, side), (side, 3 * side))
+
+
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     """The pinpoint that keeps most of an image's pixels, of several the one with the fewest to spare, of equal ones the
     first; a ValueError for an image without pixels, or no pinpoints."""

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
+from mmcore import checkpoint
 from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
 from mmcore.data.loader import MapBatches, MapLoader
 from mmcore.data.opening import ChatData, open_chats, source_kind
@@ -25,20 +26,22 @@ from mmcore.labels import IGNORED
 from mmcore.losses import global_ratio
 from mmcore.parts import language_folder
 from mmcore.parts.adapters import LORA_DROPOUT, Lora
+from mmcore.parts.language_weights import beside_language
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.recipe import Assets, Claim, OnLanguageModel, Proof, Purpose, Runner, Step
-from mmcore.runs import load_weights
-from mmcore.settings import free
+from mmcore.runs import find_run, is_run, load_weights, read_frozen, read_run
+from mmcore.settings import free, from_json
+from mmcore.systems.llava.anyres import next_pinpoints
 from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
-from mmcore.systems.llava.start import LlavaStart, llava_shape, llava_start, next_pinpoints
 from mmcore.systems.llava.talk import Talks
-from mmcore.systems.llava.weights import save_llava
+from mmcore.systems.llava.weights import load_llava, read_projector, save_llava
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig, Rule
 
+STAGES = "llava-stage1", "llava-stage2"
 # how the names of a model's parts begin
 VISION, PROJECTOR, NEWLINE, LANGUAGE = "visual.", "projector.", "image_newline", "language_model."
 PROMPTS = {
@@ -46,6 +49,14 @@ PROMPTS = {
     "vqa": "{}\nAnswer the question using a single word or phrase.",
 }
 """LLaVA-1.5's, of models that were trained on its data."""
+
+
+class LlavaStart(NamedTuple):
+    """What a model begins with."""
+
+    config: LlavaConfig
+    state: dict[str, Tensor]  # by our names, of the language model what is not as in its folder
+    llm: Path  # the language model's folder
 
 
 def _published(lr: float) -> OptimConfig:
@@ -154,7 +165,7 @@ class LlavaRecipe(OnLanguageModel):
     ) -> LlavaAssets:
         dtype = self.language_dtype(purpose)
         language = language_folder.language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
-        return LlavaAssets(*llava_shape(saved), language, self._tokens(language), frozen=frozen)
+        return LlavaAssets(*_shape(saved), language, self._tokens(language), frozen=frozen)
 
     def build(self, assets: LlavaAssets) -> Llava:
         register()
@@ -281,10 +292,26 @@ class LlavaStage2(LlavaRecipe):
         return tuple(Rule(name, lr / self.optim.lr) for name, lr in given.items() if lr is not None)
 
     def _start(self) -> LlavaStart:
-        if self.start is None:
+        """Of a run, of a folder of transformers, or of a mm_projector.bin; a ValueError of anything else, or of a flag
+        that belongs to another of these."""
+        path, llm = self.start, None if self.llm is None else Path(self.llm)
+        if path is None:
             raise ValueError("--from must be given: a run of llava-stage1, or what else it starts from")
-        llm = None if self.llm is None else Path(self.llm)
-        return llava_start(self.start, llm=llm, vision=self.vision, anyres=self.anyres)
+        if path.is_file():
+            if self.vision is None or llm is None:
+                raise ValueError(f"--vision and --llm must be given where --from is a projector alone, {path}")
+            projector, tower = read_projector(path), load_tower(self.vision)
+            pinpoints = next_pinpoints(tower.config.image_size) if self.anyres else ()
+            kind = "linear" if "projector.weight" in projector else "mlp2x_gelu"
+            return LlavaStart(LlavaConfig(tower.config, kind, pinpoints), visual_state(tower) | projector, llm)
+        if self.vision is not None or self.anyres:
+            raise ValueError(f"--vision and --anyres have no effect where --from is {path}, which has a tower")
+        if is_run(path) or not path.exists():
+            return _start_of_run(path, llm)
+        if llm is not None:
+            raise ValueError(f"--llm has no effect where --from is {path}, which has a language model, got {llm}")
+        model = load_llava(path, dtype=None)
+        return LlavaStart(model.config, beside_language(model), path)
 
     def assets(self, data: ChatData) -> LlavaAssets:
         language_folder.check_llm_steps(self.llm, self.llm_steps)
@@ -293,6 +320,25 @@ class LlavaStage2(LlavaRecipe):
 
     def initial(self, assets: LlavaAssets, model: Llava) -> Mapping[str, Tensor]:
         return {n: x for n, x in self._start().state.items() if n.startswith(self.learned)}
+
+
+def _shape(saved: Mapping[str, Any]) -> tuple[LlavaConfig, Lora | None]:
+    """The model and its adapters as a run's config.json holds them."""
+    return from_json(LlavaConfig, saved), saved["lora"] and Lora(**saved["lora"])
+
+
+def _start_of_run(path: Path, llm: Path | None) -> LlavaStart:
+    run = find_run(path)
+    if run.recipe not in STAGES:
+        raise ValueError(f"--from must be a run of {' or '.join(STAGES)}, got {path}, which is of {run.recipe}")
+    config, lora = _shape(run.saved["model"])
+    folder = language_folder.language_of(run.folder, run.saved["model"], llm, None).folder
+    assert folder is not None
+    if lora is None:
+        state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
+    else:  # tied ones once
+        state = {n: p.detach() for n, p in read_run(path, llm=llm).model.named_parameters()}
+    return LlavaStart(config, state, folder)
 
 
 def _said(data: ChatData) -> list[list[Said]]:
