@@ -147,10 +147,9 @@ class ContrastiveLossWithTemperature(nn.Module):
         cross_entropy_kwargs: Mapping[str, Any] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The scalar loss of the global batch.
+        """The scalar loss of the global batch of features `[m, D]`.
 
         Args:
-            embeddings_a, embeddings_b: features `[m, D]`.
             backprop_type: GLOBAL, of ours or of TorchMultimodal; the others are not the loss's gradient.
             cross_entropy_kwargs: `label_smoothing` alone.
             mask: bool `[m]`, False for pairs that have no loss of their own and are the others' negatives still.

@@ -93,13 +93,8 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
-        """Puts features [B, D], of any dtype, in the place of the oldest; of more than N the last. A ValueError of a
-        wrong shape.
-
-        Args:
-            group: of ranks whose features are taken too, in the order of ranks, the same B on each, so that all
-                hold one queue; None = this rank's alone.
-        """
+        """Puts features [B, D], of any dtype, in the place of the oldest; of more than N the last. Those of the ranks
+        of a `group` are taken too, in the order of ranks, the same B on each, so that all hold one queue."""
         size, dim = self.features.shape
         is_like = features.ndim == 2 and features.shape[1] == dim
         require("FeatureQueue", is_like, "features must be [B, {}], got {}", dim, list(features.shape))

@@ -22,13 +22,13 @@ Group = dict[str, Any]
 class EMAOptimizer(Optimizer):
     """What these optimizers share: the average, float32 masters, clamping, clipping, groups that are frozen.
 
-    What looks at whole parameters (LARS, Muon, `clip_each`) has to be told what ZeRO's flat partitions hold: `bind`.
+    What looks at whole parameters (LARS, Muon, `clip_each`) has to be told what ZeRO's flat partitions hold: `bind`. A
+    group is left as it is while its `frozen` is set; `mmcore.train.engine.Engine` sets it for the first `frozen_until`
+    steps.
 
     Args:
-        params: parameters, or groups of them, as of any optimizer; each setting may differ by group. A group is left as
-            it is while its `frozen` is set; `mmcore.train.engine.Engine` sets it for the first `frozen_until` steps.
         settings: the optimizer's own, for groups that do not say otherwise.
-        ema, clamp, clip_each: as in `AdamWEMA`.
+        params, ema, clamp, clip_each: as in `AdamWEMA`.
     """
 
     _shards: Shards | None = None

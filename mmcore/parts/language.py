@@ -32,12 +32,8 @@ PAD, START, END = "<pad>", "<s>", "</s>"
 def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU, in a dtype or as it is stored,
     from a folder of transformers with safetensors; of a larger model that is known here, such as a
-    Blip2ForConditionalGeneration or a Llava, its language model.
-
-    Raises:
-        ValueError: no such folder; files that transformers does not load; weights that are missing; a model whose
-            logits are not its last layer's, W x + b.
-    """
+    Blip2ForConditionalGeneration or a Llava, its language model. A ValueError without such a folder, of files that
+    transformers does not load, of weights that are missing, and of logits that are not the last layer's, W x + b."""
     op, systems = "load_language_model", entries("FOLDERS")
     kind = str(read_json(op, folder / "config.json").get("model_type"))
     if kind in systems:

@@ -30,7 +30,6 @@ class VisionConfig:
 
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
-    `has_margin`: pixels on the right and below that fill no patch are not read (SigLIP's 384 in patches of 14).
     The last four are of `Preprocess`.
     """
 
@@ -47,7 +46,7 @@ class VisionConfig:
     has_class_token: bool = True
     positions: Literal["learned", "sincos"] = "learned"
     has_final_norm: bool = False
-    has_margin: bool = False
+    has_margin: bool = False  # pixels that fill no patch, right and below, are not read (SigLIP's 384 in 14s)
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"

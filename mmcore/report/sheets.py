@@ -101,9 +101,7 @@ def plot_reconstructions(
 
 
 class _Line(NamedTuple):
-    """A paragraph below an image."""
-
-    text: str
+    text: str  # a paragraph below an image
     size: float
     colour: str
 
