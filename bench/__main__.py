@@ -9,9 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench.page import write
-from bench.pages import fill
-from bench.report import load, load_folder, markdown
+from bench.report.page import write
+from bench.report.pages import fill
+from bench.report.tables import load, load_folder, markdown
 
 RESULTS = Path(__file__).parent / "results"
 

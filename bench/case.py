@@ -12,7 +12,7 @@ from triton.errors import TritonError
 
 from bench.measure import peak_extra_bytes, predicted_s, synchronize
 from bench.peers import PEERS
-from mmkernels._spec import Cost
+from mmkernels._cost import Cost
 
 MODES = ("forward", "backward", "both")
 # Seconds of a case's rounds: at most BUDGET_S, and less in a run of many cases, whose rounds all together take half of

@@ -12,9 +12,9 @@ import triton
 
 from bench.case import OUT_OF_MEMORY, share_time
 from bench.peers import facts
+from bench.report.tables import COLUMNS, row
 
 OURS = ("bench", "mmcore", "mmkernels")
-COLUMNS = ("case", "contender", "median ms", "p20", "p80", "predicted ms", "extra MiB", "error dA", "roofline %")
 
 
 class BenchFile(pytest.Module):
@@ -36,6 +36,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--op", action="append", metavar="NAME", help="those of a module of bench/ops alone")
     parser.addoption(
         "--claims", action="store_true", help="also assert what is said of the results, in paired runs of their own"
     )
@@ -88,24 +89,6 @@ def slim(document: dict[str, Any]) -> None:
     document["commit_info"] = {key: commit[key] for key in ("id", "time", "dirty") if key in commit}
     for case in document["benchmarks"]:
         case["stats"].pop("data", None)
-
-
-def row(case: dict[str, Any]) -> tuple[str, ...]:
-    """One line of the table, of one benchmark as pytest-benchmark's JSON has it."""
-    info, median = case["extra_info"], 1e3 * case["stats"]["median"]
-    predicted = info.get("predicted_s")
-    extra, error, share = info.get("extra_bytes"), info.get("error_da"), info.get("roofline_share")
-    return (
-        case["group"],
-        info["contender"],
-        f"{median:.2f}",
-        f"{1e3 * info['p20_s']:.2f}",
-        f"{1e3 * info['p80_s']:.2f}",
-        "" if predicted is None else f"{1e3 * predicted:.2f}",
-        "" if extra is None else f"{extra / 2**20:.0f}",
-        "" if error is None else f"{error:.1e}",
-        "" if share is None else f"{100 * share:.0f}",
-    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
-# files that share a process, with their share of the time; the training steps are all others
+# modules of bench/ops and files that share a process, with their share of the time; the training steps are all other
+# files
 GROUPS = {
-    "losses": ("contrastive contrastive_variants sigmoid distill token_contrastive statistics two_ranks", 5.0),
-    "attention": ("attention positions layers", 5.0),
-    "lists": ("linear linear_cross_entropy ema adamw norms momentum", 4.0),
-    "steps": ("", 3.0),
+    "losses": ("contrastive contrastive_variants sigmoid distill token_contrastive statistics", "two_ranks", 5.0),
+    "attention": ("attention positions", "layers", 5.0),
+    "lists": ("linear_cross_entropy ema adamw norm ewc packnet", "linear momentum", 4.0),
+    "steps": ("", "", 3.0),
 }
 # of a phase's seconds, those after which it begins no test
 BEGIN_SHARE = 0.75
@@ -63,9 +64,12 @@ def phases(folder: Path) -> list[Phase]:
         Phase("tests", tests, 7.0, is_pytest=True),
     ]
     every = {path.stem.removeprefix("test_"): path for path in sorted(BENCH.glob("test_*.py"))}
-    for group, (names, share) in GROUPS.items():
-        chosen = [every.pop(name) for name in names.split() if name in every] or list(every.values())
-        files = (str(path.relative_to(ROOT)) for path in chosen)
+    of_ops = every.pop("ops")
+    for group, (ops, names, share) in GROUPS.items():
+        chosen = [every.pop(name) for name in names.split()] or list(every.values())
+        if ops:
+            chosen.insert(0, of_ops)
+        files = (*(str(path.relative_to(ROOT)) for path in chosen), *(f"--op={op}" for op in ops.split()))
         # of ops what is claimed is of CPUs, of steps of GPUs too
         claims = ["--claims"] if group == "steps" else []
         command = (*pytest, *files, *claims, f"--benchmark-json={folder / f'{group}.json'}")

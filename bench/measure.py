@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._cost import Cost
 from mmkernels._gemm import matmul, matmul_nt
-from mmkernels._spec import Cost
 
 MIB = 2**20
 CLEAR_REFS = Path("/proc/self/clear_refs")

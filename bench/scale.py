@@ -13,12 +13,12 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from bench.measure import in_process, peak_resident_bytes
+from bench.ops.contrastive import make_features
 from bench.ranks import Alone, Ranks
 from mmcore.losses import global_contrastive_loss
 from mmcore.ops import contrastive_loss
 from mmcore.plan.exchange import loss
 from mmcore.plan.job import Exchange
-from mmkernels.contrastive.spec import make_features
 
 NUM_RANKS = (8, 64, 512)
 HOW = ("gather", "ring")

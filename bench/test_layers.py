@@ -6,17 +6,239 @@ The roofline is the layer's bare products, those of attention without regard to 
 
 import copy
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.case import Case, dtype_id, time_case
-from bench.layers import LAYERS, Contender
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
-from bench.peers import missing
+from bench.peer_layers import Flamingos, Head, Multiway, Pooler, copy_rows, torchs_attention, torchs_cross_attention
+from bench.peers import load, missing
+from mmcore.nn import (
+    Attention,
+    AttentionalPooler,
+    Block,
+    CrossAttention,
+    GatedCrossAttentionBlock,
+    MultiwayBlock,
+    PerceiverResampler,
+    PoolingHead,
+    QFormerBlock,
+    shared_keys_values,
+)
+from mmkernels import masks
+
+Call = Callable[..., Tensor]
+
+
+class Contender(NamedTuple):
+    """A module and how it is called with the inputs."""
+
+    module: nn.Module
+    call: Call
+
+
+class Layer(NamedTuple):
+    """Inputs of a layer, and by name who computes it; "mmcore" is ours, "eager" what torch's parts make."""
+
+    inputs: tuple[Tensor, ...]
+    contenders: dict[str, Contender]
+
+
+def plain(module: nn.Module, *inputs: Tensor) -> Tensor:
+    return module(*inputs)
+
+
+def attention(rows: int) -> Layer:
+    """ViT-B/16's at 224 pixels, beside torch.nn.MultiheadAttention, which runs SDPA."""
+    ours = Attention(768, 12)
+    theirs = torchs_attention(ours)
+    return Layer(
+        (torch.randn(rows, 197, 768),),
+        {"mmcore": Contender(ours, plain), "eager": Contender(theirs, lambda m, x: m(x, x, x, need_weights=False)[0])},
+    )
+
+
+def block(rows: int) -> Layer:
+    """ViT-B/16's, beside torch.nn.TransformerEncoderLayer."""
+    ours = Block(768, 12, 3072, is_causal=False, activation="gelu", norm_eps=1e-5)
+    theirs = nn.TransformerEncoderLayer(
+        768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    theirs.self_attn = torchs_attention(ours.attn)
+    copy_rows(ours.mlp.fc1, theirs.linear1)
+    copy_rows(ours.mlp.fc2, theirs.linear2)
+    contenders = {"mmcore": Contender(ours, plain), "eager": Contender(theirs, plain)}
+    return Layer((torch.randn(rows, 197, 768),), contenders)
+
+
+def cross_attention(rows: int) -> Layer:
+    """The Q-Former's, beside torch.nn.MultiheadAttention with keys of another width."""
+    ours = CrossAttention(768, 12, key_width=1408)
+    theirs = torchs_cross_attention(ours)
+    return Layer(
+        (torch.randn(rows, 32, 768), torch.randn(rows, 257, 1408)),
+        {
+            "mmcore": Contender(ours, plain),
+            "eager": Contender(theirs, lambda m, x, states: m(x, states, states, need_weights=False)[0]),
+        },
+    )
+
+
+def keys_values(rows: int) -> Layer:
+    """Those of the Q-Former's six layers: together, layer by layer, and of two products a layer."""
+    ours = nn.ModuleList(CrossAttention(768, 12, key_width=1408) for _ in range(6))
+    theirs = nn.ModuleList(nn.Linear(1408, 768) for _ in range(12))
+    for i, layer in enumerate(ours):
+        layer.requires_grad_(False).kv.requires_grad_(True)  # pyright: ignore
+        copy_rows(layer.kv, theirs[2 * i], theirs[2 * i + 1])  # pyright: ignore[reportArgumentType]
+    return Layer(
+        (torch.randn(rows, 257, 1408),),
+        {
+            "mmcore": Contender(ours, lambda m, x: joined([y for kv in shared_keys_values(x, m) for y in kv])),
+            "mmcore, layer by layer": Contender(
+                ours, lambda m, x: joined([y for layer in m for y in layer.keys_values(x)])
+            ),
+            "eager": Contender(theirs, lambda m, x: joined([layer(x) for layer in m])),
+        },
+    )
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, which costs each the same."""
+    return torch.stack([x.flatten(2) for x in parts]).sum(0)
+
+
+def gated(rows: int) -> Layer:
+    """OpenFlamingo's: text among five images, which sees the latest."""
+    ours = GatedCrossAttentionBlock(1024, 8, 4096, head_dim=64)
+    for gate in (ours.attn_gate, ours.mlp_gate):
+        nn.init.constant_(gate, 0.5)
+    place = torch.arange(256).expand(rows, -1)
+    mask = masks.media(place % 52 == 0, 5, 64)
+    theirs = Flamingos(ours, mask.to_dense())
+    there: dict[torch.device, masks.Mask] = {}
+
+    def call(module: nn.Module, x: Tensor, media: Tensor) -> Tensor:
+        # made once for all blocks
+        if x.device not in there:
+            there[x.device] = masks.media(place.to(x.device) % 52 == 0, 5, 64)
+        return module(x, media, there[x.device])
+
+    return Layer(
+        (torch.randn(rows, 256, 1024), torch.randn(rows, 320, 1024)),
+        {"mmcore": Contender(ours, call), "eager": Contender(theirs, plain)},
+    )
+
+
+def pooler(rows: int) -> Layer:
+    """CoCa ViT-L/14's."""
+    ours = AttentionalPooler(768, 256, 8, key_width=1024)
+    contenders = {"mmcore": Contender(ours, plain), "eager": Contender(Pooler(ours), plain)}
+    return Layer((torch.randn(rows, 256, 1024),), contenders)
+
+
+def head(rows: int) -> Layer:
+    """SigLIP B/16's at 224 pixels."""
+    ours = PoolingHead(768, 12, 3072, activation="gelu", norm_eps=1e-6)
+    contenders = {"mmcore": Contender(ours, plain), "eager": Contender(Head(ours), plain)}
+    return Layer((torch.randn(rows, 196, 768),), contenders)
+
+
+def resampler(rows: int) -> Layer:
+    """A layer of IDEFICS' on the patches of ViT-H/14, beside transformers'."""
+    ours = PerceiverResampler(1280, 64, 1, 16, 5120, head_dim=96)
+    contenders = {"mmcore": Contender(ours, plain)}
+    if missing("transformers") is None:
+        config = load("transformers").IdeficsConfig(
+            vision_config={"embed_dim": 1280}, perceiver_config={"qk_layer_norms_perceiver": False}
+        )
+        library = import_module("transformers.models.idefics.perceiver")
+        theirs = library.IdeficsPerceiverResampler(config, 1280, 1, 16, 96, 64)
+        theirs.latents.data.copy_(ours.latents)
+        for layer, (attn, ff) in zip(ours.blocks, theirs.blocks, strict=True):
+            ours_: Any = layer
+            ff.act = nn.GELU()
+            copy_rows(ours_.attn.q, attn.q_proj)
+            copy_rows(ours_.attn.kv, attn.k_proj, attn.v_proj)
+            copy_rows(ours_.attn.out, attn.output_proj)
+            copy_rows(ours_.mlp.fc1, ff.fc)
+            copy_rows(ours_.mlp.fc2, ff.c_proj)
+        contenders["transformers"] = Contender(theirs, plain)
+    return Layer((torch.randn(rows, 257, 1280),), contenders)
+
+
+def qformer(rows: int) -> Layer:
+    """A layer that looks at the image, with a text, under captioning's mask; beside transformers'."""
+    queries, length, patches = 32, 32, 257
+    num_text = torch.linspace(length // 2, length, rows).long()
+    ours = QFormerBlock(768, 12, 3072, image_width=1408, dropout=0.0, attention_dropout=0.0)
+    there: dict[torch.device, masks.Mask] = {}
+
+    def call(module: nn.Module, x: Tensor, image: Tensor) -> Tensor:
+        # made once for all layers
+        if x.device not in there:
+            there[x.device] = masks.qformer_itg(queries, num_text.to(x.device), length)
+        return module(x, image, num_queries=queries, mask=there[x.device])
+
+    contenders = {"mmcore": Contender(ours, call)}
+    if missing("transformers") is None:
+        config = load("transformers").Blip2QFormerConfig(
+            use_qformer_text_input=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        config._attn_implementation = "eager"
+        theirs = import_module("transformers.models.blip_2.modeling_blip_2").Blip2QFormerLayer(config, 0)
+        attn, cross = theirs.attention, theirs.crossattention
+        assert ours.cross is not None and ours.text_mlp is not None
+        copy_rows(ours.attn.qkv, attn.attention.query, attn.attention.key, attn.attention.value)
+        copy_rows(ours.attn.out, attn.output.dense)
+        copy_rows(ours.cross.q, cross.attention.query)
+        copy_rows(ours.cross.kv, cross.attention.key, cross.attention.value)
+        copy_rows(ours.cross.out, cross.output.dense)
+        for part, first, second in (
+            (ours.query_mlp, theirs.intermediate_query, theirs.output_query),
+            (ours.text_mlp, theirs.intermediate, theirs.output),
+        ):
+            copy_rows(part.fc1, first.dense)
+            copy_rows(part.fc2, second.dense)
+        seen = masks.qformer_itg(queries, num_text, length).to_dense()
+        theirs.register_buffer("bias", torch.where(seen, 0.0, -1e4))
+
+        def their_call(module: Any, x: Tensor, image: Tensor) -> Tensor:
+            return module(x, attention_mask=module.bias, encoder_hidden_states=image, query_length=queries)
+
+        contenders["transformers"] = Contender(theirs, their_call)
+    return Layer((torch.randn(rows, queries + length, 768), torch.randn(rows, patches, 1408)), contenders)
+
+
+def multiway(rows: int) -> Layer:
+    """BEiT-3's base, of an image and a text."""
+    ours, sizes = MultiwayBlock(768, 12, 3072), (197, 64)
+    return Layer(
+        (torch.randn(rows, sum(sizes), 768),),
+        {"mmcore": Contender(ours, lambda m, x: m(x, sizes)), "eager": Contender(Multiway(ours, sizes), plain)},
+    )
+
+
+# by the name of ours: who makes it, of as many rows, and how many on a CPU and on a GPU
+LAYERS: Mapping[str, tuple[Callable[[int], Layer], int, int]] = {
+    "Attention": (attention, 4, 128),
+    "AttentionalPooler": (pooler, 2, 128),
+    "Block": (block, 2, 128),
+    "CrossAttention": (cross_attention, 4, 100),
+    "GatedCrossAttentionBlock": (gated, 1, 64),
+    "MultiwayBlock": (multiway, 2, 64),
+    "PerceiverResampler": (resampler, 2, 64),
+    "PoolingHead": (head, 4, 128),
+    "QFormerBlock": (qformer, 2, 100),
+    "shared_keys_values": (keys_values, 1, 100),
+}
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -1,17 +1,129 @@
-"""A step of LLaVA-1.5's second stage on the lengths of its mix: packed rows of ours, and transformers' padded ones."""
+"""A step of LLaVA-1.5's second stage on the lengths of its mix, ours on packed rows and transformers' on padded ones:
+one set of weights, samples and labels."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers import LlavaConfig as HFLlavaConfig
 
 from bench.case import Case, time_case
-from bench.llava import CONTENDERS, CPU, EAGER, GPU, MIX, PACKED, Batch, batch, ours, step_flops, theirs
+from bench.llava_mix import CPU, GPU, MIX, Batch, Shape, batch
 from bench.measure import gemm_flops_per_s, paired_medians, peak_extra_bytes
+from mmcore.integrations.transformers import NAME, register
 from mmcore.labels import IGNORED, IMAGE_TOKEN
+from mmcore.parts.language_weights import beside_language, language_weights
+from mmcore.systems.llava import weights as llava_weights
+from mmcore.systems.llava.model import Llava, LlavaConfig
+
+
+def ours(shape: Shape, device: torch.device) -> Llava:
+    """Learns its projector and its language model."""
+    register()
+    torch.manual_seed(0)
+    # `to` would round the frequencies of the positions as well
+    language = AutoModelForCausalLM.from_config(shape.text, dtype=shape.dtype, attn_implementation=NAME)
+    model = Llava(LlavaConfig(shape.vision), language, trainable="language")
+    for part in (model.visual, model.projector):
+        part.to(shape.dtype)
+    return model.to(device).train()
+
+
+def theirs(model: Llava, attention: str) -> Any:
+    """transformers' LLaVA with the weights of ours, and what LLaVA freezes frozen."""
+    vocab_size = model.language_model.config.vocab_size
+    config = HFLlavaConfig.from_dict(llava_weights.hf_config(model, vocab_size - 1))
+    found: Any = LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict=llava_weights.hf_layout().write(beside_language(model))
+        | llava_weights.unread_norm(model)
+        | language_weights(model.language_model, vocab_size),
+        dtype=model.language_model.dtype,
+        attn_implementation=attention,
+    )
+    found.model.vision_tower.requires_grad_(False)
+    return found.to(next(model.parameters()).device).train()
+
+
+def packed_step(model: Llava, batch: Batch) -> Tensor:
+    rows = batch.packed
+    model.zero_grad()
+    total, count = model.loss(rows.tokens, rows.labels, batch.packed_images, position_ids=rows.position_ids)
+    return _backward(total / count)
+
+
+def padded_step(model: Llava, batch: Batch) -> Tensor:
+    """What packing brings is missing: a row for each conversation."""
+    model.zero_grad()
+    total, count = model.loss(batch.padded.tokens, batch.padded.labels, batch.padded_images)
+    return _backward(total / count)
+
+
+def stored_step(model: Llava, batch: Batch) -> Tensor:
+    """What the loss brings is missing: the logits of every token, stored."""
+    rows, head = batch.packed, model.language_model.get_output_embeddings()
+
+    def loss(states: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float().flatten(0, 1), labels.flatten(), reduction="sum")
+
+    model.zero_grad()
+    with patch.object(model.language_head, "forward", loss):
+        total, count = model.loss(rows.tokens, rows.labels, batch.packed_images, position_ids=rows.position_ids)
+    return _backward(total / count)
+
+
+def transformers_step(model: Any, batch: Batch) -> Tensor:
+    """As its users write it."""
+    tokens, labels, num_text = batch.padded
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < num_text[:, None]
+    model.zero_grad()
+    found = model(
+        input_ids=tokens.masked_fill(tokens == IMAGE_TOKEN, model.config.image_token_id),
+        attention_mask=mask.long(),
+        pixel_values=batch.padded_images,
+        labels=labels,
+    )
+    return _backward(found.loss)
+
+
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
+PACKED, EAGER = "mmcore, packed", "transformers, padded, eager"
+# whose step it is, and transformers' attention of the model or None for ours
+CONTENDERS: Mapping[str, tuple[str | None, Callable[[Any, Batch], Tensor]]] = {
+    PACKED: (None, packed_step),
+    "mmcore, padded": (None, padded_step),
+    "mmcore, packed, logits stored": (None, stored_step),
+    EAGER: ("eager", transformers_step),
+    "transformers, padded, sdpa": ("sdpa", transformers_step),
+}
+
+
+def step_flops(shape: Shape, batch: Batch) -> float:
+    """Of the products of our step without padding: the language model's forward and both gradients, its head on what is
+    learned alone, the projector without a gradient of its input, the tower forward."""
+    text, vision, num_images = shape.text, shape.vision, len(batch.padded_images)
+    width, tower_width, positions = text.hidden_size, vision.width, vision.num_patches + 1
+    kv_width = width * (text.num_key_value_heads or 0) // text.num_attention_heads
+    layer = 2 * width**2 + 2 * width * kv_width + 3 * width * text.intermediate_size
+    seen = sum(length * (length + 1) / 2 for length in batch.padded.num_text.tolist())
+    language = 3 * text.num_hidden_layers * (batch.num_tokens * layer + 2 * seen * width)
+    head = 3 * batch.num_learned * width * text.vocab_size
+    block = 4 * tower_width**2 + 2 * tower_width * vision.mlp_dim + 2 * positions * tower_width
+    tower = num_images * vision.num_layers * positions * block
+    projector = num_images * vision.num_patches * (2 * tower_width * width + 3 * width**2)
+    return 2 * (language + head + tower + projector)
+
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = GPU if DEVICE.type == "cuda" else CPU

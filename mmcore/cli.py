@@ -2,10 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from mmcore.errors import complain
+from mmcore.errors import complain, did_you_mean
 
 USAGE = """usage: mmcore VERB ...
 
@@ -18,18 +16,15 @@ USAGE = """usage: mmcore VERB ...
 """
 
 
-def _by_name(module: str) -> Callable[[list[str]], None]:
-    return lambda arguments: importlib.import_module(module).main(arguments)
-
-
-VERBS: dict[str, Callable[[list[str]], Any]] = {
-    "train": _by_name("mmcore.launch"),
-    "eval": _by_name("mmcore.tasks.command"),
-    "chat": _by_name("mmcore.tasks.terminal"),
-    "export": _by_name("mmcore.export"),
-    "plan": _by_name("mmcore.plan.command"),
-    "prove": _by_name("mmcore.prove"),
+VERBS = {
+    "train": "mmcore.launch",
+    "eval": "mmcore.tasks.command",
+    "chat": "mmcore.tasks.terminal",
+    "export": "mmcore.export",
+    "plan": "mmcore.plan.command",
+    "prove": "mmcore.prove",
 }
+"""The modules whose `main` they are."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         if arguments[0] not in VERBS:
-            raise ValueError(f"the verb must be one of {', '.join(VERBS)}, got {arguments[0]!r}")
-        VERBS[arguments[0]](arguments[1:])
+            hint = did_you_mean(arguments[0], VERBS)
+            raise ValueError(f"the verb must be one of {', '.join(VERBS)}, got {arguments[0]!r}{hint}")
+        importlib.import_module(VERBS[arguments[0]]).main(arguments[1:])
     except (ValueError, OSError) as error:
         sys.exit(complain(error, 2))

@@ -2,6 +2,14 @@
 
 import os
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
+    """What ends a sentence about an unknown name: the nearest of the known ones; nothing where none is near."""
+    near = get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def complain(error: Exception, code: int) -> int:

@@ -5,7 +5,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +18,13 @@ from PIL import Image
 
 from mmcore.data import PairData
 from mmcore.data.opening import ChatData
-from mmcore.errors import complain
+from mmcore.errors import complain, did_you_mean
 from mmcore.figures import is_share, shown
 from mmcore.launch import leave, parse
 from mmcore.recipe import Proof
 from mmcore.runs import read_run
 from mmcore.systems import entries
-from mmcore.tasks import follow, subject_of
+from mmcore.tasks import follow, subject_of, task
 
 NO_DATA = 3
 """Exit code of a proof whose data cannot be had here."""
@@ -36,7 +38,7 @@ class ProveConfig:
     name: Annotated[str, tyro.conf.Positional]
     """A system's proof, or all."""
     out: Path | None = None
-    """Folder of the runs, which must be new; None = one that is removed afterwards."""
+    """Folder of the runs and of sheets of held-out records, which must be new; None = one that is removed."""
     json: Path | None = None
     """File for the figures."""
 
@@ -70,11 +72,7 @@ class Found:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `NAME|all|--list ...`.
-
-    Raises:
-        ValueError: an unknown proof, or a folder that exists.
-    """
+    """Runs `NAME|all|--list ...`; raises ValueError for an unknown proof, or a folder that exists."""
     known = entries("PROOFS")
     if arguments[:1] == ["--list"]:
         for name, entry in known.items():
@@ -84,14 +82,15 @@ def main(arguments: list[str]) -> None:
     config = tyro.cli(ProveConfig, args=arguments, prog="mmcore prove")
     names = list(known) if config.name == "all" else [config.name]
     if names[0] not in known:
-        raise ValueError(f"the proof must be one of {', '.join(known)} or all, got {config.name!r}")
+        hint = did_you_mean(config.name, [*known, "all"])
+        raise ValueError(f"the proof must be one of {', '.join(known)} or all, got {config.name!r}{hint}")
     found: list[Found] = []
     code = 0
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) if config.out is None else config.out
         for name in names:
             try:
-                found += prove(name, known[name].load(), root / name)
+                found += prove(name, known[name].load(), root / name, draws=config.out is not None)
             except FileNotFoundError as error:
                 code = complain(error, NO_DATA)
     if config.json is not None and not (dist.is_initialized() and dist.get_rank()):
@@ -99,8 +98,9 @@ def main(arguments: list[str]) -> None:
     leave(code if all(x.holds for x in found) else 1)
 
 
-def prove(name: str, proof: Proof, root: Path) -> list[Found]:
-    """Trains, measures and prints a line a figure; every rank alike, of which the first measures."""
+def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[Found]:
+    """Trains, measures and prints a line a figure and, where it `draws`, the sheets of held-out records; every rank
+    alike, of which the first measures."""
     train, folders = importlib.import_module("mmcore.train.trainer").train, []
     for i, (recipe, flags) in enumerate(proof.runs):
         words = [*flags.format(*folders).split(), "--out", str(root / f"{i}-{recipe}")]
@@ -116,6 +116,10 @@ def prove(name: str, proof: Proof, root: Path) -> list[Found]:
         found.append(Found(name, c.figure, values[c.value], control[c.value], c.floor, ceiling))
     for figure in found:
         print(figure.line)
+    if draws:
+        with redirect_stdout(StringIO()):
+            files = [file for name in subject.recipe.tasks for file in task(name).report(subject, None)]
+        print("  pictures:", ", ".join(str(file) for file in files if file.suffix == ".png"))
     sys.stdout.flush()
     return found
 

@@ -168,24 +168,13 @@ class Recipe(ABC):
 
     @abstractmethod
     def assets(self, data: Any) -> Any:
-        """What a new run keeps; on rank 0.
-
-        Raises:
-            ValueError: whatever a user can get wrong.
-        """
+        """What a new run keeps; on rank 0. Raises ValueError for whatever a user can get wrong."""
 
     @abstractmethod
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
     ) -> Any:
-        """What a run keeps, read back.
-
-        Args:
-            folder: the run's.
-            saved: what `Assets.save` returned.
-            frozen: `Assets.frozen`.
-            purpose: what for.
-        """
+        """What a run keeps in its folder, read back: `saved` by `Assets.save`, `frozen` as `Assets.frozen`."""
 
     @abstractmethod
     def build(self, assets: Any) -> nn.Module:
@@ -236,14 +225,12 @@ class Recipe(ABC):
     def precision(self) -> Precision:
         """What --precision and --deepspeed say together."""
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        options = {"batch_size": self.per_rank, "world_size": world_size}
-        return deepspeed_config(self.engine, self.optim, **options)[1]
+        return deepspeed_config(self.engine, self.optim, batch_size=self.per_rank, world_size=world_size)[1]
 
     def spec(self, rank: int, world_size: int) -> LoaderSpec:
         """How a rank reads the data."""
         workers = getattr(getattr(self, "data", None), "workers", None)
-        run = self.run
-        return LoaderSpec(self.per_rank, rank, world_size, run.seed, workers, run.accum)
+        return LoaderSpec(self.per_rank, rank, world_size, self.run.seed, workers, self.run.accum)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Settings: frozen dataclasses, nested or not, to and from JSON and YAML, and compared when a run is resumed."""
 
-import difflib
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,7 +23,7 @@ def flag(name: str) -> str:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """All settings as JSON holds them."""
-    return json.loads(json.dumps(asdict(settings), default=str))
+    return to_json_value(asdict(settings))
 
 
 def from_json(kind: type[T], saved: Mapping[str, Any]) -> T:
@@ -49,21 +49,17 @@ def _value(hint: Any, value: Any) -> Any:
 
 
 def check_resumed(saved: Mapping[str, Any], now: Any) -> None:
-    """Compares the settings of a run, as they were saved, with those of its continuation.
-
-    Raises:
-        ValueError: one that changes what is computed differs; the message names it and both values.
-    """
+    """Compares the settings of a run, as they were saved, with those of its continuation; raises ValueError where one
+    that changes what is computed differs, with its name and both values."""
     current = to_json(now)
     for f in fields(now):
         value = getattr(now, f.name)
         if is_dataclass(value):
             check_resumed(saved.get(f.name, {}), value)
         elif not f.metadata.get("free"):
-            new, old = current[f.name], saved.get(f.name, json.loads(json.dumps(_default(f), default=str)))
+            new, old = current[f.name], saved.get(f.name, to_json_value(_default(f)))
             if old != new:
-                said = f"{flag(f.name)} must be {old!r} as in the run that is resumed, got {new!r}"
-                raise ValueError(said)
+                raise ValueError(f"{flag(f.name)} must be {old!r} as in the run that is resumed, got {new!r}")
 
 
 def _default(f: Field[Any]) -> Any:
@@ -90,11 +86,8 @@ def _shown(f: Field[Any]) -> str:
 
 
 def with_yaml(settings: T, file: Path) -> T:
-    """Settings with those that a YAML file gives by the names of their flags (`batch-size: 64`) or fields.
-
-    Raises:
-        ValueError: no such file, no mapping in it, an unknown name (the nearest is told), a value of another type.
-    """
+    """Settings with those that a YAML file gives by the names of their flags (`batch-size: 64`) or fields; raises
+    ValueError for no such file, no mapping in it, an unknown name (the nearest is told), a value of another type."""
     if not file.is_file():
         raise ValueError(f"--config must be a YAML file, got {file}, which does not exist")
     try:
@@ -107,7 +100,7 @@ def with_yaml(settings: T, file: Path) -> T:
     known = flat(settings)
     for name in wanted:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            near = get_close_matches(name, known, n=1, cutoff=0.0)
             raise ValueError(f"{file}: there is no setting {name!r}; the nearest is {near[0]!r}")
     return _filled(settings, wanted, file)
 
@@ -144,11 +137,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where} must be {_said(hint)}, got {value!r}")
 
 
-def _kinds(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) in (Union, types.UnionType):
-        yield from get_args(hint)
-    else:
-        yield hint
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _said(hint: Any) -> str:

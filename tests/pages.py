@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tyro
 
-from bench.pages import fill
+from bench.report.pages import fill
 from mmcore import cli
 
 ROOT = Path(__file__).parents[1]

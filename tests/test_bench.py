@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench import case, peers
-from bench.case import SESSION_S, Case, refusal, share_time, time_case
-from bench.conftest import slim
+from bench.case import Case, refusal, time_case
+from bench.ops import contrastive
 from bench.peers import PEERS, Peer, facts, load, missing
 
 ROOT = Path(__file__).parents[1]
@@ -43,13 +43,6 @@ def test_a_peer_is_loaded_or_it_is_said_why_not(peer: Path, source: str | None, 
     else:
         with pytest.raises(ImportError, match=f"made_up {reason}"):
             load("made_up")
-
-
-def test_a_cpu_has_no_use_for_a_peer_that_needs_a_gpu(peer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peer.write_text("raise RuntimeError('imported')")
-    monkeypatch.setattr(peers, "PEERS", {"made_up": Peer("made_up_peer", "made-up", "nothing")})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert missing("made_up") == "runs on GPUs only"
 
 
 class Unused:
@@ -88,27 +81,23 @@ def test_a_peer_that_serves_no_such_case_is_skipped_with_its_words_and_ours_neve
     assert refusal(lambda: None) is None
 
 
-def test_the_cases_of_a_run_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(case, "BUDGET_S", {"cpu": 1.5, "cuda": 0.3})
-    share_time(2)
-    assert case.BUDGET_S == {"cpu": 1.5, "cuda": 0.3}
-    share_time(600)
-    assert all(600 * case.BUDGET_S[device] <= most / 2 for device, most in SESSION_S.items())
-
-
-@pytest.mark.parametrize(("contender", "floor_s"), [("compile", 1e-6), ("eager", 1.0)])
-def test_what_takes_long_is_timed_whole_on_a_cpu(contender: str, floor_s: float) -> None:
-    for mode in ("forward", "backward"):
-        with pytest.raises(pytest.skip.Exception, match="forward and backward together"):
-            timed(contender, ValueError("ran"), mode, floor_s)
-    with pytest.raises(ValueError, match="ran"):
-        timed(contender, ValueError("ran"), "both", floor_s)
-
-
 def test_a_claim_is_asserted_where_it_is_asked_for() -> None:
     name = "bench/test_llava.py::test_the_mix_is_as_large_as_published"
     assert "a claim, which --claims asserts" in pytest_in(ROOT, name)
     assert "1 passed" in pytest_in(ROOT, name, "--claims")
+
+
+@pytest.mark.parametrize(("op", "said"), [("ewc", "test_op[ewc_penalty-many-mmkernels]"), ("made_up", "got made_up")])
+def test_one_module_of_the_ops_is_taken_by_its_name(op: str, said: str) -> None:
+    command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "--collect-only", "-q", f"--op={op}"]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr and "contrastive_loss-" not in done.stdout
+
+
+def test_a_form_written_here_is_not_skipped_for_the_library_of_its_name() -> None:
+    (bench,) = contrastive.BENCHES
+    assert "open_clip" in bench.axes["contender"] and "open_clip" in PEERS and "open_clip" not in bench.peers
 
 
 def pytest_in(folder: Path, *options: str, source: str | None = None) -> str:
@@ -134,14 +123,3 @@ def test_a_run_whose_time_is_over_ends_by_itself_and_writes_what_it_has(tmp_path
     options = "-p bench.deadline --time-limit 100 --benchmark-json=out.json".split()
     assert "not begun: 100 s are over" in pytest_in(tmp_path, *options, source=source)
     assert [b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]] == ["test_first"]
-
-
-def test_a_run_compares_with_the_json_of_another(tmp_path: Path) -> None:
-    """`--benchmark-compare` needs nothing of what `slim` leaves out."""
-    source = "def test_first(benchmark): benchmark(int)\n"
-    pytest_in(tmp_path, "--benchmark-json=out.json", source=source)
-    document = json.loads((tmp_path / "out.json").read_text())
-    slim(document)
-    (tmp_path / "before.json").write_text(json.dumps(document))
-    shown = pytest_in(tmp_path, "--benchmark-compare=before.json", source=source)
-    assert "test_first (before)" in shown and "test_first (NOW)" in shown

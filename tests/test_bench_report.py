@@ -6,15 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench.page import page, write
-from bench.pages import fill
-from bench.plots import bars, scaling, sweeps
-from bench.report import cases, load, op_of
-from bench.summary import figure, rivals
+from bench.report.page import page, write
+from bench.report.pages import fill
+from bench.report.summary import figure, rivals
+from bench.report.tables import cases, load, op_of
 
 BENCH = Path(__file__).parents[1] / "bench/results/cpu-2core/bench.json"
 
@@ -43,42 +41,6 @@ def test_the_page_holds_every_op_and_contender_and_needs_nothing_beside_itself(d
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', text) == []
     assert "<script" not in text and "@import" not in text and "url(" not in text
     assert "out of memory" in text and "made_up is not installed" in text
-
-
-def test_what_a_page_is_made_of_is_escaped(document: dict[str, Any]) -> None:
-    info = document["machine_info"] | {"device": "<script>"}
-    assert "<script" not in page("<script>", [document | {"benchmarks": [], "machine_info": info}], {})
-
-
-def test_the_sweep_of_an_op_is_its_widest_series_of_batch_sizes(document: dict[str, Any]) -> None:
-    sweep = sweeps(cases(document), document["out_of_memory"])["contrastive_loss"]
-    assert sorted(sweep.roofline) == [64, 256, 1024, 2048, 4096, 8192]
-    assert sweep.contenders[0] == "mmkernels"
-    assert [size for size, _ in sweep.times["eager"]] == [64, 256, 1024, 2048, 4096]
-    assert sweep.did_not_fit == {"eager": [8192]}
-    # the roofline is the least that any contender's share of it gives
-    case = next(c for c in cases(document) if c["group"] == "contrastive_loss float32 B4096-D512 both")
-    floor = 1e3 * case["stats"]["median"] * case["extra_info"]["roofline_share"]
-    assert sweep.roofline[4096] <= floor * (1 + 1e-9)
-
-
-def test_a_plot_has_a_line_a_contender_the_roofline_and_a_cross_for_what_did_not_fit(document: dict[str, Any]) -> None:
-    time, memory = scaling(sweeps(cases(document), document["out_of_memory"])["contrastive_loss"]).axes
-    labels = [line.get_label() for line in time.lines]
-    assert labels == ["roofline", "mmkernels", "compile", "eager", "open_clip", "eager: out of memory"]
-    assert time.get_xscale() == time.get_yscale() == memory.get_yscale() == "log"
-    assert np.asarray(time.lines[-1].get_xdata()).tolist() == [8192]
-
-
-def test_bars_say_how_many_times_as_long_as_ours_the_others_take(document: dict[str, Any]) -> None:
-    part = [case for case in cases(document) if op_of(case) == "contrastive_loss"]
-    figure = bars("contrastive_loss", part)
-    assert figure is not None
-    both = [case for case in part if case["group"].endswith(" both")]
-    medians = {(case["group"], case["extra_info"]["contender"]): case["stats"]["median"] for case in both}
-    ratios = {f"{t / medians[group, 'mmkernels']:.2f}x" for (group, name), t in medians.items() if name != "mmkernels"}
-    assert {text.get_text() for text in figure.axes[0].texts} == ratios
-    assert bars("contrastive_loss", [case for case in part if case["extra_info"]["contender"] == "mmkernels"]) is None
 
 
 def test_without_a_file_it_reports_each_machine_folder(document: dict[str, Any], tmp_path: Path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.pages import TABLE
+from bench.report.pages import TABLE
 from tests.pages import ROOT, blocks, check_tables
 
 

@@ -15,10 +15,8 @@ def _is_of_intel() -> bool:
 
 
 # Whether oneDNN's products of float32 are called by name: torch.mm goes to MKL, which takes AVX-512 on Intel's
-# processors alone. On AMD's that have it MKL runs at half of oneDNN's speed (Zen 5, two cores: 210 against 440
-# GFLOP/s); on those that have not it is ahead (Zen 1, two cores, 2047 x 640 x 1024: 67 against 61, its gradients 65
-# against 40), and so on Intel's (Sapphire Rapids, one core, 3400 x 384 x 1536: 198 against 183, the gradient of the
-# weight 158 against 114).
+# processors alone. On AMD's that have AVX-512 MKL runs at half of oneDNN's speed; without AVX-512, and on Intel's
+# processors, MKL is ahead.
 CALLS_ONEDNN: bool = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_of_intel()
 )

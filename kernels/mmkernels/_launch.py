@@ -1,5 +1,8 @@
-"""What the launch tables of the Triton kernels are made of: pure functions of dtype and architecture, so that
-all ranks agree."""
+"""What the launch tables of the Triton kernels are made of: pure functions of shape, dtype and architecture, so that
+all ranks agree.
+
+Every row compiles ahead of time for its architecture, without spills; none has been timed yet.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +28,8 @@ Table = Mapping[tuple[str, int, int], Launch]
 # fewer rows than keep a GEMM busy.
 CHUNK_BYTES = 256 << 20
 MIN_CHUNK, MAX_CHUNK = 1024, 4096
+# Programs that share the rows of a matrix; each keeps column sums of its own, [programs, N], so no atomics are needed.
+MAX_PROGRAMS = 132
 # The interpreter's: small, so that small tests cross the edges of tiles.
 INTERPRETED = Launch(32, 32, 32, 1, 1)
 
@@ -37,6 +42,11 @@ def architecture(device: torch.device) -> int:
 def launch_config(table: Table, kernel: str, x: Tensor) -> Launch:
     """The table's row for a kernel on the device and dtype of `x`."""
     return table[kernel, x.element_size(), architecture(x.device)] if x.is_cuda else INTERPRETED
+
+
+def constant_launch(config: Launch, x: Tensor) -> Launch:
+    """Of a kernel that is launched alike for every dtype and architecture."""
+    return config if x.is_cuda else INTERPRETED
 
 
 def input_precision() -> str:

@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import accumulator, require
+from mmkernels._cost import Cost, contrastive_cost
 from mmkernels._gemm import CALLS_ONEDNN, matmul_nt
-from mmkernels._launch import chunk_rows
+from mmkernels._launch import MAX_PROGRAMS, chunk_rows
 from mmkernels._numerics import log_sum_exp
-from mmkernels._spec import Cost
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.contrastive.labels import first_match, label_sums
-from mmkernels.contrastive.launch import MAX_PROGRAMS
 from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
 from mmkernels.contrastive.op import STORED_LOGITS, broken_claim, gives_nan
 from mmkernels.contrastive.problem import NO_UNDERFLOW_SCALE, ContrastiveStats, mean_cosine, poisoned
 from mmkernels.contrastive.problem import Problem as ContrastiveProblem
-from mmkernels.contrastive.spec import contrastive_cost
 from mmkernels.sigmoid.op import checked_operands as checked_sigmoid_operands
 from mmkernels.token_contrastive.loss import cross_entropy as token_cross_entropy
 from mmkernels.token_contrastive.op import check_labels as check_token_labels

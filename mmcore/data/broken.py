@@ -1,7 +1,5 @@
 """Broken records: counted by reason, logged once each, and stopped when their share exceeds a limit."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter
@@ -21,6 +19,12 @@ class BrokenRecord(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+    @classmethod
+    def unless(cls, holds: bool, *arguments: str) -> None:
+        """Raises it unless the contract of a record holds."""
+        if not holds:
+            raise cls(*arguments)
 
 
 class BrokenTally:
@@ -76,16 +80,12 @@ class BrokenTally:
         if broken > allowed:
             reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.counts.items()))
             first = f"; the first is {self._first}" if self._first else ""
-            raise ValueError(
-                f"data: {broken} of {self.seen} records of {self.what} are broken ({reasons}){first}, "
-                f"more than max_broken={self.max_broken:g} allows"
-            )
+            what = f"{broken} of {self.seen} records of {self.what} are broken ({reasons}){first}"
+            raise ValueError(f"data: {what}, more than max_broken={self.max_broken:g} allows")
 
     def state_dict(self) -> dict:
-        """Counts so far, JSON-serialisable."""
         return {"seen": self.seen, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`'s counts."""
         self.seen = int(state["seen"])
         self.counts = Counter(state["counts"])

@@ -1,7 +1,5 @@
 """Image-caption pairs as samples and batches: what recipes on pairs share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcore.data.transforms.images import Preprocess, to_pixels
+from mmcore.ops import require
 
 
 class PairSample(NamedTuple):
@@ -46,14 +45,7 @@ class Batch:
 
 
 def pair_sample(record: Any, rng: np.random.Generator, preprocess: Preprocess, *, augment: bool = True) -> PairSample:
-    """A record's image and one of its captions.
-
-    Args:
-        record: of any source of pairs.
-        rng: the random numbers of this sample alone.
-        preprocess: what the model wants of an image.
-        augment: the view that its source trains on, else that of evaluation.
-    """
+    """A record's image, in the view that its source trains on or else that of evaluation, and one of its captions."""
     caption = record.caption(rng)
     pixels = to_pixels(record.augment(preprocess, rng)) if augment else preprocess([record.image])[0]
     return PairSample(pixels, caption, record.label(caption), record.image_id, record.question)
@@ -65,9 +57,9 @@ def collate_pairs(samples: Sequence[PairSample], tokenizer: Callable[[list[str]]
     tokens = torch.zeros(len(captions), 0, dtype=torch.int64)
     if tokenizer is not None:
         tokens = tokenizer(captions)
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or len(tokens) != len(captions):
-            got = f"{tokens.dtype} {list(tokens.shape)}"
-            raise ValueError(f"data: tokenizer must return int64 [{len(captions)}, T], got {got}")
+        fits = tokens.dtype == torch.int64 and tokens.dim() == 2 and len(tokens) == len(captions)
+        got = f"{tokens.dtype} {list(tokens.shape)}"
+        require("data", fits, "tokenizer must return int64 [{}, T], got {}", len(captions), got)
     return Batch(
         torch.stack([sample.image for sample in samples]),
         tokens,

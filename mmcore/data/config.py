@@ -1,12 +1,10 @@
 """What the data layer is asked for (`DataConfig`, `LoaderSpec`) and what it hands over (`StepBatch`)."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mmcore.ops import require
 from mmcore.settings import free
 
 SourceKind = Literal["digits", "stamps", "emoji", "shards", "csv", "json", "chats"]
@@ -76,20 +74,17 @@ class DataConfig:
 
     def check(self, kind: SourceKind) -> None:
         """Raise a ValueError for a value out of range, or one that source `kind` would ignore."""
-        if not (math.isfinite(self.val_fraction) and 0 <= self.val_fraction < 1):
-            raise ValueError(f"data: val_fraction must be in [0, 1), got {self.val_fraction}")
-        if not (math.isfinite(self.max_broken) and 0 <= self.max_broken <= 1):
-            raise ValueError(f"data: max_broken must be in [0, 1], got {self.max_broken}")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"data: num_samples must be at least 1, got {self.num_samples}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"data: workers must be at least 0, got {self.workers}")
+        require("data", 0 <= self.val_fraction < 1, "val_fraction must be in [0, 1), got {}", self.val_fraction)
+        require("data", 0 <= self.max_broken <= 1, "max_broken must be in [0, 1], got {}", self.max_broken)
+        for name, least in (("num_samples", 1), ("workers", 0)):
+            value = getattr(self, name)
+            require("data", value is None or value >= least, "{} must be at least {}, got {}", name, least, value)
         for setting in fields(self):
             kinds = _ONLY_FOR.get(setting.name)
             value = getattr(self, setting.name)
             defaults = _FRACTIONS if setting.name == "val_fraction" else (setting.default,)
-            if kinds is not None and kind not in kinds and value not in defaults:
-                raise ValueError(f"data: {setting.name}={value!r} has no effect on {self.data!r}, leave it out")
+            is_used = kinds is None or kind in kinds or value in defaults
+            require("data", is_used, "{}={!r} has no effect on {!r}, leave it out", setting.name, value, self.data)
         if self.val_data is not None and self.val_fraction not in _FRACTIONS:
             raise ValueError(f"data: val_fraction={self.val_fraction} has no effect beside val_data={self.val_data!r}")
 
@@ -116,12 +111,11 @@ class LoaderSpec:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("world_size", 1), ("seed", 0), ("workers", 0), ("accum", 1)):
-            if (getattr(self, name) or 0) < least:
-                raise ValueError(f"data: {name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"data: rank must be in [0, {self.world_size}), got {self.rank}")
-        if self.batch_size % self.accum:
-            raise ValueError(f"data: accum must divide the batch of {self.batch_size}, got {self.accum}")
+            value = getattr(self, name)
+            require("data", (value or 0) >= least, "{} must be at least {}, got {}", name, least, value)
+        is_rank, divides = 0 <= self.rank < self.world_size, self.batch_size % self.accum == 0
+        require("data", is_rank, "rank must be in [0, {}), got {}", self.world_size, self.rank)
+        require("data", divides, "accum must divide the batch of {}, got {}", self.batch_size, self.accum)
 
     @property
     def global_batch(self) -> int:

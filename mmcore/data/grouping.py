@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mmcore.ops import require
+
 
 def group_by_modality_length(
     lengths: Sequence[int], is_multimodal: Sequence[bool], batch_size: int, world_size: int, generator: torch.Generator
@@ -19,19 +21,13 @@ def group_by_modality_length(
         batch_size: samples per rank and step, gradient accumulation included or not as the caller steps.
         world_size: number of ranks.
         generator: on the CPU, in the same state on all ranks.
-
-    Raises:
-        ValueError: a length, `batch_size` or `world_size` below 1, or lists of different length.
     """
-    if len(lengths) != len(is_multimodal) or any(length < 1 for length in lengths):
-        raise ValueError(
-            f"group_by_modality_length: lengths must be at least 1 for each of {len(is_multimodal)} samples, got "
-            f"{len(lengths)}, the least {min(lengths, default=0)}"
-        )
-    if batch_size < 1 or world_size < 1:
-        raise ValueError(
-            f"group_by_modality_length: batch_size and world_size must be at least 1, got {batch_size} and {world_size}"
-        )
+    op, least = "group_by_modality_length", min(lengths, default=0)
+    fits = len(lengths) == len(is_multimodal) and (least >= 1 or not lengths)
+    what = "lengths must be at least 1 for each of {} samples, got {}, the least {}"
+    require(op, fits, what, len(is_multimodal), len(lengths), least)
+    what = "batch_size and world_size must be at least 1, got {} and {}"
+    require(op, batch_size >= 1 and world_size >= 1, what, batch_size, world_size)
     size = batch_size * world_size
     runs: list[list[int]] = []
     rest: list[int] = []

@@ -1,7 +1,5 @@
 """Endless, exactly resumable batches: what all sources share, and the loader of sources in random access."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import LoaderSpec, StepBatch
 from mmcore.data.sources.base import Records
+from mmcore.ops import require
 
 _ORDER, _SAMPLE = 0x04DE4, 0x5A3B1E
 _MAX_TRIES = 1_000
@@ -46,7 +45,7 @@ class Payload:
     cursor: list[int] | None = None  # where the stream stands after it (streams only)
     failure: str | None = None  # the sentence to stop with
 
-    def pin_memory(self) -> Payload:
+    def pin_memory(self) -> "Payload":
         """What the DataLoader calls where there is a GPU: from pinned memory, copies to it run beside the host."""
         return replace(self, batch=map_tensors(Tensor.pin_memory, self.batch))
 
@@ -133,15 +132,12 @@ class TrainLoader(ABC):
         """Broken records met by this rank, and those found when the source was opened, by reason."""
         return dict(self._tally.before + self._tally.counts)
 
-    def __iter__(self) -> TrainLoader:
+    def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> StepBatch:
-        """The next batch.
-
-        Raises:
-            ValueError: more than `max_broken` of the records are broken, or the tokenizer broke its contract.
-        """
+        """The next batch; raises ValueError where more than `max_broken` of the records are broken, or the tokenizer
+        broke its contract."""
         if self._payloads is None:
             payloads = self._start(self.step * self.spec.accum)
             self._payloads = payloads if self.device is None else copied_ahead(payloads, self.device)
@@ -161,30 +157,22 @@ class TrainLoader(ABC):
         return StepBatch(tuple(parts), epoch, ids)
 
     def state_dict(self) -> dict:
-        """Position after the latest batch, JSON-serialisable; whose it is, see `state_is_per_rank`."""
+        """Position after the latest batch, JSON-serialisable; of records in random access, one rank's serves all."""
         cursors = [list(cursor) for cursor in self._cursors]
         return {**self._identity(), "step": self.step, "cursors": cursors, "tally": self._tally.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue after the batch at which `state_dict()` was taken.
-
-        Raises:
-            ValueError: the state was taken with other data, or other settings that choose the samples.
-        """
+        """Continue after the batch at which `state_dict()` was taken; raises ValueError where that was with other data,
+        or other settings that choose the samples."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 hint = "; it is that of --workers" if name == "num_streams" else ""
-                raise ValueError(
-                    f"data: {name} must be that of the run to resume for the same batches to follow, "
-                    f"{state.get(name)!r}, got {value!r}{hint}"
-                )
+                what = f"{name} must be that of the run to resume for the same batches to follow"
+                raise ValueError(f"data: {what}, {state.get(name)!r}, got {value!r}{hint}")
         self.step = int(state["step"])
         self._tally.load_state_dict(state["tally"])
         self._cursors = [list(cursor) for cursor in state["cursors"]]
         self._payloads = None
-
-    state_is_per_rank: bool = False
-    """True: each rank saves a state of its own. False: one rank's serves all, at any number of ranks."""
 
     @abstractmethod
     def _start(self, first: int) -> Iterator[Payload]:
@@ -213,6 +201,13 @@ def num_workers(spec: LoaderSpec, most: int = 8) -> int:
     return max(0, min(share - 1, most))
 
 
+def check_global_batch(spec: LoaderSpec, num_samples: int, what: str) -> None:
+    """Raise a ValueError unless all ranks' batches fit into an epoch."""
+    sizes = spec.batch_size, spec.world_size, what, spec.global_batch
+    sentence = "the global batch (batch_size {} x {} ranks) must be at most {}, got {}"
+    require("data", spec.global_batch <= num_samples, sentence, *sizes)
+
+
 class MapBatches(Dataset):
     """One rank's micro-batches of records in random access, as a pure function of their number.
 
@@ -236,54 +231,38 @@ class MapBatches(Dataset):
             self._epoch, self._order = epoch, self.records.order(rng, self.spec)
         start, batch = step_of_epoch * global_batch, Collector(self.reader)
         first = self.spec.rank * self.spec.batch_size + part * size
+        tries = min(self.num_samples, _MAX_TRIES)
         for slot in range(first, first + size):
-            if not self._fill(batch, start, slot):
+            if not self._fill(batch, start, slot, tries):
                 sample_id, reason = batch.broken[-1]
-                failure = f"data: {self._tries} records in a row are broken, the last is {sample_id}: {reason}"
+                failure = f"data: {tries} records in a row are broken, the last is {sample_id}: {reason}"
                 return Payload(ids=batch.ids, broken=batch.broken, failure=failure)
         return batch.payload()
 
-    @property
-    def _tries(self) -> int:
-        return min(self.num_samples, _MAX_TRIES)
-
-    def _fill(self, batch: Collector, start: int, slot: int) -> bool:
+    def _fill(self, batch: Collector, start: int, slot: int, tries: int) -> bool:
         """Add the record of `slot` in the step from `start` on, or the first good one of its substitutes."""
         n, global_batch = self.num_samples, self.spec.global_batch
         outside = n - global_batch
-        for attempt in range(self._tries):
+        for attempt in range(tries):
             position = slot
             if attempt > 0:
                 turn = slot + (attempt - 1) * global_batch
                 position = global_batch + turn % outside if outside else (slot + attempt) % n
             index = int(self._order[(start + position) % n])
             rng = np.random.default_rng([self.spec.seed, _SAMPLE, self._epoch, index])
-            try:
-                record = self.records.record(index)
-            except BrokenRecord as error:
-                batch.broken.append((self.records.sample_id(index), error.reason))
-                continue
-            if batch.add(record, rng):
+            if batch.add(self.records.record(index), rng):
                 return True
         return False
 
 
 class MapLoader(TrainLoader):
-    """Loader of records in random access: the batches depend on the global batch alone, not on ranks or workers.
+    """Loader of records in random access: the batches depend on the global batch alone, not on ranks or workers; raises
+    ValueError where the global batch is larger than the training set."""
 
-    Raises:
-        ValueError: the global batch is larger than the training set.
-    """
-
-    def __init__(self, batches: MapBatches, tally: BrokenTally) -> None:
-        spec, num_train = batches.spec, batches.num_samples
-        if spec.global_batch > num_train:
-            raise ValueError(
-                f"data: the global batch (batch_size {spec.batch_size} x {spec.world_size} ranks) must be "
-                f"at most the {num_train} training pairs, got {spec.global_batch}"
-            )
-        super().__init__(spec, num_train // spec.global_batch, tally)
-        self._batches = batches
+    def __init__(self, records: Records, spec: LoaderSpec, reader: Reader, tally: BrokenTally) -> None:
+        check_global_batch(spec, len(records), f"the {len(records)} training pairs")
+        super().__init__(spec, len(records) // spec.global_batch, tally)
+        self._batches = MapBatches(records, spec, reader)
 
     def _start(self, first: int) -> Iterator[Payload]:
         numbers, workers = count(first), num_workers(self.spec)

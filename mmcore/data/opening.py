@@ -1,34 +1,33 @@
 """From a `DataConfig` to what is trained on and what is held out, as pairs or as conversations."""
 
-from __future__ import annotations
-
-import difflib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmcore.data.config import BUILT_IN, DataConfig, SourceKind
 from mmcore.data.pair_data import PairData
+from mmcore.data.sources import derived_chats
 from mmcore.data.sources.annotations import open_json
 from mmcore.data.sources.answers import Answers
-from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.conversations import ConversationSet, open_conversations
-from mmcore.data.sources.derived_chats import (
-    asked_conversations,
-    described_conversations,
-    digit_conversations,
-    emoji_conversations,
-    stamp_conversations,
+from mmcore.data.sources.digits import (
+    DIGIT_NAMES,
+    DIGIT_TEMPLATES,
+    Digits,
+    digit_captions,
+    digit_questions,
+    open_digits,
 )
-from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, digit_captions, digit_questions, open_digits
 from mmcore.data.sources.emoji import Emoji, open_emoji
 from mmcore.data.sources.files import FilePairs
-from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.shards import open_held_out_shards, open_shards
 from mmcore.data.sources.split import split_linked
 from mmcore.data.sources.stamps import Stamps, open_stamps
 from mmcore.data.sources.table import open_table
+from mmcore.errors import did_you_mean
+from mmcore.ops import require
 
 _TABLES, _CHATS = (".csv", ".tsv"), (".jsonl", ".yaml", ".yml")
 _HEAD = 1 << 16
@@ -49,11 +48,7 @@ class ChatData:
 
 
 def source_kind(data: str) -> SourceKind:
-    """Which kind of source `data` names.
-
-    Raises:
-        ValueError: none, with the nearest built-in name where there is one.
-    """
+    """Which kind of source `data` names; raises ValueError for none, with the nearest built-in name."""
     name = data.lower()
     if data in BUILT_IN:
         return data  # pyright: ignore[reportReturnType]
@@ -65,12 +60,9 @@ def source_kind(data: str) -> SourceKind:
         return "chats"
     if name.endswith(".json"):
         return "chats" if _holds_conversations(Path(data).expanduser()) else "json"
-    near = difflib.get_close_matches(name, BUILT_IN, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        "data: data must be 'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar', "
-        f"or a .csv, .tsv, .json, .jsonl or .yaml file, got {data!r}{hint}"
-    )
+    known = "'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar'"
+    files, hint = "a .csv, .tsv, .json, .jsonl or .yaml file", did_you_mean(name, BUILT_IN)
+    raise ValueError(f"data: data must be {known}, or {files}, got {data!r}{hint}")
 
 
 def _holds_conversations(file: Path) -> bool:
@@ -81,34 +73,27 @@ def _holds_conversations(file: Path) -> bool:
 
 
 def open_data(config: DataConfig, *, seed: int) -> PairData:
-    """Finds the pairs that `config` names, checks them, and splits off the held-out ones. Of conversations about one
-    image, the first answer is the caption.
-
-    Args:
-        config: which pairs.
-        seed: seed of the split, at least 0.
+    """Finds the pairs that `config` names, checks them, and splits off the held-out ones by `seed`, at least 0. Of
+    conversations about one image, the first answer is the caption.
 
     Raises:
         ValueError: one sentence for each thing that can be wrong with the input.
     """
     kind = _checked(config, seed)
     data = _pairs_of(_chats(config, seed)) if kind == "chats" else _pairs(kind, config, seed)
-    if data.num_train < 2:
-        raise ValueError(f"data: {config.data!r} must have at least 2 training pairs, got {data.num_train}")
+    what = "{!r} must have at least 2 training pairs, got {}"
+    require("data", data.num_train >= 2, what, config.data, data.num_train)
     return data
 
 
 def open_chats(config: DataConfig, *, seed: int, captions_only: bool = False) -> ChatData:
     """The conversations that `config` names, split by their images; of pairs, each caption is the answer to what the
-    image shows, and each answer that to its question.
+    image shows, and each answer that to its question; raises ValueError as `open_data`.
 
     Args:
         config: which.
         seed: of the split, of what a mix draws, and of what is asked in derived ones.
         captions_only: derived ones ask nothing but what is shown, as stage 1 of LLaVA has it.
-
-    Raises:
-        ValueError: one sentence for each thing that can be wrong with the input.
     """
     kind = _checked(config, seed)
     if kind == "chats":
@@ -117,21 +102,14 @@ def open_chats(config: DataConfig, *, seed: int, captions_only: bool = False) ->
         data = _derived(config, seed, captions_only)
     else:
         data = _chats_of(_pairs(kind, config, seed), config)
-    if data.num_train < 2:
-        raise ValueError(f"data: {config.data!r} must have at least 2 conversations, got {data.num_train}")
+    require("data", data.num_train >= 2, "{!r} must have at least 2 conversations, got {}", config.data, data.num_train)
     return data
 
 
 def open_held_out(config: DataConfig) -> PairData:
     """The pairs or questions that `config.data` names, none of them split off; of 'emoji' the combinations that every
-    run holds out or, of a style that draws no combinations, every drawing.
-
-    Args:
-        config: `data`, and what belongs to it; not 'digits' or 'stamps', which a run splits itself.
-
-    Raises:
-        ValueError: as `open_data`, and for 'digits' or 'stamps'.
-    """
+    run holds out or, of a style that draws no combinations, every drawing. Raises ValueError as `open_data`, and for
+    'digits' or 'stamps', which a run splits itself."""
     kind = source_kind(config.data)
     if kind in ("digits", "stamps"):
         raise ValueError(f"--data must be a file or shards, of which all is held out, or emoji, got {config.data!r}")
@@ -150,8 +128,7 @@ def open_held_out(config: DataConfig) -> PairData:
 def _checked(config: DataConfig, seed: int) -> SourceKind:
     kind = source_kind(config.data)
     config.check(kind)
-    if seed < 0:
-        raise ValueError(f"data: seed must be at least 0, got {seed}")
+    require("data", seed >= 0, "seed must be at least 0, got {}", seed)
     return kind
 
 
@@ -170,9 +147,8 @@ def _pairs(kind: SourceKind, config: DataConfig, seed: int) -> PairData:
         shards, val = open_shards(config)
         return PairData(name, shards.num_samples, shards, val, limit)
     train, held_out = open_digits(config.val_fraction, seed)
-    data = PairData(
-        name, len(train), train, None, limit, DIGIT_NAMES, DIGIT_TEMPLATES, questions=digit_questions(train)
-    )
+    data = PairData(name, len(train), train, None, limit, DIGIT_NAMES, DIGIT_TEMPLATES)
+    data = replace(data, questions=digit_questions(train))
     if held_out is None:
         return data
     return replace(data, val=digit_captions(held_out), val_questions=digit_questions(held_out))
@@ -198,13 +174,14 @@ def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
         if source is None:
             sides.append(None)
         elif config.data == "digits":
-            sides.append(digit_conversations(source, **options))
+            assert isinstance(source, Digits)
+            sides.append(derived_chats.digit_conversations(source, **options))
         elif config.data == "emoji":
-            sides.append(emoji_conversations(source, questions, **options))
+            sides.append(derived_chats.emoji_conversations(source, questions, **options))
         else:
             assert isinstance(source, Stamps)
             of_stamps: Any = {"language": config.language, "max_broken": config.max_broken, "is_held_out": is_held_out}
-            sides.append(stamp_conversations(source, questions, **options, **of_stamps))
+            sides.append(derived_chats.stamp_conversations(source, questions, **options, **of_stamps))
     train, val = sides
     assert train is not None
     return ChatData(train.name, train, val)
@@ -212,22 +189,22 @@ def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
 
 def _chats_of(data: PairData, config: DataConfig) -> ChatData:
     source = data.source
-    if isinstance(source, FilePairs):
-        train: EvalSet | QuestionSet | None = source.held_out(config.max_broken)
+    chats_of: Callable[[Any], ConversationSet] = derived_chats.described_conversations
+    if source is None:
+        sides: list[Any] = [data.questions, data.val_questions]
+        chats_of = derived_chats.asked_conversations
+    elif isinstance(source, FilePairs):
+        sides = [source.held_out(config.max_broken), data.val]
     else:  # conversations are read in an order by their lengths, which a stream has not
-        train = data.questions if source is None else open_held_out_shards(config)
-    sides = (
-        asked_conversations(side) if isinstance(side, QuestionSet) else side and described_conversations(side)
-        for side in (train, data.val_questions if source is None else data.val)
-    )
-    chats, val = sides
-    assert chats is not None
-    return ChatData(data.name, replace(chats, name=data.name, broken=data.broken), val)
+        sides = [open_held_out_shards(config), data.val]
+    train, val = (None if side is None else chats_of(side) for side in sides)
+    assert train is not None
+    return ChatData(data.name, replace(train, name=data.name, broken=data.broken), val)
 
 
 def _pairs_of(chats: ChatData) -> PairData:
     source = Answers.of(chats.train)
-    val = chats.val and Answers.of(chats.val).held_out(chats.val.max_broken)
+    val = None if chats.val is None else Answers.of(chats.val).held_out(chats.val.max_broken)
     left_out = Counter({"not of one image": len(chats.train) - len(source)})
     broken = chats.train.broken + left_out
     return PairData(chats.name, len(source), source, val, chats.train.max_broken, broken=broken)

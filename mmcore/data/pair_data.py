@@ -1,17 +1,15 @@
 """What every source of pairs is opened as."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mmcore.data.broken import BrokenTally
 from mmcore.data.config import LoaderSpec
-from mmcore.data.loader import MapBatches, MapLoader, Reader, TrainLoader
-from mmcore.data.sources.base import EvalSet, Pairs, PairSource
+from mmcore.data.loader import MapLoader, Reader, TrainLoader
+from mmcore.data.sources.base import EvalSet, PairSource
 from mmcore.data.sources.questions import QuestionSet
-from mmcore.data.sources.shards import ShardSource
+from mmcore.data.sources.shards import ShardLoader, ShardSource
 
 
 @dataclass(frozen=True)
@@ -45,45 +43,27 @@ class PairData:
     val_name: str = "held-out"
 
     def captions(self) -> Iterator[str]:
-        """Training captions, every variant of each, in a fixed order: what a tokenizer is trained on.
-
-        Raises:
-            ValueError: the source has questions alone.
-        """
+        """Training captions, every variant of each, in a fixed order: what a tokenizer is trained on; raises ValueError
+        for a source of questions alone."""
         source = self._captioned()
         if isinstance(source, ShardSource):
             return source.captions()
         return (caption for i in range(len(source)) for caption in source.all_captions(i))
 
     def train_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
-        """Endless batches for one rank.
-
-        Args:
-            spec: batch size, rank, seed and so on.
-            reader: what records become; picklable if `spec.workers` > 0.
-
-        Raises:
-            ValueError: a batch larger than the data, more streams than shards, or a source of questions alone.
-        """
+        """Endless batches for one rank of what `reader` (picklable if `spec.workers` > 0) makes of records; raises
+        ValueError for a batch larger than the data, more streams than shards, or a source of questions alone."""
         source = self._captioned()
         if isinstance(source, ShardSource):
-            return source.loader(spec, reader, self._tally())
-        return MapLoader(MapBatches(Pairs(source), spec, reader), self._tally())
+            return ShardLoader(source, spec, reader, self._tally())
+        return MapLoader(source, spec, reader, self._tally())
 
     def question_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
-        """Endless batches of questions for one rank; the caption of a record is an answer to its question.
-
-        An answer is drawn anew in each epoch, as likely as the share of the annotators who gave it.
-
-        Args:
-            spec, reader: as for `train_loader`.
-
-        Raises:
-            ValueError: a source without questions, or a batch larger than their number.
-        """
+        """As `train_loader`, of questions: the caption of a record is an answer to its question, drawn anew in each
+        epoch, as likely as the share of the annotators who gave it."""
         if self.questions is None:
             raise ValueError(f"data: {self.name!r} must have questions to train on, but has captions alone")
-        return MapLoader(MapBatches(Pairs(self.questions), spec, reader), self._tally())
+        return MapLoader(self.questions, spec, reader, self._tally())
 
     def image_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
         """Endless batches of images for one rank, those of the questions where there are no captions; an epoch has an

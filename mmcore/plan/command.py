@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmcore.data import LoaderSpec
+from mmcore.errors import did_you_mean
 from mmcore.launch import parse
 from mmcore.plan.demand import Built
 from mmcore.plan.hardware import GPUS
@@ -28,7 +29,8 @@ def main(arguments: list[str]) -> None:
         print("usage: mmcore plan RECIPE [options], of " + ", ".join(known))
         return
     if name is None or name not in known:
-        raise ValueError(f"mmcore plan must be followed by one of {', '.join(known)}, got {name or 'nothing'}")
+        hint = did_you_mean(name or "", known, 3)
+        raise ValueError(f"mmcore plan must be followed by one of {', '.join(known)}, got {name or 'nothing'}{hint}")
     if name in plans:
         config: PlanConfig = tyro.cli(plans[name].load(), args=arguments[1:], prog=f"mmcore plan {name}")
         job = config.job()

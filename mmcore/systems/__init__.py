@@ -13,7 +13,6 @@ PROOFS = {"siglip": "recipe:PROOF"}  # mmcore prove siglip
 """
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -23,6 +22,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from mmcore.errors import did_you_mean
 
 Kind = Literal["RECIPES", "FOLDERS", "TOWERS", "CHATS", "PLANS", "PROOFS"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -103,7 +104,6 @@ def recipe_entry(name: str) -> Entry:
     known = entries("RECIPES")
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = did_you_mean(name, known, 3)
     broken = "".join(f"; {p} cannot be imported: {why}" for p, why in find_systems().broken.items())
     raise ValueError(f"the recipe must be one of {', '.join(known)}, got {name!r}{hint}{broken}")

@@ -5,11 +5,11 @@ what `mmcore eval` and the end of a run print and write, and `Options`, the flag
 Where there is nothing to measure, a run goes without, and `mmcore eval` says so.
 """
 
-import difflib
 import importlib
 from pathlib import Path
 from typing import Any
 
+from mmcore.errors import did_you_mean
 from mmcore.report.pictures import plot_curves
 from mmcore.runs import WEIGHTS, Trained, read_run
 from mmcore.tasks.subject import Subject, default_device
@@ -29,9 +29,7 @@ TASKS = {
 def task(name: str) -> Any:
     """The module of a task; a ValueError for an unknown one tells the nearest."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"the task must be one of {', '.join(TASKS)}, got {name!r}{hint}")
+        raise ValueError(f"the task must be one of {', '.join(TASKS)}, got {name!r}{did_you_mean(name, TASKS)}")
     return importlib.import_module(f"mmcore.tasks.{name}")
 
 

@@ -1,47 +1,22 @@
 """A step in micro-batches: losses that are means over samples or tokens, and losses of the whole batch (GradCache)."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Losses(Protocol):
-    """Of a recipe what a plain step needs."""
-
-    def loss(self, model: Any, batch: Any, step: Any) -> dict[str, Tensor]: ...
-
-    def weight(self, batch: Any) -> float | Tensor: ...
-
-
-class Cached(Protocol):
-    """Of a recipe what GradCache needs."""
-
-    def features(self, model: Any, batch: Any) -> tuple[Tensor, ...]: ...
-
-    def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Any) -> dict[str, Tensor]: ...
-
-
-def plain_backward(recipe: Losses, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
-    """The mean of the micro-batches' losses, each counted by its `weight` over all ranks, at the memory of one.
-
-    Args:
-        recipe: whose losses.
-        model: an `Engine`.
-        parts: micro-batches of this rank; as many on every rank.
-        step: handed on.
-
-    Returns:
-        The step's losses by name, detached.
-    """
+def plain_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
+    """The mean of the micro-batches' losses, each counted by its `weight` over all ranks, at the memory of one: makes
+    the gradient in `model`, an `Engine`, of `parts`, as many on every rank; returns the losses by name, detached."""
     if len(parts) == 1:
         losses = recipe.loss(model, model.place(parts[0]), step)
         model.backward(losses["loss"])
         return {name: x.detach() for name, x in losses.items()}
-    weights = torch.tensor([float(recipe.weight(part)) for part in parts], dtype=torch.float64)
-    weights = weights.to(model.device)
+    # stacked before they are read: a GPU is waited for once
+    weights = torch.stack([torch.as_tensor(recipe.weight(x), dtype=torch.float64, device=model.device) for x in parts])
     if dist.is_initialized():
         dist.all_reduce(weights)
     total: dict[str, Tensor] = {}
@@ -53,15 +28,12 @@ def plain_backward(recipe: Losses, model: Any, parts: Sequence[Any], step: Any) 
     return total
 
 
-def cached_backward(recipe: Cached, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
+def cached_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
     """The loss of all samples of a step and its gradient, holding the activations of one micro-batch at a time.
 
     The features of all micro-batches are computed without gradient, the loss and their gradients once over the whole
     batch, and then each micro-batch is run again with its share of them (arXiv:2101.06983). The gradient is that of
-    the whole batch, not the mean over micro-batches.
-
-    Args, Returns:
-        As `plain_backward`.
+    the whole batch, not the mean over micro-batches. Otherwise as `plain_backward`.
     """
     if len(parts) == 1:
         losses = recipe.objective(recipe.features(model, model.place(parts[0])), parts, step)

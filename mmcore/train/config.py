@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmcore.settings import free
+from mmcore.settings import flag, free
 
 Precision = Literal["fp32", "amp_bf16", "bf16"]
 
@@ -43,7 +43,7 @@ class RunConfig:
         for name in "epochs steps batch_size accum save_every keep eval_every log_every".split():
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
 

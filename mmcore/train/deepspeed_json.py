@@ -82,8 +82,9 @@ def _resolve_precision(config: EngineConfig, theirs: dict[str, Any], stage: int)
         said = "bf16"
     autocast = theirs.pop("torch_autocast", {})
     if autocast.get("enabled", "auto") is True:
-        if "float16" in str(autocast.get("dtype")) and "bfloat16" not in str(autocast.get("dtype")):
-            raise ValueError(f"{config.deepspeed}: torch_autocast.dtype must be bfloat16, got {autocast['dtype']!r}")
+        dtype = autocast.get("dtype")
+        if "float16" in str(dtype) and "bfloat16" not in str(dtype):
+            raise ValueError(f"{config.deepspeed}: torch_autocast.dtype must be bfloat16, got {dtype!r}")
         said = "amp_bf16"
     default: Precision = "amp_bf16" if torch.cuda.is_available() else "fp32"
     precision = _merge(said, config.precision, "--precision", config.deepspeed) or default
@@ -95,7 +96,7 @@ def _resolve_precision(config: EngineConfig, theirs: dict[str, Any], stage: int)
 def deepspeed_config(
     config: EngineConfig, optim: OptimConfig, *, batch_size: int, world_size: int
 ) -> tuple[dict[str, Any], Precision]:
-    """The JSON handed to DeepSpeed: the user's own, completed by the flags, contradictions refused.
+    """The JSON handed to DeepSpeed, the user's own completed by the flags, and the precision that it stands for.
 
     Args:
         config: the flags.
@@ -103,14 +104,11 @@ def deepspeed_config(
         batch_size: samples a rank and optimizer step, accumulation included.
         world_size: data-parallel ranks.
 
-    Returns:
-        The configuration, and the precision it stands for.
-
     Raises:
         ValueError: an unreadable file, an unknown key, a contradiction, an unsupported setting.
     """
-    theirs = _read_json(config.deepspeed)
     file = config.deepspeed
+    theirs = _read_json(file)
     zero = dict(theirs.pop("zero_optimization", {}))
     stage = _merge(zero.get("stage"), config.zero, "--zero", file)
     stage = 1 if stage is None else stage

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmcore.data.loader import map_tensors
 from mmcore.ema.zero import Shards
+from mmcore.ops import require
 from mmcore.optim import EMAOptimizer
 from mmcore.train.config import Precision
 
@@ -105,12 +106,11 @@ class Engine:
                 before their `frozen_until`: their gradient is zero from the backward on.
 
         Raises:
-            ValueError: another step than the one that is due.
             FloatingPointError: the gradient is not finite (the weights are left as they were by DeepSpeed, or
                 are not to be saved).
         """
-        if step not in (None, self.num_steps):
-            raise ValueError(f"Engine.step: step must be {self.num_steps}, the one that is due, got {step}")
+        is_due = step in (None, self.num_steps)
+        require("Engine.step", is_due, "step must be {}, the one that is due, got {}", self.num_steps, step)
         for group in self.optimizer.param_groups:
             group["lr"] = (self.optimizer.defaults["lr"] if group["fixed_lr"] else lr) * group["lr_scale"]
             if weight_decay is not None and group["scheduled_decay"]:

@@ -11,9 +11,11 @@ from torch import nn
 
 from mmcore.ema import Schedule, warmed_up
 from mmcore.optim import LARSEMA, SGDEMA, AdamWEMA, EMAOptimizer, MuonEMA
+from mmcore.settings import flag
 from mmcore.train import schedules
 
 OPTIMIZERS: dict[str, type[EMAOptimizer]] = {"adamw": AdamWEMA, "sgd": SGDEMA, "lars": LARSEMA, "muon": MuonEMA}
+_BLOCK = re.compile(r"((?:.*?\.)?(?:blocks|layers))\.(\d+)\.")
 # Settings that only some optimizers or schedules have.
 ONLY = {
     ("optimizer", "adamw", "muon"): ("beta1", "beta2", "eps"),
@@ -85,15 +87,14 @@ class OptimConfig:
             for field in fields(self):
                 value = getattr(self, field.name)
                 if field.name in names and chosen not in users and value != field.default:
-                    flag = f"--{field.name.replace('_', '-')}"
-                    said = f"{flag} has no effect with --{of} {chosen}: it must stay {field.default}, got {value}"
-                    raise ValueError(said)
+                    said = f"has no effect with --{of} {chosen}: it must stay {field.default}, got {value}"
+                    raise ValueError(f"{flag(field.name)} {said}")
 
     def _check(self, contract: str, holds: Callable[[Any], bool], *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value is not None and not holds(value):
-                raise ValueError(f"--{name.replace('_', '-')} must be {contract}, got {value}")
+                raise ValueError(f"{flag(name)} must be {contract}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,6 @@ def param_groups(
         rules: of some weights, the first that fits a name.
         layers: depth of a parameter by its name, 0 = embeddings, for --layer-decay: a learning rate counts
             `layer_decay ** (largest depth - depth)` times; None = `depths`.
-
-    Raises:
-        ValueError: --layer-decay of a model without numbered layers.
     """
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0)
@@ -156,14 +154,13 @@ def param_groups(
             continue
         rule = next((rule for rule in rules if name.startswith(rule.prefix)), Rule(""))
         own = config.weight_decay if rule.weight_decay is None else rule.weight_decay
-        scheduled = config.weight_decay_end is not None and rule.weight_decay is None and p.ndim > 1
         settings: dict[str, Any] = {
             "weight_decay": own if p.ndim > 1 else 0.0,
             "lr_scale": rule.lr_scale * scales[name],
             "clamp": rule.clamp,
             "fixed_lr": rule.fixed_lr,
             "frozen_until": rule.frozen_until,
-            "scheduled_decay": scheduled,
+            "scheduled_decay": config.weight_decay_end is not None and rule.weight_decay is None and p.ndim > 1,
         }
         if config.optimizer == "muon":
             settings["muon"] = p.ndim == 2 and not any(p is x for x in embeddings)
@@ -179,11 +176,7 @@ def depths(names: Sequence[str]) -> Callable[[str], int]:
     than the last block (final norm, head). Of several stacks all end at the same depth, the largest, which is also that
     of parameters that belong to none (CLIP's scale). A parameter of the module itself is registered before its modules.
 
-    Args:
-        names: all of a model's, in the order of `named_parameters`.
-
-    Raises:
-        ValueError: no name has a number.
+    `names` are all of a model's, in the order of `named_parameters`; raises ValueError where none has a number.
     """
     blocks = {name: _BLOCK.match(name) for name in names}
     sizes: dict[str, int] = {}
@@ -209,9 +202,6 @@ def _num_shared(name: str, other: str) -> int:
     """How many modules two names begin with in common."""
     pairs = zip(name.split("."), other.split("."))
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-_BLOCK = re.compile(r"((?:.*?\.)?(?:blocks|layers))\.(\d+)\.")
 
 
 def lr_schedule(optim: OptimConfig, total: int) -> Schedule:

@@ -25,11 +25,8 @@ class Start:
 
 
 def open_run(recipe: str, run: RunConfig) -> Start:
-    """Decides the run's folder and where to start; called by rank 0 alone, writes nothing.
-
-    Raises:
-        ValueError: the folder exists and --resume was not given; nothing to resume; a damaged checkpoint.
-    """
+    """Decides the run's folder and where to start; called by rank 0 alone, writes nothing. Raises ValueError where the
+    folder exists and --resume was not given; for nothing to resume; for a damaged checkpoint."""
     if run.resume is None:
         folder = run.out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
         if folder.exists():
@@ -52,10 +49,8 @@ def open_run(recipe: str, run: RunConfig) -> Start:
     checkpoint.verify(folder)
     newest = checkpoint.step_folder(folder.parent, checkpoint.steps(folder.parent)[-1])
     if newest.name != folder.name:  # 'latest' would later mix the two continuations
-        raise ValueError(
-            f"--resume must be the newest checkpoint of its run, {newest}, got {folder}; "
-            f"to go on from an older one, move the newer ones away"
-        )
+        hint = "to go on from an older one, move the newer ones away"
+        raise ValueError(f"--resume must be the newest checkpoint of its run, {newest}, got {folder}; {hint}")
     return Start(folder.parents[1], folder)
 
 
@@ -78,9 +73,8 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():  # what came after the checkpoint will be computed again
             lines = self.path.read_text().splitlines()
-            kept = [r for r in map(_parse, lines) if r is not None and r["step"] <= start]
-            self.records = kept
-            checkpoint.write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+            self.records = [r for r in map(_parse, lines) if r is not None and r["step"] <= start]
+            checkpoint.write_file(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         self._file = self.path.open("a")
         self._board = _summary_writer(folder) if tensorboard else None
         columns = [TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}")]

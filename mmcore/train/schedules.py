@@ -43,13 +43,8 @@ def const_cooldown(start: float, end: float, steps: int, cooldown: int) -> Sched
 def warmed(schedule: Schedule, start: float, steps: int, *, peak: float | None = None) -> Schedule:
     """A linear warm-up of `steps` steps, whose last has the value `peak`, then `schedule` from its step 0.
 
-    Step 0 is one share of the way from `start` on, so that no step is lost at a learning rate of zero.
-
-    Args:
-        schedule: what comes after.
-        start: what the warm-up leaves from.
-        steps: its length; 0 = none.
-        peak: what it arrives at; None = `schedule(0)`.
+    Step 0 is one share of the way from `start` on, so that no step is lost at a learning rate of zero. Without `peak`,
+    it is `schedule(0)`.
     """
     top = schedule(0) if peak is None else peak
 

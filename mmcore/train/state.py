@@ -35,7 +35,7 @@ def save_state(
     keep: int,
     companions: Mapping[str, nn.Module] | None = None,
 ) -> Path:
-    """Saves everything that a resumed run needs. A collective: every rank calls it.
+    """Saves everything that a resumed run needs, and returns its folder. A collective: every rank calls it.
 
     Args:
         engine: the model and its optimizer.
@@ -45,9 +45,6 @@ def save_state(
         loader: JSON of this rank's position in the data.
         keep: how many checkpoints stay, the newest.
         companions: modules outside of the engine, by name.
-
-    Returns:
-        The folder of the new checkpoint.
 
     Raises:
         FloatingPointError: on every rank, where a tensor is not finite; nothing is saved.
@@ -110,26 +107,20 @@ def state_of(module: nn.Module, *, without_parameters: bool = False) -> State:
 
 
 def check_equal(held: Mapping[str, State]) -> None:
-    """That all ranks hold the same buffers and companions: one rank's are saved for all. Collective.
-
-    Raises:
-        ValueError: they do not, by name.
-    """
+    """That all ranks hold the same buffers and companions, or ValueError: one rank's are saved for all. Collective."""
     if dist.get_world_size() == 1:
         return
     digests = {
-        f"{owner} {name}": hashlib.sha256(x.view(torch.uint8).numpy().tobytes() if x.numel() else b"").hexdigest()
+        f"{owner} {name}": hashlib.sha256(x.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for owner, (tensors, _) in held.items()
-        for name, x in ((n, t.reshape(-1)) for n, t in tensors.items())
+        for name, x in tensors.items()
     }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, digests)
     differ = [name for name, x in digests.items() if any(of.get(name) != x for of in everyone)]
     if differ:
-        raise ValueError(
-            f"{differ[0]} must be equal on all ranks to be saved, got differing ones: statistics have to be of all "
-            f"ranks (mmcore.nn.BatchNorm), queues and centres filled from all"
-        )
+        why = "statistics have to be of all ranks (mmcore.nn.BatchNorm), queues and centres filled from all"
+        raise ValueError(f"{differ[0]} must be equal on all ranks to be saved, got differing ones: {why}")
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -163,11 +154,7 @@ def restore_engine(engine: Engine, folder: Path) -> None:
 
 
 def restore_companions(companions: Mapping[str, nn.Module], folder: Path) -> None:
-    """Fills teachers, queues and centres from a checkpoint.
-
-    Raises:
-        ValueError: one is not there, or has another name or shape.
-    """
+    """Fills teachers, queues and centres from a checkpoint; raises ValueError where one is not there, or differs."""
     for name, module in companions.items():
         if isinstance(module, MomentumEncoder):
             module.ema.load(_file(folder, name))
@@ -176,11 +163,8 @@ def restore_companions(companions: Mapping[str, nn.Module], folder: Path) -> Non
 
 
 def restore_module(module: nn.Module, name: str, folder: Path) -> None:
-    """Fills a module's state, all but parameters of a model that is trained, from what `save_state` wrote of `name`.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
+    """Fills a module's state, all but parameters of a model that is trained, from what `save_state` wrote of `name`;
+    raises ValueError where names or shapes differ."""
     is_model = name == BUFFERS
     file = _file(folder, name)
     found: dict[str, Any] = dict(load_file(file)) if file.is_file() else {}

@@ -22,19 +22,11 @@ from mmcore.recipe import Recipe, Step
 from mmcore.runs import FROZEN, load_weights, read_assets
 from mmcore.settings import as_yaml, check_resumed, to_json
 from mmcore.tasks import Subject, follow, report
+from mmcore.train import state
 from mmcore.train.deepspeed_json import deepspeed_config
 from mmcore.train.engine import Engine, init_distributed
 from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
-from mmcore.train.state import (
-    BUFFERS,
-    read_loader,
-    read_state,
-    restore_companions,
-    restore_engine,
-    restore_module,
-    save_state,
-)
 
 T = TypeVar("T")
 
@@ -61,9 +53,7 @@ def seed_step(seed: int, step: int) -> int:
 
 
 def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
-    """Trains as a recipe says, on every rank alike; returns the run's folder.
-
-    `is_quiet` leaves out the report at the end.
+    """Trains as a recipe says, on every rank alike; returns the run's folder. `is_quiet` leaves out the last report.
 
     Raises:
         ValueError: something in the settings, the data or the run's folder is wrong.
@@ -81,9 +71,9 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
     companions = recipe.companions(engine)
     first = 0
     if start.checkpoint is not None:
-        restore_companions(companions, start.checkpoint)
-        loader.load_state_dict(read_loader(start.checkpoint))
-        first = read_state(start.checkpoint)["step"]
+        state.restore_companions(companions, start.checkpoint)
+        loader.load_state_dict(state.read_loader(start.checkpoint))
+        first = state.read_state(start.checkpoint)["step"]
     total = recipe.run.steps or recipe.run.epochs * loader.steps_per_epoch
 
     def measured() -> dict[str, float]:
@@ -116,9 +106,8 @@ def _prepare(name: str, recipe: Recipe, data: Any, world_size: int) -> Start:
         check_resumed(saved["settings"], recipe)
         before, now = saved["settings"]["global batch"], recipe.per_rank * world_size
         if before != now:
-            raise ValueError(
-                f"--batch-size times --accum times the ranks must be {before} as in the run that is resumed, got {now}"
-            )
+            flags = "--batch-size times --accum times the ranks"
+            raise ValueError(f"{flags} must be {before} as in the run that is resumed, got {now}")
         recipe.loader(data, read_assets(recipe, start.folder, saved, "use"), recipe.spec(0, world_size))
         return start
     assets = recipe.assets(data)
@@ -151,46 +140,35 @@ def _model(recipe: Recipe, assets: Any, start: Start) -> nn.Module:
         load_weights(model, recipe.initial(assets, model), is_whole=False)
     else:
         load_weights(model, dict(checkpoint.tensors(start.checkpoint, "weight")))
-        restore_module(model, BUFFERS, start.checkpoint)
+        state.restore_module(model, state.BUFFERS, start.checkpoint)
     return model
 
 
 def _engine(recipe: Recipe, start: Start, model: nn.Module, world_size: int) -> Engine:
     groups = param_groups(model, recipe.optim, recipe.rules)
     optimizer = make_optimizer(groups, recipe.optim)
-    resolved, precision = deepspeed_config(
-        recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size
-    )
+    sizes = {"batch_size": recipe.per_rank, "world_size": world_size}
+    resolved, precision = deepspeed_config(recipe.engine, recipe.optim, **sizes)
     if dist.get_rank() == 0:
         checkpoint.write_json(start.folder / "deepspeed.json", resolved)
     engine = Engine(model, optimizer, resolved, precision)
     if start.checkpoint is not None:
-        restore_engine(engine, start.checkpoint)
+        state.restore_engine(engine, start.checkpoint)
     return engine
 
 
 @dataclass
 class Loop:
-    """A run under way: steps, logs, evaluations and checkpoints.
-
-    Args:
-        folder: the run's.
-        recipe: how a step is taken.
-        engine: the model and its optimizer.
-        loader: the batches.
-        metrics: where numbers go.
-        total: optimizer steps in all.
-        companions: see `Recipe.companions`.
-        evaluate: on every rank alike: numbers by name, the first of which the progress bar shows.
-    """
+    """A run under way: steps, logs, evaluations and checkpoints."""
 
     folder: Path
     recipe: Recipe
     engine: Engine
     loader: TrainLoader
     metrics: Metrics
-    total: int
-    companions: Any
+    total: int  # optimizer steps in all
+    companions: Any  # see `Recipe.companions`
+    # on every rank alike: numbers by name, the first of which the progress bar shows
     evaluate: Callable[[], dict[str, float]]
     _at: tuple[int, list[str]] = field(default=(0, []), init=False)  # the step under way, and its records here
 
@@ -199,21 +177,16 @@ class Loop:
         self._weight_decay = weight_decay_schedule(self.recipe.optim, self.total)
 
     def __call__(self, first: int) -> None:
-        """Steps `first` to the last.
-
-        Raises:
-            FloatingPointError: a loss or the gradient stopped being finite; the message says where.
-        """
+        """Steps `first` to the last; a FloatingPointError says where a loss or the gradient stopped being finite."""
         try:
             if first == 0:
                 self._save(0)
             self._run(first)
         except FloatingPointError as error:
             step, records = self._at
-            raise FloatingPointError(
-                f"step {step}: {error}; the run stops and saves nothing more. Look at --lr (now "
-                f"{self.recipe.optim.lr}), --warmup, --grad-clip, and at the records {', '.join(records[:3])}..."
-            ) from None
+            look = f"--lr (now {self.recipe.optim.lr}), --warmup, --grad-clip, and at the records"
+            said = f"step {step}: {error}; the run stops and saves nothing more. Look at {look}"
+            raise FloatingPointError(f"{said} {', '.join(records[:3])}...") from None
 
     def _run(self, first: int) -> None:
         run, began, seen = self.recipe.run, time.perf_counter(), 0
@@ -255,9 +228,9 @@ class Loop:
         return {**losses, "grad_norm": norm, "lr": lr}
 
     def _save(self, step: int) -> None:
-        state = {"epoch": step // self.loader.steps_per_epoch, "total": self.total}
+        done = {"epoch": step // self.loader.steps_per_epoch, "total": self.total}
         options = {"keep": self.recipe.run.keep, "companions": self.companions}
-        save_state(self.engine, self.folder / "checkpoints", step, state, self.loader.state_dict(), **options)
+        state.save_state(self.engine, self.folder / "checkpoints", step, done, self.loader.state_dict(), **options)
 
 
 def _shown(accuracy: dict[str, float]) -> str:

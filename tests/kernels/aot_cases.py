@@ -5,23 +5,23 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from mmkernels._launch import Table
+from mmkernels._launch import Launch, Table
 from mmkernels.attention import device as attention
 from mmkernels.attention import device_bwd as attention_bwd
-from mmkernels.attention import launch as attention_launch
+from mmkernels.attention.kernel import TABLE as ATTENTION_TABLE
 from mmkernels.contrastive import device as contrastive
-from mmkernels.contrastive import launch as contrastive_launch
-from mmkernels.distill import kernel as distill
-from mmkernels.distill import launch as distill_launch
-from mmkernels.linear_cross_entropy import kernel as linear_cross_entropy
-from mmkernels.linear_cross_entropy import launch as linear_cross_entropy_launch
+from mmkernels.contrastive.kernel import TABLE as CONTRASTIVE_TABLE
+from mmkernels.distill import device as distill
+from mmkernels.distill.kernel import LAUNCH as DISTILL_LAUNCH
+from mmkernels.linear_cross_entropy import device as linear_cross_entropy
+from mmkernels.linear_cross_entropy.kernel import LAUNCH as CROSS_ENTROPY_LAUNCH
 from mmkernels.multi_tensor import device as lists
-from mmkernels.multi_tensor import launch as lists_launch
-from mmkernels.multi_tensor.table import DIGIT_BITS
-from mmkernels.sigmoid import kernel as sigmoid
-from mmkernels.sigmoid import launch as sigmoid_launch
+from mmkernels.multi_tensor.kernel import NUM_WARPS
+from mmkernels.multi_tensor.table import CHUNK, DIGIT_BITS
+from mmkernels.sigmoid import device as sigmoid
+from mmkernels.sigmoid.kernel import TABLE as SIGMOID_TABLE
 from mmkernels.token_contrastive import device as token_contrastive
-from mmkernels.token_contrastive import launch as token_launch
+from mmkernels.token_contrastive.kernel import TABLE as TOKENS_TABLE
 
 # of arguments, by their names in every kernel: pointers to the inputs' dtype, those of another that is not float32,
 # scalars that are floats, and sizes that need not be multiples of 16
@@ -86,11 +86,16 @@ def on(flags: str) -> dict[str, bool]:
     return dict.fromkeys(flags.split(), True)
 
 
+def constant_table(row: str, sizes: tuple[int, ...], config: Launch) -> Table:
+    """The rows of a kernel that is launched alike for dtypes of these sizes and for every architecture."""
+    return {(row, size, arch): config for size in sizes for arch in (80, 90, 100)}
+
+
 def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     """A contrastive kernel with every flag on but the named ones."""
     constants = on("SYMMETRIC HAS_POSITIVES HAS_GRAD HAS_DSCALE") | {"stride_ad": 1, "stride_bd": 1}
     constants |= {"HAS_TEACHER": row.endswith("teacher"), "SHIFTED": False, **flags}
-    return Case(named("contrastive", flags), kernel, row, contrastive_launch.TABLE, constants, {"scale": "*fp64"})
+    return Case(named("contrastive", flags), kernel, row, CONTRASTIVE_TABLE, constants, {"scale": "*fp64"})
 
 
 def attention_case(row: str, size: int, **flags: Any) -> Case:
@@ -101,7 +106,7 @@ def attention_case(row: str, size: int, **flags: Any) -> Case:
         named("attention", flags),
         ATTENTION[row],
         f"{row}{rich}_{size}",
-        attention_launch.TABLE,
+        ATTENTION_TABLE,
         {"NUM_ENDS": 2, "BIAS": "none", **off, **flags, "BLOCK_K": size},
         {"bias": "*u8"},
         is_odd=not rich,
@@ -114,33 +119,35 @@ def lists_case(row: str, dtypes: str, name: str = "", **constants: Any) -> Case:
     """Of all combinations of the lists' dtypes: 0 for none, 1 float32, 2 float16, 3 bfloat16, 4 bytes."""
     digits = product(*(map(int, kinds) for kinds in dtypes.split()))
     kinds = tuple(sum(d << (DIGIT_BITS * i) for i, d in enumerate(combination)) for combination in digits)
-    constants = {"KINDS": kinds, "BLOCK": lists_launch.CHUNK, **constants}
+    constants = {"KINDS": kinds, "BLOCK": CHUNK, **constants}
     kernel = getattr(lists, f"_{row}_kernel")
     pointers = {"factors": "*fp64", "sums": "*fp64"}
-    return Case(f"{row}{name}", kernel, row, lists_launch.TABLE, constants, pointers, products=False)
+    table = constant_table(row, (8,), Launch(CHUNK, 16, 16, NUM_WARPS, 1))
+    return Case(f"{row}{name}", kernel, row, table, constants, pointers, products=False)
 
 
 def sigmoid_case(has_labels: bool, has_grad: bool) -> Case:
     constants = {"stride_ad": 1, "stride_bd": 1, "HAS_LABELS": has_labels, "HAS_GRAD": has_grad, "HAS_SUMS": has_grad}
     name, row = "sigmoid" if has_grad else "sigmoid-loss", "fwd_labels" if has_labels else "fwd"
-    return Case(name, sigmoid._sigmoid_fwd_kernel, row, sigmoid_launch.TABLE, constants, {"bias": "*fp32"})
+    return Case(name, sigmoid._sigmoid_fwd_kernel, row, SIGMOID_TABLE, constants, {"bias": "*fp32"})
 
 
 def token_case(row: str, flag: bool, block_q: int) -> Case:
     constants = dict.fromkeys(("HAS_MASK", "HAS_LABELS", "HAS_TOTALS"), flag) | {"stride_td": 1, "stride_bd": 1}
     constants |= on("HAS_POSITIVES HAS_GRAD HAS_DSCALE") | {"BLOCK_Q": block_q}
-    return Case(f"token_contrastive-{block_q}", TOKENS[row], row, token_launch.TABLE, constants)
+    return Case(f"token_contrastive-{block_q}", TOKENS[row], row, TOKENS_TABLE, constants)
 
 
 def cross_entropy_case(name: str, flag: bool) -> Case:
     constants, kernel = {"HAS_BIAS": flag, "HAS_GRAD": flag}, linear_cross_entropy._linear_cross_entropy_fwd_kernel
-    table = linear_cross_entropy_launch.TABLE
+    table = constant_table("fwd", (2, 4), CROSS_ENTROPY_LAUNCH)
     return Case(f"linear_cross_entropy[{name}]", kernel, "fwd", table, constants, products=False)
 
 
 def distill_case(row: str, centered: bool) -> Case:
     name, constants = f"distill[HAS_CENTER={centered}]", {"HAS_CENTER": centered}
-    return Case(name, DISTILL[row], row, distill_launch.TABLE, constants, {"grad": "*fp32"}, products=False)
+    table = constant_table(row, (2, 4), DISTILL_LAUNCH)
+    return Case(name, DISTILL[row], row, table, constants, {"grad": "*fp32"}, products=False)
 
 
 EVERYTHING = {"NUM_ENDS": 4, "BIAS": "bool"} | on("HAS_SLOPES HAS_DROPOUT HAS_SEGMENTS")

@@ -10,18 +10,18 @@ from mmkernels.attention import op as attention_op
 from mmkernels.attention import pieces
 from mmkernels.contrastive import blockwise, kernel, op, problem
 from mmkernels.distill import blockwise as distill_blockwise
+from mmkernels.distill import eager as distill_eager
 from mmkernels.distill import kernel as distill_kernel
-from mmkernels.distill import op as distill_op
 from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
+from mmkernels.linear_cross_entropy import eager as lce_eager
 from mmkernels.linear_cross_entropy import kernel as lce_kernel
-from mmkernels.linear_cross_entropy import op as lce_op
 from mmkernels.multi_tensor import blockwise as multi_tensor_blockwise
 from mmkernels.sigmoid import blockwise as sigmoid_blockwise
+from mmkernels.sigmoid import eager as sigmoid_eager
 from mmkernels.sigmoid import kernel as sigmoid_kernel
-from mmkernels.sigmoid import op as sigmoid_op
 from mmkernels.token_contrastive import blockwise as token_blockwise
+from mmkernels.token_contrastive import eager as token_eager
 from mmkernels.token_contrastive import kernel as token_kernel
-from mmkernels.token_contrastive import loss as token_loss
 
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
@@ -30,10 +30,11 @@ SMALL = {
     blockwise: {"TILE": 32, "LOW_SPAN": 64},
     kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32}, op: {"STORED_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24}, distill_blockwise: {"BLOCK": 256}, distill_kernel: {"MIN_PROGRAMS": 6},
-    distill_op: {"EAGER_LOGITS": 0}, multi_tensor_blockwise: {"PART": 64}, sigmoid_blockwise: {"TILE": 32},
-    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_op: {"EAGER_LOGITS": 0},
+    distill_eager: {"EAGER_LOGITS": 0}, multi_tensor_blockwise: {"PART": 64}, sigmoid_blockwise: {"TILE": 32},
+    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_eager: {"EAGER_LOGITS": 0},
     lce_blockwise: {"ROWS": 32, "COLS": 32}, lce_kernel: {"chunk_rows": lambda vocab: 32},
-    lce_op: {"EAGER_PRODUCT": 0}, token_loss: {"EAGER_PRODUCTS": 0}, token_blockwise: {"TILE": 640, "TILE_COLS": 16},
+    lce_eager: {"EAGER_PRODUCT": 0}, token_eager: {"EAGER_PRODUCTS": 0},
+    token_blockwise: {"TILE": 640, "TILE_COLS": 16},
     token_kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},
 }  # fmt: skip
 

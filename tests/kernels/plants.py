@@ -4,21 +4,26 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 
-from mmkernels._spec import OpSpec, Shape
+from bench.ops import linear_cross_entropy as words
+from bench.ops import sigmoid as pairs
+from bench.ops import token_contrastive as tokens
+from bench.ops.adamw import AVERAGED
+from bench.ops.attention import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, PLAIN, SEGMENTS
+from bench.ops.contrastive import LOSS, VARIANTS
+from bench.ops.distill import SPECS as DISTILL
+from bench.ops.ema import EMA, SHADOWED
+from bench.ops.ewc import EWC, FISHER
+from bench.ops.norm import CLIP, NORM
+from bench.ops.packnet import MASKS
+from bench.ops.statistics import STATS
+from bench.spec import OpSpec, Shape
 from mmkernels.attention import op as attention
-from mmkernels.attention.spec import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, PLAIN, SEGMENTS
 from mmkernels.contrastive import op as contrastive
-from mmkernels.contrastive.spec import LOSS, STATS, VARIANTS
 from mmkernels.distill import op as distill
-from mmkernels.distill.spec import SPECS as DISTILL
-from mmkernels.linear_cross_entropy import spec as words
 from mmkernels.multi_tensor import paths as multi_tensor
-from mmkernels.multi_tensor.spec import AVERAGED, CLIP, EMA, EWC, FISHER, MASKS, NORM, SHADOWED
 from mmkernels.multi_tensor.table import CHUNK
 from mmkernels.sigmoid import op as sigmoid
-from mmkernels.sigmoid import spec as pairs
 from mmkernels.token_contrastive import op as token_contrastive
-from mmkernels.token_contrastive import spec as tokens
 from tests.kernels.planting import Bug
 
 
@@ -91,67 +96,45 @@ TABLE = r"""
 # attention blockwise
 unwritten rows: attention_fwd transpose -> 0 * _
 log-sum-exp of the first piece alone: _combined logaddexp -> _0
-pieces added without their weights: _combined other@1 -> one
-wrong factor on dq: _tile_backward scale -> 1.001 * _
 wrong factor on dk: _tile_backward scale@1 -> 1.001 * _
-dk of the last piece alone: attention_bwd dx += -> =
 dq of the last piece alone: attention_bwd dq += -> =
 missing cast: _logits _product -> _.half().float()
 gradient of the log-sum-exp lost: _tile_backward d_lse@1 -> 0 * _
 another dropout in dv: _tile_backward dropped@1 -> weights
-another share dropped: _drop_ dropout_p -> 0.9 * _
 causal corner left open: _logits triu_ -> _self.triu_(2)
 a group's heads not summed: _group_sum sum -> _self[:, :, 0]
-empty rows without a log-sum-exp: _fused_forward inf@1 -> 0.0
 a bias of the first tile's rows: _tile_backward d_logits@2 -> 2 * _
 # attention kernel
 wrong factor on dk: _attention_bwd_k_kernel scale@1 -> 1.001 * _
-a split's log-sum-exp not weighed: _combined lse@2 -> 0 * _
 one split alone: _combined sum -> _self[0]
 dq of one split alone: _query_gradient sum -> _self[0]
 queries of the first block alone: _query_ranges num_queries@2 -> 1
-delta lost: attention_bwd _delta -> 0 * _
 gradient of the log-sum-exp lost: _delta d_lse@2 -> None
 second interval lost: _arguments len@2 -> min(_, 2)
-second segment lost: _arguments segments@1 -> ()
-slopes lost: _arguments slopes@5 -> None
 another dropout: _numbers dropout_p -> 0.9 * _
-dropped weights not made up for: _numbers dropout_p@1 -> 0.0
 missing cast: _operand x@4 -> _.half().to(_.dtype)
 # contrastive blockwise
 wrong factor on da: contrastive_bwd mul_ -> _.mul_(1.001)
-wrong factor on logits: contrastive_fwd scale@3 -> 1.001 * _
 unwritten column: _tiles num_cols -> _ - 1
 missing cast: contrastive_fwd _cosines -> _.half().float()
-wrong factor on the teacher's expectation: contrastive_fwd scale@4 -> 1.001 * _
 the teacher's expectation of its own logits: contrastive_fwd cosines@1 -> of_teacher
 positive counted twice: _grad_tile positives -> None
 positives of the first tile taken for all: contrastive_fwd start -> 0
-teacher's share of dL/dS lost: _grad_tile add_ -> pass
-teacher's share of the scale's gradient lost: _grad_tile sum -> 0 * _
 positives' gradient of b lost: contrastive_bwd db@2 -> None
-mean of the scale's gradient lost: contrastive_bwd grad_total -> 0
 # contrastive kernel
 wrong factor on da: contrastive_bwd mul_ -> _.mul_(1.001)
-wrong factor on logits: _contrastive_fwd_kernel scale -> 1
 unwritten column: _fold_columns mask_n@1 -> _ & (tl.arange(0, 32) < 31)
 missing cast: _contrastive_fwd_kernel acc -> _.to(tl.float16).to(tl.float32)
 rows outside counted in column sums: _contrastive_fwd_kernel inside@1 -> mask_n[None, :]
-columns outside counted in row sums: _contrastive_fwd_kernel inside@1 -> mask_m[:, None]
 sums not rescaled to the new maximum: _fold_rows shrink -> 1
-expectation not rescaled to the new maximum: _fold_rows shrink@1 -> 1
 positive counted twice: _contrastive_bwd_kernel where -> _2
 gradient's unit not taken back: contrastive_bwd unit@2 -> 1
 second chunk's rows those of the first: _grad_chunk rows -> slice(0, _.stop - _.start)
 one split's columns skipped: _contrastive_fwd_kernel cols_per_split -> _ + 1
 teacher's share of dL/dS lost: _contrastive_bwd_kernel _softmaxes@1 -> 0 * _
-shift forgotten: _contrastive_fwd_kernel load@2 -> 0.0
 # distill blockwise
 student's temperature taken for the teacher's: _forward 1@1 -> 0
 centre ignored in forward: _forward center -> None
-centre ignored in backward: _backward center -> None
-temperature's factor on the gradient lost: _backward temps -> (1, 1)
-teacher's sum not divided by: _forward div_ -> _self
 wrong factor on the gradient: _backward scale@1 -> 1.001 * _
 last rows left out: _blocks len@1 -> _ - 1
 missing cast: _forward _shifted -> _.half().float()
@@ -159,10 +142,7 @@ upstream gradient ignored: _backward grad -> torch.ones_like(_)
 # distill kernel
 teacher's temperature ignored in forward: _distillation_loss_fwd_kernel teacher_temp -> 1
 centre ignored in forward: _distillation_loss_fwd_kernel HAS_CENTER -> False
-centre ignored in backward: _distillation_loss_bwd_kernel HAS_CENTER -> False
 sums not rescaled to the new maximum: _fold exp@1 -> 1
-cross not rescaled to the new maximum: _distillation_loss_fwd_kernel shrink -> 1
-cross not moved with the student's maximum: _distillation_loss_fwd_kernel moved -> 0
 cross of a split not moved: _combined moved -> 0
 one class left out of a split: _distillation_loss_fwd_kernel last_n@1 -> _ - 1
 wrong factor on the gradient: _distillation_loss_bwd_kernel student_temp@1 -> 1
@@ -175,12 +155,8 @@ missing cast: _fold matmul_nt -> _.bfloat16().float()
 target counted twice: linear_cross_entropy_fwd of_rows@1 -> _ - (1 << 40)
 a later chunk overwrites dw: _accumulate first_row -> 0
 half of the z-loss's gradient lost: coefficients z_loss -> _ / 2
-smoothing of the target lost: coefficients add_ -> _self
 first tile's bias in every tile: _fold of_cols@1 -> slice(tile.shape[1])
-target's logit from a later tile: _fold 0@3 -> -(1 << 40)
-target's share of db lost: add_targets coef@2 -> 0 * _
 a repeated target counted once: _add_rows index_add_ -> _self.index_copy_(_0, _1, _2)
-z-loss of the loss lost: row_loss add_ -> _self
 # linear_cross_entropy kernel
 wrong factor on dh: linear_cross_entropy_fwd 1@3 -> 2
 bias left out of the logits: _linear_cross_entropy_fwd_kernel load@4 -> 0 * _
@@ -188,27 +164,20 @@ unwritten column: _linear_cross_entropy_fwd_kernel mask_v@4 -> offs_v < V - 1
 missing cast: _linear_cross_entropy_fwd_kernel grad@1 -> _.to(tl.float16)
 sums not rescaled to the new maximum: _linear_cross_entropy_fwd_kernel exp -> 1
 target counted twice: _linear_cross_entropy_fwd_kernel where@1 -> _2
-columns outside counted in the sums: _linear_cross_entropy_fwd_kernel float@1 -> 0.0
 gradient's unit not taken back: linear_cross_entropy_fwd div_ -> _self
 a later chunk overwrites dw: linear_cross_entropy_fwd float@1 -> 0.0
-half of the z-loss's gradient lost: _linear_cross_entropy_fwd_kernel z_loss -> _ / 2
 second chunk's targets forgotten: linear_cross_entropy_fwd rows@1 -> slice(len(hidden[_]))
-upstream gradient ignored: linear_cross_entropy_fwd coef@2 -> torch.ones_like(_)
 # adamw_update blockwise
 no weight decay: adamw_update_ keep -> 1
 the new moment of the old gradient: adamw_update_ grad -> param
-a moment without its fall: adamw_update_ fall -> 1
 no root: adamw_update_ sqrt -> _self
 no bias correction: adamw_update_ root -> 1
-eps inside: adamw_update_ sqrt -> (v + eps).sqrt() - eps / root
 no clamp: adamw_update_ clamp -> _self
 an average of the old: adamw_update_ p@3 -> g
 # adamw_update kernel
 no weight decay: _adamw_chunk keep -> 1
-a moment without its fall: _adamw_chunk fall -> 1
 no root: _adamw_chunk sqrt_rn -> _0
 no bias correction: _adamw_chunk root -> 1
-eps left out: _adamw_chunk eps -> 1e-3
 no clamp: _adamw_chunk high -> 1e9
 an average of the gradient: _adamw_chunk p@6 -> g
 copies of the average: _adamw_chunk p@5 -> m
@@ -235,92 +204,65 @@ wrong factor: _mean weight@1 -> 1.01 * _
 unwritten part: _store n -> _ - 1
 missing cast: _store x -> _.to(tl.float16)
 a shadow of the source: _ema_chunk mean@2 -> source
-whole chunks zeroed: _store x -> 0 * _
 one kind alone: _walk kind -> 9
 first chunk alone: _address first -> 0
 # norm blockwise
 no squares: squares square -> _self
 last part alone: squares total += -> =
 no bound: clip_ clamp -> _self
-no eps: clip_ 1e-06 -> 1e-3
 clipped twice: clip_ factor@2 -> _ * _
 what is clipped is kept: clip_ 1@1 -> factor + (factor == 1)
 # norm kernel
-no squares: _squares_chunk x@1 -> 1
 all chunks in one place: _squares_chunk program_id -> 0
 a scale that is not undone: _squares_chunk size -> 1
-a scale that is not done: _squares_chunk exponent@1 -> 127 + (_ & 0)
 no bound: _clip_kernel where -> _2
-no eps: _clip_kernel 1e-06 -> 1e-3
 clipped twice: _clip_chunk factor -> _ * _
 what is clipped is kept: _clip_kernel != -> ==
 # ewc blockwise
 nothing fades: fisher_accumulate_ decay -> 1
-no weight: fisher_accumulate_ weight -> 1
 no squares of gradients: fisher_accumulate_ g -> 1
-no squares of steps: ewc_penalty_fwd step -> 1
-all weights matter: ewc_penalty_fwd fisher -> torch.ones_like(_)
 missing cast: ewc_penalty_fwd param -> _.half()
 no strength in the gradient: ewc_penalty_bwd factor -> torch.ones_like(_)
 a gradient towards zero: ewc_penalty_bwd anchor -> 0 * _
 # ewc kernel
 nothing fades: _fisher_accumulate_chunk decay -> 1
-no weight: _fisher_accumulate_chunk weight -> 1
 no squares of gradients: _fisher_accumulate_chunk grad -> 1
-no squares of steps: _ewc_penalty_fwd_chunk step -> 1
-all weights matter: _ewc_penalty_fwd_chunk fisher -> 1
 all chunks in one place: _ewc_penalty_fwd_chunk program_id -> 0
 no strength in the gradient: _ewc_penalty_bwd_chunk factor -> 1
 a gradient towards zero: _ewc_penalty_bwd_chunk anchor -> 0
 a gradient in place of the anchor: _ewc_penalty_bwd_chunk 3 -> 1
 # sigmoid blockwise
 wrong factor on da and db: sigmoid_fwd mul_@2 -> pass
-bias left out: sigmoid_fwd bias -> 0
 unwritten columns: sigmoid_fwd len@4 -> _ - 1
 missing cast: sigmoid_fwd matmul_nt -> _.half().float()
 row's labels of another tile: sigmoid_fwd of_rows@1 -> slice(_.stop - r)
-loss of the last tile alone: sigmoid_fwd loss += -> =
 da of the last tile alone: sigmoid_fwd da += -> =
-db of the last tile alone: sigmoid_fwd db += -> =
 upstream gradient ignored: sigmoid_fwd coef@2 -> torch.ones_like(_)
-scale's gradient of the first row alone: sigmoid_fwd sums@1 -> _ * (r == 0)
 scale gets the bias's gradient: sigmoid_fwd dscale -> dbias.clone()
 # sigmoid kernel
 wrong factor on da and db: sigmoid_fwd scale@2 -> 1
 gradient's unit not taken back: sigmoid_fwd GRAD_CEILING@1 -> 1
-bias left out: _sigmoid_fwd_kernel bias -> 0
 missing cast: _sigmoid_fwd_kernel acc -> _.to(tl.float16).to(tl.float32)
 unwritten column: _sigmoid_fwd_kernel stride_gm@1 -> N - 1
-unwritten row: _sigmoid_fwd_kernel mask_m@1 -> offs_m < M - 1
 columns outside counted: _sigmoid_fwd_kernel >= -> >
-columns outside counted, with labels: _sigmoid_fwd_kernel mask_n@1 -> _ | True
 positive counted twice: _sigmoid_fwd_kernel is_positive@1 -> False
-sign of a labelled positive lost: _sigmoid_fwd_kernel where@5 -> _2
 labels cut to 32 bits: _label_ids searchsorted -> x.int()
-upstream gradient ignored: _sigmoid_fwd_kernel coef -> 0.0 * _ + 16384.0
 second chunk's offset forgotten: sigmoid_fwd first@2 -> 0
 db of the last chunk alone: sigmoid_fwd add_ -> _self.copy_(_0)
-positive's share of the sums lost: sigmoid_fwd _add_positives -> 0 * _
 # token_contrastive blockwise
 wrong factor on gradients: token_contrastive_bwd mul_ -> pass
-wrong factor on logits: token_contrastive_fwd mul_ -> _self
 last column left out: tiles num_cols@1 -> _ - 1
 missing cast: best_tokens matmul_nt -> _.half().float()
 positive's gradient lost: _add_positives weight -> 0 * _
 gradient to the last of the best: first_best arange -> _.flip(0)
 gradient to another row's token: places stride -> 0
-columns' totals ignored: add_col_weights col_total -> 0 * _
 rows' labels ignored: add_row_weights row_matched -> 0 * _
-mean of the scale's gradient lost: token_contrastive_bwd center@1 -> 0
 masked tokens compete: best_tokens masked_fill_ -> pass
-a masked row keeps its logits: best_tokens masked_fill_@1 -> _self
 # token_contrastive kernel
 wrong factor on dtokens: token_contrastive_bwd mul_ -> _self
-wrong factor on logits: _token_contrastive_fwd_kernel scale -> 1
 unwritten column: _token_contrastive_fwd_kernel mask_n@7 -> offs_n < N - 1
 missing cast: _token_contrastive_fwd_kernel best@2 -> _.to(tl.float16).to(tl.float32)
 rows outside counted in column sums: _token_contrastive_fwd_kernel mask_m@4 -> _ | True
-columns outside counted in row sums: _token_contrastive_fwd_kernel mask_n@8 -> _ | True
 sums not rescaled to the new maximum: _token_contrastive_fwd_kernel exp@3 -> 1
 gradient to the last of the best: _best_tokens min -> \
 tl.minimum(tl.max(tl.where(products == largest[:, :, None], offs_q[None, None, :], 0), 2), Q - 1)
@@ -328,18 +270,13 @@ a later block of tokens wins ties: _best_tokens > -> >=
 gradient's unit not taken back: token_contrastive_bwd unit@2 -> 1
 second chunk's rows forgotten: token_contrastive_bwd of_rows -> _self
 one split's columns skipped: _token_contrastive_fwd_kernel cols_per_split -> _ + 1
-rows' labels ignored: _token_contrastive_bwd_kernel row_matched -> 0 * _
 columns' totals of the last program alone: token_contrastive_fwd sum -> _self[-1]
 masked tokens compete: _best_tokens != -> >=
 # late late
 wrong factor on gradients: token_contrastive_bwd mul_ -> pass
-wrong factor on the columns' logits: token_contrastive_fwd scale@2 -> 1
 rows' maximum over the wrong tokens: _tile amax@2 -> _self.amin(_0)
 masked tokens count in the mean: _tile counts_q@1 -> 1.0 * tokens_mask[:, :, None]
 masked tokens compete: _tile masked_fill_ -> _self.abs()
 columns' positives ignored: token_contrastive_fwd add_cols -> pass
-rows' gradient of b lost: _add_rows db@2 -> 0 * _
-columns' gradient of the tokens lost: _add_cols dtokens@2 -> 0 * _
 gradient to another row's token: _add_cols shape -> (0, 0)
-mean of the scale's gradient lost: token_contrastive_bwd center@4 -> 0
 """

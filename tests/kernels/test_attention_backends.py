@@ -11,28 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.contract import check
+from bench.ops.attention import BIAS, CAUSAL, DENSE, PLAIN
+from bench.spec import OpSpec
 from mmkernels import attention, attention_ref, masks
-from mmkernels._contract import check
 from mmkernels._device import INTERPRETED
-from mmkernels._spec import OpSpec
 from mmkernels.attention import backends, libraries, op
 from mmkernels.attention.backends import NAMES, Call, pick, refusal
 from mmkernels.attention.libraries import LIBRARIES
-from mmkernels.attention.spec import BIAS, CAUSAL, DENSE, PLAIN
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel of ours runs here")
 
-CALL = Call(
-    num_queries=2048,
-    num_keys=2048,
-    num_groups=1,
-    head_dim=64,
-    dtype=torch.bfloat16,
-    architecture=90,
-    mask="none",
-    has_gradient=False,
-    features=frozenset(),
-)
+CALL = Call(2048, 2048, 1, 64, torch.bfloat16, architecture=90, mask="none", has_gradient=False, features=frozenset())
 CPU = replace(CALL, architecture=0, dtype=torch.float32)
 TRAINED = replace(CALL, has_gradient=True)
 
@@ -184,23 +174,14 @@ class TestWhoIsPicked:
         with torch.no_grad():
             attention(q, k, k, mask=masks.dense(torch.zeros(5, 7)), return_lse=True)
         attention(q[:, :0], k, k, mask=masks.dense(torch.ones(1, 7, dtype=torch.bool)), empty_rows="uniform")
+        nothing = frozenset({"empty_rows='uniform'", "an empty batch or no keys"})
         first = Call(5, 7, 2, 8, torch.float32, 0, "causal", True, frozenset({"dropout_p"}))
         assert found == [
             first,
-            replace(
-                first,
-                num_keys=14,
-                mask="intervals",
-                has_gradient=False,
-                features=frozenset(),  # a CPU joins two segments
-            ),
+            # a CPU joins two segments
+            replace(first, num_keys=14, mask="intervals", has_gradient=False, features=frozenset()),
             replace(first, mask="float", has_gradient=False, features=frozenset({"return_lse"})),
-            replace(
-                first,
-                num_queries=0,
-                mask="bool",
-                features=frozenset({"empty_rows='uniform'", "an empty batch or no keys"}),
-            ),
+            replace(first, num_queries=0, mask="bool", features=nothing),
         ]
 
     def test_of_few_weights_the_mask_is_made_unless_it_has_a_name(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels._contract import cast_inputs, check, evaluate, map_tensors
+from bench.contract import cast_inputs, check, evaluate, map_tensors
+from bench.ops import adamw, ema, ewc, norm, packnet, specs
+from bench.spec import OpSpec, Shape, shape_id
 from mmkernels._device import INTERPRETED
-from mmkernels._spec import OpSpec, Shape, shape_id
-from mmkernels.multi_tensor.spec import SPECS as MULTI_TENSOR
-from mmkernels.specs import SPECS
 from tests.kernels.recorded import opcheck
+
+SPECS = specs()
+MULTI_TENSOR = [spec for module in (adamw, ema, ewc, norm, packnet) for spec in module.SPECS]
 
 # the interpreter takes milliseconds a tile; check draws more where the bound is missed by little
 SEEDS = range(2) if INTERPRETED else range(8)

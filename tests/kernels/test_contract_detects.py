@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkernels._contract import check
+from bench.contract import check
 from mmkernels._device import INTERPRETED
 from tests.kernels.planting import Bug, plant
 from tests.kernels.plants import OPS, bugs

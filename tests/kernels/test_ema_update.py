@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmkernels import ema_update_, ema_update_ref_
 from mmkernels._device import INTERPRETED
@@ -69,18 +67,6 @@ class TestBfloat16:
 
 
 class TestTable:
-    def test_it_is_made_once_as_long_as_no_tensor_moves(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made, make = [], table._make
-        monkeypatch.setattr(table, "_TABLES", type(table._TABLES)())
-        monkeypatch.setattr(table, "_make", lambda lists: made.append(1) or make(lists))
-        lists = [tensors([5, 6], torch.float32, seed) for seed in range(2)]
-        for _ in range(3):
-            table.table_of((*lists, []))
-        assert len(made) == 1
-        lists[0][1] = lists[0][1].clone()
-        table.table_of((*lists, []))
-        assert len(made) == 2
-
     def test_old_tables_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(table, "_TABLES", type(table._TABLES)())
         kept = [tensors([3], torch.float32, i) for i in range(table.MAX_TABLES + 5)]
@@ -103,21 +89,6 @@ class TestTable:
         target.t_()
         with pytest.raises(ValueError, match=r"sources\[0\] must be \[4, 3\], got \[3, 4\]"):
             ema_update_([target], [source], 0.5)
-
-    @settings(max_examples=40, deadline=None, derandomize=True)
-    @given(sizes=st.lists(st.integers(0, 3 * table.CHUNK), min_size=1, max_size=5))
-    def test_its_chunks_cover_each_element_once(self, sizes: list[int]) -> None:
-        lists = [tensors(sizes, torch.float32, 0), tensors(sizes, torch.bfloat16, 1)]
-        found = table.table_of((*lists, []))
-        counts = [torch.zeros(n, dtype=torch.int64) for n in sizes]
-        for number, first, elements in found.chunks.tolist():
-            counts[number][first : first + elements] += 1
-        for number, (kind, is_aligned, *addresses) in enumerate(found.tensors.tolist()):
-            assert kind == 1 + (3 << table.DIGIT_BITS)
-            places = [tensors[number].data_ptr() for tensors in lists]
-            assert addresses == [*places, 0]
-            assert is_aligned == all(place % 16 == 0 for place in places)
-        assert all((count == 1).all() for count in counts)
 
 
 def test_a_tensor_whose_memory_was_freed_is_refused() -> None:

@@ -1,7 +1,5 @@
 """A CPU's float32 products, alike in both libraries; oneDNN's are called unless the processor is Intel's."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -23,12 +21,3 @@ def test_a_product_of_any_strides_is_as_close_to_float64_as_torchs(
         gold = x.double() @ y.double().T
         bound = 2 * (x @ y.T - gold).abs() + 4 * torch.finfo(torch.float32).eps * x.norm() * y.norm()
         assert ((_gemm.matmul_nt(x, y) - gold).abs() <= bound).all()
-
-
-def test_the_processor_is_intels_if_the_system_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for vendor, expected in (("GenuineIntel", True), ("AuthenticAMD", False)):
-        (tmp_path / vendor).write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-        monkeypatch.setattr(_gemm, "CPU_INFO", tmp_path / vendor)
-        assert _gemm._is_of_intel() == expected
-    monkeypatch.setattr(_gemm, "CPU_INFO", tmp_path / "missing")
-    assert not _gemm._is_of_intel()

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import mmkernels as mk
+from bench.contract import check
+from bench.ops.contrastive import LOSS as CONTRASTIVE
+from bench.ops.distill import SPECS as DISTILL
+from bench.ops.linear_cross_entropy import PLAIN, ROWS
+from bench.ops.sigmoid import LABELS, LOSS
+from bench.ops.token_contrastive import LOSS as TOKENS
+from bench.spec import OpSpec, Shape
 from mmkernels import masks
-from mmkernels._contract import check
-from mmkernels._spec import OpSpec, Shape
-from mmkernels.contrastive.spec import LOSS as CONTRASTIVE
-from mmkernels.distill.spec import SPECS as DISTILL
-from mmkernels.linear_cross_entropy.spec import PLAIN, ROWS
-from mmkernels.sigmoid.spec import LABELS, LOSS
-from mmkernels.token_contrastive.spec import LOSS as TOKENS
 from tests.kernels.losses import LOSSES, on_cuda
 
 pytestmark = pytest.mark.gpu

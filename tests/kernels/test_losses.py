@@ -11,25 +11,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import mmkernels as mk
-from mmkernels._contract import cast_inputs, check, evaluate
+from bench.contract import cast_inputs, check, evaluate
+from bench.ops import specs
+from bench.ops.contrastive import LOSS as CONTRASTIVE
+from bench.ops.linear_cross_entropy import BIAS, PLAIN, ROWS
+from bench.ops.sigmoid import LABELS
+from bench.ops.sigmoid import LOSS as SIGMOID
+from bench.ops.statistics import STATS
+from bench.ops.token_contrastive import LOSS as TOKENS
+from bench.spec import OpSpec, Shape
 from mmkernels._device import INTERPRETED
-from mmkernels._spec import OpSpec, Shape
 from mmkernels.contrastive import op as contrastive_op
 from mmkernels.contrastive.blockwise import TILE
-from mmkernels.contrastive.spec import LOSS as CONTRASTIVE
-from mmkernels.contrastive.spec import STATS
 from mmkernels.linear_cross_entropy import blockwise as cross_entropy
-from mmkernels.linear_cross_entropy import op as cross_entropy_op
-from mmkernels.linear_cross_entropy.spec import BIAS, PLAIN, ROWS
+from mmkernels.linear_cross_entropy import eager as cross_entropy_eager
 from mmkernels.sigmoid import blockwise as sigmoid
-from mmkernels.sigmoid import op as sigmoid_op
-from mmkernels.sigmoid.spec import LABELS
-from mmkernels.sigmoid.spec import LOSS as SIGMOID
-from mmkernels.specs import SPECS
+from mmkernels.sigmoid import eager as sigmoid_eager
 from mmkernels.token_contrastive import blockwise as tokens
-from mmkernels.token_contrastive import loss as token_loss
-from mmkernels.token_contrastive.spec import LOSS as TOKENS
+from mmkernels.token_contrastive import eager as token_eager
 from tests.kernels.losses import LOSSES, learned
+
+SPECS = specs()
 
 EPS = torch.finfo(torch.float32).eps
 FAMILIES = (
@@ -236,11 +238,11 @@ WORDS = {"T": 2 * cross_entropy.ROWS + 2, "D": 8, "V": cross_entropy.COLS + 1}
 REAL_TILES: list[tuple[Any, str, OpSpec, dict[str, int], str]] = [
     (contrastive_op, "STORED_LOGITS", STATS, {"M": 1, "N": TILE + 1, "D": 8, "offset": TILE}, "random"),
     (contrastive_op, "STORED_LOGITS", CONTRASTIVE, {"B": TILE + 1, "D": 8}, "trained"),
-    (sigmoid_op, "EAGER_LOGITS", SIGMOID, {"B": sigmoid.TILE + 1, "D": 8}, "trained"),
-    (sigmoid_op, "EAGER_LOGITS", LABELS, {"M": 3, "N": 2 * sigmoid.TILE + 1, "D": 8}, "trained"),
-    (cross_entropy_op, "EAGER_PRODUCT", PLAIN, WORDS, "random"),
-    (cross_entropy_op, "EAGER_PRODUCT", ROWS, WORDS, "random"),
-    (token_loss, "EAGER_PRODUCTS", TOKENS, {"M": 257, "Q": 32, "N": 257, "D": 8}, "trained"),
+    (sigmoid_eager, "EAGER_LOGITS", SIGMOID, {"B": sigmoid.TILE + 1, "D": 8}, "trained"),
+    (sigmoid_eager, "EAGER_LOGITS", LABELS, {"M": 3, "N": 2 * sigmoid.TILE + 1, "D": 8}, "trained"),
+    (cross_entropy_eager, "EAGER_PRODUCT", PLAIN, WORDS, "random"),
+    (cross_entropy_eager, "EAGER_PRODUCT", ROWS, WORDS, "random"),
+    (token_eager, "EAGER_PRODUCTS", TOKENS, {"M": 257, "Q": 32, "N": 257, "D": 8}, "trained"),
 ]
 
 

@@ -42,30 +42,6 @@ def test_causal_lets_the_last_query_see_all_keys(sizes: tuple[int, int | None]) 
     assert_is(mask, expected)
 
 
-class TestKeyPadding:
-    @pytest.mark.parametrize(
-        ("rows", "num_intervals"),
-        [
-            (("1111..", "..1111", "111111"), 1),
-            (("......", ".111..", "1....."), 1),
-            (("11..11", ".1111.", "......"), 2),
-            (("......",), 1),
-        ],
-        ids=str,
-    )
-    def test_up_to_two_runs_are_intervals(self, rows: tuple[str, ...], num_intervals: int) -> None:
-        keys = bits(*rows)
-        mask = masks.key_padding(keys, 3)
-        assert isinstance(mask, masks.Intervals) and len(mask.pairs) == num_intervals
-        assert_is(mask, matrix(len(rows), 3, 6, lambda b, i, j: rows[b][j] == "1"))
-
-    def test_three_runs_in_a_row_stay_what_they_are(self) -> None:
-        keys = bits("1.1.1.", "111111")
-        mask = masks.key_padding(keys, 3)
-        assert isinstance(mask, masks.Dense)
-        assert_is(mask, keys[:, None, None])
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_lengths_are_of_the_keys_seen(dtype: torch.dtype) -> None:
     num_seen = [0, 3, 5]
@@ -163,16 +139,16 @@ class TestDense:
 
     @settings(max_examples=100, deadline=None, derandomize=True)
     @given(rows=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4))
-    def test_is_intervals_where_no_query_sees_three_runs(self, rows: list[list[bool]]) -> None:
+    def test_is_intervals_where_no_row_has_three_runs_as_padding_is(self, rows: list[list[bool]]) -> None:
         values = torch.tensor(rows)
-        mask = masks.from_dense(values)
         runs = [sum(y and not x for x, y in zip([False, *row], row, strict=False)) for row in rows]
-        assert isinstance(mask, masks.Dense) == (max(runs) > 2)
-        assert_is(mask, values[None, None])
-
-    def test_stays_itself_with_heads_of_its_own(self) -> None:
-        values = torch.ones(2, 4, 3, 5, dtype=torch.bool)
-        assert isinstance(masks.from_dense(values), masks.Dense)
+        of_batches = values[:, None, None].expand(-1, -1, 1, -1)
+        for mask, expected in (
+            (masks.from_dense(values), values[None, None]),
+            (masks.key_padding(values, 1), of_batches),
+        ):
+            assert isinstance(mask, masks.Dense) == (max(runs) > 2)
+            assert_is(mask, expected)
 
     def test_without_keys_is_intervals_of_nothing(self) -> None:
         for mask in (
@@ -223,15 +199,10 @@ class TestIntervals:
         assert len(both.pairs) == max(sides)
         assert_is(both, one.to_dense() & other.to_dense())
 
-    @pytest.mark.parametrize("num_pairs", [1, 2])
-    def test_move_whole_to_a_device(self, num_pairs: int) -> None:
-        mask = masks.intervals(8, *(ends(2, 0), ends(6, 8), ends(4, 3), ends(7, 5))[: 2 * num_pairs])
-        moved = mask.to("meta")
+    def test_move_whole_to_a_device_as_dense_ones_do(self) -> None:
+        moved = masks.intervals(8, ends(2, 0), ends(6, 8), ends(4, 3), ends(7, 5)).to("meta")
         assert {x.device.type for pair in moved.pairs for x in pair} == {"meta"} == {moved.device.type}
-        assert (moved.num_keys, moved.num_queries, len(moved.pairs)) == (8, 2, num_pairs)
-        assert torch.equal(mask.to("cpu").to_dense(), mask.to_dense())
-
-    def test_a_dense_mask_moves_too(self) -> None:
+        assert (moved.num_keys, moved.num_queries, len(moved.pairs)) == (8, 2, 2)
         assert masks.dense(torch.ones(3, 4)).to("meta").device.type == "meta"
 
 
@@ -265,12 +236,8 @@ COMPILED: dict[str, tuple[Callable[..., masks.Intervals], Tensor]] = {
     "causal": (lambda x: masks.causal(x.shape[0], 7, device=x.device), torch.ones(5)),
     "lengths": (lambda x: masks.lengths(x, 5, 7), torch.tensor([0, 7])),
     "documents": (masks.documents, torch.tensor([[0, 0, 1, -1], [3, 4, 4, 4]])),
-    "whole documents": (lambda x: masks.documents(x, causal=False), torch.tensor([[0, 0, 1, -1], [3, 4, 4, 4]])),
     "prefix_causal": (lambda x: masks.prefix_causal(x, 5, 7), torch.tensor([0, 3])),
     "media": (lambda x: masks.media(x, 2, 3), bits(".1..1", "....1")),
-    "all media": (lambda x: masks.media(x, 2, 3, latest=False), bits(".1..1", "....1")),
-    "qformer_itc": (lambda x: masks.qformer_itc(3, x, 4), torch.tensor([0, 3])),
-    "qformer_itm": (lambda x: masks.qformer_itm(3, x, 4), torch.tensor([0, 3])),
     "qformer_itg": (lambda x: masks.qformer_itg(3, x, 4), torch.tensor([0, 3])),
     "qformer_pairs": (lambda x: masks.qformer_pairs(3, x, 4), torch.tensor([0, 3])),
     "joined": (lambda x: masks.lengths(x, 7, 7) & masks.causal(7, device=x.device), torch.tensor([0, 3])),

@@ -1,6 +1,5 @@
 """What the token-contrastive ops promise beyond the contract that every op obeys."""
 
-import itertools
 import math
 
 import pytest
@@ -9,11 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import contrastive_loss, token_contrastive_loss, token_contrastive_stats
-from mmkernels.token_contrastive import blockwise
-from mmkernels.token_contrastive.launch import CHUNK_BYTES, MIN_CHUNK_TOKENS, chunk_rows
-from mmkernels.token_contrastive.problem import Problem, weights_of
-from mmkernels.token_contrastive.spec import LEAST_GAP, SPECS, gaps
-from tests.kernels.recorded import Operations
 
 pytestmark = pytest.mark.usefixtures("streamed")
 
@@ -84,20 +78,6 @@ def test_of_one_token_it_is_the_contrastive_loss() -> None:
         torch.testing.assert_close(loss, contrastive_loss(tokens[:, 0], b, 2.0))
 
 
-def test_the_data_of_the_contract_keep_the_best_token_ahead_of_rounding() -> None:
-    """What the contract's bound relies on; see the spec."""
-    for spec, dtype in itertools.product(SPECS, (torch.float32, torch.float16, torch.bfloat16)):
-        for shape, case in itertools.product(spec.shapes, spec.cases):
-            inputs = spec.make_inputs(shape, case, dtype, 0)
-            sides = [(inputs["tokens"], inputs["b"])] + [(inputs["b"], inputs["tokens"])] * ("T" in shape)
-            for side in sides:
-                if case == "ties":
-                    assert shape["D"] == 1 or shape["Q"] == 1 or (gaps(*side) == 0).any()
-                    assert all((x == x.round()).all() for x in side)
-                else:
-                    assert gaps(*side).min() >= LEAST_GAP, (spec.name, case)
-
-
 def test_a_row_whose_every_token_is_masked_has_zero_logits_and_no_gradient() -> None:
     tokens, b = features(6, 6)
     mask = torch.ones(6, 5, dtype=torch.bool)
@@ -117,30 +97,3 @@ def test_a_masked_token_may_hold_anything_finite() -> None:
         token_contrastive_loss(tokens.where(mask[..., None], fill), b, 2.0, masks=(mask, None)) for fill in (0.0, 1e4)
     ]
     assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize(
-    ("needs", "sums"), [((True, True, True), 2), ((False, True, False), 1), ((False, False, True), 0)]
-)
-def test_backward_multiplies_matrices_once_and_sums_features_only_where_asked(
-    needs: tuple[bool, bool, bool], sums: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blockwise, "TILE", 1 << 20)
-    tokens, b = (x.detach() for x in features(9, 9))
-    problem = Problem(tokens, b, torch.tensor(1.0), None, None, None, None, None, False)
-    stats = blockwise.token_contrastive_fwd(problem)
-    grads = [torch.ones_like(x) for x in stats[:8]]
-    assert len(weights_of(stats, grads)) == 8
-    with Operations() as seen:
-        results = blockwise.token_contrastive_bwd(problem, stats, grads, needs)
-    assert (seen.products, sum(count for name, count in seen.names.items() if name.startswith("_embedding_bag"))) == (
-        1,
-        sums,
-    )
-    assert tuple(result is not None for result in results) == needs
-
-
-def test_chunks_of_the_gradient_stay_within_their_bounds() -> None:
-    assert chunk_rows(32, 4096, 2) * 32 * 4096 * 2 == CHUNK_BYTES
-    assert chunk_rows(32, 1 << 20, 4) * 32 == MIN_CHUNK_TOKENS
-    assert chunk_rows(5000, 1 << 20, 4) == 1

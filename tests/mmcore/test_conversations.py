@@ -208,13 +208,6 @@ def test_a_strategy_takes_what_it_says_in_the_files_order(strategy: str, want: l
     assert parse_sampling(strategy).indices(15, np.random.default_rng(0)) == want
 
 
-def test_random_records_are_drawn_by_the_seed_each_once() -> None:
-    draw = [parse_sampling("random:20%").indices(50, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    assert draw[0] == draw[1] != draw[2] and all(len(set(d)) == 10 and d == sorted(d) for d in draw)
-    drawn = {i for seed in range(60) for i in parse_sampling("random:5").indices(50, np.random.default_rng(seed))}
-    assert drawn == set(range(50))
-
-
 def test_a_mix_takes_of_each_file_what_it_says(tmp_path: Path) -> None:
     write_json(tmp_path / "sub" / "a.json", texts(10))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts(10, 100)))

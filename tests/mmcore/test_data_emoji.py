@@ -109,22 +109,6 @@ def test_another_style_holds_out_the_same_combinations() -> None:
     assert (other.source.drawings[other.source.rows[0]].pixels != val.drawings[val.rows[0]].pixels).any()
 
 
-@pytest.mark.skipif(not has("Symbola_hint.ttf"), reason="fonts-symbola is not installed")
-def test_a_style_without_combinations_is_measured_as_a_whole() -> None:
-    data = open_data(DataConfig("emoji", style="symbola"), seed=0)
-    assert data.val is None and 1000 < data.num_train < 1500
-    whole = open_held_out(DataConfig("emoji", style="symbola"))
-    assert whole.val is not None and len(whole.val) == data.num_train
-
-
-@pytest.mark.skipif(not (source._CLDR / "annotations").is_dir(), reason="unicode-cldr-core is not installed")
-def test_cldr_has_more_languages_and_a_region_inherits() -> None:
-    _, _, val = opened(language="cy")
-    assert "arlliw croen" in val.names[0][0]
-    british, english = source._names("en_GB"), source._names("en")
-    assert british.keys() >= english.keys() and (british["🛗"], english["🛗"]) == ("lift", "elevator")
-
-
 @pytest.mark.parametrize(("config", "sentence"), [
     ({"language": "zh_CN"}, r"language of 'emoji' must be among en,.*,zh.*, got 'zh_CN'; did you mean 'zh'\?"),
     ({"language": "en,"}, "got ''"), ({"language": "../en"}, r"got '../en'"),

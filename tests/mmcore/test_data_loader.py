@@ -101,21 +101,6 @@ def test_the_view_of_a_sample_in_an_epoch_does_not_depend_on_the_batch_size(kind
         assert torch.equal(image, views[1][name][0]) and tokens == views[1][name][1]
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_has_one_image_id_on_all_ranks_and_in_all_epochs(kind: str, workers: int, tmp_path: Path) -> None:
-    data = opened_kind(kind, tmp_path)
-    of_sample: dict[str, set[int]] = {}
-    for rank in range(2):
-        loader = train_loader(data, spec(2, rank, 2, workers=workers), None)
-        for batch in take(loader, 2 * min(loader.steps_per_epoch, 20)):
-            for name, image_id in zip(batch.ids, batch.image_ids.tolist(), strict=True):
-                of_sample.setdefault(name, set()).add(image_id)
-    assert all(len(found) == 1 for found in of_sample.values())
-    # Each sample of these sources shows an image of its own.
-    assert len(set.union(*of_sample.values())) == len(of_sample)
-
-
 _DIGEST = """
 import sys
 from mmcore.data import DataConfig, open_data
@@ -180,7 +165,6 @@ def test_a_loader_spec_out_of_range_is_refused(name: str, value: int) -> None:
 def test_batches_are_those_of_one_rank_whatever_the_workers_and_the_ranks(kind: str, loader_of: Any, tmp_path: Path):
     data = opened_kind(kind, tmp_path)
     loader = loader_of(data, spec(6), fake_tokenizer)
-    assert not loader.state_is_per_rank
     states, alone = [], []
     for _ in range(5):
         states.append(loader.state_dict())
@@ -222,7 +206,6 @@ def test_a_batch_is_full_typed_and_of_its_seed(kind: str, tmp_path: Path) -> Non
 def test_a_state_of_other_settings_or_of_another_ranks_shards_is_refused(kind, saved, change, name, tmp_path: Path):
     data, given = opened_kind(kind, tmp_path), {"batch_size": 4, **saved}
     loader = train_loader(data, spec(**given), fake_tokenizer)
-    assert loader.state_is_per_rank == (kind == "shards")
     other = train_loader(data, spec(**given | change), fake_tokenizer)
     refuses(f"{name} must be that of the run to resume", other.load_state_dict, loader.state_dict())
 

@@ -22,7 +22,6 @@ from tests.mmcore.data_fixtures import (
     train_loader,
     write_images,
     write_json,
-    write_stamps,
     write_vqa,
 )
 from tests.refusals import refuses
@@ -138,12 +137,6 @@ def test_questions_of_stamps_are_derived_from_the_folder_and_say_so(language: st
     assert set(batch.captions) <= set(names)
 
 
-def test_stamps_without_folders_have_no_questions(tmp_path: Path) -> None:
-    root = write_stamps(tmp_path / "st")
-    data = opened("stamps", stamps_dir=root / "food")
-    assert data.questions is None and data.val_questions is None
-
-
 def test_captions_and_questions_are_not_taken_for_each_other(tmp_path: Path) -> None:
     vqa, message = (
         opened_kind("vqa", tmp_path),
@@ -179,15 +172,6 @@ def test_a_bad_question_is_counted_and_left_out(question: dict, annotation: dict
     assert data.num_train == (6 if reason is None else 5) and data.broken == ({} if reason is None else {reason: 1})
     if reason is not None:
         refuses(rf"1 of 6 records of data='.*' are broken \({reason} 1\)", read)
-
-
-def test_a_missing_image_of_a_question_is_counted_where_it_is_read(tmp_path: Path) -> None:
-    questions, annotations = write_vqa(tmp_path, 6)
-    (tmp_path / "train2014" / f"COCO_train2014_{2:012d}.jpg").unlink()
-    data = opened(questions, annotations=annotations, val_fraction=0.0, max_broken=0.5)
-    loader = question_loader(data, spec(4), None)
-    take(loader, 3)
-    assert loader.broken == {"missing file": 2}
 
 
 @pytest.mark.parametrize("name", ["{:012d}.jpg", "abstract_v002_train2015_{:012d}.png", "{}.PNG", "img-{:06d}.webp"])

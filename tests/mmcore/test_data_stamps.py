@@ -99,17 +99,6 @@ def test_stamps_in_the_package_layout_or_loose_in_a_folder_are_found(tmp_path: P
     assert loose.class_names is None and loose.val is not None and loose.val.labels is None
 
 
-def test_an_unreadable_caption_is_a_broken_record(tmp_path: Path) -> None:
-    root = write_stamps(tmp_path / "st")
-    (root / "food" / "4.txt").write_bytes(b"caf\xe9")
-    refuses(
-        r"1 of 13 records of the stamps .* \(caption is not UTF-8 1\); the first is food/4.png",
-        opened,
-        "stamps",
-        stamps_dir=root,
-    )
-
-
 def test_a_folder_without_stamps_or_without_the_language_is_refused(tmp_path: Path) -> None:
     refuses("stamps_dir must hold stamps", opened, "stamps", stamps_dir=tmp_path)
     root = write_stamps(tmp_path / "st")

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcore.data.broken import BrokenRecord
 from mmcore.data.config import DataConfig
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, parse_conversation
 from mmcore.data.sources.derived_chats import MAX_TURNS, digit_conversations, draw_named, stamp_conversations
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, open_digits
-from mmcore.data.sources.picture_facts import COLOURS, Colour, main_colour, proportions
+from mmcore.data.sources.picture_facts import main_colour, proportions
 from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.stamps import Stamps, open_stamps
 from tests.mmcore.data_fixtures import write_stamps
@@ -153,44 +152,12 @@ def test_a_kind_is_named_as_often_where_it_is_wrong_as_where_it_is_right(seed: i
     assert of_symbols >= {"symbols", "animals", "town", "food"}
 
 
-def test_kinds_of_which_one_is_more_than_half_are_named_too() -> None:
-    assert draw_named(["a"] * 5, np.random.default_rng(0)) == ["a"] * 5
-    assert sorted(draw_named(["a"] * 9 + ["b"] * 2, np.random.default_rng(0))) == ["a"] * 9 + ["b"] * 2
-    assert draw_named([], np.random.default_rng(0)) == []
-
-
-def test_a_derived_image_that_is_not_there_is_broken(tmp_path: Path) -> None:
-    stamps = Stamps([str(tmp_path / "gone.png")], ["gone.png"], ["A thing."])
-    found = stamp_conversations(stamps, None, language="en", seed=0)
-    assert [len(c.turns) for c in found.conversations] == [2]
-    with pytest.raises(BrokenRecord, match="missing file"):
-        found.raw_images(0)
-
-
-SHADES: dict[Colour, list[tuple[int, int, int]]] = {
-    "black": [(0, 0, 0), (40, 40, 45), (45, 5, 5)], "grey": [(128, 128, 128), (90, 90, 100), (220, 225, 215)],
-    "brown": [(110, 70, 30), (200, 165, 115)], "red": [(220, 20, 20), (250, 60, 90), (180, 0, 40)],
-    "orange": [(255, 140, 0)], "yellow": [(240, 230, 30)], "green": [(30, 160, 40), (0, 100, 0)],
-    "blue": [(20, 40, 200), (60, 220, 230)], "purple": [(140, 30, 190), (240, 60, 200)],
-}  # fmt: skip
-
-
 def drawn(*boxes: tuple[int, int, int, int, tuple[int, int, int]], size: int = 200) -> Image.Image:
     """Boxes of (left, top, right, bottom, colour) on white."""
     image = Image.new("RGB", (size, size), "white")
     for left, top, right, bottom, colour in boxes:
         image.paste(colour, (left, top, right, bottom))
     return image
-
-
-def test_every_colour_has_shades_and_each_shade_its_name() -> None:
-    assert set(SHADES) == set(COLOURS)
-    for name, shades in SHADES.items():
-        for shade in shades:
-            assert main_colour(drawn((20, 20, 180, 180, shade))) == name, shade
-    # whose average would be grey
-    lines = [(x, 0, x + 2, 400, (0, 0, 0)) for x in range(0, 400, 10)]
-    assert main_colour(drawn(*lines, size=400)) == "black"
 
 
 @pytest.mark.parametrize(("width", "expected"), [(90, "red"), (70, None), (50, "blue")])

@@ -59,12 +59,6 @@ def test_the_best_images_come_first_and_only_so_many(tmp_path: Path):
     assert columns.min() > reds.max()
 
 
-def test_gray_images_and_pil_images_are_drawn(tmp_path: Path):
-    images = [np.zeros((8, 8), np.uint8), Image.new("RGB", (20, 10), "blue")]
-    plot_retrieval(["q"], torch.tensor([[0.5, 0.1]]), torch.tensor([[True, False]]), images, tmp_path / "x.png")
-    assert share_of(pixels_of(tmp_path / "x.png"), (0, 0, 255)) > 0.005
-
-
 def test_dollar_signs_and_braces_in_captions_are_plain_text(tmp_path: Path):
     sheet(tmp_path / "a.png", [[1.0]], [[True]], queries=[r"costs $5_{x$ or \frac{"])
 
@@ -81,15 +75,6 @@ def test_characters_without_a_font_are_code_points_and_the_sheet_says_so(tmp_pat
     assert share_of(said, RED) > 0 and share_of(silent, RED) == 0
 
 
-def test_an_installed_font_that_has_the_characters_is_used(monkeypatch):
-    have = {"base": frozenset(range(256)), "han": frozenset([*range(256), ord("猫")]), "other": frozenset([0x3B1])}
-    monkeypatch.setattr(fonts, "_faces", lambda: {fonts.BASE_FONT: "base", "Other": "other", "Han": "han"})
-    monkeypatch.setattr(fonts, "_codepoints", lambda path: have[path])
-    assert fonts.families_for(["cat"]) == [fonts.BASE_FONT]
-    families = fonts.families_for(["cat", "猫"])
-    assert families == [fonts.BASE_FONT, "Han"] and fonts.escape_undrawable("猫 α", families) == ("猫 U+03B1", True)
-
-
 @pytest.mark.parametrize(("text", "expected"), [
     ("", ""), ("one two three", "one two\nthree"), ("unbreakableword", "unbreaka\nbleword"),
     ("一只猫在睡觉", "一只猫在\n睡觉"),
@@ -98,22 +83,6 @@ def test_an_installed_font_that_has_the_characters_is_used(monkeypatch):
 ])  # fmt: skip
 def test_captions_are_wrapped_by_columns_and_cut(text: str, expected: str):
     assert fonts.wrap(text, 8, 3) == expected
-
-
-def test_curves_are_drawn_with_and_without_held_out_records(tmp_path: Path):
-    plot_curves(run(3), tmp_path / "deep" / "plain.png")
-    plain = pixels_of(tmp_path / "deep" / "plain.png")
-    plot_curves([*run(3), {"step": 3, "loss": 1.0, "eval/top1": 0.5, "eval/chance_top1": 0.1}], tmp_path / "b.png")
-    assert pixels_of(tmp_path / "b.png").shape[1] > 1.3 * plain.shape[1]
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["plain.png"]
-
-
-def test_values_above_one_are_no_accuracies_and_a_resumed_run_shows_the_last_record_of_a_step_in_order(tmp_path: Path):
-    once = run(5)
-    again = [*once[:3], {"step": 3, "loss": 99.0, "lr": 1.0}, *once[3:], once[2]]
-    for name, records in (("a", once), ("b", again), ("c", run(5, **{"eval/num_images": 500.0}))):
-        plot_curves(records, tmp_path / f"{name}.png")
-    assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 1
 
 
 def test_losses_that_are_not_finite_are_marked_in_red(tmp_path: Path):
@@ -170,12 +139,6 @@ class TestCaptions:
         assert widest <= sheets._CELL * figure.dpi + 1
         shown = {t.get_text().replace("\n", " ") for t in texts}
         assert "✓ " + self.WORDS in shown and "✓ —" in shown and "A frog." in shown and "Another." not in shown
-
-    def test_a_sheet_is_a_png_and_has_frames_where_it_is_said_what_is_right(self, tmp_path: Path) -> None:
-        self.sheet(tmp_path / "plain.png")
-        self.sheet(tmp_path / "framed.png", right=[i % 2 == 0 for i in range(len(self.CAPTIONS))])
-        plain, framed = (pixels_of(tmp_path / f"{name}.png") for name in ("plain", "framed"))
-        assert all(share_of(framed, colour) > 0.005 and share_of(plain, colour) == 0 for colour in (GREEN, RED))
 
     def test_lengths_that_differ_and_pictures_without_a_reference_are_errors(self, tmp_path: Path) -> None:
         plot, image = partial(plot_captions, path=tmp_path / "x.png", title=""), np.zeros((8, 8), np.uint8)

@@ -137,13 +137,6 @@ class TestSharedKeysValues:
         for result in results[:2]:
             torch.testing.assert_close(result, results[2])
 
-    def test_take_one_matrix_product_on_a_gpu(self) -> None:
-        layers = [CrossAttention(D, H) for _ in range(3)]
-        with torch.profiler.profile() as profile:
-            by_one_product(torch.randn(B, LK, D), layers)
-        products = [e for e in profile.events() or () if e.name in ("aten::addmm", "aten::mm")]
-        assert len(products) == 1
-
     def test_refuse_layers_that_differ(self) -> None:
         plain, message = CrossAttention(D, H), "layers must be of one key_width and bias, got"
         for layers in ([], [plain, CrossAttention(D, H, key_width=DK)], [plain, CrossAttention(D, H, bias=False)]):

@@ -1,6 +1,5 @@
 """`mmcore plan` against the modules that it counts: parameters, FLOP, what a forward leaves to its backward."""
 
-import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plan_models import Trained, TrainedClip, TrainedLlava
@@ -221,36 +218,3 @@ def torch_flops(trained: Trained, setting: Setting) -> int:
     with FlopCounterMode(display=False) as counted:
         trained.backward(engine, batch, setting)
     return counted.get_total_flops()
-
-
-class Made(TorchDispatchMode):
-    """All tensors that were made, as long as they are there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[weakref.ref[Tensor]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.made += [weakref.ref(x) for x in tree_leaves(out) if isinstance(x, Tensor)]
-        return out
-
-    def storages(self) -> dict[int, int]:
-        there = [x.untyped_storage() for x in (made() for made in self.made) if x is not None]
-        return {x.data_ptr(): x.nbytes() for x in there}
-
-
-@pytest.mark.parametrize("trained", [TrainedClip(256, 2), TrainedLlava(256, 2)], ids=["clip", "llava"])
-def test_autocast_holds_the_weights_that_it_cast_until_the_forward_ends(trained: Trained) -> None:
-    """Under activation checkpointing nothing else would."""
-    setting = Setting(2, 1, activation_checkpointing=True)
-    model, batch = trained.model(setting), trained.batch(setting)
-    weights = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}
-    inputs = batch if isinstance(trained, TrainedClip) else ("loss", *batch[0])
-    with torch.autocast("cpu", torch.bfloat16), Made() as made:
-        out = model(*inputs)
-        there = sum(size for place, size in made.storages().items() if place not in weights)
-    del out
-    demands = [piece.of(2) for piece in trained.job().counted(setting)]
-    assert sum(x.kept + x.cast for x in demands) == pytest.approx(there, rel=0.02)
-    assert sum(x.cast for x in demands) > 0.25 * there

@@ -22,8 +22,6 @@ from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Exchange, Setting
 from mmcore.plan.memory import FILLED, fits, peak, phases
 from mmcore.plan.report import changes, nearest
-from mmcore.plan.step import step
-from mmcore.plan.zero import BUCKET
 from mmcore.systems import entries
 from mmcore.systems.clip.plan import clip_job
 from mmcore.systems.llava.plan import Stage2Plan
@@ -105,21 +103,6 @@ def test_a_gpu_holds_the_images_that_its_forward_sees() -> None:
     for job, held in ((JOB, 16), (LLAVA, 4)):
         assert phases(job, Setting(16, 1, accum=4), GPU)[0].parts["batch"] == held * job.batch_bytes
         assert phases(job, Setting(16, 1, accum=4), CPU)[0].parts["batch"] == 16 * job.batch_bytes
-
-
-def test_accumulation_and_checkpointing_cost_what_they_compute_again() -> None:
-    plain, accum = (step(JOB, Setting(8192, 8, accum=n), GPUS["h200"]) for n in (1, 4))
-    assert 1.25 < accum.towers_s / plain.towers_s < 1.45  # a third more, but for attention's backward
-    assert plain.samples_per_s == pytest.approx(8192 / plain.total_s) and accum.mfu < plain.mfu < 1
-
-
-def test_zero_divides_what_its_stages_divide() -> None:
-    by_stage = [phases(JOB, Setting(4096, 8, zero, ema=True), GPU)[-1].parts for zero in (0, 1, 2, 3)]
-    share = JOB.trained / 8
-    assert [x["optimizer"] for x in by_stage] == [8 * JOB.trained, *[12 * share] * 3]
-    assert [x["EMA"] for x in by_stage] == [4 * JOB.trained, *[4 * share] * 3]
-    early = [next(p for p in phases(JOB, Setting(4096, 8, z), GPU) if p.name == "backward") for z in (0, 2)]
-    assert [x.parts["buffers"] for x in early] == [0, 4 * BUCKET]
 
 
 @pytest.mark.parametrize("how", ["gather", "ring"])

@@ -212,14 +212,6 @@ def test_the_only_image_of_a_turn_goes_first_and_several_stay() -> None:
     assert chat.tokenizer.decode(both[first + 1 : second]) == " and "
 
 
-def test_padding_is_the_end_of_text_where_there_is_none_of_its_own() -> None:
-    tokenizer = byte_bpe()
-    assert tokenizer.pad_token_id is None
-    assert ChatTokens(tokenizer, "chatml", 9).pad_token_id == tokenizer.eos_token_id
-    tokenizer.pad_token = "<|eot_id|>"
-    assert ChatTokens(tokenizer, "chatml", 9).pad_token_id == tokenizer.convert_tokens_to_ids("<|eot_id|>")
-
-
 def test_what_no_sample_can_be_made_with_is_an_error() -> None:
     refuses("template must be one of plain, v1, llama_3, chatml, auto, got 'v2'", ChatTokens, llama(), "v2", 9)
     refuses("must have a chat template for 'auto', got none", ChatTokens, llama(), AUTO, 9)

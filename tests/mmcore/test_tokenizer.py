@@ -40,18 +40,6 @@ def test_tokens_are_start_text_end_zeros_and_a_truncated_caption_keeps_its_end(t
     assert tokens[4, -2:].tolist() == [end, 0]
 
 
-def test_end_token_has_the_highest_id_so_that_both_pooling_rules_agree(tokenizer: Tokenizer):
-    tokens = tokenizer(CAPTIONS)
-    assert tokenizer.eos_token_id == tokenizer.vocab_size - 1 and tokens.max() == tokenizer.eos_token_id
-    assert torch.equal(eos_positions(tokens, None), eos_positions(tokens, tokenizer.eos_token_id))
-
-
-def test_learned_words_are_single_tokens_in_english_and_chinese(tokenizer: Tokenizer):
-    lengths = (tokenizer(["cat photo", "一只猫在睡觉", "猫狗"]) != 0).sum(1) - 2
-    # 9 and 18 bytes; 6 bytes that were never seen together
-    assert lengths[0] == 2 and lengths[1] <= 6 and 2 <= lengths[2] <= 6
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=30))
 def test_no_text_is_unknown_or_touches_the_special_tokens(text: str):
@@ -83,13 +71,6 @@ def test_training_is_the_same_in_every_process():
 def trained(words: list[str]) -> str:
     learned = train_wordpiece(words, vocab_size=160)
     return train_tokenizer(words, vocab_size=700, context_length=8)._bpe.to_str() + "".join(learned.words)
-
-
-def test_vocabulary_has_the_size_asked_for_at_most(tokenizer: Tokenizer):
-    assert tokenizer.vocab_size <= 600
-    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"] * 2
-    assert train_tokenizer(words, vocab_size=550, context_length=8).vocab_size == 550
-    assert train_tokenizer(["a"], vocab_size=5000, context_length=8).vocab_size == 514
 
 
 def test_saved_tokenizer_loads_the_same_from_each_of_its_files(tokenizer: Tokenizer, tmp_path: Path):
@@ -146,7 +127,10 @@ def test_empty_lists_and_other_than_strings_are_refused(captions, match: str, to
     refuses(match, train_tokenizer, captions, vocab_size=600, context_length=8)
 
 
-def test_sizes_out_of_range_are_refused():
+def test_vocabulary_has_the_size_asked_for_at_most_and_sizes_out_of_range_are_refused():
+    words = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"] * 2
+    assert train_tokenizer(words, vocab_size=550, context_length=8).vocab_size == 550
+    assert train_tokenizer(["a"], vocab_size=5000, context_length=8).vocab_size == 514
     refuses("vocab_size must be at least 514, got 513", train_tokenizer, ["a"], vocab_size=513, context_length=8)
     refuses(r"context_length must be in \[3, 65536\], got 2", train_tokenizer, ["a"], vocab_size=514, context_length=2)
 

@@ -52,12 +52,6 @@ def test_logit_scale_is_clamped_after_the_step_on_both_sides():
         assert model.logit_scale.item() == pytest.approx(bound, abs=1e-6)
 
 
-def test_a_part_of_the_model_has_a_rate_of_its_own() -> None:
-    groups = param_groups(nn.Sequential(Tower(), Tower()), OptimConfig(), [Rule("1.", 0.1), Rule("", 1.0)])
-    found = [(len(g["params"]), g["weight_decay"], g["lr_scale"]) for g in groups]
-    assert found == [(1, 0.2, 1.0), (2, 0.0, 1.0), (1, 0.2, 0.1), (2, 0.0, 0.1)]
-
-
 def test_the_first_rule_that_fits_a_name_says_how_a_group_is_trained() -> None:
     rules = [
         Rule("0.linear.weight", weight_decay=0.0, fixed_lr=True),
@@ -149,24 +143,6 @@ def test_a_run_warms_up_and_goes_on_as_its_schedule_says(settings: dict[str, Any
     assert [rate(step) for step in (120, 220)] == pytest.approx([middle, last])
     if settings["schedule"] == "const-cooldown":
         assert rate(165) == 1.0 and rate(166) < 1.0
-
-
-def test_the_cosine_of_a_run_is_to_the_bit_what_it_was() -> None:
-    """A run that is resumed must not change its rates by a rounding."""
-    for optim, total in (
-        (OptimConfig(), 1000),
-        (OptimConfig(lr=1e-4, min_lr=1e-5, warmup_lr=1e-6, warmup=5), 100),
-        (OptimConfig(lr=1e-4, min_lr=1.7e-5, warmup_lr=1e-5), 997),
-        (OptimConfig(warmup=0), 1),
-    ):
-        warmup = min(optim.warmup, max(1, int(total * optim.warmup_share)))
-        rate = lr_schedule(optim, total)
-        for step in range(total + 1):
-            share = (step - warmup) / max(1, total - warmup)
-            was = optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * share))
-            if step < warmup:
-                was = optim.warmup_lr + (optim.lr - optim.warmup_lr) * (step + 1) / warmup
-            assert rate(step) == was
 
 
 def test_weight_decay_goes_along_a_cosine_to_its_end() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEModel
 
-from mmcore.nn import ACTIVATIONS, sincos_positions
+from mmcore.nn import sincos_positions
 from mmcore.parts.vit import VisionConfig, ViT
 
 SIZES: Any = {"image_size": 16, "patch_size": 4, "width": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40}
@@ -65,12 +65,6 @@ def test_the_final_norm_is_of_every_state_or_of_those_that_are_pooled():
     expected = torch.nn.functional.layer_norm(plain(x), (24,))
     torch.testing.assert_close(normed(x), expected)
     torch.testing.assert_close(normed(x, pool=lambda states: states[:, 0]), expected[:, 0])
-
-
-def test_gelu_tanh_is_the_tanh_form():
-    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
-    expected = 0.5 * x * (1 + ((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh())
-    torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), expected)
 
 
 @pytest.mark.parametrize(("kept", "got"), [

@@ -46,8 +46,9 @@ def test_a_package_of_ones_own_trains_is_measured_exported_planned_and_proved(in
     planned = mmcore(installed, "plan", "own", "--global-batch", 64, "--gpus", 2, "--width", 32, "--json").stdout
     weights = load_file(tmp_path / "out/model.safetensors").values()
     assert json.loads(planned)["parameters"]["trained"] == sum(x.numel() for x in weights)
-    proved = mmcore(installed, "prove", "own", "--json", tmp_path / "proof.json").stdout
+    proved = mmcore(installed, "prove", "own", "--json", tmp_path / "proof.json", "--out", tmp_path / "proof").stdout
     assert proved.startswith("own: zero-shot accuracy (held-out) ")
+    assert (tmp_path / "proof" / "own" / "0-own" / "retrieval.png").is_file()
     [figure] = json.loads((tmp_path / "proof.json").read_text())
     assert figure["holds"] and figure["value"] > 0.85 > 0.3 > figure["control"]
 
@@ -71,7 +72,7 @@ def test_a_system_that_fails_is_named_and_the_others_work(tmp_path: Path) -> Non
     wrong = mmcore(tmp_path, "train", "hollow", code=2).stderr
     assert wrong.startswith("mmcore: 'hollow' of hollow cannot be imported: ") and wrong.count("\n") == 1
     wrong = mmcore(tmp_path, "train", "clap", code=2).stderr
-    assert "got 'clap'; did you mean clip" in wrong and "torn cannot be imported" in wrong
+    assert "got 'clap'; did you mean 'clip'" in wrong and "torn cannot be imported" in wrong
 
 
 def test_a_name_that_two_packages_claim_is_an_error(tmp_path: Path) -> None:

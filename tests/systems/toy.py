@@ -1,7 +1,7 @@
 """A recipe with all that a run may have to keep: BatchNorm over ranks, a queue, a momentum teacher, a centre."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.data import Preprocess
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.losses import global_ratio
 from mmcore.nn import BatchNorm, FeatureQueue, MomentumEncoder
@@ -30,7 +31,7 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class ToyAssets(Assets):
-    image_size: int = 16
+    preprocess: Preprocess = field(default_factory=lambda: Preprocess(16))
 
     def save(self, folder: Path) -> dict[str, Any]:
         return {}
@@ -53,7 +54,7 @@ class Toy(OnPairs):
         return Encoder(self.queue_size)
 
     def collate(self, assets: ToyAssets, samples: list[PairSample]) -> Tensor:
-        return collate_pairs(samples).images
+        return collate_pairs(samples).images / 255
 
     def companions(self, model: Any) -> Mapping[str, nn.Module]:
         return {"teacher": MomentumEncoder(model.deepspeed, 0.9), "queue": FeatureQueue(self.queue_size, 8)}

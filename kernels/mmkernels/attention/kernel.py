@@ -13,22 +13,122 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, input_precision
+from mmkernels._launch import Launch, Table, architecture, input_precision, launch_config
 from mmkernels._philox import threshold
 from mmkernels.attention.device import _attention_fwd_kernel
 from mmkernels.attention.device_bwd import _attention_bwd_k_kernel, _attention_bwd_q_kernel, _attention_delta_kernel
-from mmkernels.attention.launch import config_of, split_keys
-from mmkernels.attention.problem import Problem
+from mmkernels.attention.problem import Problem, is_rich
 
 # What no pointer is read from.
 FAR = 1 << 30
 # Queries of a program of the kernel that only reads the result and its gradient.
 DELTA_ROWS = 32
+# Programs are cut along the keys until there are this many for each processor.
+PROGRAMS_PER_PROCESSOR = 1.5
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+# The interpreter's, so that small tests cross the edges of splits.
+INTERPRETED_PROCESSORS = 16
+MAX_SPLITS = 64
+
+# A row's name ends in the largest head dimension that it serves, which is its `block_d`; a rich row serves calls with
+# any extra.
+TABLE: Table = {
+    ("fwd_64", 2, 80): Launch(128, 128, 64, 8, 3),
+    ("fwd_64", 2, 90): Launch(128, 128, 64, 8, 3),
+    ("fwd_64", 2, 100): Launch(128, 128, 64, 8, 3),
+    ("fwd_64", 4, 80): Launch(64, 32, 64, 8, 2),
+    ("fwd_64", 4, 90): Launch(64, 32, 64, 8, 2),
+    ("fwd_64", 4, 100): Launch(64, 64, 64, 8, 2),
+    ("fwd_128", 2, 80): Launch(64, 64, 128, 4, 3),
+    ("fwd_128", 2, 90): Launch(128, 64, 128, 8, 3),
+    ("fwd_128", 2, 100): Launch(128, 64, 128, 8, 3),
+    ("fwd_128", 4, 80): Launch(32, 32, 128, 8, 1),
+    ("fwd_128", 4, 90): Launch(64, 64, 128, 8, 2),
+    ("fwd_128", 4, 100): Launch(64, 64, 128, 8, 2),
+    ("fwd_256", 2, 80): Launch(64, 64, 256, 8, 2),
+    ("fwd_256", 2, 90): Launch(64, 64, 256, 8, 2),
+    ("fwd_256", 2, 100): Launch(64, 64, 256, 8, 2),
+    ("fwd_256", 4, 80): Launch(16, 16, 256, 8, 1),
+    ("fwd_256", 4, 90): Launch(32, 32, 256, 8, 2),
+    ("fwd_256", 4, 100): Launch(32, 32, 256, 8, 2),
+    ("fwd_rich_64", 2, 80): Launch(64, 64, 64, 8, 2),
+    ("fwd_rich_64", 2, 90): Launch(128, 64, 64, 8, 3),
+    ("fwd_rich_64", 2, 100): Launch(128, 64, 64, 8, 3),
+    ("fwd_rich_64", 4, 80): Launch(32, 32, 64, 8, 2),
+    ("fwd_rich_64", 4, 90): Launch(16, 16, 64, 8, 1),
+    ("fwd_rich_64", 4, 100): Launch(16, 32, 64, 8, 1),
+    ("fwd_rich_128", 2, 80): Launch(64, 64, 128, 8, 2),
+    ("fwd_rich_128", 2, 90): Launch(64, 32, 128, 8, 2),
+    ("fwd_rich_128", 2, 100): Launch(64, 32, 128, 8, 2),
+    ("fwd_rich_128", 4, 80): Launch(32, 32, 128, 8, 1),
+    ("fwd_rich_128", 4, 90): Launch(16, 32, 128, 8, 1),
+    ("fwd_rich_128", 4, 100): Launch(16, 32, 128, 8, 1),
+    ("fwd_rich_256", 2, 80): Launch(64, 16, 256, 8, 1),
+    ("fwd_rich_256", 2, 90): Launch(64, 16, 256, 8, 1),
+    ("fwd_rich_256", 2, 100): Launch(64, 16, 256, 8, 1),
+    ("fwd_rich_256", 4, 80): Launch(16, 32, 256, 8, 1),
+    ("fwd_rich_256", 4, 90): Launch(32, 32, 256, 8, 1),
+    ("fwd_rich_256", 4, 100): Launch(32, 32, 256, 8, 1),
+    ("bwd_q_64", 2, 80): Launch(128, 64, 64, 8, 2),
+    ("bwd_q_64", 2, 90): Launch(128, 64, 64, 8, 2),
+    ("bwd_q_64", 2, 100): Launch(128, 64, 64, 8, 2),
+    ("bwd_q_64", 4, 80): Launch(64, 32, 64, 8, 2),
+    ("bwd_q_64", 4, 90): Launch(64, 32, 64, 8, 2),
+    ("bwd_q_64", 4, 100): Launch(64, 32, 64, 8, 2),
+    ("bwd_q_128", 2, 80): Launch(64, 64, 128, 8, 2),
+    ("bwd_q_128", 2, 90): Launch(64, 64, 128, 8, 2),
+    ("bwd_q_128", 2, 100): Launch(64, 64, 128, 8, 2),
+    ("bwd_q_128", 4, 80): Launch(16, 16, 128, 8, 1),
+    ("bwd_q_128", 4, 90): Launch(32, 32, 128, 8, 2),
+    ("bwd_q_128", 4, 100): Launch(64, 32, 128, 8, 2),
+    ("bwd_q_256", 2, 80): Launch(64, 64, 256, 8, 2),
+    ("bwd_q_256", 2, 90): Launch(64, 64, 256, 8, 2),
+    ("bwd_q_256", 2, 100): Launch(64, 64, 256, 8, 2),
+    ("bwd_q_rich_64", 2, 80): Launch(64, 16, 64, 8, 1),
+    ("bwd_q_rich_64", 2, 90): Launch(64, 64, 64, 8, 2),
+    ("bwd_q_rich_64", 2, 100): Launch(128, 64, 64, 8, 2),
+    ("bwd_q_rich_64", 4, 80): Launch(32, 32, 64, 8, 2),
+    ("bwd_q_rich_64", 4, 90): Launch(32, 32, 64, 8, 2),
+    ("bwd_q_rich_64", 4, 100): Launch(32, 32, 64, 8, 2),
+    ("bwd_q_rich_128", 2, 80): Launch(64, 32, 128, 8, 2),
+    ("bwd_q_rich_128", 2, 90): Launch(64, 32, 128, 8, 2),
+    ("bwd_q_rich_128", 2, 100): Launch(64, 32, 128, 8, 2),
+    ("bwd_q_rich_256", 2, 80): Launch(64, 16, 256, 8, 1),
+    ("bwd_q_rich_256", 2, 90): Launch(32, 32, 256, 8, 1),
+    ("bwd_q_rich_256", 2, 100): Launch(32, 32, 256, 8, 1),
+    ("bwd_k_64", 2, 80): Launch(32, 64, 64, 8, 1),
+    ("bwd_k_64", 2, 90): Launch(64, 64, 64, 8, 2),
+    ("bwd_k_64", 2, 100): Launch(64, 64, 64, 8, 2),
+    ("bwd_k_64", 4, 80): Launch(32, 32, 64, 8, 2),
+    ("bwd_k_64", 4, 90): Launch(32, 32, 64, 8, 2),
+    ("bwd_k_64", 4, 100): Launch(32, 32, 64, 8, 2),
+    ("bwd_k_128", 2, 80): Launch(32, 64, 128, 8, 2),
+    ("bwd_k_128", 2, 90): Launch(32, 64, 128, 8, 2),
+    ("bwd_k_128", 2, 100): Launch(32, 32, 128, 8, 1),
+    ("bwd_k_128", 4, 80): Launch(32, 32, 128, 8, 1),
+    ("bwd_k_128", 4, 90): Launch(16, 16, 128, 8, 1),
+    ("bwd_k_128", 4, 100): Launch(16, 32, 128, 8, 1),
+    ("bwd_k_256", 2, 80): Launch(32, 32, 256, 8, 1),
+    ("bwd_k_256", 2, 90): Launch(32, 32, 256, 8, 1),
+    ("bwd_k_256", 2, 100): Launch(32, 32, 256, 8, 1),
+    ("bwd_k_rich_64", 2, 80): Launch(16, 64, 64, 8, 1),
+    ("bwd_k_rich_64", 2, 90): Launch(32, 64, 64, 8, 2),
+    ("bwd_k_rich_64", 2, 100): Launch(32, 64, 64, 8, 2),
+    ("bwd_k_rich_64", 4, 80): Launch(32, 32, 64, 8, 2),
+    ("bwd_k_rich_64", 4, 90): Launch(32, 64, 64, 8, 2),
+    ("bwd_k_rich_64", 4, 100): Launch(32, 32, 64, 8, 2),
+    ("bwd_k_rich_128", 2, 80): Launch(32, 32, 128, 8, 1),
+    ("bwd_k_rich_128", 2, 90): Launch(16, 64, 128, 8, 1),
+    ("bwd_k_rich_128", 2, 100): Launch(32, 64, 128, 8, 1),
+    ("bwd_k_rich_256", 2, 80): Launch(32, 16, 256, 8, 1),
+    ("bwd_k_rich_256", 2, 90): Launch(32, 16, 256, 8, 1),
+    ("bwd_k_rich_256", 2, 100): Launch(32, 16, 256, 8, 1),
+}
 
 
 def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
     """The result `[B, Lq, H, K]`, and the log-sum-exps `[B, H, Lq]`, float32."""
-    config = config_of("fwd", problem)
+    config = _config_of("fwd", problem)
     arguments, strides, flags = _arguments(problem, config)
     grid, per_split, out = _of_queries(problem, config, arguments[0])
     splits, batch, num_queries, num_heads, _ = out.shape
@@ -51,8 +151,23 @@ def attention_bwd(
     return [dq, *dkv, None]
 
 
+def _config_of(kernel: str, problem: Problem) -> Launch:
+    """Of the "fwd", the "bwd_q" or the "bwd_k" kernel."""
+    q = problem.q
+    size = 64 if q.shape[3] <= 64 else 128 if q.shape[3] <= 128 else 256
+    return launch_config(TABLE, f"{kernel}{'_rich' if is_rich(problem) else ''}_{size}", q)
+
+
+def _split_keys(num_programs: int, num_keys: int, block_n: int, x: Tensor) -> int:
+    """Keys of a split, whole tiles: few programs alone would leave processors idle."""
+    processors = PROCESSORS[architecture(x.device)] if x.is_cuda else INTERPRETED_PROCESSORS
+    wanted = int(PROGRAMS_PER_PROCESSOR * processors) // max(num_programs, 1)
+    tiles = max(triton.cdiv(num_keys, block_n), 1)
+    return int(triton.cdiv(tiles, min(max(wanted, 1), MAX_SPLITS, tiles))) * block_n
+
+
 def _query_gradient(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    config = config_of("bwd_q", problem)
+    config = _config_of("bwd_q", problem)
     arguments, strides, flags = _arguments(problem, config)
     grid, per_split, dq = _of_queries(problem, config, arguments[0])
     if dq.numel():
@@ -75,7 +190,7 @@ def _of_queries(problem: Problem, config: Launch, q: Tensor) -> tuple[tuple[int,
     `[splits, B, Lq, H, K]`, in float32 where they are still to be put together."""
     batch, num_queries, num_heads, width = problem.q.shape
     blocks = triton.cdiv(num_queries, config.block_m)
-    per_split = split_keys(blocks * batch * num_heads, problem.num_keys, config.block_n, q)
+    per_split = _split_keys(blocks * batch * num_heads, problem.num_keys, config.block_n, q)
     splits = max(triton.cdiv(problem.num_keys, per_split), 1)
     kind = q.dtype if splits == 1 else torch.float32
     room = q.new_empty(splits, batch, num_queries, num_heads, width, dtype=kind)
@@ -84,7 +199,7 @@ def _of_queries(problem: Problem, config: Launch, q: Tensor) -> tuple[tuple[int,
 
 def _key_gradients(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> list[Tensor | None]:
     """dk, dv, dk2, dv2."""
-    config = config_of("bwd_k", problem)
+    config = _config_of("bwd_k", problem)
     arguments, strides, flags = _arguments(problem, config)
     q, batch = arguments[0], problem.q.shape[0]
     num_key_heads = problem.segments[0][0].shape[2]

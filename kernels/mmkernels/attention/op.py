@@ -1,6 +1,6 @@
 """Attention under structured masks: arguments checked, a backend picked, ours registered with torch."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from mmkernels.attention.checks import (
     checked_slopes,
     interval_ends,
 )
-from mmkernels.attention.problem import Problem, densified, has_kernel_backward, joined, with_uniform_rows
+from mmkernels.attention.problem import (
+    SCHEMA,
+    Operands,
+    Problem,
+    densified,
+    has_kernel_backward,
+    joined,
+    with_uniform_rows,
+)
 from mmkernels.attention.problem import empty_rows as find_empty_rows
 from mmkernels.attention.reference import QKNorm
 from mmkernels.masks import Dense, Intervals, Mask
@@ -165,7 +173,8 @@ def attention(
         if return_lse and q.is_cpu:
             # in low precision ATen's kernel takes its exponentials to four digits
             problem = problem.widened()
-        out, lse = _call(problem if empty is None else with_uniform_rows(problem, empty))
+        operands = Operands.of(problem if empty is None else with_uniform_rows(problem, empty))
+        out, lse = _attention_fwd(*operands)
         out = out.to(q.dtype)
         lse = lse if empty is None else lse.masked_fill(empty, -torch.inf)
     else:
@@ -181,114 +190,45 @@ def _skips_little(problem: Problem) -> bool:
     return not runs_triton(problem.q) and num_queries * problem.num_keys * num_heads <= FEW_WEIGHTS
 
 
-def _call(problem: Problem) -> tuple[Tensor, Tensor]:
-    (k, v), *more = problem.segments
-    k2, v2 = more[0] if more else (None, None)
-    ends = (*problem.ends, None, None, None, None)[:4]
-    return _attention_fwd(
-        problem.q,
-        k,
-        v,
-        k2,
-        v2,
-        problem.bias,
-        *ends,
-        problem.alibi_slopes,
-        problem.seed,
-        problem.scale,
-        problem.dropout_p,
-    )
-
-
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k2: Tensor | None,
-    v2: Tensor | None,
-    bias: Tensor | None,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    lo2: Tensor | None,
-    hi2: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> Problem:
-    second = () if k2 is None or v2 is None else ((k2, v2),)
-    ends = tuple(x for x in (lo, hi, lo2, hi2) if x is not None)
-    return Problem(q, ((k, v), *second), ends, bias, alibi_slopes, seed, scale, dropout_p)
-
-
-@torch.library.custom_op("mmkernels::attention_fwd", mutates_args=())
-def _attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k2: Tensor | None,
-    v2: Tensor | None,
-    bias: Tensor | None,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    lo2: Tensor | None,
-    hi2: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    problem = _problem(q, k, v, k2, v2, bias, lo, hi, lo2, hi2, alibi_slopes, seed, scale, dropout_p)
-    path = kernel if runs_triton(q) else blockwise
-    with torch.autocast(q.device.type, enabled=False):
+@torch.library.custom_op("mmkernels::attention_fwd", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)")
+def _attention_fwd(*operands: Any) -> tuple[Tensor, Tensor]:
+    problem = Operands(*operands).problem()
+    path = kernel if runs_triton(problem.q) else blockwise
+    with torch.autocast(problem.q.device.type, enabled=False):
         return path.attention_fwd(problem)
 
 
 @_attention_fwd.register_fake
-def _(q, k, v, k2, v2, bias, lo, hi, lo2, hi2, alibi_slopes, seed, scale, dropout_p):
+def _(q, *_):
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulator(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-@torch.library.custom_op("mmkernels::attention_bwd", mutates_args=())
-def _attention_bwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k2: Tensor | None,
-    v2: Tensor | None,
-    bias: Tensor | None,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    lo2: Tensor | None,
-    hi2: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    problem = _problem(q, k, v, k2, v2, bias, lo, hi, lo2, hi2, alibi_slopes, seed, scale, dropout_p)
+@torch.library.custom_op(
+    "mmkernels::attention_bwd",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, bool[] needs) -> Tensor[]",
+)
+def _attention_bwd(*args: Any) -> list[Tensor]:
+    *flat, out, lse, d_out, d_lse, needs = args
+    operands = Operands(*flat)
+    problem, q = operands.problem(), operands.q
     path = kernel if runs_triton(q) and has_kernel_backward(problem) else blockwise
     with torch.autocast(q.device.type, enabled=False):
         results = path.attention_bwd(problem, out, lse, d_out, d_lse, needs)
-    inputs = (q, k, v, k2, v2, bias)
     return [
         q.new_empty(0) if dx is None or x is None else dx.to(x.dtype).contiguous()
-        for dx, x in zip(results, inputs, strict=True)
+        for dx, x in zip(results, operands.leaves, strict=True)
     ]
 
 
 @_attention_bwd.register_fake
-def _(q, k, v, k2, v2, bias, lo, hi, lo2, hi2, alibi_slopes, seed, scale, dropout_p, out, lse, d_out, d_lse, needs):
-    inputs = (q, k, v, k2, v2, bias)
+def _(*args):
+    *flat, _, _, _, _, needs = args
+    operands = Operands(*flat)
     return [
-        q.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
-        for x, needed in zip(inputs, needs, strict=True)
+        operands.q.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
+        for x, needed in zip(operands.leaves, needs, strict=True)
     ]
 
 
@@ -302,11 +242,12 @@ def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None):
     *tensors, out, lse = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     if d_out is None and d_lse is None:
-        return (None,) * 14
+        return (None,) * len(Operands._fields)
     d_out = torch.zeros_like(out) if d_out is None else d_out
     options = (ctx.scale, ctx.dropout_p)
     grads = _attention_bwd(*tensors, *options, out, lse, d_out, d_lse, needs)
-    return *(dx if needed else None for dx, needed in zip(grads, needs, strict=True)), *(None,) * 8
+    constants = (None,) * (len(Operands._fields) - len(needs))
+    return *(dx if needed else None for dx, needed in zip(grads, needs, strict=True)), *constants
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_setup_context)

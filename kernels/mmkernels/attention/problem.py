@@ -1,6 +1,7 @@
 """What an attention call is given, and what all paths read of it in the same way."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -47,6 +48,47 @@ class Problem:
         dtype = accumulator(self.q.dtype)
         segments = tuple((k.to(dtype), v.to(dtype)) for k, v in self.segments)
         return replace(self, q=self.q.to(dtype), segments=segments)
+
+
+class Operands(NamedTuple):
+    """A problem as torch's registered ops take it, one after the other; the first six may want a gradient."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k2: Tensor | None
+    v2: Tensor | None
+    bias: Tensor | None
+    lo: Tensor | None
+    hi: Tensor | None
+    lo2: Tensor | None
+    hi2: Tensor | None
+    alibi_slopes: Tensor | None
+    seed: Tensor | None
+    scale: float
+    dropout_p: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Operands":
+        keys = (*(x for segment in problem.segments for x in segment), None, None)[:4]
+        ends = (*problem.ends, None, None, None, None)[:4]
+        rest = (problem.alibi_slopes, problem.seed, problem.scale, problem.dropout_p)
+        return cls._make((problem.q, *keys, problem.bias, *ends, *rest))
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        return self[:6]
+
+    def problem(self) -> Problem:
+        second = () if self.k2 is None or self.v2 is None else ((self.k2, self.v2),)
+        ends = tuple(x for x in (self.lo, self.hi, self.lo2, self.hi2) if x is not None)
+        segments = ((self.k, self.v), *second)
+        return Problem(self.q, segments, ends, self.bias, self.alibi_slopes, self.seed, self.scale, self.dropout_p)
+
+
+# in torch's language of schemas
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float"}
+SCHEMA = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Operands).items())
 
 
 def seen_tile(problem: Problem, batch: slice, rows: slice, cols: slice) -> Tensor | None:

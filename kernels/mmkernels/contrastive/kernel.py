@@ -10,11 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, chunk_rows, input_precision, launch_config
+from mmkernels._launch import MAX_PROGRAMS, Launch, Table, chunk_rows, input_precision, launch_config
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import matmul_fp32, operand, pitched
 from mmkernels.contrastive.device import _contrastive_bwd_kernel, _contrastive_fwd_kernel
-from mmkernels.contrastive.launch import MAX_PROGRAMS, TABLE
 from mmkernels.contrastive.problem import (
     Coefficients,
     ContrastiveStats,
@@ -31,6 +30,34 @@ from mmkernels.contrastive.problem import (
 GRAD_CEILING = 2.0**14
 # Planes of partial sums: of exp(S - max) the maximum and the sum; of the teacher's the expectation of S too.
 MAX, SUM, TEACHER_MAX, TEACHER_SUM, TEACHER_CROSS = range(5)
+
+TABLE: Table = {
+    ("fwd", 2, 80): Launch(128, 128, 32, 8, 4),
+    ("fwd", 2, 90): Launch(128, 128, 32, 8, 4),
+    ("fwd", 2, 100): Launch(64, 128, 64, 8, 3),
+    ("fwd", 4, 80): Launch(128, 64, 16, 8, 3),
+    ("fwd", 4, 90): Launch(128, 64, 16, 8, 3),
+    ("fwd", 4, 100): Launch(128, 64, 16, 8, 3),
+    ("bwd", 2, 80): Launch(128, 128, 32, 8, 4),
+    ("bwd", 2, 90): Launch(128, 128, 64, 8, 3),
+    ("bwd", 2, 100): Launch(128, 64, 64, 8, 3),
+    ("bwd", 4, 80): Launch(128, 64, 16, 8, 3),
+    ("bwd", 4, 90): Launch(128, 64, 16, 8, 3),
+    ("bwd", 4, 100): Launch(128, 64, 16, 8, 3),
+    # two products a tile: two accumulators
+    ("fwd_teacher", 2, 80): Launch(64, 64, 32, 8, 3),
+    ("fwd_teacher", 2, 90): Launch(64, 64, 64, 8, 3),
+    ("fwd_teacher", 2, 100): Launch(64, 64, 32, 8, 3),
+    ("fwd_teacher", 4, 80): Launch(64, 32, 16, 8, 3),
+    ("fwd_teacher", 4, 90): Launch(64, 32, 16, 8, 3),
+    ("fwd_teacher", 4, 100): Launch(64, 32, 16, 4, 3),
+    ("bwd_teacher", 2, 80): Launch(64, 64, 32, 4, 3),
+    ("bwd_teacher", 2, 90): Launch(64, 64, 64, 4, 3),
+    ("bwd_teacher", 2, 100): Launch(64, 64, 64, 8, 3),
+    ("bwd_teacher", 4, 80): Launch(64, 32, 16, 4, 3),
+    ("bwd_teacher", 4, 90): Launch(64, 32, 16, 4, 3),
+    ("bwd_teacher", 4, 100): Launch(64, 32, 16, 4, 3),
+}
 
 
 def contrastive_fwd(problem: Problem) -> ContrastiveStats:

@@ -5,27 +5,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from mmkernels._checks import accumulator, check_index, require
-from mmkernels._numerics import widen
+from mmkernels.contrastive import eager
 from mmkernels.contrastive.labels import first_match, label_sums
-from mmkernels.contrastive.op import (
-    broken_claim,
-    check_features,
-    check_positives,
-    contrastive_stats,
-    logits_are_kept,
-    operands,
-)
+from mmkernels.contrastive.op import broken_claim, check_features, check_positives, contrastive_stats, operands
 from mmkernels.contrastive.problem import ContrastiveStats, Problem
-from mmkernels.contrastive.reference import contrastive_loss_ref
-from mmkernels.contrastive.stored import StoredLoss
 
 REDUCTIONS = ("none", "mean", "sum")
-
-# Of fewer logits on a CPU, calls are what the variants cost, and the eager form has the fewest.
-EAGER_LOGITS = 512 * 1024
 
 
 def contrastive_loss(
@@ -81,22 +68,15 @@ def contrastive_loss(
     options = Options(symmetric, alpha, label_smoothing, normalized, reduction)
     a, b, scale, teacher, negatives = checked_inputs(a, b, logit_scale, positives, labels, negatives, teacher, options)
     is_plain = options in PLAIN and positives is labels is negatives is None
-    way = _way_of_stored_logits(a, b, negatives, normalized, is_plain)
-    if way is not None:
+    form = eager.form_of(a, b, negatives, normalized, is_plain)
+    if form is not None:
         if normalized:
             broken_claim(Problem(a, b, scale, None, *(teacher or (None, None)), symmetric))
         with torch.autocast(a.device.type, enabled=False):
-            if way == "stored":
-                return StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
-            return contrastive_loss_ref(
-                widen(a),
-                widen(b),
-                scale,
-                positives=positives,
-                labels=labels,
-                negatives=None if negatives is None else widen(negatives),
-                teacher=None if teacher is None else (widen(teacher[0]), widen(teacher[1])),
-                **asdict(options),
+            if form == "stored":
+                return eager.StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
+            return eager.contrastive_loss_eager(
+                a, b, scale, positives=positives, labels=labels, negatives=negatives, teacher=teacher, **asdict(options)
             )
     # the scale's gradient is a sum of parts that cancel
     scale = scale.reshape(()).double()
@@ -301,16 +281,3 @@ def _check_pairing(a: Tensor, b: Tensor, positives: Tensor | None, labels: tuple
         require(
             "contrastive", a.shape == b.shape, "b must have the shape of a, {}, got {}", list(a.shape), list(b.shape)
         )
-
-
-def _way_of_stored_logits(
-    a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool, is_plain: bool
-) -> str | None:
-    """Whether the whole matrix of logits is stored, by `StoredLoss` or by the eager form; None: by the statistics."""
-    num_cols = len(b) + (0 if negatives is None else len(negatives))
-    # a compiled graph cannot raise
-    if not logits_are_kept(a, num_cols) or (normalized and is_compiling()):
-        return None
-    if is_plain and not is_compiling():
-        return "stored"
-    return "eager" if len(a) * num_cols < EAGER_LOGITS else None

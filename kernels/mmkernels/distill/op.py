@@ -5,9 +5,7 @@ from torch import Tensor
 
 from mmkernels._checks import accumulator, check_beside, check_dtype, require, scalar_tensor
 from mmkernels._device import Kernels, runs_triton
-from mmkernels._numerics import widen
-from mmkernels.distill import blockwise
-from mmkernels.distill.reference import distillation_loss_ref
+from mmkernels.distill import blockwise, eager
 
 kernel = Kernels("mmkernels.distill")
 
@@ -59,25 +57,12 @@ def distillation_loss(
     teacher = teacher.detach()
     center = None if center is None else center.detach()
     with torch.autocast(student.device.type, enabled=False):
-        if _eager_is_faster(student):
-            wide = accumulator(student.dtype)
-            return distillation_loss_ref(
-                widen(student),
-                teacher.to(wide),
-                student_temp.to(wide),
-                teacher_temp.to(wide),
-                None if center is None else center.to(wide),
-                reduction=reduction,
-            )
+        if eager.is_faster(student):
+            return eager.distillation_loss_eager(student, teacher, student_temp, teacher_temp, center, reduction)
         losses = _distillation_loss_fwd(student, teacher, student_temp, teacher_temp, center)[0]
         if reduction == "none":
             return losses
         return losses.sum() if reduction == "sum" else losses.sum() / max(student.shape[0], 1)
-
-
-def _eager_is_faster(student: Tensor) -> bool:
-    """A pure function of shape."""
-    return not student.is_cuda and not runs_triton(student) and 0 < student.numel() < EAGER_LOGITS
 
 
 @torch.library.custom_op("mmkernels::distillation_loss_fwd", mutates_args=())

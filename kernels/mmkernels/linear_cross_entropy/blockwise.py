@@ -20,7 +20,7 @@ Stats: TypeAlias = tuple[Tensor, Tensor, Tensor]
 # of hidden, weight and bias; None where nobody asked
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# Timed on two Zen 5 cores: products of 512 x 1024 run at full speed, of 64 rows at three quarters of it.
+# Rows and columns of a tile, large enough for GEMM's full speed, and the fewest rows, at three quarters of that speed.
 ROWS, MIN_ROWS, COLS = 512, 64, 1024
 BUFFER_BYTES = 64 << 20
 

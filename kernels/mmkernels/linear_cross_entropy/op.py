@@ -10,14 +10,11 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_ke
 from mmkernels._checks import accumulator, autocast_operands, check_beside, check_dtype, check_index, require
 from mmkernels._device import Kernels, runs_triton
 from mmkernels._numerics import widen
-from mmkernels.linear_cross_entropy import blockwise
-from mmkernels.linear_cross_entropy.reference import linear_cross_entropy_ref
+from mmkernels.linear_cross_entropy import blockwise, eager
 
 kernel = Kernels("mmkernels.linear_cross_entropy")
 
 REDUCTIONS = ("none", "sum", "mean")
-# Timed on two Zen 5 cores: under so many multiplications the registered op's own call is what costs.
-EAGER_PRODUCT = 1 << 24
 
 
 def linear_cross_entropy(
@@ -68,15 +65,15 @@ def linear_cross_entropy(
     if bias is not None:
         bias = autocast_operands(bias)[0]
         _check_same_dtype("bias", bias, hidden)
-    if _eager_is_faster(hidden, weight):
+    if eager.is_faster(hidden, weight):
         if not torch.compiler.is_compiling():
             _check_targets(targets, ignore_index, len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear_cross_entropy_ref(
-                widen(hidden.masked_fill((targets == ignore_index)[:, None], 0)),
-                widen(weight),
+            return eager.linear_cross_entropy_eager(
+                hidden,
+                weight,
                 targets,
-                bias=None if bias is None else widen(bias),
+                bias=bias,
                 ignore_index=ignore_index,
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
@@ -87,12 +84,6 @@ def linear_cross_entropy(
     terms = [label_smoothing, z_loss]
     loss = _linear_cross_entropy_fwd(hidden, weight, bias, targets, ignore_index, terms, total, needs)[0]
     return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
-
-
-def _eager_is_faster(hidden: Tensor, weight: Tensor) -> bool:
-    """A pure function of shape."""
-    small = 0 < hidden.numel() * len(weight) < EAGER_PRODUCT
-    return small and not hidden.is_cuda and not runs_triton(hidden)
 
 
 @torch.library.custom_op("mmkernels::linear_cross_entropy_fwd", mutates_args=())

@@ -13,15 +13,11 @@ from mmkernels._checks import (
     scalar_tensor,
 )
 from mmkernels._device import Kernels, runs_triton
-from mmkernels._numerics import widen
-from mmkernels.sigmoid import blockwise
-from mmkernels.sigmoid.reference import sigmoid_loss_ref
+from mmkernels.sigmoid import blockwise, eager
 
 kernel = Kernels("mmkernels.sigmoid")
 
 REDUCTIONS = ("none", "sum", "mean")
-# Logits that stay in a CPU's cache cost less stored than a call of the registered op.
-EAGER_LOGITS = 1 << 15
 
 
 def sigmoid_loss(
@@ -65,9 +61,9 @@ def sigmoid_loss(
         "sigmoid_loss", reduction in REDUCTIONS, "reduction must be one of {}, got {}", ", ".join(REDUCTIONS), reduction
     )
     a, b, scale, bias = checked_operands(a, b, logit_scale, logit_bias, labels)
-    if _eager_is_faster(a, b):
+    if eager.is_faster(a, b):
         with torch.autocast(a.device.type, enabled=False):
-            return sigmoid_loss_ref(widen(a), widen(b), scale, bias, labels=labels, reduction=reduction)
+            return eager.sigmoid_loss_eager(a, b, scale, bias, labels, reduction)
     total = reduction != "none"
     needs = [total and torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale, bias)]
     loss = _sigmoid_fwd(a, b, scale, bias, *(labels or (None, None)), total, needs)[0]
@@ -84,11 +80,6 @@ def checked_operands(
     a, b = autocast_operands(a, b)
     require("sigmoid_loss", a.dtype == b.dtype, "b must have the dtype of a, {}, got {}", a.dtype, b.dtype)
     return a, b, scale, bias
-
-
-def _eager_is_faster(a: Tensor, b: Tensor) -> bool:
-    """A pure function of shape."""
-    return not a.is_cuda and not runs_triton(a) and 0 < a.shape[0] * b.shape[0] < EAGER_LOGITS
 
 
 @torch.library.custom_op("mmkernels::sigmoid_fwd", mutates_args=())

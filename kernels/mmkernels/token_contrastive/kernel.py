@@ -11,11 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, input_precision, launch_config
+from mmkernels._launch import CHUNK_BYTES, MAX_PROGRAMS, Launch, Table, input_precision, launch_config
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import matmul_fp32, operand, pitched
 from mmkernels.token_contrastive.device import _token_contrastive_bwd_kernel, _token_contrastive_fwd_kernel
-from mmkernels.token_contrastive.launch import MAX_BLOCK_Q, MAX_PROGRAMS, MIN_BLOCK_Q, TABLE, chunk_rows
 from mmkernels.token_contrastive.problem import (
     Problem,
     TokenContrastiveStats,
@@ -29,6 +28,27 @@ from mmkernels.token_contrastive.problem import (
 # dL/dS is stored in the operands' dtype, its largest possible entry moved here: float16 then keeps 28 binades
 # below it.
 GRAD_CEILING = 2.0**14
+# Pass 2 holds CHUNK_BYTES of dL/dS, but never of fewer tokens than keep a GEMM busy.
+MIN_CHUNK_TOKENS = 1024
+# Tokens of a row in a tile, a power of two: fewer are padded, of more block follows block. Q = 32 is the field's;
+# of other blocks than these, some row of the table would spill.
+MIN_BLOCK_Q, MAX_BLOCK_Q = 16, 32
+
+# `block_m` counts tokens.
+TABLE: Table = {
+    ("fwd", 2, 80): Launch(128, 64, 32, 8, 4),
+    ("fwd", 2, 90): Launch(128, 128, 64, 8, 3),
+    ("fwd", 2, 100): Launch(128, 64, 64, 8, 3),
+    ("fwd", 4, 80): Launch(64, 128, 16, 8, 3),
+    ("fwd", 4, 90): Launch(64, 128, 16, 8, 3),
+    ("fwd", 4, 100): Launch(64, 128, 16, 8, 3),
+    ("bwd", 2, 80): Launch(128, 64, 32, 8, 4),
+    ("bwd", 2, 90): Launch(128, 128, 64, 8, 3),
+    ("bwd", 2, 100): Launch(128, 128, 64, 8, 3),
+    ("bwd", 4, 80): Launch(64, 128, 16, 8, 3),
+    ("bwd", 4, 90): Launch(64, 128, 16, 8, 3),
+    ("bwd", 4, 100): Launch(64, 128, 16, 8, 3),
+}
 
 
 def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
@@ -121,6 +141,12 @@ def token_contrastive_bwd(
         return dtokens, db, None
     of_tiles = torch.cat([*dscale, unit.new_zeros(1)]).sum() / unit
     return dtokens, db, of_tiles + center * grad_total(problem, grads)
+
+
+def chunk_rows(num_tokens: int, num_cols: int, element_size: int) -> int:
+    """Rows, of `num_tokens` each, whose dL/dS pass 2 holds at a time."""
+    fitting = CHUNK_BYTES // max(num_cols * num_tokens * element_size, 1)
+    return max(fitting, MIN_CHUNK_TOKENS // num_tokens, 1)
 
 
 def tile_of_tokens(num_tokens: int, config: Launch) -> tuple[int, int]:

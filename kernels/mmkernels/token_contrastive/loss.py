@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import require
-from mmkernels._device import runs_triton
-from mmkernels._numerics import widen
+from mmkernels.token_contrastive import eager
 from mmkernels.token_contrastive.op import (
     OP,
     Labels,
@@ -19,11 +18,8 @@ from mmkernels.token_contrastive.op import (
     token_contrastive_stats,
 )
 from mmkernels.token_contrastive.problem import TokenContrastiveStats, label_counts
-from mmkernels.token_contrastive.reference import token_contrastive_loss_ref
 
 REDUCTIONS = ("none", "mean", "sum")
-# Timed on two Zen 5 cores at Q = 32, D = 256: at 64 x 64 keeping the products is faster, at 128 x 128 tiles are.
-EAGER_PRODUCTS = 1 << 18
 
 
 def token_contrastive_loss(
@@ -75,11 +71,10 @@ def token_contrastive_loss(
     options = _Options(symmetric, label_smoothing, reduction)
     _check(tokens, b, positives, labels, options)
     check_masks(tokens, b, masks)
-    if _eager_is_faster(tokens, b):
+    if eager.is_faster(tokens, b):
         with torch.autocast(tokens.device.type, enabled=False):
-            wide = widen(tokens), widen(b)
-            return token_contrastive_loss_ref(
-                *wide, scale, positives=positives, labels=labels, masks=masks, **options._asdict()
+            return eager.token_contrastive_loss_eager(
+                tokens, b, scale, positives=positives, labels=labels, masks=masks, **options._asdict()
             )
     if positives is None and labels is None:
         positives = torch.arange(tokens.shape[0], device=tokens.device)
@@ -117,12 +112,6 @@ def _check(tokens: Tensor, b: Tensor, positives: Tensor | None, labels: Labels |
         require(OP, square or not one_by_one, sentence, num_rows, num_cols)
     else:
         require(OP, square, "b must have M = {} rows without positives, got {}", num_rows, num_cols)
-
-
-def _eager_is_faster(tokens: Tensor, b: Tensor) -> bool:
-    """A pure function of shape: products that stay in a CPU's cache are cheaper kept than recomputed."""
-    num_products = tokens.shape[0] * tokens.shape[1] * b[..., 0].numel()
-    return not (tokens.is_cuda or runs_triton(tokens)) and 0 < num_products < EAGER_PRODUCTS
 
 
 def _of_pairs(stats: TokenContrastiveStats, positives: Tensor, options: _Options) -> Tensor:

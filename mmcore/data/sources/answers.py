@@ -1,34 +1,25 @@
 """Conversations as image-caption pairs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 from PIL import Image
 
-from mmcore.data.sources.base import EvalSet, by_image, stable_hash
+from mmcore.data.sources.base import EvalSet, PairSource, by_image, stable_hash
 from mmcore.data.sources.conversations import ConversationSet
-from mmcore.data.transforms.images import Preprocess, training_view
+from mmcore.ops import require
 
 
 @dataclass(frozen=True, repr=False)
-class Answers:
-    """Conversations about one image each, as a PairSource: the first answer is the caption."""
+class Answers(PairSource):
+    """Conversations about one image each: the first answer is the caption."""
 
     chats: ConversationSet
 
     @classmethod
-    def of(cls, chats: ConversationSet) -> Answers:
-        """Of the conversations, those about one image.
-
-        Raises:
-            ValueError: there are none.
-        """
+    def of(cls, chats: ConversationSet) -> "Answers":
+        """Of the conversations, those about one image; raises ValueError where there are none."""
         single = [i for i, conversation in enumerate(chats.conversations) if len(conversation.images) == 1]
-        if not single:
-            raise ValueError(f"data: {chats.name!r} must hold conversations about one image each, got none")
+        require("data", bool(single), "{!r} must hold conversations about one image each, got none", chats.name)
         return cls(chats.take(single))
 
     def __len__(self) -> int:
@@ -46,20 +37,8 @@ class Answers:
     def image_id(self, i: int) -> int:
         return stable_hash(self._image(i))
 
-    def question(self, i: int) -> None:
-        return None
-
-    def caption(self, i: int, rng: np.random.Generator) -> str:
-        return next(turn.text for turn in self.chats.conversations[i].turns if turn.role == "assistant")
-
     def all_captions(self, i: int) -> list[str]:
-        return [self.caption(i, np.random.default_rng(0))]
-
-    def label(self, i: int, caption: str) -> int:
-        return stable_hash(caption)
-
-    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
-        return training_view(partial(self.raw_image, i), preprocess, rng)
+        return [next(turn.text for turn in self.chats.conversations[i].turns if turn.role == "assistant")]
 
     def held_out(self, max_broken: float) -> EvalSet:
         """All of them to measure a model on, each image with all of its captions."""

@@ -1,11 +1,10 @@
 """What a source of pairs in random access gives, and the held-out pairs on top of it."""
 
-from __future__ import annotations
-
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import LoaderSpec
-from mmcore.data.transforms.images import Preprocess
+from mmcore.data.transforms.images import Preprocess, training_view
+from mmcore.ops import require
 
 
 class ImageSource(Protocol):
@@ -26,32 +26,57 @@ class ImageSource(Protocol):
     def raw_image(self, i: int, least: int | None = None) -> Image.Image: ...
 
 
-class TrainImages(ImageSource, Protocol):
-    """Images to train on; picklable, and every method a pure function of its arguments."""
-
-    # which image sample `i` shows, in 63 bits: equal for all captions of one image, in every process
-    def image_id(self, i: int) -> int: ...
-    # training view for a model, square, drawn by `rng`
-    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image: ...
-
-
-class PairSource(TrainImages, Protocol):
-    """Training pairs in random access."""
-
-    def __len__(self) -> int: ...
-    def question(self, i: int) -> str | None: ...  # that the caption answers; None where captions stand alone
-    def caption(self, i: int, rng: np.random.Generator) -> str: ...  # drawn by `rng` where there are several
-    def all_captions(self, i: int) -> list[str]: ...  # every one that `caption` may draw
-    def label(self, i: int, caption: str) -> int: ...  # pairs of equal labels are positives of each other
-
-
 class Records(Protocol):
     """Records in random access; picklable, and `record` a pure function of its argument."""
 
     def __len__(self) -> int: ...
-    def sample_id(self, i: int) -> str: ...  # for logs
-    def record(self, i: int) -> Any: ...  # raises BrokenRecord
+    def record(self, i: int) -> Any: ...  # has an `id`, for logs
     def order(self, rng: np.random.Generator, spec: LoaderSpec) -> np.ndarray: ...  # of an epoch, each record once
+
+
+class PairSource(ABC):
+    """Training pairs in random access, `Records` in an order drawn anew in each epoch and an `ImageSource`; picklable,
+    and every method a pure function of its arguments."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample_id(self, i: int) -> str: ...
+
+    @abstractmethod
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image: ...
+
+    @abstractmethod
+    def image_id(self, i: int) -> int:
+        """Which image sample `i` shows, in 63 bits: equal for all captions of one image, in every process."""
+
+    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+        """Training view for a model, square, drawn by `rng`."""
+        return training_view(partial(self.raw_image, i), preprocess, rng)
+
+    @abstractmethod
+    def all_captions(self, i: int) -> list[str]:
+        """Every caption that may be drawn."""
+
+    def caption(self, i: int, rng: np.random.Generator) -> str:
+        """One of them; of a single one, no random number is drawn."""
+        captions = self.all_captions(i)
+        return captions[int(rng.integers(len(captions)))]
+
+    def question(self, i: int) -> str | None:
+        """That the caption answers; None where captions stand alone."""
+        return None
+
+    def label(self, i: int, caption: str) -> int:
+        """Pairs of equal labels are positives of each other."""
+        return stable_hash(caption)
+
+    def record(self, i: int) -> "Pair":
+        return Pair(self, i)
+
+    def order(self, rng: np.random.Generator, spec: LoaderSpec) -> np.ndarray:
+        return rng.permutation(len(self))
 
 
 @dataclass
@@ -92,25 +117,6 @@ class Pair:
         return self.source.augment(self.index, preprocess, rng)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """A PairSource as records, in an order drawn anew in each epoch."""
-
-    source: PairSource
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def sample_id(self, i: int) -> str:
-        return self.source.sample_id(i)
-
-    def record(self, i: int) -> Pair:
-        return Pair(self.source, i)
-
-    def order(self, rng: np.random.Generator, spec: LoaderSpec) -> np.ndarray:
-        return rng.permutation(len(self.source))
-
-
 def stable_hash(text: str) -> int:
     """63 bits of the BLAKE2 hash of a caption or an image's name, the same in every process."""
     # Names of files may hold lone surrogates, which stand for bytes that are not UTF-8.
@@ -119,15 +125,12 @@ def stable_hash(text: str) -> int:
 
 
 def parse_image_id(value: object) -> str | None:
-    """An image_id as JSON gives it, text or a whole number, as text; None where it is absent.
-
-    Raises:
-        BrokenRecord: neither text nor a whole number.
-    """
+    """An image_id as JSON gives it, as text, None where it is absent; raises BrokenRecord for neither text nor a whole
+    number."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise BrokenRecord("image_id is neither text nor a whole number")
+    is_id = isinstance(value, (str, int)) and not isinstance(value, bool) and value != ""
+    BrokenRecord.unless(is_id, "image_id is neither text nor a whole number")
     return str(value)
 
 
@@ -141,8 +144,7 @@ class Measured:
         self, source: ImageSource, indices: Sequence[int], batch_size: int, what: str
     ) -> Iterator[tuple[list[Image.Image], list[int]]]:
         """RGB images of `source` at `indices` in order, with the positions in `indices` of each batch's."""
-        if batch_size < 1:
-            raise ValueError(f"data: batch_size must be at least 1, got {batch_size}")
+        require("data", batch_size >= 1, "batch_size must be at least 1, got {}", batch_size)
         tally = BrokenTally(self.max_broken, what)
         images: list[Image.Image] = []
         positions: list[int] = []
@@ -191,10 +193,8 @@ class EvalSet(Measured):
         return self.source.raw_image(self.indices[i])
 
     def batches(self, batch_size: int, preprocess: Preprocess) -> Iterator[tuple[Tensor, Tensor]]:
-        """All held-out images in order: uint8 [B, 3, S, S], and the int64 [B] indices of the images.
-
-        Broken images are left out, so the indices tell which rows of `captions` and `labels` belong to the
-        images.
+        """All held-out images in order, less the broken ones: uint8 [B, 3, S, S], and their int64 [B] indices, as of
+        `captions` and `labels`.
 
         Raises:
             ValueError: `batch_size` below 1; more than `max_broken` of the images are broken.
@@ -203,11 +203,7 @@ class EvalSet(Measured):
             yield preprocess(images), torch.tensor(positions)
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[int]]]:
-        """As `batches`, the images as they are.
-
-        Raises:
-            ValueError: more than `max_broken` of the images are broken.
-        """
+        """As `batches`, the images as they are."""
         return self._good_images(self.source, self.indices, batch_size, "the held-out images")
 
 

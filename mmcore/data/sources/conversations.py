@@ -1,7 +1,5 @@
 """Conversations about images in LLaVA's JSON: read, checked record by record, with their images found."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +14,12 @@ from PIL import Image
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import LoaderSpec
 from mmcore.data.grouping import group_by_modality_length
-from mmcore.data.sources.files import read_image_file
+from mmcore.data.sources.files import read_image_file, some_of
 from mmcore.data.sources.json_formats import is_unicode
-from mmcore.data.sources.mixes import MixPart, Sampling, read_mix
+from mmcore.data.sources.mixes import Sampling, read_mix
 from mmcore.data.sources.tar import Place, index_images, read_range
 from mmcore.data.transforms.images import decode_rgb
+from mmcore.ops import require
 
 Role = Literal["system", "user", "assistant"]
 IMAGE = "<image>"
@@ -29,7 +28,6 @@ MAX_SIDE = 20_000
 """Pixels; images with a longer side are refused."""
 
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
-_NUM_PROBED = 100
 _SAMPLING = 0x3117
 
 
@@ -43,22 +41,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation that ends with an answer of the assistant.
+    """A conversation that ends with an answer of the assistant."""
 
-    Args:
-        id: as the source gives it; not unique.
-        images: names, in the order of their `IMAGE` in the turns.
-        turns: a system turn or none, then user and assistant in turns.
-    """
-
-    id: str
-    images: tuple[str, ...]
-    turns: tuple[Turn, ...]
-
-    @property
-    def num_words(self) -> int:
-        """Words of all turns, the estimate of its length by which LLaVA groups."""
-        return sum(len(turn.text.split()) for turn in self.turns)
+    id: str  # as the source gives it; not unique
+    images: tuple[str, ...]  # names, in the order of their `IMAGE` in the turns
+    turns: tuple[Turn, ...]  # a system turn or none, then user and assistant in turns
 
 
 class BrokenField(BrokenRecord):
@@ -92,21 +79,15 @@ class NamedImages:
 
 
 def open_images(root: Path) -> NamedImages:
-    """The images in a folder; its tars are read by their headers once.
-
-    Raises:
-        ValueError: no such folder, a damaged tar, or two tars with an image of the same name.
-    """
-    if not root.is_dir():
-        raise ValueError(f"data: image_root must be an existing folder, got {str(root)!r}")
+    """The images in a folder; its tars are read by their headers once. Raises ValueError for no such folder, a damaged
+    tar, or two tars with an image of the same name."""
+    require("data", root.is_dir(), "image_root must be an existing folder, got {!r}", str(root))
     members: dict[str, Place] = {}
     for tar in map(str, sorted(root.glob("*.tar"))):
         for name, place in index_images(tar).items():
-            if name in members:
-                raise ValueError(
-                    f"data: image_root must hold one image of each name, got {name!r} in {members[name][0]} and {tar}"
-                )
-            members[name] = place
+            first = members.setdefault(name, place)[0]
+            what = "image_root must hold one image of each name, got {!r} in {} and {}"
+            require("data", first == tar, what, name, first, tar)
     return NamedImages(root, members)
 
 
@@ -114,7 +95,7 @@ def open_images(root: Path) -> NamedImages:
 class ChatRecord:
     """A conversation with its images, as a record."""
 
-    source: ConversationSet
+    source: "ConversationSet"
     index: int
 
     @property
@@ -132,23 +113,14 @@ class ChatRecord:
 
 @dataclass(frozen=True, repr=False)
 class ConversationSet:
-    """Conversations with their images.
+    """Conversations with their images."""
 
-    Args:
-        name: the source, for prints; says so where the conversations are derived.
-        pictures: gives the images by name.
-        conversations: the conversations.
-        derived: made by templates from captions or classes, not said by people or models.
-        max_broken: share of broken records above which a run stops.
-        broken: broken records found on opening, by reason.
-    """
-
-    name: str
-    pictures: Pictures
+    name: str  # the source, for prints; says so where the conversations are derived
+    pictures: Pictures  # gives the images by name
     conversations: list[Conversation]
-    derived: bool
-    max_broken: float = 0.0
-    broken: Counter[str] = field(default_factory=Counter)
+    derived: bool  # made by templates from captions or classes, not said by people or models
+    max_broken: float = 0.0  # share of broken records above which a run stops
+    broken: Counter[str] = field(default_factory=Counter)  # broken records found on opening, by reason
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -157,16 +129,13 @@ class ConversationSet:
         return self.conversations[i].id
 
     def raw_images(self, i: int) -> list[Image.Image]:
-        """RGB images of conversation `i`, in order.
-
-        Raises:
-            BrokenField: one is missing, unreadable, a pixel wide or high, or has a side above `MAX_SIDE`.
-        """
+        """RGB images of conversation `i`, in order; raises BrokenField where one is missing, unreadable, too small or
+        too large."""
         return [check_sides(name, self._raw_image(name)) for name in self.conversations[i].images]
 
     def lengths(self) -> list[int]:
-        """Words of each conversation, at least 1."""
-        return [max(1, c.num_words) for c in self.conversations]
+        """Words of each conversation, at least 1: the estimate of its length by which LLaVA groups."""
+        return [max(1, sum(len(turn.text.split()) for turn in c.turns)) for c in self.conversations]
 
     def is_multimodal(self) -> list[bool]:
         """Which conversations have images."""
@@ -181,8 +150,7 @@ class ConversationSet:
         sizes = spec.batch_size, spec.world_size
         return np.array(group_by_modality_length(self.lengths(), self.is_multimodal(), *sizes, generator))
 
-    def take(self, indices: list[int]) -> ConversationSet:
-        """The conversations at `indices`."""
+    def take(self, indices: list[int]) -> "ConversationSet":
         return replace(self, conversations=[self.conversations[i] for i in indices])
 
     def tally(self) -> BrokenTally:
@@ -199,10 +167,8 @@ class ConversationSet:
 def check_sides(name: str, image: Image.Image) -> Image.Image:
     """The image; raises BrokenField where it is a pixel wide or high, or has a side above `MAX_SIDE`."""
     size = f"image {name!r} of {image.width} x {image.height} pixels"
-    if min(image.size) < 2:
-        raise BrokenField(size, "image of one pixel")
-    if max(image.size) > MAX_SIDE:
-        raise BrokenField(size, f"image wider or higher than {MAX_SIDE:,} pixels")
+    BrokenField.unless(min(image.size) >= 2, size, "image of one pixel")
+    BrokenField.unless(max(image.size) <= MAX_SIDE, size, f"image wider or higher than {MAX_SIDE:,} pixels")
     return image
 
 
@@ -216,41 +182,35 @@ def open_conversations(
         image_root: folder of the images or of tars with them; None = the folder of `data`.
         max_broken: share of broken records above which reading stops, of each file.
         seed: of what a mix draws.
-
-    Raises:
-        ValueError: no such file, no JSON, a wrong mix, too many broken records, no conversation, or no image found.
     """
     is_mix = data.lower().endswith((".yaml", ".yml"))
-    parts = read_mix(data) if is_mix else [MixPart(Path(data).expanduser(), Sampling("all"))]
+    parts = read_mix(data) if is_mix else [(Path(data).expanduser(), Sampling("all"))]
     conversations: list[Conversation] = []
     broken: Counter[str] = Counter()
-    for number, part in enumerate(parts):
+    for number, (path, sampling) in enumerate(parts):
         rng = np.random.default_rng([seed, _SAMPLING, number])
-        tally = BrokenTally(max_broken, f"{str(part.path)!r}")
-        conversations += _read(part, rng, tally)
+        tally = BrokenTally(max_broken, f"{str(path)!r}")
+        conversations += _read(path, sampling, rng, tally)
         broken += tally.counts
-    if not conversations:
-        raise ValueError(f"data: {data!r} must hold at least one conversation, got none")
+    require("data", bool(conversations), "{!r} must hold at least one conversation, got none", data)
     pictures = open_images(Path(data).expanduser().parent if image_root is None else Path(image_root).expanduser())
-    names = [name for conversation in conversations for name in conversation.images]
-    probed = names[:: max(1, len(names) // _NUM_PROBED)]
+    probed = some_of([name for conversation in conversations for name in conversation.images])
     if probed and not any(name in pictures for name in probed):
-        raise ValueError(
-            f"data: image_root must be the folder of the images of {data!r} or of tars with them, but none of "
-            f"{len(probed)} tried exists, the first is {pictures.root / probed[0]}"
-        )
+        what = f"image_root must be the folder of the images of {data!r} or of tars with them"
+        first = pictures.root / probed[0]
+        raise ValueError(f"data: {what}, but none of {len(probed)} tried exists, the first is {first}")
     return ConversationSet(data, pictures, conversations, False, max_broken, broken)
 
 
-def _read(part: MixPart, rng: np.random.Generator, tally: BrokenTally) -> Iterator[Conversation]:
+def _read(path: Path, sampling: Sampling, rng: np.random.Generator, tally: BrokenTally) -> Iterator[Conversation]:
     """The conversations to take of a file; the broken ones among them are counted."""
-    entries, are_lines = _undigested(part.path)
-    for number in part.sampling.indices(len(entries), rng):
-        record = _record(entries[number]) if are_lines else entries[number]
+    entries, are_lines = _undigested(path)
+    for number in sampling.indices(len(entries), rng):
+        record = _parsed(entries[number]) if are_lines else entries[number]
         try:
             conversation = parse_conversation(number, record)
         except BrokenField as error:
-            name = f"{part.path.name}, record {number} (id {_id(number, record)!r}), {error.field}"
+            name = f"{path.name}, record {number} (id {_id(number, record)!r}), {error.field}"
             tally.add(1, [(name, error.reason)])
             continue
         tally.add(1)
@@ -260,22 +220,21 @@ def _read(part: MixPart, rng: np.random.Generator, tally: BrokenTally) -> Iterat
 
 def _undigested(path: Path) -> tuple[list[Any], bool]:
     """Records of a JSON file, or undigested lines of a JSONL file, and which of the two."""
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise ValueError(f"data: conversations must be in a .json, .jsonl or .yaml file, got {str(path)!r}")
-    if not path.is_file():
-        raise ValueError(f"data: data must be an existing file, got {str(path)!r}")
-    are_lines = path.suffix.lower() == ".jsonl"
+    name, suffix = str(path), path.suffix.lower()
+    is_known = suffix in (".json", ".jsonl")
+    require("data", is_known, "conversations must be in a .json, .jsonl or .yaml file, got {!r}", name)
+    require("data", path.is_file(), "data must be an existing file, got {!r}", name)
     try:
         with path.open(encoding="utf-8-sig") as file:
-            content = [line for line in file if line.strip()] if are_lines else json.load(file)
+            content = json.load(file) if suffix == ".json" else [line for line in file if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"data: {str(path)!r} must be JSON in UTF-8, got: {error}") from None
-    if not isinstance(content, list):
-        raise ValueError(f"data: {str(path)!r} must hold a list of records, got {type(content).__name__}")
-    return content, are_lines
+        raise ValueError(f"data: {name!r} must be JSON in UTF-8, got: {error}") from None
+    is_list = isinstance(content, list)
+    require("data", is_list, "{!r} must hold a list of records, got {}", name, type(content).__name__)
+    return content, suffix == ".jsonl"
 
 
-def _record(line: str) -> Any:
+def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -285,16 +244,12 @@ def _record(line: str) -> Any:
 def parse_conversation(number: int, record: Any) -> Conversation:
     """A record of LLaVA's JSON: {"id", "image": str | [str] (optional), "conversations": [{"from", "value"}]}; without
     an id, it has its number; raises BrokenField where it is no such record."""
-    if not isinstance(record, dict):
-        raise BrokenField("record", "not a JSON object")
+    BrokenField.unless(isinstance(record, dict), "record", "not a JSON object")
     images = _images(record.get("image"))
     turns = _turns(record.get("conversations"))
     num_marks = sum(turn.text.count(IMAGE) for turn in turns if turn.role == "user")
-    if num_marks != len(images):
-        raise BrokenField(
-            f"conversations with {num_marks} {IMAGE} for {len(images)} images",
-            f"number of {IMAGE} is not that of the images",
-        )
+    where = f"conversations with {num_marks} {IMAGE} for {len(images)} images"
+    BrokenField.unless(num_marks == len(images), where, f"number of {IMAGE} is not that of the images")
     return Conversation(_id(number, record), images, turns)
 
 
@@ -305,45 +260,39 @@ def _id(number: int, record: Any) -> str:
 
 def _images(value: Any) -> tuple[str, ...]:
     names = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(n, str) and n and is_unicode(n) for n in names):
-        raise BrokenField(f"image={value!r:.60}", "neither a file's name nor a list of them")
+    are_names = isinstance(names, list) and all(isinstance(n, str) and n and is_unicode(n) for n in names)
+    BrokenField.unless(are_names, f"image={value!r:.60}", "neither a file's name nor a list of them")
     return tuple(names)
 
 
 def _turns(value: Any) -> tuple[Turn, ...]:
-    if not isinstance(value, list) or not value:
-        raise BrokenField("conversations", "missing, empty or not a list")
+    has_turns = isinstance(value, list) and bool(value)
+    BrokenField.unless(has_turns, "conversations", "missing, empty or not a list")
     turns: list[Turn] = []
     for number, entry in enumerate(value):
         where = f"conversations[{number}]"
-        if not isinstance(entry, dict):
-            raise BrokenField(where, "not a JSON object")
+        BrokenField.unless(isinstance(entry, dict), where, "not a JSON object")
         source, text = entry.get("from"), entry.get("value")
         role = _ROLES.get(source) if isinstance(source, str) else None
         if role is None:
             raise BrokenField(f"{where}.from={source!r:.40}", "role is not human, gpt or system")
-        _check_order(turns, role, f"{where}.from={source!r}")
+        _check_order(turns[-1].role if turns else None, role, f"{where}.from={source!r}")
         turns.append(Turn(role, _text(text, role, f"{where}.value")))
-    if turns[-1].role != "assistant":
-        raise BrokenField("conversations", "the last turn is not the assistant's answer")
+    is_answered = turns[-1].role == "assistant"
+    BrokenField.unless(is_answered, "conversations", "the last turn is not the assistant's answer")
     return tuple(turns)
 
 
-def _check_order(turns: list[Turn], role: Role, where: str) -> None:
-    """Raise a BrokenField where `role` cannot follow `turns`."""
-    if turns and turns[-1].role == role:
-        raise BrokenField(where, "two turns of the same role in a row")
-    if role == "system" and turns:
-        raise BrokenField(where, "system turn is not the first")
-    if role == "assistant" and (not turns or turns[-1].role == "system"):
-        raise BrokenField(where, "conversation does not begin with the human")
+def _check_order(last: Role | None, role: Role, where: str) -> None:
+    """Raise a BrokenField where `role` cannot follow."""
+    BrokenField.unless(role != last, where, "two turns of the same role in a row")
+    BrokenField.unless(role != "system" or last is None, where, "system turn is not the first")
+    begins = role != "assistant" or last == "user"
+    BrokenField.unless(begins, where, "conversation does not begin with the human")
 
 
 def _text(value: Any, role: Role, where: str) -> str:
-    if not isinstance(value, str) or not is_unicode(value):
-        raise BrokenField(where, "value is not text")
-    if not value.strip():
-        raise BrokenField(where, "value is empty")
-    if role != "user" and IMAGE in value:
-        raise BrokenField(where, f"{IMAGE} outside the human's turns")
+    BrokenField.unless(isinstance(value, str) and is_unicode(value), where, "value is not text")
+    BrokenField.unless(bool(value.strip()), where, "value is empty")
+    BrokenField.unless(role == "user" or IMAGE not in value, where, f"{IMAGE} outside the human's turns")
     return value

@@ -1,7 +1,5 @@
 """Conversations about the built-in images, derived from captions, classes and pixels: for a first try."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
-from mmcore.data.sources.base import EvalSet, ImageSource
+from mmcore.data.sources.base import EvalSet, ImageSource, PairSource
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.sources.digits import DIGIT_NAMES, DIGIT_TEMPLATES, Digits, digit_questions
 from mmcore.data.sources.emoji import Emoji
@@ -47,34 +45,29 @@ class SourcePictures:
     index: dict[str, int]
 
     def named_image(self, name: str, least: int | None = None) -> Image.Image:
-        if name not in self.index:
-            raise BrokenRecord("missing file")
+        BrokenRecord.unless(name in self.index, "missing file")
         return self.source.raw_image(self.index[name], least)
 
 
 def described_conversations(val: EvalSet) -> ConversationSet:
     """A conversation for each caption, which answers what the image shows."""
     names = [val.source.sample_id(i) for i in val.indices]
-    captions = ((name, text) for name, texts in zip(names, val.captions, strict=True) for text in texts)
-    conversations = [_conversation(name, [(DESCRIBE["en"], text)]) for name, text in captions]
+    of_images = zip(names, val.captions, strict=True)
+    conversations = [_conversation(name, [(DESCRIBE["en"], text)]) for name, texts in of_images for text in texts]
     pictures = SourcePictures(val.source, dict(zip(names, val.indices, strict=True)))
     return ConversationSet("captions", pictures, conversations, False, val.max_broken)
 
 
 def asked_conversations(questions: QuestionSet) -> ConversationSet:
     """A conversation for each question, with the answer that most annotators gave."""
-    names = [questions.sample_id(i) for i in range(len(questions))]
     asked = [(q.text, Counter(a for a in q.answers if a.strip()).most_common(1)[0][0]) for q in questions.questions]
-    conversations = [_conversation(name, [fact]) for name, fact in zip(names, asked, strict=True)]
-    pictures = SourcePictures(questions, {name: i for i, name in enumerate(names)})
-    return ConversationSet(questions.name, pictures, conversations, questions.derived, questions.max_broken)
+    conversations = [_conversation(questions.sample_id(i), [fact]) for i, fact in enumerate(asked)]
+    return _set(questions.name, questions, conversations, questions.max_broken, derived=questions.derived)
 
 
 def digit_conversations(scans: Digits, *, seed: int, captions_only: bool = False) -> ConversationSet:
-    """A conversation about each scan, of 1 to `MAX_TURNS` of: what it shows, which digit, and whether that is even.
-
-    `seed` decides which of them are asked, and in which order; with `captions_only`, only what it shows is asked.
-    """
+    """A conversation about each scan, of 1 to `MAX_TURNS` of: what it shows, which digit, and whether that is even;
+    `seed` decides which, and in which order. With `captions_only`, only what it shows is asked."""
     questions = digit_questions(scans).questions
     conversations: list[Conversation] = []
     for i, number in enumerate(scans.numbers):
@@ -93,13 +86,7 @@ def emoji_conversations(
     emoji: Any, questions: QuestionSet | None, *, seed: int, captions_only: bool = False
 ) -> ConversationSet:
     """Two conversations about each emoji: what it shows, answered by its first name, and up to `MAX_TURNS` of its
-    derived questions, which a name would answer; with `captions_only`, the first alone.
-
-    Args:
-        emoji: training or held-out emoji.
-        questions: derived from them.
-        seed: of which are asked, and in which order.
-    """
+    derived questions, which a name would answer, by `seed`; with `captions_only`, the first alone."""
     assert isinstance(emoji, Emoji) and questions is not None
     facts: dict[int, list[Fact]] = defaultdict(list)
     for i, question in enumerate(questions.questions):
@@ -143,14 +130,12 @@ def stamp_conversations(
     kinds = [] if questions is None else _kinds(questions, language, np.random.default_rng([seed, _DERIVED]))
     conversations: list[Conversation] = []
     for i, description in enumerate(described):
-        image = stamps.sample_id(i)
         if captions_only:
-            conversations.append(_conversation(image, [description]))
-            continue
-        rivals = [*([] if is_held_out else [description]), *(kinds[i] if kinds else [])]
-        rng = np.random.default_rng([seed, _DERIVED, i])
-        for asked in _dealt(rivals, _seen(stamps, i, language), rng):
-            conversations.append(_conversation(image, asked))
+            dealt = [[description]]
+        else:
+            rivals = [*([] if is_held_out else [description]), *(kinds[i] if kinds else [])]
+            dealt = _dealt(rivals, _seen(stamps, i, language), np.random.default_rng([seed, _DERIVED, i]))
+        conversations += [_conversation(stamps.sample_id(i), asked) for asked in dealt]
     return _set("stamps (derived conversations)", stamps, conversations, max_broken)
 
 
@@ -170,8 +155,7 @@ def draw_named(kinds: Sequence[str], rng: np.random.Generator) -> list[str]:
     About half of each kind are asked about their own; the others are dealt each other's kinds, so each kind is named
     as often where it is wrong as where it is right, as far as one of more than half of them allows.
     """
-    shuffled = sorted(rng.permutation(len(kinds)).tolist(), key=kinds.__getitem__)
-    others = shuffled[1::2]
+    others = sorted(rng.permutation(len(kinds)).tolist(), key=kinds.__getitem__)[1::2]
     named = list(kinds)
     dealt = [others[i] for i in rng.permutation(len(others))]
     for place, i in enumerate(others):
@@ -220,7 +204,7 @@ def _conversation(image: str, facts: Sequence[Fact]) -> Conversation:
 
 
 def _set(
-    name: str, source: Digits | Stamps | Emoji, conversations: list[Conversation], max_broken: float = 0.0
+    name: str, source: PairSource, conversations: list[Conversation], max_broken: float = 0.0, *, derived: bool = True
 ) -> ConversationSet:
     pictures = SourcePictures(source, {source.sample_id(i): i for i in range(len(source))})
-    return ConversationSet(name, pictures, conversations, True, max_broken)
+    return ConversationSet(name, pictures, conversations, derived, max_broken)

@@ -1,14 +1,12 @@
 """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels, with captions from templates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mmcore.data.sources.base import EvalSet
+from mmcore.data.sources.base import EvalSet, PairSource
 from mmcore.data.sources.questions import NUM_ANNOTATORS, Question, QuestionSet
 from mmcore.data.sources.split import split_stratified
 from mmcore.data.transforms.images import Preprocess
@@ -26,18 +24,12 @@ _SCALE = (0.9, 1.12)
 
 
 @dataclass(frozen=True)
-class Digits:
-    """Scanned digits, as a PairSource; scans of the same digit are positives of each other.
+class Digits(PairSource):
+    """Scanned digits; scans of the same digit are positives of each other."""
 
-    Args:
-        pixels: uint8 [N, 8, 8], ink white on black.
-        classes: the digit of each.
-        numbers: position of each in scikit-learn's order.
-    """
-
-    pixels: np.ndarray
-    classes: list[int]
-    numbers: list[int]
+    pixels: np.ndarray  # uint8 [N, 8, 8], ink white on black
+    classes: list[int]  # the digit of each
+    numbers: list[int]  # position of each in scikit-learn's order
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -51,12 +43,6 @@ class Digits:
 
     def image_id(self, i: int) -> int:
         return self.numbers[i]
-
-    def question(self, i: int) -> None:
-        return None
-
-    def caption(self, i: int, rng: np.random.Generator) -> str:
-        return self.all_captions(i)[int(rng.integers(len(DIGIT_TEMPLATES)))]
 
     def all_captions(self, i: int) -> list[str]:
         """Caption of scan `i` by every template."""
@@ -75,7 +61,7 @@ class Digits:
         matrix = (step, 0.0, left, 0.0, step, top)
         return self.raw_image(i).transform((size, size), Image.Transform.AFFINE, matrix, preprocess.resample)
 
-    def take(self, indices: list[int]) -> Digits:
+    def take(self, indices: list[int]) -> "Digits":
         return Digits(self.pixels[indices], [self.classes[i] for i in indices], [self.numbers[i] for i in indices])
 
 

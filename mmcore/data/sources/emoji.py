@@ -4,15 +4,12 @@
 languages, and Unicode's groups. Debian's fonts are other styles; its unicode-cldr-core has names in 147 languages.
 """
 
-from __future__ import annotations
-
-import difflib
 import importlib
 import importlib.util
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -22,9 +19,10 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from mmcore.data.config import DataConfig, EmojiStyle
 from mmcore.data.pair_data import PairData
-from mmcore.data.sources.base import EvalSet, stable_hash
+from mmcore.data.sources.base import EvalSet, PairSource, stable_hash
 from mmcore.data.sources.questions import NUM_ANNOTATORS, Question, QuestionSet
-from mmcore.data.transforms.images import Preprocess, training_view
+from mmcore.errors import did_you_mean
+from mmcore.ops import require
 
 SIDE = 72
 """Pixels of a drawing's side: OpenMoji's own grid."""
@@ -62,18 +60,12 @@ class Drawing(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Emoji:
-    """Drawings of emoji, as a PairSource; a name is of one drawing alone.
+class Emoji(PairSource):
+    """Drawings of emoji; a name is of one drawing alone."""
 
-    Args:
-        drawings: of a style, whole.
-        rows: the drawings that are meant.
-        names: of each of them, in each language.
-    """
-
-    drawings: list[Drawing]
-    rows: list[int]
-    names: list[list[str]]
+    drawings: list[Drawing]  # of a style, whole
+    rows: list[int]  # the drawings that are meant
+    names: list[list[str]]  # of each of them, in each language
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,22 +83,10 @@ class Emoji:
     def image_id(self, i: int) -> int:
         return stable_hash(self.shown(i)[0].emoji)
 
-    def question(self, i: int) -> None:
-        return None
-
-    def caption(self, i: int, rng: np.random.Generator) -> str:
-        return self.names[i][int(rng.integers(len(self.names[i])))]
-
     def all_captions(self, i: int) -> list[str]:
         return self.names[i]
 
-    def label(self, i: int, caption: str) -> int:
-        return stable_hash(caption)
-
-    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
-        return training_view(partial(self.raw_image, i), preprocess, rng)
-
-    def take(self, indices: list[int]) -> Emoji:
+    def take(self, indices: list[int]) -> "Emoji":
         return Emoji(self.drawings, [self.rows[i] for i in indices], [self.names[i] for i in indices])
 
     def held_out(self, max_broken: float) -> EvalSet:
@@ -120,10 +100,8 @@ def open_emoji(config: DataConfig) -> PairData:
     """The emoji that `config.style` draws, each with its names in the languages of `config.language`.
 
     What is held out is the same in every run, style and language: see `is_held_out`. Classes are Unicode's subgroups;
-    no caption names them, so that there are no templates.
-
-    Raises:
-        ValueError: a font, a package or a language that is not there.
+    no caption names them, so that there are no templates. Raises ValueError for a font, a package or a language that is
+    not there.
     """
     drawings = _drawings(config.style)
     languages = [_names(language.strip()) for language in config.language.split(",")]
@@ -226,12 +204,9 @@ def _names(language: str) -> dict[str, str]:
     files = [file for file in _CLDR.glob("annotations*/*.xml") if file.stem == language]
     if not files:
         here = [*emoji.LANGUAGES, *(file.stem for file in _CLDR.glob("annotations/*.xml"))]
-        near = [x for x in here if x == language[:2].lower()] or difflib.get_close_matches(language, here, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"data: language of 'emoji' must be among {','.join(emoji.LANGUAGES)} or, after apt install "
-            f"unicode-cldr-core, those of CLDR, got {language!r}{hint}"
-        )
+        known = f"{','.join(emoji.LANGUAGES)} or, after apt install unicode-cldr-core, those of CLDR"
+        hint = did_you_mean(language[:2].lower(), here)
+        raise ValueError(f"data: language of 'emoji' must be among {known}, got {language!r}{hint}")
     # a region's names are those that differ from its language's; a script's are whole
     parent, _, region = language.rpartition("_")
     names = dict(_names(parent)) if parent and len(region) < 4 else {}
@@ -265,8 +240,8 @@ def _draw(text: str, font: ImageFont.FreeTypeFont, square: int) -> np.ndarray:
 
 def _font(style: EmojiStyle) -> ImageFont.FreeTypeFont:
     name, size, _, install = _STYLES[style]
-    if not features.check("raqm"):
-        raise ValueError("data: 'emoji' must have a Pillow with Raqm, which composes emoji, got one without it")
+    has_raqm = bool(features.check("raqm"))
+    require("data", has_raqm, "'emoji' must have a Pillow with Raqm, which composes emoji, got one without it")
     if "/" in name:
         package, inside = name.split("/", 1)
         name = str(_package(package) / inside)

@@ -1,7 +1,5 @@
 """The JSON files that captions and questions come in, told apart by their content."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +11,18 @@ from typing import Any, Literal
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import parse_image_id
 from mmcore.data.sources.questions import Question
+from mmcore.ops import require
 
 JsonFormat = Literal["LAVIS captions", "LAVIS questions", "COCO captions", "VQAv2 questions", "VQAv2 annotations"]
 
+# the keys of the first records of its parts, or of the file where it is a list itself
+_FORMATS: dict[JsonFormat, dict[str, set[str]]] = {
+    "LAVIS questions": {"": {"image", "question", "answer"}},
+    "LAVIS captions": {"": {"image", "caption"}},
+    "VQAv2 questions": {"questions": {"question", "image_id", "question_id"}},
+    "VQAv2 annotations": {"annotations": {"question_id", "answers"}},
+    "COCO captions": {"annotations": {"image_id", "caption"}, "images": {"id", "file_name"}},
+}
 _KNOWN = frozenset(
     "images annotations questions id file_name image image_id caption question question_id answer answers "
     "question_type answer_type".split()
@@ -73,27 +80,17 @@ class JsonFile:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A caption or a question with its image.
+    """A caption or a question with its image."""
 
-    Args:
-        image: name of the image's file, or its number where the format gives no name.
-        image_id: the image's identity, or None where the file gives none.
-        text: the caption, or the question with its answers.
-    """
-
-    image: str | int
-    image_id: str | None
-    text: str | Question
+    image: str | int  # name of the image's file, or its number where the format gives no name
+    image_id: str | None  # the image's identity, or None where the file gives none
+    text: str | Question  # the caption, or the question with its answers
 
 
 def read_json(path: str, argument: str) -> JsonFile:
-    """Parse a file once and tell its format.
-
-    Raises:
-        ValueError: naming `argument`: no such file, no JSON, or no format that fits.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"data: {argument} must be an existing file, got {path!r}")
+    """Parse a file once and tell its format; raises ValueError, naming `argument`, for no such file, no JSON, or no
+    format that fits."""
+    require("data", Path(path).is_file(), "{} must be an existing file, got {!r}", argument, path)
     shrink = _Shrink()
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
@@ -102,30 +99,18 @@ def read_json(path: str, argument: str) -> JsonFile:
         raise ValueError(f"data: {argument}={path!r} must be JSON in UTF-8, got: {error}") from None
     found = _recognise(content)
     if found is None:
-        raise ValueError(
-            f"data: {argument}={path!r} must hold LAVIS's captions [{{image, caption}}] or questions "
-            "[{image, question, answer}], COCO's captions {images, annotations} or VQAv2's questions "
-            f"{{questions}}, got {_describe(content, list(shrink.dropped))}"
-        )
+        known = "LAVIS's captions [{image, caption}] or questions [{image, question, answer}], COCO's captions "
+        known += "{images, annotations} or VQAv2's questions {questions}"
+        raise ValueError(f"data: {argument}={path!r} must hold {known}, got {_describe(content, [*shrink.dropped])}")
     return JsonFile(path, argument, found, content)
 
 
 def _recognise(content: Any) -> JsonFormat | None:
-    if isinstance(content, list):
-        keys = _keys(content)
-        if {"image", "question", "answer"} <= keys:
-            return "LAVIS questions"
-        return "LAVIS captions" if {"image", "caption"} <= keys else None
-    if not isinstance(content, dict):
-        return None
-    if {"question", "image_id", "question_id"} <= _keys(content.get("questions")):
-        return "VQAv2 questions"
-    annotations = _keys(content.get("annotations"))
-    if {"question_id", "answers"} <= annotations:
-        return "VQAv2 annotations"
-    images = _keys(content.get("images"))
-    fits = {"image_id", "caption"} <= annotations and {"id", "file_name"} <= images
-    return "COCO captions" if fits else None
+    parts = content if isinstance(content, dict) else {"": content}
+    for format, wanted in _FORMATS.items():
+        if all(keys <= _keys(parts.get(part)) for part, keys in wanted.items()):
+            return format
+    return None
 
 
 def _keys(records: Any) -> set[str]:
@@ -159,9 +144,9 @@ def records(file: JsonFile, answers: JsonFile | None) -> tuple[Iterable[Any], Ca
         names = {str(i["id"]): i.get("file_name") for i in content["images"] if _has_id(i, "id")}
         return content["annotations"], partial(_coco_caption, names)
     if file.format == "LAVIS captions":
-        return _single_captions(content), _lavis_caption
+        return _single_captions(content), partial(_lavis, True)
     if file.format == "LAVIS questions":
-        return content, _lavis_question
+        return content, partial(_lavis, False)
     assert answers is not None
     by_question = {a["question_id"]: a for a in answers.content["annotations"] if _has_id(a, "question_id")}
     return content["questions"], partial(_vqa_question, by_question)
@@ -176,22 +161,14 @@ def _single_captions(content: list[Any]) -> Iterator[Any]:
             yield record
 
 
-def _lavis_caption(number: int, record: Any) -> Record:
-    entries, image, image_id = _lavis_image(record)
-    return Record(image, image_id, _text(entries, "caption"))
-
-
-def _lavis_question(number: int, record: Any) -> Record:
-    entries, image, image_id = _lavis_image(record)
+def _lavis(is_caption: bool, number: int, record: Any) -> Record:
+    entries = _entries(record)
+    image, image_id = _text(entries, "image"), parse_image_id(entries.get("image_id"))
+    if is_caption:
+        return Record(image, image_id, _text(entries, "caption"))
     question_id = entries["question_id"] if _has_id(entries, "question_id") else number
     question = Question(question_id, _text(entries, "question"), _answers(entries.get("answer")))
     return Record(image, image_id, question)
-
-
-def _lavis_image(record: Any) -> tuple[dict[str, Any], str, str | None]:
-    """The entries of a record, and the image that they are about, with its image_id."""
-    entries = _entries(record)
-    return entries, _text(entries, "image"), parse_image_id(entries.get("image_id"))
 
 
 def _coco_caption(names: dict[str, Any], number: int, record: Any) -> Record:
@@ -207,8 +184,8 @@ def _vqa_question(answers: dict[Any, dict[str, Any]], number: int, record: Any) 
     image_id = parse_image_id(entries.get("image_id"))
     if image_id is None or not image_id.isdecimal() or len(image_id) > _MAX_DIGITS:
         raise BrokenRecord("image_id is not a number")
-    if not _has_id(entries, "question_id") or entries["question_id"] not in answers:
-        raise BrokenRecord("question without annotation")
+    is_answered = _has_id(entries, "question_id") and entries["question_id"] in answers
+    BrokenRecord.unless(is_answered, "question without annotation")
     annotation = answers[entries["question_id"]]
     types = (v if isinstance(v := annotation.get(k), str) else None for k in ("question_type", "answer_type"))
     text, given = _text(entries, "question"), _answers(annotation.get("answers"))
@@ -216,8 +193,7 @@ def _vqa_question(answers: dict[Any, dict[str, Any]], number: int, record: Any) 
 
 
 def _entries(record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise BrokenRecord("record is not an object")
+    BrokenRecord.unless(isinstance(record, dict), "record is not an object")
     return record
 
 
@@ -228,23 +204,19 @@ def _has_id(record: Any, key: str) -> bool:
 
 def _text(entries: dict[str, Any], key: str) -> str:
     """The entry as stripped text; raises BrokenRecord where there is none."""
-    value = entries.get(key)
-    if value is None:
-        raise BrokenRecord(f"no {key}")
-    if not isinstance(value, str) or not is_unicode(value):
-        raise BrokenRecord(f"{key} is not text")
-    if not value.strip():
-        raise BrokenRecord(f"empty {key}")
+    value: Any = entries.get(key)
+    BrokenRecord.unless(value is not None, f"no {key}")
+    BrokenRecord.unless(isinstance(value, str) and is_unicode(value), f"{key} is not text")
+    BrokenRecord.unless(bool(value.strip()), f"empty {key}")
     return value.strip()
 
 
 def _answers(value: Any) -> tuple[str, ...]:
     """All answers to a question, at least one of which is not blank; a single text is one answer."""
     answers = [value] if isinstance(value, str) else value
-    if not isinstance(answers, list) or not any(isinstance(a, str) and a.strip() for a in answers):
-        raise BrokenRecord("no answer")
-    if not all(isinstance(a, str) and is_unicode(a) for a in answers):
-        raise BrokenRecord("answer is not text")
+    is_answered = isinstance(answers, list) and any(isinstance(a, str) and a.strip() for a in answers)
+    BrokenRecord.unless(is_answered, "no answer")
+    BrokenRecord.unless(all(isinstance(a, str) and is_unicode(a) for a in answers), "answer is not text")
     return tuple(answers)
 
 

@@ -1,7 +1,5 @@
 """What the pixels of a drawing on white tell without a model: its main colour, and whether it is wide or tall."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import numpy as np

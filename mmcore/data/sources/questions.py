@@ -1,7 +1,5 @@
 """Questions about images: pairs of a question and an answer to train on, and questions in order to evaluate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mmcore.data.sources.base import Measured, TrainImages, stable_hash
+from mmcore.data.sources.base import Measured, PairSource
 from mmcore.data.transforms.images import Preprocess
 
 NUM_ANNOTATORS = 10
@@ -36,24 +34,24 @@ class Question:
 
 
 @dataclass(repr=False)
-class QuestionSet(Measured):
-    """Questions with an image each; as a PairSource, the caption is an answer.
+class QuestionSet(Measured, PairSource):
+    """Questions with an image each; the caption is an answer.
 
     Args:
         name: the source, for prints; says so where the questions are derived.
         source: image i is what question i asks about.
         questions: the questions.
         derived: made by templates from captions or classes, not asked by people.
-        max_broken: share of broken images above which `batches` raises.
+        max_broken: share of broken images above which `raw_batches` raises.
     """
 
     name: str
-    source: TrainImages
+    source: PairSource
     questions: list[Question]
     derived: bool
     max_broken: float = 0.0
     broken: dict[str, int] = field(default_factory=dict)
-    """Broken images met in the latest pass of `batches`, by reason."""
+    """Broken images met in the latest pass of `raw_batches`, by reason."""
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -63,15 +61,12 @@ class QuestionSet(Measured):
         return f"{self.source.sample_id(i)}, question {self.questions[i].question_id}"
 
     def raw_image(self, i: int, least: int | None = None) -> Image.Image:
-        """RGB image of question `i`; raises BrokenRecord."""
         return self.source.raw_image(i, least)
 
     def image_id(self, i: int) -> int:
-        """Which image question `i` asks about; equal for questions about the same one."""
         return self.source.image_id(i)
 
     def question(self, i: int) -> str:
-        """Question `i` as text."""
         return self.questions[i].text
 
     def caption(self, i: int, rng: np.random.Generator) -> str:
@@ -83,30 +78,15 @@ class QuestionSet(Measured):
         """The distinct answers to question `i`."""
         return list(dict.fromkeys(a for a in self.questions[i].answers if a.strip()))
 
-    def label(self, i: int, caption: str) -> int:
-        """Equal answers have equal labels."""
-        return stable_hash(caption)
-
     def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
-        """Training view of the image, as its source draws it."""
         return self.source.augment(i, preprocess, rng)
 
     def batches(self, batch_size: int, preprocess: Preprocess) -> Iterator[tuple[Tensor, list[Question]]]:
-        """All questions in order: uint8 [B, 3, S, S] images, and B questions.
-
-        Questions about broken images are left out.
-
-        Raises:
-            ValueError: `batch_size` below 1; more than `max_broken` of the images are broken.
-        """
+        """As `raw_batches`, the images uint8 [B, 3, S, S]."""
         for images, questions in self.raw_batches(batch_size):
             yield preprocess(images), questions
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Question]]]:
-        """As `batches`, the images as they are.
-
-        Raises:
-            ValueError: more than `max_broken` of the images are broken.
-        """
+        """All questions in order with their images, RGB, less those about broken images; ValueError for too many."""
         for images, indices in self._good_images(self, range(len(self)), batch_size, f"the images of {self.name}"):
             yield images, [self.questions[i] for i in indices]

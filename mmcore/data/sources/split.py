@@ -1,11 +1,11 @@
 """Splitting pairs into training and held-out ones without a leak."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+from mmcore.ops import require
 
 
 def split_pairs(
@@ -20,15 +20,8 @@ def split_linked(keys: Sequence[Sequence[Hashable]], val_fraction: float, seed: 
     """Indices of training and held-out samples, ascending; no key is on both sides.
 
     Samples that share a key, directly or through other samples, form a group, and groups are dealt out whole in an
-    order drawn from `seed` until `val_fraction` of the samples is held out.
-
-    Args:
-        keys: of each sample, any number, such as its image and its caption.
-        val_fraction: share to hold out, in [0, 1); 0 holds out nothing.
-        seed: seed of the order of the groups.
-
-    Raises:
-        ValueError: the groups are too large for `val_fraction` to hold out a sample.
+    order drawn from `seed` until `val_fraction` of the samples, in [0, 1), is held out; raises ValueError where the
+    groups are too large for it. `keys` are any number of each sample, such as its image and its caption.
     """
     n = len(keys)
     if val_fraction == 0:
@@ -40,14 +33,12 @@ def split_linked(keys: Sequence[Sequence[Hashable]], val_fraction: float, seed: 
         group = groups[int(g)]
         if len(held_out) + len(group) <= target:
             held_out += group
-    if not held_out:
-        raise ValueError(
-            f"data: val_fraction={val_fraction:g} must leave room for a group of pairs with a common image "
-            f"or caption, but the smallest has {min(map(len, groups))} of {n} pairs; set val_fraction=0 or "
-            "give other held-out data"
-        )
-    chosen = set(held_out)
-    return [i for i in range(n) if i not in chosen], sorted(held_out)
+    what = (
+        "val_fraction={:g} must leave room for a group of pairs with a common image or caption, but the smallest has "
+    )
+    what += "{} of {} pairs; set val_fraction=0 or give other held-out data"
+    require("data", bool(held_out), what, val_fraction, min(map(len, groups)), n)
+    return sorted(set(range(n)) - set(held_out)), sorted(held_out)
 
 
 def split_stratified(classes: Sequence[int], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -59,8 +50,7 @@ def split_stratified(classes: Sequence[int], val_fraction: float, seed: int) -> 
     for c, members in sorted(by_class.items()):
         order = np.random.default_rng([seed, 0x5B117, c]).permutation(len(members))
         held_out += [members[int(j)] for j in order[: round(val_fraction * len(members))]]
-    chosen = set(held_out)
-    return [i for i in range(len(classes)) if i not in chosen], sorted(held_out)
+    return sorted(set(range(len(classes))) - set(held_out)), sorted(held_out)
 
 
 def _connected(keys: Sequence[Sequence[Hashable]]) -> list[list[int]]:

@@ -3,8 +3,6 @@
 The stamps are under GPL-2, so they are fetched and read where the program runs, and are no part of it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os
@@ -25,12 +23,15 @@ from mmcore.data.sources.files import FilePairs
 from mmcore.data.sources.questions import NUM_ANNOTATORS, Question, QuestionSet
 from mmcore.data.sources.split import split_pairs
 from mmcore.data.transforms.images import pad_to_square
+from mmcore.errors import did_you_mean
+from mmcore.ops import require
 
 _LOG = logging.getLogger(__name__)
 
 STAMPS_PACKAGE = "tuxpaint-stamps-default"
 _INSIDE = Path("usr/share/tuxpaint/stamps")
 _APT_TIMEOUT_S = 900
+_ELSEWHERE = "unpack it elsewhere with dpkg-deb -x and give the folder as --stamps-dir"
 
 _CLASS_NAMES = {
     "en": {"naturalforces": "forces of nature", "household": "household things", "symbols": "symbols and signs"},
@@ -59,18 +60,11 @@ class Stamps(FilePairs):
 
 
 def open_stamps(config: DataConfig, seed: int) -> PairData:
-    """The stamps that have a caption in `config.language`, split by caption; fetched where they are absent.
-
-    Args:
-        config: `language`, `stamps_dir`, `val_fraction`, `max_broken`.
-        seed: seed of the split.
-
-    Raises:
-        ValueError: another language, no stamps and no way to fetch them, or too few with a caption in that language.
-    """
-    if config.language not in STAMP_TEMPLATES:
-        known = " or ".join(STAMP_TEMPLATES)
-        raise ValueError(f"data: language of 'stamps' must be {known}, got {config.language!r}")
+    """The stamps that have a caption in `config.language`, split by caption with `seed`; fetched where they are absent.
+    Raises ValueError for another language, no stamps and no way to fetch them, or too few with such a caption."""
+    known, hint = " or ".join(STAMP_TEMPLATES), did_you_mean(config.language, STAMP_TEMPLATES)
+    what = "language of 'stamps' must be {}, got {!r}{}"
+    require("data", config.language in STAMP_TEMPLATES, what, known, config.language, hint)
     root = find_stamps(config.stamps_dir)
     tally = BrokenTally(config.max_broken, f"the stamps in {root}")
     names: list[str] = []
@@ -86,8 +80,8 @@ def open_stamps(config: DataConfig, seed: int) -> PairData:
                 names.append(name)
                 texts.append(caption)
     tally.check(final=True)
-    if not names:
-        raise ValueError(f"data: the stamps in {root} must have captions in language={config.language!r}, got none")
+    what = "the stamps in {} must have captions in language={!r}, got none"
+    require("data", bool(names), what, root, config.language)
     stamps = Stamps([str(root / name) for name in names], names, texts)
     # Stamps that lie loose in the folder have no class.
     folders = sorted({name.split("/")[0] for name in names}) if all("/" in name for name in names) else []
@@ -120,14 +114,8 @@ def _class_name(name: str, config: DataConfig) -> str:
 
 
 def parse_stamp_caption(data: bytes, language: str) -> str | None:
-    """Caption in `language` from a stamp's text: English on the first line, then lines 'zh_CN.utf8=...'.
-
-    Returns:
-        The caption, or None where the file has none in that language.
-
-    Raises:
-        BrokenRecord: not UTF-8.
-    """
+    """Caption in `language` from a stamp's text, or None where it has none: English on the first line, then lines
+    'zh_CN.utf8=...'; raises BrokenRecord where it is not UTF-8."""
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -140,11 +128,8 @@ def parse_stamp_caption(data: bytes, language: str) -> str | None:
 
 
 def find_stamps(stamps_dir: Path | None) -> Path:
-    """Folder of the stamps: `stamps_dir` or the user's cache, filled from Debian's archive if absent.
-
-    Raises:
-        ValueError: the folder holds no stamps, or they cannot be fetched.
-    """
+    """Folder of the stamps: `stamps_dir` or the user's cache, filled from Debian's archive if absent; raises ValueError
+    where it holds no stamps, or they cannot be fetched."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcore" / "tuxpaint-stamps"
     target = cache if stamps_dir is None else stamps_dir.expanduser()
     try:
@@ -158,24 +143,21 @@ def find_stamps(stamps_dir: Path | None) -> Path:
     except OSError as error:
         raise _fetch_error(str(error)) from None
     root = target / _INSIDE if (target / _INSIDE).is_dir() else target
-    if not any(root.rglob("*.png")):
-        raise ValueError(f"data: stamps_dir must hold stamps (PNG files with .txt captions), got {str(target)!r}")
+    has_stamps = any(root.rglob("*.png"))
+    require("data", has_stamps, "stamps_dir must hold stamps (PNG files with .txt captions), got {!r}", str(target))
     return root
 
 
 def _fetch(target: Path) -> None:
     """Download and unpack the package without root, and move pictures and captions to `target` at once."""
-    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
-    if missing:
-        raise ValueError(
-            f"data: 'stamps' needs {missing[0]}, which is not installed, to fetch Debian's {STAMPS_PACKAGE}; "
-            "unpack it elsewhere with dpkg-deb -x and give the folder as --stamps-dir"
-        )
+    for tool in ("apt-get", "dpkg-deb"):
+        what = "'stamps' needs {}, which is not installed, to fetch Debian's {}; {}"
+        require("data", shutil.which(tool) is not None, what, tool, STAMPS_PACKAGE, _ELSEWHERE)
     _LOG.warning("fetching Debian's package %s (161 MB, once) into %s", STAMPS_PACKAGE, target)
     with tempfile.TemporaryDirectory(prefix=".stamps-", dir=target.parent) as temporary:
         work = Path(temporary)
         package = _download(work)
-        _command(["dpkg-deb", "-x", str(package), str(work / "unpacked")], work)
+        _run(["dpkg-deb", "-x", str(package), str(work / "unpacked")], work)
         staging = work / "staging"
         source = work / "unpacked" / _INSIDE
         for file in (*source.rglob("*.png"), *source.rglob("*.txt")):
@@ -193,32 +175,27 @@ def _download(work: Path) -> Path:
         (work / partial).mkdir(parents=True)
     unsandboxed = ["-o", "APT::Sandbox::User="]
     own = [*unsandboxed, "-o", f"Dir::State={work / 'state'}", "-o", f"Dir::Cache={work / 'cache'}"]
-    if _run(["apt-get", *unsandboxed, "download", STAMPS_PACKAGE], work).returncode != 0:
-        _command(["apt-get", *own, "update"], work)
-        _command(["apt-get", *own, "download", STAMPS_PACKAGE], work)
+    if not _run(["apt-get", *unsandboxed, "download", STAMPS_PACKAGE], work, may_fail=True):
+        _run(["apt-get", *own, "update"], work)
+        _run(["apt-get", *own, "download", STAMPS_PACKAGE], work)
     packages = list(work.glob("*.deb"))
     if len(packages) != 1:
         raise _fetch_error(f"apt-get left {len(packages)} packages")
     return packages[0]
 
 
-def _command(command: list[str], folder: Path) -> None:
-    result = _run(command, folder)
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise _fetch_error(lines[-1] if lines else f"{command[0]} ended with status {result.returncode}")
-
-
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], folder: Path, *, may_fail: bool = False) -> bool:
+    """Whether a command succeeded; an error where it did not, unless it may fail."""
     options: Any = {"capture_output": True, "text": True, "timeout": _APT_TIMEOUT_S}
     try:
-        return subprocess.run(command, cwd=folder, env={**os.environ, "LC_ALL": "C"}, **options)
+        result = subprocess.run(command, cwd=folder, env={**os.environ, "LC_ALL": "C"}, **options)
     except subprocess.TimeoutExpired:
         raise _fetch_error(f"{command[0]} took longer than {_APT_TIMEOUT_S} s") from None
+    if result.returncode and not may_fail:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise _fetch_error(lines[-1] if lines else f"{command[0]} ended with status {result.returncode}")
+    return not result.returncode
 
 
 def _fetch_error(cause: str) -> ValueError:
-    return ValueError(
-        f"data: Debian's package {STAMPS_PACKAGE} could not be fetched ({cause}); "
-        "unpack it elsewhere with dpkg-deb -x and give the folder as --stamps-dir"
-    )
+    return ValueError(f"data: Debian's package {STAMPS_PACKAGE} could not be fetched ({cause}); {_ELSEWHERE}")

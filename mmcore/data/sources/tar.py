@@ -3,22 +3,17 @@
 webdataset is imported where a shard is read, and not before: no other source of data needs it.
 """
 
-from __future__ import annotations
-
 import json
 import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from tarfile import ReadError, TarFile
+from typing import Any, BinaryIO, cast
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import parse_image_id
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIX = "txt"
@@ -28,8 +23,6 @@ MAX_MEMBER_BYTES = 64 << 20
 
 _REFUSED = "refused-"
 _BLOCK = 1 << 16
-# The parameter of `fromtarfile` has the module's name.
-_ReadError = tarfile.ReadError
 _HEADER_CUT_OFF = (
     tarfile.EmptyHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
     tarfile.TruncatedHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
@@ -37,19 +30,21 @@ _HEADER_CUT_OFF = (
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 Sample = dict[str, Any]
-"""A group of members with one key: `__key__`, `__url__`, and bytes by lower-case suffix."""
+"""A group of members with one key: `__key__`, `__url__`, and bytes (or, in an index, places) by lower-case suffix."""
+Place = tuple[str, int, int]
+"""Where a member's data lies: path of the tar, first byte, length."""
 
 
 class _StrictTarInfo(tarfile.TarInfo):
     """A header that does not take the end of the file for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+    def fromtarfile(cls, tarfile: TarFile) -> Any:
         """The next header; raises ReadError where the file ends before the archive's end mark."""
         try:
             return super().fromtarfile(tarfile)
         except _HEADER_CUT_OFF as error:
-            raise _ReadError(f"unexpected end of file ({error})") from None
+            raise ReadError(f"unexpected end of file ({error})") from None
 
 
 def is_remote(url: str) -> bool:
@@ -58,20 +53,15 @@ def is_remote(url: str) -> bool:
 
 
 def expand_shards(pattern: str, argument: str) -> list[str]:
-    """The shards that a brace pattern such as 'a/{000..009}.tar' names.
-
-    Raises:
-        ValueError: naming `argument`, where a local shard does not exist.
-    """
+    """The shards that a brace pattern such as 'a/{000..009}.tar' names; raises ValueError, naming `argument`, where a
+    local shard does not exist."""
     from webdataset.shardlists import expand_urls  # noqa: PLC0415 (see above)
 
     shards = expand_urls(pattern)
     missing = [s for s in shards if not is_remote(s) and not Path(s).is_file()]
     if missing:
-        raise ValueError(
-            f"data: {argument}={pattern!r} must name existing shards, but {len(missing)} of {len(shards)} "
-            f"are missing, the first is {missing[0]}"
-        )
+        what = f"{argument}={pattern!r} must name existing shards, but {len(missing)} of {len(shards)} are missing"
+        raise ValueError(f"data: {what}, the first is {missing[0]}")
     if len(set(shards)) < len(shards):
         raise ValueError(f"data: {argument}={pattern!r} must name each shard once")
     return shards
@@ -85,20 +75,20 @@ def shard_samples(urls: Iterator[str]) -> Iterator[Sample]:
 
 
 def pair_bytes(sample: Sample) -> tuple[bytes, str]:
-    """Encoded image and caption of a sample.
-
-    Raises:
-        BrokenRecord: a member was refused or is missing, or the caption is empty or not UTF-8.
-    """
+    """Encoded image and caption of a sample; raises BrokenRecord where a member was refused or is missing, or the
+    caption is empty or not UTF-8."""
     for suffix, reason in sample.items():
         if suffix.startswith(_REFUSED):
             raise BrokenRecord(reason.decode())
-    image = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
-    if image is None:
-        raise BrokenRecord("no image")
-    if CAPTION_SUFFIX not in sample:
-        raise BrokenRecord("no caption")
+    image = image_of(sample)
+    BrokenRecord.unless(image is not None, "no image")
+    BrokenRecord.unless(CAPTION_SUFFIX in sample, "no caption")
     return image, decode_caption(sample[CAPTION_SUFFIX])
+
+
+def image_of(sample: Sample) -> Any:
+    """A sample's image, as it has its members; None where it has none."""
+    return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
 
 
 def decode_caption(data: bytes) -> str:
@@ -107,27 +97,20 @@ def decode_caption(data: bytes) -> str:
         caption = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise BrokenRecord("caption is not UTF-8") from None
-    if not caption:
-        raise BrokenRecord("empty caption")
+    BrokenRecord.unless(bool(caption), "empty caption")
     return caption
 
 
 def image_identity(sample: Sample) -> str:
-    """Which image a sample shows: the "image_id" in its .json, else its shard and key.
-
-    Raises:
-        BrokenRecord: the .json is no JSON object, or its "image_id" is neither text nor a whole number.
-    """
-    own = f"{sample['__url__']}:{sample['__key__']}"
-    if METADATA_SUFFIX not in sample:
-        return own
+    """Which image a sample shows: the "image_id" in its .json, else its shard and key; raises BrokenRecord where the
+    .json is no JSON object, or its "image_id" is neither text nor a whole number."""
     try:
-        metadata = json.loads(sample[METADATA_SUFFIX])
+        metadata = json.loads(sample.get(METADATA_SUFFIX, "{}"))
     except (ValueError, RecursionError):
-        raise BrokenRecord("metadata is not JSON") from None
+        metadata = None
     if not isinstance(metadata, dict):
         raise BrokenRecord("metadata is not JSON")
-    return parse_image_id(metadata.get("image_id")) or own
+    return parse_image_id(metadata.get("image_id")) or f"{sample['__url__']}:{sample['__key__']}"
 
 
 def sample_id(sample: Sample) -> str:
@@ -217,47 +200,19 @@ def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
     return None
 
 
-Place = tuple[str, int, int]
-"""Where a member's data lies: path of the tar, first byte, length."""
-
-
-@dataclass(frozen=True)
-class IndexedPair:
-    """Where a pair lies in an uncompressed tar; `key` is the sample's name without suffix."""
-
-    shard: str
-    key: str
-    image: Place
-    caption: Place
-    metadata: Place | None
-
-
-def index_shard(shard: str) -> list[IndexedPair]:
-    """The pairs of one local shard, by reading its headers alone.
-
-    Raises:
-        ValueError: the shard cannot be read to its end, or is compressed.
-    """
-    found: dict[str, dict[str, Place]] = {}
+def index_shard(shard: str) -> list[Sample]:
+    """The pairs of one local shard, by its headers alone: of each member its `Place`; raises ValueError where the shard
+    is damaged or compressed."""
+    found: dict[str, Sample] = {}
     for name, place in _headers(shard, " to be held out, or else num_samples be given to train on it"):
         key, suffix = _split_name(name)
         if key is not None and suffix is not None:
-            found.setdefault(key, {})[suffix.lower()] = place
-    pairs: list[IndexedPair] = []
-    for key, members in found.items():
-        image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-        caption = members.get(CAPTION_SUFFIX)
-        if image is not None and caption is not None:
-            pairs.append(IndexedPair(shard, key, image, caption, members.get(METADATA_SUFFIX)))
-    return pairs
+            found.setdefault(key, {"__key__": key, "__url__": shard})[suffix.lower()] = place
+    return [sample for sample in found.values() if image_of(sample) and CAPTION_SUFFIX in sample]
 
 
 def index_images(shard: str) -> dict[str, Place]:
-    """Where each image in one local tar lies, by its name, by reading the headers alone.
-
-    Raises:
-        ValueError: the tar cannot be read to its end, or is compressed.
-    """
+    """Where each image in one local tar lies, by its name; otherwise as `index_shard`."""
     members = ((PurePosixPath(name), place) for name, place in _headers(shard, ""))
     return {str(path): place for path, place in members if path.suffix[1:].lower() in IMAGE_SUFFIXES}
 

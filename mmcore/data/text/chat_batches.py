@@ -1,7 +1,5 @@
 """Batches of conversations: padded, packed, and grouped by length and modality."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from heapq import heapreplace
 from typing import NamedTuple
@@ -12,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmcore.data.text.templates import ChatSample
 from mmcore.labels import IGNORED
+from mmcore.ops import require
 
 
 class ChatBatch(NamedTuple):
@@ -34,17 +33,8 @@ class PackedBatch(NamedTuple):
 
 
 def collate(samples: Sequence[ChatSample], pad_token_id: int) -> ChatBatch:
-    """Samples as a batch.
-
-    Args:
-        samples: B of them, at least one.
-        pad_token_id: written behind the shorter ones, never learned.
-
-    Raises:
-        ValueError: no samples.
-    """
-    if not samples:
-        raise ValueError("collate: samples must be at least one, got none")
+    """B samples, at least one, as a batch; `pad_token_id` is written behind the shorter ones, never learned."""
+    require("collate", bool(samples), "samples must be at least one, got none")
     tokens = pad_sequence([s.tokens for s in samples], True, pad_token_id)
     labels = pad_sequence([s.labels for s in samples], True, IGNORED)
     return ChatBatch(tokens, labels, torch.tensor([len(s.tokens) for s in samples]))
@@ -57,14 +47,11 @@ def pack(samples: Sequence[ChatSample], max_length: int, pad_token_id: int) -> P
         samples: expanded, at least one; none is split.
         max_length: most tokens of a row.
         pad_token_id: written behind the shorter rows, never learned.
-
-    Raises:
-        ValueError: no samples, or one that is empty or longer than a row.
     """
     lengths = [len(sample.tokens) for sample in samples]
     wrong = [f"{length} of sample {i}" for i, length in enumerate(lengths) if not 0 < length <= max_length]
-    if wrong or not samples:
-        raise ValueError(f"pack: samples must have 1 to {max_length} tokens each, got {wrong[0] if wrong else 'none'}")
+    got = [*wrong, "none"][0]
+    require("pack", bool(samples and not wrong), "samples must have 1 to {} tokens each, got {}", max_length, got)
     rows = _rows(lengths, max_length)
     batch = collate([_joined([samples[i] for i in row]) for row in rows], pad_token_id)
     places = [torch.cat([torch.arange(lengths[i]) for i in row]) for row in rows]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmcore.labels import IGNORED
+from mmcore.ops import require
 
 Task = Literal["caption", "vqa"]
 PROMPTS: dict[Task, str] = {"caption": "", "vqa": "Question: {} Answer:"}
@@ -15,16 +16,8 @@ PROMPTS: dict[Task, str] = {"caption": "", "vqa": "Question: {} Answer:"}
 
 
 def prompt_texts(task: Task, prompt: str | None, questions: Sequence[str]) -> list[str]:
-    """What stands before each answer.
-
-    Args:
-        task: which questions have a place in.
-        prompt: None = `PROMPTS[task]`.
-        questions: of captions, anything.
-
-    Raises:
-        ValueError: no place, {}, for a question, or one where there is none.
-    """
+    """What stands before each answer: `prompt`, None = `PROMPTS[task]`, with a question in its place, {}; raises
+    ValueError where vqa's has no place, or caption's has one."""
     prompt = PROMPTS[task] if prompt is None else prompt
     if prompt.count("{}") != (task == "vqa"):
         want = "hold one {} for the question" if task == "vqa" else "hold no {}, there is no question"
@@ -39,11 +32,6 @@ class Prompted(NamedTuple):
     num_prompt: Tensor  # int64 [B], how many are the prompt's
     num_text: Tensor  # int64 [B], how many are no padding
     targets: Tensor | None  # int64 [B, T'], an encoder-decoder's answers, -100 behind them
-
-    def to(self, device: torch.device) -> "Prompted":
-        """The same on another device."""
-        tokens, num_prompt, num_text = (x.to(device) for x in self[:3])
-        return Prompted(tokens, num_prompt, num_text, None if self.targets is None else self.targets.to(device))
 
 
 class Prompts(NamedTuple):
@@ -63,28 +51,19 @@ class PromptTokens:
     """
 
     def __init__(self, tokenizer: Any, *, is_encoder_decoder: bool, max_answer: int) -> None:
-        if max_answer < 2:
-            raise ValueError(f"PromptTokens: max_answer must be at least 2, got {max_answer}")
+        require("PromptTokens", max_answer >= 2, "max_answer must be at least 2, got {}", max_answer)
         self.tokenizer, self.is_encoder_decoder, self.max_answer = tokenizer, is_encoder_decoder, max_answer
         new_line = tokenizer("\n", add_special_tokens=False).input_ids
-        if not is_encoder_decoder and not new_line:
-            raise ValueError("PromptTokens: tokenizer must have a token for a new line, got none")
+        has_end = bool(is_encoder_decoder or new_line)
+        require("PromptTokens", has_end, "tokenizer must have a token for a new line, got none")
         # SentencePiece may put a space before it
         self.end_token_id: int = tokenizer.eos_token_id if is_encoder_decoder else new_line[-1]
         # what a model says behind either is no answer
         self.stops = {self.end_token_id, tokenizer.eos_token_id}
 
     def pairs(self, prompts: Sequence[str], answers: Sequence[str]) -> Prompted:
-        """What a model learns: answers after prompts.
-
-        Args:
-            prompts: [B], "" allowed.
-            answers: [B].
-
-        Raises:
-            ValueError: a prompt and its answer whose tokens do not begin with the prompt's: no tokens of it are the
-                answer's own.
-        """
+        """What a model learns: answers [B] after prompts [B], "" allowed; raises ValueError for a prompt and its answer
+        whose tokens do not begin with the prompt's, so that no tokens are the answer's own."""
         if self.is_encoder_decoder:
             tokens, num_text = self._padded([self.tokenizer(p).input_ids for p in prompts])
             ids = self.tokenizer(list(answers), max_length=self.max_answer, truncation=True).input_ids
@@ -118,11 +97,8 @@ class PromptTokens:
     def _split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         before = self._prompt(prompt)
         whole = self._prompt(f"{prompt} {answer.strip()}" if prompt else answer.strip())
-        if whole[: len(before)] != before:
-            raise ValueError(
-                f"PromptTokens: the tokens of prompt and answer must begin with the prompt's, got others for "
-                f"{prompt!r} and {answer!r}"
-            )
+        what = "the tokens of prompt and answer must begin with the prompt's, got others for {!r} and {!r}"
+        require("PromptTokens", whole[: len(before)] == before, what, prompt, answer)
         return before, whole[len(before) :]
 
     def _padded(self, rows: list[list[int]], *, is_left: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
 """How a conversation is written for a language model, and which of its tokens are learned."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
 from mmcore.labels import IGNORED, IMAGE_TOKEN
+from mmcore.ops import require
 
 EOS = "{eos}"
 """In a template, the tokenizer's end of text."""
@@ -21,27 +21,16 @@ EOS = "{eos}"
 
 @dataclass(frozen=True)
 class Template:
-    """What is written around the texts of a conversation.
+    """What is written around the texts of a conversation."""
 
-    Args:
-        system: text of the system where the conversation has none.
-        system_marks: written before and after the system's text; nothing where that is empty.
-        user_marks: written before and after the user's text.
-        answer_mark: the end of a prompt; what follows it is learned.
-        answer_space: between that and the answer.
-        answer_end: ends an answer and is learned; `EOS` in it becomes the tokenizer's.
-        answer_gap: written after that, and not learned.
-        images_only: of the user's text only the images are written, and there is one answer, a caption.
-    """
-
-    system: str = ""
-    system_marks: tuple[str, str] = ("", "")
-    user_marks: tuple[str, str] = ("", "")
-    answer_mark: str = ""
-    answer_space: str = ""
-    answer_end: str = EOS
-    answer_gap: str = ""
-    images_only: bool = False
+    system: str = ""  # text of the system where the conversation has none
+    system_marks: tuple[str, str] = ("", "")  # written before and after the system's text; nothing where that is empty
+    user_marks: tuple[str, str] = ("", "")  # written before and after the user's text
+    answer_mark: str = ""  # the end of a prompt; what follows it is learned
+    answer_space: str = ""  # between that and the answer
+    answer_end: str = EOS  # ends an answer and is learned; `EOS` in it becomes the tokenizer's
+    answer_gap: str = ""  # written after that, and not learned
+    images_only: bool = False  # of the user's text only the images are written, and there is one answer, a caption
 
 
 TEMPLATES: dict[str, Template] = {
@@ -90,19 +79,11 @@ class ChatSample(NamedTuple):
 
 
 def expand(sample: ChatSample, counts: Sequence[int]) -> ChatSample:
-    """The sample with `IMAGE_TOKEN` once for each feature of an image.
-
-    Args:
-        sample: with `IMAGE_TOKEN` once for each image.
-        counts: features of each image, at least 1.
-
-    Raises:
-        ValueError: another number of images, or an image without features.
-    """
-    if len(counts) != sample.num_images or any(count < 1 for count in counts):
-        raise ValueError(
-            f"expand: counts must be at least 1 for each of {sample.num_images} images, got {list(counts)}"
-        )
+    """A sample that has `IMAGE_TOKEN` once for each image with it once for each feature of an image; raises ValueError
+    unless `counts` has these of each image, at least 1."""
+    fits = len(counts) == sample.num_images and all(count >= 1 for count in counts)
+    what = "counts must be at least 1 for each of {} images, got {}"
+    require("expand", fits, what, sample.num_images, list(counts))
     repeats = _widths(sample, counts)
     return ChatSample(sample.tokens.repeat_interleave(repeats), sample.labels.repeat_interleave(repeats))
 
@@ -114,6 +95,7 @@ def _widths(sample: ChatSample, counts: Sequence[int]) -> Tensor:
     return widths
 
 
+_require = partial(require, "ChatTokens")
 # a conversation as text, and where in it is what is learned
 _Written = tuple[str, list[tuple[int, int]]]
 
@@ -123,24 +105,17 @@ class ChatTokens:
 
     Args:
         tokenizer: with an end of text, which also pads where there is no padding token.
-        template: a name of `TEMPLATES`, or `AUTO`.
+        template: a name of `TEMPLATES` whose end of an answer is a token, or `AUTO`.
         max_length: tokens of a sample, features of images included; what is longer is cut.
-
-    Raises:
-        ValueError: an unknown template, one whose end of an answer is no token, or a tokenizer that lacks what is
-            needed.
     """
 
     def __init__(self, tokenizer: Any, template: str, max_length: int) -> None:
-        if max_length < 2:
-            raise ValueError(f"ChatTokens: max_length must be at least 2, got {max_length}")
-        if template != AUTO and template not in TEMPLATES:
-            names = ", ".join([*TEMPLATES, AUTO])
-            raise ValueError(f"ChatTokens: template must be one of {names}, got {template!r}")
-        if tokenizer.eos_token_id is None:
-            raise ValueError("ChatTokens: tokenizer must have an end of text, got none")
-        if template == AUTO and not tokenizer.chat_template:
-            raise ValueError("ChatTokens: tokenizer must have a chat template for 'auto', got none")
+        names = [*TEMPLATES, AUTO]
+        _require(max_length >= 2, "max_length must be at least 2, got {}", max_length)
+        _require(template in names, "template must be one of {}, got {!r}", ", ".join(names), template)
+        _require(tokenizer.eos_token_id is not None, "tokenizer must have an end of text, got none")
+        can_auto = template != AUTO or bool(tokenizer.chat_template)
+        _require(can_auto, "tokenizer must have a chat template for 'auto', got none")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template = None if template == AUTO else TEMPLATES[template]
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -150,11 +125,9 @@ class ChatTokens:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = sorted((added | set(tokenizer.all_special_tokens)) - {IMAGE})
         if self.template is not None and not self.template.images_only:
-            end = self._ids(self.template.answer_end.replace(EOS, tokenizer.eos_token))
-            if len(end) != 1:
-                raise ValueError(
-                    f"ChatTokens: template {template!r} needs {self.template.answer_end!r} as one token, got {len(end)}"
-                )
+            end = self.template.answer_end
+            num_ids = len(self._ids(end.replace(EOS, tokenizer.eos_token)))
+            _require(num_ids == 1, "template {!r} needs {!r} as one token, got {}", template, end, num_ids)
         probe = Conversation("probe", ("",), (Turn("user", f"{IMAGE}\na"), Turn("assistant", "a")))
         labels = self._sample(probe).labels
         self.stops: frozenset[int] = frozenset({tokenizer.eos_token_id, int(labels[labels != IGNORED][-1])})
@@ -179,21 +152,15 @@ class ChatTokens:
         """
         counts = [1] * len(conversation.images) if counts is None else counts
         sample = self._cut(self._sample(conversation), counts, conversation.id)
-        if not (sample.labels[1:] != IGNORED).any():
-            raise BrokenRecord(f"no answer within {self.max_length} tokens")
+        is_learned = bool((sample.labels[1:] != IGNORED).any())
+        BrokenRecord.unless(is_learned, f"no answer within {self.max_length} tokens")
         return sample
 
     def prompt(self, turns: Sequence[Turn]) -> Tensor:
-        """Tokens to generate an answer from, int64 [T]: those that a sample with the answer begins with.
-
-        Args:
-            turns: the last is the user's.
-
-        Raises:
-            ValueError: the last turn is not the user's; a special token in a text; for `plain`, no image.
+        """Tokens to generate an answer from, int64 [T]: those that a sample with the answer begins with. Raises
+        ValueError where the last turn is not the user's; for a special token in a text; for `plain`, without an image.
         """
-        if not turns or turns[-1].role != "user":
-            raise ValueError("ChatTokens: turns must end with the user's, got none such")
+        _require(bool(turns) and turns[-1].role == "user", "turns must end with the user's, got none such")
         try:
             text = self._prompt_text(self._cleaned(turns))
         except BrokenRecord as error:
@@ -225,19 +192,15 @@ class ChatTokens:
     def _boundary(self, text: str, place: int, tokens: list[int], name: str) -> int:
         """How many tokens stand before a place of the text."""
         before = self._encode(text[:place])
-        if tokens[: len(before)] != before:
-            raise ValueError(
-                f"ChatTokens: the tokens of conversation {name!r} must begin with those of its begin, got others up "
-                f"to {text[max(0, place - 20) : place]!r}, which the tokenizer merges with {text[place : place + 20]!r}"
-            )
+        what = "the tokens of conversation {!r} must begin with those of its begin, got others up to {!r}, which the "
+        what += "tokenizer merges with {!r}"
+        around = text[max(0, place - 20) : place], text[place : place + 20]
+        _require(tokens[: len(before)] == before, what, name, *around)
         return len(before)
 
     def _cut(self, sample: ChatSample, counts: Sequence[int], name: str) -> ChatSample:
-        if sample.num_images != len(counts):
-            raise ValueError(
-                f"ChatTokens: counts must be given for the {sample.num_images} images of conversation {name!r}, "
-                f"got {len(counts)}"
-            )
+        what = "counts must be given for the {} images of conversation {!r}, got {}"
+        _require(sample.num_images == len(counts), what, sample.num_images, name, len(counts))
         kept = int((_widths(sample, counts).cumsum(0) <= self.max_length).sum())
         return ChatSample(sample.tokens[:kept], sample.labels[:kept])
 
@@ -247,8 +210,8 @@ class ChatTokens:
         for turn in turns:
             text = turn.text.strip()
             rest = text.replace(IMAGE, "")
-            if any(token in rest for token in self._special):
-                raise BrokenRecord("a special token of the tokenizer in a text")
+            is_plain = not any(token in rest for token in self._special)
+            BrokenRecord.unless(is_plain, "a special token of the tokenizer in a text")
             if text.count(IMAGE) == 1:
                 text = f"{IMAGE}\n{rest.strip()}".strip()
             cleaned.append(Turn(turn.role, text))
@@ -258,15 +221,15 @@ class ChatTokens:
         turns = self._cleaned(conversation.turns)
         if self.template is None:
             return self._write_auto(turns, conversation.id)
-        if self.template.images_only and sum(turn.role == "assistant" for turn in turns) != 1:
-            raise BrokenRecord("several answers, where a caption is learned")
+        is_one = not self.template.images_only or sum(turn.role == "assistant" for turn in turns) == 1
+        BrokenRecord.unless(is_one, "several answers, where a caption is learned")
         text, learned = "", []
         for n, turn in enumerate(turns):
             if turn.role == "assistant":
                 before = self._prompt_text(turns[:n])
-                answer = self._answer_text(turn.text)
-                learned.append((len(before), len(before) + len(answer)))
-                text = before + answer + self.template.answer_gap
+                text = before + self._answer_text(turn.text)
+                learned.append((len(before), len(text)))
+                text += self.template.answer_gap
         return text, learned
 
     def _answer_text(self, text: str) -> str:
@@ -281,8 +244,7 @@ class ChatTokens:
             return self._apply(turns, is_prompt=True)
         if template.images_only:
             images = sum(turn.text.count(IMAGE) for turn in turns)
-            if not images:
-                raise BrokenRecord("no image, where a caption is learned")
+            BrokenRecord.unless(images > 0, "no image, where a caption is learned")
             return IMAGE * images
         has_system = turns[0].role == "system"
         system = turns[0].text if has_system else template.system
@@ -301,11 +263,9 @@ class ChatTokens:
             if turn.role != "assistant":
                 continue
             before, after = self._prompt_text(turns[:n]), self._apply(turns[: n + 1], is_prompt=False)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    f"ChatTokens: the tokenizer's chat template must write the begin of conversation {name!r} as it "
-                    f"writes it alone, got another text up to turn {n}"
-                )
+            what = "the tokenizer's chat template must write the begin of conversation {!r} as it writes it alone, got "
+            what += "another text up to turn {}"
+            _require(text.startswith(after) and after.startswith(before), what, name, n)
             learned.append((len(before), self._answer_end(after, turn.text, name)))
         return text, learned
 
@@ -314,11 +274,8 @@ class ChatTokens:
         trimmed = written.rstrip()
         if not trimmed.endswith(answer):
             return len(trimmed)
-        if trimmed == written:
-            raise ValueError(
-                f"ChatTokens: the tokenizer's chat template must write an end of an answer, got none in conversation "
-                f"{name!r}"
-            )
+        what = "the tokenizer's chat template must write an end of an answer, got none in conversation {!r}"
+        _require(trimmed != written, what, name)
         return len(written)
 
     def _apply(self, turns: Sequence[Turn], *, is_prompt: bool) -> str:
@@ -328,10 +285,8 @@ class ChatTokens:
         except TemplateError as error:
             raise ValueError(f"ChatTokens: the tokenizer's chat template refuses a conversation: {error}") from None
         num_images = sum(turn.text.count(IMAGE) for turn in turns)
-        if text.count(IMAGE) != num_images:
-            raise ValueError(
-                f"ChatTokens: the tokenizer's chat template must write {num_images} {IMAGE}, got {text.count(IMAGE)}"
-            )
+        what = "the tokenizer's chat template must write {} {}, got {}"
+        _require(text.count(IMAGE) == num_images, what, num_images, IMAGE, text.count(IMAGE))
         return text
 
     def _encode(self, text: str) -> list[int]:

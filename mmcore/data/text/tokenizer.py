@@ -8,6 +8,7 @@ at the highest id, open_clip's rule, are one.
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import tokenizers
 import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+
+from mmcore.ops import require
 
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
@@ -29,19 +32,19 @@ _MAX_FILE_BYTES = 64 * 2**20
 # 8 Han characters, or a word of 20 letters: a whole caption must not become one token
 _MAX_TOKEN_LENGTH = 24
 _MAX_CONTEXT_LENGTH = 2**16
+_require = partial(require, "load_tokenizer")
 
 
 class Tokenizer:
     """Captions to ids [B, context_length]: start, text, end, zeros; a truncated text keeps its end token."""
 
     def __init__(self, bpe: tokenizers.Tokenizer, *, context_length: int) -> None:
-        if not 3 <= context_length <= _MAX_CONTEXT_LENGTH:
-            raise ValueError(f"Tokenizer: context_length must be in [3, {_MAX_CONTEXT_LENGTH}], got {context_length}")
+        owner, most = "Tokenizer", _MAX_CONTEXT_LENGTH
+        require(owner, 3 <= context_length <= most, "context_length must be in [3, {}], got {}", most, context_length)
         start, end, size = bpe.token_to_id(START_TOKEN), bpe.token_to_id(END_TOKEN), bpe.get_vocab_size()
         if start is None or end is None:
             raise ValueError(f"Tokenizer: the vocabulary must hold {START_TOKEN} and {END_TOKEN}, got {size} others")
-        if end != size - 1:
-            raise ValueError(f"Tokenizer: {END_TOKEN} must have the highest id, {size - 1}, got {end}")
+        require(owner, end == size - 1, "{} must have the highest id, {}, got {}", END_TOKEN, size - 1, end)
         self.context_length = context_length
         self.vocab_size = size
         self.sot_token_id = start
@@ -52,13 +55,10 @@ class Tokenizer:
         """Tokenize captions, lower-cased and with white space collapsed, as transformers' CLIPTokenizer does.
 
         Args:
-            captions: at least one string; "" is allowed. Special tokens in a caption are plain text.
+            captions: B strings, at least one; "" is allowed. Special tokens in a caption are plain text.
 
         Returns:
             [B, context_length] int64 on the CPU, padded with 0.
-
-        Raises:
-            ValueError: no captions, or one that is not a string.
         """
         _check_captions("Tokenizer", captions)
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
@@ -88,13 +88,9 @@ def train_tokenizer(captions: Sequence[str], *, vocab_size: int, context_length:
         vocab_size: upper bound, at least 514 (bytes, bytes that end a word, start, end); fewer where captions
             are too few to learn as many merges.
         context_length: tokens a caption, start and end included, in [3, 65536].
-
-    Raises:
-        ValueError: no captions, one that is not a string, sizes out of range.
     """
     _check_captions("train_tokenizer", captions)
-    if vocab_size < 514:
-        raise ValueError(f"train_tokenizer: vocab_size must be at least 514, got {vocab_size}")
+    require("train_tokenizer", vocab_size >= 514, "vocab_size must be at least 514, got {}", vocab_size)
     learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
     learner.normalizer, learner.pre_tokenizer = _normalizer(), _pre_tokenizer()
     options = {"min_frequency": 2, "show_progress": False, "max_token_length": _MAX_TOKEN_LENGTH}
@@ -114,9 +110,6 @@ def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> To
             with one of them, preferred in this order.
         context_length: tokens a caption; None takes `model_max_length` of a tokenizer_config.json beside it,
             else 77.
-
-    Raises:
-        ValueError: nothing to load, a damaged file, a vocabulary whose end token has not the highest id.
     """
     file = _find(Path(path))
     if context_length is None:
@@ -128,19 +121,19 @@ def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> To
     if file.name == "vocab.json":
         merges = _parse_merges(_read_text(file.parent / "merges.txt").splitlines(), file.parent / "merges.txt")
         return Tokenizer(_clip_bpe(raw, merges), context_length=context_length)
-    if not isinstance(raw.get("model"), dict) or raw["model"].get("type", "BPE") != "BPE":
-        raise ValueError(f"load_tokenizer: {file} must describe a BPE model, got {sorted(raw)}")
+    is_bpe = isinstance(raw.get("model"), dict) and raw["model"].get("type", "BPE") == "BPE"
+    _require(is_bpe, "{} must describe a BPE model, got {}", file, sorted(raw))
+    # transformers leaves its latest call's truncation and padding in the file
+    raw |= {"truncation": None, "padding": None}
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(raw)), context_length=context_length)
 
 
 def _check_captions(caller: str, captions: Sequence[str]) -> None:
     if isinstance(captions, str) or not isinstance(captions, Sequence):
         raise ValueError(f"{caller}: captions must be a list of strings, got {type(captions).__name__}")
-    if not captions:
-        raise ValueError(f"{caller}: captions must hold at least one string, got none")
+    require(caller, bool(captions), "captions must hold at least one string, got none")
     for i, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise ValueError(f"{caller}: captions must be strings, got {caption!r} at {i}")
+        require(caller, isinstance(caption, str), "captions must be strings, got {!r} at {}", caption, i)
 
 
 def _byte_vocab() -> Iterator[str]:
@@ -167,12 +160,12 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 def _clip_bpe(vocab: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -> tokenizers.Tokenizer:
     for pair in merges:
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise ValueError(f"load_tokenizer: each merge must join two tokens of the vocabulary, got {pair}")
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"load_tokenizer: ids must be 0 to {len(vocab) - 1}, each once, got others")
-    if missing := [word for word in (*_byte_vocab(), START_TOKEN, END_TOKEN) if word not in vocab]:
-        raise ValueError(f"load_tokenizer: the vocabulary must hold every byte, start and end, missing {missing[0]}")
+        joins = len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys()
+        _require(joins, "each merge must join two tokens of the vocabulary, got {}", pair)
+    are_ids = sorted(vocab.values()) == list(range(len(vocab)))
+    _require(are_ids, "ids must be 0 to {}, each once, got others", len(vocab) - 1)
+    for word in (*_byte_vocab(), START_TOKEN, END_TOKEN):
+        _require(word in vocab, "the vocabulary must hold every byte, start and end, missing {}", word)
     pairs, suffixes = [(left, right) for left, right in merges], {"end_of_word_suffix": _END_OF_WORD}
     bpe = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=pairs, unk_token=END_TOKEN, **suffixes))
     bpe.normalizer, bpe.pre_tokenizer = _normalizer(), _pre_tokenizer()
@@ -201,10 +194,9 @@ def _saved_context_length(config: Path) -> int:
 
 
 def _read_text(file: Path) -> str:
-    if not file.is_file():
-        raise ValueError(f"load_tokenizer: {file} must be there, got no such file")
-    if file.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"load_tokenizer: {file} must be at most 64 MiB, got {file.stat().st_size} bytes")
+    _require(file.is_file(), "{} must be there, got no such file", file)
+    size = file.stat().st_size
+    _require(size <= _MAX_FILE_BYTES, "{} must be at most 64 MiB, got {} bytes", file, size)
     return file.read_text(encoding="utf-8")
 
 
@@ -213,8 +205,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raw: Any = json.loads(_read_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"load_tokenizer: {file} must hold JSON, got: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"load_tokenizer: {file} must hold a JSON object, got {type(raw).__name__}")
+    _require(isinstance(raw, dict), "{} must hold a JSON object, got {}", file, type(raw).__name__)
     return raw
 
 
@@ -228,6 +219,7 @@ def _read_openai_merges(file: Path) -> list[tuple[str, ...]]:
 
 
 def _parse_merges(lines: Sequence[str], file: Path) -> list[tuple[str, ...]]:
-    if not lines or not lines[0].startswith(("#version", '"bpe_simple_vocab')):
-        raise ValueError(f"load_tokenizer: {file} must start with a version line, got {(lines or [''])[0][:40]!r}")
+    first = lines[0] if lines else ""
+    is_version = first.startswith(("#version", '"bpe_simple_vocab'))
+    _require(is_version, "{} must start with a version line, got {!r}", file, first[:40])
     return [tuple(line.split()) for line in lines[1:] if line.strip()]

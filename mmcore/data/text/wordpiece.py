@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from mmcore.ops import require
+
 # the ids that a vocabulary of our own gives them, 0 and up
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # what a text to generate begins with: BLIP-2 adds it to BERT's vocabulary, with the highest id
@@ -33,12 +35,11 @@ class WordPiece:
 
     def __init__(self, vocab: Sequence[str]) -> None:
         words = [word for word in vocab if word != DECODER_TOKEN]
-        missing = [word for word in SPECIAL[:4] if word not in set(words)]
-        if missing:
-            raise ValueError(f"WordPiece: the vocabulary must hold {', '.join(SPECIAL[:4])}, missing {missing[0]}")
-        if len(set(words)) != len(words):
-            raise ValueError("WordPiece: the vocabulary must hold each word once, got some twice")
         ids = {word: i for i, word in enumerate(words)}
+        for word in SPECIAL[:4]:
+            what = "the vocabulary must hold {}, missing {}"
+            require("WordPiece", word in ids, what, ", ".join(SPECIAL[:4]), word)
+        require("WordPiece", len(ids) == len(words), "the vocabulary must hold each word once, got some twice")
         self.words = (*words, DECODER_TOKEN)
         self.vocab_size = len(self.words)
         self.pad_token_id, self.cls_token_id, self.sep_token_id = (ids[w] for w in ("[PAD]", "[CLS]", "[SEP]"))
@@ -48,24 +49,16 @@ class WordPiece:
         self._decoder = decoders.WordPiece(prefix=_PREFIX, cleanup=True)
 
     def __call__(self, texts: Sequence[str], max_length: int = 32) -> Texts:
-        """Tokenize texts, lower-cased and stripped of accents, as BERT's uncased models do.
+        """Tokenize texts, lower-cased and stripped of accents, as BERT's uncased models do; as long as the longest.
 
         Args:
             texts: strings; "" is allowed.
             max_length: tokens a text, [CLS] and [SEP] included, at least 2.
-
-        Returns:
-            As long as the longest text.
-
-        Raises:
-            ValueError: one that is not a string; a length below 2.
         """
-        if max_length < 2:
-            raise ValueError(f"WordPiece: max_length must be at least 2, got {max_length}")
+        require("WordPiece", max_length >= 2, "max_length must be at least 2, got {}", max_length)
         rows = []
         for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"WordPiece: texts must be strings, got {text!r}")
+            require("WordPiece", isinstance(text, str), "texts must be strings, got {!r}", text)
             # one at a time: encode_batch starts threads, which do not survive a fork into data workers
             ids = self._model.encode(text, add_special_tokens=False).ids[: max_length - 2]
             rows.append([self.cls_token_id, *ids, self.sep_token_id])
@@ -95,26 +88,16 @@ class WordPiece:
 
 
 def train_wordpiece(captions: Sequence[str], *, vocab_size: int) -> WordPiece:
-    """Learn a vocabulary from captions; the same captions give the same one.
-
-    Args:
-        captions: at least one string.
-        vocab_size: upper bound, [DEC] included; fewer where captions are too few.
-
-    Raises:
-        ValueError: no captions, or no room for their letters.
-    """
-    if not captions:
-        raise ValueError("train_wordpiece: captions must hold at least one string, got none")
+    """Learn a vocabulary from captions, of at most `vocab_size` words, [DEC] included; the same captions give the same
+    one. Raises ValueError for no captions, or no room for their letters."""
+    require("train_wordpiece", bool(captions), "captions must hold at least one string, got none")
     normalizer, splitter = _normalizer(), pre_tokenizers.BertPreTokenizer()
     words = {w for text in captions for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
     firsts, others = {w[0] for w in words}, {_PREFIX + c for w in words for c in w[1:]}
     # given here, the letters have fixed ids; left to the trainer, their order, so the words, are random
     known = [*SPECIAL, *sorted(firsts | {c[-1] for c in others}), *sorted(others | {_PREFIX + c for c in firsts})]
-    if vocab_size <= len(known):
-        raise ValueError(
-            f"train_wordpiece: vocab_size must be above {len(known)}, the captions' letters, got {vocab_size}"
-        )
+    what = "vocab_size must be above {}, the captions' letters, got {}"
+    require("train_wordpiece", vocab_size > len(known), what, len(known), vocab_size)
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, splitter
     options = {"min_frequency": 2, "show_progress": False, "continuing_subword_prefix": _PREFIX}
@@ -125,19 +108,12 @@ def train_wordpiece(captions: Sequence[str], *, vocab_size: int) -> WordPiece:
 
 
 def load_wordpiece(path: str | Path) -> WordPiece:
-    """Load a vocabulary that `WordPiece.save` or BERT's authors wrote.
-
-    Args:
-        path: vocab.txt, a word a line, or a folder with it.
-
-    Raises:
-        ValueError: nothing to load, or a file that is no vocabulary.
-    """
+    """Load a vocabulary that `WordPiece.save` or BERT's authors wrote: vocab.txt, a word a line, or a folder with it;
+    raises ValueError for nothing to load, or a file that is no vocabulary."""
     file = Path(path) / "vocab.txt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"load_wordpiece: path must be vocab.txt or a folder with it, got {path}")
-    if file.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"load_wordpiece: {file} must be at most 64 MiB, got {file.stat().st_size} bytes")
+    require("load_wordpiece", file.is_file(), "path must be vocab.txt or a folder with it, got {}", path)
+    size = file.stat().st_size
+    require("load_wordpiece", size <= _MAX_FILE_BYTES, "{} must be at most 64 MiB, got {} bytes", file, size)
     return WordPiece(file.read_text(encoding="utf-8").splitlines())
 
 

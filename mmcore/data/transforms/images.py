@@ -1,7 +1,5 @@
 """Images from untrusted bytes to pixels, with Pillow alone; they travel as uint8, and models normalise them."""
 
-from __future__ import annotations
-
 import io
 import math
 import struct
@@ -12,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord
+from mmcore.ops import require
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Per-channel mean of CLIP's training images (Radford et al., arXiv 2103.00020)."""
@@ -37,21 +36,13 @@ _DECODER_ERRORS = (
 
 
 def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
-    """RGB image of an encoded one; transparent parts become white.
+    """RGB image of an encoded one, upright by its EXIF orientation; transparent parts become white.
 
-    Args:
-        data: the bytes of a JPEG, PNG, WebP, GIF or BMP file.
-        least: pixels that the shorter side has to keep; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
-            takes a fraction of the time. None = all of them.
-
-    Returns:
-        Image in mode RGB, its pixels loaded.
-
-    Raises:
-        BrokenRecord: empty, not an image, truncated, or above `MAX_IMAGE_PIXELS`.
+    `least` are the pixels that the shorter side has to keep: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
+    which takes a fraction of the time. Raises BrokenRecord for what is empty, not an image, truncated, or above
+    `MAX_IMAGE_PIXELS`.
     """
-    if not data:
-        raise BrokenRecord("empty file")
+    BrokenRecord.unless(bool(data), "empty file")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -60,8 +51,7 @@ def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
         raise BrokenRecord("not an image") from None
     except _DECODER_ERRORS:
         raise BrokenRecord("damaged image") from None
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise BrokenRecord("decompression bomb")
+    BrokenRecord.unless(image.width * image.height <= MAX_IMAGE_PIXELS, "decompression bomb")
     try:
         if least is not None:
             image.draft(None, (least, least))
@@ -72,6 +62,7 @@ def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
@@ -109,12 +100,10 @@ class Preprocess:
     fit: Literal["crop", "squash"] = "crop"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"Preprocess: size must be at least 1 pixel, got {self.size}")
+        require("Preprocess", self.size >= 1, "size must be at least 1 pixel, got {}", self.size)
 
     @property
     def resample(self) -> Image.Resampling:
-        """Of Pillow."""
         return Image.Resampling[self.interpolation.upper()]
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:

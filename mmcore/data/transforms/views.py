@@ -4,8 +4,6 @@ The numbers are those of the published code of SimCLR (arXiv:2002.05709), MoCo (
 (2006.07733), DINO (2104.14294), iBOT (2111.07832), DINOv2 (2304.07193), MAE (2111.06377) and SimMIM (2111.09886).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from mmcore.data.transforms.images import Preprocess, random_resized_crop, to_pixels
+from mmcore.ops import require
 
 Change = Callable[[Image.Image], Image.Image]
 
@@ -47,16 +46,15 @@ class View:
     solarize_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"View: size must be at least 1 pixel, got {self.size}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"View: scale must be from and to within (0, 1], got {self.scale}")
+        require("View", self.size >= 1, "size must be at least 1 pixel, got {}", self.size)
+        is_range = 0 < self.scale[0] <= self.scale[1] <= 1
+        require("View", is_range, "scale must be from and to within (0, 1], got {}", self.scale)
         for name in ("flip", "jitter_p", "grey_p", "blur_p", "solarize_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"View: {name} must be a probability, got {getattr(self, name)}")
-        if min(self.jitter) < 0 or self.jitter[3] > 0.5 or not 0 <= self.blur[0] <= self.blur[1]:
-            given = f"{self.jitter} and {self.blur}"
-            raise ValueError(f"View: jitter must be from 0, of the hue to 0.5, and blur from and to, got {given}")
+            value = getattr(self, name)
+            require("View", 0 <= value <= 1, "{} must be a probability, got {}", name, value)
+        fits = min(self.jitter) >= 0 and self.jitter[3] <= 0.5 and 0 <= self.blur[0] <= self.blur[1]
+        what = "jitter must be from 0, of the hue to 0.5, and blur from and to, got {} and {}"
+        require("View", fits, what, self.jitter, self.blur)
 
     @property
     def least(self) -> int:

@@ -1,9 +1,9 @@
 """BLIP-2's shapes by name: as published, and two small ones for a first run."""
 
-import difflib
 from dataclasses import replace
 from functools import partial
 
+from mmcore.errors import did_you_mean
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
@@ -44,8 +44,7 @@ def blip2_config(
     """The configuration of that name in `BLIP2_CONFIGS`, fitted to an image tower and a tokenizer, of which None keeps
     its own; a ValueError for an unknown name."""
     if name not in BLIP2_CONFIGS:
-        near = difflib.get_close_matches(name, BLIP2_CONFIGS, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, BLIP2_CONFIGS)
         raise ValueError(f"blip2_config: name must be one of {', '.join(BLIP2_CONFIGS)}, got {name!r}{hint}")
     config = BLIP2_CONFIGS[name]
     vision = config.vision if vision is None else vision

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.nn import Linear, Packing
+from mmcore.ops import require
 from mmcore.parts import text
 from mmcore.parts.vit import Tower, VisionConfig, ViT
 
@@ -29,8 +30,9 @@ class TextConfig(text.TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
-            raise ValueError(f"TextConfig: eos_token_id must be in [0, {self.vocab_size}), got {self.eos_token_id}")
+        is_token = self.eos_token_id is None or 0 <= self.eos_token_id < self.vocab_size
+        what = "eos_token_id must be in [0, {}), got {}"
+        require("TextConfig", is_token, what, self.vocab_size, self.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -43,32 +45,20 @@ class CLIPConfig:
     init_log_logit_scale: float = _DEFAULT_LOGIT_SCALE
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1:
-            raise ValueError(f"CLIPConfig: embed_dim must be at least 1, got {self.embed_dim}")
+        require("CLIPConfig", self.embed_dim >= 1, "embed_dim must be at least 1, got {}", self.embed_dim)
 
 
 def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
-    """Index of each row's first end token, by the one rule that transformers and open_clip agree with.
-
-    Args:
-        tokens: [B, T] integer ids; each row is expected to hold its end token (a row without pools at 0).
-        eos_token_id: the id, or None (or transformers' legacy 2) for the highest id of the row.
-
-    Returns:
-        [B] int64.
-    """
+    """Index, int64 [B], of the first end token of each row of tokens [B, T], 0 where it has none, by the one rule that
+    transformers and open_clip agree with: None, or transformers' legacy 2, is the highest id of the row."""
     if eos_token_id is None or eos_token_id == LEGACY_EOS_TOKEN_ID:
         return tokens.argmax(dim=-1)
     return (tokens == eos_token_id).int().argmax(dim=-1)
 
 
 def caption_lengths(tokens: Tensor, eos_token_id: int | None) -> list[int]:
-    """How many tokens of each caption count: those up to its end token, behind which a causal tower never looks.
-
-    Args:
-        tokens: [B, T] integer ids; reading them waits for a GPU that they are on.
-        eos_token_id: see `eos_positions`.
-    """
+    """How many tokens of each caption [B, T] count: those up to its end token (see `eos_positions`), behind which a
+    causal tower never looks. Reading them waits for a GPU that they are on."""
     return (eos_positions(tokens, eos_token_id) + 1).tolist()
 
 
@@ -117,19 +107,14 @@ class TextTower(text.TextTower):
 
 def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
     """Their sum."""
-    most = tokens.shape[1]
-    if len(lengths) != len(tokens) or not all(1 <= length <= most for length in lengths):
-        raise ValueError(f"CLIP: lengths must be {len(tokens)} from 1 to {most}, one a caption, got {list(lengths)}")
-    if (
-        sum(lengths) < tokens.numel()
-        and tokens.is_cpu
-        and not (behind := torch.tensor(lengths, dtype=torch.int64) > ends).all()
-    ):
-        first = int((~behind).nonzero()[0])
-        raise ValueError(
-            f"CLIP: lengths must reach each caption's end token, got {lengths[first]} for caption {first}, "
-            f"which ends at token {int(ends[first])}"
-        )
+    rows, most = tokens.shape
+    fits = len(lengths) == rows and all(1 <= length <= most for length in lengths)
+    what = "lengths must be {} from 1 to {}, one a caption, got {}"
+    require("CLIP", fits, what, rows, most, list(lengths))
+    if sum(lengths) < tokens.numel() and tokens.is_cpu:
+        what = "lengths must reach each caption's end token, got {} for caption {}, which ends at token {}"
+        for i, (length, end) in enumerate(zip(lengths, ends.tolist(), strict=True)):
+            require("CLIP", length > end, what, length, i, end)
     return sum(lengths)
 
 
@@ -153,29 +138,16 @@ class CLIP(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit-norm image embeddings.
-
-        Args:
-            images: [B, 3, S, S], see `ViT`; B may be 0.
-
-        Returns:
-            [B, E] float32.
-
-        Raises:
-            ValueError: another shape or dtype.
-        """
+        """Unit-norm embeddings [B, E], float32, of images [B, 3, S, S], see `ViT`; B may be 0."""
         return _unit_norm(self.visual(images))
 
     def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Unit-norm caption embeddings.
+        """Unit-norm caption embeddings [B, E], float32.
 
         Args:
             tokens: [B, T] int64, T at most the context length, each row with its end token; B may be 0.
             lengths: of the captions, by `caption_lengths` before the tokens go to a GPU: the rest is not computed,
                 which changes nothing. None = looked up on a CPU; on a GPU, and under torch.compile, all T are.
-
-        Returns:
-            [B, E] float32.
 
         Raises:
             ValueError: another shape or dtype; lengths out of range, or short of an end token (on a GPU, an index out
@@ -191,14 +163,9 @@ class CLIP(nn.Module):
         Under ZeRO-3 parameters are whole only inside a module's forward, so training and evaluation both
         go through here.
 
-        Args:
-            images: [B, 3, S, S], or None.
-            tokens: [B', T], or None.
-            lengths: see `encode_text`.
-
         Returns:
-            image embeddings [B, E] (or None), text embeddings [B', E] (or None), and the logit scale
-            exp(logit_scale), [1]; all float32.
+            `encode_image` [B, E] (or None), `encode_text` [B', E] (or None), and the logit scale exp(logit_scale),
+            [1]; all float32.
         """
         image_features = None if images is None else self.encode_image(images)
         text_features = None if tokens is None else self.encode_text(tokens, lengths)
@@ -206,14 +173,10 @@ class CLIP(nn.Module):
 
     def image_tower(self) -> Tower:
         """The image tower for models that read its states: without the last layer, as LAVIS and LLaVA have it, since
-        nothing trained what it makes of patches.
-
-        Raises:
-            ValueError: a tower of one layer.
-        """
+        nothing trained what it makes of patches; raises ValueError for a tower of one layer."""
         vision = self.config.vision
-        if vision.num_layers < 2:
-            raise ValueError(f"load_tower: a CLIP's tower must have 2 layers or more, got {vision.num_layers}")
+        what = "a CLIP's tower must have 2 layers or more, got {}"
+        require("load_tower", vision.num_layers >= 2, what, vision.num_layers)
         config = replace(vision, num_layers=vision.num_layers - 1)
         with torch.device("meta"):
             wanted = ViT(config).state_dict().keys()

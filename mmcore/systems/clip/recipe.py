@@ -75,10 +75,9 @@ class Clip(TwoTowers):
             theirs, ours = (asdict(getattr(config, part)) for config in (loaded.config, shape))
             differ = [n for n in ours if n != "eos_token_id" and theirs[n] != ours[n]]
             if differ:
-                raise ValueError(
-                    f"--init must be a CLIP whose {part} tower has {differ[0]} {ours[differ[0]]!r}, as --model "
-                    f"{self.model} and the tokenizer have it, got {theirs[differ[0]]!r} in {self.init}"
-                )
+                n = differ[0]
+                wanted = f"a CLIP whose {part} tower has {n} {ours[n]!r}, as --model {self.model} and the tokenizer"
+                raise ValueError(f"--init must be {wanted} have it, got {theirs[n]!r} in {self.init}")
         return loaded.state_dict()
 
     def collate(self, assets: PairAssets, samples: list[PairSample]) -> ClipBatch:

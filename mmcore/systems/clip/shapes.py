@@ -1,8 +1,8 @@
 """CLIP's shapes by the names open_clip gives them, and two small ones for a first run."""
 
-import difflib
 from dataclasses import replace
 
+from mmcore.errors import did_you_mean
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.clip.model import CLIPConfig, TextConfig
 
@@ -46,19 +46,11 @@ CLIP_CONFIGS: dict[str, CLIPConfig] = {
 def clip_config(
     name: str, *, vocab_size: int | None = None, context_length: int | None = None, eos_token_id: int | None = None
 ) -> CLIPConfig:
-    """The named configuration, fitted to a tokenizer.
-
-    Args:
-        name: a key of `CLIP_CONFIGS`.
-        vocab_size, context_length, eos_token_id: the tokenizer's; None keeps the configuration's own (an
-            `eos_token_id` that a smaller `vocab_size` no longer holds becomes None: the highest id of a row).
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """The configuration of that name in `CLIP_CONFIGS`, fitted to a tokenizer, of which None keeps its own (an
+    `eos_token_id` that a smaller `vocab_size` no longer holds becomes None: the highest id of a row); raises ValueError
+    for an unknown name."""
     if name not in CLIP_CONFIGS:
-        near = difflib.get_close_matches(name, CLIP_CONFIGS, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, CLIP_CONFIGS)
         raise ValueError(f"clip_config: name must be one of {', '.join(CLIP_CONFIGS)}, got {name!r}{hint}")
     config = CLIP_CONFIGS[name]
     vocab_size = config.text.vocab_size if vocab_size is None else vocab_size

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmcore import checkpoint
 from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
-from mmcore.data.loader import MapBatches, MapLoader
+from mmcore.data.loader import MapLoader
 from mmcore.data.opening import ChatData, open_chats, source_kind
 from mmcore.data.sources.conversations import IMAGE, ChatRecord
 from mmcore.data.sources.derived_chats import DESCRIBE
@@ -142,7 +142,7 @@ class LlavaRecipe(OnLanguageModel):
         return open_data(self.data, seed=self.run.seed)
 
     def loader(self, data: ChatData, assets: LlavaAssets, spec: LoaderSpec) -> TrainLoader:
-        return MapLoader(MapBatches(data.train, spec, self.reader(assets)), data.train.tally())
+        return MapLoader(data.train, spec, self.reader(assets), data.train.tally())
 
     def sample(self, assets: LlavaAssets, record: ChatRecord, rng: np.random.Generator) -> SeenChat:
         return seen_chat(record, assets.tokens, assets.shape)

@@ -164,16 +164,10 @@ def mllama() -> Case:
     return Case(scrambled(hf.MllamaForConditionalGeneration(config)), inputs, logits, mask.bool())
 
 
-def idefics(use_resampler: bool = False) -> Case:
+def idefics() -> Case:
     """Text before its image, which sees none and is gated to 0; prompts padded on the left."""
-    perceiver = {
-        "use_resampler": use_resampler, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
-        "resampler_head_dim": 8,
-    }  # fmt: skip
-    config = hf.IdeficsConfig(
-        **TEXT, use_resampler=use_resampler, qk_layer_norms=True, vision_config=BLIP_VISION | {"embed_dim": 32},
-        perceiver_config=perceiver, pad_token_id=0, eos_token_id=59,
-    )  # fmt: skip
+    vision = BLIP_VISION | {"embed_dim": 32}
+    config = hf.IdeficsConfig(**TEXT, qk_layer_norms=True, vision_config=vision, pad_token_id=0, eos_token_id=59)
     mask = padded(3, 8, "left")
     seen = torch.zeros(3, 8, 2, dtype=torch.long)  # [B, L, images]
     seen[0, 2:, 0] = seen[1, 3:5, 0] = seen[1, 5:, 1] = seen[2, 4:] = 1

@@ -1,7 +1,5 @@
 """Masks of transformers' models as intervals: the same matrix, stored and examined once."""
 
-import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    eager_mask,
-)
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, create_causal_mask, eager_mask
 
 from mmcore.integrations import interval_mask
 from mmcore.integrations.interval_mask import IntervalMask, seen_by
@@ -66,13 +58,12 @@ def test_a_causal_mask_with_padding_stores_two_ends_a_query() -> None:
     assert mask.data_ptr() == 0  # it has no matrix
 
 
-def of_packed(attn: str, position_ids: Tensor, make: Callable[..., Any] = create_causal_mask) -> Any:
+def of_packed(attn: str, position_ids: Tensor) -> Any:
     """What a model of transformers makes its mask of."""
     register()
     config = LlamaConfig()
-    config.update({"sliding_window": 2})
     config._attn_implementation = attn
-    return make(config, torch.zeros(*position_ids.shape, 4), None, None, position_ids=position_ids)
+    return create_causal_mask(config, torch.zeros(*position_ids.shape, 4), None, None, position_ids=position_ids)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,16 +76,6 @@ def test_the_mask_of_packed_samples_is_eagers_and_stores_two_ends_a_query(starts
     assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
     expected = of_packed("eager", position_ids)
     assert torch.equal((mask + 0).expand_as(expected), expected)
-
-
-def test_packed_samples_under_another_pattern_are_the_matrix() -> None:
-    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1]])
-    mask, expected = (
-        of_packed(attn, position_ids, create_sliding_window_causal_mask) for attn in ("mmkernels", "eager")
-    )
-    assert not isinstance(mask, IntervalMask) and torch.equal(mask, expected)
-    plain_packed = of_packed("eager", position_ids)
-    assert not torch.equal(expected, plain_packed)
 
 
 def test_a_causal_mask_without_padding_keeps_its_name_for_the_libraries_that_know_it() -> None:
@@ -127,13 +108,6 @@ def test_a_float_mask_of_0_and_the_least_number_is_intervals() -> None:
     assert seen_by(torch.where(seen, 0.0, LEAST)[:1], 3).empty_rows == "zero"
 
 
-def test_one_row_for_all_queries_is_expanded_to_them() -> None:
-    row = torch.tensor([0.0, 0.0, LEAST])[None, None, None]
-    for num_queries in (4, 2):
-        found = seen_by(row, num_queries).mask
-        assert isinstance(found, masks.Intervals) and found.num_queries == num_queries
-
-
 def test_a_mask_with_other_numbers_is_added_hides_what_the_least_number_does_and_gets_its_gradient() -> None:
     mask = torch.tensor([0.0, -2.0, LEAST, -1e4], dtype=torch.bfloat16)[None, None, None].requires_grad_()
     found = seen_by(mask, 1)
@@ -156,16 +130,3 @@ def test_a_mask_is_examined_once_for_all_layers_and_again_when_it_changed(monkey
     with torch.inference_mode():
         mask = torch.zeros(1, 1, 2, 3)
         assert seen_by(mask, 2) is seen_by(mask, 2) and len(examined) == 1
-
-
-@pytest.mark.parametrize("kind", ["intervals", "bool", "float"])
-def test_what_was_found_of_a_mask_goes_with_it(kind: str) -> None:
-    known = len(interval_mask._FOUND)
-    mask = torch.zeros(1, 1, 2, 9)
-    mask[..., ::2] = {"intervals": 0.0, "bool": LEAST, "float": -1.0}[kind]
-    mask = mask == 0 if kind == "bool" else mask
-    seen_by(mask, 2)
-    assert len(interval_mask._FOUND) == known + 1
-    del mask
-    gc.collect()
-    assert len(interval_mask._FOUND) == known

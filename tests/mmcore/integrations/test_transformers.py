@@ -25,7 +25,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "qformer": models.qformer, "qformer with text": models.qformer_with_text, "clip": models.clip,
     "blip2 with opt": partial(models.blip2, models.OPT), "blip2 with t5": partial(models.blip2, models.T5),
     "llava": models.llava, "mllama": models.mllama, "idefics": models.idefics,
-    "idefics with a resampler": partial(models.idefics, use_resampler=True),
 }  # fmt: skip
 GENERATING = [name for name in CASES if name not in ("qformer", "qformer with text", "clip")]
 LEAST = torch.finfo(torch.float32).min
@@ -182,23 +181,6 @@ def test_the_gradient_of_a_query_that_sees_nothing_is_that_of_its_constant_outpu
     assert not grads["mmkernels"][:, :, 1].any() and grads["eager"][:, :, 1].abs().max() > 1e-3
 
 
-def test_mllamas_text_before_its_image_attends_everywhere_as_transformers_has_it() -> None:
-    """Meta's is right, which trained the weights and sets these rows to 0, as `mmkernels.attention` does unless asked
-    otherwise. transformers opens an empty row of the mask, in eager and sdpa alike, and mutes its MLP alone."""
-    case = models.mllama()
-    results: dict[str, Tensor] = {}
-    attn = ""
-    cross = case.model.get_submodule("model.language_model.layers.1.cross_attn")
-    cross.register_forward_hook(lambda module, args, output: results.update({attn: output[0]}))
-    for attn in ("eager", "mmkernels", "sdpa"):
-        outputs_of(case, attn)
-    before = ~case.inputs["cross_attention_mask"].bool().any((2, 3)) & case.inputs["attention_mask"].bool()
-    assert before.any()
-    for attn in ("mmkernels", "sdpa"):
-        torch.testing.assert_close(results[attn][before], results["eager"][before], atol=1e-5, rtol=1e-5)
-    assert results["eager"][before].abs().amax(1).min() > 1e-2
-
-
 def test_dropout_is_eagers_on_average_follows_the_seed_and_is_drawn_in_training_alone() -> None:
     """Over 600 draws: means within 5 standard errors of no dropout, spread within 15 % of eager's."""
     q, k, v = (torch.randn(2, 4, 6, 8) for _ in range(3))
@@ -290,16 +272,6 @@ def test_a_model_that_reshapes_its_mask_itself_gives_the_same() -> None:
     model = scrambled(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**vision)))
     inputs = (models.noise(3, 9, 48), padded(3, 9, "right"), torch.tensor([[3, 3]] * 3))
     assert_eagers(model, lambda: model(*inputs).pooler_output)
-
-
-def test_a_model_that_adds_its_mask_itself_is_right_though_not_ours() -> None:
-    config = hf.VisualBertConfig(**models.TEXT, visual_embedding_dim=8)
-    inputs = {"input_ids": words(3, 6), "attention_mask": padded(3, 6, "right")}
-    ours, eager = (hf.AutoModel.from_config(config, attn_implementation=x) for x in ("mmkernels", "eager"))
-    assert isinstance(ours, hf.VisualBertModel)
-    eager.load_state_dict(scrambled(ours).state_dict())
-    result, expected = ours(**inputs).last_hidden_state, eager.eval()(**inputs).last_hidden_state
-    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

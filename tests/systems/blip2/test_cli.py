@@ -13,7 +13,6 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from mmcore import checkpoint
 from mmcore.runs import read_run
 from mmcore.systems.clip.shapes import CLIP_CONFIGS
-from tests.mmcore.data_fixtures import write_shards
 from tests.systems.blip2.fixtures import write_start
 from tests.systems.cli import losses, run, write_language
 
@@ -120,13 +119,3 @@ def test_a_tower_of_its_own_and_then_a_language_model_of_its_own_are_trained(tmp
     # a run of stage 2 goes on with another task, and with the same language model
     more = run("train", "blip2-stage2", *SMALL, "--steps", 1, "--from", second, "--out", tmp_path / "s3").stdout
     assert "captions (held-out)" in more and not (tmp_path / "s3/language_model").exists()
-
-
-def test_both_stages_read_shards(tmp_path: Path) -> None:
-    data = ["--data", write_shards(tmp_path / "train", 2, 8), "--val-data", write_shards(tmp_path / "val", 1, 6)]
-    few = ["--steps", 2, "--batch-size", 8, "--log-every", 1, *data]
-    first = run("train", "blip2-stage1", *few, "--no-freeze-vision", "--out", tmp_path / "s1").stdout
-    assert "ITM accuracy (held-out)" in first and sorted(losses(tmp_path / "s1")) == [1, 2]
-    inputs = ["--from", tmp_path / "s1", "--llm", "tiny", "--llm-steps", 2]
-    second = run("train", "blip2-stage2", *few, *inputs, "--out", tmp_path / "s2").stdout
-    assert "learned 16 texts" in second and "captions (held-out), greedy, 6 images" in second

@@ -8,25 +8,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor
-from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast
+from transformers import Blip2ForConditionalGeneration
 
-from mmcore.checkpoint import write_json
-from mmcore.data import Preprocess
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.weights import load_blip2_lm, save_blip2_lm
 from mmcore.weights import files
 from tests.systems.blip2.test_lm import MODELS, QUERIES, VOCAB, batch, ours_float, pair
 from tests.systems.test_weights import assert_same
-
-PROMPTS = ["Question: what is it? Answer:", "Question: how many? Answer:"]
 
 
 def theirs_at(folder: Path) -> Any:
@@ -95,48 +85,6 @@ def test_large_weights_are_several_files(tmp_path: Path, monkeypatch: pytest.Mon
         assert_same(load_blip2_lm(folder), ours)
     state = theirs_at(tmp_path / "ours").state_dict()
     assert all(torch.equal(state[n][: len(x)], x) for n, x in theirs.state_dict().items())
-
-
-def tokenizer_of(specials: list[str], num_tokens: int) -> PreTrainedTokenizerFast:
-    words = [*PROMPTS, *(f"word{i}" for i in range(num_tokens))]
-    tokenizer = Tokenizer(WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.train_from_iterator(
-        words, WordLevelTrainer(vocab_size=num_tokens, special_tokens=specials, show_progress=False)
-    )
-    start = ("<s>", specials.index("<s>"))
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-@pytest.mark.parametrize("num_tokens", [VOCAB - 5, VOCAB])
-@pytest.mark.parametrize("name", list(MODELS))
-def test_with_its_processor_transformers_answers_as_ours(name: str, num_tokens: int, tmp_path: Path) -> None:
-    ours = ours_float(name)
-    specials = ["<pad>", "</s>", "<s>", "<unk>"] if name == "t5" else ["<unk>", "<pad>", "<s>", "</s>"]
-    tokenizer = tokenizer_of(specials, num_tokens)
-    assert len(tokenizer) == num_tokens
-    save_blip2_lm(ours, tmp_path / "ours", tokenizer=tokenizer)
-    write_json(tmp_path / "ours" / "preprocessor_config.json", Preprocess(32).processor())
-    assert len(tokenizer) == num_tokens
-    theirs, processor = theirs_at(tmp_path / "ours"), Blip2Processor.from_pretrained(tmp_path / "ours")
-    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "ours"), Blip2Processor)
-    assert theirs.config.image_token_index == num_tokens
-    assert theirs.get_input_embeddings().num_embeddings == max(VOCAB, num_tokens + 1)
-    pixels = torch.randint(0, 256, (2, 40, 50, 3), dtype=torch.uint8).numpy()
-    images = [Image.fromarray(x) for x in pixels]
-    inputs = processor(images=images, text=PROMPTS, padding=True, return_tensors="pt")
-    options = {"max_new_tokens": 8, "do_sample": False}
-    answers = theirs.generate(**inputs, **options)
-    side = "right" if name == "t5" else "left"
-    prompts = tokenizer(PROMPTS, padding=True, padding_side=side, return_tensors="pt")
-    num_text = prompts["attention_mask"].sum(1)
-    assert num_text[0] > num_text[1]
-    expected = ours.generate(inputs["pixel_values"], prompts["input_ids"], num_text, **options)
-    assert torch.equal(answers[:, -expected.shape[1] :], expected)
-    assert_same(load_blip2_lm(tmp_path / "ours"), ours)
 
 
 def test_where_an_answer_ends_is_the_language_models_own_to_say(tmp_path: Path) -> None:

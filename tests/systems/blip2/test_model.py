@@ -79,15 +79,6 @@ def test_logits_and_the_gradients_of_all_that_learns_are_those_of_transformers(i
         torch.testing.assert_close(grads[name], expected_grad, rtol=1e-6, atol=1e-9)
 
 
-def test_names_and_settings_are_those_of_transformers() -> None:
-    theirs = hf_model(torch.float32)
-    ours = ours_of(theirs)
-    state = HF.write(ours.state_dict())
-    assert all(torch.equal(state[name], x) for name, x in theirs.state_dict().items())
-    again = Blip2Config(**{k: v for k, v in STAGE1_SETTINGS.write("test", ours.config).items() if k != "dtype"})
-    assert STAGE1_SETTINGS.read("test", again.to_dict()) == ours.config
-
-
 def test_one_pass_gives_what_separate_passes_and_a_cache_give() -> None:
     ours, (images, tokens, num_text) = ours_of(hf_model()), batch()
     pairs = ours("pairs", images, tokens, num_text, 0.1)
@@ -127,13 +118,6 @@ def test_the_image_tower_is_frozen_and_stays_in_evaluation() -> None:
     (pairs.image.sum() + pairs.text.sum() + pairs.caption_loss + pairs.temperature).backward()
     without = [n for n, p in ours.named_parameters() if p.requires_grad and p.grad is None]
     assert without == ["itm_head.weight", "itm_head.bias"]
-
-
-def test_an_image_tower_that_is_not_frozen_learns() -> None:
-    ours = BLIP2(ours_of(hf_model()).config, freeze_vision=False).double()
-    images, tokens, num_text = batch()
-    ours("pairs", images, tokens, num_text).image.sum().backward()
-    assert all(p.grad is not None for p in ours.visual.parameters()) and ours.visual.training
 
 
 def test_shapes_and_parts_that_do_not_fit_are_refused() -> None:

@@ -17,7 +17,7 @@ from mmcore import checkpoint
 from mmcore.data import normalized
 from mmcore.runs import read_run
 from tests.distributed.launch import environment, free_port
-from tests.mmcore.data_fixtures import write_pairs, write_shards, write_stamps
+from tests.mmcore.data_fixtures import write_pairs, write_shards
 from tests.processes import ROOT
 from tests.systems.cli import MMCORE, losses, run
 
@@ -148,13 +148,6 @@ def test_exported_weights_are_a_start_for_another_run(finished, tmp_path):
     printed = run("train", "clip", *options, "--batch-size", 64, "--out", tmp_path / "run").stdout
     line = next(x for x in finished[1].splitlines() if x.startswith("zero-shot accuracy"))
     assert line in printed
-
-
-def test_stamps_in_chinese_train_through_the_same_command(tmp_path):
-    folder = write_stamps(tmp_path / "stamps")
-    options = ["--data", "stamps", "--stamps-dir", folder, "--language", "zh_CN", "--batch-size", 4, "--steps", 2]
-    printed = run("train", "clip", *options, "--out", tmp_path / "run").stdout
-    assert "image to text: R@1" in printed
 
 
 def test_a_loss_that_explodes_stops_the_run_and_says_what_to_look_at(tmp_path):

@@ -2,17 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmcore.nn import interpolate_positions
-from mmcore.systems.clip import model as clip
 from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, VisionConfig, eos_positions
 from mmcore.systems.clip.shapes import CLIP_CONFIGS, clip_config
 from tests.mmcore.nn_fixtures import kept_bytes
@@ -115,34 +112,6 @@ def test_captions_without_what_follows_their_end_give_the_same_and_the_same_grad
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12 * float(whole.abs().max()))
 
 
-def flops_of_layers(call: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counted:
-        call()
-    return counted.get_flop_counts()["Global"][torch.ops.aten.addmm]
-
-
-def expected_flops(side: TextConfig | VisionConfig, num_tokens: int, num_read: int) -> int:
-    """Of all linear layers but the projections: the last feed-forward is of what is read alone."""
-    attention, feed_forward = 4 * side.width**2, 2 * side.width * side.mlp_dim
-    whole = side.num_layers * num_tokens * (attention + feed_forward)
-    return 2 * (whole - (num_tokens - num_read) * feed_forward)
-
-
-def test_nothing_is_computed_that_is_not_read():
-    model, images = tiny_clip(), batch(3)[0]
-    vision, text = model.config.vision, model.config.text
-    for lengths, num_tokens in ((None, 13), (WHOLE, 27)):
-        found = flops_of_layers(lambda lengths=lengths: model.encode_text(uneven(), lengths))
-        assert found == expected_flops(text, num_tokens, 3)
-    assert flops_of_layers(lambda: model.encode_image(images)) == expected_flops(vision, 3 * 17, 3)
-
-
-def test_lengths_are_all_that_a_device_has_to_know():
-    model = tiny_clip().to("meta")
-    features = model(None, uneven().to("meta"), [3, 9, 1])[1]
-    assert features.shape == (3, 64)
-
-
 def test_compiled_the_text_tower_is_one_graph():
     model, tokens = tiny_clip(), uneven()
     compiled = torch.compile(model.encode_text, fullgraph=True, backend="eager")
@@ -228,13 +197,6 @@ def test_a_configuration_is_fitted_to_the_tokenizer():
     assert clip_config("ViT-B-32") == CLIP_CONFIGS["ViT-B-32"]
     assert clip_config("ViT-B-32", vocab_size=300).text.eos_token_id is None
     assert clip_config("ViT-B-32", vocab_size=50_000).text.eos_token_id == 49407
-
-
-def test_where_lengths_cannot_be_asked_one_that_is_short_is_an_index_out_of_range(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(clip, "_check_lengths", lambda tokens, ends, lengths: sum(lengths))
-    tiny_clip().encode_text(uneven(), [3, 9, 1])
-    with pytest.raises(IndexError, match="out of"):
-        tiny_clip().encode_text(uneven(), [2, 9, 1])
 
 
 def test_bad_inputs_and_impossible_shapes_are_refused_in_one_line():

@@ -218,6 +218,7 @@ def test_files_without_weights_are_refused_in_one_sentence(tmp_path: Path):
     ({"vision_cfg": {"timm_model_name": "convnext"}}, "this model's settings only, got also .*timm_model_name"),
     ({"vision_cfg": {}, "text_cfg": {"hf_model_name": "roberta"}}, "settings only, got also .*hf_model_name"),
     ({"vision_cfg": None}, "must hold model_cfg.vision_cfg"),
+    ({"embed_dim": ...}, "must have model_cfg.embed_dim, got none"),
 ])  # fmt: skip
 def test_open_clip_models_of_another_kind_are_refused(change: dict, match: str):
     raw = OPEN_CLIP_SETTINGS.write("test", small_config())["model_cfg"]

@@ -59,7 +59,7 @@ class Painted:
 
     size: tuple[int, int] = (20, 14)
 
-    def named_image(self, name: str) -> Image.Image:
+    def named_image(self, name: str, least: int | None = None) -> Image.Image:
         if name == "broken":
             raise BrokenRecord("missing file")
         return image(int(name), self.size)

@@ -110,12 +110,3 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory(trainab
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], msg=name)
     assert not ours.eval().language_model.training
-
-
-def test_recomputing_leaves_a_frozen_language_model_in_evaluation_mode() -> None:
-    ours = model(None, trainable="projector")
-    ours.set_activation_checkpointing(True)
-    layer = ours.language_model.base_model.layers[0]
-    assert not layer.self_attn.training and not ours.language_model.training
-    ours.eval()
-    assert not layer.training

@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM
 
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.text.templates import ChatTokens
 from mmcore.labels import IMAGE_TOKEN
-from mmcore.systems.llava.dialogue import Dialogue, num_positions
+from mmcore.systems.llava.dialogue import Dialogue
 from mmcore.systems.llava.inputs import generate_inputs, prompt_of, see
-from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.systems.llava.talk import Talks
 from mmcore.tasks.talks import Sampling
 from tests.refusals import refuses
@@ -156,10 +154,3 @@ def test_a_question_that_cannot_be_read_is_an_error_and_changes_nothing(question
     assert (dialogue.turns, dialogue.images) == before
     dialogue.reset()
     assert "".join(dialogue.ask("what?", [image(1)])) == first
-
-
-def test_a_model_without_positions_reads_what_it_was_trained_on() -> None:
-    model, tokens = llava(), chat_tokens()
-    assert num_positions(model, tokens) == 512
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(tokens.tokenizer), hidden_size=8, n_layer=1, n_head=1))
-    assert num_positions(Llava(LlavaConfig(VISION), bloom), tokens) == 256

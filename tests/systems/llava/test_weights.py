@@ -8,24 +8,19 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmcore.checkpoint import write_json
-from mmcore.data import Preprocess
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.systems.llava.model import Llava
 from mmcore.systems.llava.weights import load_llava, load_projector, save_llava
 from tests.refusals import refuses
 from tests.systems.blip2.test_lm import MODELS, VOCAB
-from tests.systems.blip2.test_lm_weights import PROMPTS, is_tied, tokenizer_of
+from tests.systems.blip2.test_lm_weights import is_tied
 from tests.systems.llava.test_model import (
     KINDS,
     PAD,
-    PINPOINTS,
-    SIZE,
     TEXTS,
     batch,
     documents,
@@ -134,41 +129,6 @@ def test_the_whole_model_says_what_is_tied(kind: str, text: bool, whole: bool, t
     theirs.save_pretrained(tmp_path)
     language = load_llava(tmp_path).language_model
     assert is_tied(language) == whole and torch.equal(language.get_output_embeddings().weight, theirs.lm_head.weight)
-
-
-def test_a_language_model_of_bfloat16_has_a_loss() -> None:
-    ours = ours_float("qwen", "llava_next")
-    ours.language_model.bfloat16()
-    assert loss_of(ours).isfinite()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_tokens", [VOCAB - 5, VOCAB])
-def test_with_its_processor_transformers_answers_as_ours(kind: str, num_tokens: int, tmp_path: Path) -> None:
-    ours = ours_float("llama", kind)
-    tokenizer = tokenizer_of(["<unk>", "<pad>", "<s>", "</s>"], num_tokens)
-    save_llava(ours, tmp_path / "ours", tokenizer=tokenizer)
-    settings = Preprocess(SIZE).processor()
-    if kind == "llava_next":
-        settings |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS}
-    write_json(tmp_path / "ours" / "preprocessor_config.json", settings)
-    theirs, processor = theirs_at(tmp_path / "ours", kind), hf.AutoProcessor.from_pretrained(tmp_path / "ours")
-    assert isinstance(processor, hf.LlavaNextProcessor if kind == "llava_next" else hf.LlavaProcessor)
-    assert theirs.config.image_token_index == num_tokens
-    pixels = torch.randint(0, 256, (2, 40, 50, 3), dtype=torch.uint8).numpy()
-    images = [Image.fromarray(x) for x in pixels]
-    text = [f"<image> {prompt}" for prompt in PROMPTS]
-    inputs = processor(images=images, text=text, padding=True, return_tensors="pt")
-    options = {"max_new_tokens": 8, "do_sample": False}
-    answers = theirs.generate(**inputs, **options)
-    tokens, num_text = inputs["input_ids"], inputs["attention_mask"].sum(1)
-    marks = tokens == num_tokens
-    assert int(marks.sum()) == 2 * ours.config.num_image_tokens((40, 50))
-    sizes = inputs.get("image_sizes")
-    views = inputs["pixel_values"].reshape(-1, 3, SIZE, SIZE)
-    expected = ours.generate(tokens.masked_fill(marks, IMAGE_TOKEN), num_text, views, sizes, **options)
-    assert torch.equal(answers[:, tokens.shape[1] :], expected)
-    assert_same(load_llava(tmp_path / "ours"), ours)
 
 
 class TestTheOriginalsProjector:

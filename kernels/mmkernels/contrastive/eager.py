@@ -1,0 +1,77 @@
+"""Small shapes on a CPU, every logit stored: three products, where four would recompute them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+
+from mmkernels._gemm import matmul, matmul_nt
+from mmkernels._numerics import widen
+from mmkernels._tile import info_nce_tile
+from mmkernels.contrastive.op import logits_are_kept
+from mmkernels.contrastive.reference import contrastive_loss_ref
+
+# Of fewer logits on a CPU, calls are what the variants cost, and the reference has the fewest.
+EAGER_LOGITS = 512 * 1024
+
+
+def form_of(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool, is_plain: bool) -> str | None:
+    """Which form stores the whole matrix of logits: "stored" is `StoredLoss`, "eager" `contrastive_loss_eager`; None
+    where the statistics serve."""
+    num_cols = len(b) + (0 if negatives is None else len(negatives))
+    # a compiled graph cannot raise
+    if not logits_are_kept(a, num_cols) or (normalized and is_compiling()):
+        return None
+    if is_plain and not is_compiling():
+        return "stored"
+    return "eager" if len(a) * num_cols < EAGER_LOGITS else None
+
+
+def contrastive_loss_eager(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    *,
+    negatives: Tensor | None,
+    teacher: tuple[Tensor, Tensor] | None,
+    **options: Any,
+) -> Tensor:
+    """The reference on widened features; `options` are the other arguments of `contrastive_loss`."""
+    return contrastive_loss_ref(
+        widen(a),
+        widen(b),
+        scale,
+        negatives=None if negatives is None else widen(negatives),
+        teacher=None if teacher is None else (widen(teacher[0]), widen(teacher[1])),
+        **options,
+    )
+
+
+class StoredLoss(torch.autograd.Function):
+    """Symmetric InfoNCE of `[B, D]` features on a CPU; the cosines' gradient takes their place in the forward."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        ctx.dtypes = (a.dtype, b.dtype, scale.dtype)
+        a, b = widen(a), widen(b)
+        cosines = matmul_nt(a, b)  # [B, B]
+        # in a cone of features all cosines are near their mean: see mean_cosine
+        center = cosines.mean() if ctx.needs_input_grad[2] else 0.0
+        sums = info_nce_tile(cosines, scale.item(), center if any(ctx.needs_input_grad) else None)
+        ctx.save_for_backward(cosines, a, b, scale, sums)
+        return sums[0].to(a.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad, a, b, scale, sums = ctx.saved_tensors
+        needs_a, needs_b, needs_scale = ctx.needs_input_grad
+        da = matmul(grad, b) if needs_a else None
+        db = matmul(grad.T, a) if needs_b else None
+        dscale = sums[1].view(scale.shape) if needs_scale else None
+        grads = (da, db, dscale)
+        if upstream.item() != 1:
+            grads = (None if dx is None else dx * upstream for dx in grads)
+        return tuple(None if dx is None else dx.to(dtype) for dx, dtype in zip(grads, ctx.dtypes, strict=True))
