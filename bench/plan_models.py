@@ -13,7 +13,7 @@ from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.adapters import Lora
 from mmcore.parts.vit import VisionConfig
 from mmcore.plan.job import Job, Setting
-from mmcore.plan.language import language_model
+from mmcore.plan.pieces import language_model
 from mmcore.recipe import Step
 from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig
 from mmcore.systems.clip.plan import clip_job_of

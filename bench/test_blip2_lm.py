@@ -17,7 +17,7 @@ from mmcore.data.loader import map_tensors
 from mmcore.data.text.prompts import Prompted
 from mmcore.labels import IGNORED
 from mmcore.parts.language_weights import beside_language, language_weights
-from mmcore.systems.blip2 import names as blip2_names
+from mmcore.systems.blip2 import weights as blip2_weights
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.shapes import VIT_G
@@ -62,9 +62,9 @@ def ours(shape: Shape, dropout: float, device: torch.device) -> BLIP2LM:
 
 def theirs(model: BLIP2LM, attention: str) -> Any:
     """transformers' with the weights of ours, and what BLIP-2 freezes frozen."""
-    settings = blip2_names.stage2_config(model, model.language_model.config.vocab_size - 1)
+    settings = blip2_weights.stage2_config(model, model.language_model.config.vocab_size - 1)
     vocab_size = settings["text_config"]["vocab_size"]
-    state = blip2_names.HF.write(beside_language(model)) | language_weights(model.language_model, vocab_size)
+    state = blip2_weights.HF.write(beside_language(model)) | language_weights(model.language_model, vocab_size)
     config: Any = Blip2Config.from_dict(settings)
     config.qformer_config.hidden_dropout_prob = model.qformer.config.dropout
     config.qformer_config.attention_probs_dropout_prob = model.qformer.config.attention_dropout

@@ -19,7 +19,7 @@ from bench.measure import gemm_flops_per_s, paired_medians, peak_extra_bytes
 from mmcore.integrations.transformers import NAME, register
 from mmcore.labels import IGNORED, IMAGE_TOKEN
 from mmcore.parts.language_weights import beside_language, language_weights
-from mmcore.systems.llava import names as llava_names
+from mmcore.systems.llava import weights as llava_weights
 from mmcore.systems.llava.model import Llava, LlavaConfig
 
 
@@ -38,12 +38,12 @@ def ours(shape: Shape, device: torch.device) -> Llava:
 def theirs(model: Llava, attention: str) -> Any:
     """transformers' LLaVA with the weights of ours, and what LLaVA freezes frozen."""
     vocab_size = model.language_model.config.vocab_size
-    config = HFLlavaConfig.from_dict(llava_names.hf_config(model, vocab_size - 1))
+    config = HFLlavaConfig.from_dict(llava_weights.hf_config(model, vocab_size - 1))
     found: Any = LlavaForConditionalGeneration.from_pretrained(
         None,
         config=config,
-        state_dict=llava_names.hf_layout().write(beside_language(model))
-        | llava_names.unread_norm(model)
+        state_dict=llava_weights.hf_layout().write(beside_language(model))
+        | llava_weights.unread_norm(model)
         | language_weights(model.language_model, vocab_size),
         dtype=model.language_model.dtype,
         attn_implementation=attention,

@@ -42,9 +42,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mmcore.systems.mae.model": ("MAE", "MAEConfig"),
     "mmcore.systems.blip2.qformer": ("QFormer", "QFormerConfig"),
     "mmcore.systems.blip2.model": ("BLIP2", "BLIP2Config"),
-    "mmcore.systems.blip2.weights": ("load_blip2", "save_blip2"),
+    "mmcore.systems.blip2.weights": ("load_blip2", "save_blip2", "load_blip2_lm", "save_blip2_lm"),
     "mmcore.systems.blip2.lm": ("BLIP2LM",),
-    "mmcore.systems.blip2.lm_weights": ("load_blip2_lm", "save_blip2_lm"),
     "mmcore.parts.adapters": ("Lora",),
     "mmcore.systems.llava.model": ("Llava", "LlavaConfig"),
     "mmcore.systems.llava.weights": ("load_llava", "save_llava", "load_projector"),
@@ -74,6 +73,8 @@ HEAD = """# API
 Written by `python docs/generate.py` from the docstrings; change those. Shapes: B batch, T tokens, H heads, K width of a
 head, D width of a model, V vocabulary, P patches, Q queries; M and N rows and columns of a similarity matrix.
 """
+# The comment behind a declaration, an attribute of its node.
+COMMENT = "comment"
 # Signatures are not examples, which `python` marks.
 LANGUAGE = "py"
 
@@ -94,7 +95,12 @@ class Source:
         base = ROOT / "kernels" if name.split(".")[0] == "mmkernels" else ROOT
         path = base.joinpath(*name.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        return Source(name, ast.parse(file.read_text()))
+        text = file.read_text()
+        tree, lines = ast.parse(text), text.splitlines()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.AnnAssign):  # what `fields` tells of it
+                setattr(node, COMMENT, lines[(node.end_lineno or 1) - 1].partition("  # ")[2])
+        return Source(name, tree)
 
     @property
     def exported(self) -> list[str]:
@@ -221,13 +227,13 @@ def _entry(line: str, section: str, *, is_new: bool) -> str:
 
 
 def fields(node: ast.ClassDef) -> list[tuple[str, str]]:
-    """Declarations of a dataclass or a named tuple, each with the docstring after it."""
+    """Declarations of a dataclass or a named tuple, each with the docstring after it or the comment behind it."""
     found = []
     for x, after in zip(node.body, [*node.body[1:], None]):
         if not isinstance(x, ast.AnnAssign) or ast.unparse(x.target).startswith("_"):
             continue
         value = f" = {written(x.value)}" if x.value else ""
-        text = ""
+        text = getattr(x, COMMENT, "")
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             text = " ".join(str(after.value.value).split())
         found.append((f"{ast.unparse(x.target)}: {named_type(x.annotation)}{value}", text))

@@ -77,22 +77,17 @@ def read_run(
     checkpoint has no such weights, or the language model is gone or changed.
     """
     run = find_run(where, weights)
-    recipe = recipe_of(run, llm)
+    recipe: Recipe = from_json(recipe_entry(run.recipe).load(), run.saved["settings"])
+    if hasattr(recipe, "llm"):
+        recipe = replace(recipe, llm=llm and str(llm))  # pyright: ignore[reportCallIssue]
+    elif llm is not None:
+        raise ValueError(f"--llm has no effect on a run of {run.recipe}, which has none, got {llm}")
     assets = read_assets(recipe, run.folder, run.saved, purpose)
     model = recipe.build(assets)
     load_weights(model, dict(checkpoint.tensors(run.checkpoint, run.key)))
     for name, x in checkpoint.buffers(run.checkpoint).items():
         model.get_buffer(name).copy_(x)
     return Trained(run, recipe, assets, recipe.in_use(model))
-
-
-def recipe_of(run: SavedRun, llm: Path | None = None) -> Recipe:
-    recipe: Recipe = from_json(recipe_entry(run.recipe).load(), run.saved["settings"])
-    if hasattr(recipe, "llm"):
-        return replace(recipe, llm=llm and str(llm))  # pyright: ignore[reportCallIssue]
-    if llm is not None:
-        raise ValueError(f"--llm has no effect on a run of {run.recipe}, which has none, got {llm}")
-    return recipe
 
 
 def read_assets(recipe: Recipe, folder: Path, saved: Mapping[str, Any], purpose: Purpose = "train") -> Any:

@@ -146,12 +146,9 @@ class EMA:
             into[name].detach().copy_(x)
 
     def save(self, path: Path | str) -> None:
-        """Writes averages, buffers and the number of updates as a safetensors file, by full names, atomically.
-
-        Of an engine rank 0 writes, its own buffers; of another module, whoever calls it. The file does not depend on
-        the number of ranks or the stage. An OSError or ValueError (a dtype that safetensors lacks) is raised on every
-        rank.
-        """
+        """Writes averages, buffers and the number of updates as a safetensors file, by full names, atomically: of an
+        engine rank 0, its own buffers. The file does not depend on the number of ranks or the stage. An OSError or
+        ValueError (a dtype that safetensors lacks) is raised on every rank."""
         tensors, error = self._everything(), None
         if not self._is_collective or dist.get_rank() == 0:
             try:
@@ -244,23 +241,16 @@ class EMA:
 
 
 class _Teacher:
-    """A frozen copy of a model, written by the pass that averages the model's weights.
-
-    Args:
-        averaged: the buffers that are averaged.
-
-    Attributes:
-        shadows: its weights laid out like `weights.flats`, then its averaged buffers.
-    """
+    """A frozen copy of a model, written by the pass that averages the model's weights and the `averaged` buffers:
+    `shadows` are its weights laid out like `weights.flats`, then those buffers."""
 
     def __init__(self, module: nn.Module, weights: Whole | Shards, averaged: Sequence[str]) -> None:
         self._module, self._buffers = module, dict(module.named_buffers())
         shapes = {name: x.shape for name, x in self._buffers.items()}
         same = shapes == {name: x.shape for name, x in weights.module.named_buffers()}
         require("EMA", same, "teacher must have the model's buffers, got {}", sorted(shapes))
-        follower = weights.follow(module)
-        self.shadows = [*follower.shadows, *(self._buffers[name] for name in averaged)]
-        self._finish = follower.finish
+        shadows, self._finish = weights.follow(module)
+        self.shadows = [*shadows, *(self._buffers[name] for name in averaged)]
         theirs = dict(module.named_parameters())
         with torch.no_grad():
             for name, p in weights.module.named_parameters():
@@ -270,7 +260,6 @@ class _Teacher:
         self._places = _places(module)
 
     def check(self) -> None:
-        """Sees that its weights lie where they are written: a ValueError where they were moved, cast or replaced."""
         same = _places(self._module) == self._places
         require("EMA", same, "teacher must stay as it was given, got {}", "weights moved, cast or replaced")
 

@@ -95,4 +95,4 @@ class Whole:
         for name, p in self.params.items():
             dense, strides = held[name].stride() == p.stride(), list(p.stride())
             require("EMA", dense, "teacher's {} must have strides {}, got {}", name, strides, held[name].stride())
-        return Follower([held[name].detach() for name in self.params], lambda: None)
+        return [held[name].detach() for name in self.params], lambda: None

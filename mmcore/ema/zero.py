@@ -15,7 +15,6 @@ from mmcore.tensor_file import Layout
 # Of float32 that is gathered at a time: neither device nor host holds a whole model.
 PIECE_BYTES = 2 << 30
 
-
 # Tensors laid out like `Shards.flats`, all of them or some by their number.
 Flats = Sequence[Tensor] | Mapping[int, Tensor]
 
@@ -29,11 +28,8 @@ class _Place(NamedTuple):
     numel: int  # 0 = the rank has none
 
 
-class Follower(NamedTuple):
-    """What keeps a teacher's weights: `shadows`, laid out like what they are copies of, then `finish`, collective."""
-
-    shadows: list[Tensor]
-    finish: Callable[[], None]
+# What keeps a teacher's weights: tensors laid out like what they are copies of, and what comes after, collective.
+Follower = tuple[list[Tensor], Callable[[], None]]
 
 
 class Shards:
@@ -230,7 +226,7 @@ class Shards:
             for flat, group in zip(flats, groups, strict=True):
                 _all_gather(flat, group)
 
-        return Follower([_segment(flat, group) for flat, group in zip(flats, groups, strict=True)], finish)
+        return [_segment(flat, group) for flat, group in zip(flats, groups, strict=True)], finish
 
 
 def _stamp(flats: Sequence[Tensor]) -> list[object]:

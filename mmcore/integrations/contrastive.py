@@ -25,10 +25,8 @@ def use_global_loss(model: nn.Module) -> None:
     optimizers afterwards. `state_dict` and `save_pretrained` write it 0-d as before, and either form loads. (Where
     Trainer gathers the weights of ZeRO-3 itself, its file holds `[1]`.)
 
-    Args:
-        model: of CLIP's form, with `logit_scale`, the logarithm of the multiplier, and unit-norm `image_embeds` and
-            `text_embeds` among its outputs: CLIPModel, ChineseCLIPModel, AltCLIPModel, MetaClip2Model, BlipModel,
-            SiglipModel.
+    The model is of CLIP's form, with `logit_scale`, the logarithm of the multiplier, and unit-norm `image_embeds` and
+    `text_embeds` among its outputs: CLIPModel, ChineseCLIPModel, AltCLIPModel, MetaClip2Model, BlipModel, SiglipModel.
 
     Raises:
         ValueError: a model without a `logit_scale`; in forward, `return_dict=False`, and whatever the loss refuses.

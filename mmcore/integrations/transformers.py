@@ -55,13 +55,9 @@ def attention_forward(
         query, key, value: `[B or 1, H, Lq, K]` and `[B, Hkv, Lk, K]`; H is a multiple of Hkv.
         attention_mask: see `seen_by`; None lets every query see every key, whatever `is_causal` says: the models
             that are causal have a mask from `attention_mask`, which leaves none out.
-        dropout: the share of weights to drop in training.
-        scaling: of the products; None = `K ** -0.5`.
         position_bias: `[B or 1, H, Lq, Lk]`, added to the logits (T5).
-        kwargs: what else a model hands on; ignored, as by transformers' own, unless it would change the result.
-
-    Raises:
-        ValueError: the weights, or what `mmkernels.attention` does not have, are asked for.
+        kwargs: what else a model hands on; ignored, as by transformers' own, but a ValueError where it asks for the
+            weights, or for what `mmkernels.attention` does not have.
     """
     for name in REFUSED:
         require(NAME, kwargs.get(name) is None, "{} must be None, got {}", name, type(kwargs.get(name)).__name__)

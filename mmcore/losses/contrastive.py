@@ -200,24 +200,18 @@ def _linear_means(inputs: _Inputs, layout: Layout, match: Match, target: Tensor,
 
 @dataclass(frozen=True)
 class _Columns:
-    """What this rank's rows are held against.
-
-    `positives`: int64 `[m]`, the global column of a row's first positive, -1 if none. `labels`: of this rank's
-    rows `[m]` and of all columns `[N]`; times `weights` `[N]`, the sum of b over a row's positives is their mean
-    less the first one. `normalized`: whether the kernels go by that claim; `broken`: on a GPU, whether it is
-    broken (bool).
-    """
+    """What this rank's rows are held against."""
 
     layout: Layout
     shards: Shards
-    positives: Tensor
-    labels: tuple[Tensor, Tensor] | None
-    weights: Tensor | None
+    positives: Tensor  # int64 [m], the global column of a row's first positive, -1 if none
+    labels: tuple[Tensor, Tensor] | None  # of this rank's rows [m] and of all columns [N]
+    weights: Tensor | None  # [N]; times these, the sum of b over a row's positives is their mean less the first one
     negatives: Tensor | None
     teacher_a: Tensor | None
     symmetric: bool
-    normalized: bool
-    broken: Tensor | None
+    normalized: bool  # whether the kernels go by that claim
+    broken: Tensor | None  # bool [], on a GPU, whether it is broken
 
     def blocks(self, a: Tensor, scale: Tensor) -> Iterator[tuple[slice | None, ContrastiveProblem]]:
         """Which columns of the batch, and the rows against them; the negatives, which are none, last."""
@@ -232,12 +226,9 @@ class _Columns:
 
 
 class _GlobalStats(torch.autograd.Function):
-    """`ContrastiveStats` in float64, of this rank's rows against all columns (and the negatives) and of all
-    columns against all rows; and for each row the mean of its positives less the first, `[m, D]`, if labelled.
-
-    Every rank has the same statistics of the columns; their gradient is the sum of what the ranks' losses give.
-    The backward computes each block again from the log-sum-exps of the whole.
-    """
+    """`ContrastiveStats` in float64, of this rank's rows against all columns (and the negatives) and of all columns
+    against all rows, the same on every rank; and for each row the mean of its positives less the first, `[m, D]`, if
+    labelled. The backward computes each block again from the log-sum-exps of the whole."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, scale: Tensor, columns: _Columns):

@@ -120,15 +120,9 @@ class BackpropType(Enum):
 
 
 class ContrastiveLossWithTemperature(nn.Module):
-    """`torchmultimodal`'s CLIP loss with a learnable scale, `logit_scale`, the logarithm of the multiplier.
-
-    Args:
-        logit_scale: its first value, or the parameter itself.
-        logit_scale_min, logit_scale_max: it is clamped between them, in place, in each forward; one may be None.
-
-    Raises:
-        ValueError: both limits None; in forward, an argument that is not supported, by its name.
-    """
+    """`torchmultimodal`'s CLIP loss with a learnable `logit_scale`, the logarithm of the multiplier: its first value or
+    the parameter itself is given. It is clamped between `logit_scale_min` and `logit_scale_max`, of which one may be
+    None, in place, in each forward. What is not supported raises a ValueError that names it."""
 
     def __init__(
         self,
@@ -153,10 +147,9 @@ class ContrastiveLossWithTemperature(nn.Module):
         cross_entropy_kwargs: Mapping[str, Any] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The scalar loss of the global batch.
+        """The scalar loss of the global batch of features `[m, D]`.
 
         Args:
-            embeddings_a, embeddings_b: features `[m, D]`.
             backprop_type: GLOBAL, of ours or of TorchMultimodal; the others are not the loss's gradient.
             cross_entropy_kwargs: `label_smoothing` alone.
             mask: bool `[m]`, False for pairs that have no loss of their own and are the others' negatives still.

@@ -35,8 +35,8 @@ class Gathered:
 
 
 class Ring:
-    """One shard at a time: the next is on its way while this one is computed on, and a rank never holds more
-    than two. A shard's gradient travels one step behind it, gathers each rank's part, and arrives home."""
+    """One shard at a time: the next is on its way while this one is computed on, and a rank never holds more than two.
+    A shard's gradient travels one step behind it, gathers each rank's part, and arrives home."""
 
     def __init__(self, layout: Layout, own: list[Tensor]) -> None:
         self.layout = layout

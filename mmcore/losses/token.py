@@ -124,17 +124,13 @@ def _own_share(
 
 @dataclass(frozen=True)
 class _TokenColumns:
-    """What this rank's rows are held against.
-
-    `positives`: int64 `[m]`, the global column of each row's positive, None with labels. `labels`: of this rank's
-    rows `[m]` and of all columns `[N]`. `masks`: of this rank's tokens, bool `[m, Q]`.
-    """
+    """What this rank's rows are held against."""
 
     layout: Layout
     shards: Shards
-    positives: Tensor | None
-    labels: tuple[Tensor, Tensor] | None
-    mask: Tensor | None
+    positives: Tensor | None  # int64 [m], the global column of each row's positive, None with labels
+    labels: tuple[Tensor, Tensor] | None  # of this rank's rows [m] and of all columns [N]
+    mask: Tensor | None  # of this rank's tokens, bool [m, Q]
     with_totals: bool
 
     def blocks(self, tokens: Tensor, scale: Tensor) -> Iterator[tuple[slice, TokenProblem]]:
@@ -146,9 +142,8 @@ class _TokenColumns:
 
 
 class _TokenStats(torch.autograd.Function):
-    """`TokenContrastiveStats` in float64, of this rank's rows against all columns and of all columns against all
-    rows. Every rank has the same statistics of the columns; their gradient is the sum of what the ranks' losses
-    give."""
+    """`TokenContrastiveStats` in float64, of this rank's rows against all columns and of all columns against all rows,
+    the same on every rank."""
 
     @staticmethod
     def forward(ctx, tokens: Tensor, b: Tensor, scale: Tensor, columns: _TokenColumns):

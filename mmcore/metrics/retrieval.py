@@ -1,28 +1,66 @@
 """Image-text retrieval: R@k both ways, with several captions an image and equal captions shared by images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmcore.metrics.ranking import check_features, check_ks, counts_of, wrong_above_best
 from mmcore.ops import require
+
+RelevanceRows = Callable[[int, int], Tensor]
+
+
+def check_features(caller: str, **features: Tensor) -> None:
+    """ValueError unless each is [*, E] with one E, floating point, finite and not empty."""
+    widths = {name: t.shape[-1] if t.ndim == 2 else None for name, t in features.items()}
+    for name, t in features.items():
+        fits = t.ndim == 2 and t.is_floating_point() and t.numel() > 0
+        sentence = "{} must be floating point [N, E], not empty, got {} {}"
+        require(caller, fits, sentence, name, t.dtype, list(t.shape))
+        # a NaN is never above another score, so it would count as a hit
+        strays = int((~t.isfinite()).sum())
+        require(caller, strays == 0, "{} must be finite, got {} values that are not", name, strays)
+    require(caller, len(set(widths.values())) <= 1, "features must share their last dimension, got {}", widths)
+
+
+def check_ks(caller: str, ks: tuple[int, ...]) -> None:
+    """ValueError unless `ks` holds at least one rank, all of them at least 1."""
+    require(caller, len(ks) > 0 and min(ks) >= 1, "ks must be at least one rank, each at least 1, got {}", ks)
+
+
+def counts_of(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query, a row of `scores`, how many wrong candidates stand above its best right one, ties counting
+    against it, and how many are right: int64.
+
+    So a model that gives one embedding to everything scores 0, not 1.
+    """
+    right = right.to(scores.device)
+    best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~right).sum(dim=1), right.sum(dim=1)
+
+
+def wrong_above_best(
+    queries: Tensor, candidates: Tensor, relevant: RelevanceRows, *, chunk_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`counts_of` the inner products in float32 of queries [Q, E] and candidates [N, E], `chunk_size` queries at a
+    time.
+
+    `relevant` maps (start, stop) to a bool mask [stop - start, N] of right candidates, at least one a query.
+    """
+    candidates = candidates.float()
+    for start in range(0, len(queries), chunk_size):
+        stop = min(start + chunk_size, len(queries))
+        yield counts_of(queries[start:stop].float() @ candidates.T, relevant(start, stop))
 
 
 @dataclass(frozen=True)
 class Relevance:
-    """Which caption is right for which image: its own, and every one that has an equal caption.
+    """Which caption is right for which image: its own, and every one that has an equal caption."""
 
-    Attributes:
-        image_index: [N] int64, the image of each caption.
-        group: [N] int64 in [0, number of distinct captions), one value for equal captions.
-        num_images: images; each has at least one caption.
-    """
-
-    image_index: Tensor
-    group: Tensor
-    num_images: int
+    image_index: Tensor  # [N] int64, the image of each caption
+    group: Tensor  # [N] int64 in [0, number of distinct captions), one value for equal captions
+    num_images: int  # each has at least one caption
 
     def texts_of_images(self, start: int, stop: int) -> Tensor:
         """Bool mask [stop - start, N] of the captions that are right for a range of images."""
@@ -44,13 +82,8 @@ class Relevance:
 
 
 def relevance_of(captions: Sequence[str], image_index: Sequence[int] | Tensor, *, num_images: int) -> Relevance:
-    """Relevance from the captions' own text: equal but for case and white space is equal.
-
-    Args:
-        captions: [N] strings.
-        image_index: [N], the image of each caption, in [0, num_images).
-        num_images: each must have at least one caption.
-    """
+    """Relevance from the text of N captions, equal but for case and white space being equal, and the image of each,
+    [N], in [0, num_images); each image must have a caption."""
     index = torch.as_tensor(image_index, dtype=torch.int64).cpu()
     op, fits = "relevance_of", len(captions) > 0 and index.shape == (len(captions),)
     sentence = "image_index must hold one image for each caption, got {} for {} captions"
@@ -124,12 +157,10 @@ def recall_of_scores(
 
 
 def _recalls(name: str, above: Tensor, num_right: Tensor, num_candidates: int, ks: tuple[int, ...]) -> dict[str, float]:
-    """R@k and its chance, of queries with so many wrong candidates above the best right one.
-
-    Chance is the mean of 1 - C(N - r, k) / C(N, k), as a product of k ratios.
-    """
+    """R@k and its chance, of queries with so many wrong candidates above the best right one."""
     out: dict[str, float] = {}
     wrong = (num_candidates - num_right.cpu().double())[:, None]  # [Q, 1]
+    # 1 - C(N - r, k) / C(N, k), as a product of k ratios
     for k in ks:
         drawn = torch.arange(min(k, num_candidates), dtype=torch.float64)
         misses = ((wrong - drawn).clamp_min(0) / (num_candidates - drawn)).prod(dim=1)
@@ -150,9 +181,7 @@ def recall_lines(recalls: Mapping[str, float], ks: tuple[int, ...] = (1, 5, 10))
     """`retrieval_recall`'s result to be printed, a line each way, in % with chance in brackets."""
     lines = []
     for direction in ("image_to_text", "text_to_image"):
-        cells = (
-            f"R@{k} {100 * recalls[f'{direction}_R@{k}']:.1f} ({100 * recalls[f'{direction}_chance_R@{k}']:.1f})"
-            for k in ks
-        )
+        shares = [(k, recalls[f"{direction}_R@{k}"], recalls[f"{direction}_chance_R@{k}"]) for k in ks]
+        cells = (f"R@{k} {100 * found:.1f} ({100 * chance:.1f})" for k, found, chance in shares)
         lines.append(f"  {direction.replace('_', ' ')}: {'  '.join(cells)}")
     return lines

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.metrics.ranking import check_features, check_ks, wrong_above_best
+from mmcore.metrics.retrieval import check_features, check_ks, wrong_above_best
 from mmcore.ops import require
 
 
@@ -25,8 +25,7 @@ def zero_shot_weights(
     Args:
         encode_text: tokens to embeddings [B, E]; moves the tokens to its own device.
         tokenizer: prompts to tokens, whatever `encode_text` takes.
-        class_names: at least one.
-        templates: at least one, each holding "{}" where the class name goes.
+        templates: each holding "{}" where the class name goes.
         batch_size: prompts encoded at a time.
 
     Returns:

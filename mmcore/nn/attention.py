@@ -52,9 +52,7 @@ class Attention(nn.Module):
         divides = num_heads >= 1 and width % num_heads == 0
         require("Attention", divides, "num_heads must divide width {}, got {}", width, num_heads)
         check_dropout("Attention", dropout)
-        self.num_heads = num_heads
-        self.is_causal = is_causal
-        self.dropout = dropout
+        self.num_heads, self.is_causal, self.dropout = num_heads, is_causal, dropout
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 

@@ -95,15 +95,12 @@ class CrossAttention(nn.Module):
 
 
 def shared_keys_values(states: Tensor, layers: Sequence[CrossAttention]) -> list[KeyValues]:
-    """`[layer.keys_values(states) for layer in layers]`, on a GPU with one matrix product for all layers.
+    """`[layer.keys_values(states) for layer in layers]` of [B, Lk, D_k] and layers of one `key_width` and `bias`, on a
+    GPU with one matrix product for all of them.
 
     For a GPU that one layer's product leaves idle; on a CPU the copy of all weights into one matrix costs more than
     it saves, and each layer has its own product. The weights of one product are read outside the forward of their
     layers: ZeRO-3 must be told to gather them.
-
-    Args:
-        states: [B, Lk, D_k].
-        layers: at least one, all of the same `key_width` and `bias`.
     """
     op = "shared_keys_values"
     kinds = {(layer.kv.in_features, layer.kv.bias is not None) for layer in layers}

@@ -79,13 +79,11 @@ class FeatureQueue(nn.Module):
     """The last N = `num_features` features [N, D = `dim`] that were enqueued, for
     `mmkernels.contrastive_loss(..., negatives=)`."""
 
-    features: Tensor
-
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         for name, size in (("num_features", num_features), ("dim", dim)):
             require("FeatureQueue", size >= 1, "{} must be at least 1, got {}", name, size)
-        self.register_buffer("features", torch.zeros(num_features, dim))
+        self.features = nn.Buffer(torch.zeros(num_features, dim))
         self.num_enqueued = 0
 
     @property
@@ -95,13 +93,8 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
-        """Puts features [B, D], of any dtype, in the place of the oldest; of more than N the last. A ValueError of a
-        wrong shape.
-
-        Args:
-            group: of ranks whose features are taken too, in the order of ranks, the same B on each, so that all
-                hold one queue; None = this rank's alone.
-        """
+        """Puts features [B, D], of any dtype, in the place of the oldest; of more than N the last. Those of the ranks
+        of a `group` are taken too, in the order of ranks, the same B on each, so that all hold one queue."""
         size, dim = self.features.shape
         is_like = features.ndim == 2 and features.shape[1] == dim
         require("FeatureQueue", is_like, "features must be [B, {}], got {}", dim, list(features.shape))
@@ -109,12 +102,10 @@ class FeatureQueue(nn.Module):
             parts = features.new_empty(dist.get_world_size(group), *features.shape)
             dist.all_gather(list(parts.unbind()), features.contiguous(), group=group)
             features = parts.flatten(0, 1)
-        end, last = self.num_enqueued + len(features), features[-size:]
-        start = (end - len(last)) % size
-        before_end = min(len(last), size - start)
-        self.features[start : start + before_end] = last[:before_end]
-        self.features[: len(last) - before_end] = last[before_end:]
-        self.num_enqueued = end
+        self.num_enqueued += len(features)
+        last = features[-size:].to(self.features)
+        places = torch.arange(self.num_enqueued - len(last), self.num_enqueued, device=last.device) % size
+        self.features[places] = last
 
     def get_extra_state(self) -> int:
         return self.num_enqueued

@@ -36,12 +36,8 @@ class AttentionalPooler(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """One state of many by a learned query, y = attention(probe, x), then y + MLP(LN(y)): SigLIP's (arXiv:2303.15343).
-
-    Args:
-        width: D.
-        mlp_dim, activation: of the MLP.
-    """
+    """One state of many by a learned query, y = attention(probe, x), then y + MLP(LN(y)): SigLIP's
+    (arXiv:2303.15343)."""
 
     def __init__(self, width: int, num_heads: int, mlp_dim: int, *, activation: str, norm_eps: float) -> None:
         super().__init__()
@@ -100,9 +96,8 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, width))
         self.times = None if num_frames is None else nn.Parameter(torch.randn(num_frames, width))
-        self.blocks = nn.ModuleList(
-            ResamplerBlock(width, num_heads, mlp_dim, head_dim=head_dim) for _ in range(num_layers)
-        )
+        blocks = (ResamplerBlock(width, num_heads, mlp_dim, head_dim=head_dim) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, media: Tensor) -> Tensor:

@@ -18,9 +18,6 @@ def sincos_positions(width: int, num_patches: int, *, num_prefix: int = 1) -> Te
     Returns:
         [num_prefix + P, D] of torch's default dtype, computed in float64; patches row by row.
 
-    Raises:
-        ValueError: another width or number of patches.
-
     Reference: MAE's official implementation (arXiv 2111.06377).
     """
     side = math.isqrt(max(num_patches, 0))

@@ -59,13 +59,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.activation_checkpointing = False
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_dim, is_causal=is_causal, activation=activation, norm_eps=norm_eps)
-            for _ in range(num_layers)
-        )
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        options = {"is_causal": is_causal, "activation": activation, "norm_eps": norm_eps}
+        blocks = [Block(width, num_heads, mlp_dim, **options) for _ in range(num_layers)]
+        for block in blocks:
             block.init_weights(num_layers)
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
         """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` see `Attention`."""

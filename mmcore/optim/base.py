@@ -22,13 +22,13 @@ Group = dict[str, Any]
 class EMAOptimizer(Optimizer):
     """What these optimizers share: the average, float32 masters, clamping, clipping, groups that are frozen.
 
-    What looks at whole parameters (LARS, Muon, `clip_each`) has to be told what ZeRO's flat partitions hold: `bind`.
+    What looks at whole parameters (LARS, Muon, `clip_each`) has to be told what ZeRO's flat partitions hold: `bind`. A
+    group is left as it is while its `frozen` is set; `mmcore.train.engine.Engine` sets it for the first `frozen_until`
+    steps.
 
     Args:
-        params: parameters, or groups of them, as of any optimizer; each setting may differ by group. A group is left as
-            it is while its `frozen` is set; `mmcore.train.engine.Engine` sets it for the first `frozen_until` steps.
         settings: the optimizer's own, for groups that do not say otherwise.
-        ema, clamp, clip_each: as in `AdamWEMA`.
+        params, ema, clamp, clip_each: as in `AdamWEMA`.
     """
 
     _shards: Shards | None = None
@@ -82,12 +82,9 @@ class EMAOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Steps and averages all parameters that have a gradient; returns what `closure` does.
-
-        Raises:
-            ValueError: a sparse gradient; a setting out of its range.
-            RuntimeError: in the capture of a CUDA graph, which would repeat one step's learning rate for ever.
-        """
+        """Steps and averages all parameters that have a gradient; returns what `closure` does. A ValueError of a sparse
+        gradient, a RuntimeError in the capture of a CUDA graph, which would repeat one step's learning rate for
+        ever."""
         loss, name = None, type(self).__name__
         if closure is not None:
             with torch.enable_grad():

@@ -15,17 +15,12 @@ LORA_DROPOUT = 0.05
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters beside the language model's linear layers (LoRA, arXiv:2106.09685): W x + alpha / rank B A x.
+    """Low-rank adapters beside the language model's linear layers (LoRA, arXiv:2106.09685): W x + alpha / rank B A
+    x."""
 
-    Args:
-        rank: rows of A, at least 1.
-        alpha: above 0.
-        dropout: of x before A, in [0, 1).
-    """
-
-    rank: int
-    alpha: int
-    dropout: float = 0.0
+    rank: int  # rows of A, at least 1
+    alpha: int  # above 0
+    dropout: float = 0.0  # of x before A, in [0, 1)
 
     def __post_init__(self) -> None:
         require("Lora", self.rank >= 1, "rank must be at least 1, got {}", self.rank)

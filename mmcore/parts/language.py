@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from mmcore.checkpoint import describe
-from mmcore.ops import require
-from mmcore.parts.language_head import check_head
+from mmcore.ops import linear_cross_entropy, require
 from mmcore.systems import entries
 from mmcore.weights.files import read_json
 
@@ -30,17 +30,10 @@ PAD, START, END = "<pad>", "<s>", "</s>"
 
 
 def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
-    """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU.
-
-    Args:
-        folder: config.json and safetensors, as transformers writes them; of a larger model that is known here, such
-            as a Blip2ForConditionalGeneration or a Llava, its language model.
-        dtype: of the weights; None = as they are stored.
-
-    Raises:
-        ValueError: no such folder; files that transformers does not load; weights that are missing; a model whose
-            logits are not its last layer's, W x + b.
-    """
+    """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU, in a dtype or as it is stored,
+    from a folder of transformers with safetensors; of a larger model that is known here, such as a
+    Blip2ForConditionalGeneration or a Llava, its language model. A ValueError without such a folder, of files that
+    transformers does not load, of weights that are missing, and of logits that are not the last layer's, W x + b."""
     op, systems = "load_language_model", entries("FOLDERS")
     kind = str(read_json(op, folder / "config.json").get("model_type"))
     if kind in systems:
@@ -111,3 +104,32 @@ def tiny_language_model(tokenizer: Any) -> LlamaForCausalLM:
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     return LlamaForCausalLM(LlamaConfig(**shape, **sizes, **ids, tie_word_embeddings=True))
+
+
+class LanguageHead(nn.Module):
+    """A language model's last layer and the cross-entropy behind it; its weights are that layer's own, which ZeRO-3
+    gathers for either."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+
+    def forward(self, states: Tensor, labels: Tensor) -> Tensor:
+        """The sum over [B, T, D] states whose int64 [B, T] labels are not -100: []."""
+        states, labels = states.flatten(0, 1), labels.flatten()
+        return linear_cross_entropy(states, self.weight, labels, bias=self.bias, reduction="sum")
+
+
+@torch.no_grad()
+def check_head(op: str, model: Any) -> None:
+    """Raise a ValueError unless logits are W x + b of the last states: some models scale or cap them, which the fused
+    loss does not."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    model.eval()
+    head, states = model.get_output_embeddings(), model.base_model(input_ids=tokens).last_hidden_state
+    expected = model(input_ids=tokens).logits
+    same = torch.allclose(head(states).float(), expected.float(), rtol=1e-3, atol=1e-3)
+    require(
+        op, same, "model must have logits W x + b of its last states, got others from a {}", model.config.model_type
+    )

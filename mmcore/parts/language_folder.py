@@ -80,16 +80,8 @@ def chosen_language(
 def language_of(
     run: Path, saved: Mapping[str, Any], moved_to: Path | None, dtype: torch.dtype | None, *, verify: bool = True
 ) -> Language:
-    """The language model of a run's folder.
-
-    Args:
-        saved: "model" of its config.json.
-        moved_to: where the language model is now; None = where it was.
-        verify: compare its files with those it was trained with.
-
-    Raises:
-        ValueError: it is gone, or changed.
-    """
+    """The language model of a run's folder, where it was or is now; a ValueError where it is gone, or, with `verify`,
+    where its files are not those it was trained with. `saved` is "model" of the run's config.json."""
     known = saved[LANGUAGE_MODEL]
     folder = run / known["folder"] if moved_to is None else moved_to
     if not folder.is_dir():

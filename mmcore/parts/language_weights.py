@@ -65,19 +65,14 @@ def load_with_language(
     *,
     unread: Sequence[str] = (),
 ) -> Any:
-    """A model with a language model in it, from a folder of transformers or `save_with_language`, in training mode.
-
-    The row that the language model has there for the image's token is taken away, and the generation_config.json
-    beside it is the language model's.
+    """A model with a language model in it, of a folder of transformers or `save_with_language`, in training mode; the
+    generation_config.json there is the language model's.
 
     Args:
         whole: transformers' configuration of the model, with a text_config of a kind that `check_language_kind` knows.
         dtype: of the language model, None = as it is stored; the rest is float32.
         layout, unread: of the weights that are not the language model's.
         build: a model, given its language model; what it makes itself is replaced.
-
-    Raises:
-        ValueError: no language model, missing or unknown names, wrong shapes, a damaged file.
     """
     tensors, text = layout.renamed(read_folder(op, folder)), whole.text_config
     state = {n.removeprefix(LANGUAGE): x for n, x in tensors.items() if n.startswith(LANGUAGE)}
@@ -127,11 +122,17 @@ def save_with_language(
 ) -> None:
     """Writes a new folder of a model with a language model in it; a ValueError where it exists.
 
+    transformers marks the places of an image by a token `<image>`, whose row of the embedding nobody reads. It is the
+    tokenizer's, if that has one, else the first id that the tokenizer, or, without one, the vocabulary leaves free.
+    Where the language model has no such row, what is written has one more, the mean of the others, that greedy search
+    never chooses; `load_with_language` takes it away again.
+
     Args:
+        model: its language model's weights are written in the dtype that they have.
         config_of: the model and the image's token to the config.json, with `language_settings`.
         layout: of the weights that are not the language model's.
-        tokenizer: the language model's; None = none is written.
-        processor: the processor_config.json beside a tokenizer.
+        tokenizer: the language model's, which is written, `<image>` in it; None = none is.
+        processor: the processor_config.json beside a tokenizer; preprocessor_config.json is not written.
         unread: weights that the model has there and not here.
     """
     language = model.language_model

@@ -19,9 +19,6 @@ class PaddedTokenizer:
     Args:
         tokenizer: of transformers, with padding or an end of text, which pads where there is none.
         context_length: tokens a caption, at least 2.
-
-    Raises:
-        ValueError: neither of them; a length below 2.
     """
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
@@ -48,11 +45,8 @@ class PaddedTokenizer:
 
 
 def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
-    """The tokenizer in a folder of transformers, by its tokenizer.json alone.
-
-    Raises:
-        ValueError: no such file, a damaged one, one without padding and end of text.
-    """
+    """The tokenizer in a folder of transformers, by its tokenizer.json alone; a ValueError without such a file, of a
+    damaged one, and of one without padding and end of text."""
     op, file = "load_padded_tokenizer", folder / "tokenizer.json"
     require(op, file.is_file(), "folder must hold tokenizer.json, got {}", folder)
     try:
@@ -65,11 +59,8 @@ def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
 def padded_tokenizer(
     folder: Path | None, captions: Callable[[], Iterable[str]], vocab_size: int, context_length: int
 ) -> PaddedTokenizer:
-    """The one in a folder, or, without one, a byte-level BPE of at most `vocab_size` tokens learned from captions.
-
-    Raises:
-        ValueError: see `load_padded_tokenizer`; no captions.
-    """
+    """The one in a folder, or, without one, a byte-level BPE of at most `vocab_size` tokens learned from captions;
+    errors as of `load_padded_tokenizer`, and where there are no captions."""
     if folder is not None:
         return load_padded_tokenizer(folder, context_length)
     learned = tiny_tokenizer([caption.lower() for caption in captions()], vocab_size=vocab_size)

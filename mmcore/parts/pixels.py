@@ -34,15 +34,10 @@ def masked_error(predicted: Tensor, target: Tensor, kept: Tensor) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class PixelTargets:
-    """Pixels of patches, normalised as `vision` has it.
-
-    Args:
-        vision: of the encoder.
-        norm: each patch's mean is subtracted, and its (unbiased) variance divided by (MAE's norm_pix_loss).
-    """
+    """Pixels of patches, normalised as `vision` has it."""
 
     vision: VisionConfig
-    norm: bool
+    norm: bool  # a patch's mean is subtracted, and its (unbiased) deviation divided by (MAE's norm_pix_loss)
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, S, S], uint8 or normalised already, to [B, P, C] in float32 or the images' dtype."""

@@ -38,15 +38,8 @@ class TextTower(nn.Module):
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
-        self.transformer = Transformer(
-            width,
-            config.num_layers,
-            config.num_heads,
-            config.mlp_dim,
-            is_causal=is_causal,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-        )
+        options = {"is_causal": is_causal, "activation": config.activation, "norm_eps": config.norm_eps}
+        self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
         self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
         self.proj = Linear(width, embed_dim, bias=bias)
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -76,11 +76,8 @@ class Rows:
 
 
 def train_tiny_lm(said: Sequence[Sequence[Said]], *, seed: int, steps: int) -> tuple[Any, Any, float]:
-    """Trains a tokenizer and a causal model on what is said of each picture, in steps of `BATCH_SIZE` rows.
-
-    Returns:
-        The model, frozen, in evaluation mode; its tokenizer; the loss of the last tenth of the steps, in nats a token.
-    """
+    """Trains a tokenizer and a causal model on what is said of each picture, in steps of `BATCH_SIZE` rows: the model,
+    frozen, in evaluation mode; its tokenizer; the loss of the last tenth of the steps, in nats a token."""
     rows = Rows(said, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

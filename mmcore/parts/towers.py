@@ -15,10 +15,8 @@ def load_tower(path: Path) -> Tower:
     """Reads an image tower: of a run of a recipe whose model has one; of a folder of transformers of a system that is
     known here (safetensors), such as CLIP or BLIP-2; or of a folder or file of open_clip with a CLIP.
 
-    Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches.
-
-    Raises:
-        ValueError: nothing of this kind.
+    Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches. A ValueError
+    of anything else.
     """
     if is_run(path):
         trained = read_run(path)

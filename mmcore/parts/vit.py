@@ -30,7 +30,6 @@ class VisionConfig:
 
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
-    `has_margin`: pixels on the right and below that fill no patch are not read (SigLIP's 384 in patches of 14).
     The last four are of `Preprocess`.
     """
 
@@ -47,7 +46,7 @@ class VisionConfig:
     has_class_token: bool = True
     positions: Literal["learned", "sincos"] = "learned"
     has_final_norm: bool = False
-    has_margin: bool = False
+    has_margin: bool = False  # pixels that fill no patch, right and below, are not read (SigLIP's 384 in 14s)
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -61,7 +60,6 @@ class VisionConfig:
         require(owner, fits, "image_size must be a multiple of patch_size {}, got {}", patch, size)
         kinds = ("learned", "sincos")
         require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
-
         for name in ("image_mean", "image_std"):  # a run's config.json holds lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -129,15 +127,8 @@ class ViT(nn.Module):
             fixed = sincos_positions(width, config.num_patches, num_prefix=config.has_class_token)
             self.position_embedding = nn.Buffer(fixed)
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()
-        self.transformer = Transformer(
-            width,
-            config.num_layers,
-            config.num_heads,
-            config.mlp_dim,
-            is_causal=False,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-        )
+        options = {"is_causal": False, "activation": config.activation, "norm_eps": config.norm_eps}
+        self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
         self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
 
     def forward(self, images: Tensor, kept: Tensor | None = None, *, pool: Pool | None = None) -> Tensor:
@@ -152,9 +143,6 @@ class ViT(nn.Module):
 
         Returns:
             [B, 1 + P, D], [B, 1 + K, D], without the 1 where there is no class token, or what `pool` returns.
-
-        Raises:
-            ValueError: another shape or dtype.
         """
         return self.norm_post(self.transformer(self.embed(images, kept), pool=pool))
 

@@ -12,10 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmcore.data import LoaderSpec
 from mmcore.errors import did_you_mean
 from mmcore.launch import parse
-from mmcore.plan.config import MicroBatchPlan, PlanConfig
 from mmcore.plan.demand import Built
 from mmcore.plan.hardware import GPUS
-from mmcore.plan.job import Job, Piece, Setting, numbers
+from mmcore.plan.job import Job, MicroBatchPlan, Piece, PlanConfig, Setting, numbers
 from mmcore.plan.report import as_json, plan, show
 from mmcore.recipe import Contrastive, Recipe, Step
 from mmcore.systems import entries

@@ -1,7 +1,7 @@
 """What a recipe trains, and how it is to be run: all that a plan is made from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import Literal, NamedTuple
 
@@ -71,17 +71,12 @@ class Counted:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a model that runs as a whole: equal layers, and what stands around them.
-
-    Attributes:
-        depths: two numbers of layers, of which it is built to be counted; twice the same = as it is, whole.
-        build: of layers and samples, on fake tensors, set up as a setting says.
-    """
+    """A part of a model that runs as a whole: equal layers, and what stands around them."""
 
     name: str
     num_layers: int
-    build: Callable[[int, int, Setting], Built]
-    depths: tuple[int, int] = (1, 2)
+    build: Callable[[int, int, Setting], Built]  # of layers and samples, on fake tensors, set up as a setting says
+    depths: tuple[int, int] = (1, 2)  # numbers of layers that it is counted with; twice the same = as it is, whole
 
     def counted(self, setting: Setting) -> Counted:
         """Its demand as a function of the number of samples."""
@@ -169,3 +164,42 @@ def _counted(job: Job, precision: Precision, activation_checkpointing: bool, has
     num = 2 if has_others else 1
     setting = Setting(num, num, precision=precision, activation_checkpointing=activation_checkpointing)
     return tuple(piece.counted(setting) for piece in job.pieces)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What all recipes have in common."""
+
+    global_batch: int
+    """Samples a step, of all ranks."""
+    gpus: int
+    """Data-parallel ranks."""
+    gpu: Literal["a100-40gb", "a100-80gb", "a800", "h100", "h200", "b200"] = "h200"
+    """Which GPU."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage."""
+    precision: Precision = "amp_bf16"
+    """fp32; amp_bf16 (fp32 weights, bf16 autocast); bf16 (bf16 weights, fp32 master)."""
+    ema: bool = False
+    """Keep an average of the weights."""
+    json: bool = False
+    """Print JSON: bytes, FLOP and seconds of a rank."""
+
+    def job(self) -> Job:
+        """What the recipe trains."""
+        raise NotImplementedError
+
+    def setting(self) -> Setting:
+        """The options that a run has, of those that the recipe has."""
+        names = [x.name for x in fields(Setting)]
+        return Setting(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+
+
+@dataclass(frozen=True)
+class MicroBatchPlan(PlanConfig):
+    """What recipes have in common that can do with less memory and more time."""
+
+    accum: int = 1
+    """Micro-batches a step."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward."""

@@ -29,12 +29,9 @@ class Phase(NamedTuple):
 
 
 def phases(job: Job, setting: Setting, gpu: Gpu) -> list[Phase]:
-    """The phases of a step after the first, in order.
-
-    The forward ends with all activations of a micro-batch, beside the gradients of those before it; the contrastive
-    loss comes on top of them, or of the features alone where there are several; the backward begins with all of them
-    and ends with all gradients; the optimizer steps.
-    """
+    """The phases of a step after the first: the forward ends with all activations of a micro-batch, beside the
+    gradients of those before it; the contrastive loss comes on top of them, or of the features alone where there are
+    several; the backward begins with all of them and ends with all gradients; the optimizer steps."""
     # a GPU is given the images that it needs at once: of a micro-batch, but for a loss in which all meet
     on_device = setting.per_rank if gpu.is_cpu or job.exchange is not None else setting.micro
     always = zero.states(job, setting, is_cpu=gpu.is_cpu) | {"batch": job.batch_bytes * on_device}

@@ -10,11 +10,8 @@ BUCKET, PREFETCH, REUSE = 500_000_000, 50_000_000, 1_000_000_000
 
 def states(job: Job, setting: Setting, *, is_cpu: bool) -> dict[str, float]:
     """Bytes by part that a rank holds from step to step: weights in the module's dtype, moments (and, from stage 1 on,
-    a master) in float32.
-
-    Stages 1 to 3 keep a float32 master beside float32 weights too: what is flattened is cloned. Stage 3 has its
-    gradients and its bucket from the start, and small tensors whole beside its share.
-    """
+    a master, of float32 weights too: what is flattened is cloned) in float32. Stage 3 has its gradients and its bucket
+    from the start, and small tensors whole beside its share."""
     size, ranks = setting.weight_bytes, setting.gpus if setting.zero else 1
     weights = job.trained * size + job.frozen_bytes(setting)
     has_all = setting.zero == 3

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from mmcore.tensor_file import replacing
+
 RIGHT, WRONG = "#1a8f4c", "#d0342c"
 INK, MIDDLE, FAINT = "#22262b", "#4a5560", "#8b939c"
 COLOURS = ("#2f6fb5", "#d9822b", "#1a8f4c", "#8a4fb0", "#c23b6b", "#7a5c3e", "#4a5560", "#1799a6")
@@ -40,7 +42,5 @@ def save(figure: Figure, path: str | Path) -> None:
     """Writes a PNG whole or not at all; its folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a reader, or a second save, never sees half a picture
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.18)
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.18)

@@ -32,7 +32,11 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     by_step = {int(record["step"]): record for record in records}
     rows = [by_step[step] for step in sorted(by_step)]
     held_out = _held_out_series(rows)
-    accuracies = {k: s for k, s in held_out.items() if "loss" not in k and _is_accuracy(k, s[1])}
+    accuracies = {
+        name: series
+        for name, series in held_out.items()
+        if "loss" not in name and (all(0 <= x <= 1 for x in series[1]) or not is_share(name))
+    }
     figure = Figure(figsize=(11 if accuracies else 6.5, 4.6), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(2, 2 if accuracies else 1, height_ratios=(4, 1))
     loss_axes = figure.add_subplot(grid[0, 0])
@@ -51,9 +55,10 @@ def plot_retrieval(
     made.
 
     Args:
-        queries: [Q] captions, in any script; characters that no font has are shown as code points, and the sheet says
-        so. scores: [Q, I] float. relevant: [Q, I] bool. images: indexed by the I columns; each a PIL image or uint8 [H,
-        W] or [H, W, 3]. top_k: images a query, cut to I.
+        queries: [Q] captions, in any script; characters that no font has are shown as code points, and it says so.
+        scores, relevant: [Q, I] float and bool.
+        images: [I]; each a PIL image or uint8 [H, W] or [H, W, 3].
+        top_k: images a query, cut to I.
     """
     shape = (len(queries), scores.shape[-1] if scores.ndim else 0)
     fits = all(shape) and scores.shape == relevant.shape == shape and relevant.dtype == torch.bool
@@ -155,10 +160,6 @@ def _draw_accuracies(axes: Axes, series: Mapping[str, tuple[list[int], list[floa
     axes.set_xlabel("step", color=FAINT)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     _style(axes, "Held-out accuracy" if all(map(is_share, series)) else "Held-out figures")
-
-
-def _is_accuracy(name: str, values: Sequence[float]) -> bool:
-    return all(0 <= v <= 1 for v in values) or not is_share(name)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:

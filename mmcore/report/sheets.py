@@ -84,16 +84,8 @@ def plot_dialogues(
 def plot_reconstructions(
     originals: Sequence[Any], masked: Sequence[Any], reconstructed: Sequence[Any], path: str | Path, *, title: str
 ) -> None:
-    """Draw images, what a model sees of them, and what it makes of that, a row each, as one PNG.
-
-    Args:
-        originals, masked, reconstructed: [N] each; PIL images or uint8 [H, W] or [H, W, 3].
-        path: of the PNG; its folder is made.
-        title: of the sheet.
-
-    Raises:
-        ValueError: no images, lengths that differ.
-    """
+    """Draw images [N] as of `plot_captions`, what a model sees of them, and what it makes of that, a row each, as one
+    PNG."""
     lengths = [len(x) for x in (originals, masked, reconstructed)]
     what = "originals, masked, reconstructed must be as many, not 0, got {}"
     require("plot_reconstructions", lengths == [max(1, len(originals))] * 3, what, lengths)
@@ -109,18 +101,14 @@ def plot_reconstructions(
 
 
 class _Line(NamedTuple):
-    """A paragraph below an image."""
-
-    text: str
+    text: str  # a paragraph below an image
     size: float
     colour: str
 
 
 class _Cell(NamedTuple):
-    """An image, the colour of its frame, and what stands below it."""
-
     image: Any
-    frame: str | None
+    frame: str | None  # its colour
     lines: Sequence[_Line]
 
 

@@ -16,7 +16,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -75,7 +75,8 @@ class Found:
 def find_systems() -> Found:
     """Looks at every system once."""
     found = Found()
-    for package in _packages():
+    own = (f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__) if module.ispkg)
+    for package in [*own, *sorted({point.value for point in entry_points(group=GROUP)})]:
         try:
             module = importlib.import_module(package)
         except Exception as error:  # noqa: BLE001 (a package of others may fail as it likes: it is named, the rest works)
@@ -87,11 +88,6 @@ def find_systems() -> Found:
                     found.twice[kind, name] = entries[name].package, package
                 entries.setdefault(name, Entry(name, package, target))
     return found
-
-
-def _packages() -> Iterator[str]:
-    yield from (f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__) if module.ispkg)
-    yield from sorted({point.value for point in entry_points(group=GROUP)})
 
 
 def entries(kind: Kind) -> Mapping[str, Entry]:

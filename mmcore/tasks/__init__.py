@@ -1,7 +1,8 @@
 """What a model is measured by: each task asks a recipe for a capability, not for its name.
 
 A task is a module here of its name, with `follow(subject)`, the numbers that a run watches, `report(subject, options)`,
-what `mmcore eval` and the end of a run print and write, and `Options`, the flags of the former.
+what `mmcore eval` and the end of a run print and write, and `Options`, the flags of the former, None of the latter.
+Where there is nothing to measure, a run goes without, and `mmcore eval` says so.
 """
 
 import importlib

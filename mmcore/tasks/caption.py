@@ -7,7 +7,7 @@ import torch
 
 from mmcore.metrics.captions import bleu, cider
 from mmcore.tasks.speaking import MAX_FOLLOWED, Options, Speaker, spread, written
-from mmcore.tasks.subject import Subject
+from mmcore.tasks.subject import Subject, nothing
 
 __all__ = ["Options", "follow", "report"]
 
@@ -28,16 +28,10 @@ def _scores(texts: list[str], people: list[list[str]]) -> dict[str, float]:
 
 def report(subject: Subject, options: Any) -> list[Path]:
     """Prints BLEU-4 and CIDEr of the captions of held-out pictures; writes them as COCO's evaluation reads them, and a
-    sheet of some, into the run's folder.
-
-    Raises:
-        ValueError: `mmcore eval caption` where there are no held-out captions.
-    """
+    sheet of some, into the run's folder."""
     val = subject.pairs.val
     if val is None:
-        if options is None:
-            return []
-        raise ValueError(f"{subject.pairs.name} has no held-out captions to compare with")
+        return nothing(options, f"{subject.pairs.name} has no held-out captions to compare with")
     speaker = Speaker.of(subject, "caption", options)
     torch.manual_seed(0)
     index, texts = speaker.about(val)

@@ -11,7 +11,7 @@ from mmcore.data.sources.conversations import IMAGE, ConversationSet, Turn
 from mmcore.metrics.vqa import normalize_answer
 from mmcore.report.sheets import Exchange, plot_dialogues
 from mmcore.tasks.speaking import Options, spread
-from mmcore.tasks.subject import Subject
+from mmcore.tasks.subject import Subject, nothing
 from mmcore.tasks.talks import Reply
 
 __all__ = ["Options", "follow", "report"]
@@ -67,16 +67,10 @@ def follow(subject: Subject) -> dict[str, float]:
 def report(subject: Subject, options: Any) -> list[Path]:
     """Prints the accuracy of held-out answers, each after what was said before it, where such a share says something
     (`answers_recur`); writes them, and draws dialogues about some pictures, in which the model reads its own answers,
-    into the run's folder.
-
-    Raises:
-        ValueError: `mmcore eval` where there are no held-out conversations.
-    """
+    into the run's folder."""
     data, talks = subject.data, subject.recipe.converses(subject.assets, subject.model, subject.device)
     if data.val is None:
-        if options is None:
-            return []
-        raise ValueError(f"{data.name} has no held-out conversations: give --val-data or --val-fraction")
+        return nothing(options, f"{data.name} has no held-out conversations: give --val-data or --val-fraction")
     most = MAX_REPORTED if options is None else None
     decoding = {} if options is None else options.decoding.generate_options()
     found: list[Reply] = talks.replies(data.val, most=most, **decoding)

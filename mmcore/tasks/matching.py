@@ -50,11 +50,7 @@ def follow(subject: Subject) -> dict[str, float]:
 
 
 def report(subject: Subject, options: Any) -> list[Path]:
-    """Prints the accuracy.
-
-    Raises:
-        ValueError: `mmcore eval matching` where nothing is held out.
-    """
+    """Prints the accuracy."""
     if options is not None or subject.pairs.val is not None:
         print(f"ITM accuracy (held-out): {100 * accuracy(subject):.1f} %")
     return []

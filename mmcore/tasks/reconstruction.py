@@ -14,7 +14,7 @@ from mmcore.data import Preprocess
 from mmcore.data.transforms.masks import hidden
 from mmcore.figures import shown
 from mmcore.report.sheets import plot_reconstructions
-from mmcore.tasks.subject import Subject
+from mmcore.tasks.subject import Subject, nothing
 
 FIGURE = "R^2 of masked patches"
 BATCH_SIZE = 64
@@ -24,22 +24,15 @@ _GREY = 128
 
 @dataclass(frozen=True)
 class Reconstructs:
-    """Images from some of their patches.
-
-    Args:
-        preprocess: what it wants of an image.
-        mask: random numbers to the patches that are visible, int64 [K].
-        target: uint8 [B, 3, S, S] to what is predicted of each patch, [B, P, C].
-        predict: uint8 [B, 3, S, S] and visible patches [B, K] to predictions [B, P, C].
-        draw: predictions, uint8 images and visible patches to uint8 [B, 3, S, S]: those patches as they are, others as
-            predicted, with nothing else of the images in them.
-    """
+    """Images uint8 [B, 3, S, S] from some of their patches, int64 [B, K]."""
 
     preprocess: Preprocess
-    mask: Callable[[np.random.Generator], Tensor]
-    target: Callable[[Tensor], Tensor]
-    predict: Callable[[Tensor, Tensor], Tensor]
+    mask: Callable[[np.random.Generator], Tensor]  # to the patches of one image that are visible, [K]
+    target: Callable[[Tensor], Tensor]  # images to what is predicted of each patch, [B, P, C]
+    predict: Callable[[Tensor, Tensor], Tensor]  # images and visible patches to predictions [B, P, C]
     draw: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Predictions, images and visible patches to images: those patches as they are, others as predicted, with nothing
+    else of the images in them."""
 
 
 def follow(subject: Subject) -> dict[str, float]:
@@ -49,16 +42,10 @@ def follow(subject: Subject) -> dict[str, float]:
 
 
 def report(subject: Subject, options: Any) -> list[Path]:
-    """Prints R^2 of the masked patches of held-out images; draws some, masked and reconstructed.
-
-    Raises:
-        ValueError: `mmcore eval reconstruction` where nothing is held out.
-    """
+    """Prints R^2 of the masked patches of held-out images; draws some, masked and reconstructed."""
     held_out = subject.pairs.held_out_images()
     if held_out is None:
-        if options is None:
-            return []
-        raise ValueError(f"{subject.pairs.name} has no held-out images: give --val-data or --val-fraction")
+        return nothing(options, f"{subject.pairs.name} has no held-out images: give --val-data or --val-fraction")
     value, path = shown(FIGURE, r_squared(subject)), subject.folder / "reconstructions.png"
     print(f"{FIGURE} (held-out), against the mean of each place, {len(held_out)} images: {value}")
     title = f"{subject.pairs.name}: held-out images, masked and reconstructed; {FIGURE} {value}"

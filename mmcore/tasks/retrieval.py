@@ -30,11 +30,7 @@ def follow(subject: Subject) -> dict[str, float]:
 
 
 def report(subject: Subject, options: Any) -> list[Path]:
-    """Prints R@1, R@5, R@10 both ways beside what chance would give; draws the images nearest to some captions.
-
-    Raises:
-        ValueError: `mmcore eval retrieval` where nothing is held out.
-    """
+    """Prints R@1, R@5, R@10 both ways beside what chance would give; draws the images nearest to some captions."""
     if options is None and subject.pairs.val is None:
         return []
     subject.val  # noqa: B018 (raises where there is none)

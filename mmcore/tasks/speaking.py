@@ -86,11 +86,7 @@ class Speaker:
 
     @classmethod
     def of(cls, subject: Subject, kind: Task, options: Options | None) -> "Speaker":
-        """As options say, or by default.
-
-        Raises:
-            ValueError: a model that does nothing of this kind.
-        """
+        """As options say, or by default; a ValueError of a model that does nothing of this kind."""
         prompts: Mapping[Task, str | None] = subject.recipe.prompts
         if kind not in prompts:
             what = "answers questions" if kind == "vqa" else "describes pictures"

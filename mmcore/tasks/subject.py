@@ -47,6 +47,13 @@ class Options:
         return open_held_out(DataConfig(self.data, **named))
 
 
+def nothing(options: Any, why: str) -> list[Path]:
+    """A report without anything to measure: a ValueError where `mmcore eval` asked for one."""
+    if options is not None:
+        raise ValueError(why)
+    return []
+
+
 def default_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,25 +61,15 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out images and captions as the model sees them, on the CPU.
+    """Held-out images and captions as the model sees them, on the CPU."""
 
-    Args:
-        index: [I] positions of the readable images in the held-out set.
-        captions: the N captions of these images.
-        owner: [N] the image of each caption, in [0, I).
-        relevance: which caption is right for which image.
-        image: [I, E] unit-norm, or [I, Q, E] of which the nearest counts.
-        text: [N, E] unit-norm.
-        states: [I, ...] what matching starts from; None where the model matches nothing.
-    """
-
-    index: Tensor
-    captions: list[str]
-    owner: Tensor
-    relevance: Relevance
-    image: Tensor
-    text: Tensor
-    states: Tensor | None
+    index: Tensor  # [I] positions of the readable images in the held-out set
+    captions: list[str]  # the N of these images
+    owner: Tensor  # [N] the image of each caption, in [0, I)
+    relevance: Relevance  # which caption is right for which image
+    image: Tensor  # [I, E] unit-norm, or [I, Q, E] of which the nearest counts
+    text: Tensor  # [N, E] unit-norm
+    states: Tensor | None  # [I, ...] what matching starts from; None where the model matches nothing
 
     @cached_property
     def similarity(self) -> Tensor:
@@ -84,25 +81,15 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model under the engine while it trains, or read back from its run.
+    """What is measured: a model under the engine while it trains, or read back from its run."""
 
-    Args:
-        recipe: whose capabilities the tasks ask for.
-        assets: of the run.
-        model: the engine, or the module.
-        data: as `Recipe.open_data` gives it, or what is measured on in place of it.
-        device: of the model.
-        run: None while it trains.
-        own: the data with each record's own images, where those of `data` are others' (a proof's control).
-    """
-
-    recipe: Any
+    recipe: Any  # whose capabilities the tasks ask for
     assets: Any
-    model: Any
-    data: Any
+    model: Any  # the engine, or the module
+    data: Any  # as `Recipe.open_data` gives it, or what is measured on in place of it
     device: torch.device
-    run: SavedRun | None = None
-    own: Any = None
+    run: SavedRun | None = None  # while it trains
+    own: Any = None  # the data with each record's own images, where those of `data` are others' (a proof's control)
 
     @property
     def folder(self) -> Path:
@@ -117,11 +104,7 @@ class Subject:
 
     @property
     def val(self) -> EvalSet:
-        """The held-out images with their captions.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The held-out images with their captions; a ValueError where there are none."""
         if self.pairs.val is None:
             raise ValueError(f"{self.pairs.name} has no held-out pairs: give --val-data or --val-fraction")
         return self.pairs.val
@@ -129,12 +112,8 @@ class Subject:
     @cached_property
     @torch.no_grad()
     def held_out(self) -> HeldOut:
-        """Runs the model over the held-out images and their captions.
-
-        Raises:
-            ValueError: there are none, or too many of the images are broken.
-            FloatingPointError: features that are not finite.
-        """
+        """Runs the model over the held-out images and their captions; a ValueError where there are none, or too many
+        broken ones, and a FloatingPointError of features that are not finite."""
         embeds, val = self.recipe.embeds(self.assets, self.model, self.device), self.val
         keeps, image, states, index = hasattr(self.recipe, "matches"), [], [], []
         for images, i in val.batches(BATCH_SIZE, embeds.preprocess):

@@ -74,16 +74,13 @@ def load_chat_model(
     template: str | None = None,
     device: torch.device | None = None,
 ) -> Any:
-    """A model that answers questions about images, as its system's `converses` gives it.
+    """A model that answers questions about images, as its system's `converses` gives it: of a run, a checkpoint of one,
+    or a folder of transformers. A ValueError of anything else, and of a setting that the other kind has.
 
     Args:
-        where: a run of a model that converses, a checkpoint of one, or a folder of transformers with one.
         weights, llm: of a run, as of `read_run`.
         template: of a folder, how it was trained: v1, llama_3, chatml, auto; a run knows its own.
         device: None = the GPU where there is one.
-
-    Raises:
-        ValueError: none of these, one that reads no questions, a setting that the other kind has, a damaged file.
     """
     device, config = device or default_device(), where / "config.json"
     if is_run(where) or (config.is_file() and "recipe" in read_json("RUN", config)):

@@ -158,11 +158,7 @@ class Talk:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `mmcore chat RUN ...`; exits with 2 where a line of a pipe could not be answered.
-
-    Raises:
-        ValueError: a user's mistake.
-    """
+    """Runs `mmcore chat RUN ...`; exits with 2 where a line of a pipe could not be answered."""
     config = tyro.cli(ChatConfig, args=arguments, prog="mmcore chat")
     images = [(file.name, open_image(file)) for file in config.image]
     logging.set_verbosity_error()

@@ -9,7 +9,7 @@ import torch
 from mmcore.metrics.vqa import FEWEST, vqa_accuracy
 from mmcore.tasks import conversation
 from mmcore.tasks.speaking import MAX_FOLLOWED, Options, Speaker, spread, written
-from mmcore.tasks.subject import Subject
+from mmcore.tasks.subject import Subject, nothing
 
 __all__ = ["Options", "follow", "report"]
 
@@ -26,11 +26,7 @@ def follow(subject: Subject) -> dict[str, float]:
 def report(subject: Subject, options: Any) -> list[Path]:
     """Prints VQA's accuracy on the held-out questions; writes the answers as VQA's evaluation reads them, and a sheet
     of some, into the run's folder. A model that converses answers the conversations that its run held out, unless it
-    is given other data.
-
-    Raises:
-        ValueError: `mmcore eval vqa` where there are no held-out questions, or of a model that answers none.
-    """
+    is given other data."""
     if options is not None and options.data is None and hasattr(subject.recipe, "converses"):
         if options.prompt is not None:
             raise ValueError(f"--prompt has no effect on conversations without --data, got {options.prompt!r}")
@@ -38,9 +34,7 @@ def report(subject: Subject, options: Any) -> list[Path]:
     speaker = Speaker.of(subject, "vqa", options)
     val, train = subject.pairs.val_questions, subject.pairs.questions
     if val is None or train is None:
-        if options is None:
-            return []
-        raise ValueError(f"{subject.pairs.name} has no held-out questions")
+        return nothing(options, f"{subject.pairs.name} has no held-out questions")
     torch.manual_seed(0)
     questions, texts = speaker.about(val)
     answers, types = [q.answers for q in questions], [q.answer_type or "" for q in questions]

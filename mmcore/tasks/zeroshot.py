@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mmcore.metrics.zeroshot import top_k_accuracy, zero_shot_weights
-from mmcore.tasks.subject import BATCH_SIZE, Options, Subject
+from mmcore.tasks.subject import BATCH_SIZE, Options, Subject, nothing
 
 __all__ = ["Options", "follow", "report"]
 
@@ -35,17 +35,12 @@ def follow(subject: Subject) -> dict[str, float]:
 
 
 def report(subject: Subject, options: Any) -> list[Path]:
-    """Prints the accuracy on the held-out images.
-
-    Raises:
-        ValueError: `mmcore eval zeroshot` on data that has no classes.
-    """
-    is_asked = options is not None
-    if not is_asked and subject.pairs.val is None:
+    """Prints the accuracy on the held-out images."""
+    if options is None and subject.pairs.val is None:
         return []
     found = accuracy(subject)
-    if not found and is_asked:
-        raise ValueError(f"{subject.pairs.name} has no classes to tell apart; mmcore eval retrieval measures it")
+    if not found:
+        return nothing(options, f"{subject.pairs.name} has no classes to tell apart; mmcore eval retrieval measures it")
     for k, value in found.items():
         name = "zero-shot accuracy" if k == 1 else f"zero-shot top-{k} accuracy"
         print(f"{name} (held-out): {100 * value:.1f} %")

@@ -15,26 +15,16 @@ from mmcore.weights.settings import Settings
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """How one kind of model is loaded and saved; errors name `load_NAME` and `save_NAME`.
-
-    Args:
-        name: the model's.
-        build: makes it of what `settings` reads; it has that as `config`.
-        settings: those of config.json.
-        layout: the names of the weights.
-    """
+    """How one kind of model is loaded and saved; errors name `load_NAME` and `save_NAME`."""
 
     name: str
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any], nn.Module]  # of what `settings` reads, which the model has as `config`
     settings: Settings
     layout: Layout
 
     def load(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Any:
-        """The model in a folder, in training mode, in float32 on the CPU whatever `dtype` is.
-
-        Raises:
-            ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes.
-        """
+        """The model in a folder, in training mode, in float32 on the CPU whatever `dtype` is; a ValueError without such
+        a folder, of a damaged file, missing or unknown names, wrong shapes."""
         op, folder = f"load_{self.name}", Path(folder)
         with torch.device("meta"):
             model = self.build(self.settings.read(op, read_json(op, folder / "config.json")))
@@ -42,10 +32,7 @@ class ModelFolder:
         return model
 
     def save(self, model: Any, folder: Path | str) -> None:
-        """Writes a new folder that transformers' `from_pretrained` loads.
-
-        Raises:
-            ValueError: it exists already; a shape that transformers' model cannot have.
-        """
+        """Writes a new folder that transformers' `from_pretrained` loads; a ValueError where it exists already, and of
+        a shape that transformers' model cannot have."""
         op = f"save_{self.name}"
         save_folder(op, folder, self.settings.write(op, model.config), self.layout.write(model.state_dict()))

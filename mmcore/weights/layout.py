@@ -80,19 +80,16 @@ class Pair(NamedTuple):
 class Layout:
     """What a library calls the weights of a model of ours.
 
-    Args:
-        rows: our names and theirs, as `mmcore.weights` explains.
-        tied: our names of weights that are another of ours: they are not written, and read from that one.
-        unread: their names, or beginnings of them before a dot, that a file may have and our model does not need.
-        older: what names in other files begin with, and what stands there in this layout; replaced in this order.
-        what: the file, in errors.
+    `tied` are our names of weights that are another of ours: not written, and read from that one. `unread` are their
+    names, or beginnings of them before a dot, that a file may have and our model does not need. `older` is what names
+    in other files begin with, and what stands there in this layout; replaced in this order.
     """
 
-    rows: Rows
+    rows: Rows  # our names and theirs, as CONTRIBUTING.md explains
     tied: Mapping[str, str] = field(default_factory=dict)
     unread: Sequence[str] = ()
     older: Sequence[tuple[str, str]] = ()
-    what: str = "a transformers file"
+    what: str = "a transformers file"  # in errors
 
     def write(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our weights under their names, on the CPU, each in memory of its own."""
@@ -108,11 +105,8 @@ class Layout:
         self, op: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, unread: Sequence[str] = ()
     ) -> dict[str, Tensor]:
         """Their weights `state` under our names, with the names, shapes and dtypes of `wanted`, the model's, which may
-        be on the meta device; `unread` is besides the layout's own.
-
-        Raises:
-            ValueError: missing or unknown names, other shapes.
-        """
+        be on the meta device; `unread` is besides the layout's own. A ValueError of missing or unknown names, and of
+        other shapes."""
         state, pairs = self.renamed(state), list(self.pairs(wanted))
         missing = [n for pair in pairs for n in pair.theirs if n not in state and not pair.how.is_optional]
         require(op, not missing, "{} must hold every weight of the model, missing {}", self.what, _some(missing))

@@ -21,17 +21,11 @@ _TRANSFORMERS = {
 
 
 class Key(NamedTuple):
-    """What a file has for a setting of ours.
+    """What a file has for a setting of ours: `read` makes ours of their value and the settings of ours that are read
+    before it, `write` theirs of our value and all settings of ours, `...` to leave it out."""
 
-    Args:
-        name: theirs, dotted.
-        default: theirs where a file leaves it out; `...` = none does.
-        read: of their value and the settings of ours that are read before it, dotted.
-        write: of our value and all settings of ours; `...` = left out.
-    """
-
-    name: str
-    default: Any = ...
+    name: str  # theirs, dotted
+    default: Any = ...  # theirs where a file leaves it out; `...` = none does
     read: Callable[[Any, Mapping[str, Any]], Any] = lambda x, _: x
     write: Callable[[Any, Mapping[str, Any]], Any] = lambda x, _: x
 
@@ -50,27 +44,18 @@ def section(ours: str, theirs: str, keys: Mapping[str, Key]) -> dict[str, Key]:
 class Settings:
     """What a library calls the settings of a model of ours.
 
-    Args:
-        keys: our settings, dotted, and theirs; one without a row must have its default here.
-        kind: of our settings, a dataclass or a dict.
-        kinds: the dataclasses of sections of ours.
-        model_types: one of which a file must tell; () = it tells none.
-        must: what a file must have where it has it.
-        written: what else is written; a function is given our settings, dotted.
-        allowed: the other settings that a file may have, or sections of them; None = any.
-        what: the file, in errors.
-        current: what a file holds as files hold it today.
-        plain: our settings with one value for those that mean the same, and defaults for those that no file tells.
+    `current` gives what a file holds as files hold it today; `plain` our settings with one value for those that mean
+    the same, and defaults for those that no file tells.
     """
 
-    keys: Mapping[str, Key]
-    kind: Callable[..., Any] = dict
-    kinds: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    model_types: tuple[str, ...] = ()
-    must: Mapping[str, Any] = field(default_factory=dict)
-    written: Mapping[str, Any] = field(default_factory=dict)
-    allowed: tuple[str, ...] | None = None
-    what: str = "config.json"
+    keys: Mapping[str, Key]  # our settings, dotted, and theirs; one without a row must have its default here
+    kind: Callable[..., Any] = dict  # of our settings, a dataclass or a dict
+    kinds: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # the dataclasses of sections of ours
+    model_types: tuple[str, ...] = ()  # one of which a file must tell; () = it tells none
+    must: Mapping[str, Any] = field(default_factory=dict)  # what a file must have where it has it
+    written: Mapping[str, Any] = field(default_factory=dict)  # what else is; a function is given our settings, dotted
+    allowed: tuple[str, ...] | None = None  # the other settings that a file may have, or sections of them; None = any
+    what: str = "config.json"  # the file, in errors
     current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda raw: raw
     plain: Callable[[Any], Any] = lambda config: config
 

@@ -78,14 +78,13 @@ def llava_parts(step: int, ranks: range, config: LlavaConfig, accum: int) -> lis
     return found
 
 
-def blip2_batch(step: int, ranks: range) -> tuple[Tensor, Prompted, Tensor]:
-    """The second half of the rows has no picture."""
+def blip2_batch(step: int, ranks: range) -> tuple[Tensor, Prompted]:
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(B, 3, 16, 16, generator=generator)
     tokens = torch.randint(3, VOCAB, (B, 7), generator=generator)
     rows = slice(ranks.start * B // 2, ranks.stop * B // 2)
     num_prompt, num_text = torch.tensor([1, 2, 1, 3]), torch.tensor([7, 5, 6, 4])
-    return images[rows], Prompted(tokens[rows], num_prompt[rows], num_text[rows], None), (torch.arange(B) < 2)[rows]
+    return images[rows], Prompted(tokens[rows], num_prompt[rows], num_text[rows], None)
 
 
 def model_of(run: dict[str, Any]) -> Any:
@@ -121,7 +120,7 @@ def answers(run: dict[str, Any], model: Any, config: Any, ranks: range) -> list[
     """What is generated of ranks' first batch."""
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     if run["system"] == "blip2":
-        images, texts, _ = blip2_batch(0, ranks)
+        images, texts = blip2_batch(0, ranks)
         inputs = (images, texts.tokens[:, :2], torch.full((len(images),), 2))
         return model("generate", *inputs, **options, eos_token_id=2).tolist()
     tokens, _, images, sizes = llava_batch(0, ranks, config)

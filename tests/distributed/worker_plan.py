@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.vit import VisionConfig
 from mmcore.plan.job import Job, Setting
-from mmcore.plan.language import language_model
+from mmcore.plan.pieces import language_model
 from mmcore.plan.zero import BUCKET
 from mmcore.recipe import Step
 from mmcore.systems.clip.model import CLIP

@@ -16,8 +16,8 @@ from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.adapters import Lora
 from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Job, Setting
-from mmcore.plan.language import LLMS, language_config, language_model
 from mmcore.plan.memory import rank_loss
+from mmcore.plan.pieces import LLMS, language_config, language_model
 from mmcore.plan.step import step
 from mmcore.systems.blip2.lm import BLIP2LM
 from mmcore.systems.blip2.model import BLIP2

@@ -14,7 +14,7 @@ from mmcore import checkpoint
 from mmcore.data import LoaderSpec
 from mmcore.launch import parse
 from mmcore.plan import command
-from mmcore.plan.config import PlanConfig
+from mmcore.plan.job import PlanConfig
 from mmcore.runs import read_run
 from mmcore.settings import as_yaml, flat, with_yaml
 from mmcore.systems import entries

@@ -26,13 +26,11 @@ from mmcore.data import Preprocess
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.language_weights import LANGUAGE
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.systems.blip2.lm_weights import load_blip2_lm, save_blip2_lm
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
-from mmcore.systems.blip2.weights import load_blip2, save_blip2
+from mmcore.systems.blip2.weights import load_blip2, load_blip2_lm, save_blip2, save_blip2_lm
 from mmcore.systems.clip.weights import load_clip, save_clip
 from mmcore.systems.llava.model import Llava
-from mmcore.systems.llava.names import hf_layout
-from mmcore.systems.llava.weights import load_llava, save_llava
+from mmcore.systems.llava.weights import hf_layout, load_llava, save_llava
 from mmcore.systems.siglip.model import SigLIP
 from mmcore.systems.siglip.shapes import siglip_config
 from mmcore.systems.siglip.weights import load_siglip, save_siglip

@@ -17,19 +17,8 @@ def num_kept(num: int, ratio: float) -> int:
 
 
 def random_mask(num: int, ratio: float, rng: np.random.Generator) -> Tensor:
-    """Patches that stay visible, drawn uniformly (MAE, arXiv 2111.06377).
-
-    Args:
-        num: P, patches of an image.
-        ratio: share of them that is masked.
-        rng: of the sample.
-
-    Returns:
-        int64 [K], rising; K = int(P * (1 - ratio)).
-
-    Raises:
-        ValueError: a ratio that masks nothing, or leaves nothing.
-    """
+    """Which of `num` patches stay visible, drawn uniformly (MAE, arXiv 2111.06377): int64 [K], rising, K of `num_kept`;
+    a ValueError of a ratio that masks nothing, or leaves nothing."""
     kept = num_kept(num, ratio)
     require("random_mask", 0 < kept < num, "ratio must mask and leave at least one of {} patches, got {}", num, ratio)
     return torch.from_numpy(np.sort(rng.permutation(num)[:kept]))
@@ -39,22 +28,14 @@ def block_mask(
     grid: tuple[int, int], count: int, min_block: int, aspect: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Rectangles of masked patches, until `count` are or none is found that fits in ten tries (BEiT, arXiv 2106.08254;
-    iBOT, arXiv 2111.07832).
+    iBOT, arXiv 2111.07832): bool `grid` [rows, columns], True for 1 to `count` of them.
 
     Unlike theirs a rectangle may be as high or as wide as the grid, and the first is cut to `count`, so that it exists.
+    A ValueError of a mask of nothing or of all, and of rectangles that cannot be.
 
     Args:
-        grid: rows and columns of patches.
-        count: the most that are masked.
         min_block: patches of the smallest rectangle, rounding aside; the last may be smaller.
         aspect: heights are `aspect` to `1 / aspect` of widths, drawn evenly in the logarithm.
-        rng: of the sample.
-
-    Returns:
-        bool [rows, columns], True = masked: 1 to `count` of them.
-
-    Raises:
-        ValueError: a mask of nothing or of all, rectangles that cannot be.
     """
     op, num = "block_mask", grid[0] * grid[1]
     require(op, 0 < count < num, "count must mask and leave at least one of {} patches, got {}", num, count)
@@ -63,10 +44,8 @@ def block_mask(
     mask, tries = np.zeros(grid, dtype=bool), 0
     while (left := count - int(mask.sum())) and tries < _MAX_TRIES:
         tries += 1
-        area, shape = (
-            rng.uniform(*sorted((min_block, left))),
-            math.exp(rng.uniform(math.log(aspect), -math.log(aspect))),
-        )
+        area = rng.uniform(*sorted((min_block, left)))
+        shape = math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
         height, width = max(1, round(math.sqrt(area * shape))), max(1, round(math.sqrt(area / shape)))
         if left == count:
             height = min(height, grid[0], count)
@@ -81,20 +60,8 @@ def block_mask(
 
 
 def coarse_mask(grid: tuple[int, int], block: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Cells of `block` by `block` patches, of which ceil(ratio * cells) are masked (SimMIM, arXiv 2111.09886).
-
-    Args:
-        grid: rows and columns of patches, multiples of `block`.
-        block: patches a side of a cell.
-        ratio: share of the cells.
-        rng: of the sample.
-
-    Returns:
-        bool [rows, columns], True = masked.
-
-    Raises:
-        ValueError: a mask of nothing or of all, cells that do not fill the grid.
-    """
+    """Cells of `block` by `block` patches, of which ceil(ratio * cells) are masked (SimMIM, arXiv 2111.09886): bool
+    `grid` [rows, columns]; a ValueError of a mask of nothing or of all, and of cells that do not fill the grid."""
     op, fits = "coarse_mask", block >= 1 and grid[0] % block == 0 and grid[1] % block == 0
     require(op, fits, "block must divide the grid of {} x {} patches, got {}", *grid, block)
     cells = grid[0] // block, grid[1] // block

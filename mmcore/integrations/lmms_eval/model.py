@@ -25,13 +25,8 @@ class MmcoreLlava(lmms):
     Args:
         pretrained: a run of llava-stage1 or llava-stage2, a checkpoint of one, or a folder of transformers.
         batch_size: questions at once.
-        weights: of a run: "ema", "weight" or "auto".
-        llm: of a run, where its language model is now.
-        template: of a folder, how it was trained: "v1", "llama_3", "chatml" or "auto".
+        weights, llm, template: as of `load_chat_model`, whose errors these are.
         device: None = this rank's GPU, or the CPU where there is none.
-
-    Raises:
-        ValueError: see `load_chat_model`; a batch size that is no number.
     """
 
     is_simple = True
@@ -68,10 +63,8 @@ class MmcoreLlava(lmms):
         with self._answering(len(requests)) as (answerer, bar):
             for _, alike in groupby((r.args for r in requests), key=lambda args: repr(args[1])):
                 for batch in _batches(alike, answerer.batch_size):
-                    questions = [
-                        Question(text, _images(doc_to_visual(self._document(*place))))
-                        for text, _, doc_to_visual, *place in batch
-                    ]
+                    shown = ((text, show(self._document(*place))) for text, _, show, *place in batch)
+                    questions = [Question(text, _images(visuals)) for text, visuals in shown]
                     answers += answerer.generate(questions, batch[0][1])
                     bar.update(len(batch))
         return answers

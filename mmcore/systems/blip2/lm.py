@@ -10,20 +10,14 @@ from torch import Tensor, nn
 from mmcore.labels import IGNORED
 from mmcore.nn import Linear
 from mmcore.ops import accumulator, require
-from mmcore.parts.language_head import LanguageHead
+from mmcore.parts.language import LanguageHead
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
 
 
 class BLIP2LM(nn.Module):
-    """An image tower and a language model, both frozen, and a Q-Former and a projection between them, which learn
-    (arXiv:2301.12597).
-
-    Args:
-        vision: shape of the tower.
-        qformer: shape of the Q-Former, without text.
-        language_model: a causal or an encoder-decoder model of transformers: OPT, Llama, Qwen, T5.
-    """
+    """An image tower and a causal or an encoder-decoder model of transformers (OPT, Llama, Qwen, T5), both frozen, and
+    a Q-Former, without text, and a projection between them, which learn (arXiv:2301.12597)."""
 
     def __init__(self, vision: VisionConfig, qformer: QFormerConfig, language_model: Any) -> None:
         super().__init__()
@@ -62,28 +56,20 @@ class BLIP2LM(nn.Module):
         return getattr(self, task)(*inputs, **options)
 
     def loss(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        num_prompt: Tensor,
-        num_text: Tensor,
-        targets: Tensor | None = None,
-        has_image: Tensor | None = None,
+        self, images: Tensor, tokens: Tensor, num_prompt: Tensor, num_text: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The cross-entropy of the answers, summed, and how many tokens these have.
 
         Args:
-            images: [B, 3, S, S]; of anything for rows without one.
+            images: [B, 3, S, S].
             tokens: int64 [B, T], padded on the right: prompt and answer of a causal model, the prompt of an
                 encoder-decoder.
             num_prompt: int64 [B], how many are the prompt's: they are not learned.
             num_text: int64 [B], how many are no padding.
             targets: int64 [B, T'], -100 where there is none: the answers that an encoder-decoder's decoder learns.
-            has_image: bool [B]; a row without an image does not see what the Q-Former made of it, but every module
-                runs, as ZeRO-3 wants it of every rank. None = all have one.
         """
         prefix = self.prefix(images)
-        embedded, seen = self._inputs(prefix, tokens, num_text, has_image)
+        embedded, seen = self._inputs(prefix, tokens, num_text)
         if self.language_model.config.is_encoder_decoder:
             require("BLIP2LM", targets is not None, "targets must be given to an encoder-decoder, got {}", None)
             assert targets is not None
@@ -95,8 +81,6 @@ class BLIP2LM(nn.Module):
         states = self.language_model.base_model(inputs_embeds=embedded, attention_mask=seen).last_hidden_state
         place = torch.arange(tokens.shape[1], device=tokens.device)
         is_answer = (place >= num_prompt[:, None]) & (place < num_text[:, None])
-        if has_image is not None:  # what comes first has nothing before it
-            is_answer &= has_image[:, None] | (place > 0)
         labels = tokens.masked_fill(~is_answer, IGNORED)
         # the state before a token predicts it
         states = states[:, prefix.shape[1] - 1 : -1]
@@ -118,17 +102,16 @@ class BLIP2LM(nn.Module):
             num_text: int64 [B], how many are no padding.
         """
         is_causal = not self.language_model.config.is_encoder_decoder
-        embedded, seen = self._inputs(self.prefix(images), tokens, num_text, None, is_left=is_causal)
+        embedded, seen = self._inputs(self.prefix(images), tokens, num_text, is_left=is_causal)
         return self.language_model.generate(inputs_embeds=embedded, attention_mask=seen, **options)
 
     def _inputs(
-        self, prefix: Tensor, tokens: Tensor, num_text: Tensor, has_image: Tensor | None, *, is_left: bool = False
+        self, prefix: Tensor, tokens: Tensor, num_text: Tensor, *, is_left: bool = False
     ) -> tuple[Tensor, Tensor]:
         """What the language model reads, [B, Q + T, D], and which of it is there."""
         text = self.language_model.get_input_embeddings()(tokens)
         place = torch.arange(tokens.shape[1], device=tokens.device)
         first = tokens.shape[1] - num_text[:, None] if is_left else 0
         is_text = (place >= first) & (place < first + num_text[:, None])
-        shape = prefix.shape[:2]
-        is_prefix = is_text.new_ones(shape) if has_image is None else has_image[:, None].expand(shape)
+        is_prefix = is_text.new_ones(prefix.shape[:2])
         return torch.cat([prefix.to(text.dtype), text], 1), torch.cat([is_prefix, is_text], 1).long()

@@ -20,10 +20,8 @@ from mmcore.systems.blip2.qformer import QFormer, QFormerConfig, TextHead
 
 @dataclass(frozen=True)
 class BLIP2Config:
-    """The frozen image tower, the Q-Former, and the width `embed_dim` of the space where images and texts meet.
-
-    `decoder_token_id` is what a text to generate begins with, in place of its first token.
-    """
+    """The frozen image tower, the Q-Former, and the width `embed_dim` of the space where images and texts meet; a text
+    to generate begins with `decoder_token_id`, in place of its first token."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
@@ -53,12 +51,8 @@ class Pairs(NamedTuple):
 
 
 class BLIP2(nn.Module):
-    """An image tower and a Q-Former with the heads of stage 1 (arXiv:2301.12597).
-
-    Args:
-        config: its shape.
-        freeze_vision: the tower is not trained, and stays in evaluation mode.
-    """
+    """An image tower and a Q-Former with the heads of stage 1 (arXiv:2301.12597); with `freeze_vision` the tower is not
+    trained, and stays in evaluation mode."""
 
     def __init__(self, config: BLIP2Config, *, freeze_vision: bool = True) -> None:
         super().__init__()
@@ -78,7 +72,6 @@ class BLIP2(nn.Module):
         self.temperature = nn.Parameter(torch.full((1,), config.init_temperature))
 
     def train(self, mode: bool = True) -> "BLIP2":
-        """A frozen image tower stays in evaluation mode."""
         super().train(mode)
         self.visual.train(mode and not self.freeze_vision)
         return self
@@ -89,11 +82,8 @@ class BLIP2(nn.Module):
         return getattr(self, task)(*inputs, **options)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """What the queries read of [B, 3, S, S] images, or [B, P, D] states of the tower.
-
-        Returns:
-            [B, Q, E] float32, unit norm.
-        """
+        """What the queries read of [B, 3, S, S] images, or [B, P, D] states of the tower: [B, Q, E] float32, unit
+        norm."""
         return _unit_norm(self.vision_proj(self.qformer(self.states(images))))
 
     def encode_text(self, tokens: Tensor, num_text: Tensor) -> Tensor:
@@ -143,7 +133,7 @@ class BLIP2(nn.Module):
         tokens: Tensor,
         num_text: Tensor,
     ) -> Tensor:
-        """Whether texts match images: logits of no and yes, averaged over the queries.
+        """Whether texts match images: logits of no and yes, averaged over the queries, [R, 2].
 
         Args:
             keys_values: `Pairs.keys_values` of N images; None = of none.
@@ -151,9 +141,6 @@ class BLIP2(nn.Module):
             image_index: int64 [R], the image of each text, in [0, N + M).
             tokens: int64 [R, T], padded on the right.
             num_text: integers [R], how many tokens are no padding.
-
-        Returns:
-            [R, 2].
         """
         more = self.qformer.image_keys_values(self.states(images))
         if keys_values is not None:
@@ -176,7 +163,8 @@ class BLIP2(nn.Module):
         generator: torch.Generator | None = None,
         eos_token_id: int,
     ) -> Tensor:
-        """Captions: the likeliest token at each step, by beam search, or drawn from the nucleus.
+        """Captions: the likeliest token at each step, by beam search, or drawn from the nucleus. A ValueError of an
+        option out of its range, or without effect beside the others.
 
         Args:
             images: [B, 3, S, S], or [B, P, D] states of the tower.
@@ -189,9 +177,6 @@ class BLIP2(nn.Module):
 
         Returns:
             int64 [B, T], T <= max_length, without `decoder_token_id`, padded with `pad_token_id` after the end.
-
-        Raises:
-            ValueError: an option out of its range, or that has no effect beside the others.
         """
         op, shape, most = "BLIP2.generate", self.config.qformer, self.config.qformer.max_text
         check_decoding(op, num_beams=num_beams, top_p=top_p, temperature=temperature, generator=generator)

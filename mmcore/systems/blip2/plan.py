@@ -8,22 +8,16 @@ from torch import Tensor, nn
 
 from mmcore.nn import Linear
 from mmcore.parts.vit import ViT
-from mmcore.plan.config import PlanConfig
+from mmcore.plan import pieces
 from mmcore.plan.demand import Built
-from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
-from mmcore.plan.language import language_config, language_numbers, language_piece, language_width
-from mmcore.plan.tower import image_bytes, tower_piece
+from mmcore.plan.job import Exchange, Job, Piece, PlanConfig, Setting, numbers
 from mmcore.systems.blip2.model import BLIP2
 from mmcore.systems.blip2.qformer import QFormer
 from mmcore.systems.blip2.shapes import blip2_config
 
 
 def blip2_stage1_job(name: str, num_text: int) -> Job:
-    """Of a configuration by name, with texts of `num_text` tokens, on a frozen image tower.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Of a configuration by name, with texts of `num_text` tokens, on a frozen image tower."""
     config = blip2_config(name)
     vision, qformer = config.vision, config.qformer
     with torch.device("meta"):
@@ -50,9 +44,9 @@ def blip2_stage1_job(name: str, num_text: int) -> Job:
     depths = (qformer.cross_every, 2 * qformer.cross_every)
     return Job(
         f"BLIP-2 stage 1, {name}",
-        (tower_piece(vision), Piece("Q-Former", qformer.num_layers, build, depths)),
+        (pieces.tower_piece(vision), Piece("Q-Former", qformer.num_layers, build, depths)),
         of_model.trained,
-        image_bytes(vision) + 8 * num_text,
+        pieces.image_bytes(vision) + 8 * num_text,
         frozen=of_model.frozen,
         small=of_model.small,
         exchange=Exchange(config.embed_dim, qformer.num_queries, has_hard_negatives=True),
@@ -61,7 +55,7 @@ def blip2_stage1_job(name: str, num_text: int) -> Job:
 
 def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
     """Of a configuration by name before a frozen language model; `num_text` tokens of prompt and answer."""
-    config, language = blip2_config(name), language_config(llm)
+    config, language = blip2_config(name), pieces.language_config(llm)
     vision = config.vision
     qformer = replace(config.qformer, has_text=False)
 
@@ -72,7 +66,7 @@ def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
         """What learns: norm, Q-Former, projection."""
         short = replace(qformer, num_layers=num_layers)
         norm = nn.LayerNorm(vision.width, eps=vision.norm_eps)
-        return nn.ModuleList([norm, QFormer(short), Linear(qformer.width, language_width(language))])
+        return nn.ModuleList([norm, QFormer(short), Linear(qformer.width, pieces.language_width(language))])
 
     def build(num_layers: int, samples: int, setting: Setting) -> Built:
         norm, former, projection = parts = between(num_layers)
@@ -82,17 +76,17 @@ def blip2_stage2_job(name: str, llm: str, num_text: int) -> Job:
     with torch.device("meta"):
         learned = numbers(between(qformer.num_layers))
         of_tower = numbers(ViT(vision).requires_grad_(False))
-    of_language = language_numbers(language)
+    of_language = pieces.language_numbers(language)
     every = qformer.cross_every
     return Job(
         f"BLIP-2 stage 2, {name} before {llm}",
         (
-            tower_piece(vision),
+            pieces.tower_piece(vision),
             Piece("Q-Former", qformer.num_layers, build, (every, 2 * every)),
-            language_piece(language, qformer.num_queries + num_text, num_text, prepare, learns=False),
+            pieces.language_piece(language, qformer.num_queries + num_text, num_text, prepare, learns=False),
         ),
         learned.trained,
-        image_bytes(vision) + 8 * num_text,
+        pieces.image_bytes(vision) + 8 * num_text,
         frozen=of_tower.frozen,
         frozen_low=of_language.trained,
         small=learned.small + of_tower.small + of_language.small,

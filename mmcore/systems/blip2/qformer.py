@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,8 @@ from mmcore.ops import linear_cross_entropy, masks, require
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """Shape of the Q-Former; the defaults are BLIP-2's, for the states of ViT-g.
-
-    `has_text` False leaves out the text's embeddings and MLPs, as stage 2 does. Every `cross_every`-th layer, the
-    first among them, looks at the image.
-    """
+    """Shape of the Q-Former; the defaults are BLIP-2's, for the states of ViT-g. `has_text` False leaves out the text's
+    embeddings and MLPs, as stage 2 does. Every `cross_every`-th layer, the first among them, looks at the image."""
 
     num_queries: int = 32
     width: int = 768
@@ -127,9 +125,6 @@ class QFormer(nn.Module):
 
         Returns:
             [B, Q + T, D].
-
-        Raises:
-            ValueError: neither an image nor tokens; tokens without `has_text`; a wrong shape or mask.
         """
         parts, num_queries = [], 0
         if image is not None:
@@ -147,20 +142,18 @@ class QFormer(nn.Module):
 
     def image_keys_values(self, image: Tensor) -> list[KeyValues]:
         """Those of [B, P, D_image] in each layer that looks at it, for as many passes as read them."""
-        return [block.cross.keys_values(image) for block in self._blocks() if block.cross is not None]
+        blocks: Any = self.blocks
+        return [block.cross.keys_values(image) for block in blocks if block.cross is not None]
 
     def new_caches(self) -> list[KeyValueCache]:
         """Empty ones, one a layer."""
         return [KeyValueCache() for _ in self.blocks]
 
-    def _blocks(self) -> list[QFormerBlock]:
-        return [block for block in self.blocks if isinstance(block, QFormerBlock)]
-
     def _per_block(self, image: Tensor | Sequence[KeyValues] | None) -> list[Tensor | KeyValues | None]:
         if image is None or isinstance(image, Tensor):
             return [image] * len(self.blocks)
         given = iter(image)
-        return [None if block.cross is None else next(given) for block in self._blocks()]
+        return [None if block.cross is None else next(given) for block in self.blocks]
 
     def _embedded(self, tokens: Tensor, places: Tensor | None) -> Tensor:
         op = "QFormer"

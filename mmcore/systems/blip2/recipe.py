@@ -1,45 +1,39 @@
 """BLIP-2's recipes, one a stage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import tyro
 from PIL import Image
 from torch import Tensor
 
+from mmcore import checkpoint
 from mmcore.data import LoaderSpec, PairData, Preprocess, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
-from mmcore.parts.language_folder import (
-    LANGUAGE_MODEL,
-    TINY,
-    Language,
-    check_llm_steps,
-    chosen_language,
-    language_of,
-    read_language,
-)
+from mmcore.parts import language_folder
+from mmcore.parts.language_weights import beside_language
 from mmcore.parts.tiny_lm import texts_by_picture
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import Tower, VisionConfig
-from mmcore.recipe import Assets, Embeds, Matches, OnLanguageModel, OnPairs, Purpose, Runner, Step
-from mmcore.runs import find_run, is_run, load_weights
-from mmcore.settings import free
+from mmcore.recipe import Assets, Claim, Embeds, Matches, OnLanguageModel, OnPairs, Proof, Purpose, Runner, Step
+from mmcore.runs import find_run, is_run, load_weights, read_frozen, read_run
+from mmcore.settings import free, from_json
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.systems.blip2.lm_weights import save_blip2_lm
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.shapes import blip2_config
-from mmcore.systems.blip2.start import STAGE1, STAGE2, blip2_shape, has_language_model, stage2_start
 from mmcore.systems.blip2.steps import Pair, stage1_losses, stage2_loss
-from mmcore.systems.blip2.weights import save_blip2
+from mmcore.systems.blip2.weights import has_language_model, load_folder, save_blip2, save_blip2_lm
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.optim import OptimConfig
+
+STAGE1, STAGE2 = "blip2-stage1", "blip2-stage2"
 
 
 def _published(warmup: int) -> OptimConfig:
@@ -114,7 +108,7 @@ class Blip2Stage1(OnPairs):
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
     ) -> Stage1Assets:
-        return Stage1Assets(blip2_shape(saved), load_wordpiece(folder / "tokenizer"), frozen=frozen)
+        return Stage1Assets(from_json(BLIP2Config, saved), load_wordpiece(folder / "tokenizer"), frozen=frozen)
 
     def build(self, assets: Stage1Assets) -> BLIP2:
         model = BLIP2(assets.shape, freeze_vision=self.freeze_vision)
@@ -173,7 +167,7 @@ class Stage2Assets(Assets):
 
     vision: VisionConfig
     qformer: QFormerConfig
-    language: Language
+    language: language_folder.Language
     tokens: PromptTokens
 
     @property
@@ -182,14 +176,22 @@ class Stage2Assets(Assets):
 
     def save(self, folder: Path) -> dict[str, Any]:
         shapes = {"vision": asdict(self.vision), "qformer": asdict(self.qformer)}
-        return {**shapes, LANGUAGE_MODEL: self.language.save(folder)}
+        return {**shapes, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
 
 
-class Asked(NamedTuple):
-    """Images float32 [B, 3, S, S], and what is read and learned about them."""
-
-    images: Tensor
-    texts: Prompted
+def stage2_start(path: Path) -> tuple[VisionConfig, QFormerConfig, dict[str, Tensor]]:
+    """What stage 2 starts from: the shapes of the tower and of the Q-Former, without text, and their weights, of a run
+    of stage 1 or stage 2, or of a folder of transformers with a Blip2ForImageTextRetrieval or a
+    Blip2ForConditionalGeneration; a ValueError for anything else."""
+    run = find_run(path) if is_run(path) else None
+    if run is not None and run.recipe not in (STAGE1, STAGE2):
+        raise ValueError(f"--from must be a run of {STAGE1} or {STAGE2}, got one of {run.recipe}, {path}")
+    if run is not None and run.recipe == STAGE2:
+        saved = run.saved["model"]
+        state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
+        return VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"]), state
+    model: Any = load_folder(path) if run is None else read_run(path).model
+    return model.visual.config, replace(model.qformer.config, has_text=False), beside_language(model)
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
 
     def assets(self, data: PairData) -> Stage2Assets:
         prompt_texts(self.task, self.prompt, [""])
-        check_llm_steps(self.llm, self.llm_steps)
+        language_folder.check_llm_steps(self.llm, self.llm_steps)
         if self.start is None:
             raise ValueError(f"--from must be given: a run of {STAGE1}, or what else {STAGE2} starts from")
         vision, qformer, state = stage2_start(self.start)
@@ -234,30 +236,29 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         else:
             prompt = {"question_prompt" if self.task == "vqa" else "caption_prompt": self.prompt}
             texts = partial(texts_by_picture, data, **prompt)
-            language = chosen_language(self.llm, texts, seed=self.run.seed, steps=self.llm_steps)
+            language = language_folder.chosen_language(self.llm, texts, seed=self.run.seed, steps=self.llm_steps)
         frozen = {name: x for name, x in state.items() if name.startswith("visual.")}
         assets = Stage2Assets(vision, qformer, language, self._tokens(language), frozen=frozen)
         self.build(assets).fitting(state)
         return assets
 
-    def _language_of_start(self, start: Path) -> Language:
+    def _language_of_start(self, start: Path) -> language_folder.Language:
         if has_language_model(start):
-            return read_language(start)
+            return language_folder.read_language(start)
         run = find_run(start) if is_run(start) else None
         if run is not None and run.recipe == STAGE2:
-            return language_of(run.folder, run.saved["model"], None, torch.float32)
-        raise ValueError(f"--llm must be a language model's folder or {TINY!r}: {start} has none")
+            return language_folder.language_of(run.folder, run.saved["model"], None, torch.float32)
+        raise ValueError(f"--llm must be a language model's folder or {language_folder.TINY!r}: {start} has none")
 
-    def _tokens(self, language: Language) -> PromptTokens:
-        return PromptTokens(
-            language.tokenizer, is_encoder_decoder=language.is_encoder_decoder, max_answer=self.max_text
-        )
+    def _tokens(self, language: language_folder.Language) -> PromptTokens:
+        is_encoder_decoder = language.is_encoder_decoder
+        return PromptTokens(language.tokenizer, is_encoder_decoder=is_encoder_decoder, max_answer=self.max_text)
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
     ) -> Stage2Assets:
         dtype = self.language_dtype(purpose)
-        language = language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
+        language = language_folder.language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
         shapes = VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"])
         return Stage2Assets(*shapes, language, self._tokens(language), frozen=frozen)
 
@@ -268,15 +269,14 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
 
     def initial(self, assets: Stage2Assets, model: BLIP2LM) -> Mapping[str, Tensor]:
         assert self.start is not None
-        return model.fitting(stage2_start(self.start).state)
+        return model.fitting(stage2_start(self.start)[2])
 
-    def collate(self, assets: Stage2Assets, samples: list[PairSample]) -> Asked:
+    def collate(self, assets: Stage2Assets, samples: list[PairSample]) -> tuple[Tensor, Prompted]:
         batch = collate_pairs(samples)
         questions = batch.questions or [""] * len(batch.captions)
-        texts = assets.tokens.pairs(prompt_texts(self.task, self.prompt, questions), batch.captions)
-        return Asked(batch.images, texts)
+        return batch.images, assets.tokens.pairs(prompt_texts(self.task, self.prompt, questions), batch.captions)
 
-    def loss(self, model: Runner, batch: Asked, step: Step) -> dict[str, Tensor]:
+    def loss(self, model: Runner, batch: tuple[Tensor, Prompted], step: Step) -> dict[str, Tensor]:
         return {"loss": stage2_loss(model, *batch)}
 
     def speaks(self, assets: Stage2Assets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
@@ -297,3 +297,13 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
     def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> dict[str, Any]:
         save_blip2_lm(model, folder, tokenizer=assets.language.tokenizer)
         return assets.preprocess.processor()
+
+
+_TOWER = ("clip", "--data digits --epochs 15 --lr 1e-3 --ema 0.99")
+_ON_TOWER = "--data digits --vision {0} --batch-size 64 --lr 1e-3"
+_ON_STAGE1 = "--data digits --from {1} --llm tiny --task vqa --epochs 6 --batch-size 64 --lr 1e-3 --ema 0.99"
+PROOF1 = Proof([_TOWER, (STAGE1, f"{_ON_TOWER} --epochs 20")], [Claim("ITM accuracy (held-out)", "ITM accuracy", 0.75)])
+PROOF2 = Proof(
+    [_TOWER, (STAGE1, f"{_ON_TOWER} --epochs 6"), (STAGE2, _ON_STAGE1)],
+    [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.5)],
+)

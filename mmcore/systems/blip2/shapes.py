@@ -1,25 +1,19 @@
 """BLIP-2's shapes by name: as published, and two small ones for a first run."""
 
 from dataclasses import replace
+from functools import partial
 
 from mmcore.errors import did_you_mean
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
 
-# EVA-CLIP's ViT-g without its last layer, as LAVIS has it
-VIT_G = VisionConfig(
-    patch_size=14,
-    width=1408,
-    num_layers=39,
-    num_heads=16,
-    mlp_dim=6144,
-    norm_eps=1e-6,
-    has_norm_pre=False,
-    has_patch_bias=True,
-)
-_TINY = VisionConfig(image_size=16, patch_size=4, width=128, num_layers=3, num_heads=4, mlp_dim=512)
-_SMALL = VisionConfig(image_size=64, patch_size=8, width=256, num_layers=5, num_heads=4, mlp_dim=1024)
+eva_vision = partial(VisionConfig, has_norm_pre=False, has_patch_bias=True)
+"""`VisionConfig` with the options of EVA's tower."""
+VIT_G = eva_vision(224, 14, 1408, 39, 16, 6144, norm_eps=1e-6)
+"""EVA-CLIP's without its last layer, as LAVIS has it."""
+_TINY = VisionConfig(16, 4, 128, 3, 4, 512)
+_SMALL = VisionConfig(64, 8, 256, 5, 4, 1024)
 
 BLIP2_CONFIGS: dict[str, BLIP2Config] = {
     # for the towers of CLIP's `tiny` and `small`

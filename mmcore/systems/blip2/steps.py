@@ -85,6 +85,6 @@ def _images_to_fetch(pairs: Pairs, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return fetch_rows(pairs.tower, foreign), index
 
 
-def stage2_loss(model: Runner, images: Tensor, texts: Prompted, has_image: Tensor | None = None) -> Tensor:
+def stage2_loss(model: Runner, images: Tensor, texts: Prompted) -> Tensor:
     """The mean cross-entropy of one batch over the answers' tokens of all ranks; arguments as of `BLIP2LM.loss`."""
-    return global_ratio(*model("loss", images, *texts, has_image))
+    return global_ratio(*model("loss", images, *texts))

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmcore.plan.config import MicroBatchPlan
 from mmcore.plan.demand import Built
-from mmcore.plan.job import Exchange, Job, Piece, Setting, numbers
+from mmcore.plan.job import Exchange, Job, MicroBatchPlan, Piece, Setting, numbers
 from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, VisionTower
 from mmcore.systems.clip.shapes import clip_config
 

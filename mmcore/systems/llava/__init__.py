@@ -4,4 +4,4 @@ RECIPES = {"llava-stage1": "recipe:LlavaStage1", "llava-stage2": "recipe:LlavaSt
 FOLDERS = {"llava": "weights:load_llava", "llava_next": "weights:load_llava"}
 CHATS = {"llava": "talk:model_of_folder", "llava_next": "talk:model_of_folder"}
 PLANS = {"llava-stage1": "plan:Stage1Plan", "llava-stage2": "plan:Stage2Plan", "llava": "plan:Stage2Plan"}
-PROOFS = {"llava-stage1": "proof:STAGE1", "llava-stage2": "proof:STAGE2"}
+PROOFS = {"llava-stage1": "recipe:PROOF1", "llava-stage2": "recipe:PROOF2"}

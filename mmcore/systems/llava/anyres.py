@@ -17,6 +17,11 @@ Size = tuple[int, int]
 BICUBIC = Image.Resampling.BICUBIC
 
 
+def next_pinpoints(side: int) -> tuple[Size, ...]:
+    """LLaVA-NeXT's resolutions for a tower of this image size."""
+    return ((side, 2 * side), (2 * side, side), (2 * side, 2 * side), (3 * side, side), (side, 3 * side))
+
+
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
     """The pinpoint that keeps most of an image's pixels, of several the one with the fewest to spare, of equal ones the
     first; a ValueError for an image without pixels, or no pinpoints."""
@@ -79,17 +84,8 @@ def num_packed(size: Size, pinpoints: Sequence[Size], tile_size: int, patch_size
 
 
 def pack_features(features: Tensor, size: Size, grid: Size, newline: Tensor) -> Tensor:
-    """An image's features in the order in which a language model reads them: the whole, then the tiles row by row.
-
-    Args:
-        features: [1 + tiles, P, D], the whole first; P is a square.
-        size: of the image.
-        grid: rows and columns of tiles, of `grid_shape`.
-        newline: [D], at the end of each row.
-
-    Returns:
-        [N, D], N of `num_packed`.
-    """
+    """Features [1 + tiles, P, D] of an image in the order in which a language model reads them, [N, D], N of
+    `num_packed`: the whole, then its `grid` of tiles, of `grid_shape`, row by row, each ended by `newline` [D]."""
     side = math.isqrt(features.shape[1])
     tiles = features[1:].unflatten(0, grid).unflatten(2, (side, side)).transpose(1, 2)
     tiles = tiles.flatten(2, 3).flatten(0, 1)  # [rows, columns, D]

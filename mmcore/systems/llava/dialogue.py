@@ -30,14 +30,9 @@ def num_positions(model: Llava, tokens: ChatTokens) -> int:
 
 
 class Dialogue:
-    """Questions and answers about images, each read with all that was said and shown before.
-
-    Args:
-        model: in evaluation mode.
-        tokens: of its language model; a template that reads no questions raises a ValueError.
-        system: the system's text; None = the template's.
-        sampling: how answers are chosen.
-    """
+    """Questions and answers about images, each read with all that was said and shown before, of a model in evaluation
+    mode; `system` is the system's text, None = the template's. A template that reads no questions raises a
+    ValueError."""
 
     def __init__(
         self, model: Llava, tokens: ChatTokens, *, system: str | None = None, sampling: Sampling | None = None
@@ -58,15 +53,9 @@ class Dialogue:
         """The answer to the next question, in pieces, each as soon as it is known; joined, they are all of it.
 
         Question and answer are remembered when the last piece is taken. Where the iterator is closed before, the
-        answer is stopped, and remembered as far as it was told; as if never asked, where nothing was.
-
-        Args:
-            text: the question.
-            images: RGB, that it shows first; those of earlier questions are seen as well.
-
-        Raises:
-            ValueError: an empty question, one with marks of images or of the tokenizer, one that is too long for the
-                model with all before it.
+        answer is stopped, and remembered as far as it was told; as if never asked, where nothing was. The question
+        shows its RGB images first; those of earlier ones are seen as well. A ValueError of an empty one, of marks of
+        images or of the tokenizer, and of one that is too long for the model with all before it.
         """
         if not text.strip() or not is_unicode(text):
             raise ValueError(f"a question must be text, got {text!r}")

@@ -77,11 +77,7 @@ def seen_chat(record: ChatRecord, tokens: ChatTokens, config: LlavaConfig) -> Se
 
 def prompt_of(tokens: ChatTokens, config: LlavaConfig, turns: Sequence[Turn], images: Sequence[SeenImage]) -> SeenChat:
     """What is read before the answer to the last of the turns, the user's. The images are in the order of the turns;
-    there may be more, which later turns show.
-
-    Raises:
-        ValueError: turns that cannot be written, or fewer images than these show.
-    """
+    there may be more, which later turns show. A ValueError of turns that cannot be written, and of fewer images."""
     written = tokens.prompt(turns)
     sample = ChatSample(written, written)
     here = images[: sample.num_images]

@@ -14,7 +14,7 @@ from mmcore.labels import IGNORED, IMAGE_TOKEN
 from mmcore.nn import Linear, quicken
 from mmcore.ops import require
 from mmcore.parts.adapters import Lora, add_adapters, is_adapter, merge_adapters
-from mmcore.parts.language_head import LanguageHead
+from mmcore.parts.language import LanguageHead
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.llava.anyres import Size, grid_shape, num_packed, num_views, pack_features
 
@@ -65,13 +65,8 @@ def learned_labels(labels: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 class Llava(nn.Module):
-    """An image tower, a projector, and a causal language model (arXiv:2304.08485, arXiv:2310.03744, LLaVA-NeXT).
-
-    Args:
-        config: of tower, projector and tiles.
-        language_model: a causal model of transformers: Llama, Qwen, Mistral.
-        trainable: what learns; the rest is frozen and stays in evaluation mode.
-    """
+    """An image tower, a projector, and a causal model of transformers: Llama, Qwen, Mistral (arXiv:2304.08485,
+    arXiv:2310.03744, LLaVA-NeXT). What is not `trainable` is frozen and stays in evaluation mode."""
 
     def __init__(self, config: LlavaConfig, language_model: Any, *, trainable: Trainable = "projector") -> None:
         super().__init__()
@@ -116,7 +111,6 @@ class Llava(nn.Module):
         self.set_trainable(self.trainable)
 
     def train(self, mode: bool = True) -> "Llava":
-        """What is frozen stays in evaluation mode."""
         super().train(mode)
         self.visual.train(mode and self.trainable == "all")
         self.language_model.train(mode and self.trainable != "projector")
@@ -160,9 +154,6 @@ class Llava(nn.Module):
             image_sizes: int64 [I, 2], height and width of each image before it was cut; of NeXT alone.
             position_ids: int64 [B, T], of rows that hold several documents: it starts at 0 in each, the
                 padding included, and tokens see their own document alone. None = a document a row.
-
-        Raises:
-            ValueError: another number of `IMAGE_TOKEN`s than of features, sizes that do not belong to the images.
         """
         embedded = self._embed(tokens, images, image_sizes)
         # padding is behind all that reads; with a mask or a cache transformers would not look for documents
@@ -179,7 +170,7 @@ class Llava(nn.Module):
         Args:
             tokens: int64 [B, T], prompts, padded on the left, `IMAGE_TOKEN` where a feature of an image goes.
             num_text: int64 [B], how many are no padding.
-            images, image_sizes: as in `loss`, as is what it raises.
+            images, image_sizes: as in `loss`.
         """
         length = tokens.shape[1]
         seen = torch.arange(length, device=tokens.device) >= length - num_text[:, None]
@@ -190,7 +181,7 @@ class Llava(nn.Module):
     def likelihood(
         self, tokens: Tensor, labels: Tensor, images: Tensor, image_sizes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """How likely the labels of each row are, a document a row; arguments and errors as of `loss`.
+        """How likely the labels of each row are, a document a row; arguments as of `loss`.
 
         Returns:
             The sum of the labels' log-probabilities, float32 [B]; how many they are, int64 [B]; whether each of a row
@@ -208,7 +199,7 @@ class Llava(nn.Module):
         return total, is_wanted.sum(1), num_missed == 0
 
     def features(self, images: Tensor, image_sizes: Tensor | None = None) -> Tensor:
-        """What the language model reads of one or more images, [N, D]; arguments and errors as of `loss`."""
+        """What the language model reads of one or more images, [N, D]; arguments as of `loss`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
             states = self.visual(images)[:, int(self.config.vision.has_class_token) :]
         projected = self.projector(states)
@@ -222,10 +213,8 @@ class Llava(nn.Module):
         what = "images must be the {} views that image_sizes tell of, got {}"
         require("Llava", sum(counts) == len(images), what, sum(counts), len(images))
         pinpoints, tile = self.config.grid_pinpoints, self.config.vision.image_size
-        packed = []
-        for views, size in zip(projected.split(counts), sizes):
-            packed.append(pack_features(views, size, grid_shape(size, pinpoints, tile), self.image_newline))
-        return torch.cat(packed)
+        each = zip(projected.split(counts), sizes)
+        return torch.cat([pack_features(x, s, grid_shape(s, pinpoints, tile), self.image_newline) for x, s in each])
 
     def _embed(self, tokens: Tensor, images: Tensor, image_sizes: Tensor | None) -> Tensor:
         """What the language model reads, [B, T, D]."""

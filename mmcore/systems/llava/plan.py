@@ -7,11 +7,9 @@ import torch
 
 from mmcore.ops import require
 from mmcore.parts.adapters import LORA_DROPOUT, Lora
-from mmcore.plan.config import MicroBatchPlan
+from mmcore.plan import pieces
 from mmcore.plan.demand import Built
-from mmcore.plan.job import Job, Piece, Setting, numbers
-from mmcore.plan.language import OP, language_config, language_model, language_numbers, language_piece
-from mmcore.plan.tower import image_bytes, tower_piece
+from mmcore.plan.job import Job, MicroBatchPlan, Piece, Setting, numbers
 from mmcore.systems.clip.shapes import clip_config
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable
 
@@ -26,21 +24,17 @@ def llava_job(
     train_vision: bool = False,
     lora: Lora | None = None,
 ) -> Job:
-    """Of a CLIP's tower, less its last layer, before a language model; the options are those of `Stage2Plan`.
-
-    Raises:
-        ValueError: an unknown name; fewer tokens than an image has.
-    """
+    """Of a CLIP's tower, less its last layer, before a language model; the options are those of `Stage2Plan`."""
     whole = clip_config(vision_name).vision
     vision = replace(whole, num_layers=whole.num_layers - 1)
     least = vision.num_patches + 2
     num_tokens = num_tokens or (vision.num_patches + 64 if stage == 1 else 2048)
-    require(OP, num_tokens >= least, "--tokens must be at least {}, got {}", least, num_tokens)
+    require(pieces.OP, num_tokens >= least, "--tokens must be at least {}, got {}", least, num_tokens)
     trainable = "projector" if stage == 1 else "all" if train_vision else "language"
     name = f"LLaVA stage {stage}, {vision_name} before {llm}"
     if lora is not None:
         name += f" with adapters of rank {lora.rank}"
-    return llava_job_of(name, LlavaConfig(vision, projector), language_config(llm), trainable, num_tokens, lora)
+    return llava_job_of(name, LlavaConfig(vision, projector), pieces.language_config(llm), trainable, num_tokens, lora)
 
 
 def llava_job_of(
@@ -63,23 +57,23 @@ def llava_job_of(
         return whole.train().language_model
 
     def project(_: int, samples: int, setting: Setting) -> Built:
-        model = Llava(config, language_model(language, setting.dtype, num_layers=1))
+        model = Llava(config, pieces.language_model(language, setting.dtype, num_layers=1))
         shape = (samples, vision.num_patches, vision.width)
         states = torch.empty(shape, requires_grad=trainable == "all")
         return Built(model.projector.parameters(), lambda: [model.projector(states)])
 
     with torch.device("meta"):
-        of_model = numbers(adapted(config, language_model(language, torch.float32)))
-    low = 0 if learns else language_numbers(language).trained
+        of_model = numbers(adapted(config, pieces.language_model(language, torch.float32)))
+    low = 0 if learns else pieces.language_numbers(language).trained
     return Job(
         name,
         (
-            tower_piece(vision, learns=trainable == "all"),
+            pieces.tower_piece(vision, learns=trainable == "all"),
             Piece("projector", 1, project),
-            language_piece(language, num_tokens, num_tokens - 1, prepare, learns=learns),
+            pieces.language_piece(language, num_tokens, num_tokens - 1, prepare, learns=learns),
         ),
         of_model.trained,
-        image_bytes(vision) + 3 * 8 * num_tokens,
+        pieces.image_bytes(vision) + 3 * 8 * num_tokens,
         frozen=of_model.frozen - low,
         frozen_low=low,
         small=of_model.small,

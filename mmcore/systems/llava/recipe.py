@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
+from mmcore import checkpoint
 from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
 from mmcore.data.loader import MapLoader
 from mmcore.data.opening import ChatData, open_chats, source_kind
@@ -23,30 +24,24 @@ from mmcore.integrations.transformers import NAME as ATTENTION
 from mmcore.integrations.transformers import register
 from mmcore.labels import IGNORED
 from mmcore.losses import global_ratio
+from mmcore.parts import language_folder
 from mmcore.parts.adapters import LORA_DROPOUT, Lora
-from mmcore.parts.language_folder import (
-    LANGUAGE_MODEL,
-    TINY,
-    Language,
-    check_llm_steps,
-    chosen_language,
-    language_of,
-    read_language,
-)
+from mmcore.parts.language_weights import beside_language
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower, visual_state
-from mmcore.recipe import Assets, OnLanguageModel, Purpose, Runner, Step
-from mmcore.runs import load_weights
-from mmcore.settings import free
+from mmcore.recipe import Assets, Claim, OnLanguageModel, Proof, Purpose, Runner, Step
+from mmcore.runs import find_run, is_run, load_weights, read_frozen, read_run
+from mmcore.settings import free, from_json
+from mmcore.systems.llava.anyres import next_pinpoints
 from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
-from mmcore.systems.llava.start import LlavaStart, llava_shape, llava_start, next_pinpoints
 from mmcore.systems.llava.talk import Talks
-from mmcore.systems.llava.weights import save_llava
+from mmcore.systems.llava.weights import load_llava, read_projector, save_llava
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig, Rule
 
+STAGES = "llava-stage1", "llava-stage2"
 # how the names of a model's parts begin
 VISION, PROJECTOR, NEWLINE, LANGUAGE = "visual.", "projector.", "image_newline", "language_model."
 PROMPTS = {
@@ -54,6 +49,14 @@ PROMPTS = {
     "vqa": "{}\nAnswer the question using a single word or phrase.",
 }
 """LLaVA-1.5's, of models that were trained on its data."""
+
+
+class LlavaStart(NamedTuple):
+    """What a model begins with."""
+
+    config: LlavaConfig
+    state: dict[str, Tensor]  # by our names, of the language model what is not as in its folder
+    llm: Path  # the language model's folder
 
 
 def _published(lr: float) -> OptimConfig:
@@ -67,12 +70,12 @@ class LlavaAssets(Assets):
 
     shape: LlavaConfig
     lora: Lora | None
-    language: Language
+    language: language_folder.Language
     tokens: ChatTokens
 
     def save(self, folder: Path) -> dict[str, Any]:
         adapters = self.lora and asdict(self.lora)
-        return {**asdict(self.shape), "lora": adapters, LANGUAGE_MODEL: self.language.save(folder)}
+        return {**asdict(self.shape), "lora": adapters, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
 
 
 @dataclass(frozen=True)
@@ -147,22 +150,22 @@ class LlavaRecipe(OnLanguageModel):
     def collate(self, assets: LlavaAssets, samples: list[SeenChat]) -> ChatPart:
         return collate_chats(samples, assets.tokens, assets.shape, is_packed=self.pack)
 
-    def _checked(self, start: LlavaStart, language: Language) -> LlavaAssets:
+    def _checked(self, start: LlavaStart, language: language_folder.Language) -> LlavaAssets:
         """What a new run keeps; the weights are put into a model once, to see that they fit."""
         frozen = {n: x for n, x in start.state.items() if not n.startswith(self.learned)}
         assets = LlavaAssets(start.config, self.adapters, language, self._tokens(language), frozen=frozen)
         load_weights(Llava(assets.shape, language.load()), start.state, is_whole=False)
         return assets
 
-    def _tokens(self, language: Language) -> ChatTokens:
+    def _tokens(self, language: language_folder.Language) -> ChatTokens:
         return ChatTokens(language.tokenizer, self.template, self.max_length)
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
     ) -> LlavaAssets:
         dtype = self.language_dtype(purpose)
-        language = language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
-        return LlavaAssets(*llava_shape(saved), language, self._tokens(language), frozen=frozen)
+        language = language_folder.language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
+        return LlavaAssets(*_shape(saved), language, self._tokens(language), frozen=frozen)
 
     def build(self, assets: LlavaAssets) -> Llava:
         register()
@@ -216,15 +219,17 @@ class LlavaStage1(LlavaRecipe):
         return {"caption": super().prompts["caption"]}
 
     def assets(self, data: ChatData) -> LlavaAssets:
-        check_llm_steps(self.llm, self.llm_steps)
+        language_folder.check_llm_steps(self.llm, self.llm_steps)
         if self.vision is None:
             raise ValueError("--vision must be given: the frozen image tower")
         if self.llm is None:
-            raise ValueError(f"--llm must be a language model's folder or {TINY!r}, got nothing")
+            raise ValueError(f"--llm must be a language model's folder or {language_folder.TINY!r}, got nothing")
         tower = load_tower(self.vision)
         pinpoints = next_pinpoints(tower.config.image_size) if self.anyres else ()
         shape = LlavaConfig(tower.config, self.projector, pinpoints)
-        language = chosen_language(self.llm, partial(_said, data), seed=self.run.seed, steps=self.llm_steps)
+        language = language_folder.chosen_language(
+            self.llm, partial(_said, data), seed=self.run.seed, steps=self.llm_steps
+        )
         return self._checked(LlavaStart(shape, visual_state(tower), Path(self.llm)), language)
 
 
@@ -287,18 +292,53 @@ class LlavaStage2(LlavaRecipe):
         return tuple(Rule(name, lr / self.optim.lr) for name, lr in given.items() if lr is not None)
 
     def _start(self) -> LlavaStart:
-        if self.start is None:
+        """Of a run, of a folder of transformers, or of a mm_projector.bin; a ValueError of anything else, or of a flag
+        that belongs to another of these."""
+        path, llm = self.start, None if self.llm is None else Path(self.llm)
+        if path is None:
             raise ValueError("--from must be given: a run of llava-stage1, or what else it starts from")
-        llm = None if self.llm is None else Path(self.llm)
-        return llava_start(self.start, llm=llm, vision=self.vision, anyres=self.anyres)
+        if path.is_file():
+            if self.vision is None or llm is None:
+                raise ValueError(f"--vision and --llm must be given where --from is a projector alone, {path}")
+            projector, tower = read_projector(path), load_tower(self.vision)
+            pinpoints = next_pinpoints(tower.config.image_size) if self.anyres else ()
+            kind = "linear" if "projector.weight" in projector else "mlp2x_gelu"
+            return LlavaStart(LlavaConfig(tower.config, kind, pinpoints), visual_state(tower) | projector, llm)
+        if self.vision is not None or self.anyres:
+            raise ValueError(f"--vision and --anyres have no effect where --from is {path}, which has a tower")
+        if is_run(path) or not path.exists():
+            return _start_of_run(path, llm)
+        if llm is not None:
+            raise ValueError(f"--llm has no effect where --from is {path}, which has a language model, got {llm}")
+        model = load_llava(path, dtype=None)
+        return LlavaStart(model.config, beside_language(model), path)
 
     def assets(self, data: ChatData) -> LlavaAssets:
-        check_llm_steps(self.llm, self.llm_steps)
+        language_folder.check_llm_steps(self.llm, self.llm_steps)
         start = self._start()
-        return self._checked(start, read_language(start.llm))
+        return self._checked(start, language_folder.read_language(start.llm))
 
     def initial(self, assets: LlavaAssets, model: Llava) -> Mapping[str, Tensor]:
         return {n: x for n, x in self._start().state.items() if n.startswith(self.learned)}
+
+
+def _shape(saved: Mapping[str, Any]) -> tuple[LlavaConfig, Lora | None]:
+    """The model and its adapters as a run's config.json holds them."""
+    return from_json(LlavaConfig, saved), saved["lora"] and Lora(**saved["lora"])
+
+
+def _start_of_run(path: Path, llm: Path | None) -> LlavaStart:
+    run = find_run(path)
+    if run.recipe not in STAGES:
+        raise ValueError(f"--from must be a run of {' or '.join(STAGES)}, got {path}, which is of {run.recipe}")
+    config, lora = _shape(run.saved["model"])
+    folder = language_folder.language_of(run.folder, run.saved["model"], llm, None).folder
+    assert folder is not None
+    if lora is None:
+        state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
+    else:  # tied ones once
+        state = {n: p.detach() for n, p in read_run(path, llm=llm).model.named_parameters()}
+    return LlavaStart(config, state, folder)
 
 
 def _said(data: ChatData) -> list[list[Said]]:
@@ -313,3 +353,13 @@ def _said(data: ChatData) -> list[list[Said]]:
                 asked.append((f"{system}{text}{template.answer_mark}", answer.text))
         found.append([*asked, *(("", answer) for _, answer in asked)])
     return found
+
+
+_TOWER = ("clip", "--data digits --val-fraction 0.2 --epochs 15 --lr 1e-3 --ema 0.99")
+_DATA = "--data digits --val-fraction 0.2 --batch-size 32 --max-answer 16"
+_ON_TOWER = f"{_DATA} --vision {{0}} --llm tiny --llm-steps 60"
+_CLAIM = "answer accuracy (held-out)", "answer accuracy"
+PROOF1 = Proof([_TOWER, ("llava-stage1", f"{_ON_TOWER} --lr 1e-2 --epochs 15")], [Claim(*_CLAIM, 0.4)])
+_FIRST = ("llava-stage1", f"{_ON_TOWER} --lr 1e-3 --epochs 4")
+_SECOND = ("llava-stage2", f"{_DATA} --lr 1e-3 --from {{1}} --epochs 6")
+PROOF2 = Proof([_TOWER, _FIRST, _SECOND], [Claim(*_CLAIM, 0.7)])

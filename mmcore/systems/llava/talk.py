@@ -109,12 +109,8 @@ class _Given(dict[str, Image.Image]):
 
 
 def model_of_folder(folder: Path, template: str | None, device: torch.device) -> Talks:
-    """What transformers or `save_llava` wrote, with its tokenizer.
-
-    Raises:
-        ValueError: no such folder, a model or tokenizer that ours is not, a template that it cannot have or that is
-            not known: "auto" is the tokenizer's own, and None too, if there is one.
-    """
+    """What transformers or `save_llava` wrote, with its tokenizer, of which None and "auto" take the template; a
+    ValueError of a folder with another model or tokenizer, and of a template that it cannot have."""
     choices = f"--template must say how {folder} was trained, by {AUTO}, {', '.join(ASKED)}"
     if template not in (None, AUTO, *ASKED):
         raise ValueError(f"{choices}, got {template!r}")

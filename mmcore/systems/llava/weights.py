@@ -1,80 +1,155 @@
 """LLaVA on disk: transformers' Llava- and LlavaNextForConditionalGeneration, and the original's mm_projector.bin."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaNextConfig
+from transformers import LlavaConfig as HFLlavaConfig
 
 from mmcore.ops import require
-from mmcore.parts.language_head import check_head
-from mmcore.parts.language_weights import IMAGE_MARK, load_with_language, save_with_language
-from mmcore.systems.llava.model import Llava
-from mmcore.systems.llava.names import config_from_hf, hf_config, hf_layout, unread_norm
+from mmcore.parts import language_weights
+from mmcore.parts.language import check_head
+from mmcore.parts.vit import VisionConfig
+from mmcore.parts.vit_names import CLIP_TOWER, CLIP_TOWER_SETTINGS
+from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.weights.files import read_json, read_pickle
+from mmcore.weights.layout import Layout, under
+from mmcore.weights.settings import Key, Settings, section
+
+_CONFIGS: dict[str, Any] = {"llava": HFLlavaConfig, "llava_next": LlavaNextConfig}
+_TOWER = "vision_tower."
+_VISION = f"{_TOWER}vision_model"
+_POST = f"{_VISION}.post_layernorm"
+
+
+def hf_layout(base: str = "model") -> Layout:
+    """Of the first LLaVA in transformers, which every version reads; `base` is a language model without its head."""
+    return Layout(
+        {
+            **under("visual", _VISION, CLIP_TOWER),
+            "projector.0": "multi_modal_projector.linear_1",
+            "projector.2": "multi_modal_projector.linear_2",
+            "image_newline": "image_newline",
+        },
+        unread=(f"{_VISION}.embeddings.position_ids", _POST),
+        # transformers 4 and 5, in memory or on disk
+        older=(
+            ("lm_head.", f"{language_weights.LANGUAGE}lm_head."),
+            (f"model.{language_weights.LANGUAGE}", f"{language_weights.LANGUAGE}{base}."),
+            ("model.", ""),
+            (f"{_VISION}.", _TOWER),
+            (_TOWER, f"{_VISION}."),
+        ),
+    )
+
+
+_FIXED = {
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "vision_feature_select_strategy": "default",
+    "vision_config.model_type": "clip_vision_model",
+}
+HF_SETTINGS = Settings(
+    {
+        **section("vision", "vision_config", CLIP_TOWER_SETTINGS),
+        "grid_pinpoints": Key(
+            "image_grid_pinpoints",
+            (),
+            lambda x, _: tuple((height, width) for height, width in x),
+            lambda x, _: [list(size) for size in x] or ...,
+        ),
+    },
+    kind=LlavaConfig,
+    kinds={"vision": VisionConfig},
+    model_types=tuple(_CONFIGS),
+    must=_FIXED,
+    written={
+        **_FIXED,
+        "model_type": lambda ours: "llava_next" if ours["grid_pinpoints"] else "llava",
+        "architectures": lambda ours: [f"{'LlavaNext' if ours['grid_pinpoints'] else 'Llava'}ForConditionalGeneration"],
+        "dtype": "float32",
+        "image_seq_length": lambda ours: (ours["vision.image_size"] // ours["vision.patch_size"]) ** 2,
+        # no layer is left out of what there is
+        "vision_feature_layer": -1,
+    },
+)
+
+
+def config_from_hf(op: str, raw: Mapping[str, Any]) -> tuple[LlavaConfig, Any, list[str]]:
+    """Of transformers' config.json our configuration; transformers' of the whole; what its tower's layers that nobody
+    runs are called. A ValueError of another model type, or of a setting that this LLaVA does not have."""
+    HF_SETTINGS.check(op, raw)
+    language_weights.check_language_kind(op, (raw.get("text_config") or {}).get("model_type", "llama"), is_causal=True)
+    whole = _CONFIGS[raw["model_type"]].from_dict(dict(raw))
+    pinpoints = whole.image_grid_pinpoints if raw["model_type"] == "llava_next" else ()
+    whole_raw = {"vision_config": whole.vision_config.to_dict(), "image_grid_pinpoints": pinpoints}
+    config = HF_SETTINGS.read(op, {**raw, **whole_raw})
+    layer, total = whole.vision_feature_layer, config.vision.num_layers
+    run = layer + total + 1 if isinstance(layer, int) and layer < 0 else layer
+    known = isinstance(run, int) and 1 <= run <= total
+    require(op, known, "vision_feature_layer must be one of the tower's {}, got {}", total, layer)
+    # as in transformers, where the whole model ties what it ties
+    whole.text_config.tie_word_embeddings = whole.tie_word_embeddings
+    config = replace(config, vision=replace(config.vision, num_layers=run))
+    return config, whole, [f"{_VISION}.encoder.layers.{i}" for i in range(run, total)]
+
+
+def hf_config(model: Llava, image_token: int) -> dict[str, Any]:
+    """What transformers' LLaVA wants in config.json; a ValueError for a model that it cannot have."""
+    op, language = "save_llava", model.language_model
+    settings = HF_SETTINGS.write(op, model.config) | language_weights.language_settings(op, language, image_token)
+    return settings | {"tie_word_embeddings": language.config.tie_word_embeddings}
+
+
+def unread_norm(model: Llava) -> dict[str, Tensor]:
+    """The norm behind the tower, which transformers wants and nobody reads."""
+    width = model.config.vision.width
+    return {f"{_POST}.weight": torch.ones(width), f"{_POST}.bias": torch.zeros(width)}
 
 
 def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> Llava:
-    """Loads a LLaVA on the CPU from a folder that transformers or `save_llava` wrote.
+    """A LLaVA on the CPU, in training mode, of a folder that transformers or `save_llava` wrote; its projector alone
+    learns (`Llava.set_trainable`).
 
-    Args:
-        folder: with config.json, *.safetensors and perhaps the language model's generation_config.json.
-        dtype: of the language model, None = as it is stored; the rest is float32.
-
-    Returns:
-        The model, in training mode; its projector alone learns (`Llava.set_trainable`).
-
-    Raises:
-        ValueError: no such folder, a damaged file, missing or unknown names, wrong shapes, a model that ours is not.
+    `dtype` is the language model's, None = as it is stored; the rest is float32. A generation_config.json there is the
+    language model's. A ValueError without such a folder, of a damaged file, missing or unknown names, wrong shapes, and
+    of a model that ours is not.
     """
     folder, op = Path(folder), "load_llava"
     config, whole, unread = config_from_hf(op, read_json(op, folder / "config.json"))
     families: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     layout = hf_layout(families[type(whole.text_config)].base_model_prefix)
-    model = load_with_language(op, folder, whole, dtype, layout, lambda x: Llava(config, x), unread=unread)
+    model = language_weights.load_with_language(
+        op, folder, whole, dtype, layout, lambda x: Llava(config, x), unread=unread
+    )
     check_head(op, model.language_model)
     return model
 
 
 def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None) -> None:
-    """Writes a new folder that transformers' Llava- or LlavaNextForConditionalGeneration.from_pretrained loads.
-
-    transformers marks the places of an image by a token `<image>`, whose row of the embedding nobody reads. It is the
-    tokenizer's, if that has one, else the first id that the tokenizer, or, without one, the vocabulary leaves free.
-    Where the language model has no such row, what is written has one more, the mean of the others, that greedy search
-    never chooses; `load_llava` takes it away again.
-
-    Args:
-        model: whose configuration and weights are written, the language model's in the dtype that they have.
-        folder: must not exist yet; its parents are made.
-        tokenizer: the language model's, of transformers, which is written, `<image>` in it, with what else the
-            processor of this model wants, but for preprocessor_config.json.
-
-    Raises:
-        ValueError: an existing folder; a tower, projector or language model that transformers' LLaVA cannot have.
-    """
+    """Writes a new folder that transformers' Llava- or LlavaNextForConditionalGeneration.from_pretrained loads; for
+    `<image>` and the tokenizer see `mmcore.parts.language_weights.save_with_language`. A ValueError of an existing
+    folder, and of a tower, projector or language model that transformers' LLaVA cannot have."""
     processor = {
         "processor_class": "LlavaNextProcessor" if model.config.has_tiles else "LlavaProcessor",
-        "image_token": IMAGE_MARK,
+        "image_token": language_weights.IMAGE_MARK,
         "patch_size": model.config.vision.patch_size,
         "vision_feature_select_strategy": "default",
         # the class token, which that strategy leaves out
         "num_additional_image_tokens": 1,
     }
-    save_with_language("save_llava", folder, model, hf_config, hf_layout(), tokenizer, processor, unread_norm(model))
+    language_weights.save_with_language(
+        "save_llava", folder, model, hf_config, hf_layout(), tokenizer, processor, unread_norm(model)
+    )
 
 
 def load_projector(model: Llava, file: Path | str) -> None:
-    """Loads the original repository's mm_projector.bin, or the projector of a larger file of it, into a model.
-
-    Args:
-        model: whose projector, linear or MLP, takes the weights, in the dtype that it has.
-        file: a pickle of tensors; of other objects none is made.
-
-    Raises:
-        ValueError: no such file, one of something else, another projector than the model's.
-    """
+    """Loads the original repository's mm_projector.bin, or the projector of a larger file of it, into a model; no other
+    object of the pickle is made. A ValueError without such a file, or of another projector than the model's."""
     found = read_projector(file)
     wanted = model.projector.state_dict(prefix="projector.")
     shapes = [{n: list(x.shape) for n, x in state.items()} for state in (wanted, found)]

@@ -15,10 +15,7 @@ from mmcore.parts.vit import Tower, VisionConfig, ViT, check_tower
 
 @dataclass(frozen=True)
 class MAEConfig:
-    """Shape of the encoder and of the decoder.
-
-    `mask_ratio` of the patches are masked. `norm_pix`: see `PixelTargets.norm`.
-    """
+    """Shape of the encoder and of the decoder; `mask_ratio` of the patches are masked."""
 
     vision: VisionConfig
     decoder_width: int = 512
@@ -26,7 +23,7 @@ class MAEConfig:
     decoder_heads: int = 16
     decoder_mlp_dim: int = 2048
     mask_ratio: float = 0.75
-    norm_pix: bool = True
+    norm_pix: bool = True  # see `PixelTargets.norm`
 
     def __post_init__(self) -> None:
         sizes = {"num_layers": self.decoder_layers, "mlp_dim": self.decoder_mlp_dim}

@@ -64,13 +64,11 @@ class SigLIP(nn.Module):
         self, images: Tensor | None, tokens: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """Embed images [B, 3, S, S], see `ViT`, and captions int64 [B', T], each padded to all T tokens of the context;
-        pass None for a side that is not there.
+        pass None for a side that is not there. A ValueError of another shape or dtype, and of captions padded to the
+        longest of them alone.
 
         Returns:
             image embeddings [B, D], text embeddings [B', D], exp(logit_scale) and logit_bias; at least float32.
-
-        Raises:
-            ValueError: another shape or dtype, captions padded to the longest of them alone.
         """
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
         image = None if images is None else F.normalize(self.visual(images).to(wide), dim=-1)

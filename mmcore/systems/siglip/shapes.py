@@ -16,11 +16,7 @@ NAMES = ("tiny", *_PUBLISHED, "So400m-14-224", "So400m-14-384", "So400m-16-256",
 
 
 def siglip_config(name: str) -> SigLIPConfig:
-    """The shape of a name, with the vocabulary and context of the first SigLIP.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """The shape of a name, with the vocabulary and context of the first SigLIP; a ValueError of an unknown one."""
     require("siglip_config", name in NAMES, "name must be one of {}, got {!r}", ", ".join(NAMES), name)
     kind, *sizes = name.split("-")
     patch, pixels = map(int, sizes or (4, 16))

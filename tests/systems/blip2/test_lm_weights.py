@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
 from mmcore.systems.blip2.lm import BLIP2LM
-from mmcore.systems.blip2.lm_weights import load_blip2_lm, save_blip2_lm
+from mmcore.systems.blip2.weights import load_blip2_lm, save_blip2_lm
 from mmcore.weights import files
 from tests.systems.blip2.test_lm import MODELS, QUERIES, VOCAB, batch, ours_float, pair
 from tests.systems.test_weights import assert_same

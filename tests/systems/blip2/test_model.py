@@ -10,8 +10,8 @@ from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerCo
 
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.blip2.model import BLIP2, BLIP2Config
-from mmcore.systems.blip2.names import HF, STAGE1_SETTINGS
 from mmcore.systems.blip2.qformer import QFormerConfig
+from mmcore.systems.blip2.weights import HF, STAGE1_SETTINGS
 from tests.refusals import refuses
 
 QUERIES, LENGTH, VOCAB = 5, 7, 101

@@ -14,7 +14,7 @@ from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.language_weights import LANGUAGE, beside_language
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable
-from mmcore.systems.llava.names import config_from_hf, hf_layout
+from mmcore.systems.llava.weights import config_from_hf, hf_layout
 from tests.refusals import refuses
 from tests.systems.blip2.test_lm import MODELS, VOCAB
 

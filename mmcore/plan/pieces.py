@@ -1,6 +1,8 @@
-"""Language models by the shapes that were published, or by the config.json of a folder; no weights are read."""
+"""What plans of several systems count: image towers, and language models by the shapes that were published or by the
+config.json of a folder; no weights are read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from mmcore.ops import attention, require
-from mmcore.parts.language_head import LanguageHead
+from mmcore.parts.language import LanguageHead
+from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.plan.demand import Built
 from mmcore.plan.job import Numbers, Piece, Setting, numbers
 
@@ -116,3 +119,25 @@ def _attend(
 
 AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, lambda **_: None)
+
+
+def tower_piece(config: VisionConfig, *, learns: bool = False) -> Piece:
+    """A ViT from pixels to states; frozen, it leaves nothing to a backward."""
+
+    def build(num_layers: int, samples: int, setting: Setting) -> Built:
+        tower = ViT(replace(config, num_layers=num_layers)).requires_grad_(learns)
+        tower.transformer.activation_checkpointing = setting.activation_checkpointing
+        images = torch.empty(samples, 3, config.image_size, config.image_size, dtype=torch.uint8)
+
+        def forward() -> list[Tensor]:
+            with torch.set_grad_enabled(learns):
+                return [tower(images)]
+
+        return Built(tower.parameters(), forward)
+
+    return Piece("image tower" if learns else "image tower, frozen", config.num_layers, build)
+
+
+def image_bytes(config: VisionConfig) -> int:
+    """Bytes of an image as the loader hands it over, uint8."""
+    return 3 * config.image_size**2
