@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmcore.data import LoaderSpec
 from mmcore.errors import did_you_mean
 from mmcore.launch import parse
+from mmcore.ops import require
 from mmcore.plan.demand import Built
 from mmcore.plan.hardware import GPUS
 from mmcore.plan.job import Job, MicroBatchPlan, Piece, PlanConfig, Setting, numbers
@@ -47,6 +48,10 @@ def _counted(name: str, arguments: list[str]) -> tuple[MicroBatchPlan, Job]:
     """The plan's own flags, and what a recipe without a `plan.py` trains by its flags: its model and its loss are run
     on fake tensors, of one and two samples."""
     config, rest = tyro.cli(MicroBatchPlan, args=arguments, prog=f"mmcore plan {name}", return_unknown_args=True)
+    # counted whole, a model does not tell what one layer computes again
+    require(
+        "plan", not config.activation_checkpointing, "--activation-checkpointing must be left out for {}, got it", name
+    )
     recipe: Recipe = parse(name, list(rest), f"mmcore plan {name}")
     data = recipe.open_data()
     assets = recipe.assets(data)

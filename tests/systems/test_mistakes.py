@@ -106,6 +106,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
     ],
     "prove": [("clipp", "got 'clipp'; did you mean 'clip'?")],
     "plan": [
+        ("siglip --global-batch 64 --gpus 1 --gpu h200 --activation-checkpointing", "must be left out for siglip"),
         ("", "must be followed by one of"),
         ("vit", "got vit"),
         ("clip --global-batch 100 --gpus 8", "multiple of --gpus times --accum, 8, got 100"),
