@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,17 @@ class Terminal:
         self.end, end = pty.openpty()
         env = environment() | {"TERM": "dumb"}
         command = [*MMCORE, *map(str, arguments)]
+        # tests that run in a shell's background would hand on that Ctrl-C is ignored
+        as_at_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=end, stdout=end, stderr=end, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=env,
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            start_new_session=True,
+            preexec_fn=as_at_a_terminal,
         )
         os.close(end)
         self.shown = ""
