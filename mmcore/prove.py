@@ -36,7 +36,7 @@ class ProveConfig:
     floor, 3 where its data cannot be had."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """A system's proof, or all."""
+    """A proof, a system for all of its own, or all."""
     out: Path | None = None
     """Folder of the runs and of sheets of held-out records, which must be new; None = one that is removed."""
     json: Path | None = None
@@ -80,8 +80,9 @@ def main(arguments: list[str]) -> None:
             print(f"{name:14} {claims}")
         return
     config = tyro.cli(ProveConfig, args=arguments, prog="mmcore prove")
-    names = list(known) if config.name == "all" else [config.name]
-    if names[0] not in known:
+    system = [name for name, entry in known.items() if entry.package.rpartition(".")[2] == config.name]
+    names = [config.name] if config.name in known else list(known) if config.name == "all" else system
+    if not names:
         hint = did_you_mean(config.name, [*known, "all"])
         raise ValueError(f"the proof must be one of {', '.join(known)} or all, got {config.name!r}{hint}")
     found: list[Found] = []
