@@ -40,3 +40,22 @@ def test_a_comma_in_quotes_is_of_the_caption(tmp_path: Path) -> None:
         "a dog, running",
         "a cat,\nasleep",
     ]
+
+
+def test_held_out_pictures_of_a_table_are_not_trained_on_by_any_name(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "other").symlink_to(tmp_path / "images")
+    for i in range(4):
+        (tmp_path / "images" / f"{i}.png").write_bytes(image_bytes(i))
+    rows = {"t.csv": ["images/0.png", "images/1.png", "images/2.png"], "v.csv": ["other/2.png", "images/3.png"]}
+    for name, files in rows.items():
+        (tmp_path / name).write_text("\n".join(["filepath\ttitle", *(f"{file}\tcaption {file}" for file in files)]))
+    with pytest.raises(ValueError, match="val_data must not share images with data, got 1 in both"):
+        open_data(DataConfig(str(tmp_path / "t.csv"), val_data=str(tmp_path / "v.csv")), seed=0)
+    names = [f"{folder}/{i}.png" for i in range(4) for folder in ("images", "other")]
+    (tmp_path / "w.csv").write_text("\n".join(["filepath\ttitle", *(f"{n}\tsaid of {n}" for n in names)]))
+    for seed in range(4):
+        data = open_data(DataConfig(str(tmp_path / "w.csv"), val_fraction=0.5), seed=seed)
+        assert data.val is not None
+        trained = {data.source.raw_image(i).tobytes() for i in range(len(data.source))}  # pyright: ignore
+        assert not trained & {data.val.raw_image(i).tobytes() for i in range(len(data.val))}

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmcore.data.broken import BrokenTally
 from mmcore.data.config import DataConfig
 from mmcore.data.pair_data import PairData
-from mmcore.data.sources.files import FilePairs, some_of
+from mmcore.data.sources.files import FilePairs, check_disjoint, some_of
 from mmcore.data.sources.json_formats import JsonFile, read_json, records
 from mmcore.data.sources.questions import Question, QuestionSet
 from mmcore.data.sources.split import split_pairs
@@ -66,15 +66,7 @@ def _check_sides(train: Texts, val: Texts, config: DataConfig) -> None:
     ours, theirs = ("questions" if isinstance(side, QuestionSet) else "captions" for side in (train, val))
     what = "val_data must hold {} as data does, but {!r} holds {}"
     require("data", ours == theirs, what, ours, config.val_data, theirs)
-    shared = _real_paths(_files(val).paths) & _real_paths(_files(train).paths)
-    what = "val_data must not share images with data, got {} in both, the first is {}"
-    require("data", not shared, what, len(shared), min(shared, default=""))
-
-
-def _real_paths(paths: list[str]) -> set[str]:
-    """The paths without symbolic links to folders; those of each file would take minutes."""
-    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
-    return {os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths}
+    check_disjoint(_files(train).paths, _files(val).paths)
 
 
 def _read(path: str, argument: str, answers_path: str | None, config: DataConfig) -> tuple[Texts, Counter[str]]:

@@ -1,5 +1,6 @@
 """Image files with their texts: what tables and JSON files name."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import EvalSet, PairSource, by_image, stable_hash
 from mmcore.data.transforms.images import decode_rgb
+from mmcore.ops import require
 
 Files = TypeVar("Files", bound="FilePairs")
 
@@ -48,6 +50,19 @@ class FilePairs(PairSource):
 def some_of(names: Sequence[str]) -> Sequence[str]:
     """About a hundred of them, in which to look whether there are any."""
     return names[:: max(1, len(names) // 100)]
+
+
+def real_paths(paths: Sequence[str]) -> list[str]:
+    """The paths without symbolic links to folders; those of each file would take minutes."""
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    return [os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
+
+
+def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:
+    """A ValueError where training and held-out data share an image file."""
+    shared = set(real_paths(train)) & set(real_paths(val))
+    what = "val_data must not share images with data, got {} in both, the first is {}"
+    require("data", not shared, what, len(shared), min(shared, default=""))
 
 
 def read_image_file(path: str) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmcore.data.broken import BrokenRecord, BrokenTally
 from mmcore.data.config import DataConfig
 from mmcore.data.sources.base import EvalSet
-from mmcore.data.sources.files import FilePairs, some_of
+from mmcore.data.sources.files import FilePairs, check_disjoint, real_paths, some_of
 from mmcore.data.sources.split import split_pairs
 from mmcore.ops import require
 
@@ -26,8 +26,9 @@ def open_table(config: DataConfig, seed: int) -> tuple[FilePairs, EvalSet | None
         is_other = Path(config.val_data).resolve() != Path(config.data).resolve()
         require("data", is_other, "val_data must not be the training table, got {!r}", config.val_data)
         val_pairs, broken_val = _read_table(config.val_data, "val_data", config)
+        check_disjoint(pairs.paths, val_pairs.paths)
         return pairs, val_pairs.held_out(config.max_broken), broken + broken_val
-    train, val = split_pairs(pairs.paths, pairs.texts, config.val_fraction, seed)
+    train, val = split_pairs(real_paths(pairs.paths), pairs.texts, config.val_fraction, seed)
     return pairs.take(train), pairs.take(val).held_out(config.max_broken) if val else None, broken
 
 
