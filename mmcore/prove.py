@@ -82,8 +82,8 @@ def main(arguments: list[str]) -> None:
     config = tyro.cli(ProveConfig, args=arguments, prog="mmcore prove")
     system = [name for name, entry in known.items() if entry.package.rpartition(".")[2] == config.name]
     names = [config.name] if config.name in known else list(known) if config.name == "all" else system
+    hint = did_you_mean(config.name, [*known, "all"])
     if not names:
-        hint = did_you_mean(config.name, [*known, "all"])
         raise ValueError(f"the proof must be one of {', '.join(known)} or all, got {config.name!r}{hint}")
     found: list[Found] = []
     code = 0

@@ -83,7 +83,7 @@ def train_tiny_lm(said: Sequence[Sequence[Said]], *, seed: int, steps: int) -> t
         torch.manual_seed(seed)
         model: Any = tiny_language_model(rows.tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-        warmup = 0.1 if steps != 10 else 0.2  # torch divides by the warm-up's steps less one
+        warmup = 0.2 if steps == 10 else 0.1  # torch divides by the steps of the warm-up less one
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=warmup)
         losses = []
         for _ in track(range(steps), "training a tiny language model", transient=True):

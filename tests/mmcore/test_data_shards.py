@@ -262,3 +262,15 @@ def test_bad_names_of_shards_are_refused_in_one_sentence(tmp_path: Path) -> None
     refuses("val_data must not share shards with data", opened, pattern, val_data=str(tmp_path / "001.tar"))
     refuses("val_data must be local files, got 'pipe:cat x.tar'", opened, pattern, val_data="pipe:cat x.tar")
     refuses("must hold at least one pair, got none", opened, pattern, val_data=str(empty))
+
+
+def test_a_run_goes_on_with_as_many_streams_as_it_had_where_workers_are_left_to_the_machine(tmp_path: Path) -> None:
+    data = opened(write_shards(tmp_path, 4, 3))
+    before = train_loader(data, spec(2, workers=2), fake_tokenizer)
+    first = take(before, 2)
+    after = train_loader(data, spec(2, workers=None), fake_tokenizer)
+    after.load_state_dict(before.state_dict())
+    assert_equal_batches(take(after, 2), take(before, 2))
+    assert first and after.state_dict()["num_streams"] == 2
+    with pytest.raises(ValueError, match=r"num_streams must be .*2, got 1; it is that of --workers"):
+        train_loader(data, spec(2, workers=1), fake_tokenizer).load_state_dict(before.state_dict())

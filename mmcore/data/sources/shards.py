@@ -116,6 +116,11 @@ class ShardLoader(TrainLoader):
         check_global_batch(spec, source.num_samples, f"num_samples={source.num_samples}")
         super().__init__(spec, source.num_samples // spec.global_batch, tally, self._num_streams)
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.spec.workers is None and state["num_streams"] != self._num_streams:  # by default, those of the run
+            self._workers = self._num_streams = state["num_streams"]
+        super().load_state_dict(state)
+
     def _start(self, first: int) -> Iterator[Payload]:
         cursors, turn = [list(c) for c in self._cursors], first % self._num_streams
         batches = ShardBatches(self._shards, self.spec, self._reader, cursors, turn)

@@ -56,10 +56,8 @@ def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs
     tally.check(final=True)
     require("data", bool(paths), "{}={!r} must hold at least one pair, got none", argument, path)
     probed = some_of(paths)
-    what = (
-        "the images of {}={!r} must be found by absolute paths or paths relative to its folder, but none of {} tried "
-    )
-    what += "exists, the first is {}"
+    what = "the images of {}={!r} must be found by absolute paths or paths relative to its folder, but none of "
+    what += "{} tried exists, the first is {}"
     require("data", any(Path(p).is_file() for p in probed), what, argument, path, len(probed), paths[0])
     return FilePairs(paths, paths, texts), tally.counts
 
@@ -70,8 +68,7 @@ def _rows(file: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]
     A field in quotes may go on over several lines. A quote that nothing closes, or that would swallow lines which are
     rows of their own, is a quote mark of its caption.
     """
-    lines, number = deque[str](), 0
-    num_columns = 0
+    lines, number, num_columns = deque[str](), 0, 0
     source = iter(file)
     while (line := lines.popleft() if lines else next(source, None)) is not None:
         number += 1
