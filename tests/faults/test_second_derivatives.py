@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from mmcore.losses import global_contrastive_loss, global_sigmoid_loss
+from mmcore.losses import contrastive, sigmoid, token
 from mmcore.nn import Linear
+from mmkernels.pieces import first_order
 
 SCALE, BIAS = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
 
@@ -83,22 +83,25 @@ def test_a_layers_product_has_second_derivatives() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("loss", [
-    lambda a, b: global_contrastive_loss(a, b, SCALE, gather_limit_bytes=1),
-    lambda a, b: global_sigmoid_loss(a, b, SCALE, BIAS, gather_limit_bytes=1),
-])  # fmt: skip
-def test_losses_over_ranks_are_right_or_refused_on_one(loss: Callable[..., Tensor], one_rank: None) -> None:
-    a, b = rows(40), rows(41)[:40]
-    try:
-        found = penalty(lambda a: loss(a, b), a)
-    except (RuntimeError, NotImplementedError) as error:
-        assert "create_graph" in str(error) or "derivative" in str(error)
-        return
-    assert found.isfinite().all()
+def test_a_backward_without_a_derivative_refuses_to_be_a_graph() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square().sum()
+
+        @staticmethod
+        @first_order("square", "x ** 2")
+        def backward(ctx: Any, upstream: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return 2 * upstream * ctx.saved_tensors[0]
+
+    x = torch.ones(3, requires_grad=True)
+    assert torch.autograd.grad(Square.apply(x), x)[0].tolist() == [2.0] * 3
+    with pytest.raises(RuntimeError, match=r"square: create_graph must be False, .* take x \*\* 2 for second"):
+        torch.autograd.grad(Square.apply(x), x, create_graph=True)
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+@pytest.mark.parametrize("of_ranks", [contrastive._GlobalStats, sigmoid._SigmoidSum, token._TokenStats])
+def test_losses_over_ranks_refuse_to_be_a_graph(of_ranks: Any) -> None:
+    with pytest.raises(RuntimeError, match="create_graph must be False"):
+        of_ranks.backward(None, torch.ones(()))
