@@ -160,6 +160,10 @@ class Recipe(ABC):
     def collate(self, assets: Any, samples: list[Any]) -> Any:
         """A micro-batch."""
 
+    def shown(self, data: Any, assets: Any) -> Sequence[str]:
+        """Lines that are printed at the start, on rank 0: what is learned of a record."""
+        return ()
+
     def pictures(self, data: Any) -> PairData:
         """Of the data, the pictures with captions or questions that tasks measure on."""
         return data

@@ -88,6 +88,8 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
             f"{total - first} steps of {loader.spec.global_batch}, ZeRO {engine.stage}, {engine.precision}, "
             f"{world_size} rank{'s' * (world_size > 1)}"
         )
+        for line in recipe.shown(data, assets) if rank == 0 else ():
+            metrics.say(line)
         Loop(start.folder, recipe, engine, loader, metrics, total, companions, measured)(first)
     engine.close()
     if rank == 0 and not is_quiet:

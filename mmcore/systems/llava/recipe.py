@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmcore import checkpoint
 from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
+from mmcore.data.broken import BrokenRecord
 from mmcore.data.loader import MapLoader
 from mmcore.data.opening import ChatData, open_chats, source_kind
 from mmcore.data.sources.conversations import IMAGE, ChatRecord
@@ -146,6 +147,17 @@ class LlavaRecipe(OnLanguageModel):
 
     def sample(self, assets: LlavaAssets, record: ChatRecord, rng: np.random.Generator) -> SeenChat:
         return seen_chat(record, assets.tokens, assets.shape)
+
+    def shown(self, data: ChatData, assets: LlavaAssets) -> list[str]:
+        for record in map(data.train.record, range(min(len(data.train), 100))):
+            try:
+                counts = [assets.shape.num_image_tokens((image.height, image.width)) for image in record.images()]
+                whole, *borders = assets.tokens.shown(assets.tokens.sample(record.conversation, counts))
+            except BrokenRecord:
+                continue
+            lines = [f"learned of the first record ({record.id}), between >> and <<: {whole}"]
+            return lines + [f"  tokens around answer {n}: {border}" for n, border in enumerate(borders, 1)]
+        return []
 
     def collate(self, assets: LlavaAssets, samples: list[SeenChat]) -> ChatPart:
         return collate_chats(samples, assets.tokens, assets.shape, is_packed=self.pack)
