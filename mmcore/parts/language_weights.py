@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_
 
 from mmcore.checkpoint import write_json
 from mmcore.ops import require
+from mmcore.parts.language import with_origins
 from mmcore.weights.files import read_folder, read_json, save_folder
 from mmcore.weights.layout import Layout
 
@@ -52,7 +53,7 @@ def _language_model(op: str, text: Any, state: dict[str, Tensor], dtype: torch.d
     for kind, what in kinds.items():
         differ = sorted(info[f"{kind}_keys"])[:3]
         require(op, not differ, "a transformers file must hold {} {}", what, differ)
-    return model
+    return with_origins(model, state)
 
 
 def load_with_language(

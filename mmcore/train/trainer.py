@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from mmcore.settings import as_yaml, check_resumed, to_json
 from mmcore.tasks import Subject, follow, report
 from mmcore.train import state
 from mmcore.train.deepspeed_json import deepspeed_config
-from mmcore.train.engine import Engine, init_distributed
+from mmcore.train.engine import Engine, init_distributed, partitioner
 from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
 
@@ -137,11 +137,13 @@ def _install(assets: Any, folder: Path) -> dict[str, Any]:
 def _model(recipe: Recipe, assets: Any, start: Start) -> nn.Module:
     """As it is at the first step to come."""
     torch.manual_seed(recipe.run.seed)
-    model = recipe.build(assets)
+    sizes = {"batch_size": recipe.per_rank, "world_size": dist.get_world_size()}
+    config, _ = deepspeed_config(recipe.engine, recipe.optim, **sizes)
+    model = recipe.build(replace(assets, partition=partitioner(config)))
     if start.checkpoint is None:
         load_weights(model, recipe.initial(assets, model), is_whole=False)
     else:
-        load_weights(model, dict(checkpoint.tensors(start.checkpoint, "weight")))
+        load_weights(model, checkpoint.stored(start.checkpoint, "weight"))
         state.restore_module(model, state.BUFFERS, start.checkpoint)
     return model
 
