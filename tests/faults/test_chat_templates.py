@@ -1,6 +1,8 @@
 """`--template auto`: what is learned is what the model must say, whatever a tokenizer's chat template writes."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,11 @@ from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import Conversation, Turn
 from mmcore.data.text.templates import AUTO, ChatTokens
 from mmcore.labels import IGNORED
+from mmcore.parts.language import tiny_language_model
+from mmcore.parts.language_folder import Language
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.llava.model import LlavaConfig
+from mmcore.systems.llava.recipe import LlavaAssets, LlavaStage2
 from tests.mmcore.chat_fixtures import byte_bpe, conversation, llama
 from tests.mmcore.test_templates import learned
 from tests.refusals import refuses
@@ -36,6 +43,15 @@ CASES: dict[str, tuple[str, str, str]] = {  # the template; what is learned befo
         EACH + ROLE + "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
         + END + PROMPT,
         "", "<|im_end|>",
+    ),
+    "qwen3.5": (
+        "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('No user query.') }}"
+        "{% endif %}" + EACH + ROLE + LAST_THINKS + SAID + "<|im_end|>\n" + END
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}", "", "<|im_end|>",
+    ),
+    "deepseek-v3.1": (
+        EACH + "{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|></think>" + SAID
+        + "<|eot|>{% endif %}" + END + "{% if add_generation_prompt %}<|Assistant|><think>{% endif %}", "", "<|eot|>",
     ),
     "deepseek-r1": (
         EACH + "{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>" + SAID + "<|eot|>{% endif %}"
@@ -121,7 +137,7 @@ def test_answers_and_their_ends_are_learned_of_any_template(name: str, num_round
 def test_a_sample_is_the_text_that_the_template_writes(name: str) -> None:
     chat = auto(CASES[name][0])
     turns = conversation(2, num_images=0).turns
-    is_list = "selectattr" in CASES[name][0]
+    is_list = name.startswith("lists")
     messages = [
         {"role": x.role, "content": [{"type": "text", "text": x.text}] if is_list else x.text} for x in turns
     ]  # fmt: skip
@@ -194,3 +210,16 @@ def test_a_sample_is_shown_with_its_learned_parts_and_their_borders() -> None:
     long = Conversation("x", (), (Turn("user", "why " * 500), Turn("assistant", "so " * 500)))
     whole = ChatTokens(llama(), "v1", 9999).shown(ChatTokens(llama(), "v1", 9999).sample(long))[0]
     assert len(whole) < 400 and whole.endswith("so so</s><<") and whole.count(" ... ") == 2
+
+
+def test_an_exported_model_ends_where_a_chats_answers_do(tmp_path: Path) -> None:
+    tokenizer = byte_bpe()
+    tokenizer.pad_token = tokenizer.eos_token
+    language = Language(tokenizer, None, tiny_language_model(tokenizer))
+    shape = LlavaConfig(VisionConfig(image_size=16, patch_size=8, width=16, num_layers=1, num_heads=2))
+    recipe = LlavaStage2(template="chatml")
+    assets = LlavaAssets(shape, None, language, ChatTokens(tokenizer, "chatml", 99), None)
+    recipe.export(assets, recipe.in_use(recipe.build(assets)), tmp_path / "out", "hf")
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    ends = sorted([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert written["eos_token_id"] == ends

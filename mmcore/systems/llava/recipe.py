@@ -221,6 +221,9 @@ class LlavaRecipe(OnLanguageModel):
         return self.converses(assets, model, device).answerer(**decoding.generate_options())
 
     def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> dict[str, Any]:
+        # a chat's answers may end otherwise than the language model's texts did
+        ends = sorted(assets.tokens.stops)
+        model.language_model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         save_llava(model, folder, tokenizer=assets.language.tokenizer)
         return processor_config(assets.shape)
 
