@@ -81,7 +81,7 @@ def _from_transformers(op: str, folder: Path) -> Any:
     return with_origins(model, state)
 
 
-def with_origins(model: Any, state: Mapping[str, Tensor]) -> Any:
+def with_origins(model: Any, state: Mapping[str, Any]) -> Any:
     """A model of whose weights those that are mapped tensors of `state` know it: `origin` is where they lie in memory,
     and the tensor's."""
     origins = {x.data_ptr(): x.origin for x in state.values() if hasattr(x, "origin")}

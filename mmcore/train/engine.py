@@ -48,7 +48,7 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Module, Callable[[Tensor
     def partition(part: nn.Module, dtype_of: Callable[[Tensor], torch.dtype]) -> None:
         largest, rooms, convert = max((p.numel() for p in part.parameters()), default=0), {}, None
         for p in part.parameters():
-            dtype = dtype_of(p)
+            dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else dtype_of(p)
             # one room for all: memory that is freed between the shares would not be used again
             room = rooms.setdefault(dtype, torch.empty(largest, dtype=dtype))[: p.numel()].view(p.shape)
             p.data = room.copy_(p.data) if dist.get_rank() == 0 else room
@@ -87,7 +87,8 @@ class Engine:
 
     def _complete(self, model: nn.Module) -> None:
         """What DeepSpeed does to a model but not to one of which it has split a part: casts weights, moves buffers."""
-        device = deepspeed.accelerator.get_accelerator().device_name(int(os.environ["LOCAL_RANK"]))
+        accelerator: Any = deepspeed.accelerator.get_accelerator()
+        device = accelerator.device_name(int(os.environ["LOCAL_RANK"]))
         for p in model.parameters():
             if self.precision == "bf16" and p.is_floating_point() and not hasattr(p, "ds_id"):
                 p.data = p.data.to(torch.bfloat16)

@@ -66,7 +66,13 @@ def read_folder(op: str, folder: Path) -> dict[str, Tensor]:
     files, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
     require(op, bool(files), "folder must hold *.safetensors, got {}", folder)
     if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(op, index)["weight_map"].values()))]
+        names = read_json(op, index).get("weight_map")
+        require(
+            op, isinstance(names, dict) and bool(names), "{} must say which file has a weight, got {}", index, names
+        )
+        files = [folder / name for name in sorted(set(dict(names or {}).values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        require(op, not missing, "{} must name files that are there, missing {}", index, ", ".join(missing[:3]))
     elif folder / "model.safetensors" in files:
         files = [folder / "model.safetensors"]
     return {name: x for file in files for name, x in read_safetensors(op, file).items()}

@@ -18,6 +18,7 @@ from transformers import (
     MambaConfig,
     MptConfig,
     OPTConfig,
+    RecurrentGemmaConfig,
     RwkvConfig,
 )
 
@@ -42,6 +43,7 @@ UNPACKED: dict[str, Any] = {
     "mpt": partial(MptConfig, d_model=64, n_layers=2, n_heads=4),
     "falcon with alibi": partial(FalconConfig, **SIZES, alibi=True),
     "mamba": partial(MambaConfig, hidden_size=64, num_hidden_layers=2, state_size=8),
+    "recurrent_gemma": partial(RecurrentGemmaConfig, **SIZES, intermediate_size=128),
     "rwkv": partial(RwkvConfig, hidden_size=64, attention_hidden_size=64, num_hidden_layers=2),
 }
 
