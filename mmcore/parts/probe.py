@@ -36,26 +36,24 @@ def why_not_packed(model: Any) -> str | None:
         return "it takes no position_ids, by which they are told apart"
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     places = [torch.arange(n) for n in LENGTHS]
-    texts = [place * step % embed.num_embeddings for place, step in zip(places, (3, 5))]
+    first, text = (place * 3 % embed.num_embeddings for place in places)
 
-    def states(tokens: Tensor, **positions: Tensor) -> Tensor:
-        return model.base_model(inputs_embeds=embed(tokens), use_cache=False, **positions).last_hidden_state
-
-    def in_both_orders(parts: list[Tensor]) -> Tensor:
-        return torch.stack([torch.cat(parts), torch.cat(parts[::-1])])
-
-    def off(found: Tensor, wanted: Tensor) -> float:
-        found, wanted = head(found).float(), head(wanted).float()
-        return float((found - wanted).abs().max() / wanted.abs().max())
+    def logits(tokens: Tensor, **positions: Tensor) -> Tensor:
+        states = model.base_model(inputs_embeds=embed(tokens[None]), use_cache=False, **positions).last_hidden_state
+        return head(states[0, -len(text) :]).float()
 
     with _read_as_it_runs(model):
-        alone = [states(text[None])[0] for text in texts]
-        packed = states(in_both_orders(texts), position_ids=in_both_orders(places))
-        padded = states(torch.cat(texts)[None])[0, : LENGTHS[0]]  # what comes behind is not seen
-        rounding, difference = off(padded, alone[0]), off(packed, in_both_orders(alone))
-    if difference <= max(1e-4, torch.finfo(model.dtype).eps, min(4 * rounding, 0.1)):
+        alone = logits(text)
+        behind, behind_other = (
+            logits(torch.cat([before, text]), position_ids=torch.cat(places)[None])
+            for before in (first, (first + 1) % embed.num_embeddings)
+        )
+    eps = torch.finfo(model.dtype).eps
+    # behind another text of the same length nothing is rounded otherwise, and alone much is
+    leak, shift = (float((behind - x).norm() / x.norm()) for x in (behind_other, alone))
+    if leak <= max(1e-5, eps / 4) and shift <= max(1e-4, 4 * eps):
         return None
-    return f"its logits of a probe differ by {100 * difference:.2g} % where another conversation stands in the row"
+    return f"its logits of a probe differ by {100 * max(leak, shift):.2g} % where another conversation stands before"
 
 
 def takes_positions(model: Any) -> bool:
