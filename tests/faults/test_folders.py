@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, BertTokenizer
 
 from mmcore.checkpoint import write_json
 from mmcore.data import DataConfig, Preprocess, decode_rgb, normalized, open_data
 from mmcore.data.sources import tar
 from mmcore.data.text.tokenizer import find_clip_vocabulary, load_tokenizer, train_tokenizer
+from mmcore.data.text.wordpiece import load_wordpiece, train_wordpiece
 from mmcore.parts.padded import load_padded_tokenizer
 from mmcore.parts.towers import load_tower
 from mmcore.systems.clip.model import CLIP, CLIPConfig
-from mmcore.systems.clip.names import HF
+from mmcore.systems.clip.names import HF, OPEN_CLIP
 from mmcore.systems.clip.recipe import Clip
 from mmcore.systems.clip.shapes import CLIP_CONFIGS
 from mmcore.systems.clip.weights import load_clip, save_clip
@@ -330,3 +331,32 @@ def test_llavas_folder_says_how_a_picture_becomes_square(tmp_path: Path, fit: An
     theirs: Any = AutoImageProcessor.from_pretrained(tmp_path / "llava", backend="pil")
     found = normalized(views(image, loaded.config), square.mean, square.std)
     torch.testing.assert_close(theirs(image, return_tensors="pt").pixel_values, found, rtol=0, atol=1e-6)
+
+
+def test_openais_own_weights_are_not_run_with_another_activation(tmp_path: Path) -> None:
+    state = OPEN_CLIP.write(CLIP(CLIP_CONFIGS["tiny"]).state_dict()) | {"input_resolution": torch.tensor(16)}
+    torch.save(state, tmp_path / "ViT.pt")
+    said = r"quick_gelu \(ViT-B-32-quickgelu\), got gelu"
+    refuses(said, load_clip, tmp_path / "ViT.pt", config=CLIP_CONFIGS["tiny"])
+
+
+@pytest.mark.parametrize("change", [{"do_lower_case": False}, {"strip_accents": False}])
+def test_a_vocabulary_of_a_bert_that_keeps_cases_or_accents_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    learned = train_wordpiece(["a café at noon", "A Dog"] * 3, vocab_size=80)
+    learned.save(tmp_path)
+    assert load_wordpiece(tmp_path).words == learned.words
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write_json(tmp_path / "tokenizer_config.json", settings | change)
+    refuses("tokenizer must be of an uncased BERT", load_wordpiece, tmp_path)
+    refuses("tokenizer must be of an uncased BERT", load_wordpiece, tmp_path / "vocab.txt")
+
+
+def test_a_bert_folder_of_today_holds_tokenizer_json_alone(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "café", "cafe"]
+    BertTokenizer({word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "uncased")
+    assert not (tmp_path / "uncased" / "vocab.txt").exists()
+    assert load_wordpiece(tmp_path / "uncased").words[: len(words)] == tuple(words)
+    assert load_wordpiece(tmp_path / "uncased")(["A Dogs café"]).tokens.tolist() == [[2, 5, 6, 7, 9, 3]]
+    cased = BertTokenizer({word: i for i, word in enumerate(words)}, do_lower_case=False)
+    cased.save_pretrained(tmp_path / "cased")
+    refuses("tokenizer must be of an uncased BERT", load_wordpiece, tmp_path / "cased")

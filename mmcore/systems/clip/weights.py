@@ -54,6 +54,10 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
     what = "{} must lie beside the weights, or config be given; {} is not there"
     require(op, config is not None or beside.is_file(), what, beside.name, beside)
     shape: CLIPConfig = config or settings.read(op, read_json(op, beside))
+    # in OpenAI's own files alone, which tell no activation
+    is_openais, activation = "input_resolution" in tensors, shape.vision.activation
+    what = "config must have the activation of OpenAI's weights, quick_gelu (ViT-B-32-quickgelu), got {} for {}"
+    require(op, not is_openais or activation == "quick_gelu", what, activation, file)
     if layout is names.HF:
         shape = replace(shape, vision=with_pictures(op, file.parent, shape.vision))
     state = layout.read(op, tensors, _empty_clip(shape).state_dict())
