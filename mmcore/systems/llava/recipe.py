@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mmcore import checkpoint
 from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
-from mmcore.data.broken import BrokenRecord
 from mmcore.data.loader import MapLoader
 from mmcore.data.opening import ChatData, open_chats, source_kind
 from mmcore.data.sources.conversations import IMAGE, ChatRecord
@@ -35,7 +34,7 @@ from mmcore.recipe import Assets, Claim, OnLanguageModel, Proof, Purpose, Runner
 from mmcore.runs import check_weights, find_run, is_run, load_weights, read_frozen, read_run
 from mmcore.settings import free, from_json
 from mmcore.systems.llava.anyres import next_pinpoints
-from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
+from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, seen_chat, shown_chat
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
 from mmcore.systems.llava.talk import Talks
 from mmcore.systems.llava.weights import read_llava, read_projector, save_llava
@@ -79,6 +78,12 @@ class LlavaAssets(Assets):
     def save(self, folder: Path) -> dict[str, Any]:
         settings = {"lora": self.lora and asdict(self.lora), "unpacked": self.unpacked}
         return {**asdict(self.shape), **settings, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
+
+    @property
+    def summary(self) -> dict[str, str]:
+        shape, tiles = self.shape, ", and tiles" if self.shape.has_tiles else ""
+        pictures = {"image tower": shape.vision.summary, "pictures": f"{shape.preprocess.summary}{tiles}"}
+        return {**pictures, "language model": self.language.summary}
 
 
 @dataclass(frozen=True)
@@ -152,18 +157,10 @@ class LlavaRecipe(OnLanguageModel):
         return seen_chat(record, assets.tokens, assets.shape)
 
     def shown(self, data: ChatData, assets: LlavaAssets) -> list[str]:
-        for record in map(data.train.record, range(min(len(data.train), 100))):
-            try:
-                counts = [assets.shape.num_image_tokens((image.height, image.width)) for image in record.images()]
-                whole, *borders = assets.tokens.shown(assets.tokens.sample(record.conversation, counts))
-            except BrokenRecord:
-                continue
-            lines = [f"each conversation has a row of its own: {assets.unpacked}"]
-            if assets.unpacked is None:
-                lines = ["several conversations share a row, and each has the logits that it has alone"]
-            lines.append(f"learned of the first record ({record.id}), between >> and <<: {whole}")
-            return lines + [f"  tokens around answer {n}: {border}" for n, border in enumerate(borders, 1)]
-        return []
+        rows = "several conversations share a row, and each has the logits that it has alone"
+        if assets.unpacked is not None:
+            rows = f"each conversation has a row of its own: {assets.unpacked}"
+        return [rows, *shown_chat(map(data.train.record, range(len(data.train))), assets.tokens, assets.shape)]
 
     def collate(self, assets: LlavaAssets, samples: list[SeenChat]) -> ChatPart:
         return collate_chats(samples, assets.tokens, assets.shape, is_packed=assets.unpacked is None)
@@ -220,12 +217,11 @@ class LlavaRecipe(OnLanguageModel):
     def speaks(self, assets: LlavaAssets, model: Any, device: torch.device, decoding: Decoding) -> Answerer:
         return self.converses(assets, model, device).answerer(**decoding.generate_options())
 
-    def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> dict[str, Any]:
+    def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> None:
         # a chat's answers may end otherwise than the language model's texts did
         ends = sorted(assets.tokens.stops)
         model.language_model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         save_llava(model, folder, tokenizer=assets.language.tokenizer)
-        return processor_config(assets.shape)
 
 
 @dataclass(frozen=True)
