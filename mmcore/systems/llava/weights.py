@@ -128,7 +128,7 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
     return model
 
 
-def read_llava(folder: Path | str, *, dtype: torch.dtype | None) -> Llava:
+def read_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> Llava:
     """As `load_llava`, whatever the language model's logits are made of."""
     folder, op = Path(folder), "load_llava"
     config, whole, unread = config_from_hf(op, read_json(op, folder / "config.json"))
