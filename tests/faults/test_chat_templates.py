@@ -203,13 +203,15 @@ def test_a_sample_is_shown_with_its_learned_parts_and_their_borders() -> None:
     chat = auto(CASES["qwen3"][0])
     whole, *borders = chat.shown(chat.sample(conversation(2)))
     assert whole.startswith(
-        "<|im_start|>user\\n<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\n>>A cat.<|im_end|><<"
+        "<|im_start|>user\\n<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\n{{A cat.<|im_end|>}}"
     )
-    assert "<think>\\n\\n</think>\\n\\n>>On the mat" in whole and whole.endswith("<|im_end|><<\\n")
-    assert len(borders) == 2 and re.fullmatch(r"\S+ Ċ >> A Ġcat \.\.\. \. <\|im_end\|> << Ċ <\|im_start\|>", borders[0])
+    assert "<think>\\n\\n</think>\\n\\n{{On the mat" in whole and whole.endswith("<|im_end|>}}\\n")
+    assert len(borders) == 2 and re.fullmatch(
+        r"\S+ Ċ \{\{ A Ġcat \.\.\. \. <\|im_end\|> \}\} Ċ <\|im_start\|>", borders[0]
+    )
     long = Conversation("x", (), (Turn("user", "why " * 500), Turn("assistant", "so " * 500)))
     whole = ChatTokens(llama(), "v1", 9999).shown(ChatTokens(llama(), "v1", 9999).sample(long))[0]
-    assert len(whole) < 400 and whole.endswith("so so</s><<") and whole.count(" ... ") == 2
+    assert len(whole) < 400 and whole.endswith("so so</s>}}") and whole.count(" ... ") == 2
 
 
 def test_an_exported_model_ends_where_a_chats_answers_do(tmp_path: Path) -> None:

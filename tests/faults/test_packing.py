@@ -24,6 +24,7 @@ from transformers import (
 
 from mmcore.data import DataConfig
 from mmcore.integrations.transformers import NAME, register
+from mmcore.launch import parse
 from mmcore.parts.language import tiny_tokenizer
 from mmcore.parts.probe import why_not_packed
 from mmcore.systems.llava.recipe import LlavaAssets, LlavaStage1
@@ -116,6 +117,12 @@ def test_packing_is_decided_by_the_model_kept_and_said(name: str, tower: Path, t
     assert replace(asked, pack=can).load_assets(tmp_path, saved, {}, "train").unpacked == assets.unpacked
 
 
+def test_packing_is_a_flag() -> None:
+    for flags, pack in (([], None), (["--pack"], True), (["--no-pack"], False), (["--pack", "--seed", "3"], True)):
+        assert parse("llava-stage1", flags, "").pack is pack
+    assert parse("llava-stage2", ["--seed", "3", "--pack", "False"], "").pack is False
+
+
 def test_packing_that_was_asked_for_is_refused_with_the_reason(tower: Path, tmp_path: Path) -> None:
     for name, pack, unpacked in (
         ("llama", True, None),
@@ -125,5 +132,7 @@ def test_packing_that_was_asked_for_is_refused_with_the_reason(tower: Path, tmp_
         asked = recipe(tower, tmp_path / name, name, pack)
         assert str(asked.assets(asked.open_data()).unpacked).startswith(str(unpacked))
     asked = recipe(tower, tmp_path / "opt", "opt", True)
-    with pytest.raises(ValueError, match="--pack must be --no-pack with this opt: its logits of a probe differ by"):
+    with pytest.raises(
+        ValueError, match="--pack must not be given with this opt, give --no-pack: its logits of a probe differ by"
+    ):
         asked.assets(asked.open_data())

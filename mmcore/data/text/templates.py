@@ -183,7 +183,7 @@ class ChatTokens:
         return self.tokenizer.decode(list(said), skip_special_tokens=True).strip()
 
     def shown(self, sample: ChatSample) -> list[str]:
-        """For a person, a sample that is not expanded, `>>` before what is learned and `<<` behind it: all of it, with
+        """For a person, a sample that is not expanded, `{{` before what is learned and `}}` behind it: all of it, with
         long texts cut, and the tokens around the first answers' borders."""
         tokens, is_learned = sample.tokens.tolist(), (sample.labels != IGNORED).tolist()
         whole, borders, begin = "", [], 0
@@ -193,11 +193,11 @@ class ChatTokens:
                 IMAGE * len(ids) if is_image else shortened(self.tokenizer.decode(ids))
                 for is_image, ids in ((k, list(g)) for k, g in groupby(tokens[begin:end], lambda x: x == IMAGE_TOKEN))
             )
-            whole += f">>{text}<<" if learns else text
+            whole += f"{{{{{text}}}}}" if learns else text
             if learns:
                 sides = (begin - 2, begin), (begin, begin + 2), (end - 2, end), (end, end + 2)
                 outside, first, last, behind = (self._names(tokens[max(0, a) : b]) for a, b in sides)
-                borders.append(f"{outside} >> {first} ... {last} << {behind or 'the end'}")
+                borders.append(f"{outside} {{{{ {first} ... {last} }}}} {behind or 'the end'}")
             begin = end
         return [whole.replace("\n", "\\n"), *borders[:2]]
 

@@ -85,7 +85,7 @@ def shown_chat(records: Iterable[ChatRecord], tokens: ChatTokens, config: LlavaC
             whole, *borders = tokens.shown(tokens.sample(record.conversation, counts))
         except BrokenRecord:
             continue
-        learned = f"learned of the first record ({record.id}), between >> and <<: {whole}"
+        learned = f"learned of the first record ({record.id}), between {{{{ and }}}}: {whole}"
         return [learned, *(f"  tokens around answer {n}: {border}" for n, border in enumerate(borders, 1))]
     return []
 

@@ -95,8 +95,8 @@ class LlavaRecipe(OnLanguageModel):
     max_length: int = 2048
     """Tokens of a row, those of images included."""
     pack: bool | None = field(default=None, metadata=free)
-    """Several conversations stand in a row and see nothing of each other; else each has a row of its own. None = if the
-    language model's logits, measured at the start, are the same either way; a resumed run keeps what it had."""
+    """Several conversations stand in a row and see nothing of each other (--pack), or each has a row of its own
+    (--no-pack). None = packed where the language model's logits, measured at the start, are the same either way."""
     activation_checkpointing: bool = field(default=False, metadata=free)
     """Recompute activations in the backward: less memory, about a third more time; as published."""
     max_answer: int = field(default=64, metadata=free)
@@ -172,7 +172,9 @@ class LlavaRecipe(OnLanguageModel):
         check_head("--llm", model)
         unpacked = "--no-pack was given" if self.pack is False else why_not_packed(model)
         if self.pack and unpacked:
-            raise ValueError(f"--pack must be --no-pack with this {model.config.model_type}: {unpacked}")
+            raise ValueError(
+                f"--pack must not be given with this {model.config.model_type}, give --no-pack: {unpacked}"
+            )
         assets = LlavaAssets(start.config, self.adapters, language, self._tokens(language), unpacked, frozen=frozen)
         with torch.device("meta"):
             check_weights(Llava(assets.shape, model), start.state, is_whole=False)
