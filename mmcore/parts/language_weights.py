@@ -1,6 +1,6 @@
 """Language models of transformers as parts of larger models: their weights, and the token that stands for an image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,12 @@ def load_with_language(
 def beside_language(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model that are not its language model's."""
     return {n: x for n, x in model.state_dict().items() if not n.startswith((LANGUAGE, "language_head."))}
+
+
+def end_at(language: Any, stops: Iterable[int]) -> None:
+    """Makes a language model stop at the tokens that end the answers it learned; its own texts may end otherwise."""
+    ends = sorted(stops)
+    language.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def language_settings(op: str, language: Any, image_token: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mmcore.parts import language_folder
-from mmcore.parts.language_weights import beside_language
+from mmcore.parts.language_weights import beside_language, end_at
 from mmcore.parts.probe import check_head
 from mmcore.parts.tiny_lm import texts_by_picture
 from mmcore.parts.towers import load_tower, visual_state
@@ -312,6 +312,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         return say
 
     def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> None:
+        end_at(model.language_model, assets.tokens.stops)
         save_blip2_lm(model, folder, tokenizer=assets.language.tokenizer)
 
 

@@ -26,7 +26,7 @@ from mmcore.labels import IGNORED
 from mmcore.losses import global_ratio
 from mmcore.parts import language_folder
 from mmcore.parts.adapters import LORA_DROPOUT, Lora
-from mmcore.parts.language_weights import beside_language
+from mmcore.parts.language_weights import beside_language, end_at
 from mmcore.parts.probe import check_head, why_not_packed
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower, visual_state
@@ -220,9 +220,7 @@ class LlavaRecipe(OnLanguageModel):
         return self.converses(assets, model, device).answerer(**decoding.generate_options())
 
     def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> None:
-        # a chat's answers may end otherwise than the language model's texts did
-        ends = sorted(assets.tokens.stops)
-        model.language_model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        end_at(model.language_model, assets.tokens.stops)
         save_llava(model, folder, tokenizer=assets.language.tokenizer)
 
 
