@@ -35,7 +35,7 @@ def peak(work: Callable[[], Any]) -> tuple[int, Any]:
     return resident("VmHWM") - before, result
 
 
-def main(folder: Path, llm: str, zero: int, dtype: str) -> dict[str, Any]:
+def main(folder: Path, llm: str, zero: Any, dtype: str) -> dict[str, Any]:
     rank, world_size = init_distributed()
     path, kind = Path(llm), getattr(torch, dtype)
 

@@ -53,7 +53,8 @@ def language(make: Any, **settings: Any) -> Any:
     torch.manual_seed(0)
     register()
     config = make(**{"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **settings})
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    families: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    model = families[type(config)](config).eval()
     model.set_attn_implementation(NAME)
     return model
 
