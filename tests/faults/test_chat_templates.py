@@ -99,6 +99,11 @@ CASES: dict[str, tuple[str, str, str]] = {  # the template; what is learned befo
         EACH + "{% if m.role == 'assistant' %}{% generation %}" + ROLE + "<think>\n{{ m.content }}{% endgeneration %}"
         "{% else %}" + ROLE + "{{ m.content }}{% endif %}<|im_end|>\n" + END + PROMPT, "<think>\n", "<|im_end|>",
     ),
+    "generation marks around a header after which the prompt thinks": (
+        EACH + "{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}{% generation %}<|Assistant|>" + SAID
+        + "<|eot|>{% endgeneration %}{% endif %}" + END
+        + "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}", "", "<|eot|>",
+    ),
     "lists of texts and images": (
         EACH + ROLE + "{% for x in m.content | selectattr('type', 'equalto', 'text') %}{{ x.text }}{% endfor %}"
         + "<|im_end|>\n" + END + PROMPT, "", "<|im_end|>",

@@ -121,16 +121,18 @@ class OwnTemplate:
 
     def _lead(self, turns: Sequence[Turn], before: str) -> str | None:
         prompt = self._apply(turns[:1], is_prompt=True)
-        given = len(prompt) if before.startswith(prompt) else 0
+        is_prompt = before.startswith(prompt)
         start = len(before.rstrip(" "))  # a token may begin with a space, none ends with one
-        if given and not before[given:].strip():
-            start = min(start, given)
+        if is_prompt and not before[len(prompt) :].strip():
+            start = min(start, len(prompt))
         if _GENERATION.search(self.tokenizer.get_chat_template()):
             spans = self._render(turns, return_assistant_tokens_mask=True)[1][0]
             begin = next((begin for begin, end in spans if begin <= len(before) < end), None)
             if begin is None:
                 return None
-            start = min(start, max(begin, given))
+            pieces = self._pieces(before)
+            shared = pieces[: _num_shared(pieces, self._pieces(prompt))]  # a prompt may open a <think> after it
+            start = min(start, max(begin, len(prompt if is_prompt else "".join(shared))))
         return before[start:]
 
     def _ends(self, behind: str, last: str) -> tuple[str | None, str | None]:
