@@ -39,6 +39,16 @@ def init_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def check_config(config: dict[str, Any]) -> None:
+    """Raise a ValueError where DeepSpeed itself refuses a configuration, such as for values that exclude each other."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (ValueError, TypeError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        found = [f"{'.'.join(x['loc'])}: {x['msg']}" for x in getattr(error, "errors", list)()]  # pydantic's
+        said = "; ".join(found) or " ".join(str(error).split())
+        raise ValueError(f"--deepspeed: DeepSpeed refuses the configuration: {said}") from None
+
+
 class Engine:
     """A model under ZeRO: forward, backward, step, and its state by full parameter names in fp32."""
 

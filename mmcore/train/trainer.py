@@ -24,7 +24,7 @@ from mmcore.settings import as_yaml, check_resumed, to_json
 from mmcore.tasks import Subject, follow, report
 from mmcore.train import state
 from mmcore.train.deepspeed_json import deepspeed_config
-from mmcore.train.engine import Engine, init_distributed
+from mmcore.train.engine import Engine, check_config, init_distributed
 from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
 
@@ -100,7 +100,7 @@ def _prepare(name: str, recipe: Recipe, data: Any, world_size: int) -> Start:
     if recipe.run.accum != 1 and not recipe.accumulates:
         raise ValueError(f"--accum must be 1 with {name}, got {recipe.run.accum}: give each rank a larger batch")
     start = open_run(name, recipe.run)
-    deepspeed_config(recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size)
+    check_config(deepspeed_config(recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size)[0])
     if start.checkpoint is not None:
         saved = json.loads((start.folder / "config.json").read_text())
         check_resumed(saved["settings"], recipe)
