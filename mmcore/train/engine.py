@@ -1,7 +1,6 @@
 """DeepSpeed, and the only file that imports it: one engine for ZeRO stages 0 to 3 on CPU and GPU."""
 
 import logging
-import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -106,18 +105,16 @@ class Engine:
     def _unless_frozen(self, until: int, grad: Tensor) -> Tensor:
         return torch.zeros_like(grad) if self.num_steps < until else grad
 
-    def step(self, lr: float, *, weight_decay: float | None = None, step: int | None = None) -> float:
-        """One optimizer step; returns the global gradient norm before clipping.
+    def step(self, lr: float, *, weight_decay: float | None = None, step: int | None = None) -> Tensor | float:
+        """One optimizer step; returns the global gradient norm before clipping, of one element, without waiting for it.
+
+        Where it is not finite DeepSpeed left the weights as they were, or they are not to be saved.
 
         Args:
             lr: learning rate, of groups with `fixed_lr` the optimizer's own in its place; times a group's `lr_scale`.
             weight_decay: of the groups with `scheduled_decay`; None = as it was.
             step: the number of this step, from 0; None = the one that is due. Groups are left as they are at the steps
                 before their `frozen_until`: their gradient is zero from the backward on.
-
-        Raises:
-            FloatingPointError: the gradient is not finite (the weights are left as they were by DeepSpeed, or
-                are not to be saved).
         """
         is_due = step in (None, self.num_steps)
         require("Engine.step", is_due, "step must be {}, the one that is due, got {}", self.num_steps, step)
@@ -127,14 +124,12 @@ class Engine:
                 group["weight_decay"] = weight_decay
             group["frozen"] = self.num_steps < group["frozen_until"]
         self.num_steps += 1
-        if self.stage == 0:  # DeepSpeed reports no norm here; the gradients are reduced already
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None]))
+        if self.stage > 0:
             self._engine.step()
-        else:
-            self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
+            return self._engine.get_global_grad_norm()
+        # DeepSpeed reports no norm here; the gradients are reduced already
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+        self._engine.step()
         return norm
 
     def _tensors(self, key: str) -> Mapping[int, Tensor]:

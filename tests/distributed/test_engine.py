@@ -119,6 +119,11 @@ def test_two_ranks_train_as_one_process(runs: Runs, zero: int, name: str) -> Non
         assert farthest(found, truth, key) < 1e-4
 
 
+def test_no_step_waits_for_the_device_but_where_ranks_tell_each_other_their_sizes(runs: Runs) -> None:
+    lines = {line.split(":")[0] for result in runs[1] for run in RUNS for line in result[run]["waits"]}
+    assert lines == {"mmcore/losses/ranks.py"}
+
+
 def test_a_step_that_is_not_the_one_that_is_due_is_refused(runs: Runs) -> None:
     assert runs[1][0]["adamw-zero1"]["error"] == (
         f"Engine.step: step must be {WHOLE}, the one that is due, got {WHOLE - 1}"
