@@ -22,6 +22,7 @@ from mmcore.recipe import Recipe, Step
 from mmcore.runs import FROZEN, load_weights, read_assets
 from mmcore.settings import as_yaml, check_resumed, to_json
 from mmcore.tasks import Subject, follow, report
+from mmcore.tasks.ranks import Ranks
 from mmcore.train import state
 from mmcore.train.deepspeed_json import deepspeed_config
 from mmcore.train.engine import Engine, check_config, init_distributed
@@ -82,7 +83,8 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
 
     def measured() -> dict[str, float]:
         with engine.eval():  # a subject keeps what its model made of the held-out pairs
-            return follow(Subject(recipe, assets, engine, data, engine.device))
+            ranks = Ranks(rank, world_size)
+            return follow(Subject(recipe, assets, engine, data, engine.device, ranks=ranks))
 
     options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}
     with Metrics(start.folder, total, first, **options) as metrics:
