@@ -96,7 +96,7 @@ KEYS: dict[str, Any] = {
     "gradient_allreduce_op": ["mean"],
     # passed on
     "zero_optimization": _ZERO,
-    "bf16": _each(BOOL, "enabled immediate_grad_update check_grad_overflow"),
+    "bf16": _each(BOOL, "enabled check_grad_overflow"),
     "torch_autocast": {"enabled": BOOL, "dtype": BFLOAT16, "lower_precision_safe_modules": TEXTS},
     "data_types": {"grad_accum_dtype": ["bf16", "fp32"], "keep_in_fp32_modules": TEXTS},
     "steps_per_print": COUNT,
@@ -161,6 +161,7 @@ INSTEAD: dict[str, str] = {
     "gradient_allreduce_op": "losses are exact over ranks whose gradients are averaged",
     "fp16.enabled": "fp16 is not supported, use bf16 or torch_autocast with bfloat16",
     **_each(_MASTER, "bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states"),
+    "bf16.immediate_grad_update": "it is of gradients in float32 under stage 1, which micro-batches exclude",
     **_each("dtypes are set by --precision", "data_types.param_dtype data_types.buffer_dtype"),
 }
 _INSTEAD_OF_ZERO = {
@@ -271,9 +272,20 @@ def _resolve_precision(config: EngineConfig, theirs: Mapping[str, Any], stage: i
     precision = _merge(is_on[0] if is_on else None, config.precision, "--precision", file) or default
     if precision == "bf16" and stage == 0:
         raise ValueError("--precision bf16 must run with --zero 1, 2 or 3 (fp32 master weights), got --zero 0")
-    if precision != "bf16" and theirs.get("data_types", {}).get("grad_accum_dtype") == "bf16":
-        raise ValueError(f"{file}: data_types.grad_accum_dtype must be 'fp32' with --precision {precision}, got 'bf16'")
+    dtype = theirs.get("data_types", {}).get("grad_accum_dtype")
+    if (precision == "bf16" and stage == 1 and dtype == "fp32") or (precision != "bf16" and dtype == "bf16"):
+        how = f"--precision {precision} and --zero {stage}"
+        raise ValueError(f"{file}: data_types.grad_accum_dtype must not be {dtype!r} with {how}: remove it")
     return precision
+
+
+def _check_offload(zero: Mapping[str, Any], stage: int, file: Path | None) -> None:
+    """DeepSpeed reads past it in other stages."""
+    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
+        device = zero.get(name, {}).get("device", "none")
+        if device != "none" and stage < least:
+            stages = " or ".join(map(str, range(least, 4)))
+            raise ValueError(f"{file}: zero_optimization.{name} must be with stage {stages}, got stage {stage}")
 
 
 def _reports(theirs: Mapping[str, Any]) -> bool:
@@ -315,6 +327,7 @@ def deepspeed_config(
     _merge(theirs.pop("train_batch_size", None), batch_size * world_size, "the global batch", file)
     _check_optimizer(theirs.pop("optimizer", None), optim, file)
     precision = _resolve_precision(config, theirs, stage)
+    _check_offload(zero, stage, file)
     theirs.pop("fp16", None)
     bf16, autocast = theirs.pop("bf16", {}), theirs.pop("torch_autocast", {})
     if "offload_optimizer" in zero:

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -40,12 +41,19 @@ def init_distributed() -> tuple[int, int]:
 
 def check_config(config: dict[str, Any]) -> None:
     """Raise a ValueError where DeepSpeed itself refuses a configuration, such as for values that exclude each other."""
-    try:
+    with _in_a_sentence():
         deepspeed.DeepSpeedConfig(config)
-    except (ValueError, TypeError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """What DeepSpeed says of its configuration in errors of many kinds, as a ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, NotImplementedError, ImportError, DeepSpeedConfigError) as error:
         found = [f"{'.'.join(x['loc'])}: {x['msg']}" for x in getattr(error, "errors", list)()]  # pydantic's
         said = "; ".join(found) or " ".join(str(error).split())
-        raise ValueError(f"--deepspeed: DeepSpeed refuses the configuration: {said}") from None
+        raise ValueError(f"--deepspeed: DeepSpeed refuses the configuration: {said}") from error
 
 
 class Engine:
@@ -59,7 +67,8 @@ class Engine:
         self.optimizer = optimizer
         self.num_steps = 0
         group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        with _in_a_sentence():
+            self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
         self.shards = Shards(self._engine, self.module)

@@ -204,7 +204,11 @@ class Loop:
             batch: StepBatch = next(self.loader)
             done = number + 1
             self._at = done, batch.ids
-            self._unread.append((self._at, self._step(number, batch)))
+            try:
+                self._unread.append((self._at, self._step(number, batch)))
+            except ValueError:  # of weights that are not finite since a step before, which is to be said
+                self._read()
+                raise
             seen += len(batch.ids) * dist.get_world_size()
             logs, measures, saves = (
                 done == self.total or done % n == 0 for n in (run.log_every, eval_every, save_every)
@@ -239,6 +243,8 @@ class Loop:
     def _read(self) -> dict[str, float]:
         """The latest step's numbers; the device is waited for once for all steps that were not read yet. Raises
         FloatingPointError for the first that is not finite."""
+        if not self._unread:
+            return {}
         device = next(x.device for x in self._unread[0][1].values() if isinstance(x, Tensor))
         unread = [torch.as_tensor(x, dtype=torch.float64, device=device) for _, of in self._unread for x in of.values()]
         numbers, values = iter(torch.stack(unread).tolist()), {}

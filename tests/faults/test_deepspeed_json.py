@@ -151,7 +151,9 @@ def test_a_setting_that_is_passed_reaches_deepspeeds_own_configuration(name, tmp
                 assert name.split(".")[0] not in {"optimizer", "fp16"} & resolved.keys()
         return
     section = {"bf16": {"bf16": {"enabled": True}}, "torch_autocast": {"torch_autocast": {"enabled": True}}}
-    beside = section.get(name.split(".")[0], {"bf16": {"enabled": True}} if name.startswith("data_types") else {})
+    beside = section.get(name.split(".")[0], {})
+    if name.startswith(("data_types", "zero_optimization.offload_param")):
+        beside = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
     before = dict(flat(DeepSpeedConfig(resolve(tmp_path / "ds.json", beside))))
     reached = []
     for value in values:
@@ -202,7 +204,11 @@ def _joined(a: Settings, b: Settings) -> Settings:
     ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "betas must be a list of two numbers"),
     ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, "adam_w_mode must be true, got False"),
     ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, "must not both be enabled"),
-    ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype must be 'fp32' with --precision fp32, got 'bf16'"),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, "must not be 'bf16' with --precision fp32 and --zero 1: remove it"),
+    ({"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": True}}, "must not be 'fp32' with --precision"),
+    ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "must be with stage 3, got stage 1"),
+    ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "stage 1 or 2 or 3, got stage 0"),
+    ({"zero_optimization": {"stage3_prefetch_bucket_size": 15099494.4}}, "must be a whole number >= 0, got 15099494.4"),
     ({"zero_optimization": {"cpu_offload": True}}, r"remove 'zero_optimization.cpu_offload': say"),
     ({"zero_optimization": {"cpu_offload_params": True}}, "say \"offload_param\""),
     ({"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": True}}, "say 'stage3_gather_16bit_weights"),

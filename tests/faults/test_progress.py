@@ -118,3 +118,19 @@ def test_memory_is_that_of_the_gpu_where_the_model_is_on_one(monkeypatch):
     for name, value in (("max_memory_allocated", 3 << 30), ("max_memory_reserved", 5 << 30)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert peak_memory(torch.device("cuda", 0)) == "GPU 3.0 GB (5.0 reserved)"
+
+
+def test_a_step_that_fails_on_weights_that_are_not_finite_names_the_step_that_made_them_so(run_of, monkeypatch):
+    """On a CPU losses look at their scale, and refuse it at the step after."""
+    taken = trainer.Loop._step
+
+    def step(self: Any, number: int, batch: Any) -> Any:
+        if number == 3:
+            raise ValueError("contrastive: logit_scale must be finite, got nan")
+        return taken(self, number, batch)
+
+    monkeypatch.setattr(trainer.Loop, "_step", step)
+    with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+        run_of([], [1.0, 1.0, NAN, 1.0], log_every=100)
+    with pytest.raises(ValueError, match="logit_scale must be finite"):
+        run_of([], [1.0, 1.0, 1.0, 1.0], log_every=100)
