@@ -227,7 +227,8 @@ def _checked(theirs: Mapping[str, Any], known: Mapping[str, Any], where: str, fi
             if why and not is_off:
                 raise ValueError(f"{file}: remove {name!r}: {why}")
             if not why:
-                near = did_you_mean(key, known)
+                refused = (x.removeprefix(where) for x in INSTEAD if x.startswith(where))
+                near = did_you_mean(key, {*known, *refused})
                 raise ValueError(f"{file}: DeepSpeed knows no setting {name!r}{near}")
         elif isinstance(kind, dict):
             if not isinstance(value, dict):
@@ -261,15 +262,16 @@ def _check_optimizer(section: dict[str, Any] | None, optim: OptimConfig, file: P
 
 def _resolve_precision(config: EngineConfig, theirs: Mapping[str, Any], stage: int) -> Precision:
     file = config.deepspeed
-    is_on: list[Precision] = [
-        precision
-        for section, precision in (("bf16", "bf16"), ("torch_autocast", "amp_bf16"))
-        if theirs.get(section, {}).get("enabled")
-    ]
-    if len(is_on) == 2:
+    sections: dict[Precision, str] = {"bf16": "bf16", "amp_bf16": "torch_autocast"}
+    said = {precision: theirs.get(section, {}).get("enabled") for precision, section in sections.items()}
+    if all(said.values()):
         raise ValueError(f"{file}: bf16 and torch_autocast must not both be enabled: weights are bf16 or float32")
-    default: Precision = "amp_bf16" if torch.cuda.is_available() else "fp32"
-    precision = _merge(is_on[0] if is_on else None, config.precision, "--precision", file) or default
+    if config.precision in said and said[config.precision] is False:
+        off = f"{sections[config.precision]}.enabled is false in {file}"
+        raise ValueError(f"--precision is {config.precision} but {off}: make them agree, or remove one")
+    is_on = next((precision for precision, enabled in said.items() if enabled), None)
+    default = "amp_bf16" if torch.cuda.is_available() and said["amp_bf16"] is not False else "fp32"
+    precision: Precision = _merge(is_on, config.precision, "--precision", file) or default
     if precision == "bf16" and stage == 0:
         raise ValueError("--precision bf16 must run with --zero 1, 2 or 3 (fp32 master weights), got --zero 0")
     dtype = theirs.get("data_types", {}).get("grad_accum_dtype")

@@ -45,6 +45,8 @@ def main(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
         losses, norms, waits = [], [], Waits()
         for step in range(start, run["steps"]):
             images, tokens = (tiny.share(x, rank, world_size) for x in tiny.batch(8, step))
+            if step == run.get("poison"):
+                images = images * torch.inf
             parts = [
                 ClipBatch(a, b, tiny.lengths(b))
                 for a, b in zip(*(x.chunk(run.get("accum", 1)) for x in (images, tokens)), strict=True)

@@ -221,6 +221,8 @@ def _joined(a: Settings, b: Settings) -> Settings:
     ({"gradient_acumulation_steps": 2}, "'gradient_acumulation_steps'; did you mean 'gradient_accumulation_steps'"),
     ({"zero_optimization": {"overlap_com": True}}, "'zero_optimization.overlap_com'; did you mean 'overlap_comm'"),
     ({"flops_profiler": {"top_module": 1}}, "did you mean 'top_modules'"),
+    ({"tensor_paralel": {"autotp_size": 2}}, "did you mean 'tensor_parallel'"),
+    ({"zero_optimization": {"offload_optimizer": True}}, "offload_optimizer must be an object"),
     ('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}', "must be a JSON file, .*'bf16' is there twice"),
     ('{"bf16": {"enabled": true} // of ours\n}', "must be a JSON file, .* JSON has no comments"),
     ('{"bf16": {"enabled": true},}', "no comma behind the last entry"),
@@ -248,6 +250,14 @@ def test_auto_null_and_what_is_switched_off_say_nothing(tmp_path):
     off |= {"zero_optimization": {"stage": "auto", "sub_group_size": "auto", "cpu_offload": False}}
     off |= {"optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}}
     assert resolve(tmp_path / "ds.json", off) == plain
+
+
+@pytest.mark.parametrize(("section", "precision"), [("bf16", "bf16"), ("torch_autocast", "amp_bf16")])
+def test_a_precision_that_the_file_switches_off_is_not_asked_for(section, precision, tmp_path, monkeypatch):
+    file, off = tmp_path / "ds.json", {section: {"enabled": False}}
+    refuses(f"--precision is {precision} but {section}.enabled is false", resolve, file, off, precision=precision)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # where it would be the default
+    assert ("torch_autocast" in resolve(file, off)) == (section == "bf16")
 
 
 def test_settings_that_exclude_each_other_are_a_sentence_of_deepspeeds_own(tmp_path):
