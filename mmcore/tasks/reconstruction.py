@@ -62,20 +62,19 @@ def r_squared(subject: Subject) -> float:
     images: 0 is the best that can be said without seeing an image. NaN where all images are alike."""
     able = _able(subject)
 
-    def sums(batch: tuple[Tensor, Tensor, Tensor], num_images: int) -> tuple[float, Tensor, Tensor, Tensor]:
+    def sums(batch: tuple[Tensor, Tensor, Tensor], num_images: int) -> list[Tensor]:
         own, seen, kept = batch
         target = able.target(own.to(subject.device)).double()  # [B, P, C]
         predicted = able.predict(seen.to(subject.device), kept.to(subject.device)).double()
         masked = hidden(kept, target.shape[1]).to(subject.device)[:, :, None]
         masked[num_images:] = False
-        error = ((predicted - target).square() * masked).sum().item()
+        error = ((predicted - target).square() * masked).sum()
         of_places = masked.sum(0), (target * masked).sum(0), (target.square() * masked).sum(0)
-        return error, *(x.cpu() for x in of_places)
+        return [x.cpu() for x in (error, *of_places)]
 
-    found = _over(subject, able, sums)
-    error, num, total, squares = (sum(x) for x in zip(*found, strict=True))
+    error, num, total, squares = (torch.stack(x).sum(0) for x in zip(*_over(subject, able, sums), strict=True))
     spread = (squares - total**2 / num.clamp(min=1)).sum().item()
-    return 1 - error / spread if spread > 0 else math.nan
+    return 1 - error.item() / spread if spread > 0 else math.nan
 
 
 @torch.no_grad()

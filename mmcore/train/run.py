@@ -114,9 +114,10 @@ class Metrics:
             self._console.print(f"step {step}/{self._bar.tasks[0].total:.0f}  {note}", highlight=False)
 
     def advance(self, step: int, note: str | None = None) -> None:
-        """Moves the progress bar to `step`; None = what it said before stays."""
+        """Moves the progress bar to `step`; None = it says what it said before."""
         if self.active:
-            self._bar.update(self._task, completed=step, **({} if note is None else {"note": note}))
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            self._bar.update(self._task, completed=step, **fields)
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
