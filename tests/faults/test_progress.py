@@ -93,10 +93,15 @@ def test_a_number_that_is_not_finite_stops_the_run_before_anything_is_logged_mea
 
 
 def test_losses_are_read_now_and_then_where_hardly_anything_is_logged(run_of):
-    done: list[str] = []
+
+    class Long(list):
+        """Only the first of its losses may be asked for."""
+
+        def __len__(self) -> int:
+            return 10_000
+
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
-        run_of(done, [1.0, *[NAN] * 10_000], log_every=10_000, eval_every=10_000, save_every=10_000)
-    assert not done
+        run_of([], Long([1.0, *[NAN] * 120]), log_every=10_000, eval_every=10_000, save_every=10_000)
 
 
 def test_micro_batches_of_different_weight_are_joined_without_waiting_for_the_device():
