@@ -144,6 +144,7 @@ def test_flags_alone_give_zero_1_with_clipping_written_out(tmp_path):
     config, precision = resolve(tmp_path)
     assert config["zero_optimization"] == {"stage": 1} and config["gradient_clipping"] == 1.0
     assert config["train_micro_batch_size_per_gpu"] == 8
+    assert config["timers"] == {"throughput": {"enabled": False}}  # which waits for the device in each step
     assert precision == ("amp_bf16" if torch.cuda.is_available() else "fp32")
     offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert resolve(tmp_path, offloaded)[0]["zero_force_ds_cpu_optimizer"] is False  # not DeepSpeed's own Adam

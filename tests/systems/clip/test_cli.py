@@ -70,7 +70,7 @@ def test_export_is_what_transformers_loads(finished, tmp_path):
     assert "Traceback" not in run("export", folder, "--out", tmp_path / "hf", code=2).stderr
 
 
-def test_a_run_killed_twice_resumes_to_the_same_losses(finished, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_and_twice_after_it_resumes_to_the_same_losses(finished, tmp_path):
     folder = tmp_path / "killed"
     arguments = ["train", "clip", "--out", folder, "--steps", 12, "--resume", "latest", *SMALL]
     for wanted in (1, 5, 9):
