@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from mmkernels._checks import require
 
-functorch = torch._C._functorch
+functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def first_order(op: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmcore.ema.schedules import Schedule, check_decay
 from mmcore.ema.watch import overwrite, tensors_of
-from mmcore.ema.weights import Whole, is_engine, unwrapped, weights_of
+from mmcore.ema.weights import Whole, averaged_buffers, is_engine, unwrapped, weights_of
 from mmcore.ema.zero import Shards
 from mmcore.ops import ema_update_, require
 from mmcore.tensor_file import Layout, read_layout, read_tensors, write_tensors
@@ -42,7 +42,9 @@ class EMA:
             `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made stay what they are.
         decay: from 0 to 1, or its schedule: `warmed_up`, `cosine`, or any function of the number of updates.
         buffers: "copy" takes them as they are (BatchNorm's statistics are averages already), "average" averages
-            those in floating point; each rank its own.
+            those in floating point, each rank its own, but for what an average would spoil: spectral norm's vectors,
+            quantisation's ranges and scales, values that are not finite (masks), and what a module names in a tuple
+            `copied_buffers`.
         teacher: a copy of the model, of any floating point dtype, frozen, whose weights and buffers are the averages
             from now on, rounded to its dtypes: MoCo's and DINO's (arXiv:1911.05722, arXiv:2104.14294). Under ZeRO
             stages 0 to 2.
@@ -75,7 +77,7 @@ class EMA:
         self.buffers = buffers
         self.num_updates = 0
         flats, held = self._weights.flats, dict(self.model.named_buffers())
-        self._averaged = [name for name, x in held.items() if buffers == "average" and x.is_floating_point()]
+        self._averaged = averaged_buffers(self.model) if buffers == "average" else []
         # of the weights, as they are laid out, then of buffers
         self._targets = [_widened(x) for x in (*flats, *(held[name] for name in self._averaged))]
         self._copies = {name: x.detach().clone() for name, x in held.items() if name not in self._averaged}
