@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from inspect import getclosurevars
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 from transformers.utils.output_capturing import _active_collector
 
@@ -32,10 +33,35 @@ def register() -> None:
     module says otherwise, and runs some cross-attention causally.
 
     A model that does not look its attention up in transformers' `AttentionInterface` computes its own:
-    `set_attn_implementation` warns of it, `from_config` does not.
+    `set_attn_implementation` warns of it, `from_config` does not; one with a table of its own (GIT, Falcon, GPT-J) is a
+    ValueError of either `from_`.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    for name, method in _BUILDERS.items():
+        setattr(PreTrainedModel, name, method)
+
+
+def _explained(build: Any) -> Any:
+    """A classmethod that makes a model, whose KeyError of a table without our name becomes a sentence."""
+
+    @wraps(build.__func__)
+    def explained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return build.__func__(cls, *args, **kwargs)
+        except KeyError as error:
+            if error.args != (NAME,):
+                raise
+            what = f"{cls.__name__}, which looks its attention up in a table of its own"
+            instead = "of a composite model name each part, as {'': 'mmkernels', 'vision_config': 'eager'}"
+            raise ValueError(
+                f"{NAME}: attn_implementation must be 'eager' for {what}, got {NAME!r}; {instead}"
+            ) from error
+
+    return classmethod(explained)
+
+
+_BUILDERS = {name: _explained(vars(PreTrainedModel)[name]) for name in ("_from_config", "from_pretrained")}
 
 
 def attention_forward(
