@@ -14,8 +14,8 @@ from tests.refusals import refuses
 register()
 register()  # twice is once
 
-VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-TEXT = {"vocab_size": 50, **VISION}
+VISION: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TEXT: dict[str, Any] = {"vocab_size": 50, **VISION}
 SMALL: dict[str, Any] = {
     "GPTJ": hf.GPTJConfig(vocab_size=50, n_embd=32, n_layer=1, n_head=2, rotary_dim=4),
     "GPTNeo": hf.GPTNeoConfig(

@@ -43,7 +43,7 @@ def are_of_now(ema: EMA, *names: str) -> None:
 
 @pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, parametrizations.spectral_norm])
 def test_spectral_norms_vectors_keep_their_norm(spectral_norm: Any) -> None:
-    model = nn.Sequential(spectral_norm(nn.Linear(6, 6)), nn.BatchNorm1d(6))
+    model: Any = nn.Sequential(spectral_norm(nn.Linear(6, 6)), nn.BatchNorm1d(6))
     ema = averaged(model, lambda: model(torch.randn(4, 6)))
     are_of_now(ema, *(name for name in ema.buffer_averages if name.startswith("0.")), "1.num_batches_tracked")
     assert len(ema.buffer_averages) == 5
@@ -66,14 +66,15 @@ def test_a_queue_and_what_a_module_names_are_copied() -> None:
     queue = FeatureQueue(4, 2)
     model = nn.Sequential(nn.Linear(1, 1), queue)
     are_of_now(averaged(model, lambda: queue.enqueue(nn.functional.normalize(torch.randn(3, 2)))))
-    own = Own(code=torch.zeros(3), mean=torch.zeros(3))
+    own: Any = Own(code=torch.zeros(3), mean=torch.zeros(3))
     ema = averaged(own, lambda: (own.code.add_(1), own.mean.add_(1)))
     are_of_now(ema, "code")
     assert (ema.buffer_averages["mean"] < own.mean).all()
 
 
 def test_a_teacher_gets_the_vectors_of_now_too() -> None:
-    student, teacher = (parametrizations.spectral_norm(nn.Linear(6, 6)) for _ in range(2))
+    pair: list[Any] = [parametrizations.spectral_norm(nn.Linear(6, 6)) for _ in range(2)]
+    student, teacher = pair
     ema = EMA(student, 0.9, buffers="average", teacher=teacher)
     student(torch.randn(4, 6))
     ema.update()

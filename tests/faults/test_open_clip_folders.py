@@ -62,7 +62,7 @@ def test_settings_that_say_what_is_so_anyway_are_read(tmp_path: Path) -> None:
     vision = {"image_size": [size, size], "pool_type": "tok", "pos_embed_type": "learnable", "ls_init_value": None}
     text = {"pool_type": "argmax", "proj_type": "linear", "no_causal_mask": False, "hf_tokenizer_name": "x"}
     path = folder(tmp_path, {"vision_cfg": vision, "text_cfg": text, "custom_text": True})
-    loaded = load_clip(path)
+    loaded: Any = load_clip(path)
     theirs = load_file(path / "open_clip_model.safetensors")
     assert loaded.config.vision == small_config().vision
     assert torch.equal(loaded.visual.class_embedding, theirs["visual.class_embedding"])
