@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from mmcore.ema.watch import Watch, check_teacher, overwrite
+from mmcore.ema.watch import Watch, check_teacher, kept_buffers, overwrite
 from mmcore.ema.zero import Follower, Shards
 from mmcore.ops import require
 from mmcore.tensor_file import Layout
@@ -52,7 +52,9 @@ def averaged_buffers(module: nn.Module) -> list[str]:
     """Names of the buffers whose average means something."""
     copied = {f"{prefix}.{name}".lstrip(".") for prefix, part in module.named_modules() for name in _copied_of(part)}
     return [
-        name for name, x in module.named_buffers() if name not in copied and x.dtype in DTYPES and x.isfinite().all()
+        name
+        for name, x in kept_buffers(module).items()
+        if name not in copied and x.dtype in DTYPES and x.isfinite().all()
     ]
 
 

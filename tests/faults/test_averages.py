@@ -1,9 +1,11 @@
 """EMA(buffers="average"): statistics are averaged; what an average would spoil is taken as it is."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrizations
@@ -79,3 +81,61 @@ def test_a_teacher_gets_the_vectors_of_now_too() -> None:
     student(torch.randn(4, 6))
     ema.update()
     assert torch.equal(teacher.parametrizations.weight[0]._u, student.parametrizations.weight[0]._u)
+
+
+class Cached(nn.Module):
+    """Keeps a table as long as the longest input so far, as ALiBi and rotary positions do."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, length: int) -> Tensor:
+        if length > len(getattr(self, "table", ())):
+            self.register_buffer("table", torch.arange(float(length)), persistent=False)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * length
+        return self.weight.sum() * self.table[:length].sum()
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_caches_come_grow_and_go_while_the_weights_are_averaged(buffers: Any, tmp_path: Path) -> None:
+    model, teacher = Cached(), Cached().eval()
+    ema = EMA(model, 0.9, buffers=buffers, teacher=teacher)
+    for length in (4, 8, 2, 16):
+        model(length)
+        ema.update()
+        teacher(length + 3)
+    with ema.swapped():
+        model(32)
+    assert len(model.table) == 32 and set(ema.buffer_averages) == {"mean"}
+    ema.save(tmp_path / "ema")
+    del model.table
+    again = EMA(Cached(), 0.9, buffers=buffers)
+    again.load(tmp_path / "ema")
+    assert torch.equal(again.buffer_averages["mean"], ema.buffer_averages["mean"])
+
+
+def test_a_model_of_transformers_that_rescales_its_positions_is_averaged() -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model: Any = hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=50, max_position_embeddings=16, rope_parameters=rope, **size)  # pyright: ignore
+    )
+    ema = EMA(model, 0.9)
+    for length in (8, 32, 8, 64):
+        model(torch.ones(1, length, dtype=torch.long))
+        ema.update()
+    assert ema.num_updates == 4
+
+
+def test_a_state_that_has_caches_still_loads() -> None:
+    ema = EMA(Cached(), 0.5)
+    ema.model(4)
+    state = ema.state_dict()
+    ema.load_state_dict(state | {"buffers": {**state["buffers"], "table": torch.arange(4.0)}})
+    with pytest.raises(ValueError, match=r"state must have this model's buffers, got \['other'\]"):
+        ema.load_state_dict(state | {"buffers": {**state["buffers"], "other": torch.arange(4.0)}})
