@@ -113,6 +113,8 @@ TEXTS: dict[str, Any] = {
     "Qwen2": GROUPED, "Qwen3": GROUPED | {"head_dim": 8}, "Gemma": GROUPED | {"head_dim": 8}, "Phi": TEXT,
     "GPTNeoX": TEXT, "StableLm": GROUPED, "Olmo2": GROUPED, "Starcoder2": GROUPED,
 }  # fmt: skip
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+TEXTS["DeepseekV2"] = TEXT | MLA | {"num_key_value_heads": 4, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1}
 PICTURES = {"ViT": VISION, "DeiT": VISION, "Dinov2": VISION, "SiglipVision": VISION, "CLIPVision": VISION}
 
 
