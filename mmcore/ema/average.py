@@ -43,8 +43,9 @@ class EMA:
         decay: from 0 to 1, or its schedule: `warmed_up`, `cosine`, or any function of the number of updates.
         buffers: "copy" takes them as they are (BatchNorm's statistics are averages already), "average" averages
             those in floating point, each rank its own, but for what an average would spoil: spectral norm's vectors,
-            quantisation's ranges and scales, values that are not finite (masks), and what a module names in a tuple
-            `copied_buffers`. Buffers that are not persistent are caches of the model's own: neither.
+            quantisation's ranges and scales, pruning's masks, values that are not finite (attention's masks), and
+            what a module names in a tuple `copied_buffers`. Those that are not persistent are the model's own caches,
+            and left alone.
         teacher: a copy of the model, of any floating point dtype, frozen, whose weights and buffers are the averages
             from now on, rounded to its dtypes: MoCo's and DINO's (arXiv:1911.05722, arXiv:2104.14294). Under ZeRO
             stages 0 to 2.

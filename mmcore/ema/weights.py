@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from mmcore.ema.watch import Watch, check_teacher, kept_buffers, overwrite
@@ -66,6 +67,8 @@ def _copied_of(part: nn.Module) -> Iterator[str]:
     for hook in part._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm):
             yield from (f"{hook.name}_u", f"{hook.name}_v")
+        elif isinstance(hook, BasePruningMethod):
+            yield f"{hook._tensor_name}_mask"
     yield from getattr(part, "copied_buffers", ())
 
 

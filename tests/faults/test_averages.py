@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from mmcore.ema import EMA
 from mmcore.nn import FeatureQueue
@@ -55,6 +55,12 @@ def test_spectral_norms_vectors_keep_their_norm(spectral_norm: Any) -> None:
 def test_a_quantised_layer_keeps_its_ranges_and_scales_together() -> None:
     model = nn.Sequential(nn.Linear(3, 3), FakeQuantize(MovingAverageMinMaxObserver))
     are_of_now(averaged(model, lambda: model(torch.randn(4, 3))))
+
+
+def test_a_pruned_layer_keeps_its_mask() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.25)
+    are_of_now(averaged(model, lambda: prune.l1_unstructured(model[0], "weight", 0.25)))
 
 
 def test_a_mask_of_infinities_and_a_table_stay_what_they_are() -> None:
