@@ -49,9 +49,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mmcore.systems.llava.weights": ("load_llava", "save_llava", "load_projector"),
     "mmcore.metrics": (),
     "mmcore.recipe": (
-        *("Recipe", "OnPairs", "OnLanguageModel", "Contrastive", "TwoTowers", "PairAssets"),
+        *("Recipe", "OnPairs", "OnLanguageModel", "Contrastive"),
         *("Assets", "VisionAssets", "Step", "Embeds", "Proof", "Claim"),
     ),
+    "mmcore.two_towers": ("TwoTowers", "PairAssets"),
     "mmcore.systems": ("Entry", "entries", "recipe_entry", "find_systems"),
     "mmcore.runs": ("Trained", "SavedRun", "read_run", "find_run", "load_weights"),
     "mmcore.tasks.reconstruction": ("Reconstructs",),

@@ -6,9 +6,12 @@ from typing import Annotated
 
 import tyro
 
-from mmcore.checkpoint import write_json
 from mmcore.runs import WEIGHTS, WeightsKey, find_run, read_run
 from mmcore.systems import recipe_entry
+
+_PICTURES = """Its image processor gives the pixels that training saw, but drops transparency, where training saw white,
+clips 16 bits, where training saw the upper 8, and does not turn a picture by its EXIF orientation: of such a file give
+it mmcore.data.decode_rgb(file.read_bytes())"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,6 @@ def main(arguments: list[str]) -> None:
     if chosen not in formats:
         raise ValueError(f"--format must be {' or '.join(formats)} for a run of {name}, got {chosen}")
     trained = read_run(config.run, config.weights, llm=config.llm, purpose="export")
-    settings = trained.recipe.export(trained.assets, trained.model, config.out, chosen)  # pyright: ignore[reportAttributeAccessIssue]
-    if chosen == "hf":
-        write_json(config.out / "preprocessor_config.json", settings)
+    trained.recipe.export(trained.assets, trained.model, config.out, chosen)  # pyright: ignore[reportAttributeAccessIssue]
     print(f"{WEIGHTS[trained.run.key]} of step {trained.run.step} written to {config.out} ({chosen})")
+    print(_PICTURES)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.data import DataConfig, LoaderSpec, PairData, Preprocess, Reader, TrainLoader, open_data
-from mmcore.data.collate import PairSample, collate_pairs, pair_sample
+from mmcore.data.collate import PairSample, pair_sample
 from mmcore.settings import free
 from mmcore.train.accumulate import cached_backward, plain_backward
 from mmcore.train.config import EngineConfig, Precision, RunConfig
@@ -44,6 +44,11 @@ class Assets:
         """Writes all but `frozen` into a run's folder; returns what its config.json knows of them."""
         raise NotImplementedError
 
+    @property
+    def summary(self) -> dict[str, str]:
+        """For the reader, by what it is of: what towers, pictures and tokens are like, wherever that came from."""
+        return {}
+
 
 @dataclass(frozen=True)
 class VisionAssets(Assets):
@@ -57,6 +62,10 @@ class VisionAssets(Assets):
 
     def save(self, folder: Path) -> dict[str, Any]:
         return asdict(self.shape)
+
+    @property
+    def summary(self) -> dict[str, str]:
+        return {"image tower": self.shape.vision.summary, "pictures": self.preprocess.summary}
 
 
 @dataclass
@@ -117,7 +126,7 @@ class Recipe(ABC):
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
     - `reconstructs(assets, model, device) -> Reconstructs`: images from some of their patches; reconstruction.
-    - `export(assets, model, folder, format) -> image processor's settings`: `mmcore export`.
+    - `export(assets, model, folder, format)`: `mmcore export`.
     - `image_tower(assets, model) -> Tower`: what `--vision RUN` of other recipes starts from.
     """
 
@@ -299,62 +308,6 @@ class Contrastive(Recipe):
 
     def backward(self, model: Any, parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
         return cached_backward(self, model, parts, step)
-
-
-@dataclass(frozen=True)
-class PairAssets(VisionAssets):
-    """The shape of a model of images and captions, and what makes int64 [B, T] of captions, with `save(folder)`."""
-
-    tokenizer: Any
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        self.tokenizer.save(folder / "tokenizer")
-        return super().save(folder)
-
-
-@dataclass(frozen=True)
-class TwoTowers(OnPairs, Contrastive):
-    """Mixin: images and captions are embedded apart, `model(images, None)[0]` and `model(None, tokens)[1]`, as unit
-    vectors, by towers `visual` and `text`. Its assets are `PairAssets`, its micro-batches what the model is called
-    with."""
-
-    model: str = "tiny"
-    """A shape by its name."""
-    tokenizer: Path | None = None
-    """A tokenizer's files; None = one is trained on the captions."""
-    init: Path | None = None
-    """Weights to start from."""
-    activation_checkpointing: bool = field(default=False, metadata=free)
-    """Recompute activations in the backward: less memory, about a third more time."""
-
-    kind: ClassVar[Callable[[Any], Any]]
-    """The model, made of `PairAssets.shape`."""
-    tasks = ("zeroshot", "retrieval")
-
-    def build(self, assets: PairAssets) -> Any:
-        model = type(self).kind(assets.shape)
-        for tower in (model.visual, model.text):
-            tower.transformer.activation_checkpointing = self.activation_checkpointing
-        return model
-
-    def collate(self, assets: PairAssets, samples: list[PairSample]) -> Any:
-        batch = collate_pairs(samples, assets.tokenizer)
-        return batch.images, batch.tokens
-
-    def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
-        return model(*batch)
-
-    def embeds(self, assets: PairAssets, model: Runner, device: torch.device) -> Embeds:
-        def image(images: Tensor) -> Tensor:
-            return model(images, None)[0]
-
-        def text(captions: list[str]) -> Tensor:
-            return model(None, assets.tokenizer(captions).to(device))[1]
-
-        return Embeds(assets.preprocess, image, lambda features: features, text)
-
-    def image_tower(self, assets: PairAssets, model: Any) -> Any:
-        return model.image_tower()
 
 
 @dataclass(frozen=True)

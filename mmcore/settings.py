@@ -15,6 +15,10 @@ T = TypeVar("T")
 free = types.MappingProxyType({"free": True})
 """`field(metadata=free)`: may differ between a run and its continuation, since it does not change what is computed."""
 
+once = types.MappingProxyType({"once": True})
+"""`field(default=None, metadata=once)`: what a run starts from, whose folder then has it; a continuation may leave it
+out, but not change it."""
+
 
 def flag(name: str) -> str:
     """A field's name as on the command line."""
@@ -58,7 +62,7 @@ def check_resumed(saved: Mapping[str, Any], now: Any) -> None:
             check_resumed(saved.get(f.name, {}), value)
         elif not f.metadata.get("free"):
             new, old = current[f.name], saved.get(f.name, to_json_value(_default(f)))
-            if old != new:
+            if old != new and not (new is None and f.metadata.get("once")):
                 raise ValueError(f"{flag(f.name)} must be {old!r} as in the run that is resumed, got {new!r}")
 
 

@@ -8,7 +8,7 @@ from mmcore.data.opening import open_data
 from mmcore.data.pair_data import PairData
 from mmcore.data.sources.base import EvalSet
 from mmcore.data.sources.questions import Question, QuestionSet
-from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
+from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, decode_rgb, normalized
 
 __all__ = [
     "IMAGE_MEAN",
@@ -27,6 +27,7 @@ __all__ = [
     "StepBatch",
     "TrainLoader",
     "collate_pairs",
+    "decode_rgb",
     "normalized",
     "open_data",
     "pair_sample",

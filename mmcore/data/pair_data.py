@@ -1,8 +1,12 @@
 """What every source of pairs is opened as."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from mmcore.data.broken import BrokenTally
 from mmcore.data.config import LoaderSpec
@@ -10,6 +14,7 @@ from mmcore.data.loader import MapLoader, Reader, TrainLoader
 from mmcore.data.sources.base import EvalSet, PairSource
 from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.shards import ShardLoader, ShardSource
+from mmcore.ops import require
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,23 @@ class PairData:
     val_questions: QuestionSet | None = None
     val_name: str = "held-out"
 
-    def captions(self) -> Iterator[str]:
-        """Training captions, every variant of each, in a fixed order: what a tokenizer is trained on; raises ValueError
-        for a source of questions alone."""
-        source = self._captioned()
+    def captions(self, most: int = 1_000_000, seed: int = 0) -> list[str]:
+        """Training captions, every variant of each, which are read with a progress bar: all of them in a fixed order,
+        or, of more than `most` samples, a random choice, of shards the first of a random order; always the same of a
+        seed. Raises ValueError for a source of questions alone, or `most` below 1."""
+        source, rng = self._captioned(), np.random.default_rng(seed)
+        require("data", most >= 1, "--tokenizer-samples must be at least 1, got {}", most)
         if isinstance(source, ShardSource):
-            return source.captions()
-        return (caption for i in range(len(source)) for caption in source.all_captions(i))
+            total = source.num_samples
+            shards = source.shards if total <= most else rng.permutation(source.shards).tolist()
+            found = ([caption] for caption in islice(ShardSource(shards, total).captions(), most))
+        else:
+            total = len(source)
+            index = range(total) if total <= most else np.sort(rng.choice(total, most, replace=False)).tolist()
+            found = (source.all_captions(i) for i in index)
+        console = Console(stderr=True)
+        options = {"console": console, "transient": True, "disable": not console.is_terminal}
+        return [caption for captions in track(found, "captions", min(most, total), **options) for caption in captions]
 
     def train_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
         """Endless batches for one rank of what `reader` (picklable if `spec.workers` > 0) makes of records; raises

@@ -35,6 +35,11 @@ class Language:
         config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
         return config.get_text_config().is_encoder_decoder
 
+    @property
+    def summary(self) -> str:
+        """For the reader."""
+        return f"{len(self.tokenizer)} tokens, of {self.folder or 'the texts of --data'}"
+
     def load(self) -> Any:
         """The model, in evaluation mode on the CPU; errors as of `load_language_model`."""
         if self.model is not None:

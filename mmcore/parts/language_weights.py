@@ -13,6 +13,7 @@ from mmcore.checkpoint import write_json
 from mmcore.ops import require
 from mmcore.weights.files import read_folder, read_json, save_folder
 from mmcore.weights.layout import Layout
+from mmcore.weights.pictures import FILE as PICTURES_FILE
 
 IMAGE_MARK = "<image>"
 """What transformers' processors put in a prompt where the model puts what it read of an image."""
@@ -118,6 +119,7 @@ def save_with_language(
     layout: Layout,
     tokenizer: Any | None,
     processor: Mapping[str, Any],
+    pictures: Mapping[str, Any],
     unread: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a new folder of a model with a language model in it; a ValueError where it exists.
@@ -132,7 +134,8 @@ def save_with_language(
         config_of: the model and the image's token to the config.json, with `language_settings`.
         layout: of the weights that are not the language model's.
         tokenizer: the language model's, which is written, `<image>` in it; None = none is.
-        processor: the processor_config.json beside a tokenizer; preprocessor_config.json is not written.
+        processor: the processor_config.json beside a tokenizer.
+        pictures: the preprocessor_config.json.
         unread: weights that the model has there and not here.
     """
     language = model.language_model
@@ -143,6 +146,7 @@ def save_with_language(
         if marked is not None:
             marked.save_pretrained(staged)
             write_json(staged / "processor_config.json", processor)
+        write_json(staged / PICTURES_FILE, pictures)
         language.generation_config.to_json_file(staged / "generation_config.json")
 
     weights = layout.write(beside_language(model)) | dict(unread or {})

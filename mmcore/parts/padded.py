@@ -1,16 +1,21 @@
 """Captions as tokens of one length: a tokenizer of transformers for a text tower that sees its padding, as SigLIP's."""
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmcore.ops import require
 from mmcore.parts.language import tiny_tokenizer
+from mmcore.weights.files import read_json
+
+_PUNCTUATION = "[" + re.escape(string.punctuation) + "]"
 
 
 class PaddedTokenizer:
@@ -31,6 +36,7 @@ class PaddedTokenizer:
         tokenizer.padding_side, tokenizer.model_max_length = "right", context_length
         self.context_length = context_length
         self.vocab_size = len(tokenizer)
+        self.vocabulary: dict[str, int] = tokenizer.get_vocab()
         self._tokenizer = tokenizer
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -45,19 +51,27 @@ class PaddedTokenizer:
 
 
 def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
-    """The tokenizer in a folder of transformers, by its tokenizer.json alone; a ValueError without such a file, of a
-    damaged one, and of one without padding and end of text."""
+    """The tokenizer in a folder of transformers, by its tokenizer.json alone, with the cleaning that the first SigLIP's
+    does beside it; a ValueError without such a file, of a damaged one, and of one without padding and end of text."""
     op, file = "load_padded_tokenizer", folder / "tokenizer.json"
     require(op, file.is_file(), "folder must hold tokenizer.json, got {}", folder)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what tokenizers raises is no more than that
         raise ValueError(f"{op}: {file} must be a tokenizer's, got: {error}") from error
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and str(read_json(op, settings).get("tokenizer_class")).startswith("SiglipTokenizer"):
+        # done in Python there; what we write has it in tokenizer.json, and another class
+        backend = tokenizer.backend_tokenizer
+        inner = backend.normalizer
+        clean = [normalizers.Lowercase(), normalizers.Replace(Regex(_PUNCTUATION), "")]
+        clean += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        backend.normalizer = normalizers.Sequence([*clean, *([inner] if inner else [])])
     return PaddedTokenizer(tokenizer, context_length)
 
 
 def padded_tokenizer(
-    folder: Path | None, captions: Callable[[], Iterable[str]], vocab_size: int, context_length: int
+    folder: Path | None, captions: Callable[[], list[str]], vocab_size: int, context_length: int
 ) -> PaddedTokenizer:
     """The one in a folder, or, without one, a byte-level BPE of at most `vocab_size` tokens learned from captions;
     errors as of `load_padded_tokenizer`, and where there are no captions."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmcore.nn import Linear, Transformer
 from mmcore.ops import require
-from mmcore.parts.vit import check_tower
+from mmcore.parts.vit import check_tower, tower_summary
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class TextConfig:
         sizes = {"vocab_size": self.vocab_size, "context_length": self.context_length}
         sizes |= {"num_layers": self.num_layers, "mlp_dim": self.mlp_dim}
         check_tower("TextConfig", self.width, self.num_heads, self.activation, **sizes)
+
+    @property
+    def summary(self) -> str:
+        """For the reader."""
+        return f"{self.vocab_size} tokens, {self.context_length} a caption, {tower_summary(self)}"
 
 
 class TextTower(nn.Module):

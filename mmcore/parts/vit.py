@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Preprocess, normalized
+from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Fit, Interpolation, Preprocess, normalized
 from mmcore.data.transforms.masks import gather
 from mmcore.nn import ACTIVATIONS, Transformer, sincos_positions
 from mmcore.nn.transformer import Pool
@@ -22,6 +22,12 @@ def check_tower(owner: str, width: int, num_heads: int, activation: str, **sizes
     require(owner, width % num_heads == 0, "num_heads must divide width {}, got {}", width, num_heads)
     known = sorted(ACTIVATIONS)
     require(owner, activation in known, "activation must be one of {}, got {!r}", known, activation)
+
+
+def tower_summary(config: Any) -> str:
+    """For the reader, of a transformer's shape."""
+    sizes = f"{config.num_layers} layers of {config.width} (MLP {config.mlp_dim}), {config.num_heads} heads"
+    return f"{sizes}, {config.activation}, eps {config.norm_eps:g}"
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class VisionConfig:
     has_margin: bool = False  # pixels that fill no patch, right and below, are not read (SigLIP's 384 in 14s)
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    fit: Literal["crop", "squash"] = "crop"
+    interpolation: Interpolation = "bicubic"
+    fit: Fit = "crop"
 
     def __post_init__(self) -> None:
         owner, size, patch = "VisionConfig", self.image_size, self.patch_size
@@ -67,6 +73,11 @@ class VisionConfig:
     def preprocess(self) -> Preprocess:
         """What it wants of an image."""
         return Preprocess(self.image_size, self.image_mean, self.image_std, self.interpolation, self.fit)
+
+    @property
+    def summary(self) -> str:
+        """For the reader."""
+        return f"patches of {self.patch_size} pixels, {tower_summary(self)}"
 
     @property
     def num_patches(self) -> int:

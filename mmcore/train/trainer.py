@@ -82,6 +82,8 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
 
     options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}
     with Metrics(start.folder, total, first, **options) as metrics:
+        for part, what in saved.get("summary", {}).items():
+            metrics.say(f"{part:<16}{what}")
         num_parameters = sum(engine.shards.numel(name) for name in engine.params)
         metrics.say(
             f"training {name} ({num_parameters / 1e6:.1f} M parameters) on {data.name}: {data.num_train} samples, "
@@ -114,7 +116,7 @@ def _prepare(name: str, recipe: Recipe, data: Any, world_size: int) -> Start:
     recipe.loader(data, assets, recipe.spec(0, world_size))
     start.folder.mkdir(parents=True, exist_ok=recipe.run.resume is not None)
     settings = {**to_json(recipe), "global batch": recipe.per_rank * world_size}
-    saved = {"recipe": name, "settings": settings, "model": _install(assets, start.folder)}
+    saved = {"recipe": name, "settings": settings, "model": _install(assets, start.folder), "summary": assets.summary}
     checkpoint.write_file(start.folder / "settings.yaml", as_yaml(recipe).encode())
     checkpoint.write_json(start.folder / "config.json", saved)
     return start

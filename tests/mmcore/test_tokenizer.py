@@ -211,7 +211,7 @@ def test_berts_own_vocabulary_gets_the_decoders_token_behind_it(tmp_path: Path) 
 
 def test_bad_input_is_refused_by_name(learned: WordPiece, tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("dog\n")
-    refuses("load_wordpiece: path must be vocab.txt or a folder", load_wordpiece, tmp_path / "none")
+    refuses("load_wordpiece: path must be vocab.txt, tokenizer.json or a folder", load_wordpiece, tmp_path / "none")
     refuses(r"WordPiece: the vocabulary must hold .*, missing \[PAD\]", load_wordpiece, tmp_path)
     refuses("each word once, got some twice", WordPiece, [*learned.words[:-1], "dog", "dog"])
     refuses("captions must hold at least one string, got none", train_wordpiece, [], vocab_size=100)

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from mmcore.checkpoint import write_json
-from mmcore.data import Preprocess
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.parts.language_weights import LANGUAGE
 from mmcore.systems.blip2.lm import BLIP2LM
@@ -39,7 +38,7 @@ from tests.systems.blip2 import test_lm as blip2_lm
 from tests.systems.blip2 import test_model as blip2
 from tests.systems.blip2.test_lm import VOCAB
 from tests.systems.clip.test_weights import randomized, small_config
-from tests.systems.llava.test_model import KINDS, PINPOINTS, SIZE, TEXTS, ours_float
+from tests.systems.llava.test_model import KINDS, SIZE, TEXTS, ours_float
 
 
 class System(NamedTuple):
@@ -270,10 +269,6 @@ def test_with_its_processor_transformers_answers_as_ours(name: str, num_tokens: 
     tokenizer = tokenizer_of(specials, num_tokens)
     save(ours, tmp_path / "ours", tokenizer=tokenizer)
     assert len(tokenizer) == num_tokens
-    settings = Preprocess(32 if kind == "blip2" else SIZE).processor()
-    if kind == "llava_next":
-        settings |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS}
-    write_json(tmp_path / "ours" / "preprocessor_config.json", settings)
     theirs: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
     processor: Any = AutoProcessor.from_pretrained(tmp_path / "ours")
     names = {"blip2": "Blip2Processor", "llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}

@@ -6,6 +6,7 @@ at the highest id, open_clip's rule, are one.
 """
 
 import gzip
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -28,6 +30,8 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # OpenAI's file holds more merges than its vocabulary of 49,408 uses
 _OPENAI_MERGES = 49408 - 512 - 2
 _OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_OPENAI_MODELS = ("base-patch32", "base-patch16", "large-patch14", "large-patch14-336")
+_FILES = ("tokenizer.json", "vocab.json", _OPENAI_FILE)
 _MAX_FILE_BYTES = 64 * 2**20
 # 8 Han characters, or a word of 20 letters: a whole caption must not become one token
 _MAX_TOKEN_LENGTH = 24
@@ -50,6 +54,11 @@ class Tokenizer:
         self.sot_token_id = start
         self.eos_token_id = end
         self._bpe = bpe
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by token; of the same one, the merges are the same too."""
+        return self._bpe.get_vocab()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Tokenize captions, lower-cased and with white space collapsed, as transformers' CLIPTokenizer does.
@@ -111,7 +120,10 @@ def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> To
         context_length: tokens a caption; None takes `model_max_length` of a tokenizer_config.json beside it,
             else 77.
     """
-    file = _find(Path(path))
+    file = find_tokenizer(Path(path))
+    names = ", ".join(_FILES)
+    if file is None:
+        raise ValueError(f"load_tokenizer: path must be one of {names} or a folder with one, got {path}")
     if context_length is None:
         context_length = _saved_context_length(file.parent / "tokenizer_config.json")
     if file.name.endswith(".txt.gz"):
@@ -176,13 +188,19 @@ def _clip_bpe(vocab: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -> to
     return bpe
 
 
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    names = ("tokenizer.json", "vocab.json", _OPENAI_FILE)
-    if found := [path / name for name in names if (path / name).is_file()]:
-        return found[0]
-    raise ValueError(f"load_tokenizer: path must be one of {', '.join(names)} or a folder with one, got {path}")
+def find_tokenizer(path: Path) -> Path | None:
+    """The file that `load_tokenizer` reads, or None."""
+    return next((file for file in (path, *(path / name for name in _FILES)) if file.is_file()), None)
+
+
+def find_clip_vocabulary() -> Path | None:
+    """CLIP's own vocabulary, of 49,408 tokens, where open_clip or OpenAI's clip is installed, neither of which is
+    imported, or in what transformers downloaded of OpenAI's models; None = nowhere."""
+    packages = [importlib.util.find_spec(name) for name in ("open_clip", "clip")]
+    folders = [Path(place) for found in packages if found for place in found.submodule_search_locations or ()]
+    cached = [try_to_load_from_cache(f"openai/clip-vit-{name}", "tokenizer.json") for name in _OPENAI_MODELS]
+    files = [*(folder / _OPENAI_FILE for folder in folders), *(Path(x) for x in cached if isinstance(x, str))]
+    return next(filter(Path.is_file, files), None)
 
 
 def _saved_context_length(config: Path) -> int:

@@ -108,13 +108,31 @@ def train_wordpiece(captions: Sequence[str], *, vocab_size: int) -> WordPiece:
 
 
 def load_wordpiece(path: str | Path) -> WordPiece:
-    """Load a vocabulary that `WordPiece.save` or BERT's authors wrote: vocab.txt, a word a line, or a folder with it;
-    raises ValueError for nothing to load, or a file that is no vocabulary."""
-    file = Path(path) / "vocab.txt" if Path(path).is_dir() else Path(path)
-    require("load_wordpiece", file.is_file(), "path must be vocab.txt or a folder with it, got {}", path)
-    size = file.stat().st_size
+    """Load a vocabulary that `WordPiece.save`, transformers or BERT's authors wrote: vocab.txt, a word a line,
+    tokenizer.json, or a folder with one of them; raises ValueError for nothing to load, a file that is no vocabulary,
+    and a tokenizer that keeps cases or accents, which `WordPiece` does not."""
+    path = Path(path)
+    file = next((x for x in (path, path / "vocab.txt", path / "tokenizer.json") if x.is_file()), None)
+    if file is None:
+        raise ValueError(f"load_wordpiece: path must be vocab.txt, tokenizer.json or a folder with one, got {path}")
+    size, beside = file.stat().st_size, file.parent / "tokenizer_config.json"
     require("load_wordpiece", size <= _MAX_FILE_BYTES, "{} must be at most 64 MiB, got {} bytes", file, size)
-    return WordPiece(file.read_text(encoding="utf-8").splitlines())
+    settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    said = {"do_lower_case": settings.get("do_lower_case"), "strip_accents": settings.get("strip_accents")}
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        raw = json.loads(text)
+        model, normalizer = raw.get("model") or {}, raw.get("normalizer") or {}
+        what = "{} must describe a WordPiece model, got {}"
+        require("load_wordpiece", model.get("type") == "WordPiece", what, file, model.get("type"))
+        said |= {"do_lower_case": normalizer.get("lowercase"), "strip_accents": normalizer.get("strip_accents")}
+        words = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    else:
+        words = text.splitlines()
+    kept = [f"{name} {value}" for name, value in said.items() if value is False]
+    what = "tokenizer must be of an uncased BERT, which keeps neither cases nor accents, got {} in {}"
+    require("load_wordpiece", not kept, what, " and ".join(kept), file.parent)
+    return WordPiece(words)
 
 
 def _normalizer() -> normalizers.Normalizer:

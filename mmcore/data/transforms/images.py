@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_IMAGE_PIXELS = 64_000_000
 """Larger images are refused as decompression bombs, before a pixel is decoded."""
 
+Interpolation = Literal["bicubic", "bilinear"]
+Fit = Literal["crop", "squash", "pad"]
 # The other formats of Pillow are rarely met in training data, and some of them start external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_MAX_RESIZED_PIXELS = 2**24
 CROP_SCALE = (0.9, 1.0)
 """Share of the area of a training view."""
 _CROP_RATIO = (3 / 4, 4 / 3)
@@ -90,17 +93,25 @@ class Preprocess:
         size: pixels a side.
         mean, std: per channel, of pixels in [0, 1], by which they are normalised.
         interpolation: of the resize, with antialiasing.
-        fit: "crop", the shorter side to `size` and then the centre; "squash", both sides to `size`.
+        fit: "crop", the shorter side to `size` and then the centre; "squash", both sides to `size`; "pad", first made
+            square by the colour that becomes 0, as LLaVA 1.5 has it.
     """
 
     size: int
     mean: tuple[float, ...] = IMAGE_MEAN
     std: tuple[float, ...] = IMAGE_STD
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    fit: Literal["crop", "squash"] = "crop"
+    interpolation: Interpolation = "bicubic"
+    fit: Fit = "crop"
 
     def __post_init__(self) -> None:
         require("Preprocess", self.size >= 1, "size must be at least 1 pixel, got {}", self.size)
+        for name, kinds in (("interpolation", Interpolation), ("fit", Fit)):
+            known, value = get_args(kinds), getattr(self, name)
+            require("Preprocess", value in known, "{} must be one of {}, got {!r}", name, known, value)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            fits = len(value) == 3 and all(map(math.isfinite, value)) and (name == "mean" or min(value) > 0)
+            require("Preprocess", fits, "{} must be 3 numbers, one a channel, got {}", name, value)
 
     @property
     def resample(self) -> Image.Resampling:
@@ -108,41 +119,35 @@ class Preprocess:
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB images as evaluation sees them: uint8 [B, 3, S, S]."""
-        square = (self.size, self.size)
-        if self.fit == "squash":
-            fitted = [image.resize(square, self.resample) for image in images]
-        else:
-            fitted = [resize_center_crop(image, self.size, self.resample) for image in images]
-        return torch.stack([to_pixels(image) for image in fitted])
+        return torch.stack([to_pixels(self._fitted(image)) for image in images])
 
-    def processor(self) -> dict[str, Any]:
-        """The same for transformers (preprocessor_config.json)."""
-        square = {"height": self.size, "width": self.size}
-        is_crop = self.fit == "crop"
-        crop = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": self.size}}
-        return {
-            "image_processor_type": "CLIPImageProcessor" if is_crop else "ViTImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "resample": int(self.resample),
-            **(crop if is_crop else {"size": square}),
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-        }
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        if self.fit == "crop":
+            return resize_center_crop(image, self.size, self.resample)
+        if self.fit == "pad":
+            image = pad_to_square(image, tuple(int(255 * x) for x in self.mean))  # as LLaVA and transformers round it
+        return image.resize((self.size, self.size), self.resample)
+
+    @property
+    def summary(self) -> str:
+        """For the reader."""
+        mean, std = (" ".join(f"{x:.4g}" for x in numbers) for numbers in (self.mean, self.std))
+        how = {"crop": "shorter side, then the centre", "squash": "both sides", "pad": "padded to a square first"}
+        return f"{self.size} pixels by {self.interpolation}, {how[self.fit]}; mean {mean}, std {std}"
 
 
 def resize_center_crop(
     image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
-    """The shorter side to `size` pixels, then the centre square."""
+    """The shorter side to `size` pixels, then the centre square, whose place is rounded down, as transformers does
+    (torchvision rounds to even)."""
     short = min(image.size)
     width, height = (max(size, size * side // short) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height <= _MAX_RESIZED_PIXELS:
+        return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+    # of a strip of 10 x 10,000 pixels only the square is computed; Pillow rounds the box, some pixels by one
     scale_x, scale_y = image.width / width, image.height / height
-    # Only the centre square is computed, so a strip of 10 x 10,000 pixels is never enlarged as a whole.
     box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
     return image.resize((size, size), resample, box=box)

@@ -48,6 +48,7 @@ class Stage1Assets(Assets):
 
     shape: BLIP2Config
     wordpiece: WordPiece
+    origin: str = ""  # of its words, for the reader
 
     @property
     def preprocess(self) -> Preprocess:
@@ -56,6 +57,11 @@ class Stage1Assets(Assets):
     def save(self, folder: Path) -> dict[str, Any]:
         self.wordpiece.save(folder / "tokenizer")
         return asdict(self.shape)
+
+    @property
+    def summary(self) -> dict[str, str]:
+        vision, tokens = self.shape.vision, f"{self.wordpiece.vocab_size} words, {self.origin}"
+        return {"image tower": vision.summary, "pictures": self.preprocess.summary, "tokenizer": tokens}
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Blip2Stage1(OnPairs):
     """Keep the image tower as it is, as published."""
     tokenizer: Path | None = None
     """BERT's vocab.txt, or a folder with it; None = one is learned from the captions."""
+    tokenizer_samples: int = field(default=1_000_000, metadata=free)
+    """Of more samples than these a vocabulary is learned from a random choice."""
     max_text: int = 32
     """Tokens of a caption, [CLS] and [SEP] included."""
 
@@ -88,10 +96,11 @@ class Blip2Stage1(OnPairs):
             raise ValueError(f"--vision must be given, or --no-freeze-vision: {what}")
         tower = None if self.vision is None else load_tower(self.vision)
         if self.tokenizer is not None:
-            wordpiece = load_wordpiece(self.tokenizer)
+            wordpiece, origin = load_wordpiece(self.tokenizer), f"of {self.tokenizer}"
         else:
-            size = blip2_config(self.model).qformer.vocab_size
-            wordpiece = train_wordpiece(list(data.captions()), vocab_size=size)
+            captions = data.captions(self.tokenizer_samples, self.run.seed)
+            wordpiece = train_wordpiece(captions, vocab_size=blip2_config(self.model).qformer.vocab_size)
+            origin = f"learned from {len(captions)} captions"
         shape = blip2_config(
             self.model,
             vision=None if tower is None else tower.config,
@@ -103,7 +112,7 @@ class Blip2Stage1(OnPairs):
         if not 2 <= self.max_text <= most:
             raise ValueError(f"--max-text must be from 2 to {most}, got {self.max_text}")
         frozen = visual_state(tower) if tower is not None and self.freeze_vision else {}
-        return Stage1Assets(shape, wordpiece, frozen=frozen)
+        return Stage1Assets(shape, wordpiece, origin, frozen=frozen)
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Purpose
@@ -155,10 +164,9 @@ class Blip2Stage1(OnPairs):
     def image_tower(self, assets: Stage1Assets, model: BLIP2) -> Tower:
         return Tower(assets.shape.vision, model.visual.state_dict())
 
-    def export(self, assets: Stage1Assets, model: BLIP2, folder: Path, format: str) -> dict[str, Any]:
+    def export(self, assets: Stage1Assets, model: BLIP2, folder: Path, format: str) -> None:
         save_blip2(model, folder)
         assets.wordpiece.save(folder)
-        return assets.preprocess.processor()
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,11 @@ class Stage2Assets(Assets):
     def save(self, folder: Path) -> dict[str, Any]:
         shapes = {"vision": asdict(self.vision), "qformer": asdict(self.qformer)}
         return {**shapes, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
+
+    @property
+    def summary(self) -> dict[str, str]:
+        pictures = {"image tower": self.vision.summary, "pictures": self.preprocess.summary}
+        return {**pictures, "language model": self.language.summary}
 
 
 def stage2_start(path: Path) -> tuple[VisionConfig, QFormerConfig, dict[str, Tensor]]:
@@ -294,9 +307,8 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
 
         return say
 
-    def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> dict[str, Any]:
+    def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> None:
         save_blip2_lm(model, folder, tokenizer=assets.language.tokenizer)
-        return assets.preprocess.processor()
 
 
 _TOWER = ("clip", "--data digits --epochs 15 --lr 1e-3 --ema 0.99")

@@ -15,6 +15,7 @@ from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.shapes import eva_vision
 from mmcore.weights.files import read_folder, read_json, save_folder
 from mmcore.weights.layout import Layout, leading, optional, under
+from mmcore.weights.pictures import processor_settings, with_pictures, write_pictures
 from mmcore.weights.settings import Key, Settings, section, transformers_keys
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -145,7 +146,8 @@ def load_blip2(folder: Path | str) -> BLIP2:
     ValueError without such a folder, of a damaged file, missing or unknown names, a Q-Former without a text branch.
     """
     folder, op = Path(folder), "load_blip2"
-    model = BLIP2(STAGE1_SETTINGS.read(op, read_json(op, folder / "config.json")))
+    config = STAGE1_SETTINGS.read(op, read_json(op, folder / "config.json"))
+    model = BLIP2(replace(config, vision=with_pictures(op, folder, config.vision)))
     state = model.state_dict()
     model.load_state_dict(state | HF.read(op, read_folder(op, folder), state))
     return model
@@ -156,6 +158,7 @@ def load_blip2_tower(folder: Path | str) -> Tower:
     of `load_blip2`."""
     folder, op = Path(folder), "load_tower"
     config = PARTS_SETTINGS.read(op, read_json(op, folder / "config.json"))["vision"]
+    config = with_pictures(op, folder, config)
     with torch.device("meta"):
         wanted = ViT(config).state_dict(prefix="visual.")
     theirs = {n: x for n, x in read_folder(op, folder).items() if n.startswith("vision_model.")}
@@ -168,7 +171,8 @@ def save_blip2(model: BLIP2, folder: Path | str) -> None:
     captions' head and the temperature, is in it under our names. A ValueError of an existing folder, and of a tower or
     sizes that transformers' BLIP-2 cannot have."""
     op = "save_blip2"
-    save_folder(op, folder, STAGE1_SETTINGS.write(op, model.config), HF.write(model.state_dict()))
+    config, preprocess = STAGE1_SETTINGS.write(op, model.config), model.config.vision.preprocess
+    save_folder(op, folder, config, HF.write(model.state_dict()), lambda staged: write_pictures(staged, preprocess))
 
 
 def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> BLIP2LM:
@@ -180,6 +184,7 @@ def load_blip2_lm(folder: Path | str, *, dtype: torch.dtype | None = torch.float
     folder, op = Path(folder), "load_blip2_lm"
     raw = read_json(op, folder / "config.json")
     parts = PARTS_SETTINGS.read(op, raw)
+    parts["vision"] = with_pictures(op, folder, parts["vision"])
     check_language_kind(op, (raw.get("text_config") or {}).get("model_type", "opt"))
     whole: Any = Blip2Config.from_dict(dict(raw))
     return load_with_language(op, folder, whole, dtype, HF, lambda x: BLIP2LM(**parts, language_model=x))
@@ -190,4 +195,5 @@ def save_blip2_lm(model: BLIP2LM, folder: Path | str, *, tokenizer: Any | None =
     tokenizer see `mmcore.parts.language_weights.save_with_language`. A ValueError of an existing folder, and of a tower
     or a language model that transformers' BLIP-2 cannot have."""
     processor = {"processor_class": "Blip2Processor", "num_query_tokens": model.qformer.config.num_queries}
-    save_with_language("save_blip2_lm", folder, model, stage2_config, HF, tokenizer, processor)
+    pictures = processor_settings(model.visual.config.preprocess)
+    save_with_language("save_blip2_lm", folder, model, stage2_config, HF, tokenizer, processor, pictures)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD
 from mmcore.ops import require
 from mmcore.parts.vit import VisionConfig
 from mmcore.parts.vit_names import CLIP_BLOCK_SETTINGS, CLIP_TEXT, CLIP_TOWER, CLIP_TOWER_SETTINGS, POSITION_IDS
@@ -100,7 +101,7 @@ def _mlp_ratio(width: str) -> Key:
     return Key("mlp_ratio", 4.0, lambda x, ours: int(ours[width] * x), lambda x, ours: x / ours[width])
 
 
-def _with_model_cfg(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _as_today(raw: Mapping[str, Any]) -> dict[str, Any]:
     model = raw.get("model_cfg", raw)
     for part in ("vision_cfg", "text_cfg"):
         what = "open_clip_config.json must hold model_cfg.{}, got {}"
@@ -108,13 +109,15 @@ def _with_model_cfg(raw: Mapping[str, Any]) -> dict[str, Any]:
     layers = model["vision_cfg"].get("layers")
     what = "open_clip_config.json must be of a ViT, got model_cfg.vision_cfg.layers {} of a ResNet"
     require("load_clip", not isinstance(layers, list), what, layers)
-    parts = {
-        "vision_cfg": _current(
-            model["vision_cfg"], "vision_cfg", _VISION_CFG, pool_type="tok", pos_embed_type="learnable"
-        ),
-        "text_cfg": _current(model["text_cfg"], "text_cfg", _TEXT_CFG, pool_type="argmax", proj_type="linear"),
-    }
-    return {"model_cfg": {**model, **parts}}
+    vision = _current(model["vision_cfg"], "vision_cfg", _VISION_CFG, pool_type="tok", pos_embed_type="learnable")
+    text = _current(model["text_cfg"], "text_cfg", _TEXT_CFG, pool_type="argmax", proj_type="linear")
+    # its own defaults; a file of a model alone has none
+    pictures = dict(raw.get("preprocess_cfg") or {}) if "model_cfg" in raw else {}
+    sizes, side = pictures.get("size"), vision.get("image_size", 224)
+    is_same = sizes is None or set(sizes if isinstance(sizes, list) else [sizes]) == {side}
+    what = "open_clip_config.json must have preprocess_cfg.size {}, as model_cfg has it, got {}"
+    require("load_clip", is_same, what, side, sizes)
+    return {"model_cfg": {**model, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": pictures}
 
 
 def _current(given: Mapping[str, Any], part: str, keys: Mapping[str, Key], **defaults: str) -> dict[str, Any]:
@@ -137,6 +140,18 @@ _VISION_CFG = {
     "num_heads": Key("head_width", 64, *[lambda x, ours: ours["vision.width"] // x] * 2),
     "mlp_dim": _mlp_ratio("vision.width"),
 }
+_FITS = {"shortest": "crop", "squash": "squash"}
+_PREPROCESS_CFG = {
+    "image_mean": Key("mean", IMAGE_MEAN, lambda x, _: tuple(x), lambda x, _: list(x)),
+    "image_std": Key("std", IMAGE_STD, lambda x, _: tuple(x), lambda x, _: list(x)),
+    "interpolation": Key("interpolation", "bicubic"),
+    "fit": Key(
+        "resize_mode",
+        "shortest",
+        lambda x, _: _FITS.get(x, x),
+        lambda x, _: {ours: theirs for theirs, ours in _FITS.items()}.get(x, x),
+    ),
+}
 _TEXT_CFG = {
     "context_length": Key("context_length", 77),
     "vocab_size": Key("vocab_size", 49408),
@@ -152,13 +167,15 @@ OPEN_CLIP_SETTINGS = Settings(
         **section("text", "model_cfg.text_cfg", _TEXT_CFG),
         **section("vision", "model_cfg", {"activation": _GELU}),
         **section("text", "model_cfg", {"activation": _GELU}),
+        **section("vision", "preprocess_cfg", _PREPROCESS_CFG),
     },
     kind=CLIPConfig,
     kinds=_TOWERS,
-    written={"preprocess_cfg": {}},
-    allowed=("model_cfg.custom_text", "model_cfg.text_cfg.hf_tokenizer_name"),
+    must={"preprocess_cfg.mode": "RGB"},
+    written={"preprocess_cfg.mode": "RGB", "preprocess_cfg.size": lambda ours: ours["vision.image_size"]},
+    allowed=("model_cfg.custom_text", "model_cfg.text_cfg.hf_tokenizer_name", "preprocess_cfg"),
     what="open_clip_config.json",
-    current=_with_model_cfg,
+    current=_as_today,
     # it does not tell what the logit scale began with
     plain=lambda config: replace(
         _pooled_at_highest(config, LEGACY_EOS_TOKEN_ID, config.text.vocab_size - 1),

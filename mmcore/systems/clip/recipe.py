@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from mmcore.data import PairData
 from mmcore.data.collate import PairSample, collate_pairs
-from mmcore.data.text.tokenizer import load_tokenizer, train_tokenizer
+from mmcore.data.text.tokenizer import Tokenizer, find_clip_vocabulary, find_tokenizer, load_tokenizer, train_tokenizer
 from mmcore.losses import global_contrastive_loss
-from mmcore.recipe import Claim, PairAssets, Proof, Step, TwoTowers
-from mmcore.settings import from_json
-from mmcore.systems.clip.model import CLIP, CLIPConfig, caption_lengths
+from mmcore.ops import require
+from mmcore.recipe import Claim, Proof, Step
+from mmcore.settings import from_json, once
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, caption_lengths
 from mmcore.systems.clip.shapes import clip_config
-from mmcore.systems.clip.weights import Format, load_clip, save_clip
+from mmcore.systems.clip.weights import Format, has_settings, load_clip, save_clip
 from mmcore.train.optim import Rule
+from mmcore.two_towers import PairAssets, TwoTowers, check_same_tokenizer
+from mmcore.weights.pictures import RULES
 
 
 class ClipBatch(NamedTuple):
@@ -28,16 +31,23 @@ class ClipBatch(NamedTuple):
     lengths: list[int]
 
 
+CLIPS, CAPTIONS = "clip", "captions"
+# of a text tower, what comes with the weights and their tokenizer
+_OF_TOKENS = ("vocab_size", "context_length", "eos_token_id")
+
+
 @dataclass(frozen=True)
 class Clip(TwoTowers):
     """Train CLIP (arXiv 2103.00020) on image-caption pairs, with the contrastive loss of the global batch."""
 
-    model: str = "tiny"
-    """tiny, small, ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336; with -quickgelu for OpenAI's weights."""
-    tokenizer: Path | None = None
+    model: str | None = field(default=None, metadata=once)
+    """tiny, small, ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336; with -quickgelu for OpenAI's weights; None = that of
+    --init, or tiny."""
+    tokenizer: str | None = field(default=None, metadata=once)
     """CLIP's BPE files (a folder with vocab.json and merges.txt, tokenizer.json, or bpe_simple_vocab_16e6.txt.gz);
-    None = one is trained on the captions."""
-    init: Path | None = None
+    'clip', CLIP's own, where open_clip is installed; 'captions', one is learned from them. None = the one beside
+    --init, or clip from ViT-B-32 up, captions below."""
+    init: Path | None = field(default=None, metadata=once)
     """Weights to start from: a file or folder of transformers or open_clip (safetensors, or .pt read weights-only)."""
 
     kind = CLIP
@@ -48,16 +58,39 @@ class Clip(TwoTowers):
         return (Rule("logit_scale", clamp=(0.0, math.log(100.0))),)
 
     def assets(self, data: PairData) -> PairAssets:
-        wanted = clip_config(self.model).text
-        sizes: Any = {"context_length": wanted.context_length}
-        if self.tokenizer is not None:
-            tokenizer = load_tokenizer(self.tokenizer, **sizes)
-        else:
-            tokenizer = train_tokenizer(list(data.captions()), vocab_size=wanted.vocab_size, **sizes)
-        names = ("vocab_size", "context_length", "eos_token_id")
-        shape = clip_config(self.model, **{name: getattr(tokenizer, name) for name in names})
-        self._initial(shape)
-        return PairAssets(shape, tokenizer)
+        shape = clip_config(self.model or "tiny") if self.init is None else self._start().config
+        tokenizer, origin = self._tokenizer(shape.text, data)
+        size = tokenizer.vocab_size if self.init is None else shape.text.vocab_size
+        length, end = tokenizer.context_length, tokenizer.eos_token_id
+        text = replace(shape.text, vocab_size=size, context_length=length, eos_token_id=end)
+        return PairAssets(replace(shape, text=text), tokenizer, origin)
+
+    def _tokenizer(self, text: TextConfig, data: PairData) -> tuple[Tokenizer, str]:
+        """What --tokenizer and --init say together, and where it is from; a ValueError where they contradict each
+        other."""
+        beside = None if self.init is None else find_tokenizer(self.init if self.init.is_dir() else self.init.parent)
+        is_clips = text.vocab_size == CLIPConfig().text.vocab_size
+        chosen = self.tokenizer or beside or (CLIPS if is_clips else CAPTIONS)
+        if chosen == CAPTIONS:
+            what = "--tokenizer must be the one of the weights with --init, none lies beside {}, got {}"
+            require("clip", self.init is None, what, self.init, CAPTIONS)
+            captions = data.captions(self.tokenizer_samples, self.run.seed)
+            learned = train_tokenizer(captions, vocab_size=text.vocab_size, context_length=text.context_length)
+            return learned, f"learned from {len(captions)} captions"
+        path = find_clip_vocabulary() or (beside if is_clips else None) if chosen == CLIPS else Path(chosen)
+        what = "CLIP's vocabulary must be installed (pip install open_clip_torch), or --tokenizer be a folder with it"
+        require("clip", path is not None, "{}, or {}, to learn another one; got {}", what, CAPTIONS, "neither")
+        assert path is not None
+        tokenizer = load_tokenizer(path, context_length=text.context_length)
+        if self.init is None:
+            return tokenizer, f"of {path}"
+        if beside is not None:
+            check_same_tokenizer(tokenizer, load_tokenizer(beside), path, self.init)
+        fits = tokenizer.vocab_size <= text.vocab_size and text.eos_token_id in (None, tokenizer.eos_token_id)
+        wanted = f"at most {text.vocab_size} tokens and the end token {text.eos_token_id}, as the weights of --init"
+        got = f"{tokenizer.vocab_size} and {tokenizer.eos_token_id}"
+        require("clip", fits, "--tokenizer must have {}, got {} in {}", wanted, got, path)
+        return tokenizer, f"of {path}"
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Any
@@ -65,20 +98,22 @@ class Clip(TwoTowers):
         return PairAssets(from_json(CLIPConfig, saved), load_tokenizer(folder / "tokenizer"))
 
     def initial(self, assets: PairAssets, model: CLIP) -> Mapping[str, Tensor]:
-        return self._initial(assets.shape)
+        return {} if self.init is None else self._start().state_dict()
 
-    def _initial(self, shape: CLIPConfig) -> Mapping[str, Tensor]:
-        if self.init is None:
-            return {}
-        loaded = load_clip(self.init, image_size=shape.vision.image_size)
-        for part in ("vision", "text"):
-            theirs, ours = (asdict(getattr(config, part)) for config in (loaded.config, shape))
-            differ = [n for n in ours if n != "eos_token_id" and theirs[n] != ours[n]]
+    def _start(self) -> CLIP:
+        """What --init holds, as --model, where it is given, has it; a ValueError where the two are not of one shape."""
+        assert self.init is not None
+        named = None if self.model is None else clip_config(self.model)
+        bare = named if self.init.is_file() and not has_settings(self.init.parent) else None
+        loaded = load_clip(self.init, config=bare, image_size=named and named.vision.image_size)
+        for part in ("vision", "text") if named else ():
+            theirs, ours = (asdict(getattr(config, part)) for config in (loaded.config, named))
+            differ = [n for n in ours if n not in (*RULES, *_OF_TOKENS) and theirs[n] != ours[n]]
             if differ:
                 n = differ[0]
-                wanted = f"a CLIP whose {part} tower has {n} {ours[n]!r}, as --model {self.model} and the tokenizer"
-                raise ValueError(f"--init must be {wanted} have it, got {theirs[n]!r} in {self.init}")
-        return loaded.state_dict()
+                wanted = f"a CLIP whose {part} tower has {n} {ours[n]!r}, as --model {self.model} has it"
+                raise ValueError(f"--init must be {wanted}, got {theirs[n]!r} in {self.init}: leave --model out")
+        return loaded
 
     def collate(self, assets: PairAssets, samples: list[PairSample]) -> ClipBatch:
         batch = collate_pairs(samples, assets.tokenizer)
@@ -88,10 +123,9 @@ class Clip(TwoTowers):
         image, text, scale = features
         return {"loss": global_contrastive_loss(image, text, scale)}
 
-    def export(self, assets: PairAssets, model: CLIP, folder: Path, format: Format) -> dict[str, Any]:
+    def export(self, assets: PairAssets, model: CLIP, folder: Path, format: Format) -> None:
         save_clip(model, folder, format=format)
         assets.tokenizer.save(folder)
-        return assets.preprocess.processor()
 
 
 PROOF = Proof(

@@ -14,6 +14,7 @@ from mmcore.ops import require
 from mmcore.systems.clip import names
 from mmcore.systems.clip.model import CLIP, CLIPConfig
 from mmcore.weights.files import new_folder, read_json, read_pickle, read_safetensors, write_safetensors
+from mmcore.weights.pictures import with_pictures, write_pictures
 
 Format = Literal["hf", "open_clip"]
 
@@ -57,6 +58,12 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
     what = "{} must lie beside the weights, or config be given; {} is not there"
     require(op, config is not None or beside.is_file(), what, beside.name, beside)
     shape: CLIPConfig = config or settings.read(op, read_json(op, beside))
+    # in OpenAI's own files alone, which tell no activation
+    is_openais, activation = "input_resolution" in tensors, shape.vision.activation
+    what = "config must have the activation of OpenAI's weights, quick_gelu (ViT-B-32-quickgelu), got {} for {}"
+    require(op, not is_openais or activation == "quick_gelu", what, activation, file)
+    if layout is names.HF:
+        shape = replace(shape, vision=with_pictures(op, file.parent, shape.vision))
     state = layout.read(op, tensors, _empty_clip(shape).state_dict())
     if image_size is not None and image_size != shape.vision.image_size:
         shape = replace(shape, vision=replace(shape.vision, image_size=image_size))
@@ -65,6 +72,11 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
     model = _empty_clip(shape)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def has_settings(folder: Path) -> bool:
+    """Whether a configuration of either library lies in a folder."""
+    return any((folder / settings.what).is_file() for _, settings, _ in _FORMATS.values())
 
 
 def load_folder(folder: Path, *, dtype: torch.dtype | None = None) -> CLIP:
@@ -102,6 +114,8 @@ def save_clip(
     with new_folder(op, Path(folder)) as staged:
         write_safetensors(staged / f"{start}model.safetensors", tensors)
         write_json(staged / settings.what, raw)
+        if format == "hf":
+            write_pictures(staged, model.config.vision.preprocess)
 
 
 def _find_weights(path: Path) -> Path:

@@ -14,7 +14,6 @@ from torch import Tensor
 from mmcore.ops import require
 
 Size = tuple[int, int]
-BICUBIC = Image.Resampling.BICUBIC
 
 
 def next_pinpoints(side: int) -> tuple[Size, ...]:
@@ -48,20 +47,22 @@ def num_views(size: Size, pinpoints: Sequence[Size], tile_size: int) -> int:
     return 1 + math.prod(grid_shape(size, pinpoints, tile_size))
 
 
-def split_image(image: Image.Image, pinpoints: Sequence[Size], tile_size: int) -> list[Image.Image]:
+def split_image(
+    image: Image.Image, pinpoints: Sequence[Size], tile_size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> list[Image.Image]:
     """What the tower sees of an RGB image: all of it, squeezed into a square, and then its tiles, row by row.
 
     The tiles are cut of the image as large as the best pinpoint holds it, in the middle of black, as the processors of
-    transformers and of LLaVA make them (bicubic). Pinpoints are multiples of `tile_size`, the views' pixels a side.
+    transformers and of LLaVA make them. Pinpoints are multiples of `tile_size`, the views' pixels a side.
     """
     height, width = best_resolution((image.height, image.width), pinpoints)
     scale = min(width / image.width, height / image.height)
     inner = min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)
     canvas = Image.new("RGB", (width, height))
-    canvas.paste(image.resize(inner, BICUBIC), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    canvas.paste(image.resize(inner, resample), ((width - inner[0]) // 2, (height - inner[1]) // 2))
     corners = product(range(0, height, tile_size), range(0, width, tile_size))
     tiles = [canvas.crop((left, top, left + tile_size, top + tile_size)) for top, left in corners]
-    return [image.resize((tile_size, tile_size), BICUBIC), *tiles]
+    return [image.resize((tile_size, tile_size), resample), *tiles]
 
 
 def margins(size: Size, padded: Size) -> Size:

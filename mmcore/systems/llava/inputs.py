@@ -1,6 +1,7 @@
 """Conversations as `Llava` takes them: tokens with room for images, and what the tower sees of these."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from mmcore.data.sources.conversations import ChatRecord, Turn
 from mmcore.data.text.chat_batches import collate, pack
 from mmcore.data.text.templates import ChatSample, ChatTokens, expand
-from mmcore.data.transforms.images import pad_to_square, to_pixels
-from mmcore.systems.llava.anyres import BICUBIC, Size, split_image
+from mmcore.data.transforms.images import to_pixels
+from mmcore.systems.llava.anyres import Size, split_image
 from mmcore.systems.llava.model import LlavaConfig
+from mmcore.weights.pictures import processor_settings
 
 
 class ChatPart(NamedTuple):
@@ -42,23 +44,21 @@ class SeenChat(NamedTuple):
 def views(image: Image.Image, config: LlavaConfig) -> Tensor:
     """What the tower sees of an RGB image: uint8 [V, 3, S, S].
 
-    With tiles, all of it and then its tiles; without, all of it, made square by the colour that becomes 0.
+    With tiles, all of it and then its tiles; without, all of it, made square as `config.fit` says.
     """
-    side = config.vision.image_size
-    if config.has_tiles:
-        parts = split_image(image, config.grid_pinpoints, side)
-    else:
-        mean = tuple(int(255 * x) for x in config.vision.image_mean)  # as LLaVA and transformers round it
-        parts = [pad_to_square(image, mean).resize((side, side), BICUBIC)]
+    if not config.has_tiles:
+        return config.preprocess([image])
+    parts = split_image(image, config.grid_pinpoints, config.vision.image_size, config.preprocess.resample)
     return torch.stack([to_pixels(part) for part in parts])
 
 
 def processor_config(config: LlavaConfig) -> dict[str, Any]:
     """How `views` prepares an image, as transformers' processors of LLaVA read it (preprocessor_config.json)."""
-    settings = config.vision.preprocess.processor() | {"do_pad": True}
+    settings = processor_settings(replace(config.preprocess, fit="pad") if config.has_tiles else config.preprocess)
     if config.has_tiles:
+        settings["image_processor_type"] = "LlavaNextImageProcessor"
         settings["image_grid_pinpoints"] = [list(size) for size in config.grid_pinpoints]
-    return settings | {"image_processor_type": f"{'LlavaNext' if config.has_tiles else 'Llava'}ImageProcessor"}
+    return settings
 
 
 def see(image: Image.Image, config: LlavaConfig) -> SeenImage:

@@ -1,6 +1,6 @@
 """LLaVA: an image's patches, projected, between the words that a language model reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mmcore.data.transforms.images import Fit, Preprocess
 from mmcore.labels import IGNORED, IMAGE_TOKEN
 from mmcore.nn import Linear, quicken
 from mmcore.ops import require
@@ -28,12 +29,14 @@ class LlavaConfig:
 
     `vision` has no more layers than are run: LLaVA takes the states before the last layer of a CLIP, which
     `mmcore.parts.towers.load_tower` leaves out. `projector` is "linear" (LLaVA 1, arXiv:2304.08485) or "mlp2x_gelu"
-    (1.5, arXiv:2310.03744, and NeXT). `grid_pinpoints` are NeXT's resolutions, (height, width).
+    (1.5, arXiv:2310.03744, and NeXT). `grid_pinpoints` are NeXT's resolutions, (height, width); where there are none,
+    `fit` makes an image square, "pad" as 1.5 has it.
     """
 
     vision: VisionConfig
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     grid_pinpoints: tuple[Size, ...] = ()
+    fit: Fit = "pad"
 
     def __post_init__(self) -> None:
         op, kinds, tile = "LlavaConfig", ("linear", "mlp2x_gelu"), self.vision.image_size
@@ -41,6 +44,11 @@ class LlavaConfig:
         fits = all(min(p) > 0 and p[0] % tile == p[1] % tile == 0 for p in self.grid_pinpoints)
         what = "grid_pinpoints must be multiples of the tower's image_size {}, got {}"
         require(op, fits, what, tile, self.grid_pinpoints)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What it wants of an image, tiles aside."""
+        return replace(self.vision.preprocess, fit=self.fit)
 
     @property
     def has_tiles(self) -> bool:

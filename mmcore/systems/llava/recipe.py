@@ -33,7 +33,7 @@ from mmcore.recipe import Assets, Claim, OnLanguageModel, Proof, Purpose, Runner
 from mmcore.runs import find_run, is_run, load_weights, read_frozen, read_run
 from mmcore.settings import free, from_json
 from mmcore.systems.llava.anyres import next_pinpoints
-from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, processor_config, seen_chat
+from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, seen_chat
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
 from mmcore.systems.llava.talk import Talks
 from mmcore.systems.llava.weights import load_llava, read_projector, save_llava
@@ -76,6 +76,12 @@ class LlavaAssets(Assets):
     def save(self, folder: Path) -> dict[str, Any]:
         adapters = self.lora and asdict(self.lora)
         return {**asdict(self.shape), "lora": adapters, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
+
+    @property
+    def summary(self) -> dict[str, str]:
+        shape, tiles = self.shape, ", and tiles" if self.shape.has_tiles else ""
+        pictures = {"image tower": shape.vision.summary, "pictures": f"{shape.preprocess.summary}{tiles}"}
+        return {**pictures, "language model": self.language.summary}
 
 
 @dataclass(frozen=True)
@@ -194,9 +200,8 @@ class LlavaRecipe(OnLanguageModel):
     def speaks(self, assets: LlavaAssets, model: Any, device: torch.device, decoding: Decoding) -> Answerer:
         return self.converses(assets, model, device).answerer(**decoding.generate_options())
 
-    def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> dict[str, Any]:
+    def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> None:
         save_llava(model, folder, tokenizer=assets.language.tokenizer)
-        return processor_config(assets.shape)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaNextConfig
 from transformers import LlavaConfig as HFLlavaConfig
 
+from mmcore.data.transforms.images import Preprocess
 from mmcore.ops import require
 from mmcore.parts import language_weights
 from mmcore.parts.language import check_head
 from mmcore.parts.vit import VisionConfig
 from mmcore.parts.vit_names import CLIP_TOWER, CLIP_TOWER_SETTINGS
+from mmcore.systems.llava.inputs import processor_config, views
 from mmcore.systems.llava.model import Llava, LlavaConfig
 from mmcore.weights.files import read_json, read_pickle
 from mmcore.weights.layout import Layout, under
+from mmcore.weights.pictures import with_pictures
 from mmcore.weights.settings import Key, Settings, section
 
 _CONFIGS: dict[str, Any] = {"llava": HFLlavaConfig, "llava_next": LlavaNextConfig}
@@ -121,6 +125,7 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
     """
     folder, op = Path(folder), "load_llava"
     config, whole, unread = config_from_hf(op, read_json(op, folder / "config.json"))
+    config = _with_pictures(op, folder, config)
     families: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     layout = hf_layout(families[type(whole.text_config)].base_model_prefix)
     model = language_weights.load_with_language(
@@ -128,6 +133,18 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
     )
     check_head(op, model.language_model)
     return model
+
+
+def _with_pictures(op: str, folder: Path, config: LlavaConfig) -> LlavaConfig:
+    """With what the folder's image processor does; that of the first LLaVA may crop, where 1.5 pads."""
+
+    def seen(preprocess: Preprocess, image: Image.Image) -> Tensor:
+        vision = replace(config.vision, image_mean=preprocess.mean, image_std=preprocess.std)
+        vision = replace(vision, interpolation=preprocess.interpolation)
+        return views(image, replace(config, vision=vision, fit=preprocess.fit))
+
+    found = with_pictures(op, folder, replace(config.vision, fit=config.fit), seen)
+    return replace(config, vision=replace(found, fit=config.vision.fit), fit="pad" if config.has_tiles else found.fit)
 
 
 def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None) -> None:
@@ -142,9 +159,8 @@ def save_llava(model: Llava, folder: Path | str, *, tokenizer: Any | None = None
         # the class token, which that strategy leaves out
         "num_additional_image_tokens": 1,
     }
-    language_weights.save_with_language(
-        "save_llava", folder, model, hf_config, hf_layout(), tokenizer, processor, unread_norm(model)
-    )
+    beside = processor, processor_config(model.config), unread_norm(model)
+    language_weights.save_with_language("save_llava", folder, model, hf_config, hf_layout(), tokenizer, *beside)
 
 
 def load_projector(model: Llava, file: Path | str) -> None:

@@ -89,9 +89,8 @@ class Mae(OnPairs):
     def image_tower(self, assets: VisionAssets, model: MAE) -> Tower:
         return model.image_tower()
 
-    def export(self, assets: VisionAssets, model: MAE, folder: Path, format: str) -> dict[str, Any]:
+    def export(self, assets: VisionAssets, model: MAE, folder: Path, format: str) -> None:
         save_mae(model, folder)
-        return assets.preprocess.processor()
 
 
 _FLAGS = "--data digits --model tiny --views source --epochs 72 --batch-size 128 --lr 3e-3 --schedule const-cooldown"

@@ -15,7 +15,7 @@ from transformers import (
     Siglip2Tokenizer,
     SiglipConfig,
     SiglipModel,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from mmcore.losses import global_sigmoid_loss
@@ -183,13 +183,13 @@ def test_a_run_follows_what_it_is_exports_it_whole_and_gives_others_a_start_and_
     torch.testing.assert_close(seen[-1], now)
     assert (seen[0] - now).abs().max() > 1e-3
 
-    settings = recipe.export(trained.assets, model, tmp_path / "hf", "hf")
+    recipe.export(trained.assets, model, tmp_path / "hf", "hf")
     theirs = SiglipModel.from_pretrained(tmp_path / "hf").eval()
     captions = ["a scan of the digit Three", "nine"]
     ids = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")(captions, padding="max_length", return_tensors="pt")
     pictures = [data.val.raw_image(i) for i in range(3)]
     pixels = trained.assets.preprocess(pictures)
-    prepared = ViTImageProcessor(**settings)(pictures, return_tensors="pt").pixel_values
+    prepared = ViTImageProcessorPil.from_pretrained(tmp_path / "hf")(pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
         image, text, scale, bias = model(pixels, trained.assets.tokenizer(captions))
         expected: Any = theirs(input_ids=ids.input_ids, pixel_values=prepared)

@@ -1,0 +1,83 @@
+"""What recipes of models that embed images and captions apart, such as CLIP's and SigLIP's, have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mmcore.data.collate import PairSample, collate_pairs
+from mmcore.recipe import Contrastive, Embeds, OnPairs, Runner, VisionAssets
+from mmcore.settings import free, once
+
+
+@dataclass(frozen=True)
+class PairAssets(VisionAssets):
+    """The shape of a model of images and captions, and what makes int64 [B, T] of captions, with `save(folder)`."""
+
+    tokenizer: Any
+    origin: str = ""  # of the tokenizer, for the reader
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.tokenizer.save(folder / "tokenizer")
+        return super().save(folder)
+
+    @property
+    def summary(self) -> dict[str, str]:
+        tokens = f"{self.tokenizer.vocab_size} tokens, {self.tokenizer.context_length} a caption, {self.origin}"
+        return {**super().summary, "text tower": self.shape.text.summary, "tokenizer": tokens}
+
+
+def check_same_tokenizer(given: Any, beside: Any, path: Any, init: Path) -> None:
+    """Raises a ValueError unless a tokenizer that was given for somebody's weights is the one that lies beside them."""
+    if given.vocabulary != beside.vocabulary:
+        raise ValueError(f"--tokenizer must be left out: another one lies beside the weights in {init}, got {path}")
+
+
+@dataclass(frozen=True)
+class TwoTowers(OnPairs, Contrastive):
+    """Mixin: images and captions are embedded apart, `model(images, None)[0]` and `model(None, tokens)[1]`, as unit
+    vectors, by towers `visual` and `text`. Its assets are `PairAssets`, its micro-batches what the model is called
+    with."""
+
+    model: str | None = field(default=None, metadata=once)
+    """A shape by its name."""
+    tokenizer: Any = field(default=None, metadata=once)
+    """A tokenizer's files; None = that of --init, or one is learned from the captions."""
+    tokenizer_samples: int = field(default=1_000_000, metadata=free)
+    """Of more samples than these a vocabulary is learned from a random choice."""
+    init: Path | None = field(default=None, metadata=once)
+    """Weights to start from."""
+    activation_checkpointing: bool = field(default=False, metadata=free)
+    """Recompute activations in the backward: less memory, about a third more time."""
+
+    kind: ClassVar[Callable[[Any], Any]]
+    """The model, made of `PairAssets.shape`."""
+    tasks = ("zeroshot", "retrieval")
+
+    def build(self, assets: PairAssets) -> Any:
+        model = type(self).kind(assets.shape)
+        for tower in (model.visual, model.text):
+            tower.transformer.activation_checkpointing = self.activation_checkpointing
+        return model
+
+    def collate(self, assets: PairAssets, samples: list[PairSample]) -> Any:
+        batch = collate_pairs(samples, assets.tokenizer)
+        return batch.images, batch.tokens
+
+    def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
+        return model(*batch)
+
+    def embeds(self, assets: PairAssets, model: Runner, device: torch.device) -> Embeds:
+        def image(images: Tensor) -> Tensor:
+            return model(images, None)[0]
+
+        def text(captions: list[str]) -> Tensor:
+            return model(None, assets.tokenizer(captions).to(device))[1]
+
+        return Embeds(assets.preprocess, image, lambda features: features, text)
+
+    def image_tower(self, assets: PairAssets, model: Any) -> Any:
+        return model.image_tower()
