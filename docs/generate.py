@@ -56,6 +56,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mmcore.systems": ("Entry", "entries", "recipe_entry", "find_systems"),
     "mmcore.runs": ("Trained", "SavedRun", "read_run", "find_run", "load_weights"),
     "mmcore.tasks.reconstruction": ("Reconstructs",),
+    "mmcore.tasks.ranks": ("Ranks",),
     "mmcore.tasks.subject": ("Subject", "HeldOut"),
     "mmcore.train.config": ("RunConfig", "EngineConfig"),
     "mmcore.train.optim": ("OptimConfig", "Rule", "param_groups", "depths"),

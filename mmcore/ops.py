@@ -1,7 +1,7 @@
 """The operations that models are written on; each comes from `mmkernels`, nothing else does."""
 
 from mmkernels import adamw_update_, attention, contrastive_loss, ema_update_, linear_cross_entropy, masks
-from mmkernels.pieces import CALLS_ONEDNN, accumulator, matmul_nt, require
+from mmkernels.pieces import CALLS_ONEDNN, accumulator, is_transforming, matmul_nt, require, untransformed
 
 __all__ = [
     "CALLS_ONEDNN",
@@ -10,8 +10,10 @@ __all__ = [
     "attention",
     "contrastive_loss",
     "ema_update_",
+    "is_transforming",
     "linear_cross_entropy",
     "masks",
     "matmul_nt",
     "require",
+    "untransformed",
 ]

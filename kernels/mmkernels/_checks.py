@@ -56,7 +56,8 @@ def scalar_tensor(op: str, name: str, value: float | Tensor, of_name: str, of: T
     require(op, shape in ([], [1]), "{} must be a float or a tensor of one element, got shape {}", name, shape)
     require(op, value.dtype in DTYPES, "{} must be floating point, got {}", name, value.dtype)
     check_beside(op, name, value, of_name, of)
-    if not value.is_cuda and not torch.compiler.is_compiling():
+    is_batched = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if not (value.is_cuda or torch.compiler.is_compiling() or is_batched):
         number = value.item()
         require(op, math.isfinite(number), "{} must be finite, got {}", name, number)
     return value

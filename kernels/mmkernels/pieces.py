@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmkernels._autograd import first_order
+from mmkernels._autograd import first_order, is_transforming, untransformed
 from mmkernels._checks import accumulator, require
 from mmkernels._cost import Cost, contrastive_cost
 from mmkernels._gemm import CALLS_ONEDNN, matmul_nt
@@ -51,6 +51,7 @@ __all__ = [
     "first_match",
     "first_order",
     "gives_nan",
+    "is_transforming",
     "keeps_logits",
     "label_counts",
     "label_sums",
@@ -67,6 +68,7 @@ __all__ = [
     "token_cross_entropy",
     "token_mean_cosine",
     "token_operands",
+    "untransformed",
 ]
 
 Grads = tuple[Tensor, Tensor, Tensor]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.ema.schedules import Schedule, check_decay
-from mmcore.ema.watch import overwrite, tensors_of
-from mmcore.ema.weights import Whole, is_engine, unwrapped, weights_of
+from mmcore.ema.watch import kept_buffers, overwrite, tensors_of
+from mmcore.ema.weights import Whole, averaged_buffers, is_engine, unwrapped, weights_of
 from mmcore.ema.zero import Shards
 from mmcore.ops import ema_update_, require
 from mmcore.tensor_file import Layout, read_layout, read_tensors, write_tensors
@@ -42,7 +42,10 @@ class EMA:
             `deepspeed.initialize`, stages 0 to 3. Weights that want no gradient when this is made stay what they are.
         decay: from 0 to 1, or its schedule: `warmed_up`, `cosine`, or any function of the number of updates.
         buffers: "copy" takes them as they are (BatchNorm's statistics are averages already), "average" averages
-            those in floating point; each rank its own.
+            those in floating point, each rank its own, but for what an average would spoil: spectral norm's vectors,
+            quantisation's ranges and scales, pruning's masks, values that are not finite (attention's masks), and
+            what a module names in a tuple `copied_buffers`. Those that are not persistent are the model's own caches,
+            and left alone.
         teacher: a copy of the model, of any floating point dtype, frozen, whose weights and buffers are the averages
             from now on, rounded to its dtypes: MoCo's and DINO's (arXiv:1911.05722, arXiv:2104.14294). Under ZeRO
             stages 0 to 2.
@@ -74,8 +77,8 @@ class EMA:
         self.decay = decay
         self.buffers = buffers
         self.num_updates = 0
-        flats, held = self._weights.flats, dict(self.model.named_buffers())
-        self._averaged = [name for name, x in held.items() if buffers == "average" and x.is_floating_point()]
+        flats, held = self._weights.flats, kept_buffers(self.model)
+        self._averaged = averaged_buffers(self.model) if buffers == "average" else []
         # of the weights, as they are laid out, then of buffers
         self._targets = [_widened(x) for x in (*flats, *(held[name] for name in self._averaged))]
         self._copies = {name: x.detach().clone() for name, x in held.items() if name not in self._averaged}
@@ -122,7 +125,7 @@ class EMA:
     def swapped(self) -> Iterator[None]:
         """The averages in the model's weights and buffers, in place and in their dtypes, for as long as the block
         lasts; what was there comes back however it ends."""
-        held = dict(self.model.named_buffers())
+        held = kept_buffers(self.model)
         before = {name: x.clone() for name, x in held.items()}
         with self._weights.shown(self._of_weights()):
             _copy(self.buffer_averages, held)
@@ -140,7 +143,7 @@ class EMA:
     def copy_to(self, model: nn.Module) -> None:
         """Writes the averages into a model of the same names and shapes; a ValueError names what it lacks."""
         model = unwrapped(model)
-        into = dict(model.named_parameters()) | dict(model.named_buffers())
+        into = dict(model.named_parameters()) | kept_buffers(model)
         _check_shapes({name: shape for name, (_, shape) in self._layout().items()}, into)
         for name, x in self._everything():
             into[name].detach().copy_(x)
@@ -169,7 +172,8 @@ class EMA:
         another file, or names or shapes other than this model's."""
         layout, (found, metadata) = self._layout(), read_layout(Path(path))
         require("EMA.load", _COUNT in metadata, "path must be a file of EMA.save, got {}", path)
-        differ = sorted(found.keys() ^ layout.keys())[:3]
+        caches = dict(self.model.named_buffers()).keys() - layout.keys()  # older files have them
+        differ = sorted((found.keys() - caches) ^ layout.keys())[:3]
         require("EMA.load", not differ, "{} must be of this model, got a difference in {}", path, differ)
         for name, (_, shape) in layout.items():
             got = found[name][1]
@@ -177,8 +181,8 @@ class EMA:
         for name, x in read_tensors(Path(path)):
             if name in self.buffer_averages:
                 self.buffer_averages[name].copy_(x)
-            else:
-                self._weights.scatter({name: x}, self._targets)
+            elif name not in caches:
+                self._weights.scatter({name: x}, self._of_weights())
         self.num_updates = int(metadata[_COUNT])
         self._show()
 
@@ -193,9 +197,11 @@ class EMA:
         model's, and under ZeRO-1 to 3, where `load` does it."""
         self._check_whole("load_state_dict", "load")
         for kind, held in (("averages", self.averages), ("buffers", self.buffer_averages)):
-            differ = sorted(held.keys() ^ state[kind].keys())
+            caches = dict(self.model.named_buffers()).keys() - held.keys()  # older states have them
+            given = {name: x for name, x in state[kind].items() if name not in caches}
+            differ = sorted(held.keys() ^ given.keys())
             require("EMA.load_state_dict", not differ, "state must have this model's {}, got {}", kind, differ[:3])
-            _copy(state[kind], held)
+            _copy(given, held)
         self.num_updates = state["num_updates"]
         self._show()
 
@@ -220,7 +226,7 @@ class EMA:
 
     def _collect(self) -> None:
         """What an update reads of the model."""
-        held = dict(self.model.named_buffers())
+        held = kept_buffers(self.model)
         self._sources = [*self._weights.flats, *(held[name] for name in self._averaged)]
         self._copied = {name: held[name] for name in self._copies}
 
@@ -245,9 +251,9 @@ class _Teacher:
     `shadows` are its weights laid out like `weights.flats`, then those buffers."""
 
     def __init__(self, module: nn.Module, weights: Whole | Shards, averaged: Sequence[str]) -> None:
-        self._module, self._buffers = module, dict(module.named_buffers())
+        self._module, self._buffers = module, kept_buffers(module)
         shapes = {name: x.shape for name, x in self._buffers.items()}
-        same = shapes == {name: x.shape for name, x in weights.module.named_buffers()}
+        same = shapes == {name: x.shape for name, x in kept_buffers(weights.module).items()}
         require("EMA", same, "teacher must have the model's buffers, got {}", sorted(shapes))
         shadows, self._finish = weights.follow(module)
         self.shadows = [*shadows, *(self._buffers[name] for name in averaged)]

@@ -59,16 +59,27 @@ def overwrite(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers, shared ones as often as they occur: of ten thousand in a millisecond or two."""
+    """All parameters and buffers but caches, shared ones as often as they occur: of ten thousand in a millisecond or
+    two."""
     found: list[Tensor | None] = []
     parts: list[nn.Module | None] = [module]
     while parts:
         part = parts.pop()
         if part is not None:
             found += part._parameters.values()
-            found += part._buffers.values()
+            found += [x for name, x in part._buffers.items() if name not in part._non_persistent_buffers_set]
             parts += part._modules.values()
     return [x for x in found if x is not None]
+
+
+def kept_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """A module's buffers by name, without those that are not persistent: caches that it makes and drops at will."""
+    caches = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
+    return {name: x for name, x in module.named_buffers() if name not in caches}
 
 
 def _look(module: nn.Module) -> tuple[list[Tensor], list[int], list[int], list[bool]]:
@@ -79,6 +90,6 @@ def _look(module: nn.Module) -> tuple[list[Tensor], list[int], list[int], list[b
 
 
 def _described(module: nn.Module) -> dict[str, tuple[torch.Size, torch.device, bool]]:
-    named = [*module.named_parameters(), *module.named_buffers()]
+    named = [*module.named_parameters(), *kept_buffers(module).items()]
     # under ZeRO-3 a parameter itself is empty
     return {name: (getattr(x, "ds_shape", x.shape), x.device, x.requires_grad) for name, x in named}

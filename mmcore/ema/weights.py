@@ -7,11 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 
-from mmcore.ema.watch import Watch, check_teacher, overwrite
+from mmcore.ema.watch import Watch, check_teacher, kept_buffers, overwrite
 from mmcore.ema.zero import Follower, Shards
 from mmcore.ops import require
 from mmcore.tensor_file import Layout
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+QUANTISATION = ("torch.ao.quantization", "torchao.")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -41,6 +47,29 @@ def weights_of(model: Any) -> "Whole | Shards":
     parts = [name for name, p in module.named_parameters() if hasattr(p, "ds_id")]
     require("EMA", not parts, "model must be DeepSpeed's engine, got a module with {} cut up by ZeRO-3", parts[:1])
     return Whole(module)
+
+
+def averaged_buffers(module: nn.Module) -> list[str]:
+    """Names of the buffers whose average means something."""
+    copied = {f"{prefix}.{name}".lstrip(".") for prefix, part in module.named_modules() for name in _copied_of(part)}
+    return [
+        name
+        for name, x in kept_buffers(module).items()
+        if name not in copied and x.dtype in DTYPES and x.isfinite().all()
+    ]
+
+
+def _copied_of(part: nn.Module) -> Iterator[str]:
+    """Names of a module's own buffers that are taken as they are: each goes with the others of now, or with none."""
+    kinds = [kind.__module__ for kind in type(part).__mro__]
+    if isinstance(part, _SpectralNorm) or any(kind.startswith(QUANTISATION) for kind in kinds):
+        yield from part._buffers
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            yield from (f"{hook.name}_u", f"{hook.name}_v")
+        elif isinstance(hook, BasePruningMethod):
+            yield f"{hook._tensor_name}_mask"
+    yield from getattr(part, "copied_buffers", ())
 
 
 class Whole:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from inspect import getclosurevars
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 from transformers.utils.output_capturing import _active_collector
 
@@ -32,10 +33,35 @@ def register() -> None:
     module says otherwise, and runs some cross-attention causally.
 
     A model that does not look its attention up in transformers' `AttentionInterface` computes its own:
-    `set_attn_implementation` warns of it, `from_config` does not.
+    `set_attn_implementation` warns of it, `from_config` does not; one with a table of its own (GIT, Falcon, GPT-J) is a
+    ValueError of either `from_`.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    for name, method in _BUILDERS.items():
+        setattr(PreTrainedModel, name, method)
+
+
+def _explained(build: Any) -> Any:
+    """A classmethod that makes a model, whose KeyError of a table without our name becomes a sentence."""
+
+    @wraps(build.__func__)
+    def explained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return build.__func__(cls, *args, **kwargs)
+        except KeyError as error:
+            if error.args != (NAME,):
+                raise
+            what = f"{cls.__name__}, which looks its attention up in a table of its own"
+            instead = "of a composite model name each part, as {'': 'mmkernels', 'vision_config': 'eager'}"
+            raise ValueError(
+                f"{NAME}: attn_implementation must be 'eager' for {what}, got {NAME!r}; {instead}"
+            ) from error
+
+    return classmethod(explained)
+
+
+_BUILDERS = {name: _explained(vars(PreTrainedModel)[name]) for name in ("_from_config", "from_pretrained")}
 
 
 def attention_forward(
@@ -52,21 +78,26 @@ def attention_forward(
     """`softmax(scaling q k^T + mask) v`, called by transformers: `[B, Lq, H, K]`, and None for the weights.
 
     Args:
-        query, key, value: `[B or 1, H, Lq, K]` and `[B, Hkv, Lk, K]`; H is a multiple of Hkv.
+        query, key, value: `[B or 1, H, Lq, K]` and `[B, Hkv, Lk, K]`; H is a multiple of Hkv; values may be
+            narrower.
         attention_mask: see `seen_by`; None lets every query see every key, whatever `is_causal` says: the models
             that are causal have a mask from `attention_mask`, which leaves none out.
         position_bias: `[B or 1, H, Lq, Lk]`, added to the logits (T5).
         kwargs: what else a model hands on; ignored, as by transformers' own, but a ValueError where it asks for the
             weights, or for what `mmkernels.attention` does not have.
     """
+    sentence = "{} must be None, got {} from {}, which needs attn_implementation='eager'"
     for name in REFUSED:
-        require(NAME, kwargs.get(name) is None, "{} must be None, got {}", name, type(kwargs.get(name)).__name__)
+        given = kwargs.get(name)
+        require(NAME, given is None, sentence, name, type(given).__name__, type(module).__name__)
     wants_weights = kwargs.get("output_attentions") or _weights_are_awaited()
     sentence = "output_attentions must be False, since weights are never stored (eager has them), got {}"
     require(NAME, not wants_weights, sentence, True)
     seen = None if attention_mask is None else seen_by(attention_mask, query.shape[2])
     if position_bias is not None:
         seen = _with_bias(position_bias, seen)
+    width = value.shape[3]  # DeepSeek's is less than that of keys
+    value = F.pad(value, (0, max(0, key.shape[3] - width)))
     out = attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         mask=None if seen is None else seen.mask,
@@ -74,7 +105,7 @@ def attention_forward(
         dropout_p=dropout if module.training else 0.0,
         empty_rows="zero" if seen is None else seen.empty_rows,
     )
-    return out.contiguous(), None
+    return out[..., :width].contiguous(), None
 
 
 def _weights_are_awaited() -> bool:

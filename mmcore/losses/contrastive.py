@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
+from mmcore.losses.ranks import OVER_RANKS, Header, Layout, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
 from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged, own_excess, reduced, rounded
 from mmcore.nn.batch_norm import all_sum
@@ -268,7 +268,7 @@ class _GlobalStats(torch.autograd.Function):
         return *stats, target
 
     @staticmethod
-    @first_order("global_contrastive_loss", "mmkernels.contrastive_loss_ref of gathered features")
+    @first_order(OP, OVER_RANKS)
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         a, scale, *saved = ctx.saved_tensors
         columns, stats, needs = ctx.columns, ContrastiveStats(*saved), list(ctx.needs_input_grad[:3])

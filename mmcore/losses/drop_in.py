@@ -41,7 +41,7 @@ class _InGroup(nn.Module):
 
 
 class ClipLoss(_InGroup):
-    """`open_clip.ClipLoss` (3.x): CLIP's loss of image and text features.
+    """`open_clip.ClipLoss` (3.x and 4.x): CLIP's loss of image and text features.
 
     `local_loss`, `gather_with_grad` and `cache_labels` choose there between the exact gradient and cheaper ones;
     here each choice gives the exact gradient at the least cost, and each rank the loss of the global batch.
@@ -81,20 +81,29 @@ class ClipLoss(_InGroup):
 
 
 class SigLipLoss(_InGroup):
-    """`open_clip.SigLipLoss` (3.x): the sigmoid loss of all pairs of the global batch (arXiv:2303.15343).
+    """`open_clip.SigLipLoss` (3.x and 4.x): the sigmoid loss of all pairs of the global batch (arXiv:2303.15343).
 
     Each rank gets the loss of the global batch, of which the ranks' values are shares there; the gradients agree.
-    `cache_labels` has no effect there either, `rank` and `world_size` are as in `ClipLoss`, and `dist_impl` (None,
-    "bidir", "shift", "reduce" or "gather") says how features travel there; here their size decides. Raises as
-    `ClipLoss`, and on another `dist_impl`.
+    `cache_labels` has no effect there either, `rank` and `world_size` are as in `ClipLoss`, `dist_impl` (None,
+    "bidir", "shift", "reduce" or "gather") says how features travel there, and `chunk_size` (0 = all) how many rows of
+    logits are held at a time; here their size decides. Raises as `ClipLoss`, and on another `dist_impl` or a
+    `chunk_size` below 0.
     """
 
     def __init__(
-        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
     ) -> None:
+        op = "SigLipLoss"
         super().__init__(rank, world_size)
         known = dist_impl is None or dist_impl in DIST_IMPLS
-        require("SigLipLoss", known, "dist_impl must be None or one of {}, got {!r}", DIST_IMPLS, dist_impl)
+        require(op, known, "dist_impl must be None or one of {}, got {!r}", DIST_IMPLS, dist_impl)
+        is_count = isinstance(chunk_size, int) and chunk_size >= 0
+        require(op, is_count, "chunk_size must be a whole number of rows, or 0 for all, got {!r}", chunk_size)
 
     def forward(
         self,

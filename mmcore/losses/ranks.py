@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmcore.ops import require
+from mmcore.ops import require, untransformed
 
 Group = dist.ProcessGroup | None
 Checked = TypeVar("Checked")
 
 HEADER_BYTES = 768
+# where derivatives are asked for that a loss over ranks has not
+OVER_RANKS = "the reference in mmkernels of gathered features"
 # A message of one rank's error must leave room for JSON's escapes.
 MESSAGE_CHARS = 240
 
@@ -99,6 +101,7 @@ def header(
     """Of a loss of `inputs` by name, of which the first are features of rows and of columns; of which a gradient is
     wanted is the same on all ranks, since a backward that some do not run would hang the others."""
     require(op, gather_limit_bytes >= 0, "gather_limit_bytes must be at least 0, got {}", gather_limit_bytes)
+    untransformed(op, OVER_RANKS, {name: [x] for name, x in zip(names, inputs)})
     rows, cols, *_ = inputs
     wanted = [name for name, x in zip(names, inputs) if torch.is_grad_enabled() and x.requires_grad]
     same = {
@@ -139,6 +142,7 @@ def scatter_sum(x: Tensor, counts: tuple[int, ...], group: Group) -> Tensor:
 def global_mean(own: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' shares of a mean, with this rank's gradient times their number: data parallelism
     takes the mean of the ranks' gradients, and forms the gradient of the sum so."""
+    untransformed("global_mean", OVER_RANKS, {"own": [own]})
     total = own.detach().clone()
     dist.all_reduce(total, group=group)
     scaled = own * dist.get_world_size(group)

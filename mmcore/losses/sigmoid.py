@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmcore.losses.ranks import Header, agree, gather_rows, global_mean, header, world_size_of
+from mmcore.losses.ranks import OVER_RANKS, Header, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
 from mmkernels import sigmoid_loss
 from mmkernels.pieces import accumulator, checked_sigmoid_operands, first_order, sigmoid_block
@@ -91,7 +91,7 @@ class _SigmoidSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @first_order("global_sigmoid_loss", "mmkernels.sigmoid_loss_ref of gathered features")
+    @first_order(OP, OVER_RANKS)
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return *(
             None if dx is None else (dx * grad).to(dtype).view(shape)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmcore.losses.ranks import Header, Layout, agree, gather_rows, global_mean, header, world_size_of
+from mmcore.losses.ranks import OVER_RANKS, Header, Layout, agree, gather_rows, global_mean, header, world_size_of
 from mmcore.losses.shards import GATHER_LIMIT_BYTES, Shards, shards_of
 from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged, own_excess, reduced, rounded
 from mmkernels import token_contrastive_loss
@@ -174,7 +174,7 @@ class _TokenStats(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @first_order("global_token_contrastive_loss", "mmkernels.token_contrastive_loss_ref of gathered features")
+    @first_order(OP, OVER_RANKS)
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         tokens, scale, *saved = ctx.saved_tensors
         columns, stats, needs = ctx.columns, TokenContrastiveStats(*saved), list(ctx.needs_input_grad[:3])

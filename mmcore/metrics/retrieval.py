@@ -169,14 +169,6 @@ def _recalls(name: str, above: Tensor, num_right: Tensor, num_candidates: int, k
     return out
 
 
-def encoded_once(captions: Sequence[str], encode: Callable[[list[str]], Tensor], batch_size: int) -> Tensor:
-    """[N, E] embeddings of captions, each of the distinct ones encoded once, in order, `batch_size` at a time."""
-    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    distinct = list(row_of)
-    chunks = [encode(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
-    return torch.cat(chunks)[[row_of[caption] for caption in captions]]
-
-
 def recall_lines(recalls: Mapping[str, float], ks: tuple[int, ...] = (1, 5, 10)) -> list[str]:
     """`retrieval_recall`'s result to be printed, a line each way, in % with chance in brackets."""
     lines = []

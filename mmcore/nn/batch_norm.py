@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmcore.ops import untransformed
+
 
 class BatchNorm(_BatchNorm):
     """Normalises each channel by the mean and variance of all ranks' batches: y = (x - mean) / sqrt(var + eps) w + b.
@@ -60,6 +62,7 @@ class BatchNorm(_BatchNorm):
 
 def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum of the ranks' `x`; its gradient sums what each rank's loss makes of it."""
+    untransformed("all_sum", "a single process", {"x": [x]})
     return _AllSum.apply(x, group)  # pyright: ignore[reportReturnType]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.ops import CALLS_ONEDNN, matmul_nt
+from mmcore.ops import CALLS_ONEDNN, is_transforming, matmul_nt
 
 # Products below this, of rows, inputs and outputs, gain nothing.
 MIN_PRODUCT = 2**23
@@ -17,8 +17,8 @@ class Linear(nn.Linear):
     """`x W^T + b`, torch.nn.Linear's in all but the speed of float32 on a CPU.
 
     There, if the processor is not Intel's, the three products of a training step are oneDNN's: torch sends them to MKL,
-    which on AMD's runs at half of oneDNN's rate. Elsewhere, under autocast, torch.compile and torch.func, it is
-    torch.nn.Linear.
+    which on AMD's runs at half of oneDNN's rate. Elsewhere, and under autocast, torch.compile, torch.func or
+    forward-mode AD, it is torch.nn.Linear.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _is_plain_float32(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transforming()
     )
 
 

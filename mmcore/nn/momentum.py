@@ -79,6 +79,8 @@ class FeatureQueue(nn.Module):
     """The last N = `num_features` features [N, D = `dim`] that were enqueued, for
     `mmkernels.contrastive_loss(..., negatives=)`."""
 
+    copied_buffers = ("features",)  # by `EMA`, since an average of rows is nobody's feature
+
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__()
         for name, size in (("num_features", num_features), ("dim", dim)):

@@ -3,13 +3,18 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcore.ops import accumulator, require
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
 """`(tokens int64 [R], rows int64 [R] or None)` to logits [R, V] of what comes next: `tokens[r]` is added to the text in
 row `rows[r]` of the call before; None = to that in row r."""
+
+
+def in_step(model: nn.Module) -> dict[str, bool]:
+    """Options for `transformers`' `generate`: under ZeRO-3 ranks of which one is done run on until all are."""
+    return {"synced_gpus": any(hasattr(p, "ds_tensor") for p in model.parameters())}
 
 
 def check_decoding(

@@ -64,7 +64,8 @@ def language_model(config: Any, dtype: torch.dtype, *, num_layers: int | None = 
         if shape.get("layer_types"):
             shape["layer_types"] = shape["layer_types"][:num_layers]
     config = type(config).from_dict(shape)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.set_attn_implementation(ATTENTION)  # a model that is made with it is refused where it has its own
     return model.train()
 
 

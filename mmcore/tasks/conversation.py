@@ -61,7 +61,7 @@ def follow(subject: Subject) -> dict[str, float]:
     if data.val is None or not answers_recur(data.train, data.val):
         return {}
     talks = subject.recipe.converses(subject.assets, subject.model, subject.device)
-    return {"answer accuracy": _accuracy(talks.replies(data.val, most=MAX_FOLLOWED))}
+    return {"answer accuracy": _accuracy(talks.replies(data.val, most=MAX_FOLLOWED, ranks=subject.ranks))}
 
 
 def report(subject: Subject, options: Any) -> list[Path]:

@@ -14,16 +14,18 @@ BATCH_SIZE = 64
 @torch.no_grad()
 def scores(subject: Subject, image: Tensor, text: Tensor) -> Tensor:
     """[R] float32 on the CPU of pairs of held-out images and captions, each int64 [R]."""
-    held_out, found = subject.held_out, []
-    assert held_out.states is not None
+    states, captions = subject.held_out.states, subject.held_out.captions
+    assert states is not None
     matches = subject.recipe.matches(subject.assets, subject.model, subject.device)
-    for first in range(0, len(image), BATCH_SIZE):
-        part = slice(first, first + BATCH_SIZE)
-        chosen, place = image[part].unique(return_inverse=True)
-        captions = [held_out.captions[i] for i in text[part].tolist()]
-        states = held_out.states[chosen].to(subject.device)
-        found.append(matches(states, place.to(subject.device), captions).float().cpu())
-    return torch.cat(found)
+
+    def matched(part: range) -> Tensor:
+        pairs = list(part) or [0]
+        chosen, place = image[pairs].unique(return_inverse=True)
+        texts = [captions[i] for i in text[pairs].tolist()]
+        found = matches(states[chosen].to(subject.device), place.to(subject.device), texts)
+        return found.float().cpu()[: len(part)]
+
+    return torch.cat(subject.ranks.shared(len(image), BATCH_SIZE, matched))
 
 
 def accuracy(subject: Subject, seed: int = 0) -> float:

@@ -1,13 +1,14 @@
 """How well masked patches of held-out images are reconstructed, by R^2."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmcore.data import Preprocess
@@ -16,6 +17,7 @@ from mmcore.figures import shown
 from mmcore.report.sheets import plot_reconstructions
 from mmcore.tasks.subject import Subject, nothing
 
+T = TypeVar("T")
 FIGURE = "R^2 of masked patches"
 BATCH_SIZE = 64
 NUM_DRAWN = 8
@@ -58,24 +60,28 @@ def report(subject: Subject, options: Any) -> list[Path]:
 def r_squared(subject: Subject) -> float:
     """1 - (squared error) / (squared distance from the mean of each place), over the masked patches of all held-out
     images: 0 is the best that can be said without seeing an image. NaN where all images are alike."""
-    able, error = _able(subject), 0.0
-    num = total = squares = torch.zeros((), dtype=torch.float64, device=subject.device)  # of each place
-    for own, seen, kept in _batches(subject, able):
+    able = _able(subject)
+
+    def sums(batch: tuple[Tensor, Tensor, Tensor], num_images: int) -> list[Tensor]:
+        own, seen, kept = batch
         target = able.target(own.to(subject.device)).double()  # [B, P, C]
         predicted = able.predict(seen.to(subject.device), kept.to(subject.device)).double()
         masked = hidden(kept, target.shape[1]).to(subject.device)[:, :, None]
-        error += ((predicted - target).square() * masked).sum().item()
-        num, total = num + masked.sum(0), total + (target * masked).sum(0)
-        squares = squares + (target.square() * masked).sum(0)
+        masked[num_images:] = False
+        error = ((predicted - target).square() * masked).sum()
+        of_places = masked.sum(0), (target * masked).sum(0), (target.square() * masked).sum(0)
+        return [x.cpu() for x in (error, *of_places)]
+
+    error, num, total, squares = (torch.stack(x).sum(0) for x in zip(*_over(subject, able, sums), strict=True))
     spread = (squares - total**2 / num.clamp(min=1)).sum().item()
-    return 1 - error / spread if spread > 0 else math.nan
+    return 1 - error.item() / spread if spread > 0 else math.nan
 
 
 @torch.no_grad()
 def drawn(subject: Subject) -> tuple[Tensor, Tensor, Tensor]:
     """Some held-out images, with their masked patches grey, and as they are reconstructed: uint8 [N, 3, S, S] each."""
     able = _able(subject)
-    images, _, kept = next(_batches(subject, able))
+    images, _, kept = _over(subject, able, lambda batch, _: batch, most=BATCH_SIZE)[0]
     chosen = torch.arange(len(images))[:: max(1, len(images) // NUM_DRAWN)][:NUM_DRAWN]
     images, kept = images[chosen].to(subject.device), kept[chosen].to(subject.device)
     predicted = able.predict(images, kept)
@@ -90,12 +96,19 @@ def _able(subject: Subject) -> Reconstructs:
     return subject.recipe.reconstructs(subject.assets, subject.model, subject.device)
 
 
-def _batches(subject: Subject, able: Reconstructs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The records' images, those that the model sees, both uint8 [B, 3, S, S], and which patches of them."""
+def _over(
+    subject: Subject, able: Reconstructs, work: Callable[[tuple[Tensor, Tensor, Tensor], int], T], **options: Any
+) -> list[T]:
+    """`Ranks.over` of the held-out images; a batch is the records' images, those that the model sees, both uint8
+    [B, 3, S, S], and which patches of them; and how many of them count."""
     seen = subject.pairs.held_out_images()
-    own = None if subject.own is None else subject.recipe.pictures(subject.own).held_out_images()
+    other = None if subject.own is None else subject.recipe.pictures(subject.own).held_out_images()
     assert seen is not None
-    for images, index in seen.batches(BATCH_SIZE, able.preprocess):
-        kept = torch.stack([able.mask(np.random.default_rng([0, i])) for i in index.tolist()])
-        wanted = images if own is None else able.preprocess([own.raw_image(i) for i in index.tolist()])
-        yield wanted, images, kept
+
+    def of(pictures: list[Image.Image], positions: list[int]) -> T:
+        images = able.preprocess(pictures)
+        kept = torch.stack([able.mask(np.random.default_rng([0, i])) for i in positions or [0]])
+        own = images if other is None else able.preprocess([other.raw_image(i) for i in positions or [0]])
+        return work((own, images, kept), len(positions))
+
+    return subject.ranks.over(seen, BATCH_SIZE, of, **options)

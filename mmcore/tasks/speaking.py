@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +13,12 @@ from mmcore import checkpoint
 from mmcore.data import EvalSet, PairData, Question, QuestionSet
 from mmcore.data.text.prompts import Task, prompt_texts
 from mmcore.report.sheets import plot_captions
+from mmcore.tasks.ranks import Ranks
 from mmcore.tasks.subject import Options as OtherData
 from mmcore.tasks.subject import Subject
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
+"""Of which an `Answerer` makes one call of the model."""
 MAX_FOLLOWED = 256
 """Pictures or questions that a run is measured on while it trains."""
 NUM_SHOWN = 24
@@ -83,6 +84,7 @@ class Speaker:
     answerer: Answerer
     prompt: str | None
     decode: str
+    ranks: Ranks
 
     @classmethod
     def of(cls, subject: Subject, kind: Task, options: Options | None) -> "Speaker":
@@ -95,17 +97,19 @@ class Speaker:
         options = options or Options()
         answerer = subject.recipe.speaks(subject.assets, subject.model, subject.device, options.decoding)
         prompt = prompts[kind] if options.prompt is None else options.prompt
-        return cls(kind, answerer, prompt, options.decoding.decode)
+        return cls(kind, answerer, prompt, options.decoding.decode, subject.ranks)
 
     @torch.no_grad()
     def about(self, val: EvalSet | QuestionSet, most: int | None = None) -> tuple[list[Any], list[str]]:
-        """The positions or the questions of the held-out pictures, of whole batches that make up `most`, and texts."""
-        asked, texts = [], []
-        for images, part in islice(val.raw_batches(BATCH_SIZE), None if most is None else -(-most // BATCH_SIZE)):
-            questions = [x.text if isinstance(x, Question) else "" for x in part]
-            texts += self.answerer(images, prompt_texts(self.kind, self.prompt, questions))
-            asked += part
-        return asked, texts
+        """The positions or the questions of the held-out pictures, of the first `most`, and texts."""
+
+        def said(images: list[Image.Image], positions: list[int]) -> tuple[list[Any], list[str]]:
+            asked = [val.questions[i] for i in positions] if isinstance(val, QuestionSet) else positions
+            questions = [x.text if isinstance(x, Question) else "" for x in asked] or [""]
+            return asked, self.answerer(images, prompt_texts(self.kind, self.prompt, questions))[: len(asked)]
+
+        found = self.ranks.over(val, BATCH_SIZE, said, most=most)
+        return [x for asked, _ in found for x in asked], [text for _, texts in found for text in texts]
 
 
 def spread(count: int) -> list[int]:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmcore.data import DataConfig, EvalSet, PairData
 from mmcore.data.config import EmojiStyle
 from mmcore.data.opening import open_held_out
-from mmcore.metrics.retrieval import Relevance, encoded_once, relevance_of
+from mmcore.metrics.retrieval import Relevance, relevance_of
 from mmcore.runs import SavedRun
+from mmcore.tasks.ranks import ALONE, Ranks
 
 BATCH_SIZE = 256
 OF_DATA = ("image_root", "annotations", "language", "style")
@@ -89,6 +91,7 @@ class Subject:
     data: Any  # as `Recipe.open_data` gives it, or what is measured on in place of it
     device: torch.device
     run: SavedRun | None = None  # while it trains
+    ranks: Ranks = ALONE  # that share the work
     own: Any = None  # the data with each record's own images, where those of `data` are others' (a proof's control)
 
     @property
@@ -109,26 +112,38 @@ class Subject:
             raise ValueError(f"{self.pairs.name} has no held-out pairs: give --val-data or --val-fraction")
         return self.pairs.val
 
+    @torch.no_grad()
+    def texts(self, captions: list[str]) -> Tensor:
+        """Unit vectors, float32 [N, E] on the CPU; each of the distinct captions is embedded once."""
+        text, distinct = self.recipe.embeds(self.assets, self.model, self.device).text, list(dict.fromkeys(captions))
+
+        def embedded(part: range) -> Tensor:
+            return text([distinct[i] for i in part] or distinct[:1]).float().cpu()[: len(part)]
+
+        row_of = {caption: row for row, caption in enumerate(distinct)}
+        rows = self.ranks.shared(len(distinct), BATCH_SIZE, embedded)
+        return torch.cat(rows)[[row_of[caption] for caption in captions]]
+
     @cached_property
     @torch.no_grad()
     def held_out(self) -> HeldOut:
         """Runs the model over the held-out images and their captions; a ValueError where there are none, or too many
         broken ones, and a FloatingPointError of features that are not finite."""
         embeds, val = self.recipe.embeds(self.assets, self.model, self.device), self.val
-        keeps, image, states, index = hasattr(self.recipe, "matches"), [], [], []
-        for images, i in val.batches(BATCH_SIZE, embeds.preprocess):
-            seen = embeds.states(images.to(self.device))
-            image.append(embeds.image(seen).float().cpu())
-            states += [seen.cpu()] if keeps else []
-            index.append(i)
-        features, places = torch.cat(image), torch.cat(index)
+        keeps = hasattr(self.recipe, "matches")
+
+        def seen(images: list[Image.Image], positions: list[int]) -> tuple[list[int], Tensor, Tensor | None]:
+            states, num = embeds.states(embeds.preprocess(images).to(self.device)), len(positions)
+            return positions, embeds.image(states).float().cpu()[:num], states.cpu()[:num] if keeps else None
+
+        index, image, states = zip(*self.ranks.over(val, BATCH_SIZE, seen), strict=True)
+        features, places = torch.cat(image), torch.tensor([i for positions in index for i in positions])
         owners = [(row, caption) for row, i in enumerate(places.tolist()) for caption in val.captions[i]]
         captions = [caption for _, caption in owners]
-        text = encoded_once(captions, lambda chunk: embeds.text(chunk).float().cpu(), BATCH_SIZE)
+        text = self.texts(captions)
         for what, x in (("images", features), ("captions", text)):
             if not x.isfinite().all():
                 raise FloatingPointError(f"the embeddings of the held-out {what} are not finite")
         owner = torch.tensor([row for row, _ in owners])
         relevance = relevance_of(captions, owner, num_images=len(features))
-        kept = torch.cat(states) if keeps else None
-        return HeldOut(places, captions, owner, relevance, features, text, kept)
+        return HeldOut(places, captions, owner, relevance, features, text, torch.cat(states) if keeps else None)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mmcore.metrics.zeroshot import top_k_accuracy, zero_shot_weights
-from mmcore.tasks.subject import BATCH_SIZE, Options, Subject, nothing
+from mmcore.tasks.subject import Options, Subject, nothing
 
 __all__ = ["Options", "follow", "report"]
 
@@ -17,13 +17,13 @@ def accuracy(subject: Subject) -> dict[int, float]:
     data, held_out = subject.pairs, subject.held_out
     if data.class_names is None or data.templates is None or subject.val.labels is None:
         return {}
-    text = subject.recipe.embeds(subject.assets, subject.model, subject.device).text
-    weights = zero_shot_weights(text, list, data.class_names, data.templates, batch_size=BATCH_SIZE)
+    num_prompts = len(data.class_names) * len(data.templates)
+    weights = zero_shot_weights(subject.texts, list, data.class_names, data.templates, batch_size=num_prompts)
     labels = torch.tensor(subject.val.labels)[held_out.index]
     ks = tuple(k for k in (1, 5) if k < len(weights))
     if held_out.image.ndim == 2:
-        return top_k_accuracy(held_out.image, weights.cpu(), labels, ks=ks)
-    nearest = torch.stack([(row @ weights.cpu().T).amax(0) for row in held_out.image])
+        return top_k_accuracy(held_out.image, weights, labels, ks=ks)
+    nearest = torch.stack([(row @ weights.T).amax(0) for row in held_out.image])
     return top_k_accuracy(nearest, torch.eye(len(weights)), labels, ks=ks)
 
 

@@ -15,16 +15,15 @@ def plain_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> 
         losses = recipe.loss(model, model.place(parts[0]), step)
         model.backward(losses["loss"])
         return {name: x.detach() for name, x in losses.items()}
-    # stacked before they are read: a GPU is waited for once
     weights = torch.stack([torch.as_tensor(recipe.weight(x), dtype=torch.float64, device=model.device) for x in parts])
     if dist.is_initialized():
         dist.all_reduce(weights)
     total: dict[str, Tensor] = {}
     with model.accumulate():
-        for i, (part, share) in enumerate(zip(parts, (weights / weights.sum()).tolist(), strict=True), 1):
-            losses = recipe.loss(model, model.place(part), step)
-            model.backward(losses["loss"] * share, last=i == len(parts))
-            total = {name: total.get(name, 0.0) + share * x.detach() for name, x in losses.items()}
+        for i, (part, share) in enumerate(zip(parts, weights / weights.sum(), strict=True), 1):
+            losses = {name: x * share.to(x.dtype) for name, x in recipe.loss(model, model.place(part), step).items()}
+            model.backward(losses["loss"], last=i == len(parts))
+            total = {name: total.get(name, 0.0) + x.detach() for name, x in losses.items()}
     return total
 
 

@@ -1,7 +1,6 @@
 """DeepSpeed, and the only file that imports it: one engine for ZeRO stages 0 to 3 on CPU and GPU."""
 
 import logging
-import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -50,7 +50,9 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Module, Callable[[Tensor
         for p in part.parameters():
             dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else dtype_of(p)
             # one room for all: memory that is freed between the shares would not be used again
-            room = rooms.setdefault(dtype, torch.empty(largest, dtype=dtype))[: p.numel()].view(p.shape)
+            if dtype not in rooms:
+                rooms[dtype] = torch.empty(largest, dtype=dtype)
+            room = rooms[dtype][: p.numel()].view(p.shape)
             p.data = room.copy_(p.data) if dist.get_rank() == 0 else room
             if convert is None:
                 deepspeed.zero.Init(module=nn.ParameterList([p]), config_dict_or_path=config)
@@ -59,6 +61,23 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Module, Callable[[Tensor
                 convert(param_list=[p])
 
     return partition
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise a ValueError where DeepSpeed itself refuses a configuration, such as for values that exclude each other."""
+    with _in_a_sentence():
+        deepspeed.DeepSpeedConfig(config)
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """What DeepSpeed says of its configuration in errors of many kinds, as a ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, NotImplementedError, ImportError, DeepSpeedConfigError) as error:
+        found = [f"{'.'.join(x['loc'])}: {x['msg']}" for x in getattr(error, "errors", list)()]  # pydantic's
+        said = "; ".join(found) or " ".join(str(error).split())
+        raise ValueError(f"--deepspeed: DeepSpeed refuses the configuration: {said}") from error
 
 
 class Engine:
@@ -74,7 +93,8 @@ class Engine:
         group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if any(hasattr(p, "ds_id") for p in model.parameters()):
             self._complete(model)
-        self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        with _in_a_sentence():
+            self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
         self.shards = Shards(self._engine, self.module)
@@ -130,18 +150,16 @@ class Engine:
     def _unless_frozen(self, until: int, grad: Tensor) -> Tensor:
         return torch.zeros_like(grad) if self.num_steps < until else grad
 
-    def step(self, lr: float, *, weight_decay: float | None = None, step: int | None = None) -> float:
-        """One optimizer step; returns the global gradient norm before clipping.
+    def step(self, lr: float, *, weight_decay: float | None = None, step: int | None = None) -> Tensor | float:
+        """One optimizer step; returns the global gradient norm before clipping, of one element, without waiting for it.
+
+        Where it is not finite DeepSpeed left the weights as they were, or they are not to be saved.
 
         Args:
             lr: learning rate, of groups with `fixed_lr` the optimizer's own in its place; times a group's `lr_scale`.
             weight_decay: of the groups with `scheduled_decay`; None = as it was.
             step: the number of this step, from 0; None = the one that is due. Groups are left as they are at the steps
                 before their `frozen_until`: their gradient is zero from the backward on.
-
-        Raises:
-            FloatingPointError: the gradient is not finite (the weights are left as they were by DeepSpeed, or
-                are not to be saved).
         """
         is_due = step in (None, self.num_steps)
         require("Engine.step", is_due, "step must be {}, the one that is due, got {}", self.num_steps, step)
@@ -151,14 +169,12 @@ class Engine:
                 group["weight_decay"] = weight_decay
             group["frozen"] = self.num_steps < group["frozen_until"]
         self.num_steps += 1
-        if self.stage == 0:  # DeepSpeed reports no norm here; the gradients are reduced already
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None]))
+        if self.stage > 0:
             self._engine.step()
-        else:
-            self._engine.step()
-            norm = float(self._engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}")
+            return self._engine.get_global_grad_norm()
+        # DeepSpeed reports no norm here; the gradients are reduced already
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
+        self._engine.step()
         return norm
 
     def _tensors(self, key: str) -> Mapping[int, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -54,12 +55,14 @@ def open_run(recipe: str, run: RunConfig) -> Start:
     return Start(folder.parents[1], folder)
 
 
-def peak_memory() -> str:
-    """Peak memory of this process, for the progress bar."""
-    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []:
-        if line.startswith("VmHWM"):
-            return f"{int(line.split()[1]) / 2**20:.1f} GB"
-    return "n/a"
+def peak_memory(device: torch.device) -> str:
+    """Peak memory for the progress bar: of this rank's GPU, where the model is on one, or else of this process."""
+    if device.type == "cuda":
+        used, held = (x(device) / 2**30 for x in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
+        return f"GPU {used:.1f} GB ({held:.1f} reserved)"
+    status = Path("/proc/self/status")
+    peaks = [line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []
+    return f"host {int(peaks[0]) / 2**20:.1f} GB" if peaks else "host n/a"
 
 
 class Metrics:
@@ -110,10 +113,11 @@ class Metrics:
         if note and not self._console.is_terminal:
             self._console.print(f"step {step}/{self._bar.tasks[0].total:.0f}  {note}", highlight=False)
 
-    def advance(self, step: int, note: str) -> None:
-        """Moves the progress bar to `step`."""
+    def advance(self, step: int, note: str | None = None) -> None:
+        """Moves the progress bar to `step`; None = it says what it said before."""
         if self.active:
-            self._bar.update(self._task, completed=step, note=note)
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            self._bar.update(self._task, completed=step, **fields)
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""

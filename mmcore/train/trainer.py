@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.data import StepBatch, TrainLoader
@@ -22,13 +22,18 @@ from mmcore.recipe import Recipe, Step
 from mmcore.runs import FROZEN, load_weights, read_assets
 from mmcore.settings import as_yaml, check_resumed, to_json
 from mmcore.tasks import Subject, follow, report
+from mmcore.tasks.ranks import Ranks
 from mmcore.train import state
 from mmcore.train.deepspeed_json import deepspeed_config
-from mmcore.train.engine import Engine, init_distributed, partitioner
+from mmcore.train.engine import Engine, check_config, init_distributed, partitioner
 from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
 
 T = TypeVar("T")
+At = tuple[int, list[str]]
+"""A step, counted from 1, and its records on this rank."""
+MAX_UNREAD = 100
+"""Steps after which the losses are read, to see whether they are finite, however seldom they are logged."""
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
@@ -78,13 +83,16 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
 
     def measured() -> dict[str, float]:
         with engine.eval():  # a subject keeps what its model made of the held-out pairs
-            return follow(Subject(recipe, assets, engine, data, engine.device))
+            ranks = Ranks(rank, world_size)
+            return follow(Subject(recipe, assets, engine, data, engine.device, ranks=ranks))
 
     options = {"tensorboard": recipe.run.tensorboard, "active": rank == 0}
     with Metrics(start.folder, total, first, **options) as metrics:
         for part, what in saved.get("summary", {}).items():
             metrics.say(f"{part:<16}{what}")
         num_parameters = sum(engine.shards.numel(name) for name in engine.params)
+        if recipe.run.resume is not None and start.checkpoint is None:
+            metrics.say(f"{start.folder} has no checkpoint yet: training begins at the first step")
         metrics.say(
             f"training {name} ({num_parameters / 1e6:.1f} M parameters) on {data.name}: {data.num_train} samples, "
             f"{total - first} steps of {loader.spec.global_batch}, ZeRO {engine.stage}, {engine.precision}, "
@@ -104,7 +112,7 @@ def _prepare(name: str, recipe: Recipe, data: Any, world_size: int) -> Start:
     if recipe.run.accum != 1 and not recipe.accumulates:
         raise ValueError(f"--accum must be 1 with {name}, got {recipe.run.accum}: give each rank a larger batch")
     start = open_run(name, recipe.run)
-    deepspeed_config(recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size)
+    check_config(deepspeed_config(recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size)[0])
     if start.checkpoint is not None:
         saved = json.loads((start.folder / "config.json").read_text())
         check_resumed(saved["settings"], recipe)
@@ -176,7 +184,8 @@ class Loop:
     companions: Any  # see `Recipe.companions`
     # on every rank alike: numbers by name, the first of which the progress bar shows
     evaluate: Callable[[], dict[str, float]]
-    _at: tuple[int, list[str]] = field(default=(0, []), init=False)  # the step under way, and its records here
+    _at: At = field(default=(0, []), init=False)
+    _unread: list[tuple[At, dict[str, Tensor | float]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._lr = lr_schedule(self.recipe.optim, self.total)
@@ -185,8 +194,6 @@ class Loop:
     def __call__(self, first: int) -> None:
         """Steps `first` to the last; a FloatingPointError says where a loss or the gradient stopped being finite."""
         try:
-            if first == 0:
-                self._save(0)
             self._run(first)
         except FloatingPointError as error:
             step, records = self._at
@@ -203,35 +210,59 @@ class Loop:
             batch: StepBatch = next(self.loader)
             done = number + 1
             self._at = done, batch.ids
-            values = self._step(number, batch)
+            try:
+                self._unread.append((self._at, self._step(number, batch)))
+            except ValueError:  # of weights that are not finite since a step before, which is to be said
+                self._read()
+                raise
             seen += len(batch.ids) * dist.get_world_size()
-            rate = seen / (time.perf_counter() - began)
-            last, new = done == self.total, {}
-            if last or done % eval_every == 0:
-                new = self.evaluate()
-                accuracy = new or accuracy
-            note = f"loss {values['loss']:.3f}  {rate:.0f} samples/s  {peak_memory()}  {_shown(accuracy)}"
+            logs, measures, saves = (
+                done == self.total or done % n == 0 for n in (run.log_every, eval_every, save_every)
+            )
+            if not (logs or measures or saves or len(self._unread) == MAX_UNREAD):
+                self.metrics.advance(done)
+                continue
+            values = self._read()
+            rate, new = seen / (time.perf_counter() - began), self.evaluate() if measures else {}
+            accuracy = new or accuracy
+            memory = peak_memory(self.engine.device)
+            note = f"loss {values['loss']:.3f}  {rate:.0f} samples/s  {memory}  {_shown(accuracy)}"
             self.metrics.advance(done, note)
-            if last or new or done % run.log_every == 0:
+            if logs or new:
                 measured = {f"eval/{k}": v for k, v in new.items()}
+                values["lr"] = self._lr(number)
                 record = {**values, "samples_per_s": round(rate, 1), "epoch": batch.epoch, **measured}
                 self.metrics.log(done, record, note=note)
                 began, seen = time.perf_counter(), 0
-            if last or done % save_every == 0:
+            if saves:
                 self._save(done)
                 began, seen = time.perf_counter(), 0
 
-    def _step(self, number: int, batch: StepBatch) -> dict[str, float]:
-        recipe = self.recipe
-        step = Step(number, self.total, seed_step(recipe.run.seed, number), self.companions)
-        losses = {name: x.item() for name, x in recipe.backward(self.engine, batch.parts, step).items()}
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the {name} is {value}")
-        lr = self._lr(number)
-        norm = self.engine.step(lr, weight_decay=self._weight_decay(number), step=number)
-        recipe.after_step(self.engine, step)
-        return {**losses, "grad_norm": norm, "lr": lr}
+    def _step(self, number: int, batch: StepBatch) -> dict[str, Tensor | float]:
+        """Losses and the gradient's norm, which are not read here: a GPU would be waited for."""
+        step = Step(number, self.total, seed_step(self.recipe.run.seed, number), self.companions)
+        losses = self.recipe.backward(self.engine, batch.parts, step)
+        norm = self.engine.step(self._lr(number), weight_decay=self._weight_decay(number), step=number)
+        self.recipe.after_step(self.engine, step)
+        return {**losses, "gradient norm": norm}
+
+    def _read(self) -> dict[str, float]:
+        """The latest step's numbers; the device is waited for once for all steps that were not read yet. Raises
+        FloatingPointError for the first that is not finite."""
+        if not self._unread:
+            return {}
+        device = next(x.device for x in self._unread[0][1].values() if isinstance(x, Tensor))
+        unread = [torch.as_tensor(x, dtype=torch.float64, device=device) for _, of in self._unread for x in of.values()]
+        numbers, values = iter(torch.stack(unread).tolist()), {}
+        for at, names in self._unread:
+            values = {name: next(numbers) for name in names}
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    self._at = at
+                    raise FloatingPointError(f"the {name} is {value}")
+        self._unread.clear()
+        values["grad_norm"] = values.pop("gradient norm")
+        return values
 
     def _save(self, step: int) -> None:
         done = {"epoch": step // self.loader.steps_per_epoch, "total": self.total}

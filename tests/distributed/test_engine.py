@@ -1,6 +1,7 @@
 """Training under ZeRO 0 to 3 on 2 ranks against one process in plain PyTorch, and against itself after a resume."""
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 RUNS = {f"{name}-zero{zero}": {"zero": zero, **recipe} for name, recipe in RECIPES.items() for zero in STAGES}
 RUNS |= {f"bf16-zero{zero}": {"zero": zero, "precision": "bf16"} for zero in (1, 3)}
 RUNS["bf16-frozen"] = {"zero": 1, "precision": "bf16", **FROZEN}
+POISONED = {f"poisoned-{precision}-zero{zero}": {"zero": zero, "precision": precision, "poison": 1, "steps": 2}
+            for precision, stages in (("fp32", STAGES), ("bf16", (1, 2, 3))) for zero in stages}  # fmt: skip
 RESUMED = [name for name in RUNS if name.startswith(("adamw", "frozen", "bf16"))] + [
     "sgd-zero2",
     "lars-zero1",
@@ -76,7 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Unbroken runs on 2 ranks, and those that go on from where some of them were saved half-way."""
     folder = tmp_path_factory.mktemp("engine")
     settings = []
-    for name, run in RUNS.items():
+    for name, run in (RUNS | POISONED).items():
         settings.append({"id": name, "steps": WHOLE, **run})
         if name in RESUMED:
             settings[-1] |= {"save_at": HALF, "save": str(folder / name)}
@@ -117,6 +120,19 @@ def test_two_ranks_train_as_one_process(runs: Runs, zero: int, name: str) -> Non
     # times their relative error, so weights are held to 1 % of one step.
     for key in found:
         assert farthest(found, truth, key) < 1e-4
+
+
+def test_no_step_waits_for_the_device_but_where_ranks_tell_each_other_their_sizes(runs: Runs) -> None:
+    lines = {line.split(":")[0] for result in runs[1] for run in RUNS for line in result[run]["waits"]}
+    assert lines == {"mmcore/losses/ranks.py"}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_a_gradient_that_is_not_finite_has_a_norm_that_is_not_on_every_rank(runs: Runs, name: str) -> None:
+    """Though DeepSpeed skips the step without a word (DeepSpeed#8415)."""
+    for result in runs[1]:
+        first, second = result[name]["norms"]
+        assert math.isfinite(first) and not math.isfinite(second)
 
 
 def test_a_step_that_is_not_the_one_that_is_due_is_refused(runs: Runs) -> None:

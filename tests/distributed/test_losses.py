@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from mmcore.losses import global_token_contrastive_loss
 from mmkernels import contrastive_loss_ref, sigmoid_loss_ref, token_contrastive_loss_ref
-from tests.distributed import cases, worker_losses
+from tests.distributed import cases, derivatives, worker_losses
 from tests.distributed.launch import run_ranks
+from tests.kernels.derivatives import MODES, REFUSED, table
 from tests.mmcore.integrations import dual_encoders
 
 WHOLE = slice(0, cases.NUM)
@@ -214,3 +216,18 @@ def test_the_token_loss_refuses_tokens_on_both_sides():
     tokens = torch.ones(3, 2, 4)
     with pytest.raises(ValueError, match=r"^global_token_contrastive_loss: b must be \[n, D\], got shape \[3, 2, 4\]$"):
         global_token_contrastive_loss(tokens, tokens, 1.0)
+
+
+@pytest.mark.parametrize("results", [2], indirect=True)
+@pytest.mark.parametrize("name", [*derivatives.LOSSES, "`mmcore.nn.BatchNorm` over ranks"])
+def test_other_derivatives_over_ranks_are_as_the_table_says(results, name) -> None:
+    for mode in (*MODES, "`torch.compile`"):
+        found = [result["derivatives"][name][mode] for result in results]
+        if table()[name][mode] == "refused":
+            assert all(isinstance(x, str) and re.search(REFUSED, x) for x in found), (mode, found)
+            continue
+        if mode == "`torch.compile`":
+            expected = torch.cat([tensor(result["derivatives"][name]["plain"]) for result in results])
+        else:
+            expected = MODES[mode](derivatives.normalized_whole, cases.batch()["a"], torch.ones(()))
+        assert (torch.cat([tensor(x) for x in found]) - expected).abs().max() <= 1e-5 * expected.abs().max(), mode

@@ -16,6 +16,7 @@ from mmcore.train.optim import OptimConfig, make_optimizer, param_groups, weight
 from mmcore.train.state import read_state, restore_engine, save_state
 from tests.distributed import tiny
 from tests.distributed.launch import serve
+from tests.waits import Waits
 
 
 def make_engine(run: dict[str, Any], optim: OptimConfig) -> tuple[Engine, int]:
@@ -41,24 +42,29 @@ def main(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         optim = tiny.optim(run.get("optim", {}))
         engine, start = make_engine(run, optim)
-        losses, norms = [], []
+        losses, norms, waits = [], [], Waits()
         for step in range(start, run["steps"]):
             images, tokens = (tiny.share(x, rank, world_size) for x in tiny.batch(8, step))
+            if step == run.get("poison"):
+                images = images * torch.inf
             parts = [
                 ClipBatch(a, b, tiny.lengths(b))
                 for a, b in zip(*(x.chunk(run.get("accum", 1)) for x in (images, tokens)), strict=True)
             ]
-            losses.append(float(Clip().backward(engine, parts, Step(step, run["steps"], 0))["loss"]))
             decay = weight_decay_schedule(optim, tiny.TOTAL)(step)
             lr = optim.lr * run.get("rate", 1.0)
-            norms.append(engine.step(lr, weight_decay=decay, step=step))
+            with waits:
+                loss = Clip().backward(engine, parts, Step(step, run["steps"], 0))["loss"]
+                norm = engine.step(lr, weight_decay=decay, step=step)
+            losses.append(float(loss))
+            norms.append(float(norm))
             if run.get("save_at") == step + 1:
                 save_state(engine, Path(run["save"]), step + 1, {"note": "kept"}, {"rank": rank}, keep=2)
         names = list(engine.params)
         state = {key: engine.gather(key, names) for key in ("weight", *engine.optimizer.state_keys)}
         if rank == 0:
             torch.save(state, folder / f"{run['id']}.pt")
-        results[run["id"]] = {"losses": losses, "norms": norms}
+        results[run["id"]] = {"losses": losses, "norms": norms, "waits": waits.lines}
         try:
             engine.step(optim.lr, step=run["steps"] - 1)
         except ValueError as error:

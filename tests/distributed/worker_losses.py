@@ -12,7 +12,7 @@ from torch import Tensor
 from mmcore.integrations.contrastive import use_global_loss
 from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
 from mmkernels._device import runs_triton
-from tests.distributed import cases, drop_in, tiny
+from tests.distributed import cases, derivatives, drop_in, tiny
 from tests.distributed.launch import serve
 from tests.kernels.recorded import Operations
 from tests.mmcore.integrations import dual_encoders
@@ -190,7 +190,7 @@ def main(folder: Path, kernels: bool = False) -> dict[str, Any]:
         "sigmoid": variants(sigmoid, cases.SIGMOID_CASES), "token": variants(token, cases.TOKEN_CASES),
         "drop-in": drop_in.compared(), "misplaced": message(drop_in.misplaced), "refusals": refusals(),
         "dual encoders": {name: dual_encoder(name) for name in DUAL_ENCODERS}, "largest": largest_tensors(),
-        "special": special(),
+        "special": special(), "derivatives": derivatives.cells() if dist.get_world_size() == 2 else {},
     }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_held_out_questions_come_in_order_without_those_of_broken_images(tmp_pat
     files: dict[str, Any] = {"annotations": train[1], "val_data": val[0], "val_annotations": val[1]}
     _, held_out = _sets(opened(train[0], **files, max_broken=0.5))
     batches = list(held_out.batches(3, Preprocess(8)))
-    assert [len(images) for images, _ in batches] == [3, 3, 2] and batches[0][0].shape == (3, 3, 8, 8)
+    assert [len(images) for images, _ in batches] == [3, 1, 3, 1] and batches[0][0].shape == (3, 3, 8, 8)
     asked = [question.question_id for _, questions in batches for question in questions]
     assert asked == [10 * i + k for i in (20, 21, 23, 24) for k in (0, 1)]
     assert all(len(q.answers) == 10 and q.question_type in ("how", "is") for _, qs in batches for q in qs)

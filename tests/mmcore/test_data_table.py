@@ -92,8 +92,8 @@ def test_held_out_images_that_are_broken_are_left_out_by_index(tmp_path: Path) -
     held_out = opened(write_pairs(tmp_path / "t", 4), val_data=val, max_broken=0.2).val
     assert held_out is not None
     batches = list(held_out.batches(2, Preprocess(8)))
-    assert [indices.tolist() for _, indices in batches] == [[0, 1], [3, 4], [5]]
-    assert [len(images) for images, _ in batches] == [2, 2, 1] and held_out.broken == {"empty file": 1}
+    assert [indices.tolist() for _, indices in batches] == [[0, 1], [3], [4, 5]]
+    assert [len(images) for images, _ in batches] == [2, 1, 2] and held_out.broken == {"empty file": 1}
     held_out.max_broken = 0.1
     message = r"1 of 6 records of the held-out images are broken \(empty file 1\)"
     refuses(message, lambda: list(held_out.batches(2, Preprocess(8))))

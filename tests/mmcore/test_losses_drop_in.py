@@ -1,5 +1,6 @@
 """The drop-in classes on one process: their originals' formulas, and what they refuse."""
 
+import inspect
 import math
 from enum import Enum
 from typing import Any
@@ -58,6 +59,54 @@ def test_siglip_loss_is_open_clips_formula():
     assert abs(SigLipLoss()(a, b, scale, None) - without) < 1e-12  # pyright: ignore[reportOperatorIssue]
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, 9, 1000])
+def test_siglip_loss_in_chunks_is_open_clips_formula_and_the_same_loss(chunk_size: int) -> None:
+    a, b = features()
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -10.0))
+    published = torch.zeros((), dtype=torch.float64)
+    for i in range(0, len(a), chunk_size):
+        logits = scale * a[i : i + chunk_size] @ b.T + bias
+        published = published + F.softplus(logits).sum() - logits.diagonal(i).sum()
+    loss = SigLipLoss(chunk_size=chunk_size)(a, b, scale, bias)
+    assert_same(loss, published / len(a), a, b, scale, bias)  # pyright: ignore[reportArgumentType]
+    assert loss == SigLipLoss(False, 0, 1, None, 0)(a, b, scale, bias)
+
+
+# open_clip's arguments and their defaults, in order, of 3.3 and of 4.2; a class of ours may have more behind them
+CLIP = {"local_loss": False, "gather_with_grad": False, "cache_labels": False, "rank": 0, "world_size": 1}
+SIGLIP = {"cache_labels": False, "rank": 0, "world_size": 1, "dist_impl": None}
+FEATURES = dict.fromkeys(("image_features", "text_features", "logit_scale"), inspect.Parameter.empty)
+PUBLISHED: dict[Any, tuple[dict[str, Any], ...]] = {
+    ClipLoss.__init__: (CLIP | {"use_horovod": False}, CLIP),
+    ClipLoss.forward: (FEATURES | {"logit_bias": None, "output_dict": False},),
+    SigLipLoss.__init__: (SIGLIP, SIGLIP | {"chunk_size": 0}),
+    SigLipLoss.forward: (FEATURES | {"logit_bias": inspect.Parameter.empty, "output_dict": False},),
+}
+
+
+def arguments(function: Any) -> dict[str, Any]:
+    """Names and defaults, in order, without self."""
+    named = list(inspect.signature(function).parameters.items())[1:]
+    return {name: parameter.default for name, parameter in named}
+
+
+def begins_with(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return list(ours.items())[: len(theirs)] == list(theirs.items())
+
+
+@pytest.mark.parametrize("function", PUBLISHED, ids=lambda function: function.__qualname__)
+def test_the_signatures_are_open_clips(function: Any) -> None:
+    for theirs in PUBLISHED[function]:
+        assert begins_with(arguments(function), theirs)
+
+
+@pytest.mark.parametrize("function", PUBLISHED, ids=lambda function: function.__qualname__)
+def test_the_signatures_are_those_of_the_open_clip_that_is_installed(function: Any) -> None:
+    installed = pytest.importorskip("open_clip.loss", exc_type=ImportError)
+    of_class, method = function.__qualname__.split(".")
+    assert begins_with(arguments(function), arguments(getattr(getattr(installed, of_class), method)))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_with_temperature_is_torchmultimodals_formula(masked, smoothing):
@@ -109,6 +158,8 @@ def test_what_the_loss_with_temperature_does_not_support_is_refused_by_name(argu
 
 def test_settings_that_cannot_be_honoured_are_refused():
     refuses("ClipLoss: use_horovod must be False, got True", ClipLoss, use_horovod=True)
+    for size in (-1, 2.5):
+        refuses(r"SigLipLoss: chunk_size must be a whole .*, got", SigLipLoss, chunk_size=size)
     refuses(r"SigLipLoss: dist_impl must be None or one of .*, got 'ring'", SigLipLoss, dist_impl="ring")
     with pytest.raises(ValueError, match="logit_scale_min must be given where logit_scale_max is None"):
         ContrastiveLossWithTemperature(logit_scale_min=None, logit_scale_max=None)

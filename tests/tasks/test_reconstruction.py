@@ -51,7 +51,7 @@ def subject(recipe: Known) -> Subject:
 
 def masked_mean() -> Tensor:
     found = subject(recipe := Known(1.0))
-    batches = list(reconstruction._batches(found, recipe.reconstructs()))
+    batches = reconstruction._over(found, recipe.reconstructs(), lambda batch, _: batch)
     own, kept = torch.cat([b[0] for b in batches]), torch.cat([b[2] for b in batches])
     masked = hidden(kept, 16)[:, :, None]
     return (recipe.target(own).double() * masked).sum(0) / masked.sum(0)

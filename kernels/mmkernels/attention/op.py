@@ -5,6 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import accumulator, autocast_operands, require
 from mmkernels._device import Kernels, runs_triton
 from mmkernels.attention import blockwise
@@ -174,14 +175,22 @@ def attention(
             # in low precision ATen's kernel takes its exponentials to four digits
             problem = problem.widened()
         operands = Operands.of(problem if empty is None else with_uniform_rows(problem, empty))
+        _reverse_only(problem)
         out, lse = _attention_fwd(*operands)
         out = out.to(q.dtype)
         lse = lse if empty is None else lse.masked_fill(empty, -torch.inf)
     else:
+        if not name.startswith("sdpa"):  # torch's own refuses what it lacks
+            _reverse_only(problem)
         out, lse = run_backend(name, problem, call), q.new_empty(0)
     if gate is not None:
         out = out * gate.to(out.dtype).tanh().reshape(-1, 1)
     return (out, lse) if return_lse else out
+
+
+def _reverse_only(problem: Problem) -> None:
+    q, k, v, *_, bias = Operands.of(problem).leaves
+    reverse_only(OP, "mmkernels.attention_ref", q=q, k=k, v=v, mask=bias)
 
 
 def _skips_little(problem: Problem) -> bool:
@@ -251,3 +260,4 @@ def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None):
 
 
 _attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+_attention_bwd.register_autograd(has_no_derivative(OP, "mmkernels.attention_ref"))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from mmkernels._autograd import is_transforming
 from mmkernels._gemm import matmul, matmul_nt
 from mmkernels._numerics import widen
 from mmkernels._tile import info_nce_tile
@@ -24,7 +25,7 @@ def form_of(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool, is
     if not logits_are_kept(a, num_cols) or (normalized and is_compiling()):
         return None
     if is_plain and not is_compiling():
-        return "stored"
+        return "eager" if is_transforming() else "stored"
     return "eager" if len(a) * num_cols < EAGER_LOGITS else None
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import (
     accumulator,
     autocast_operands,
@@ -76,6 +77,7 @@ def contrastive_stats(
     if positives is not None:
         check_positives(a, b, positives, -1)
         positives = positives.contiguous()
+    reverse_only("contrastive_stats", "mmkernels.contrastive_stats_ref", a=a, b=b, logit_scale=scale)
     teacher_a, teacher_b = teacher or (None, None)
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
     keep = learned and logits_are_kept(a, len(b))
@@ -254,6 +256,7 @@ def _backward(ctx, *grads: Tensor):
 
 
 _contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)
+_contrastive_bwd.register_autograd(has_no_derivative("contrastive_stats", "mmkernels.contrastive_stats_ref"))
 
 
 def gives_nan(a: Tensor) -> bool:

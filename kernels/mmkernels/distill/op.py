@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import accumulator, check_beside, check_dtype, require, scalar_tensor
 from mmkernels._device import Kernels, runs_triton
 from mmkernels.distill import blockwise, eager
@@ -59,6 +60,7 @@ def distillation_loss(
     with torch.autocast(student.device.type, enabled=False):
         if eager.is_faster(student):
             return eager.distillation_loss_eager(student, teacher, student_temp, teacher_temp, center, reduction)
+        reverse_only(OP, "mmkernels.distillation_loss_ref", student=student)
         losses = _distillation_loss_fwd(student, teacher, student_temp, teacher_temp, center)[0]
         if reduction == "none":
             return losses
@@ -119,6 +121,7 @@ def _backward(ctx, grad: Tensor, _stats: None):
 
 
 _distillation_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
+_distillation_loss_bwd.register_autograd(has_no_derivative(OP, "mmkernels.distillation_loss_ref"))
 
 
 def _check(student: Tensor, teacher: Tensor, center: Tensor | None, reduction: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
+from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import accumulator, autocast_operands, check_beside, check_dtype, check_index, require
 from mmkernels._device import Kernels, runs_triton
 from mmkernels._numerics import widen
@@ -79,6 +80,8 @@ def linear_cross_entropy(
                 z_loss=z_loss,
                 reduction=reduction,
             )
+    instead = "mmkernels.linear_cross_entropy_ref"
+    reverse_only("linear_cross_entropy", instead, hidden=hidden, weight=weight, bias=bias)
     total = reduction != "none"
     needs = [total and torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     terms = [label_smoothing, z_loss]
@@ -183,6 +186,9 @@ def _scaled(dx: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
+_linear_cross_entropy_bwd.register_autograd(
+    has_no_derivative("linear_cross_entropy", "mmkernels.linear_cross_entropy_ref")
+)
 
 
 def _run(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import has_no_derivative
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
 from mmkernels.multi_tensor.paths import WIDE, path_of, prepared, table_in_op, total_dtype
@@ -133,3 +134,4 @@ def _backward(ctx: Any, d_penalty: Tensor) -> tuple[Any, ...]:
 
 
 _ewc_penalty_fwd.register_autograd(_backward, setup_context=_setup_context)
+_ewc_penalty_bwd.register_autograd(has_no_derivative("ewc_penalty", "mmkernels.ewc_penalty_ref"))

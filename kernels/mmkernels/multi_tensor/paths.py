@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import native
+from mmkernels._autograd import untransformed
 from mmkernels._checks import DTYPE_NAMES, DTYPES, require
 from mmkernels._device import Kernels, runs_triton
 from mmkernels.multi_tensor import blockwise
@@ -39,6 +40,7 @@ def prepared(
         written: names of those written: dense, in equal strides, sharing no memory with any other.
         dtypes: of a list, and their names, where others than floating point are allowed.
     """
+    untransformed(op, "its reference", given)
     lists = [list(tensors or ()) for tensors in given.values()]
     is_eager = not torch.compiler.is_compiling()
     is_walked = is_eager and any(walks(x) for x in lists[0][:1])

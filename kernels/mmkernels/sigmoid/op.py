@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import (
     accumulator,
     autocast_operands,
@@ -64,6 +65,7 @@ def sigmoid_loss(
     if eager.is_faster(a, b):
         with torch.autocast(a.device.type, enabled=False):
             return eager.sigmoid_loss_eager(a, b, scale, bias, labels, reduction)
+    reverse_only("sigmoid_loss", "mmkernels.sigmoid_loss_ref", a=a, b=b, logit_scale=scale, logit_bias=bias)
     total = reduction != "none"
     needs = [total and torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale, bias)]
     loss = _sigmoid_fwd(a, b, scale, bias, *(labels or (None, None)), total, needs)[0]
@@ -180,6 +182,7 @@ def _backward(ctx, d_loss: Tensor | None, *_grads: None):
 
 
 _sigmoid_fwd.register_autograd(_backward, setup_context=_setup_context)
+_sigmoid_bwd.register_autograd(has_no_derivative("sigmoid_loss", "mmkernels.sigmoid_loss_ref"))
 
 
 def _run(

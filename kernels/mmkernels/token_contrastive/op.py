@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import (
     accumulator,
     autocast_operands,
@@ -68,6 +69,7 @@ def token_contrastive_stats(
     is FILIP's (arXiv:2111.07783).
     """
     tokens, b, scale = operands(tokens, b, logit_scale)
+    reverse_only(f"{OP}_stats", f"mmkernels.{OP}_stats_ref", tokens=tokens, b=b, logit_scale=scale)
     if positives is not None:
         check_positives(tokens, b, positives, -1)
     row_labels, col_labels = check_labels(tokens, b, labels) or (None, None)
@@ -220,3 +222,4 @@ def _backward(ctx, *grads: Tensor):
 
 
 _token_contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)
+_token_contrastive_bwd.register_autograd(has_no_derivative(f"{OP}_stats", f"mmkernels.{OP}_stats_ref"))

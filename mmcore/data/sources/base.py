@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -134,31 +134,50 @@ def parse_image_id(value: object) -> str | None:
     return str(value)
 
 
-class Measured:
-    """Images that a model is measured on; the broken ones are left out and counted."""
+class Measured(ABC):
+    """Images that a model is measured on, by position; the broken ones are left out and counted."""
 
     max_broken: float
     broken: dict[str, int]
+    what: str  # they are, for messages
 
-    def _good_images(
-        self, source: ImageSource, indices: Sequence[int], batch_size: int, what: str
-    ) -> Iterator[tuple[list[Image.Image], list[int]]]:
-        """RGB images of `source` at `indices` in order, with the positions in `indices` of each batch's."""
-        require("data", batch_size >= 1, "batch_size must be at least 1, got {}", batch_size)
-        tally = BrokenTally(self.max_broken, what)
-        images: list[Image.Image] = []
-        positions: list[int] = []
-        for position, i in enumerate(indices):
-            with tally.record(source.sample_id(i)):
-                images.append(source.raw_image(i))
-                positions.append(position)
-            if len(images) == batch_size:
-                yield images, positions
-                images, positions = [], []
-        if images:
-            yield images, positions
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample_id(self, i: int) -> str: ...
+
+    @abstractmethod
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image: ...
+
+    def read(self, positions: Iterable[int]) -> tuple[list[Image.Image], list[int], list[tuple[str, str]]]:
+        """Images that are good, RGB; their positions; the name and the reason of each other one."""
+        images, good, broken = [], [], []
+        for i in positions:
+            try:
+                images.append(self.raw_image(i))
+                good.append(i)
+            except BrokenRecord as error:
+                broken.append((self.sample_id(i), error.reason))
+        return images, good, broken
+
+    def check_broken(self, seen: int, broken: Iterable[tuple[str, str]]) -> None:
+        """Counts those among the first `seen` images; a ValueError of more than `max_broken`."""
+        tally = BrokenTally(self.max_broken, self.what)
+        tally.add(seen, broken)
         self.broken = dict(tally.counts)
-        tally.check(final=True)
+        tally.check(final=seen == len(self))
+
+    def _good_images(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[int]]]:
+        """Of `batch_size` positions at a time."""
+        require("data", batch_size >= 1, "batch_size must be at least 1, got {}", batch_size)
+        broken: list[tuple[str, str]] = []
+        for first in range(0, len(self), batch_size):
+            images, positions, more = self.read(range(first, min(first + batch_size, len(self))))
+            broken += more
+            if images:
+                yield images, positions
+        self.check_broken(len(self), broken)
 
 
 @dataclass
@@ -183,14 +202,18 @@ class EvalSet(Measured):
     labels_match: bool = False
     names: list[str] | None = None
     broken: dict[str, int] = field(default_factory=dict)
-    """Broken images met in the latest pass of `batches`, by reason."""
+    """Broken images met in the latest pass, by reason."""
+    what = "the held-out images"
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def raw_image(self, i: int) -> Image.Image:
-        """Held-out image `i` as it is, RGB, for pictures; raises BrokenRecord."""
-        return self.source.raw_image(self.indices[i])
+    def sample_id(self, i: int) -> str:
+        return self.source.sample_id(self.indices[i])
+
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
+        """Held-out image `i` as it is, RGB; raises BrokenRecord."""
+        return self.source.raw_image(self.indices[i], least)
 
     def batches(self, batch_size: int, preprocess: Preprocess) -> Iterator[tuple[Tensor, Tensor]]:
         """All held-out images in order, less the broken ones: uint8 [B, 3, S, S], and their int64 [B] indices, as of
@@ -204,7 +227,7 @@ class EvalSet(Measured):
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[int]]]:
         """As `batches`, the images as they are."""
-        return self._good_images(self.source, self.indices, batch_size, "the held-out images")
+        return self._good_images(batch_size)
 
 
 def by_image(source: ImageSource, identities: list[str], texts: list[str], max_broken: float) -> EvalSet:

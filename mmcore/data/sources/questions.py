@@ -51,7 +51,11 @@ class QuestionSet(Measured, PairSource):
     derived: bool
     max_broken: float = 0.0
     broken: dict[str, int] = field(default_factory=dict)
-    """Broken images met in the latest pass of `raw_batches`, by reason."""
+    """Broken images met in the latest pass, by reason."""
+
+    @property
+    def what(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"the images of {self.name}"
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -88,5 +92,5 @@ class QuestionSet(Measured, PairSource):
 
     def raw_batches(self, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Question]]]:
         """All questions in order with their images, RGB, less those about broken images; ValueError for too many."""
-        for images, indices in self._good_images(self, range(len(self)), batch_size, f"the images of {self.name}"):
+        for images, indices in self._good_images(batch_size):
             yield images, [self.questions[i] for i in indices]

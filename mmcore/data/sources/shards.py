@@ -197,6 +197,7 @@ def _open_held_out(shards: list[str], config: DataConfig, given: str) -> EvalSet
     identities: list[str] = []
     for pair in (p for shard in shards for p in tar.index_shard(shard)):
         with tally.record(f"{pair['__url__']}:{pair['__key__']}"):
+            tar.check_members(pair)
             texts = {s: tar.read_range(*pair[s]) for s in (tar.CAPTION_SUFFIX, tar.METADATA_SUFFIX) if s in pair}
             caption = tar.decode_caption(texts[tar.CAPTION_SUFFIX])
             identities.append(tar.image_identity(pair | texts))

@@ -22,6 +22,9 @@ MAX_MEMBER_BYTES = 64 << 20
 """Larger members of a tar are refused unread."""
 
 _REFUSED = "refused-"
+_DOTS = (
+    "by webdataset's rule a key ends at the first dot of a name: rename x.v2.jpg and x.v2.txt to x_v2.jpg and x_v2.txt"
+)
 _BLOCK = 1 << 16
 _HEADER_CUT_OFF = (
     tarfile.EmptyHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,10 +83,20 @@ def pair_bytes(sample: Sample) -> tuple[bytes, str]:
     for suffix, reason in sample.items():
         if suffix.startswith(_REFUSED):
             raise BrokenRecord(reason.decode())
-    image = image_of(sample)
-    BrokenRecord.unless(image is not None, "no image")
-    BrokenRecord.unless(CAPTION_SUFFIX in sample, "no caption")
-    return image, decode_caption(sample[CAPTION_SUFFIX])
+    check_members(sample)
+    return image_of(sample), decode_caption(sample[CAPTION_SUFFIX])
+
+
+def check_members(sample: Sample) -> None:
+    """Raises BrokenRecord without an image or a caption; where a name has more than one dot, with the rule that makes
+    its suffix longer."""
+    for suffixes, what in ((IMAGE_SUFFIXES, "no image"), ((CAPTION_SUFFIX,), "no caption")):
+        if not any(suffix in sample for suffix in suffixes):
+            raise BrokenRecord(f"{what} ({_DOTS})" if _has_dotted(sample, suffixes) else what)
+
+
+def _has_dotted(sample: Sample, suffixes: tuple[str, ...]) -> bool:
+    return any(name.endswith(tuple(f".{suffix}" for suffix in suffixes)) for name in sample)
 
 
 def image_of(sample: Sample) -> Any:
@@ -201,14 +214,15 @@ def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
 
 
 def index_shard(shard: str) -> list[Sample]:
-    """The pairs of one local shard, by its headers alone: of each member its `Place`; raises ValueError where the shard
-    is damaged or compressed."""
+    """The pairs of one local shard, and what would be one but for the dots of its names, by its headers alone: of each
+    member its `Place`; raises ValueError where the shard is damaged or compressed."""
     found: dict[str, Sample] = {}
     for name, place in _headers(shard, " to be held out, or else num_samples be given to train on it"):
         key, suffix = _split_name(name)
         if key is not None and suffix is not None:
             found.setdefault(key, {"__key__": key, "__url__": shard})[suffix.lower()] = place
-    return [sample for sample in found.values() if image_of(sample) and CAPTION_SUFFIX in sample]
+    kept = (*IMAGE_SUFFIXES, CAPTION_SUFFIX)
+    return [x for x in found.values() if (image_of(x) and CAPTION_SUFFIX in x) or _has_dotted(x, kept)]
 
 
 def index_images(shard: str) -> dict[str, Place]:

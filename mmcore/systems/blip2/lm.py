@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmcore.labels import IGNORED
 from mmcore.nn import Linear
 from mmcore.ops import accumulator, require
+from mmcore.parts.decoding import in_step
 from mmcore.parts.language import LanguageHead, whole
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
@@ -104,6 +105,7 @@ class BLIP2LM(nn.Module):
         """
         is_causal = not self.language_model.config.is_encoder_decoder
         embedded, seen = self._inputs(self.prefix(images), tokens, num_text, is_left=is_causal)
+        options = in_step(self.language_model) | options
         return self.language_model.generate(inputs_embeds=embedded, attention_mask=seen, **options)
 
     def _inputs(

@@ -106,13 +106,31 @@ def _as_today(raw: Mapping[str, Any]) -> dict[str, Any]:
     for part in ("vision_cfg", "text_cfg"):
         what = "open_clip_config.json must hold model_cfg.{}, got {}"
         require("load_clip", isinstance(model.get(part), Mapping), what, part, sorted(model))
+    layers = model["vision_cfg"].get("layers")
+    what = "open_clip_config.json must be of a ViT, got model_cfg.vision_cfg.layers {} of a ResNet"
+    require("load_clip", not isinstance(layers, list), what, layers)
+    vision = _current(model["vision_cfg"], "vision_cfg", _VISION_CFG, pool_type="tok", pos_embed_type="learnable")
+    text = _current(model["text_cfg"], "text_cfg", _TEXT_CFG, pool_type="argmax", proj_type="linear")
     # its own defaults; a file of a model alone has none
     pictures = dict(raw.get("preprocess_cfg") or {}) if "model_cfg" in raw else {}
-    sizes, side = pictures.get("size"), model["vision_cfg"].get("image_size", 224)
+    sizes, side = pictures.get("size"), vision.get("image_size", 224)
     is_same = sizes is None or set(sizes if isinstance(sizes, list) else [sizes]) == {side}
     what = "open_clip_config.json must have preprocess_cfg.size {}, as model_cfg has it, got {}"
     require("load_clip", is_same, what, side, sizes)
-    return {"model_cfg": model, "preprocess_cfg": pictures}
+    return {"model_cfg": {**model, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": pictures}
+
+
+def _current(given: Mapping[str, Any], part: str, keys: Mapping[str, Key], **defaults: str) -> dict[str, Any]:
+    """A tower's settings without those that say what is so anyway; sizes as one number."""
+    found = {name: x for name, x in given.items() if defaults.get(name, ...) != x}
+    size = found.get("image_size")
+    if isinstance(size, list) and len(set(size)) == 1:
+        found["image_size"] = size[0]
+    for name in sorted({key.name for key in keys.values()} & found.keys()):
+        is_number = isinstance(found[name], int | float) and found[name] > 0
+        what = "open_clip_config.json must have a number above 0 as model_cfg.{}.{}, got {}"
+        require("load_clip", is_number, what, part, name, found[name])
+    return found
 
 
 _VISION_CFG = {

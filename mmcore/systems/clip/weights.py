@@ -47,6 +47,10 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
     tensors = read_safetensors(op, file) if file.suffix == ".safetensors" else read_pickle(op, file)
     ours = ["visual.class_embedding"]
     found = [x for x in _FORMATS.values() if next(x[0].pairs(ours)).theirs[0] in x[0].renamed(tensors)]
+    if not found and config is None:  # what lies beside them may tell what they are
+        for _, settings, _ in _FORMATS.values():
+            if (file.parent / settings.what).is_file():
+                settings.read(op, read_json(op, file.parent / settings.what))
     what = "{} must hold CLIP weights of transformers or open_clip, got neither's names"
     require(op, bool(found), what, file)
     layout, settings, _ = found[0]

@@ -15,6 +15,7 @@ from mmcore.labels import IGNORED, IMAGE_TOKEN
 from mmcore.nn import Linear, quicken
 from mmcore.ops import require
 from mmcore.parts.adapters import Lora, add_adapters, is_adapter, merge_adapters
+from mmcore.parts.decoding import in_step
 from mmcore.parts.language import LanguageHead
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.llava.anyres import Size, grid_shape, num_packed, num_views, pack_features
@@ -184,6 +185,7 @@ class Llava(nn.Module):
         length = tokens.shape[1]
         seen = torch.arange(length, device=tokens.device) >= length - num_text[:, None]
         embedded = self._embed(tokens, images, image_sizes)
+        options = in_step(self.language_model) | options
         return self.language_model.generate(inputs_embeds=embedded, attention_mask=seen.long(), **options)
 
     @torch.no_grad()

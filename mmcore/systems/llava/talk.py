@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
 from mmcore.data.text.templates import AUTO, ChatTokens
 from mmcore.parts.language import load_language_tokenizer
@@ -15,6 +16,7 @@ from mmcore.systems.llava.dialogue import Dialogue, Sampling
 from mmcore.systems.llava.inputs import SeenChat, generate_inputs, prompt_of, see
 from mmcore.systems.llava.model import LlavaConfig
 from mmcore.systems.llava.weights import load_llava
+from mmcore.tasks.ranks import ALONE, Ranks
 from mmcore.tasks.speaking import Answerer
 from mmcore.tasks.talks import ASKED, Reply
 
@@ -43,9 +45,12 @@ class Talks:
         return Dialogue(self.model, self.tokens, system=system, sampling=sampling)
 
     @torch.no_grad()
-    def replies(self, chats: ConversationSet, *, most: int | None = None, **options: Any) -> list[Reply]:
-        """Every answer anew, after what was said before it, of `most` conversations evenly spread; under an engine,
-        every rank alike. Options are of `generate`; more broken conversations than their limit raise a ValueError."""
+    def replies(
+        self, chats: ConversationSet, *, most: int | None = None, ranks: Ranks = ALONE, **options: Any
+    ) -> list[Reply]:
+        """Every answer anew, after what was said before it, of `most` conversations evenly spread; on every rank of
+        those that share the work. Options are of `generate`; more broken conversations than their limit raise a
+        ValueError."""
         settings = {
             "do_sample": False,
             "max_new_tokens": self.max_answer,
@@ -53,25 +58,34 @@ class Talks:
             "pad_token_id": self.tokens.pad_token_id,
             **options,
         }
-        out: list[Reply] = []
+        num_read = len(chats) if most is None else min(most, len(chats))
+        groups: list[list[int]] = []  # of conversations with about BATCH_SIZE answers
+        room = 0
+        for i in (number * len(chats) // num_read for number in range(num_read)):
+            num_answers = sum(turn.role == "assistant" for turn in chats.conversations[i].turns)
+            if num_answers > room or not groups:
+                groups.append([])
+                room = BATCH_SIZE
+            groups[-1].append(i)
+            room -= num_answers
 
-        def answer(part: Sequence[tuple[Reply, SeenChat]]) -> None:
-            inputs = generate_inputs([p for _, p in part], self.tokens.pad_token_id, self.config, self.device)
+        def answered(part: range) -> tuple[list[Reply], list[tuple[str, str]]]:
+            asked, broken = [], []
+            for i in groups[part[0]] if part else []:
+                try:
+                    asked += self._asked(chats.conversations[i], i, chats.raw_images(i))
+                except BrokenRecord as error:
+                    broken.append((chats.sample_id(i), error.reason))
+            # the model runs on every rank
+            read = asked or self._asked(_about("blank", "?"), 0, [Image.new("RGB", (32, 32))])
+            inputs = generate_inputs([p for _, p in read], self.tokens.pad_token_id, self.config, self.device)
             ids = self.model("generate", *inputs, **settings).cpu()
-            out.extend(reply._replace(said=self.tokens.text(row)) for (reply, _), row in zip(part, ids))
+            return [r._replace(said=self.tokens.text(row)) for (r, _), row in zip(asked, ids)], broken
 
-        asked, tally, count = [], chats.tally(), len(chats)
-        num_read = count if most is None else min(most, count)
-        for i in (number * count // num_read for number in range(num_read)):
-            with tally.record(chats.sample_id(i)):
-                asked += self._asked(chats.conversations[i], i, chats.raw_images(i))
-            while len(asked) >= BATCH_SIZE:
-                answer(asked[:BATCH_SIZE])
-                del asked[:BATCH_SIZE]
+        found, tally = ranks.shared(len(groups), 1, answered), chats.tally()
+        tally.add(num_read, [pair for _, broken in found for pair in broken])
         tally.check(final=True)
-        if asked:
-            answer(asked)
-        return out
+        return [reply for replies, _ in found for reply in replies]
 
     def _asked(self, chat: Conversation, number: int, images: list[Image.Image]) -> list[tuple[Reply, SeenChat]]:
         """Each answer of a conversation, still unsaid, with what is read before it; raises BrokenRecord for a
@@ -91,14 +105,16 @@ class Talks:
 
         def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
             names = [str(i) for i in range(len(images))]
-            asked = [
-                Conversation(name, (name,), (Turn("user", f"{IMAGE}\n{prompt}"), Turn("assistant", "")))
-                for name, prompt in zip(names, prompts, strict=True)
-            ]
+            asked = [_about(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
             chats = ConversationSet("the held-out pictures", _Given(zip(names, images)), asked, False)
             return [reply.said for reply in self.replies(chats, **options)]
 
         return say
+
+
+def _about(image: str, prompt: str) -> Conversation:
+    """What is asked about an image, still without an answer."""
+    return Conversation(image, (image,), (Turn("user", f"{IMAGE}\n{prompt}"), Turn("assistant", "")))
 
 
 class _Given(dict[str, Image.Image]):

@@ -98,13 +98,13 @@ def test_adapters_alone_are_trained_and_resumed_and_the_next_run_builds_on_them(
     for name, x in checkpoint.tensors(again / LAST, "weight"):
         assert torch.equal(x, trained[name]), name
     next_run = [*SMALL, "--from", again, "--lora", 2, "--out", tmp_path / "next"]
-    run("train", "llava-stage2", *next_run, "--steps", 1, "--val-fraction", 0)
+    run("train", "llava-stage2", *next_run, "--steps", 1, "--val-fraction", 0, "--lr", "1e-9", "--projector-lr", "1e-9")
     name = "model.layers.0.mlp.up_proj"
     b, a = (trained[f"language_model.{name}.lora_{m}.default.weight"] for m in "BA")
     merged = load_file(language / "model.safetensors")[f"{name}.weight"] + 2 * b @ a
     kept = load_file(tmp_path / "next/frozen.safetensors")
     torch.testing.assert_close(kept[f"language_model.{name}.weight"], merged)
-    start = model_of(tmp_path / "next/checkpoints/step-00000000")
+    start = model_of(tmp_path / "next/checkpoints/step-00000001")
     torch.testing.assert_close(start.language_model.state_dict()[f"{name}.weight"], merged)
 
 
