@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,57 @@ def tensors(folder: Path, key: str) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
                 yield name, file.get_tensor(name)
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name, each mapped by itself when it is asked for: what nobody uses is not
+    read, and what nobody holds any more takes no memory. A tensor's `origin` is its file and name."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return mapped(self._files[name], name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def mapped(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, as of `Stored`."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Any = file.get_tensor(name)
+    tensor.origin = path, name
+    return tensor
+
+
+def stored(folder: Path, key: str) -> Stored:
+    """What a checkpoint holds under `key`; errors as of `tensors`."""
+    files = sorted(folder.glob(f"{key}-*.safetensors"))
+    if not files:
+        raise ValueError(f"checkpoint {folder} holds no {key!r} tensors")
+    return Stored(files)
+
+
+def write_into(target: Any, value: Tensor) -> None:
+    """Copies a tensor into a parameter or buffer; where ZeRO-3 splits that among ranks, this rank's part."""
+    part = getattr(target, "ds_tensor", None)
+    if part is None:
+        target.data.copy_(value)
+        return
+    start = target.ds_zero_partition_rank * part.ds_numel
+    mine = value.reshape(-1)[start : start + part.ds_numel]  # the last ranks' may be padded
+    part.data.view(-1)[: mine.numel()].copy_(mine)
+    target.ds_secondary_tensor = None
 
 
 def buffers(folder: Path) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ def parse(name: str, arguments: list[str], prog: str) -> Any:
             raise ValueError(f"{CONFIG} must be followed by a YAML file, got nothing")
         options["default"] = settings.with_yaml(kind(), Path(arguments[place + 1]))
         del arguments[place : place + 2]
+    arguments = settings.with_values(kind, arguments)
     about = f"{(kind.__doc__ or '').strip()} {CONFIG} FILE: settings from YAML by these names, which flags override."
     return tyro.cli(kind, args=arguments, prog=prog, description=about, config=(tyro.conf.OmitArgPrefixes,), **options)
 

@@ -36,9 +36,12 @@ class Assets:
 
     Args:
         frozen: weights that do not learn, by their names in the model; written once.
+        partition: under ZeRO-3, what `build` may hand a large part of the model to, before others hold it: its weights
+            become rank 0's, split among ranks one at a time, each in the dtype that the function given beside it says.
     """
 
     frozen: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    partition: Callable[[Any, Callable[[Tensor], torch.dtype]], None] | None = field(default=None, kw_only=True)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Writes all but `frozen` into a run's folder; returns what its config.json knows of them."""
@@ -168,6 +171,10 @@ class Recipe(ABC):
     @abstractmethod
     def collate(self, assets: Any, samples: list[Any]) -> Any:
         """A micro-batch."""
+
+    def shown(self, data: Any, assets: Any) -> Sequence[str]:
+        """Lines that are printed at the start, on rank 0: what is learned of a record."""
+        return ()
 
     def pictures(self, data: Any) -> PairData:
         """Of the data, the pictures with captions or questions that tasks measure on."""

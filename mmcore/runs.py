@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmcore import checkpoint
@@ -84,7 +83,7 @@ def read_run(
         raise ValueError(f"--llm has no effect on a run of {run.recipe}, which has none, got {llm}")
     assets = read_assets(recipe, run.folder, run.saved, purpose)
     model = recipe.build(assets)
-    load_weights(model, dict(checkpoint.tensors(run.checkpoint, run.key)))
+    load_weights(model, checkpoint.stored(run.checkpoint, run.key))
     for name, x in checkpoint.buffers(run.checkpoint).items():
         model.get_buffer(name).copy_(x)
     return Trained(run, recipe, assets, recipe.in_use(model))
@@ -97,17 +96,25 @@ def read_assets(recipe: Recipe, folder: Path, saved: Mapping[str, Any], purpose:
 
 def read_frozen(folder: Path) -> dict[str, Tensor]:
     """The weights that a run does not train, by name."""
-    return load_file(folder / FROZEN) if (folder / FROZEN).is_file() else {}
+    return dict(checkpoint.Stored([folder / FROZEN])) if (folder / FROZEN).is_file() else {}
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, is_whole: bool = True) -> None:
-    """Loads weights by name into a model; those that do not learn may have been put there by whoever built it. A
-    ValueError of unknown names or other shapes, and, where `is_whole`, of a weight that learns and is missing."""
-    ours = model.state_dict()
+    """Loads weights by name into a model, one at a time, or this rank's parts of those that ZeRO-3 splits; errors as of
+    `check_weights`."""
+    check_weights(model, state, is_whole=is_whole)
+    ours = model.state_dict(keep_vars=True)
+    for name in state:
+        checkpoint.write_into(ours[name], state[name])
+
+
+def check_weights(model: nn.Module, state: Mapping[str, Tensor], *, is_whole: bool = True) -> None:
+    """A ValueError of unknown names or other shapes, and, where `is_whole`, of a weight that learns and is missing;
+    those that do not learn may have been put there by whoever built the model."""
+    ours = {name: getattr(x, "ds_shape", x.shape) for name, x in model.state_dict(keep_vars=True).items()}
     learns = [name for name, p in model.named_parameters() if p.requires_grad]
     missing = [name for name in learns if is_whole and name not in state]
-    unknown = [name for name in state if name not in ours or state[name].shape != ours[name].shape]
+    unknown = [name for name in state if name not in ours or state[name].shape != ours[name]]
     if missing or unknown:
         kind, differ = type(model).__name__, [*missing, *unknown][:3]
         raise ValueError(f"{kind}: weights must have its names and shapes, got a difference in {differ}")
-    model.load_state_dict(dict(state), strict=False)

@@ -2,7 +2,7 @@
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -68,6 +68,20 @@ def check_resumed(saved: Mapping[str, Any], now: Any) -> None:
 
 def _default(f: Field[Any]) -> Any:
     return f.default_factory() if callable(f.default_factory) else f.default
+
+
+def with_values(kind: type, arguments: Sequence[str]) -> list[str]:
+    """Arguments whose `--x` and `--no-x`, of settings that are True, False or None, are `--x True` and `--x False`."""
+    choices = [flag(name) for name, hint in get_type_hints(kind).items() if hint == bool | None]
+    out: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument in choices and following not in ("True", "False", "None"):
+            out += [argument, "True"]
+        elif argument.startswith("--no-") and (positive := f"--{argument.removeprefix('--no-')}") in choices:
+            out += [positive, "False"]
+        else:
+            out.append(argument)
+    return out
 
 
 def flat(settings: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class MuonEMA(AdamWEMA):
 
     def _check(self, group: Group) -> None:
         super()._check(group)
-        others = [list(p.shape) for p in group["params"] if group["muon"] and p.ndim != 2]
+        others = [list(p.shape) for p in group["params"] if group["muon"] and len(getattr(p, "ds_shape", p.shape)) != 2]
         sentence = "parameters must be matrices, or of a group with muon=False, got shape {}"
         require("MuonEMA", not others, sentence, *others[:1])
 

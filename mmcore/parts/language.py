@@ -1,6 +1,7 @@
 """Language models of transformers, from folders; and a tiny one, to be trained from nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -22,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from mmcore.checkpoint import describe
 from mmcore.ops import linear_cross_entropy, require
 from mmcore.systems import entries
-from mmcore.weights.files import read_json
+from mmcore.weights.files import read_folder, read_json
 
 disable_progress_bar()  # of each shard that is read; a run has a bar of its own
 
@@ -33,33 +35,71 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
     """Loads a language model, causal or encoder-decoder, in evaluation mode on the CPU, in a dtype or as it is stored,
     from a folder of transformers with safetensors; of a larger model that is known here, such as a
     Blip2ForConditionalGeneration or a Llava, its language model. A ValueError without such a folder, of files that
-    transformers does not load, of weights that are missing, and of logits that are not the last layer's, W x + b."""
+    transformers does not load, and of weights that are missing.
+
+    As it is stored, weights are mapped from their files, as of `mmcore.checkpoint.Stored`.
+    """
     op, systems = "load_language_model", entries("FOLDERS")
     kind = str(read_json(op, folder / "config.json").get("model_type"))
     if kind in systems:
-        whole = systems[kind].load()(folder, dtype=dtype)
+        whole = systems[kind].load()(folder, dtype=None)
         require(op, hasattr(whole, "language_model"), "folder must hold a language model, got a {} in {}", kind, folder)
         model = whole.language_model
     else:
-        model = _from_transformers(op, folder, dtype)
-    if not model.config.is_encoder_decoder:
-        check_head(op, model)
+        model = _from_transformers(op, folder)
+    if dtype is not None:
+        dtype_of = dtypes_of(model, dtype)
+        for p in model.parameters():
+            p.data = p.data.to(dtype_of(p))
     return model.eval()
 
 
-def _from_transformers(op: str, folder: Path, dtype: torch.dtype | None) -> Any:
-    # pickles are not read
-    require(op, any(folder.glob("*.safetensors")), "folder must hold *.safetensors, got {}", folder)
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+def dtypes_of(model: Any, dtype: torch.dtype) -> Callable[[Tensor], torch.dtype]:
+    """Of a language model's weights in `dtype`: those that have another than the model, such as a router's bias in
+    float32, keep theirs."""
+    own = model.dtype
+    return lambda p: dtype if p.dtype == own else p.dtype
+
+
+def _from_transformers(op: str, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, info = kind.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **options)
+        kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+        if config.is_encoder_decoder:
+            kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        is_known = type(config) in kinds
+        require(op, is_known, "folder must hold a language model, got a {} in {}", config.model_type, folder)
+        state = read_folder(op, folder)  # pickles are not read
+        options = {"state_dict": state, "dtype": "auto", "output_loading_info": True}
+        model, info = kinds[type(config)].from_pretrained(None, config=config, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{op}: folder must hold a language model, got {folder}: {error}") from error
     missing = sorted(info["missing_keys"])[:3]
     require(op, not missing, "folder must hold every weight of the model, missing {}", ", ".join(missing))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return with_origins(model, state)
+
+
+def with_origins(model: Any, state: Mapping[str, Any]) -> Any:
+    """A model of whose weights those that are mapped tensors of `state` know it: `origin` is where they lie in memory,
+    and the tensor's."""
+    origins = {x.data_ptr(): x.origin for x in state.values() if hasattr(x, "origin")}
+    for p in model.parameters():
+        if p.data_ptr() in origins:
+            p.origin = p.data_ptr(), *origins[p.data_ptr()]
     return model
+
+
+@contextmanager
+def whole(weight: Any) -> Iterator[Tensor]:
+    """A weight, gathered for as long as the block lasts where ZeRO-3 has split it. Collective."""
+    if not hasattr(weight, "ds_id"):
+        yield weight.detach()
+        return
+    weight.all_gather()
+    yield weight.detach()
+    weight.partition()
 
 
 def load_language_tokenizer(folder: Path) -> Any:
@@ -119,17 +159,3 @@ class LanguageHead(nn.Module):
         """The sum over [B, T, D] states whose int64 [B, T] labels are not -100: []."""
         states, labels = states.flatten(0, 1), labels.flatten()
         return linear_cross_entropy(states, self.weight, labels, bias=self.bias, reduction="sum")
-
-
-@torch.no_grad()
-def check_head(op: str, model: Any) -> None:
-    """Raise a ValueError unless logits are W x + b of the last states: some models scale or cap them, which the fused
-    loss does not."""
-    tokens = torch.zeros(1, 2, dtype=torch.int64)
-    model.eval()
-    head, states = model.get_output_embeddings(), model.base_model(input_ids=tokens).last_hidden_state
-    expected = model(input_ids=tokens).logits
-    same = torch.allclose(head(states).float(), expected.float(), rtol=1e-3, atol=1e-3)
-    require(
-        op, same, "model must have logits W x + b of its last states, got others from a {}", model.config.model_type
-    )

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
-from mmcore.parts.language import fingerprint, load_language_model, load_language_tokenizer
+from mmcore.parts.language import dtypes_of, fingerprint, load_language_model, load_language_tokenizer
 from mmcore.parts.tiny_lm import STEPS, Said, train_tiny_lm
 
 LANGUAGE_MODEL = "language_model"
 """Of a run's folder, the folder of a language model that it trained for itself; of its config.json, what it knows of
 its language model."""
 TINY = "tiny"
+Partition = Callable[[Any, Callable[[Tensor], torch.dtype]], None]
+"""Splits a model's weights among ranks, each in the dtype that the function says; see `mmcore.recipe.Assets`."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Language:
     tokenizer: Any
     folder: Path | None  # None = it was trained here, and no run's folder has it yet
     model: Any | None = None  # None = `load` reads it
-    dtype: torch.dtype | None = torch.float32  # of what `load` reads; None = as it is stored
+    dtype: torch.dtype | None = None  # of what `load` reads; None = as it is stored
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -40,12 +43,17 @@ class Language:
         """For the reader."""
         return f"{len(self.tokenizer)} tokens, of {self.folder or 'the texts of --data'}"
 
-    def load(self) -> Any:
-        """The model, in evaluation mode on the CPU; errors as of `load_language_model`."""
+    def load(self, partition: Partition | None = None) -> Any:
+        """The model, in evaluation mode on the CPU, or, split among ranks, where `partition` puts it; errors as of
+        `load_language_model`."""
         if self.model is not None:
             return self.model
         assert self.folder is not None
-        return load_language_model(self.folder, dtype=self.dtype)
+        if partition is None:
+            return load_language_model(self.folder, dtype=self.dtype)
+        model = load_language_model(self.folder, dtype=None)
+        partition(model, dtypes_of(model, self.dtype or model.dtype))
+        return model
 
     def save(self, run: Path) -> dict[str, Any]:
         """Writes one that was trained here into a run's folder; what the run's config.json knows of it."""
@@ -64,9 +72,8 @@ def check_llm_steps(llm: str | None, steps: int | None) -> None:
 
 
 def read_language(folder: Path) -> Language:
-    """One in a folder, read in float32; errors as of `load_language_model` and `load_language_tokenizer`."""
-    model = load_language_model(folder, dtype=torch.float32)
-    return Language(load_language_tokenizer(folder), folder.resolve(), model)
+    """One in a folder; errors as of `load_language_tokenizer`."""
+    return Language(load_language_tokenizer(folder), folder.resolve())
 
 
 def chosen_language(

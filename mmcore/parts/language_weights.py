@@ -1,6 +1,6 @@
 """Language models of transformers as parts of larger models: their weights, and the token that stands for an image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_
 
 from mmcore.checkpoint import write_json
 from mmcore.ops import require
+from mmcore.parts.language import with_origins
 from mmcore.weights.files import read_folder, read_json, save_folder
 from mmcore.weights.layout import Layout
 from mmcore.weights.pictures import FILE as PICTURES_FILE
@@ -53,7 +54,7 @@ def _language_model(op: str, text: Any, state: dict[str, Tensor], dtype: torch.d
     for kind, what in kinds.items():
         differ = sorted(info[f"{kind}_keys"])[:3]
         require(op, not differ, "a transformers file must hold {} {}", what, differ)
-    return model
+    return with_origins(model, state)
 
 
 def load_with_language(
@@ -97,6 +98,12 @@ def load_with_language(
 def beside_language(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model that are not its language model's."""
     return {n: x for n, x in model.state_dict().items() if not n.startswith((LANGUAGE, "language_head."))}
+
+
+def end_at(language: Any, stops: Iterable[int]) -> None:
+    """Makes a language model stop at the tokens that end the answers it learned; its own texts may end otherwise."""
+    ends = sorted(stops)
+    language.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def language_settings(op: str, language: Any, image_token: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -39,6 +39,30 @@ def init_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def partitioner(config: dict[str, Any]) -> Callable[[nn.Module, Callable[[Tensor], torch.dtype]], None] | None:
+    """Under ZeRO-3, what splits rank 0's weights of a part of a model among ranks, each in the dtype that a function
+    says, so that no rank ever holds more than its share and one weight. Collective; None under other stages."""
+    if config["zero_optimization"]["stage"] < 3:
+        return None
+
+    def partition(part: nn.Module, dtype_of: Callable[[Tensor], torch.dtype]) -> None:
+        largest, rooms, convert = max((p.numel() for p in part.parameters()), default=0), {}, None
+        for p in part.parameters():
+            dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else dtype_of(p)
+            # one room for all: memory that is freed between the shares would not be used again
+            if dtype not in rooms:
+                rooms[dtype] = torch.empty(largest, dtype=dtype)
+            room = rooms[dtype][: p.numel()].view(p.shape)
+            p.data = room.copy_(p.data) if dist.get_rank() == 0 else room
+            if convert is None:
+                deepspeed.zero.Init(module=nn.ParameterList([p]), config_dict_or_path=config)
+                convert = p.convert_to_zero_parameters  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                convert(param_list=[p])
+
+    return partition
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Raise a ValueError where DeepSpeed itself refuses a configuration, such as for values that exclude each other."""
     with _in_a_sentence():
@@ -67,6 +91,8 @@ class Engine:
         self.optimizer = optimizer
         self.num_steps = 0
         group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            self._complete(model)
         with _in_a_sentence():
             self._engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.module: nn.Module = self._engine.module
@@ -78,6 +104,16 @@ class Engine:
             until = optimizer.param_groups[group_of[p]]["frozen_until"]
             if until > 0:
                 p.register_hook(partial(self._unless_frozen, until))
+
+    def _complete(self, model: nn.Module) -> None:
+        """What DeepSpeed does to a model but not to one of which it has split a part: casts weights, moves buffers."""
+        accelerator: Any = deepspeed.accelerator.get_accelerator()
+        device = accelerator.device_name(int(os.environ["LOCAL_RANK"]))
+        for p in model.parameters():
+            if self.precision == "bf16" and p.is_floating_point() and not hasattr(p, "ds_id"):
+                p.data = p.data.to(torch.bfloat16)
+        for x in model.buffers():
+            x.data = x.data.to(device)
 
     @property
     def deepspeed(self) -> Any:

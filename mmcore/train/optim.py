@@ -154,16 +154,17 @@ def param_groups(
             continue
         rule = next((rule for rule in rules if name.startswith(rule.prefix)), Rule(""))
         own = config.weight_decay if rule.weight_decay is None else rule.weight_decay
+        num_axes = len(getattr(p, "ds_shape", p.shape))  # of one that ZeRO-3 has split
         settings: dict[str, Any] = {
-            "weight_decay": own if p.ndim > 1 else 0.0,
+            "weight_decay": own if num_axes > 1 else 0.0,
             "lr_scale": rule.lr_scale * scales[name],
             "clamp": rule.clamp,
             "fixed_lr": rule.fixed_lr,
             "frozen_until": rule.frozen_until,
-            "scheduled_decay": config.weight_decay_end is not None and rule.weight_decay is None and p.ndim > 1,
+            "scheduled_decay": config.weight_decay_end is not None and rule.weight_decay is None and num_axes > 1,
         }
         if config.optimizer == "muon":
-            settings["muon"] = p.ndim == 2 and not any(p is x for x in embeddings)
+            settings["muon"] = num_axes == 2 and not any(p is x for x in embeddings)
         group = found.setdefault(tuple(settings.values()), {"params": [], **settings})
         group["params"].append(p)
     return sorted(found.values(), key=lambda g: (g["clamp"] is None, g["lr_scale"], g["weight_decay"]), reverse=True)

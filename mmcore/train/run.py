@@ -122,7 +122,7 @@ class Metrics:
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
         if self.active:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -144,7 +144,8 @@ def restore_engine(engine: Engine, folder: Path) -> None:
     """Fills the optimizer from a checkpoint; the module's weights were loaded before the engine was made."""
     step = read_state(folder)["step"]
     if engine.precision == "bf16":
-        engine.scatter("weight", dict(checkpoint.tensors(folder, "weight")))
+        for name, value in checkpoint.tensors(folder, "weight"):
+            engine.scatter("weight", {name: value})
     if step == 0:
         return
     engine.init_state(step)

@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from mmcore.tasks import Subject, follow, report
 from mmcore.tasks.ranks import Ranks
 from mmcore.train import state
 from mmcore.train.deepspeed_json import deepspeed_config
-from mmcore.train.engine import Engine, check_config, init_distributed
+from mmcore.train.engine import Engine, check_config, init_distributed, partitioner
 from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
 
@@ -98,6 +98,8 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
             f"{total - first} steps of {loader.spec.global_batch}, ZeRO {engine.stage}, {engine.precision}, "
             f"{world_size} rank{'s' * (world_size > 1)}"
         )
+        for line in recipe.shown(data, assets) if rank == 0 else ():
+            metrics.say(line)
         Loop(start.folder, recipe, engine, loader, metrics, total, companions, measured)(first)
     engine.close()
     if rank == 0 and not is_quiet:
@@ -145,11 +147,13 @@ def _install(assets: Any, folder: Path) -> dict[str, Any]:
 def _model(recipe: Recipe, assets: Any, start: Start) -> nn.Module:
     """As it is at the first step to come."""
     torch.manual_seed(recipe.run.seed)
-    model = recipe.build(assets)
+    sizes = {"batch_size": recipe.per_rank, "world_size": dist.get_world_size()}
+    config, _ = deepspeed_config(recipe.engine, recipe.optim, **sizes)
+    model = recipe.build(replace(assets, partition=partitioner(config)))
     if start.checkpoint is None:
         load_weights(model, recipe.initial(assets, model), is_whole=False)
     else:
-        load_weights(model, dict(checkpoint.tensors(start.checkpoint, "weight")))
+        load_weights(model, checkpoint.stored(start.checkpoint, "weight"))
         state.restore_module(model, state.BUFFERS, start.checkpoint)
     return model
 

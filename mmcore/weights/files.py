@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mmcore.checkpoint import write_json
+from mmcore.checkpoint import Stored, write_json
 from mmcore.ops import require
 
 SHARD_BYTES = 5_000_000_000
@@ -38,9 +38,9 @@ def read_json(op: str, file: Path) -> dict[str, Any]:
 
 
 def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; a ValueError where it is damaged."""
+    """The tensors of a file, on the CPU, mapped as of `mmcore.checkpoint.Stored`; a ValueError where it is damaged."""
     try:
-        return load_file(file)
+        return dict(Stored([file]))
     except SafetensorError as error:
         raise ValueError(f"{op}: {file} must be a whole safetensors file, got: {error}") from error
 
@@ -61,9 +61,20 @@ def read_pickle(op: str, file: Path) -> dict[str, Tensor]:
 
 
 def read_folder(op: str, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's *.safetensors, one or several, on the CPU; a ValueError where there are none."""
-    files = sorted(folder.glob("*.safetensors"))
+    """The tensors of a folder's *.safetensors, on the CPU: of those that an index names, of model.safetensors, or of
+    all; a ValueError where there are none."""
+    files, index = sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
     require(op, bool(files), "folder must hold *.safetensors, got {}", folder)
+    if index.is_file():
+        names = read_json(op, index).get("weight_map")
+        require(
+            op, isinstance(names, dict) and bool(names), "{} must say which file has a weight, got {}", index, names
+        )
+        files = [folder / name for name in sorted(set(dict(names or {}).values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        require(op, not missing, "{} must name files that are there, missing {}", index, ", ".join(missing[:3]))
+    elif folder / "model.safetensors" in files:
+        files = [folder / "model.safetensors"]
     return {name: x for file in files for name, x in read_safetensors(op, file).items()}
 
 

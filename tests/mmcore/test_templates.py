@@ -179,20 +179,19 @@ def test_chat_templates_that_cannot_be_learned_from_are_errors() -> None:
     turns = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
     for template, message in (
         (turns + "{% endfor %}", "must write an end of an answer, got none in conversation 'probe'"),
-        ("{{ messages | length }}" + turns + "<|im_end|>{% endfor %}", "must write the begin of conversation"),
         ("{{ messages[0].content }}" + turns + "<|im_end|>{% endfor %}", "must write 1 <image>, got 2"),
         ("{{ raise_exception('only users') }}", "refuses a conversation: only users"),
     ):
         refuses(message, auto, template)
 
 
-def test_a_chat_template_that_rewrites_what_was_said_is_an_error_with_the_id() -> None:
+def test_a_chat_template_that_leaves_out_answers_is_an_error_with_the_id() -> None:
     forgets = (
         "{% for m in messages %}{% if loop.last or m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}"
         "{% endfor %}"
     )
     auto(forgets).sample(conversation(1))
-    with pytest.raises(ValueError, match="must write the begin of conversation 'talk-2' as it writes it alone"):
+    with pytest.raises(ValueError, match="must write each answer of conversation 'talk-2' once, in order"):
         auto(forgets).sample(conversation(2))
 
 

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import IMAGE, Conversation, Turn
+from mmcore.data.text.own_template import OwnTemplate, Written
 from mmcore.labels import IGNORED, IMAGE_TOKEN
 from mmcore.ops import require
 
@@ -96,8 +96,12 @@ def _widths(sample: ChatSample, counts: Sequence[int]) -> Tensor:
 
 
 _require = partial(require, "ChatTokens")
-# a conversation as text, and where in it is what is learned
-_Written = tuple[str, list[tuple[int, int]]]
+
+
+def shortened(text: str, most: int = 160) -> str:
+    """A text without its middle where it is longer."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 class ChatTokens:
@@ -130,10 +134,13 @@ class ChatTokens:
             _require(num_ids == 1, "template {!r} needs {!r} as one token, got {}", template, end, num_ids)
         probe = Conversation("probe", ("",), (Turn("user", f"{IMAGE}\na"), Turn("assistant", "a")))
         try:
+            if self.template is None:
+                self._own = OwnTemplate(tokenizer, self._special)
             labels = self._sample(probe).labels
         except BrokenRecord as error:
             raise ValueError(f"ChatTokens: {error.reason}") from None
-        self.stops: frozenset[int] = frozenset({tokenizer.eos_token_id, int(labels[labels != IGNORED][-1])})
+        ends = {self._ids(end)[-1] for end in self._own.ends & set(self._special)} if self.template is None else ()
+        self.stops = frozenset({tokenizer.eos_token_id, int(labels[labels != IGNORED][-1]), *ends})
         """Tokens that end an answer."""
 
     def sample(self, conversation: Conversation, counts: Sequence[int] | None = None) -> ChatSample:
@@ -174,6 +181,28 @@ class ChatTokens:
         """The answer in what a model generated, int64 [T]: up to the end, trimmed."""
         said = takewhile(lambda token: token not in self.stops, ids.tolist())
         return self.tokenizer.decode(list(said), skip_special_tokens=True).strip()
+
+    def shown(self, sample: ChatSample) -> list[str]:
+        """For a person, a sample that is not expanded, `{{` before what is learned and `}}` behind it: all of it, with
+        long texts cut, and the tokens around the first answers' borders."""
+        tokens, is_learned = sample.tokens.tolist(), (sample.labels != IGNORED).tolist()
+        whole, borders, begin = "", [], 0
+        for learns, run in groupby(is_learned):
+            end = begin + len(list(run))
+            text = "".join(
+                IMAGE * len(ids) if is_image else shortened(self.tokenizer.decode(ids))
+                for is_image, ids in ((k, list(g)) for k, g in groupby(tokens[begin:end], lambda x: x == IMAGE_TOKEN))
+            )
+            whole += f"{{{{{text}}}}}" if learns else text
+            if learns:
+                sides = (begin - 2, begin), (begin, begin + 2), (end - 2, end), (end, end + 2)
+                outside, first, last, behind = (self._names(tokens[max(0, a) : b]) for a, b in sides)
+                borders.append(f"{outside} {{{{ {first} ... {last} }}}} {behind or 'the end'}")
+            begin = end
+        return [whole.replace("\n", "\\n"), *borders[:2]]
+
+    def _names(self, ids: list[int]) -> str:
+        return " ".join(IMAGE if i == IMAGE_TOKEN else self.tokenizer.convert_ids_to_tokens(i) for i in ids)
 
     def without_marks(self, text: str) -> str:
         """A text without what would not be read as text: spelled special tokens, and `IMAGE`."""
@@ -220,10 +249,10 @@ class ChatTokens:
             cleaned.append(Turn(turn.role, text))
         return cleaned
 
-    def _write(self, conversation: Conversation) -> _Written:
+    def _write(self, conversation: Conversation) -> Written:
         turns = self._cleaned(conversation.turns)
         if self.template is None:
-            return self._write_auto(turns, conversation.id)
+            return self._own.write(turns, conversation.id)
         is_one = not self.template.images_only or sum(turn.role == "assistant" for turn in turns) == 1
         BrokenRecord.unless(is_one, "several answers, where a caption is learned")
         text, learned = "", []
@@ -244,7 +273,7 @@ class ChatTokens:
         """All that is written before the answer to the last turn."""
         template = self.template
         if template is None:
-            return self._apply(turns, is_prompt=True)
+            return self._own.prompt(turns)
         if template.images_only:
             images = sum(turn.text.count(IMAGE) for turn in turns)
             BrokenRecord.unless(images > 0, "no image, where a caption is learned")
@@ -258,40 +287,6 @@ class ChatTokens:
             else:
                 texts += [self._answer_text(turn.text), template.answer_gap]
         return "".join(texts)
-
-    def _write_auto(self, turns: list[Turn], name: str) -> _Written:
-        text = self._apply(turns, is_prompt=False)
-        learned = []
-        for n, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            before, after = self._prompt_text(turns[:n]), self._apply(turns[: n + 1], is_prompt=False)
-            what = "the tokenizer's chat template must write the begin of conversation {!r} as it writes it alone, got "
-            what += "another text up to turn {}"
-            _require(text.startswith(after) and after.startswith(before), what, name, n)
-            learned.append((len(before), self._answer_end(after, turn.text, name)))
-        return text, learned
-
-    def _answer_end(self, written: str, answer: str, name: str) -> int:
-        """Where the end of an answer is: white space after its marker is no part of it, unless it is the marker."""
-        trimmed = written.rstrip()
-        if not trimmed.endswith(answer):
-            return len(trimmed)
-        what = "the tokenizer's chat template must write an end of an answer, got none in conversation {!r}"
-        _require(trimmed != written, what, name)
-        return len(written)
-
-    def _apply(self, turns: Sequence[Turn], *, is_prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
-        except TemplateError as error:
-            reason = f"the tokenizer's chat template refuses a conversation: {' '.join(str(error).split())}"
-            raise BrokenRecord(reason) from None
-        num_images = sum(turn.text.count(IMAGE) for turn in turns)
-        what = "the tokenizer's chat template must write {} {}, got {}"
-        _require(text.count(IMAGE) == num_images, what, num_images, IMAGE, text.count(IMAGE))
-        return text
 
     def _encode(self, text: str) -> list[int]:
         ids = list(self._begin)

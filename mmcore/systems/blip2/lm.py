@@ -11,7 +11,7 @@ from mmcore.labels import IGNORED
 from mmcore.nn import Linear
 from mmcore.ops import accumulator, require
 from mmcore.parts.decoding import in_step
-from mmcore.parts.language import LanguageHead
+from mmcore.parts.language import LanguageHead, whole
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
 
@@ -29,7 +29,8 @@ class BLIP2LM(nn.Module):
         embedding = language_model.get_input_embeddings()
         self.language_projection = Linear(qformer.width, embedding.embedding_dim)
         # as large as the tokens beside it; what it projects is a LayerNorm's
-        std = embedding.weight.float().std().item() * qformer.width**-0.5
+        with whole(embedding.weight) as weight:
+            std = weight.float().std().item() * qformer.width**-0.5
         nn.init.normal_(self.language_projection.weight, std=std)
         nn.init.zeros_(self.language_projection.bias)
         self.language_model: Any = language_model.requires_grad_(False)

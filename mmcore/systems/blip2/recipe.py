@@ -17,7 +17,8 @@ from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mmcore.parts import language_folder
-from mmcore.parts.language_weights import beside_language
+from mmcore.parts.language_weights import beside_language, end_at
+from mmcore.parts.probe import check_head
 from mmcore.parts.tiny_lm import texts_by_picture
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import Tower, VisionConfig
@@ -201,7 +202,7 @@ def stage2_start(path: Path) -> tuple[VisionConfig, QFormerConfig, dict[str, Ten
         raise ValueError(f"--from must be a run of {STAGE1} or {STAGE2}, got one of {run.recipe}, {path}")
     if run is not None and run.recipe == STAGE2:
         saved = run.saved["model"]
-        state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
+        state = dict(checkpoint.stored(run.checkpoint, run.key)) | read_frozen(run.folder)
         return VisionConfig(**saved["vision"]), QFormerConfig(**saved["qformer"]), state
     model: Any = load_folder(path) if run is None else read_run(path).model
     return model.visual.config, replace(model.qformer.config, has_text=False), beside_language(model)
@@ -252,7 +253,10 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
             language = language_folder.chosen_language(self.llm, texts, seed=self.run.seed, steps=self.llm_steps)
         frozen = {name: x for name, x in state.items() if name.startswith("visual.")}
         assets = Stage2Assets(vision, qformer, language, self._tokens(language), frozen=frozen)
-        self.build(assets).fitting(state)
+        model = self.build(assets)
+        model.fitting(state)
+        if not language.is_encoder_decoder:
+            check_head("--llm", model.language_model)
         return assets
 
     def _language_of_start(self, start: Path) -> language_folder.Language:
@@ -260,7 +264,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
             return language_folder.read_language(start)
         run = find_run(start) if is_run(start) else None
         if run is not None and run.recipe == STAGE2:
-            return language_folder.language_of(run.folder, run.saved["model"], None, torch.float32)
+            return language_folder.language_of(run.folder, run.saved["model"], None, None)
         raise ValueError(f"--llm must be a language model's folder or {language_folder.TINY!r}: {start} has none")
 
     def _tokens(self, language: language_folder.Language) -> PromptTokens:
@@ -276,7 +280,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         return Stage2Assets(*shapes, language, self._tokens(language), frozen=frozen)
 
     def build(self, assets: Stage2Assets) -> BLIP2LM:
-        model = BLIP2LM(assets.vision, assets.qformer, assets.language.load())
+        model = BLIP2LM(assets.vision, assets.qformer, assets.language.load(assets.partition))
         load_weights(model, assets.frozen, is_whole=False)
         return model
 
@@ -308,6 +312,7 @@ class Blip2Stage2(OnPairs, OnLanguageModel):
         return say
 
     def export(self, assets: Stage2Assets, model: BLIP2LM, folder: Path, format: str) -> None:
+        end_at(model.language_model, assets.tokens.stops)
         save_blip2_lm(model, folder, tokenizer=assets.language.tokenizer)
 
 

@@ -1,13 +1,15 @@
 """Conversations as `Llava` takes them: tokens with room for images, and what the tower sees of these."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import ChatRecord, Turn
 from mmcore.data.text.chat_batches import collate, pack
 from mmcore.data.text.templates import ChatSample, ChatTokens, expand
@@ -73,6 +75,19 @@ def seen_chat(record: ChatRecord, tokens: ChatTokens, config: LlavaConfig) -> Se
     sample = tokens.sample(record.conversation, counts)
     kept = sample.num_images
     return SeenChat(expand(sample, counts[:kept]), [see(image, config) for image in images[:kept]])
+
+
+def shown_chat(records: Iterable[ChatRecord], tokens: ChatTokens, config: LlavaConfig) -> list[str]:
+    """For a person, what is learned of the first record that is not broken."""
+    for record in islice(records, 100):
+        try:
+            counts = [config.num_image_tokens((image.height, image.width)) for image in record.images()]
+            whole, *borders = tokens.shown(tokens.sample(record.conversation, counts))
+        except BrokenRecord:
+            continue
+        learned = f"learned of the first record ({record.id}), between {{{{ and }}}}: {whole}"
+        return [learned, *(f"  tokens around answer {n}: {border}" for n, border in enumerate(borders, 1))]
+    return []
 
 
 def prompt_of(tokens: ChatTokens, config: LlavaConfig, turns: Sequence[Turn], images: Sequence[SeenImage]) -> SeenChat:

@@ -166,7 +166,8 @@ class Llava(nn.Module):
         """
         embedded = self._embed(tokens, images, image_sizes)
         # padding is behind all that reads; with a mask or a cache transformers would not look for documents
-        found = self.language_model.base_model(inputs_embeds=embedded, position_ids=position_ids, use_cache=False)
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        found = self.language_model.base_model(inputs_embeds=embedded, use_cache=False, **places)
         labels = learned_labels(labels, position_ids)
         return self.language_head(found.last_hidden_state[:, :-1], labels), (labels != IGNORED).sum()
 

@@ -26,17 +26,18 @@ from mmcore.labels import IGNORED
 from mmcore.losses import global_ratio
 from mmcore.parts import language_folder
 from mmcore.parts.adapters import LORA_DROPOUT, Lora
-from mmcore.parts.language_weights import beside_language
+from mmcore.parts.language_weights import beside_language, end_at
+from mmcore.parts.probe import check_head, why_not_packed
 from mmcore.parts.tiny_lm import Said
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.recipe import Assets, Claim, OnLanguageModel, Proof, Purpose, Runner, Step
-from mmcore.runs import find_run, is_run, load_weights, read_frozen, read_run
+from mmcore.runs import check_weights, find_run, is_run, load_weights, read_frozen, read_run
 from mmcore.settings import free, from_json
 from mmcore.systems.llava.anyres import next_pinpoints
-from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, seen_chat
+from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, seen_chat, shown_chat
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
 from mmcore.systems.llava.talk import Talks
-from mmcore.systems.llava.weights import load_llava, read_projector, save_llava
+from mmcore.systems.llava.weights import read_llava, read_projector, save_llava
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig, Rule
@@ -72,10 +73,11 @@ class LlavaAssets(Assets):
     lora: Lora | None
     language: language_folder.Language
     tokens: ChatTokens
+    unpacked: str | None  # why each conversation has a row of its own; None = several share one
 
     def save(self, folder: Path) -> dict[str, Any]:
-        adapters = self.lora and asdict(self.lora)
-        return {**asdict(self.shape), "lora": adapters, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
+        settings = {"lora": self.lora and asdict(self.lora), "unpacked": self.unpacked}
+        return {**asdict(self.shape), **settings, language_folder.LANGUAGE_MODEL: self.language.save(folder)}
 
     @property
     def summary(self) -> dict[str, str]:
@@ -92,8 +94,9 @@ class LlavaRecipe(OnLanguageModel):
     """Which conversations."""
     max_length: int = 2048
     """Tokens of a row, those of images included."""
-    pack: bool = True
-    """Several conversations stand in a row and see nothing of each other; else each has a row of its own."""
+    pack: bool | None = field(default=None, metadata=free)
+    """Several conversations stand in a row and see nothing of each other (--pack), or each has a row of its own
+    (--no-pack). None = packed where the language model's logits, measured at the start, are the same either way."""
     activation_checkpointing: bool = field(default=False, metadata=free)
     """Recompute activations in the backward: less memory, about a third more time; as published."""
     max_answer: int = field(default=64, metadata=free)
@@ -153,14 +156,28 @@ class LlavaRecipe(OnLanguageModel):
     def sample(self, assets: LlavaAssets, record: ChatRecord, rng: np.random.Generator) -> SeenChat:
         return seen_chat(record, assets.tokens, assets.shape)
 
+    def shown(self, data: ChatData, assets: LlavaAssets) -> list[str]:
+        rows = "several conversations share a row, and each has the logits that it has alone"
+        if assets.unpacked is not None:
+            rows = f"each conversation has a row of its own: {assets.unpacked}"
+        return [rows, *shown_chat(map(data.train.record, range(len(data.train))), assets.tokens, assets.shape)]
+
     def collate(self, assets: LlavaAssets, samples: list[SeenChat]) -> ChatPart:
-        return collate_chats(samples, assets.tokens, assets.shape, is_packed=self.pack)
+        return collate_chats(samples, assets.tokens, assets.shape, is_packed=assets.unpacked is None)
 
     def _checked(self, start: LlavaStart, language: language_folder.Language) -> LlavaAssets:
-        """What a new run keeps; the weights are put into a model once, to see that they fit."""
+        """What a new run keeps; weights are compared with a model's, and the language model is measured."""
         frozen = {n: x for n, x in start.state.items() if not n.startswith(self.learned)}
-        assets = LlavaAssets(start.config, self.adapters, language, self._tokens(language), frozen=frozen)
-        load_weights(Llava(assets.shape, language.load()), start.state, is_whole=False)
+        model = _with_our_attention(language.load())
+        check_head("--llm", model)
+        unpacked = "--no-pack was given" if self.pack is False else why_not_packed(model)
+        if self.pack and unpacked:
+            raise ValueError(
+                f"--pack must not be given with this {model.config.model_type}, give --no-pack: {unpacked}"
+            )
+        assets = LlavaAssets(start.config, self.adapters, language, self._tokens(language), unpacked, frozen=frozen)
+        with torch.device("meta"):
+            check_weights(Llava(assets.shape, model), start.state, is_whole=False)
         return assets
 
     def _tokens(self, language: language_folder.Language) -> ChatTokens:
@@ -171,12 +188,14 @@ class LlavaRecipe(OnLanguageModel):
     ) -> LlavaAssets:
         dtype = self.language_dtype(purpose)
         language = language_folder.language_of(folder, saved, self.moved_to, dtype, verify=purpose != "train")
-        return LlavaAssets(*_shape(saved), language, self._tokens(language), frozen=frozen)
+        unpacked = saved.get("unpacked", "--no-pack was given" if self.pack is False else None)
+        if self.pack is not None and self.pack != (unpacked is None):
+            had = "--no-pack" if unpacked else "--pack"
+            raise ValueError(f"{had} must be as in the run that is resumed, got the opposite")
+        return LlavaAssets(*_shape(saved), language, self._tokens(language), unpacked, frozen=frozen)
 
     def build(self, assets: LlavaAssets) -> Llava:
-        register()
-        language = assets.language.load()
-        language.set_attn_implementation(ATTENTION)
+        language = _with_our_attention(assets.language.load(assets.partition))
         model = Llava(assets.shape, language, trainable=self.trainable)
         load_weights(model, assets.frozen, is_whole=False)
         if assets.lora is not None:
@@ -201,6 +220,7 @@ class LlavaRecipe(OnLanguageModel):
         return self.converses(assets, model, device).answerer(**decoding.generate_options())
 
     def export(self, assets: LlavaAssets, model: Llava, folder: Path, format: str) -> None:
+        end_at(model.language_model, assets.tokens.stops)
         save_llava(model, folder, tokenizer=assets.language.tokenizer)
 
 
@@ -315,7 +335,7 @@ class LlavaStage2(LlavaRecipe):
             return _start_of_run(path, llm)
         if llm is not None:
             raise ValueError(f"--llm has no effect where --from is {path}, which has a language model, got {llm}")
-        model = load_llava(path, dtype=None)
+        model = read_llava(path, dtype=None)
         return LlavaStart(model.config, beside_language(model), path)
 
     def assets(self, data: ChatData) -> LlavaAssets:
@@ -325,6 +345,12 @@ class LlavaStage2(LlavaRecipe):
 
     def initial(self, assets: LlavaAssets, model: Llava) -> Mapping[str, Tensor]:
         return {n: x for n, x in self._start().state.items() if n.startswith(self.learned)}
+
+
+def _with_our_attention(language: Any) -> Any:
+    register()
+    language.set_attn_implementation(ATTENTION)
+    return language
 
 
 def _shape(saved: Mapping[str, Any]) -> tuple[LlavaConfig, Lora | None]:
@@ -340,7 +366,7 @@ def _start_of_run(path: Path, llm: Path | None) -> LlavaStart:
     folder = language_folder.language_of(run.folder, run.saved["model"], llm, None).folder
     assert folder is not None
     if lora is None:
-        state = dict(checkpoint.tensors(run.checkpoint, run.key)) | read_frozen(run.folder)
+        state = dict(checkpoint.stored(run.checkpoint, run.key)) | read_frozen(run.folder)
     else:  # tied ones once
         state = {n: p.detach() for n, p in read_run(path, llm=llm).model.named_parameters()}
     return LlavaStart(config, state, folder)

@@ -14,7 +14,7 @@ from transformers import LlavaConfig as HFLlavaConfig
 from mmcore.data.transforms.images import Preprocess
 from mmcore.ops import require
 from mmcore.parts import language_weights
-from mmcore.parts.language import check_head
+from mmcore.parts.probe import check_head
 from mmcore.parts.vit import VisionConfig
 from mmcore.parts.vit_names import CLIP_TOWER, CLIP_TOWER_SETTINGS
 from mmcore.systems.llava.inputs import processor_config, views
@@ -123,16 +123,21 @@ def load_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32)
     language model's. A ValueError without such a folder, of a damaged file, missing or unknown names, wrong shapes, and
     of a model that ours is not.
     """
+    model = read_llava(folder, dtype=dtype)
+    check_head("load_llava", model.language_model)
+    return model
+
+
+def read_llava(folder: Path | str, *, dtype: torch.dtype | None = torch.float32) -> Llava:
+    """As `load_llava`, whatever the language model's logits are made of."""
     folder, op = Path(folder), "load_llava"
     config, whole, unread = config_from_hf(op, read_json(op, folder / "config.json"))
     config = _with_pictures(op, folder, config)
     families: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     layout = hf_layout(families[type(whole.text_config)].base_model_prefix)
-    model = language_weights.load_with_language(
+    return language_weights.load_with_language(
         op, folder, whole, dtype, layout, lambda x: Llava(config, x), unread=unread
     )
-    check_head(op, model.language_model)
-    return model
 
 
 def _with_pictures(op: str, folder: Path, config: LlavaConfig) -> LlavaConfig:

@@ -95,6 +95,9 @@ def test_what_is_exported_is_what_transformers_reads(second: Run, tmp_path: Path
     run("export", second[0], "--out", tmp_path / "hf")
     processor = Blip2Processor.from_pretrained(tmp_path / "hf")
     model = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    # an answer ends with a new line, which is not the language model's own end
+    stops = sorted(read_run(second[0]).assets.tokens.stops)
+    assert len(stops) == 2 and model.language_model.generation_config.eos_token_id == stops
     asked = processor(images=[torch.rand(3, 30, 20)], text="Question:", return_tensors="pt", do_rescale=False)
     assert model.generate(**asked, max_new_tokens=3).shape[0] == 1
 
