@@ -5,10 +5,14 @@ Every row compiles ahead of time for its architecture, without spills; none has 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmkernels._checks import require
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ CHUNK_BYTES = 256 << 20
 MIN_CHUNK, MAX_CHUNK = 1024, 4096
 # Programs that share the rows of a matrix; each keeps column sums of its own, [programs, N], so no atomics are needed.
 MAX_PROGRAMS = 132
+# What CUDA launches along each axis.
+MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
 # The interpreter's: small, so that small tests cross the edges of tiles.
 INTERPRETED = Launch(32, 32, 32, 1, 1)
 
@@ -42,6 +48,14 @@ def architecture(device: torch.device) -> int:
 def launch_config(table: Table, kernel: str, x: Tensor) -> Launch:
     """The table's row for a kernel on the device and dtype of `x`."""
     return table[kernel, x.element_size(), architecture(x.device)] if x.is_cuda else INTERPRETED
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **flags: Any) -> None:
+    """Runs a kernel on the device of its first argument, whichever is the current one, on that device's stream."""
+    fits = all(map(int.__le__, grid, MOST_PROGRAMS))
+    require("launch", fits, "a grid must be at most {}, got {}", MOST_PROGRAMS, grid)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[grid](x, *arguments, **flags)
 
 
 def constant_launch(config: Launch, x: Tensor) -> Launch:

@@ -100,7 +100,7 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
 
 def attention_case(row: str, size: int, **flags: Any) -> Case:
     """An attention kernel at the largest head dimension of a row."""
-    off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS"), False)
+    off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS", "HEADS_FIRST"), False)
     rich = "_rich" if flags else ""
     return Case(
         named("attention", flags),

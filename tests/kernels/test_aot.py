@@ -1,7 +1,10 @@
-"""Each row of the launch table compiles ahead of time for its architecture, without spills."""
+"""Each row of the launch table compiles ahead of time for its architecture, without spills, under the version of triton
+that is installed and, where its wheel lies unpacked beside, under the oldest that is promised."""
 
+import os
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from tests.kernels.aot_cases import CASES, FLOATS, FWD, MULTI_TENSOR, ODD, Case,
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
-CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+OLDEST = Path(sys.prefix) / "triton-3.6"  # by `make test`
 # bytes a block may use, from the CUDA C++ Programming Guide's table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 ELEMENT = {8: ("i64",), 2: ("bf16", "fp16"), 4: ("fp32",)}
@@ -72,7 +76,7 @@ def resources(compiled: Any, folder: Path) -> dict[str, int]:
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     dump = subprocess.run(
-        [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
+        [str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
     )
     usage = [line for line in dump.stdout.splitlines() if "REG:" in line]
     assert len(usage) == 1, dump.stdout
@@ -90,6 +94,28 @@ def test_a_row_of_the_launch_table_fits_its_architecture(
         usage = resources(compiled, tmp_path)
         assert usage["STACK"] == usage["LOCAL"] == 0
         assert compiled.metadata.shared <= SHARED_LIMIT[row[2]]
+        assert not warnings(compiled, row[2], tmp_path)
+
+
+def warnings(compiled: Any, arch: int, folder: Path) -> str:
+    """What ptxas says of products that it has to wait for, as of C7515, one after the other."""
+    file = folder / "kernel.ptx"
+    file.write_text(compiled.asm["ptx"])
+    name = TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    command = [str(name), "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(file), "-o", str(folder / "x")]
+    said = subprocess.run(command, check=True, capture_output=True, text=True)
+    return "\n".join(line for line in (said.stdout + said.stderr).splitlines() if re.search(r"C75\d\d", line))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not OLDEST.is_dir(), reason="triton 3.6 is not unpacked beside: make test does it")
+@pytest.mark.skipif(triton.__version__.startswith("3.6"), reason="this is triton 3.6")
+def test_the_launch_tables_fit_under_the_oldest_triton_that_is_promised() -> None:
+    places = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
+    chosen = "fits_its_architecture or by_16_bytes"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": places}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(("case", "row", "element"), params(HALF))

@@ -18,7 +18,7 @@ RUNS = (
     ("contract_detects", "attention"),
     ("contract_detects", "not attention"),
     ("derivatives losses contrastive token_contrastive sigmoid linear_cross_entropy", ""),
-    ("attention distill adamw_update apply_masks ema_update ewc global_norm multi_tensor", ""),
+    ("launch attention distill adamw_update apply_masks ema_update ewc global_norm multi_tensor", ""),
 )
 
 

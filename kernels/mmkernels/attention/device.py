@@ -15,6 +15,18 @@ FAR = tl.constexpr(2147483647)
 
 
 @triton.jit
+def _place(HEADS_FIRST: tl.constexpr):
+    """A program's block of queries or keys, its head of an image, and how many of these there are.
+
+    Blocks of one head run beside each other, to find its keys in L2; where the heads of all images are more than the
+    second axis of a grid holds, they are the first.
+    """
+    if HEADS_FIRST:
+        return tl.program_id(1), tl.program_id(0), tl.num_programs(0)
+    return tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+
+
+@triton.jit
 def _key_range(lo_ptr, hi_ptr, stride_em, offs_m, mask_m):
     """The intervals of rows, and the keys from `first` to `last` - 1 that some of them see, `full` that all do.
 
@@ -185,6 +197,7 @@ def _attention_fwd_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -192,7 +205,8 @@ def _attention_fwd_kernel(
 ):
     """One block of queries of one head against the keys of one split: out `[split, B, M, H, K]`, lse
     `[split, B, H, M]`."""
-    pid_m, pid_bh, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid_m, pid_bh, num_bh = _place(HEADS_FIRST)
+    pid_s = tl.program_id(2)
     b, h = pid_bh // H, pid_bh % H
     b64, h64, g64 = b.to(tl.int64), h.to(tl.int64), (h // groups).to(tl.int64)
     offs_m, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -274,7 +288,7 @@ def _attention_fwd_kernel(
     divisor = tl.where(total == 0, 1.0, total)
     out = acc / divisor[:, None]
     lse = tl.where(total == 0, float("-inf"), (largest + tl.log2(divisor)) * LN2)
-    B = tl.num_programs(1) // H
+    B = num_bh // H
     place = pid_s.to(tl.int64) * B + b64
     out_ptrs = out_ptr + ((place * M + rows) * H + h64) * K + offs_k[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)

@@ -5,7 +5,17 @@
 import triton
 import triton.language as tl
 
-from mmkernels.attention.device import LOG2E, _biased, _is_full, _kept, _key_ranges, _load_keys, _seen, _tile_run
+from mmkernels.attention.device import (
+    LOG2E,
+    _biased,
+    _is_full,
+    _kept,
+    _key_ranges,
+    _load_keys,
+    _place,
+    _seen,
+    _tile_run,
+)
 
 
 @triton.jit
@@ -21,11 +31,12 @@ def _attention_delta_kernel(
     K,
     H,
     HAS_DLSE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """`sum_k d_out out - d_lse` of a block of queries of one head, `[B, H, M]`."""
-    pid_m, pid_bh = tl.program_id(0), tl.program_id(1)
+    pid_m, pid_bh, _ = _place(HEADS_FIRST)
     b64, h64 = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     offs_m, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
@@ -99,13 +110,15 @@ def _attention_bwd_q_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """dq `[split, B, M, H, K]` of one block of queries of one head, from the keys of one split."""
-    pid_m, pid_bh, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid_m, pid_bh, num_bh = _place(HEADS_FIRST)
+    pid_s = tl.program_id(2)
     b, h = pid_bh // H, pid_bh % H
     b64, h64, g64 = b.to(tl.int64), h.to(tl.int64), (h // groups).to(tl.int64)
     offs_m, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -184,7 +197,7 @@ def _attention_bwd_q_kernel(
                 d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
             d_logits = weights * (d_weights - delta[:, None])
             dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
-    B = tl.num_programs(1) // H
+    B = num_bh // H
     out_rows = (pid_s.to(tl.int64) * B + b64) * M + rows
     dq_ptrs = dq_ptr + (out_rows * H + h64) * K + offs_k[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
@@ -252,6 +265,7 @@ def _attention_bwd_k_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -262,7 +276,7 @@ def _attention_bwd_k_kernel(
     `queries`: int32 `[B or 1, blocks of keys, 2]`, the first query and the end of those that may see the block.
     Tiles lie transposed, keys by queries.
     """
-    pid_n, pid_bg = tl.program_id(0), tl.program_id(1)
+    pid_n, pid_bg, _ = _place(HEADS_FIRST)
     num_key_heads = H // groups
     b, g = pid_bg // num_key_heads, pid_bg % num_key_heads
     b64, g64 = b.to(tl.int64), g.to(tl.int64)

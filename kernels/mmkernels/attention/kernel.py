@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, Table, architecture, input_precision, launch_config
+from mmkernels._launch import MOST_PROGRAMS, Launch, Table, architecture, input_precision, launch, launch_config
 from mmkernels._philox import threshold
 from mmkernels.attention.device import _attention_fwd_kernel
 from mmkernels.attention.device_bwd import _attention_bwd_k_kernel, _attention_bwd_q_kernel, _attention_delta_kernel
@@ -39,22 +39,22 @@ TABLE: Table = {
     ("fwd_64", 4, 80): Launch(64, 32, 64, 8, 2),
     ("fwd_64", 4, 90): Launch(64, 32, 64, 8, 2),
     ("fwd_64", 4, 100): Launch(64, 64, 64, 8, 2),
-    ("fwd_128", 2, 80): Launch(64, 64, 128, 4, 3),
+    ("fwd_128", 2, 80): Launch(64, 64, 128, 8, 3),
     ("fwd_128", 2, 90): Launch(128, 64, 128, 8, 3),
     ("fwd_128", 2, 100): Launch(128, 64, 128, 8, 3),
     ("fwd_128", 4, 80): Launch(32, 32, 128, 8, 1),
     ("fwd_128", 4, 90): Launch(64, 64, 128, 8, 2),
     ("fwd_128", 4, 100): Launch(64, 64, 128, 8, 2),
-    ("fwd_256", 2, 80): Launch(64, 64, 256, 8, 2),
+    ("fwd_256", 2, 80): Launch(32, 64, 256, 8, 2),
     ("fwd_256", 2, 90): Launch(64, 64, 256, 8, 2),
-    ("fwd_256", 2, 100): Launch(64, 64, 256, 8, 2),
+    ("fwd_256", 2, 100): Launch(64, 32, 256, 8, 2),
     ("fwd_256", 4, 80): Launch(16, 16, 256, 8, 1),
     ("fwd_256", 4, 90): Launch(32, 32, 256, 8, 2),
     ("fwd_256", 4, 100): Launch(32, 32, 256, 8, 2),
     ("fwd_rich_64", 2, 80): Launch(64, 64, 64, 8, 2),
     ("fwd_rich_64", 2, 90): Launch(128, 64, 64, 8, 3),
     ("fwd_rich_64", 2, 100): Launch(128, 64, 64, 8, 3),
-    ("fwd_rich_64", 4, 80): Launch(32, 32, 64, 8, 2),
+    ("fwd_rich_64", 4, 80): Launch(32, 32, 64, 8, 1),
     ("fwd_rich_64", 4, 90): Launch(16, 16, 64, 8, 1),
     ("fwd_rich_64", 4, 100): Launch(16, 32, 64, 8, 1),
     ("fwd_rich_128", 2, 80): Launch(64, 64, 128, 8, 2),
@@ -69,27 +69,27 @@ TABLE: Table = {
     ("fwd_rich_256", 4, 80): Launch(16, 32, 256, 8, 1),
     ("fwd_rich_256", 4, 90): Launch(32, 32, 256, 8, 1),
     ("fwd_rich_256", 4, 100): Launch(32, 32, 256, 8, 1),
-    ("bwd_q_64", 2, 80): Launch(128, 64, 64, 8, 2),
+    ("bwd_q_64", 2, 80): Launch(128, 32, 64, 8, 2),
     ("bwd_q_64", 2, 90): Launch(128, 64, 64, 8, 2),
     ("bwd_q_64", 2, 100): Launch(128, 64, 64, 8, 2),
     ("bwd_q_64", 4, 80): Launch(64, 32, 64, 8, 2),
     ("bwd_q_64", 4, 90): Launch(64, 32, 64, 8, 2),
     ("bwd_q_64", 4, 100): Launch(64, 32, 64, 8, 2),
     ("bwd_q_128", 2, 80): Launch(64, 64, 128, 8, 2),
-    ("bwd_q_128", 2, 90): Launch(64, 64, 128, 8, 2),
-    ("bwd_q_128", 2, 100): Launch(64, 64, 128, 8, 2),
+    ("bwd_q_128", 2, 90): Launch(64, 64, 128, 8, 1),
+    ("bwd_q_128", 2, 100): Launch(64, 32, 128, 8, 2),
     ("bwd_q_128", 4, 80): Launch(16, 16, 128, 8, 1),
     ("bwd_q_128", 4, 90): Launch(32, 32, 128, 8, 2),
-    ("bwd_q_128", 4, 100): Launch(64, 32, 128, 8, 2),
-    ("bwd_q_256", 2, 80): Launch(64, 64, 256, 8, 2),
-    ("bwd_q_256", 2, 90): Launch(64, 64, 256, 8, 2),
-    ("bwd_q_256", 2, 100): Launch(64, 64, 256, 8, 2),
+    ("bwd_q_128", 4, 100): Launch(32, 32, 128, 8, 2),
+    ("bwd_q_256", 2, 80): Launch(32, 64, 256, 8, 2),
+    ("bwd_q_256", 2, 90): Launch(32, 64, 256, 8, 2),
+    ("bwd_q_256", 2, 100): Launch(32, 64, 256, 8, 2),
     ("bwd_q_rich_64", 2, 80): Launch(64, 16, 64, 8, 1),
     ("bwd_q_rich_64", 2, 90): Launch(64, 64, 64, 8, 2),
     ("bwd_q_rich_64", 2, 100): Launch(128, 64, 64, 8, 2),
     ("bwd_q_rich_64", 4, 80): Launch(32, 32, 64, 8, 2),
-    ("bwd_q_rich_64", 4, 90): Launch(32, 32, 64, 8, 2),
-    ("bwd_q_rich_64", 4, 100): Launch(32, 32, 64, 8, 2),
+    ("bwd_q_rich_64", 4, 90): Launch(32, 16, 64, 8, 2),
+    ("bwd_q_rich_64", 4, 100): Launch(32, 16, 64, 8, 2),
     ("bwd_q_rich_128", 2, 80): Launch(64, 32, 128, 8, 2),
     ("bwd_q_rich_128", 2, 90): Launch(64, 32, 128, 8, 2),
     ("bwd_q_rich_128", 2, 100): Launch(64, 32, 128, 8, 2),
@@ -97,32 +97,32 @@ TABLE: Table = {
     ("bwd_q_rich_256", 2, 90): Launch(32, 32, 256, 8, 1),
     ("bwd_q_rich_256", 2, 100): Launch(32, 32, 256, 8, 1),
     ("bwd_k_64", 2, 80): Launch(32, 64, 64, 8, 1),
-    ("bwd_k_64", 2, 90): Launch(64, 64, 64, 8, 2),
-    ("bwd_k_64", 2, 100): Launch(64, 64, 64, 8, 2),
-    ("bwd_k_64", 4, 80): Launch(32, 32, 64, 8, 2),
+    ("bwd_k_64", 2, 90): Launch(32, 64, 64, 8, 2),
+    ("bwd_k_64", 2, 100): Launch(32, 64, 64, 8, 1),
+    ("bwd_k_64", 4, 80): Launch(32, 32, 64, 4, 1),
     ("bwd_k_64", 4, 90): Launch(32, 32, 64, 8, 2),
     ("bwd_k_64", 4, 100): Launch(32, 32, 64, 8, 2),
-    ("bwd_k_128", 2, 80): Launch(32, 64, 128, 8, 2),
-    ("bwd_k_128", 2, 90): Launch(32, 64, 128, 8, 2),
+    ("bwd_k_128", 2, 80): Launch(32, 64, 128, 8, 1),
+    ("bwd_k_128", 2, 90): Launch(32, 64, 128, 8, 1),
     ("bwd_k_128", 2, 100): Launch(32, 32, 128, 8, 1),
     ("bwd_k_128", 4, 80): Launch(32, 32, 128, 8, 1),
     ("bwd_k_128", 4, 90): Launch(16, 16, 128, 8, 1),
-    ("bwd_k_128", 4, 100): Launch(16, 32, 128, 8, 1),
+    ("bwd_k_128", 4, 100): Launch(16, 32, 128, 8, 2),
     ("bwd_k_256", 2, 80): Launch(32, 32, 256, 8, 1),
     ("bwd_k_256", 2, 90): Launch(32, 32, 256, 8, 1),
     ("bwd_k_256", 2, 100): Launch(32, 32, 256, 8, 1),
     ("bwd_k_rich_64", 2, 80): Launch(16, 64, 64, 8, 1),
     ("bwd_k_rich_64", 2, 90): Launch(32, 64, 64, 8, 2),
-    ("bwd_k_rich_64", 2, 100): Launch(32, 64, 64, 8, 2),
-    ("bwd_k_rich_64", 4, 80): Launch(32, 32, 64, 8, 2),
-    ("bwd_k_rich_64", 4, 90): Launch(32, 64, 64, 8, 2),
-    ("bwd_k_rich_64", 4, 100): Launch(32, 32, 64, 8, 2),
+    ("bwd_k_rich_64", 2, 100): Launch(32, 64, 64, 8, 1),
+    ("bwd_k_rich_64", 4, 80): Launch(32, 32, 64, 8, 1),
+    ("bwd_k_rich_64", 4, 90): Launch(32, 32, 64, 8, 1),
+    ("bwd_k_rich_64", 4, 100): Launch(32, 32, 64, 8, 1),
     ("bwd_k_rich_128", 2, 80): Launch(32, 32, 128, 8, 1),
-    ("bwd_k_rich_128", 2, 90): Launch(16, 64, 128, 8, 1),
+    ("bwd_k_rich_128", 2, 90): Launch(16, 32, 128, 8, 2),
     ("bwd_k_rich_128", 2, 100): Launch(32, 64, 128, 8, 1),
     ("bwd_k_rich_256", 2, 80): Launch(32, 16, 256, 8, 1),
-    ("bwd_k_rich_256", 2, 90): Launch(32, 16, 256, 8, 1),
-    ("bwd_k_rich_256", 2, 100): Launch(32, 16, 256, 8, 1),
+    ("bwd_k_rich_256", 2, 90): Launch(16, 32, 256, 8, 1),
+    ("bwd_k_rich_256", 2, 100): Launch(32, 16, 256, 8, 2),
 }
 
 
@@ -134,9 +134,8 @@ def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
     splits, batch, num_queries, num_heads, _ = out.shape
     lse = out.new_empty(splits, batch, num_heads, num_queries, dtype=torch.float32)
     if out.numel():
-        _attention_fwd_kernel[grid](
-            *arguments, out, lse, *strides, *_sizes(problem), per_split, *_numbers(problem), **flags
-        )
+        numbers = (*strides, *_sizes(problem), per_split, *_numbers(problem))
+        _launch(_attention_fwd_kernel, grid, *arguments, out, lse, *numbers, **flags)
     return _combined(out, lse, problem.q.dtype)
 
 
@@ -149,6 +148,14 @@ def attention_bwd(
     dq = _query_gradient(problem, rows) if needs[0] else None
     dkv = _key_gradients(problem, rows) if any(needs[1:5]) else [None] * 4
     return [dq, *dkv, None]
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **flags: Any) -> None:
+    """Over blocks, heads of all images, splits."""
+    blocks, heads, splits = grid
+    is_swapped = heads > MOST_PROGRAMS[1]
+    grid = (heads, blocks, splits) if is_swapped else grid
+    launch(kernel, grid, *arguments, **flags, HEADS_FIRST=is_swapped)
 
 
 def _config_of(kernel: str, problem: Problem) -> Launch:
@@ -171,17 +178,8 @@ def _query_gradient(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> Te
     arguments, strides, flags = _arguments(problem, config)
     grid, per_split, dq = _of_queries(problem, config, arguments[0])
     if dq.numel():
-        _attention_bwd_q_kernel[grid](
-            *arguments,
-            *rows,
-            dq,
-            *strides,
-            *rows[0].stride()[:3],
-            *_sizes(problem),
-            per_split,
-            *_numbers(problem),
-            **flags,
-        )
+        numbers = (*strides, *rows[0].stride()[:3], *_sizes(problem), per_split, *_numbers(problem))
+        _launch(_attention_bwd_q_kernel, grid, *arguments, *rows, dq, *numbers, **flags)
     return dq[0] if len(dq) == 1 else dq.sum(0)
 
 
@@ -209,18 +207,9 @@ def _key_gradients(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> lis
         queries = _query_ranges(problem, config) if problem.ends else q.new_empty(1, 1, dtype=torch.int32)
         stride = 0 if queries.shape[0] == 1 else queries.stride(0)
         pointers = (*grads, *(q,) * (4 - len(grads)))
-        _attention_bwd_k_kernel[(blocks, batch * num_key_heads)](
-            *arguments,
-            *rows,
-            queries,
-            *pointers,
-            *strides,
-            *rows[0].stride()[:3],
-            stride,
-            *_sizes(problem),
-            *_numbers(problem),
-            **flags,
-        )
+        numbers = (*strides, *rows[0].stride()[:3], stride, *_sizes(problem), *_numbers(problem))
+        grid = (blocks, batch * num_key_heads, 1)
+        _launch(_attention_bwd_k_kernel, grid, *arguments, *rows, queries, *pointers, *numbers, **flags)
     return [*grads, *(None,) * (4 - len(grads))]
 
 
@@ -250,7 +239,9 @@ def _delta(problem: Problem, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -
     batch, num_queries, num_heads, width = problem.q.shape
     delta = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=out.device)
     if delta.numel():
-        _attention_delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), batch * num_heads)](
+        _launch(
+            _attention_delta_kernel,
+            (triton.cdiv(num_queries, DELTA_ROWS), batch * num_heads, 1),
             _operand(out).contiguous(),
             d_out,
             delta if d_lse is None else d_lse.contiguous(),

@@ -143,7 +143,8 @@ def _contrastive_fwd_kernel(
             logits = tl.where(inside, logits, float("-inf"))
             if HAS_POSITIVES:
                 # again for every tile: kept, they would cost registers through the product
-                place = tl.load(positives_ptr + offs_m, mask=mask_m, other=-1).to(tl.int32)
+                place = tl.load(positives_ptr + offs_m, mask=mask_m, other=-1)
+                place = tl.where(place.to(tl.uint64) < N.to(tl.uint64), place, -1).to(tl.int32)
                 found = (place >= start_n) & (place < tl.minimum(start_n + BLOCK_N, N))
                 if tl.max(found.to(tl.int32), 0) > 0:
                     is_positive = offs_n[None, :] == place[:, None]

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import MAX_PROGRAMS, Launch, Table, chunk_rows, input_precision, launch_config
+from mmkernels._launch import MAX_PROGRAMS, Launch, Table, chunk_rows, input_precision, launch, launch_config
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import matmul_fp32, operand, pitched
 from mmkernels.contrastive.device import _contrastive_bwd_kernel, _contrastive_fwd_kernel
@@ -50,7 +50,7 @@ TABLE: Table = {
     ("fwd_teacher", 2, 100): Launch(64, 64, 32, 8, 3),
     ("fwd_teacher", 4, 80): Launch(64, 32, 16, 8, 3),
     ("fwd_teacher", 4, 90): Launch(64, 32, 16, 8, 3),
-    ("fwd_teacher", 4, 100): Launch(64, 32, 16, 4, 3),
+    ("fwd_teacher", 4, 100): Launch(64, 32, 16, 8, 3),
     ("bwd_teacher", 2, 80): Launch(64, 64, 32, 4, 3),
     ("bwd_teacher", 2, 90): Launch(64, 64, 64, 4, 3),
     ("bwd_teacher", 2, 100): Launch(64, 64, 64, 8, 3),
@@ -82,7 +82,9 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
     shift = shift_of(problem.scale)
     if num_rows:
         operands, strides = _operands(problem, config)
-        _contrastive_fwd_kernel[(programs, splits)](
+        launch(
+            _contrastive_fwd_kernel,
+            (programs, splits),
             *operands,
             problem.scale,
             shift,
@@ -165,7 +167,9 @@ def _grad_chunk(
     grid = (triton.cdiv(num_rows, config.block_m), triton.cdiv(num_cols, config.block_n))
     operands, strides = _operands(part, config)
     dscale = out.new_empty(grid[1] * num_rows if needs_scale else 0, dtype=torch.float32)
-    _contrastive_bwd_kernel[grid](
+    launch(
+        _contrastive_bwd_kernel,
+        grid,
         *operands,
         part.scale,
         part.positives,

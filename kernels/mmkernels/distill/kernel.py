@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, constant_launch
+from mmkernels._launch import Launch, constant_launch, launch
 from mmkernels.distill.device import _distillation_loss_bwd_kernel, _distillation_loss_fwd_kernel
 
 # Programs that keep every processor's memory pipes full; fewer rows are cut along the classes.
@@ -28,7 +28,9 @@ def distillation_loss_fwd(
     parts = student.new_empty(5, splits, num_rows, dtype=torch.float32)
     student, teacher = _readable(student), _readable(teacher)
     if num_rows:
-        _distillation_loss_fwd_kernel[(num_rows, splits)](
+        launch(
+            _distillation_loss_fwd_kernel,
+            (num_rows, splits),
             student,
             teacher,
             None if center is None else center.float().contiguous(),
@@ -62,7 +64,9 @@ def distillation_loss_bwd(
     dstudent = torch.empty_like(student, memory_format=torch.contiguous_format)
     student, teacher = _readable(student), _readable(teacher)
     if num_rows:
-        _distillation_loss_bwd_kernel[(num_rows, triton.cdiv(num_cols, config.block_n))](
+        launch(
+            _distillation_loss_bwd_kernel,
+            (num_rows, triton.cdiv(num_cols, config.block_n)),
             student,
             teacher,
             None if center is None else center.float().contiguous(),

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import CHUNK_BYTES, Launch, constant_launch
+from mmkernels._launch import CHUNK_BYTES, Launch, constant_launch, launch
 from mmkernels._numerics import log_sum_exp
 from mmkernels._tl import pitched
 from mmkernels.linear_cross_entropy.blockwise import Grads, Stats, add_targets, coefficients, row_loss
@@ -94,7 +94,9 @@ def _softmax(
     num_rows, vocab = logits.shape
     row_max, row_sum, target_logit = coef.new_empty(3, num_rows)
     out = logits if grad is None else grad
-    _linear_cross_entropy_fwd_kernel[(triton.cdiv(num_rows, config.block_m),)](
+    launch(
+        _linear_cross_entropy_fwd_kernel,
+        (triton.cdiv(num_rows, config.block_m),),
         logits,
         out,
         logits if bias is None else bias.contiguous(),

@@ -127,7 +127,9 @@ def _adamw_chunk(row_ptr, number, first, n, args, KIND: tl.constexpr, WHOLE: tl.
     g = _load(row_ptr, first, offs, n, 1, KIND, WHOLE)
     m = _load(row_ptr, first, offs, n, 2, KIND, WHOLE)
     v = _load(row_ptr, first, offs, n, 3, KIND, WHOLE)
-    if _there(4, KIND):
+    # triton 3.6 makes a branch at run time of a function's answer, and a name of one branch is not there in the other
+    HAS_AVERAGE: tl.constexpr = KIND >> 12 & 7 != 0
+    if HAS_AVERAGE:
         average = _load(row_ptr, first, offs, n, 4, KIND, WHOLE)
     m = _mean(m, g, rise)
     v = beta2 * v + fall * g * g
@@ -139,7 +141,7 @@ def _adamw_chunk(row_ptr, number, first, n, args, KIND: tl.constexpr, WHOLE: tl.
     _store(row_ptr, first, v, offs, n, 3, KIND, WHOLE)
     if _there(5, KIND):
         _store(row_ptr, first, p, offs, n, 5, KIND, WHOLE)
-    if _there(4, KIND):
+    if HAS_AVERAGE:
         mean = _mean(average, p, weight)
         _store(row_ptr, first, mean, offs, n, 4, KIND, WHOLE)
         if _there(6, KIND):

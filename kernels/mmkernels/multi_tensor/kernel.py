@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._launch import launch
 from mmkernels.multi_tensor.device import (
     _adamw_update_kernel,
     _apply_masks_kernel,
@@ -74,4 +75,5 @@ def _launch_sum(kernel: Any, table: Table) -> Tensor:
 def _launch(kernel: Any, table: Table, *args: Tensor | float, **constants: Any) -> None:
     chunks, tensors, kinds = table
     if len(chunks):
-        kernel[(len(chunks),)](chunks, tensors, *args, **constants, KINDS=kinds, BLOCK=CHUNK, num_warps=NUM_WARPS)
+        flags = {**constants, "KINDS": kinds, "BLOCK": CHUNK, "num_warps": NUM_WARPS}
+        launch(kernel, (len(chunks),), chunks, tensors, *args, **flags)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, Table, chunk_rows, input_precision, launch_config
+from mmkernels._launch import Launch, Table, chunk_rows, input_precision, launch, launch_config
 from mmkernels._tl import matmul_fp32, operand, pitched
 from mmkernels.sigmoid.blockwise import Grads
 from mmkernels.sigmoid.device import _sigmoid_fwd_kernel
@@ -27,7 +27,7 @@ TABLE: Table = {
     ("fwd", 2, 90): Launch(128, 128, 64, 8, 3),
     ("fwd", 2, 100): Launch(128, 128, 64, 8, 3),
     ("fwd", 4, 80): Launch(128, 64, 16, 8, 3),
-    ("fwd", 4, 90): Launch(128, 64, 16, 8, 3),
+    ("fwd", 4, 90): Launch(64, 128, 32, 8, 2),
     ("fwd", 4, 100): Launch(128, 64, 32, 8, 3),
     # the comparison of labels takes registers
     ("fwd_labels", 2, 80): Launch(128, 128, 32, 16, 4),
@@ -100,7 +100,9 @@ def _run_chunk(
     if not num_cols:
         return sums.sum(1)
     a, b = operand(a, config.block_d), operand(b, config.block_d)
-    _sigmoid_fwd_kernel[grid](
+    launch(
+        _sigmoid_fwd_kernel,
+        grid,
         a,
         b,
         *scale_bias,

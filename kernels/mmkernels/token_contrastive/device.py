@@ -168,12 +168,10 @@ def _token_contrastive_fwd_kernel(
                 matched = tl.where(equal, logits, 0.0)
                 row_matched += tl.sum(matched, 0)
                 col_matched = tl.load(col_ptrs + 3 * stride_ck, mask=seen, other=0.0) + tl.sum(matched, 1)
-                tl.store(col_ptrs + 3 * stride_ck, col_matched, mask=mask_n)
             if HAS_TOTALS:
                 inside = tl.where(mask_m[None, :] & mask_n[:, None], logits, 0.0)
                 row_total += tl.sum(inside, 0)
                 col_total = tl.load(col_ptrs + 2 * stride_ck, mask=seen, other=0.0) + tl.sum(inside, 1)
-                tl.store(col_ptrs + 2 * stride_ck, col_total, mask=mask_n)
 
             of_col = tl.where(mask_m[None, :], logits, float("-inf"))
             tile_max = tl.max(of_col, 1)
@@ -186,6 +184,10 @@ def _token_contrastive_fwd_kernel(
             tl.debug_barrier()
             tl.store(col_ptrs, new_max, mask=mask_n)
             tl.store(col_ptrs + stride_ck, col_sum, mask=mask_n)
+            if HAS_TOTALS:
+                tl.store(col_ptrs + 2 * stride_ck, col_total, mask=mask_n)
+            if HAS_LABELS:
+                tl.store(col_ptrs + 3 * stride_ck, col_matched, mask=mask_n)
             tl.debug_barrier()
 
             of_row = tl.where(mask_n[:, None], logits, float("-inf"))

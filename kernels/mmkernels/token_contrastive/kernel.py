@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import CHUNK_BYTES, MAX_PROGRAMS, Launch, Table, input_precision, launch_config
+from mmkernels._launch import CHUNK_BYTES, MAX_PROGRAMS, Launch, Table, input_precision, launch, launch_config
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import matmul_fp32, operand, pitched
 from mmkernels.token_contrastive.device import _token_contrastive_bwd_kernel, _token_contrastive_fwd_kernel
@@ -69,7 +69,9 @@ def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
     of_cols = of_cols.unflatten(0, (fields, programs))
     positive = empty_positives(problem)
     if num_rows:
-        _token_contrastive_fwd_kernel[(programs, splits)](
+        launch(
+            _token_contrastive_fwd_kernel,
+            (programs, splits),
             tokens,
             b,
             problem.scale,
@@ -180,7 +182,9 @@ def _grad_chunk(
     tile_rows, block_q = tile_of_tokens(num_tokens, config)
     grid = (triton.cdiv(num_rows, tile_rows), triton.cdiv(num_cols, config.block_n))
     dscale = tokens.new_empty(grid[1] * num_rows if needs_scale else 0, dtype=torch.float32)
-    _token_contrastive_bwd_kernel[grid](
+    launch(
+        _token_contrastive_bwd_kernel,
+        grid,
         tokens,
         b,
         block.scale,
