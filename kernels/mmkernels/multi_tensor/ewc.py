@@ -25,7 +25,8 @@ def fisher_accumulate_(
         fishers: distinct tensors of one device, float32 or float64, any shapes; dense.
         grads: of their shapes, float32, float16, bfloat16 or float64; where strides differ, one is copied first.
         weight: of the new squares, at least 0: one over the number of samples, say.
-        decay: of the old sum, from 0 to 1; below 1 the tasks of before fade, as in online EWC.
+        decay: of the old sum, from 0 to 1; below 1 the tasks of before fade, as in online EWC. A captured graph keeps
+            the weight and the decay of its capture.
 
     Raises:
         ValueError: lists that do not match, a dtype, a device, memory in common, `weight` or `decay`.
@@ -55,7 +56,7 @@ def ewc_penalty(
         params: tensors of one device, float32, float16, bfloat16 or float64, any shapes; those that require a
             gradient get one, `strength fisher (param - anchor)`, in their own dtypes.
         anchors, fishers: of their shapes, of any of these dtypes; constants. Where strides differ, one is copied.
-        strength: at least 0.
+        strength: at least 0; a captured graph keeps that of its capture.
 
     Returns:
         `[]` on their device, float32, or float64 where a tensor is; added in float64, on a GPU in float32 by up to

@@ -27,7 +27,7 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], *, owners: 
         masks: of their shapes; bool, or with `owners` uint8: the number of the task that each weight belongs to.
         owners: (first, last), from 0 to 255: kept is what belongs to one of these tasks, both included. With 0 for
             weights that are still free, (t, t) keeps the gradients of task t's weights, (1, t) the weights that it
-            is evaluated with; None = the masks are bool.
+            is evaluated with; None = the masks are bool. A captured graph keeps those of its capture.
 
     Raises:
         ValueError: lists that do not match, a dtype, a device, memory in common, or `owners`.
