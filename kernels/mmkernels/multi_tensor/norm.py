@@ -48,8 +48,8 @@ def clip_(
         tensors: distinct tensors of one device, float32, float16, bfloat16 or float64, any shapes; dense.
         max_norm: at least 0; a captured graph keeps that of its capture.
         norm: that of all tensors, where these are a part of them: one which was reduced across ranks, a float or a
-            tensor of one element on the device (on a GPU it is not checked; a captured graph has to be given it); None =
-            `global_norm(tensors)`.
+            tensor of one element on the device (on a GPU it is not checked), which a captured graph has to be given;
+            None = `global_norm(tensors)`.
         error_if_nonfinite: refuse a norm that is NaN or infinite, before anything is written; it waits for a GPU, and
             no graph can be compiled or captured with it.
 
