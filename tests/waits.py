@@ -1,4 +1,4 @@
-"""Where our code reads tensors on the host, or uploads numbers that are not pinned: both wait for the device."""
+"""Where our code reads tensors on the host, which waits for the device that they are on."""
 
 import sys
 from collections import Counter
@@ -11,21 +11,22 @@ from torch.overrides import TorchFunctionMode
 
 READS = {getattr(Tensor, name) for name in "item tolist cpu numpy nonzero __bool__ __int__ __float__ __index__".split()}
 UPLOADS = {torch.tensor, torch.as_tensor}
+"""Of numbers to a device: from memory that is not pinned, which waits for it too."""
 ON_HOST = ("mmcore/optim/base.py", "mmcore/nn/packing.py", "mmcore/systems/clip/model.py", "multi_tensor/table.py")
 """Counts of steps, lengths of captions, addresses: made on the host, and kept there."""
 
 
 class Waits(TorchFunctionMode):
-    """Counts reads of tensors and uploads, by the line of a package, mmcore or mmkernels, that makes them."""
+    """Counts reads of tensors, and uploads if asked to, by the line of a package that makes them."""
 
-    def __init__(self, package: str = "mmcore") -> None:
+    def __init__(self, package: str = "mmcore", counts_uploads: bool = False) -> None:
         super().__init__()
-        self.folder = f"/{package}/"
+        self.folder, self.uploads = f"/{package}/", UPLOADS if counts_uploads else set()
         self.lines: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         # a device that a literal does not name is that of the tensors
-        if func in READS or (func in UPLOADS and (kwargs or {}).get("device") not in (None, "cpu")):
+        if func in READS or (func in self.uploads and (kwargs or {}).get("device") not in (None, "cpu")):
             frame: Any = sys._getframe(1)
             while "/torch/" in frame.f_code.co_filename:
                 frame = frame.f_back

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import WIDE, check_captured, path_of, prepared, scalar, table_in_op
+from mmkernels.multi_tensor.paths import ADDRESSED, WIDE, check_captured, path_of, prepared, scalar, table_in_op
 from mmkernels.multi_tensor.table import Table
 
 WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "averages", "copies", "shadows")
@@ -137,7 +137,7 @@ def _update(lists: Sequence[list[Tensor]], factors: Tensor, table: Table | None)
         path_of(lists[0][0]).adamw_update_table(table, factors)
 
 
-@torch.library.custom_op("mmkernels::adamw_update", mutates_args=WRITTEN)
+@torch.library.custom_op("mmkernels::adamw_update", mutates_args=WRITTEN, tags=ADDRESSED)
 def _adamw_update(
     params: list[Tensor],
     grads: list[Tensor],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import check_captured, path_of, prepared, scalar, table_in_op
+from mmkernels.multi_tensor.paths import ADDRESSED, check_captured, path_of, prepared, scalar, table_in_op
 from mmkernels.multi_tensor.table import Table, dtypes_of
 
 # From these decays on an update of a teacher in half precision is mostly below half of its last place, and lost.
@@ -94,7 +94,7 @@ def _update(lists: Sequence[list[Tensor]], weight: Tensor, seed: Tensor | None, 
         path_of(lists[0][0]).ema_update_table(table, weight.float(), seed)
 
 
-@torch.library.custom_op("mmkernels::ema_update", mutates_args=("targets", "shadows"))
+@torch.library.custom_op("mmkernels::ema_update", mutates_args=("targets", "shadows"), tags=ADDRESSED)
 def _ema_update(
     targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], weight: Tensor, seed: Tensor | None
 ) -> None:

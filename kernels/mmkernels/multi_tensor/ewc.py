@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels._autograd import has_no_derivative
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import WIDE, path_of, prepared, table_in_op, total_dtype
+from mmkernels.multi_tensor.paths import ADDRESSED, WIDE, path_of, prepared, table_in_op, total_dtype
 from mmkernels.multi_tensor.table import Table
 
 
@@ -80,12 +80,12 @@ def _accumulate(fishers: list[Tensor], grads: list[Tensor], weight: float, decay
         path_of(fishers[0]).fisher_accumulate_table(table, weight, decay)
 
 
-@torch.library.custom_op("mmkernels::fisher_accumulate", mutates_args=("fishers",))
+@torch.library.custom_op("mmkernels::fisher_accumulate", mutates_args=("fishers",), tags=ADDRESSED)
 def _fisher_accumulate(fishers: list[Tensor], grads: list[Tensor], weight: float, decay: float) -> None:
     _accumulate(fishers, grads, weight, decay, table_in_op((fishers, grads)))
 
 
-@torch.library.custom_op("mmkernels::ewc_penalty_fwd", mutates_args=())
+@torch.library.custom_op("mmkernels::ewc_penalty_fwd", mutates_args=(), tags=ADDRESSED)
 def _ewc_penalty_fwd(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], strength: float) -> Tensor:
     lists = (params, anchors, fishers)
     table = table_in_op(lists, "ewc_penalty")
@@ -99,7 +99,7 @@ def _(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], streng
     return params[0].new_empty((), dtype=total_dtype((params, anchors, fishers)))
 
 
-@torch.library.custom_op("mmkernels::ewc_penalty_bwd", mutates_args=())
+@torch.library.custom_op("mmkernels::ewc_penalty_bwd", mutates_args=(), tags=ADDRESSED)
 def _ewc_penalty_bwd(
     params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], d_penalty: Tensor, strength: float
 ) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import check_captured, path_of, prepared, scalar, table_in_op, total_dtype
+from mmkernels.multi_tensor.paths import ADDRESSED, check_captured, path_of, prepared, scalar, table_in_op, total_dtype
 from mmkernels.multi_tensor.table import Table
 
 
@@ -106,7 +106,7 @@ def _norm(tensors: list[Tensor], table: Table | None) -> Tensor:
     return path_of(tensors[0]).squares_table(table).sqrt().float()
 
 
-@torch.library.custom_op("mmkernels::global_norm", mutates_args=())
+@torch.library.custom_op("mmkernels::global_norm", mutates_args=(), tags=ADDRESSED)
 def _global_norm(tensors: list[Tensor]) -> Tensor:
     return _norm(tensors, table_in_op([tensors]))
 
@@ -123,6 +123,6 @@ def _update(tensors: list[Tensor], norm: Tensor, max_norm: float, table: Table |
         path_of(tensors[0]).clip_table(table, norm, max_norm)
 
 
-@torch.library.custom_op("mmkernels::clip", mutates_args=("tensors",))
+@torch.library.custom_op("mmkernels::clip", mutates_args=("tensors",), tags=ADDRESSED)
 def _clip(tensors: list[Tensor], norm: Tensor, max_norm: float) -> None:
     _update(tensors, norm, max_norm, table_in_op([tensors]))

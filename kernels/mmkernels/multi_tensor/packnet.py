@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import path_of, prepared, table_in_op
+from mmkernels.multi_tensor.paths import ADDRESSED, path_of, prepared, table_in_op
 from mmkernels.multi_tensor.table import Table
 
 # A mask in bool holds 0 and 1.
@@ -55,6 +55,6 @@ def _update(tensors: list[Tensor], masks: list[Tensor], first: int, last: int, t
         path_of(tensors[0]).apply_masks_table(table, first, last)
 
 
-@torch.library.custom_op("mmkernels::apply_masks", mutates_args=("tensors",))
+@torch.library.custom_op("mmkernels::apply_masks", mutates_args=("tensors",), tags=ADDRESSED)
 def _apply_masks(tensors: list[Tensor], masks: list[Tensor], first: int, last: int) -> None:
     _update(tensors, masks, first, last, table_in_op((tensors, masks)))

@@ -19,6 +19,9 @@ Given = Mapping[str, Sequence[Tensor] | None]
 # of `op`, by the name of a list, where its dtypes are not `DTYPES`
 Dtypes = Mapping[str, tuple[tuple[torch.dtype, ...], str]]
 
+# of a registered op that reads memory by addresses from the host: torch.compile keeps it out of the graphs it captures
+ADDRESSED = torch.Tag.cudagraph_unsafe
+
 # of an average or a sum, to which what is added would be lost in less
 WIDE = (torch.float32, torch.float64), "float32 or float64"
 

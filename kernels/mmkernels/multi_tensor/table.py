@@ -173,7 +173,7 @@ def _seen(tensors: Sequence[Tensor]) -> _Seen:
     if (
         seen is not None
         and places == seen.places
-        and all(tensors[i].is_contiguous() == dense for i, dense in zip(seen.turnable, seen.dense, strict=True))
+        and [tensors[i].is_contiguous() for i in seen.turnable] == seen.dense
     ):
         return seen
 
