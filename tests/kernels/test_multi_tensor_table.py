@@ -46,7 +46,7 @@ class OnGpu(Tensor):
     """Poses as a tensor on a GPU."""
 
     is_cuda, is_cpu = True, False
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
 
 def posing(sizes: list[int], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -111,7 +111,7 @@ def test_another_tensor_at_the_address_of_one_that_went_is_taken_for_what_it_is(
     memory = torch.rand(64)
     for dtype, shape, strides in LIKE:
         for like in (first, (dtype, shape, strides)):
-            found = outcome(memory.view(like[0]).as_strided(*like[1:]))
+            found = outcome(memory.view(like[0]).as_strided(like[1], like[2]))
         table._SEEN.clear()
         table._LAYOUTS.clear()
         expected = outcome(memory.clone().view(dtype).as_strided(shape, strides))
@@ -148,21 +148,18 @@ def test_what_moved_onto_what_is_written_is_refused() -> None:
 
 
 def test_no_cache_grows_without_end_or_keeps_a_tensor_alive() -> None:
-    kept = [tensors([n % 200], torch.float32, n) for n in range(2 * table.MAX_LISTS)]
-    for part in kept:
-        global_norm(part)
-    same = tensors(3 * table.MAX_PLACES * [7], torch.float32, 0)
-    for x in same:
+    kept = [tensors([n], torch.float32, n) for n in range(table.MAX_LISTS + 20)]
+    same = tensors((table.MAX_PLACES + 3) * [7], torch.float32, 0)
+    for x in itertools.chain(*kept, same):
         global_norm([x])
-    assert len(table._SEEN) == len(table._LIKES) == table.MAX_LISTS or len(table._LIKES) <= table.MAX_LISTS
-    assert len(table._LAYOUTS) == table.MAX_TABLES == table._chunks.cache_info().maxsize
+    assert len(table._SEEN) == len(table._LIKES) == table.MAX_LISTS
+    assert len(table._LAYOUTS) == table._chunks.cache_info().currsize == table.MAX_TABLES
     assert max(len(layout.tables) for layout in table._LAYOUTS.values()) == table.MAX_PLACES
-    living = [weakref.ref(x) for part in kept for x in part]
-    seen = len(table._SEEN)
-    del kept, part, x
+    living = [weakref.ref(x) for x in itertools.chain(*kept, same)]
+    kept, same, x = [], [], None
     gc.collect()
     assert not any(ref() is not None for ref in living)
-    assert len(table._SEEN) < seen
+    assert len(table._SEEN) < table.MAX_LISTS
 
 
 def test_another_default_device_is_not_that_of_the_tables() -> None:

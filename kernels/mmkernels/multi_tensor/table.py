@@ -170,11 +170,7 @@ def _seen(tensors: Sequence[Tensor]) -> _Seen:
     key, places = tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors))
     seen = _SEEN.get(key)
     # what else a living tensor could change, it cannot in its place
-    if (
-        seen is not None
-        and places == seen.places
-        and [tensors[i].is_contiguous() for i in seen.turnable] == seen.dense
-    ):
+    if seen is not None and places == seen.places and [tensors[i].is_contiguous() for i in seen.turnable] == seen.dense:
         return seen
 
     def drop(_: object) -> None:
