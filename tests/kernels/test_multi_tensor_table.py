@@ -49,6 +49,13 @@ class OnGpu(Tensor):
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
 
+class Elsewhere(Tensor):
+    """Poses as a tensor on another device."""
+
+    device = torch.device("cuda", 1)  # pyright: ignore[reportAssignmentType]
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+
 def posing(sizes: list[int], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [x.abs().as_subclass(OnGpu) for x in tensors(sizes, dtype, seed)]
 
@@ -131,6 +138,13 @@ def test_a_living_tensor_whose_elements_are_others_is_looked_at_anew() -> None:
     target.t_()
     with pytest.raises(ValueError, match=r"sources\[0\] must be \[4, 3\], got \[3, 4\]"):
         ema_update_([target], [source], 0.5)
+
+
+def test_what_moved_to_another_device_is_refused() -> None:
+    lists = tensors([9], torch.float32, 0), tensors([9], torch.float32, 1)
+    ema_update_(*lists, 0.5)
+    with pytest.raises(ValueError, match=r"sources\[0\] must be on cpu, got cuda:1"):
+        ema_update_(lists[0], [torch.ones(9).as_subclass(Elsewhere)], 0.5)
 
 
 def test_what_moved_onto_what_is_written_is_refused() -> None:

@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What lists of these dtypes, shapes and strides, which met a contract, have in common wherever they lie."""
+    """What lists of these devices, dtypes, shapes and strides, which met a contract, have in common at any addresses."""
 
     chunks: Tensor
     kind: Tensor
@@ -55,8 +55,8 @@ class _Layout(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A list of living tensors: their addresses, the number of their dtypes, shapes and strides in `_LIKES`, and of
-    those that could be turned, by their numbers, whether they were contiguous."""
+    """A list of living tensors: their addresses, the number of their devices, dtypes, shapes and strides in `_LIKES`,
+    and of those that could be turned, by their numbers, whether they were contiguous."""
 
     places: tuple[int, ...]
     like: int
@@ -75,8 +75,8 @@ _NUMBERS = count()
 
 
 def known(lists: Sequence[Sequence[Tensor]], contract: Contract = TRACED) -> Table | None:
-    """The table of lists that need no check: some of the same dtypes, shapes and strides met this contract before, and
-    where these lie nothing overlaps."""
+    """The table of lists that need no check: some of the same devices, dtypes, shapes and strides met this contract
+    before, and where these lie nothing overlaps."""
     key, places = _looked_at(lists, contract)
     layout = _LAYOUTS.get(key)
     if layout is None:
@@ -162,22 +162,22 @@ def overlap(begins: Tensor, extents: Tensor, is_written: Tensor) -> tuple[int, i
 def _looked_at(lists: Sequence[Sequence[Tensor]], contract: Contract) -> tuple[Hashable, _Places]:
     """Which layout lists have, and where they lie: together all that a table and the checks depend on."""
     seen = list(map(_seen, lists))
-    return (contract, lists[0][0].device, tuple([x.like for x in seen])), tuple([x.places for x in seen])
+    return (contract, *(x.like for x in seen)), tuple([x.places for x in seen])
 
 
 def _seen(tensors: Sequence[Tensor]) -> _Seen:
     """Of the very tensors of before, without a look at them: ten thousand are not in the cache."""
     key, places = tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors))
     seen = _SEEN.get(key)
-    # what else a living tensor could change, it cannot in its place
+    # one that lives where it was may have been turned; that it shrank there is not looked for
     if seen is not None and places == seen.places and [tensors[i].is_contiguous() for i in seen.turnable] == seen.dense:
         return seen
 
     def drop(_: object) -> None:
         _SEEN.pop(key, None)
 
-    dtypes, shapes = tuple([x.dtype for x in tensors]), tuple([x.shape for x in tensors])
-    layout = dtypes, shapes, tuple(map(Tensor.stride, tensors))
+    shapes, strides = tuple([x.shape for x in tensors]), tuple(map(Tensor.stride, tensors))
+    layout = tuple([x.device for x in tensors]), tuple([x.dtype for x in tensors]), shapes, strides
     like = _LIKES.get(layout)
     if like is None:
         like = next(_NUMBERS)
