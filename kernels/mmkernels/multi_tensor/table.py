@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What lists of these devices, dtypes, shapes and strides, which met a contract, have in common at any addresses."""
+    """What lists of these devices, dtypes, shapes and strides, which met a contract, have in common anywhere."""
 
     chunks: Tensor
     kind: Tensor
