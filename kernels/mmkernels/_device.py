@@ -29,3 +29,8 @@ def runs_triton(x: torch.Tensor) -> bool:
     Float64 has no tensor-core path worth a kernel; it takes the blockwise path on every device.
     """
     return HAS_TRITON and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
+
+
+def is_capturing(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is captured of what is launched on `x`."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

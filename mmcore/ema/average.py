@@ -35,7 +35,7 @@ class EMA:
 
     Under ZeRO each rank averages its own fp32 weights, without communication. `swapped`, `copy_to`, `gathered` and
     `save` are then collective: every rank calls them. With a teacher all else is too, and `update` gathers it.
-    In a CUDA graph capture `apply`, and call `advance` before each replay.
+    In a CUDA graph capture `apply`, after a first `update`, and call `advance` before each replay.
 
     Args:
         model: a module, on its device, compiled or under DistributedDataParallel or not; or the engine of

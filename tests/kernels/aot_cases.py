@@ -16,7 +16,7 @@ from mmkernels.distill.kernel import LAUNCH as DISTILL_LAUNCH
 from mmkernels.linear_cross_entropy import device as linear_cross_entropy
 from mmkernels.linear_cross_entropy.kernel import LAUNCH as CROSS_ENTROPY_LAUNCH
 from mmkernels.multi_tensor import device as lists
-from mmkernels.multi_tensor.kernel import NUM_WARPS
+from mmkernels.multi_tensor.kernel import ADAMW_WARPS, NUM_WARPS
 from mmkernels.multi_tensor.table import CHUNK, DIGIT_BITS
 from mmkernels.sigmoid import device as sigmoid
 from mmkernels.sigmoid.kernel import TABLE as SIGMOID_TABLE
@@ -122,7 +122,8 @@ def lists_case(row: str, dtypes: str, name: str = "", **constants: Any) -> Case:
     constants = {"KINDS": kinds, "BLOCK": CHUNK, **constants}
     kernel = getattr(lists, f"_{row}_kernel")
     pointers = {"factors": "*fp64", "sums": "*fp64"}
-    table = constant_table(row, (8,), Launch(CHUNK, 16, 16, NUM_WARPS, 1))
+    num_warps = ADAMW_WARPS if row == "adamw_update" else NUM_WARPS
+    table = constant_table(row, (8,), Launch(CHUNK, 16, 16, num_warps, 1))
     return Case(f"{row}{name}", kernel, row, table, constants, pointers, products=False)
 
 

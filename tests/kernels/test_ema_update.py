@@ -5,7 +5,6 @@ import torch
 
 from mmkernels import ema_update_, ema_update_ref_
 from mmkernels._device import INTERPRETED
-from mmkernels.multi_tensor import table
 from tests.kernels.tensor_lists import tensors
 
 
@@ -64,31 +63,6 @@ class TestBfloat16:
         for seed, target in enumerate(targets):
             ema_update_(target, [torch.full((300,), 0.5)], 0.999, rounding="stochastic", seed=seed)
         assert not torch.equal(targets[0][0], targets[1][0])
-
-
-class TestTable:
-    def test_old_tables_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(table, "_TABLES", type(table._TABLES)())
-        kept = [tensors([3], torch.float32, i) for i in range(table.MAX_TABLES + 5)]
-        for i in range(len(kept)):
-            table.table_of((kept[i], kept[i], []))
-        assert len(table._TABLES) == table.MAX_TABLES
-        kept.clear()
-        assert not table._TABLES
-
-    def test_another_tensor_in_the_place_of_one_that_went_has_a_table_of_its_own(self) -> None:
-        for dtype in (torch.float32, torch.bfloat16) * 5:
-            target, source = torch.zeros(64, dtype=dtype), torch.ones(64, dtype=dtype)
-            ema_update_([target], [source], 0.5)
-            assert torch.equal(target, torch.full((64,), 0.5, dtype=dtype))
-            del target, source
-
-    def test_a_tensor_that_was_turned_in_its_place_is_looked_at_anew(self) -> None:
-        target, source = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
-        ema_update_([target], [source], 0.5)
-        target.t_()
-        with pytest.raises(ValueError, match=r"sources\[0\] must be \[4, 3\], got \[3, 4\]"):
-            ema_update_([target], [source], 0.5)
 
 
 def test_a_tensor_whose_memory_was_freed_is_refused() -> None:

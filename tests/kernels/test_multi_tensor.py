@@ -149,3 +149,8 @@ def test_the_registered_ops_pass_opcheck() -> None:
     }  # fmt: skip
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.mmkernels, name).default, arguments)
+
+
+def test_torch_compile_captures_no_op_that_reads_addresses_from_the_host() -> None:
+    names = "adamw_update ema_update fisher_accumulate ewc_penalty_fwd ewc_penalty_bwd global_norm clip apply_masks"
+    assert all(torch.Tag.cudagraph_unsafe in getattr(torch.ops.mmkernels, x).default.tags for x in names.split())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import WIDE, path_of, prepared, table_in_op
+from mmkernels.multi_tensor.paths import ADDRESSED, WIDE, check_captured, path_of, prepared, scalar, table_in_op
 from mmkernels.multi_tensor.table import Table
 
 WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "averages", "copies", "shadows")
@@ -42,7 +42,8 @@ def adamw_update_(
         params: distinct tensors of one device, float32, float16, bfloat16 or float64, any shapes; dense.
         grads: their gradients, of any of these dtypes; where strides differ, one is copied first.
         exp_avgs, exp_avg_sqs: the moments m and v, zero before the first step.
-        lr: the learning rate; a float, or a tensor of one element on the device, which a captured graph reads anew.
+        lr: the learning rate; a float, or a tensor of one element on the device, which a captured graph reads anew and
+            has to be given: it keeps the numbers below of its capture.
         step: t, from 1; a number or a tensor like `lr`.
         betas: each from 0 to less than 1.
         eps: at least 0.
@@ -69,6 +70,7 @@ def adamw_update_(
     numbers = {"lr": (lr, math.inf), "step": (step, math.inf), "decay": (decay, 1.0)}
     for name, (value, most) in numbers.items():
         _check_number(op, name, value, most)
+    check_captured(op, lists[0][0], lr=lr, step=step, **({} if averages is None else {"decay": decay}))
     device = lists[0][0].device
     factors = adamw_factors(lr, step, betas, eps, weight_decay, clamp, decay, device)
     if torch.compiler.is_compiling():
@@ -94,14 +96,14 @@ def adamw_factors(
     beta1, beta2 = betas
     numbers: list[Any] = [lr, step, decay]
     if any(isinstance(x, Tensor) and x.device == device and x.is_cuda for x in numbers):
-        lr, step, decay = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in numbers)
+        lr, step, decay = (scalar(x, torch.float64, device) for x in numbers)
     else:
         lr, step, decay = (float(x) for x in numbers)
     size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     factors = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, size, root, eps, low, high, 1 - decay]
     if isinstance(size, Tensor):
-        return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in factors])
-    found = torch.tensor(factors, dtype=torch.float64)
+        return torch.stack([scalar(x, torch.float64, device).reshape(()) for x in factors])
+    found = torch.tensor(factors, dtype=torch.float64, device="cpu")
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
@@ -135,7 +137,7 @@ def _update(lists: Sequence[list[Tensor]], factors: Tensor, table: Table | None)
         path_of(lists[0][0]).adamw_update_table(table, factors)
 
 
-@torch.library.custom_op("mmkernels::adamw_update", mutates_args=WRITTEN)
+@torch.library.custom_op("mmkernels::adamw_update", mutates_args=WRITTEN, tags=ADDRESSED)
 def _adamw_update(
     params: list[Tensor],
     grads: list[Tensor],

@@ -28,7 +28,7 @@ def adamw_update_table(table: Table, factors: Tensor) -> None:
 def squares_table(table: Table) -> Tensor:
     """The sum of squares, float64 `[]`."""
     total = torch.ops.mmkernels.squares_table(table.chunks, table.tensors)
-    return torch.tensor(total, dtype=torch.float64)
+    return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 
 def clip_table(table: Table, norm: Tensor, max_norm: float) -> None:
@@ -44,7 +44,7 @@ def fisher_accumulate_table(table: Table, weight: float, decay: float) -> None:
 def ewc_penalty_fwd_table(table: Table) -> Tensor:
     """The sum of `fisher (param - anchor)^2`, float64 `[]`."""
     total = torch.ops.mmkernels.ewc_penalty_fwd_table(table.chunks, table.tensors)
-    return torch.tensor(total, dtype=torch.float64)
+    return torch.tensor(total, dtype=torch.float64, device="cpu")
 
 
 def ewc_penalty_bwd_table(table: Table, factor: Tensor) -> None:

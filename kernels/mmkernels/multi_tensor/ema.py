@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import path_of, prepared, table_in_op
+from mmkernels.multi_tensor.paths import ADDRESSED, check_captured, path_of, prepared, scalar, table_in_op
 from mmkernels.multi_tensor.table import Table, dtypes_of
 
 # From these decays on an update of a teacher in half precision is mostly below half of its last place, and lost.
@@ -36,11 +36,11 @@ def ema_update_(
         sources: what is averaged, the shapes and device of `targets`, of any of these dtypes, in memory of their
             own; where their strides differ, a source is copied first.
         decay: from 0 to 1; a float, or a tensor of one element on the device, which a captured graph reads anew
-            (on a GPU it is not checked).
+            (on a GPU it is not checked) and has to be given.
         shadows: written with the new averages, like `targets` but for their dtypes; None = none.
         rounding: None = to nearest; "stochastic" rounds targets in bfloat16 up or down at random, so that their
             mean follows what updates too small for their last place add up to.
-        seed: of that, an int or an int64 tensor `[]` on the device; another for each update.
+        seed: of that, an int or, in a captured graph, an int64 tensor `[]` on the device; another for each update.
 
     Raises:
         ValueError: lists that do not match, a dtype, a device or a decay; targets in half precision at a decay
@@ -57,6 +57,7 @@ def ema_update_(
         return
     dtypes = {x.dtype for x in lists[0]} if table is None else dtypes_of(table, 0)
     _check_decay(op, decay, dtypes, rounding)
+    check_captured(op, lists[0][0], decay=decay, **({"seed": seed} if rounding == "stochastic" else {}))
     device = lists[0][0].device
     weight = (1 - scalar(decay, torch.float64, device)).reshape(())
     key = scalar(seed, torch.int64, device) if rounding == "stochastic" else None
@@ -68,20 +69,13 @@ def ema_update_(
         torch.autograd.graph.increment_version([*lists[0], *lists[2]])
 
 
-def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number on the device, which a GPU is not waited for to get."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def _check_decay(op: str, decay: float | Tensor, dtypes: Set[torch.dtype | None], rounding: str | None) -> None:
     if rounding == "stochastic":
         wrong = dtypes - {torch.bfloat16}
         require(op, not wrong, "rounding must be None for targets other than bfloat16, got them in {}", wrong)
     if isinstance(decay, Tensor):
         require(op, decay.numel() == 1, "decay must be one number, got shape {}", list(decay.shape))
-        if decay.device.type != "cpu" or torch.compiler.is_compiling():
+        if not decay.is_cpu or torch.compiler.is_compiling():
             half = dtypes & set(STALLS) if rounding is None else set()
             require(op, not half, "decay must be a float for targets in {}, got a tensor on a GPU", half)
             return
@@ -100,7 +94,7 @@ def _update(lists: Sequence[list[Tensor]], weight: Tensor, seed: Tensor | None, 
         path_of(lists[0][0]).ema_update_table(table, weight.float(), seed)
 
 
-@torch.library.custom_op("mmkernels::ema_update", mutates_args=("targets", "shadows"))
+@torch.library.custom_op("mmkernels::ema_update", mutates_args=("targets", "shadows"), tags=ADDRESSED)
 def _ema_update(
     targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], weight: Tensor, seed: Tensor | None
 ) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels._autograd import has_no_derivative
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import WIDE, path_of, prepared, table_in_op, total_dtype
+from mmkernels.multi_tensor.paths import ADDRESSED, WIDE, path_of, prepared, table_in_op, total_dtype
 from mmkernels.multi_tensor.table import Table
 
 
@@ -25,7 +25,8 @@ def fisher_accumulate_(
         fishers: distinct tensors of one device, float32 or float64, any shapes; dense.
         grads: of their shapes, float32, float16, bfloat16 or float64; where strides differ, one is copied first.
         weight: of the new squares, at least 0: one over the number of samples, say.
-        decay: of the old sum, from 0 to 1; below 1 the tasks of before fade, as in online EWC.
+        decay: of the old sum, from 0 to 1; below 1 the tasks of before fade, as in online EWC. A captured graph keeps
+            the weight and the decay of its capture.
 
     Raises:
         ValueError: lists that do not match, a dtype, a device, memory in common, `weight` or `decay`.
@@ -55,7 +56,7 @@ def ewc_penalty(
         params: tensors of one device, float32, float16, bfloat16 or float64, any shapes; those that require a
             gradient get one, `strength fisher (param - anchor)`, in their own dtypes.
         anchors, fishers: of their shapes, of any of these dtypes; constants. Where strides differ, one is copied.
-        strength: at least 0.
+        strength: at least 0; a captured graph keeps that of its capture.
 
     Returns:
         `[]` on their device, float32, or float64 where a tensor is; added in float64, on a GPU in float32 by up to
@@ -79,12 +80,12 @@ def _accumulate(fishers: list[Tensor], grads: list[Tensor], weight: float, decay
         path_of(fishers[0]).fisher_accumulate_table(table, weight, decay)
 
 
-@torch.library.custom_op("mmkernels::fisher_accumulate", mutates_args=("fishers",))
+@torch.library.custom_op("mmkernels::fisher_accumulate", mutates_args=("fishers",), tags=ADDRESSED)
 def _fisher_accumulate(fishers: list[Tensor], grads: list[Tensor], weight: float, decay: float) -> None:
     _accumulate(fishers, grads, weight, decay, table_in_op((fishers, grads)))
 
 
-@torch.library.custom_op("mmkernels::ewc_penalty_fwd", mutates_args=())
+@torch.library.custom_op("mmkernels::ewc_penalty_fwd", mutates_args=(), tags=ADDRESSED)
 def _ewc_penalty_fwd(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], strength: float) -> Tensor:
     lists = (params, anchors, fishers)
     table = table_in_op(lists, "ewc_penalty")
@@ -98,7 +99,7 @@ def _(params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], streng
     return params[0].new_empty((), dtype=total_dtype((params, anchors, fishers)))
 
 
-@torch.library.custom_op("mmkernels::ewc_penalty_bwd", mutates_args=())
+@torch.library.custom_op("mmkernels::ewc_penalty_bwd", mutates_args=(), tags=ADDRESSED)
 def _ewc_penalty_bwd(
     params: list[Tensor], anchors: list[Tensor], fishers: list[Tensor], d_penalty: Tensor, strength: float
 ) -> list[Tensor]:

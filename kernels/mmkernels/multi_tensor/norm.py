@@ -8,8 +8,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.ema import scalar
-from mmkernels.multi_tensor.paths import path_of, prepared, table_in_op, total_dtype
+from mmkernels.multi_tensor.paths import ADDRESSED, check_captured, path_of, prepared, scalar, table_in_op, total_dtype
 from mmkernels.multi_tensor.table import Table
 
 
@@ -47,9 +46,10 @@ def clip_(
 
     Args:
         tensors: distinct tensors of one device, float32, float16, bfloat16 or float64, any shapes; dense.
-        max_norm: at least 0.
+        max_norm: at least 0; a captured graph keeps that of its capture.
         norm: that of all tensors, where these are a part of them: one which was reduced across ranks, a float or a
-            tensor of one element on the device (on a GPU it is not checked); None = `global_norm(tensors)`.
+            tensor of one element on the device (on a GPU it is not checked), which a captured graph has to be given;
+            None = `global_norm(tensors)`.
         error_if_nonfinite: refuse a norm that is NaN or infinite, before anything is written; it waits for a GPU, and
             no graph can be compiled or captured with it.
 
@@ -68,6 +68,8 @@ def clip_(
         norm = _norm_of(tensors, table)
     else:
         _check_norm(op, norm)
+        if tensors:
+            check_captured(op, tensors[0], norm=norm)
         norm = scalar(norm, total_dtype([tensors]), tensors[0].device if tensors else torch.device("cpu"))
         norm = norm.reshape(())
     if error_if_nonfinite:
@@ -104,7 +106,7 @@ def _norm(tensors: list[Tensor], table: Table | None) -> Tensor:
     return path_of(tensors[0]).squares_table(table).sqrt().float()
 
 
-@torch.library.custom_op("mmkernels::global_norm", mutates_args=())
+@torch.library.custom_op("mmkernels::global_norm", mutates_args=(), tags=ADDRESSED)
 def _global_norm(tensors: list[Tensor]) -> Tensor:
     return _norm(tensors, table_in_op([tensors]))
 
@@ -121,6 +123,6 @@ def _update(tensors: list[Tensor], norm: Tensor, max_norm: float, table: Table |
         path_of(tensors[0]).clip_table(table, norm, max_norm)
 
 
-@torch.library.custom_op("mmkernels::clip", mutates_args=("tensors",))
+@torch.library.custom_op("mmkernels::clip", mutates_args=("tensors",), tags=ADDRESSED)
 def _clip(tensors: list[Tensor], norm: Tensor, max_norm: float) -> None:
     _update(tensors, norm, max_norm, table_in_op([tensors]))

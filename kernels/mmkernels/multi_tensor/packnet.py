@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels.multi_tensor import paths
-from mmkernels.multi_tensor.paths import path_of, prepared, table_in_op
+from mmkernels.multi_tensor.paths import ADDRESSED, path_of, prepared, table_in_op
 from mmkernels.multi_tensor.table import Table
 
 # A mask in bool holds 0 and 1.
@@ -27,7 +27,7 @@ def apply_masks_(tensors: Sequence[Tensor], masks: Sequence[Tensor], *, owners: 
         masks: of their shapes; bool, or with `owners` uint8: the number of the task that each weight belongs to.
         owners: (first, last), from 0 to 255: kept is what belongs to one of these tasks, both included. With 0 for
             weights that are still free, (t, t) keeps the gradients of task t's weights, (1, t) the weights that it
-            is evaluated with; None = the masks are bool.
+            is evaluated with; None = the masks are bool. A captured graph keeps those of its capture.
 
     Raises:
         ValueError: lists that do not match, a dtype, a device, memory in common, or `owners`.
@@ -55,6 +55,6 @@ def _update(tensors: list[Tensor], masks: list[Tensor], first: int, last: int, t
         path_of(tensors[0]).apply_masks_table(table, first, last)
 
 
-@torch.library.custom_op("mmkernels::apply_masks", mutates_args=("tensors",))
+@torch.library.custom_op("mmkernels::apply_masks", mutates_args=("tensors",), tags=ADDRESSED)
 def _apply_masks(tensors: list[Tensor], masks: list[Tensor], first: int, last: int) -> None:
     _update(tensors, masks, first, last, table_in_op((tensors, masks)))

@@ -9,15 +9,18 @@ from torch import Tensor
 from mmkernels import native
 from mmkernels._autograd import untransformed
 from mmkernels._checks import DTYPE_NAMES, DTYPES, require
-from mmkernels._device import Kernels, runs_triton
+from mmkernels._device import Kernels, is_capturing, runs_triton
 from mmkernels.multi_tensor import blockwise
-from mmkernels.multi_tensor.table import Table, known, new_table, table_of
+from mmkernels.multi_tensor.table import TRACED, Table, extent, known, new_table, overlap, table_of
 
 kernel = Kernels("mmkernels.multi_tensor")
 
 Given = Mapping[str, Sequence[Tensor] | None]
 # of `op`, by the name of a list, where its dtypes are not `DTYPES`
 Dtypes = Mapping[str, tuple[tuple[torch.dtype, ...], str]]
+
+# of a registered op that reads memory by addresses from the host: torch.compile keeps it out of the graphs it captures
+ADDRESSED = torch.Tag.cudagraph_unsafe
 
 # of an average or a sum, to which what is added would be lost in less
 WIDE = (torch.float32, torch.float64), "float32 or float64"
@@ -51,7 +54,8 @@ def prepared(
         _check_lists(op, named, written, dtypes or {})
         likes = [x if x.is_contiguous() or is_dense(x) else x.contiguous() for x in lists[0]]
         lists = [likes, *([laid_out(x, like) for x, like in zip(part, likes)] for part in lists[1:])]
-        found = new_table(lists, contract) if is_walked and likes and has_dtypes(lists) else None
+        is_written = [name in written for name in given]
+        found = new_table(lists, contract, is_written) if is_walked and likes and has_dtypes(lists) else None
     return lists, found
 
 
@@ -72,8 +76,25 @@ def total_dtype(lists: Sequence[Sequence[Tensor]]) -> torch.dtype:
 
 def table_in_op(lists: Sequence[Sequence[Tensor]], op: str | None = None) -> Table | None:
     """That of lists which a registered op was handed, where a kernel walks them; `op` has maybe prepared them."""
-    contract = None if op is None else (op,)
+    contract = TRACED if op is None else (op,)
     return table_of(lists, contract) if walks(lists[0][0]) and has_dtypes(lists) else None
+
+
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number on the device, which a GPU is not waited for to get."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def check_captured(op: str, like: Tensor, **numbers: float | Tensor) -> None:
+    """What changes from step to step, a replay of a captured graph reads anew only where it lies on the device."""
+    if torch.compiler.is_compiling() or not is_capturing(like):
+        return
+    for name, x in numbers.items():
+        is_read = isinstance(x, Tensor) and x.is_cuda
+        sentence = "{} must be a tensor on {} while a CUDA graph is captured, whose replays would repeat it, got {!r}"
+        require(op, is_read, sentence, name, like.device, x)
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
@@ -117,22 +138,13 @@ def _check_lists(op: str, lists: Mapping[str, list[Tensor]], written: Sequence[s
 def _check_places(op: str, lists: Mapping[str, list[Tensor]], written: Sequence[str]) -> None:
     """Every tensor holds its elements, and what is written shares none of them with anything else."""
     spans = []
-    for name, tensors in lists.items():
-        for i, x in enumerate(tensors):
-            begin = x.data_ptr()
-            holds = x.numel() == 0 or begin != 0
+    for name in sorted(lists, key=lambda name: (name in written, name)):
+        for i, x in enumerate(lists[name]):
+            holds = x.numel() == 0 or x.data_ptr() != 0
             require(op, holds, "{}[{}] must hold its elements, got {}", name, i, "a tensor that was freed")
-            if x.numel():
-                elements = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-                spans.append((begin, begin + elements * x.element_size(), name in written, name, i))
-    # what reaches furthest so far, of what is written and of all
-    reach_written = reach = (0, 0, False, "", 0)
-    for span in sorted(spans):
-        begin, _, is_written, name, i = span
-        other = reach if is_written else reach_written
-        apart = begin >= other[1]
+            spans.append((x.data_ptr(), extent(x), name in written, name, i))
+    if spans:
+        columns = (torch.tensor(column, device="cpu") for column in list(zip(*spans, strict=True))[:3])
+        one, other = overlap(*columns) or (0, 0)
         sentence = "{}[{}] must share no memory with {}[{}], got {}"
-        require(op, apart, sentence, name, i, other[3], other[4], "tensors that overlap")
-        reach = max(reach, span, key=lambda s: s[1])
-        if is_written:
-            reach_written = max(reach_written, span, key=lambda s: s[1])
+        require(op, one == other, sentence, *spans[one][3:], *spans[other][3:], "tensors that overlap")
