@@ -46,8 +46,14 @@ demo-llava: $(VENV)/installed
 	$(VENV)/bin/mmcore train llava-stage2 $$common --from $$run/stage1 --epochs 8 --batch-size 32 --max-answer 16 \
 	    --out $$run/stage2
 
+# The oldest triton that is promised, beside the one that torch came with: the launch tables are compiled under both.
+$(VENV)/triton-3.6: $(VENV)/installed
+	rm -rf $@.part
+	$(RUN) -m pip install -q --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
+
 # One thread a process: the tests are many small calls.
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/triton-3.6
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 check: $(VENV)/installed
