@@ -1,7 +1,7 @@
 """What the launch tables of the Triton kernels are made of: pure functions of shape, dtype and architecture, so that
 all ranks agree.
 
-Every row compiles ahead of time for its architecture, under triton 3.6 and 3.7, without spills; none has been timed yet.
+Every row compiles ahead of time for its architecture without spills, under triton 3.6 and 3.7; none was timed yet.
 """
 
 from collections.abc import Mapping
