@@ -62,8 +62,9 @@ def pitched(like: Tensor, rows: int, cols: int) -> Tensor:
     return like.new_empty(rows, -(-cols // PITCH) * PITCH)[:, :cols]
 
 
-def matmul_fp32(x: Tensor, y: Tensor) -> Tensor:
-    """`x @ y` accumulated and returned in float32."""
+def addmm_fp32_(out: Tensor, x: Tensor, y: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """`out = beta * out + alpha * x y` in float32, whatever the operands are; with `beta` 0 `out` is not read."""
     if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()
+        torch.addmm(out, x, y, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, x.float(), y.float(), beta=beta, alpha=alpha, out=out)

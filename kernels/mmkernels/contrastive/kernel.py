@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmkernels._launch import MAX_PROGRAMS, Launch, Table, chunk_rows, input_precision, launch, launch_config
 from mmkernels._numerics import combine_sums
-from mmkernels._tl import matmul_fp32, operand, pitched
+from mmkernels._tl import addmm_fp32_, operand, pitched
 from mmkernels.contrastive.device import _contrastive_bwd_kernel, _contrastive_fwd_kernel
 from mmkernels.contrastive.problem import (
     Coefficients,
@@ -136,11 +136,12 @@ def contrastive_bwd(
         dscale.append(_grad_chunk(problem, stats, in_units, rows, center, grad, needs_scale))
         part = grad[: len(a[rows])]
         if da is not None:
-            torch.div(matmul_fp32(part, b), unit, out=da[rows])
+            addmm_fp32_(da[rows], part, b, beta=0.0)
         if db is not None:
-            db.add_(matmul_fp32(part.T, a[rows]))
-    if db is not None:
-        db.div_(unit)
+            addmm_fp32_(db, part.T, a[rows])
+    for dx in (da, db):
+        if dx is not None:
+            dx.div_(unit)
     of_positives = add_positives(problem, coefs, da, db, center)
     for dx in (da, db):
         if dx is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmkernels._launch import CHUNK_BYTES, Launch, constant_launch, launch
 from mmkernels._numerics import log_sum_exp
-from mmkernels._tl import pitched
+from mmkernels._tl import addmm_fp32_, pitched
 from mmkernels.linear_cross_entropy.blockwise import Grads, Stats, add_targets, coefficients, row_loss
 from mmkernels.linear_cross_entropy.device import _linear_cross_entropy_fwd_kernel
 
@@ -63,16 +63,16 @@ def linear_cross_entropy_fwd(
         h, of_rows = hidden[rows], targets[rows]
         logits = buffer[: len(h)]
         grad = logits.view(hidden.dtype)[:, :vocab] if any(dx is not None for dx in grads) else None
-        _multiply(h, weight.T, out=logits, beta=0.0)
+        addmm_fp32_(logits, h, weight.T, beta=0.0)
         stats = _softmax(logits, bias, of_rows, coef[rows] * unit, terms[1], grad, config)
         loss[rows] = row_loss(stats, None if mean_logit is None else mean_logit[rows], terms)
         if grad is None:
             continue
         dh_part = None if dh is None else dh[rows]
         if dh_part is not None:
-            _multiply(grad, weight, out=dh_part, beta=0.0, alpha=1 / unit)
+            addmm_fp32_(dh_part, grad, weight, beta=0.0, alpha=1 / unit)
         if dw is not None:
-            _multiply(grad.T, h, out=dw, beta=float(first > 0), alpha=1 / unit)
+            addmm_fp32_(dw, grad.T, h, beta=float(first > 0), alpha=1 / unit)
         if db is not None:
             of_chunk = grad.sum(0, dtype=db.dtype).div_(unit)
             db.add_(of_chunk) if first else db.copy_(of_chunk)
@@ -118,11 +118,3 @@ def _softmax(
         num_stages=config.num_stages,
     )
     return (*log_sum_exp(row_max, row_sum), target_logit)
-
-
-def _multiply(x: Tensor, y: Tensor, *, out: Tensor, beta: float, alpha: float = 1.0) -> None:
-    """`out = beta * out + alpha * x y` in float32, whatever the operands are."""
-    if x.is_cuda and x.dtype != torch.float32:
-        torch.addmm(out, x, y, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.addmm(out, x.float(), y.float(), beta=beta, alpha=alpha, out=out)

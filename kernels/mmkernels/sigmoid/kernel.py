@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from mmkernels._launch import Launch, Table, chunk_rows, input_precision, launch, launch_config
-from mmkernels._tl import matmul_fp32, operand, pitched
+from mmkernels._tl import addmm_fp32_, operand, pitched
 from mmkernels.sigmoid.blockwise import Grads
 from mmkernels.sigmoid.device import _sigmoid_fwd_kernel
 
@@ -69,9 +69,9 @@ def sigmoid_fwd(
         of_labels = None if ids is None else (ids[0][rows], ids[1])
         sums[:, rows] = _run_chunk(a_rows, b, (scale, bias), of_labels, of_rows, grad, first, any(needs[2:]))
         if da is not None:
-            da[rows] = matmul_fp32(grad, b)
+            addmm_fp32_(da[rows], grad, b, beta=0.0)
         if db is not None:
-            db.add_(matmul_fp32(grad.T, a_rows))
+            addmm_fp32_(db, grad.T, a_rows)
         if labels is None:
             parts = (None if dx is None else dx[rows] for dx in (da, db))
             sums[:, rows] += _add_positives(a_rows, b[rows], scale, bias, of_rows, *parts)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkernels._launch import CHUNK_BYTES, MAX_PROGRAMS, Launch, Table, input_precision, launch, launch_config
 from mmkernels._numerics import combine_sums
-from mmkernels._tl import matmul_fp32, operand, pitched
+from mmkernels._tl import addmm_fp32_, operand, pitched
 from mmkernels.token_contrastive.device import _token_contrastive_bwd_kernel, _token_contrastive_fwd_kernel
 from mmkernels.token_contrastive.problem import (
     Problem,
@@ -133,10 +133,11 @@ def token_contrastive_bwd(
         dscale.append(_grad_chunk(block, stats.of_rows(rows), weights.block(rows, cols), center, grad, needs_scale))
         part = grad[:, : len(block.tokens) * num_tokens]
         if dtokens is not None:
-            product = matmul_fp32(part.T, problem.b).div_(unit)
-            dtokens[rows] = product.mul_(problem.scale).view(-1, num_tokens, width)
+            product = torch.empty(len(part.T), width, dtype=torch.float32, device=part.device)
+            addmm_fp32_(product, part.T, problem.b, beta=0.0)
+            dtokens[rows] = product.div_(unit).mul_(problem.scale).view(-1, num_tokens, width)
         if db is not None:
-            db.add_(matmul_fp32(part, block.tokens.flatten(0, 1)))
+            addmm_fp32_(db, part, block.tokens.flatten(0, 1))
     if db is not None:
         db.div_(unit).mul_(problem.scale)
     if not needs_scale:
