@@ -31,8 +31,10 @@ class PairAssets(VisionAssets):
 
 
 def check_same_tokenizer(given: Any, beside: Any, path: Any, init: Path) -> None:
-    """Raises a ValueError unless a tokenizer that was given for somebody's weights is the one that lies beside them."""
-    if given.vocabulary != beside.vocabulary:
+    """Raises a ValueError unless a tokenizer that was given for somebody's weights is the one that lies beside them:
+    has its vocabulary, merges and way with cases, accents and white space."""
+    probes = ["A  Café's «Naïve» 北京 No. 123!", *given.vocabulary]
+    if given.vocabulary != beside.vocabulary or not given(probes).equal(beside(probes)):
         raise ValueError(f"--tokenizer must be left out: another one lies beside the weights in {init}, got {path}")
 
 

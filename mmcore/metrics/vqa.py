@@ -106,12 +106,13 @@ def vqa_accuracy(
 
 
 def exact_match(said: str, wanted: str) -> bool:
-    """Whether two answers have the same normal form; of letters that it drops, as the "A" of a choice, these count."""
+    """Whether two answers have the same normal form; where it drops everything, as the "A" of a choice, or "+",
+    letters count, and without letters the marks."""
     return _form(said) == _form(wanted)
 
 
 def _form(text: str) -> str:
-    return normalize_answer(text) or "".join(c for c in text.lower() if c.isalnum())
+    return normalize_answer(text) or "".join(c for c in text.lower() if c.isalnum()) or text.strip()
 
 
 def _score(prediction: str, people: Sequence[str]) -> float:

@@ -9,6 +9,7 @@ from mmcore.tasks.talks import Reply
 @pytest.mark.parametrize(("said", "wanted", "right"), [
     ("A", "A", True), ("a", "A", True), ("A.", "A", True), ("", "A", False), ("the", "A", False), ("B", "A", False),
     ("a dog", "dog", True), ("Two", "2", True), ("", "dog", False), ("an", "the", False), ("的", "的", True),
+    ("+", "+", True), ("-", "+", False), ("", "+", False), ("?", "!", False), ("😀", "😀", True), ("", "", True),
 ])  # fmt: skip
 def test_a_letter_of_a_choice_is_an_answer_of_its_own(said: str, wanted: str, right: bool) -> None:
     assert exact_match(said, wanted) == right

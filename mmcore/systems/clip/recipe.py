@@ -85,7 +85,8 @@ class Clip(TwoTowers):
         if self.init is None:
             return tokenizer, f"of {path}"
         if beside is not None:
-            check_same_tokenizer(tokenizer, load_tokenizer(beside), path, self.init)
+            own = load_tokenizer(beside, context_length=text.context_length)
+            check_same_tokenizer(tokenizer, own, path, self.init)
         fits = tokenizer.vocab_size <= text.vocab_size and text.eos_token_id in (None, tokenizer.eos_token_id)
         wanted = f"at most {text.vocab_size} tokens and the end token {text.eos_token_id}, as the weights of --init"
         got = f"{tokenizer.vocab_size} and {tokenizer.eos_token_id}"
