@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from mmcore.checkpoint import describe
 from mmcore.ops import linear_cross_entropy, require
 from mmcore.systems import entries
-from mmcore.weights.files import read_json
+from mmcore.weights.files import LOCAL, read_json
 
 disable_progress_bar()  # of each shard that is read; a run has a bar of its own
 
@@ -50,13 +50,14 @@ def load_language_model(folder: Path, *, dtype: torch.dtype | None) -> Any:
 def _from_transformers(op: str, folder: Path, dtype: torch.dtype | None) -> Any:
     # pickles are not read
     require(op, any(folder.glob("*.safetensors")), "folder must hold *.safetensors, got {}", folder)
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    options = {**LOCAL, "use_safetensors": True, "output_loading_info": True}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, info = kind.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **options)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{op}: folder must hold a language model, got {folder}: {error}") from error
+    except (OSError, SafetensorError, ValueError, RuntimeError, ImportError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{op}: folder must hold a language model, got {folder}: {why}") from error
     missing = sorted(info["missing_keys"])[:3]
     require(op, not missing, "folder must hold every weight of the model, missing {}", ", ".join(missing))
     return model
@@ -66,9 +67,10 @@ def load_language_tokenizer(folder: Path) -> Any:
     """The tokenizer beside a language model, which pads by its end of text if by nothing else; a ValueError without
     either."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"load_language_tokenizer: folder must hold a tokenizer, got {folder}: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, ImportError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"load_language_tokenizer: folder must hold a tokenizer, got {folder}: {why}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     ends = tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None

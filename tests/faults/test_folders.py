@@ -20,7 +20,9 @@ from mmcore.data import DataConfig, Preprocess, decode_rgb, normalized, open_dat
 from mmcore.data.sources import tar
 from mmcore.data.text.tokenizer import find_clip_vocabulary, load_tokenizer, train_tokenizer
 from mmcore.data.text.wordpiece import load_wordpiece, train_wordpiece
+from mmcore.parts.language import load_language_model, load_language_tokenizer
 from mmcore.parts.padded import load_padded_tokenizer
+from mmcore.parts.tiny_lm import train_tiny_lm
 from mmcore.parts.towers import load_tower
 from mmcore.systems.clip.model import CLIP, CLIPConfig
 from mmcore.systems.clip.names import HF, OPEN_CLIP
@@ -282,6 +284,10 @@ def test_what_a_folder_says_of_pictures_is_taken_into_the_run_and_into_what_star
         ({"size": {"height": 16, "width": 24}}, "got other pixels from its"),
         ({"image_processor_type": "NoSuchProcessor"}, "must be one that transformers reads"),
         ({"image_std": [0.0, 0.1, 0.1]}, "std must be 3 numbers"),
+        ({"image_mean": "imagenet"}, "must tell how a picture becomes a square of RGB, got: could not convert"),
+        ({"image_mean": [0.5]}, "must tell how a picture becomes a square of RGB, got: .*3 numbers"),
+        ({"size": {"longest_edge": 16}}, "must tell how a picture becomes a square of RGB"),
+        ({"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}, "contains custom code"),
         (
             {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "size": {"shortest_edge": 20}},
             "got other pixels from its",
@@ -292,6 +298,23 @@ def test_pictures_that_we_cannot_make_are_refused(tmp_path: Path, change: dict[s
     folder = folder_of(tmp_path / "clip", fit="squash")
     write_json(folder / FILE, {**json.loads((folder / FILE).read_text()), **change})
     refuses(said, load_clip, folder)
+
+
+def test_a_folders_own_code_is_refused_without_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, _ = train_tiny_lm([[("what is it?", "a dog")]] * 4, seed=0, steps=1)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    for name, owner, load in (
+        ("config.json", "AutoConfig", load_language_model),
+        ("tokenizer_config.json", "AutoTokenizer", load_language_tokenizer),
+    ):
+        file, own = tmp_path / name, {"auto_map": {owner: "own.Own"}, "model_type": "own", "tokenizer_class": "Own"}
+        before = file.read_text()
+        write_json(file, json.loads(before) | own)
+        options = {"dtype": None} if load is load_language_model else {}
+        refuses("folder must hold a .*: .*contains custom code", load, tmp_path, **options)
+        file.write_text(before)
 
 
 def test_open_clips_settings_of_pictures_are_taken_and_written(tmp_path: Path, data: Any) -> None:
