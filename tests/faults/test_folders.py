@@ -20,9 +20,7 @@ from mmcore.data import DataConfig, Preprocess, decode_rgb, normalized, open_dat
 from mmcore.data.sources import tar
 from mmcore.data.text.tokenizer import find_clip_vocabulary, load_tokenizer, train_tokenizer
 from mmcore.data.text.wordpiece import load_wordpiece, train_wordpiece
-from mmcore.parts.language import load_language_model, load_language_tokenizer
 from mmcore.parts.padded import load_padded_tokenizer
-from mmcore.parts.tiny_lm import train_tiny_lm
 from mmcore.parts.towers import load_tower
 from mmcore.systems.clip.model import CLIP, CLIPConfig
 from mmcore.systems.clip.names import HF, OPEN_CLIP
@@ -300,23 +298,6 @@ def test_pictures_that_we_cannot_make_are_refused(tmp_path: Path, change: dict[s
     refuses(said, load_clip, folder)
 
 
-def test_a_folders_own_code_is_refused_without_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer, _ = train_tiny_lm([[("what is it?", "a dog")]] * 4, seed=0, steps=1)
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path)
-    for name, owner, load in (
-        ("config.json", "AutoConfig", load_language_model),
-        ("tokenizer_config.json", "AutoTokenizer", load_language_tokenizer),
-    ):
-        file, own = tmp_path / name, {"auto_map": {owner: "own.Own"}, "model_type": "own", "tokenizer_class": "Own"}
-        before = file.read_text()
-        write_json(file, json.loads(before) | own)
-        options = {"dtype": None} if load is load_language_model else {}
-        refuses("folder must hold a .*: .*contains custom code", load, tmp_path, **options)
-        file.write_text(before)
-
-
 def test_open_clips_settings_of_pictures_are_taken_and_written(tmp_path: Path, data: Any) -> None:
     tiny = CLIP_CONFIGS["tiny"]
     vision = replace(tiny.vision, num_heads=2, image_mean=(0.5,) * 3, interpolation="bilinear", fit="squash")
@@ -327,6 +308,10 @@ def test_open_clips_settings_of_pictures_are_taken_and_written(tmp_path: Path, d
     assert load_clip(tmp_path / "oc").config.vision.preprocess == vision.preprocess
     for change, said in (
         ({"resize_mode": "longest"}, "fit must be one of"),
+        ({"resize_mode": "pad"}, "fit must be one of"),
+        ({"mean": 0.5}, r"preprocess_cfg.mean such as \(0.48.*got 0.5"),
+        ({"std": None}, "preprocess_cfg.std such as"),
+        ({"mean": ["a", "b", "c"]}, "mean must be 3 numbers"),
         ({"interpolation": "random"}, "interpolation must be one of"),
         ({"size": [32, 32]}, r"preprocess_cfg.size 16, as model_cfg has it, got \[32, 32\]"),
         ({"mode": "L"}, "preprocess_cfg.mode 'RGB', got 'L'"),

@@ -112,7 +112,8 @@ class Preprocess:
             require("Preprocess", value in known, "{} must be one of {}, got {!r}", name, known, value)
         for name in ("mean", "std"):
             value = getattr(self, name)
-            fits = len(value) == 3 and all(map(math.isfinite, value)) and (name == "mean" or min(value) > 0)
+            are_numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+            fits = len(value) == 3 and are_numbers and (name == "mean" or min(value) > 0)
             require("Preprocess", fits, "{} must be 3 numbers, one a channel, got {}", name, value)
 
     @property

@@ -125,7 +125,7 @@ def _find_weights(path: Path) -> Path:
     kinds = ("model.safetensors", "pytorch_model.bin")
     files = [path / f"{start}{kind}" for kind in kinds for _, _, start in _FORMATS.values()]
     found = [file for file in (path, *files) if file.is_file()]
-    what = "path must be a weights file or a folder with one of {}, got {}"
+    what = "path must be a weights file or a folder with one of {}, such as mmcore export writes of a run, got {}"
     require("load_clip", bool(found), what, ", ".join(file.name for file in files), path)
     return found[0]
 
