@@ -72,14 +72,16 @@ def test_a_system_prompt_beside_the_turns_is_one_of_them() -> None:
         parse_conversation(0, {"tools": "[{}]", "conversations": SAID[1:]})
 
 
-def test_a_conversation_that_the_template_refuses_is_a_broken_record() -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-        "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    )
+@pytest.mark.parametrize(("way", "reason"), [
+    ("raise_exception('no system turns')", "no system turns"), ("m.content + 1", "can only concatenate"),
+    ("1 // 0", "division"), ("m.content.parts.text", "no attribute"), ("messages[9].content", "no element 9"),
+])  # fmt: skip
+def test_a_conversation_that_the_template_refuses_is_a_broken_record(way: str, reason: str) -> None:
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ " + way + " }}{% endif %}"
+    template += "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     turns = (Turn("user", "what?"), Turn("assistant", "that"))
     assert len(auto(template).sample(Conversation("1", (), turns)).tokens) > 2
-    with pytest.raises(BrokenRecord, match="refuses a conversation: no system turns"):
+    with pytest.raises(BrokenRecord, match=f"refuses a conversation: .*{reason}"):
         auto(template).sample(Conversation("2", (), (Turn("system", "be brief"), *turns)))
 
 

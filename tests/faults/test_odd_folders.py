@@ -10,6 +10,7 @@ import pytest
 from mmcore.checkpoint import write_json
 from mmcore.parts.language import load_language_model, load_language_tokenizer
 from mmcore.parts.tiny_lm import train_tiny_lm
+from mmcore.parts.towers import load_tower
 from mmcore.systems.clip.model import CLIP, CLIPConfig
 from mmcore.systems.clip.shapes import CLIP_CONFIGS
 from mmcore.systems.clip.weights import load_clip, save_clip
@@ -62,3 +63,11 @@ def test_a_setting_of_another_type_is_refused_by_its_name(tmp_path: Path, format
     for name in ("model_cfg", "preprocess_cfg") if format == "open_clip" else ():
         write_json(file, before | {name: [1]})
         refuses(f"must hold an object as {name}", load_clip, tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model", "dinov2"])
+def test_a_tower_of_another_kind_is_refused_with_those_that_are_read(tmp_path: Path, kind: str) -> None:
+    write_json(tmp_path / "config.json", {"model_type": kind})
+    refuses(
+        f"--vision must be a run, or a folder of a model of .*clip.*siglip.*, got .* of {kind}", load_tower, tmp_path
+    )

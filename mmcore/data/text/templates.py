@@ -285,7 +285,7 @@ class ChatTokens:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:  # what its expressions raise too
             reason = f"the tokenizer's chat template refuses a conversation: {' '.join(str(error).split())}"
             raise BrokenRecord(reason) from None
         num_images = sum(turn.text.count(IMAGE) for turn in turns)
