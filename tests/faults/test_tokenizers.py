@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 from mmcore.checkpoint import write_json
 from mmcore.data.text.tokenizer import load_tokenizer, train_tokenizer
+from mmcore.data.text.wordpiece import load_wordpiece
 from mmcore.two_towers import check_same_tokenizer
 from tests.refusals import refuses
 
@@ -70,3 +71,38 @@ def test_the_same_words_split_in_another_way_are_another_tokenizer(folder: Path,
     other = load_tokenizer(folder)
     assert own.vocabulary == other.vocabulary
     refuses("--tokenizer must be left out: another one", check_same_tokenizer, own, other, "given", folder)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"normalizer": None}, "must split texts as an uncased BERT does"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "must split texts as an uncased BERT does"),
+    ({"prefix": "@@"}, "must split texts as an uncased BERT does"),
+    ({"gap": 1}, "must split texts as an uncased BERT does"),
+    ({"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}}, None),
+])  # fmt: skip
+def test_a_bert_tokenizer_that_splits_otherwise_is_refused(tmp_path: Path, change: dict, said: str | None) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "cafe", "!"]
+    BertTokenizer({word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    if "prefix" in change:
+        raw["model"]["continuing_subword_prefix"] = change["prefix"]
+    elif "gap" in change:
+        raw["model"]["vocab"]["dog"] = 99
+    else:
+        raw |= change
+    write_json(file, raw)
+    if said is None:
+        assert load_wordpiece(tmp_path)(["A Dogs café!"]).tokens.tolist() == [[2, 5, 6, 7, 8, 9, 3]]
+    else:
+        refuses(said, load_wordpiece, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("tokenizer.json", b"{"), ("tokenizer_config.json", b"[]"), ("vocab.txt", b"caf\xe9")
+])  # fmt: skip
+def test_a_damaged_bert_tokenizer_is_refused_by_its_file(tmp_path: Path, name: str, content: bytes) -> None:
+    if name != "tokenizer.json":
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    (tmp_path / name).write_bytes(content)
+    refuses(f"load_wordpiece: .*{name} must", load_wordpiece, tmp_path)
