@@ -84,6 +84,8 @@ class WordPiece:
         some = [word for word in self.words if word not in (*SPECIAL, DECODER_TOKEN)]
         some = some[:: max(1, len(some) // 2000)]
         probes = [f"{word[0]}\u0301{word[1:]} {word.upper()}{word}!{word}\u0000 北{word}" for word in some]
+        begins = max((word for word in some if word.isalpha()), key=len, default="")
+        probes += [begins + word.removeprefix(_PREFIX) for word in some if word.startswith(_PREFIX)]
         ids = [[x.encode(text, add_special_tokens=False).ids for text in probes] for x in (self._model, other)]
         return next((text for text, ours, theirs in zip(probes, *ids, strict=True) if ours != theirs), None)
 
