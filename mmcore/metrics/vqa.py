@@ -76,7 +76,7 @@ def vqa_accuracy(
 
     Answers are compared in their normal form, except where all people wrote the same: there as they stand, as the
     challenge does. Leaving one out, a question with 3 answers scores at most 2 / 3. With fewer nobody can be left out:
-    there an answer counts where it is one of them (`exact_match`).
+    there an answer counts where it is one of them (`exact_match`) and not blank.
 
     Args:
         predictions: [N], one answer a question.
@@ -117,7 +117,7 @@ def _form(text: str) -> str:
 
 def _score(prediction: str, people: Sequence[str]) -> float:
     if len(people) < FEWEST:
-        return float(any(exact_match(prediction, answer) for answer in people))
+        return float(any(answer.strip() and exact_match(prediction, answer) for answer in people))
     prediction, *people = (x.replace("\n", " ").replace("\t", " ").strip() for x in (prediction, *people))
     if len(set(people)) > 1:
         prediction, *people = map(normalize_answer, (prediction, *people))
