@@ -69,7 +69,7 @@ def test_the_tokenizer_beside_the_weights_is_the_runs(tmp_path: Path, data: Any)
     own = tokenizer_of(data, 560)
     start = Clip(init=folder_of(tmp_path / "clip", own)).assets(data)
     assert start.tokenizer.vocabulary == own.vocabulary and start.shape.text.vocab_size == own.vocab_size
-    assert "560 tokens" in start.summary["tokenizer"]
+    assert "560 tokens" in start.summary["tokenizer"] and start.summary["weights"] == f"of {tmp_path / 'clip'}"
     given = Clip(init=tmp_path / "clip", tokenizer=str(tmp_path / "clip")).assets(data)
     assert given.tokenizer.vocabulary == own.vocabulary
     file = Clip(init=tmp_path / "clip" / "model.safetensors").assets(data)

@@ -63,7 +63,7 @@ class Clip(TwoTowers):
         size = tokenizer.vocab_size if self.init is None else shape.text.vocab_size
         length, end = tokenizer.context_length, tokenizer.eos_token_id
         text = replace(shape.text, vocab_size=size, context_length=length, eos_token_id=end)
-        return PairAssets(replace(shape, text=text), tokenizer, origin)
+        return PairAssets(replace(shape, text=text), tokenizer, origin, self.init)
 
     def _tokenizer(self, text: TextConfig, data: PairData) -> tuple[Tokenizer, str]:
         """What --tokenizer and --init say together, and where it is from; a ValueError where they contradict each
