@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmcore.ops import require
 from mmcore.parts.language import tiny_tokenizer
-from mmcore.weights.files import LOCAL, read_json
+from mmcore.weights.files import read_json
 
 _PUNCTUATION = "[" + re.escape(string.punctuation) + "]"
 
@@ -56,7 +56,7 @@ def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
     op, file = "load_padded_tokenizer", folder / "tokenizer.json"
     require(op, file.is_file(), "folder must hold tokenizer.json, got {}", folder)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **LOCAL)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what tokenizers raises is no more than that
         raise ValueError(f"{op}: {file} must be a tokenizer's, got: {error}") from error
     settings = folder / "tokenizer_config.json"
