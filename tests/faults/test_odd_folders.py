@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import CLIPModel
 
 from mmcore.checkpoint import write_json
 from mmcore.parts.language import load_language_model, load_language_tokenizer
@@ -71,3 +73,15 @@ def test_a_tower_of_another_kind_is_refused_with_those_that_are_read(tmp_path: P
     refuses(
         f"--vision must be a run, or a folder of a model of .*clip.*siglip.*, got .* of {kind}", load_tower, tmp_path
     )
+
+
+def test_a_clip_in_several_files_is_read(tmp_path: Path) -> None:
+    model = CLIP(CLIP_CONFIGS["tiny"])
+    save_clip(model, tmp_path / "one")
+    theirs: Any = CLIPModel.from_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "several", max_shard_size="1MB")
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
+    found = load_clip(tmp_path / "several").state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in model.state_dict().items())
+    next((tmp_path / "several").glob("*.safetensors")).unlink()
+    refuses("must hold every weight of the model, missing", load_clip, tmp_path / "several")
