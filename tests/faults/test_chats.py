@@ -31,6 +31,9 @@ def test_other_media_are_refused_by_whatever_name(name: str) -> None:
     with pytest.raises(BrokenField, match="neither text nor images: video or audio") as error:
         parse_conversation(0, {name: "a.bin", "conversations": [{"from": "human", "value": "what?"}, SAID[1]]})
     assert error.value.field == name
+    assert parse_conversation(
+        0, {name: 8, "image": "a.png", "conversations": SAID}
+    ).images  # a number of them names none
 
 
 @pytest.mark.parametrize(

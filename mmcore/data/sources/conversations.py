@@ -248,17 +248,16 @@ def _parsed(line: str) -> Any:
 
 
 def parse_conversation(number: int, record: Any) -> Conversation:
-    """A record of LLaVA's JSON: {"id", "image" or "images": str | [str] (optional), "system" (optional),
-    "conversations": [{"from", "value"}]}; without an id, it has its number; raises BrokenField where it is none.
+    """A record of LLaVA's JSON: {"id", "image" or "images": str | [str] (optional), "system" (optional; or
+    "system_prompt", "system_message"), "conversations": [{"from", "value"}]}; without an id, it has its number; raises
+    BrokenField where it is none, or holds what a model of images and text does not read.
     """
     BrokenField.unless(isinstance(record, dict), "record", "not a JSON object")
-    given = [name for name, value in record.items() if value]
+    given = [name for name, value in record.items() if value and isinstance(value, str | list | dict)]
     for name in given:
         BrokenField.unless(not _OTHER_MEDIA.fullmatch(name), name, "neither text nor images: video or audio")
-        is_known = name in ("image", "images") or not _OTHER_IMAGE.fullmatch(name)
-        BrokenField.unless(
-            is_known or "image" in given or "images" in given, name, "image under another name than image"
-        )
+        is_aside = _OTHER_IMAGE.fullmatch(name) and not {"image", "images"} & {*given}
+        BrokenField.unless(not is_aside, name, "image under another name than image")
     BrokenField.unless("tools" not in given, "tools", "tools are not put into the prompt")
     is_named_once = not (record.get("image") and record.get("images"))
     BrokenField.unless(is_named_once, "image and images", "images under two names")
@@ -269,9 +268,8 @@ def parse_conversation(number: int, record: Any) -> Conversation:
             BrokenField.unless(turns[0].role != "system", name, "two system turns")
             turns = (Turn("system", _text(record[name], "system", name)), *turns)
     marks = [mark[0] for turn in turns if turn.role == "user" and (mark := _OTHER_MARK.search(turn.text))]
-    BrokenField.unless(
-        not marks, "".join(marks[:1]), f"neither text nor {IMAGE}: a mark of video, audio or other images"
-    )
+    reason = f"neither text nor {IMAGE}: a mark of video, audio or other images"
+    BrokenField.unless(not marks, "".join(marks[:1]), reason)
     num_marks = sum(turn.text.count(IMAGE) for turn in turns if turn.role == "user")
     where = f"conversations with {num_marks} {IMAGE} for {len(images)} images"
     BrokenField.unless(num_marks == len(images), where, f"number of {IMAGE} is not that of the images")
