@@ -64,6 +64,14 @@ def test_images_may_be_named_in_the_plural_and_need_their_marks() -> None:
         parse_conversation(0, {"image": "a.png", "images": ["a.png"], "conversations": SAID})
 
 
+@pytest.mark.parametrize("weight", [{"weight": 0}, {"loss": False}, {"train": False}, {"weight": 0.5}])
+def test_an_answer_that_is_not_to_be_learned_is_refused(weight: dict[str, Any]) -> None:
+    said = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a dog"}]
+    with pytest.raises(BrokenRecord, match="answers with a weight of their own"):
+        parse_conversation(0, {"conversations": [said[0], said[1] | weight, *said]})
+    assert parse_conversation(0, {"conversations": [said[0], said[1] | {"weight": 1}]})
+
+
 def test_a_system_prompt_beside_the_turns_is_one_of_them() -> None:
     for name in ("system", "system_prompt", "system_message"):
         record = {"image": "a.png", name: "be brief", "conversations": SAID}

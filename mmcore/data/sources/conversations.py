@@ -295,6 +295,8 @@ def _turns(value: Any) -> tuple[Turn, ...]:
     for number, entry in enumerate(value):
         where = f"conversations[{number}]"
         BrokenField.unless(isinstance(entry, dict), where, "not a JSON object")
+        is_learned = all(entry.get(name) in (None, True) for name in ("weight", "loss", "train"))
+        BrokenField.unless(is_learned, where, "answers with a weight of their own")
         source, text = entry.get("from"), entry.get("value")
         role = _ROLES.get(source) if isinstance(source, str) else None
         if role is None:
