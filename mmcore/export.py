@@ -9,9 +9,13 @@ import tyro
 from mmcore.runs import WEIGHTS, WeightsKey, find_run, read_run
 from mmcore.systems import recipe_entry
 
-_PICTURES = """Its image processor gives the pixels that training saw, but drops transparency, where training saw white,
+_PICTURES = """{} drops transparency, where training saw white,
 clips 16 bits, where training saw the upper 8, and does not turn a picture by its EXIF orientation: of such a file give
 it mmcore.data.decode_rgb(file.read_bytes())"""
+_PROCESSORS = {
+    "hf": "Its image processor gives the pixels that training saw, but",
+    "open_clip": "open_clip's transform gives the pixels that training saw, a cropped square perhaps one aside, but",
+}
 
 
 @dataclass(frozen=True)
@@ -43,4 +47,4 @@ def main(arguments: list[str]) -> None:
     trained = read_run(config.run, config.weights, llm=config.llm, purpose="export")
     trained.recipe.export(trained.assets, trained.model, config.out, chosen)  # pyright: ignore[reportAttributeAccessIssue]
     print(f"{WEIGHTS[trained.run.key]} of step {trained.run.step} written to {config.out} ({chosen})")
-    print(_PICTURES)
+    print(_PICTURES.format(_PROCESSORS[chosen]))

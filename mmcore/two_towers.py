@@ -19,6 +19,7 @@ class PairAssets(VisionAssets):
 
     tokenizer: Any
     origin: str = ""  # of the tokenizer, for the reader
+    start: Path | None = None  # of the weights, likewise
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.tokenizer.save(folder / "tokenizer")
@@ -27,12 +28,15 @@ class PairAssets(VisionAssets):
     @property
     def summary(self) -> dict[str, str]:
         tokens = f"{self.tokenizer.vocab_size} tokens, {self.tokenizer.context_length} a caption, {self.origin}"
-        return {**super().summary, "text tower": self.shape.text.summary, "tokenizer": tokens}
+        started = {} if self.start is None else {"weights": f"of {self.start}"}
+        return {**started, **super().summary, "text tower": self.shape.text.summary, "tokenizer": tokens}
 
 
 def check_same_tokenizer(given: Any, beside: Any, path: Any, init: Path) -> None:
-    """Raises a ValueError unless a tokenizer that was given for somebody's weights is the one that lies beside them."""
-    if given.vocabulary != beside.vocabulary:
+    """Raises a ValueError unless a tokenizer that was given for somebody's weights is the one that lies beside them:
+    has its vocabulary, merges and way with cases, accents and white space."""
+    probes = ["A  Café's «Naïve» 北京 No. 123!", *given.vocabulary]
+    if given.vocabulary != beside.vocabulary or not given(probes).equal(beside(probes)):
         raise ValueError(f"--tokenizer must be left out: another one lies beside the weights in {init}, got {path}")
 
 

@@ -69,14 +69,16 @@ class ClipLoss(_InGroup):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The scalar loss, or `{"contrastive_loss": loss}`; a bias of all logits has the gradient zero."""
         self.check_place(image_features.device)
         loss = global_contrastive_loss(image_features, text_features, logit_scale)
-        if logit_bias is not None:
+        if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()
+        is_flag = isinstance(logit_bias, bool)  # open_clip 2's fourth argument
+        require("ClipLoss", not is_flag, "logit_bias must be a number, a tensor or None, got {}", logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -76,7 +76,7 @@ def vqa_accuracy(
 
     Answers are compared in their normal form, except where all people wrote the same: there as they stand, as the
     challenge does. Leaving one out, a question with 3 answers scores at most 2 / 3. With fewer nobody can be left out:
-    there an answer counts where it is one of them (`exact_match`).
+    there an answer counts where it is one of them (`exact_match`) and not blank.
 
     Args:
         predictions: [N], one answer a question.
@@ -106,17 +106,18 @@ def vqa_accuracy(
 
 
 def exact_match(said: str, wanted: str) -> bool:
-    """Whether two answers have the same normal form; of letters that it drops, as the "A" of a choice, these count."""
+    """Whether two answers have the same normal form; where it drops everything, as the "A" of a choice, or "+",
+    letters count, and without letters the marks."""
     return _form(said) == _form(wanted)
 
 
 def _form(text: str) -> str:
-    return normalize_answer(text) or "".join(c for c in text.lower() if c.isalnum())
+    return normalize_answer(text) or "".join(c for c in text.lower() if c.isalnum()) or text.strip()
 
 
 def _score(prediction: str, people: Sequence[str]) -> float:
     if len(people) < FEWEST:
-        return float(any(exact_match(prediction, answer) for answer in people))
+        return float(any(answer.strip() and exact_match(prediction, answer) for answer in people))
     prediction, *people = (x.replace("\n", " ").replace("\t", " ").strip() for x in (prediction, *people))
     if len(set(people)) > 1:
         prediction, *people = map(normalize_answer, (prediction, *people))

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from mmcore.checkpoint import describe
 from mmcore.ops import linear_cross_entropy, require
 from mmcore.systems import entries
-from mmcore.weights.files import read_folder, read_json
+from mmcore.weights.files import LOCAL, read_folder, read_json
 
 disable_progress_bar()  # of each shard that is read; a run has a bar of its own
 
@@ -62,18 +62,25 @@ def dtypes_of(model: Any, dtype: torch.dtype) -> Callable[[Tensor], torch.dtype]
 
 
 def _from_transformers(op: str, folder: Path) -> Any:
+    def refused(error: Exception) -> ValueError:
+        why = str(error).splitlines()[0]
+        return ValueError(f"{op}: folder must hold a language model, got {folder}: {why}")
+
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-        if config.is_encoder_decoder:
-            kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-        is_known = type(config) in kinds
-        require(op, is_known, "folder must hold a language model, got a {} in {}", config.model_type, folder)
-        state = read_folder(op, folder)  # pickles are not read
-        options = {"state_dict": state, "dtype": "auto", "output_loading_info": True}
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError) as error:
+        raise refused(error) from error
+    kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder:
+        kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    is_known = type(config) in kinds
+    require(op, is_known, "folder must hold a language model, got a {} in {}", config.model_type, folder)
+    state = read_folder(op, folder)  # pickles are not read
+    options = {"state_dict": state, "dtype": "auto", "output_loading_info": True}
+    try:
         model, info = kinds[type(config)].from_pretrained(None, config=config, **options)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{op}: folder must hold a language model, got {folder}: {error}") from error
+    except (OSError, SafetensorError, RuntimeError, ImportError) as error:
+        raise refused(error) from error
     missing = sorted(info["missing_keys"])[:3]
     require(op, not missing, "folder must hold every weight of the model, missing {}", ", ".join(missing))
     if (folder / "generation_config.json").is_file():
@@ -106,9 +113,10 @@ def load_language_tokenizer(folder: Path) -> Any:
     """The tokenizer beside a language model, which pads by its end of text if by nothing else; a ValueError without
     either."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"load_language_tokenizer: folder must hold a tokenizer, got {folder}: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, ImportError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"load_language_tokenizer: folder must hold a tokenizer, got {folder}: {why}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     ends = tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from mmcore.parts.language import dtypes_of, fingerprint, load_language_model, load_language_tokenizer
 from mmcore.parts.tiny_lm import STEPS, Said, train_tiny_lm
+from mmcore.weights.files import LOCAL
 
 LANGUAGE_MODEL = "language_model"
 """Of a run's folder, the folder of a language model that it trained for itself; of its config.json, what it knows of
@@ -35,7 +36,7 @@ class Language:
         if self.model is not None:
             return self.model.config.is_encoder_decoder
         assert self.folder is not None
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(self.folder, **LOCAL)
         return config.get_text_config().is_encoder_decoder
 
     @property

@@ -27,6 +27,9 @@ def load_tower(path: Path) -> Tower:
         kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
         if kind in towers:
             return towers[kind].load()(path)
+        if kind not in known and config.is_file() and not (path / "open_clip_config.json").is_file():
+            wanted = f"a folder of a model of {', '.join(known)}, whole, or of open_clip"
+            raise ValueError(f"--vision must be a run, or {wanted}, got {path}, which is of {kind}")
         owner, inputs = known[kind if kind in known else "clip"].load()(path), ()
     if not hasattr(owner, "image_tower"):
         raise ValueError(f"--vision must be of a model with an image tower, got {path}, which is of {kind}")

@@ -18,7 +18,7 @@ from mmcore.ops import require
 def check_tower(owner: str, width: int, num_heads: int, activation: str, **sizes: int) -> None:
     """Raise a ValueError unless a transformer can have these sizes."""
     for name, value in {"width": width, "num_heads": num_heads, **sizes}.items():
-        require(owner, value >= 1, "{} must be at least 1, got {}", name, value)
+        require(owner, isinstance(value, int) and value >= 1, "{} must be at least 1, got {}", name, value)
     require(owner, width % num_heads == 0, "num_heads must divide width {}, got {}", width, num_heads)
     known = sorted(ACTIVATIONS)
     require(owner, activation in known, "activation must be one of {}, got {!r}", known, activation)

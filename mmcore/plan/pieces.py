@@ -50,7 +50,7 @@ def language_config(name: str) -> Any:
         return AutoConfig.for_model(kind, **shape)
     what = "--llm must be one of {}, or a folder with a config.json, got {}"
     require(OP, (Path(name) / "config.json").is_file(), what, ", ".join(LLMS), name)
-    config = AutoConfig.from_pretrained(name, local_files_only=True)
+    config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     is_causal = not config.is_encoder_decoder
     require(OP, is_causal, "--llm must be a causal model, got an encoder-decoder in {}", name)
     return config

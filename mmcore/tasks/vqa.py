@@ -43,7 +43,9 @@ def report(subject: Subject, options: Any) -> list[Path]:
     of_majority = vqa_accuracy([of_training] * len(questions), answers).overall
     numbers = f"{100 * accuracy.overall:.1f} % (majority {100 * of_majority:.1f} %)"
     kind = ", derived questions" if val.derived else ""
-    kind += ", exact match: fewer than three answers a question" if min(map(len, answers)) < FEWEST else ""
+    few = sum(len(people) < FEWEST for people in answers)
+    of_few = "fewer than three answers a question" if few == len(answers) else f"{few} have fewer than three answers"
+    kind += f", exact match: {of_few}" if few else ""
     print(f"VQA accuracy (held-out{kind}), {speaker.decode}, {len(texts)} questions: {numbers}")
     for name, value in accuracy.by_type.items():
         print(f"  {name} {100 * value:.1f} %")

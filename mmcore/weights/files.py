@@ -19,6 +19,8 @@ from torch import Tensor
 from mmcore.checkpoint import Stored, write_json
 from mmcore.ops import require
 
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers reads a folder: without the network, and without a question whether to run the folder's own code."""
 SHARD_BYTES = 5_000_000_000
 """Weights beyond this are written as several files."""
 # what torch's unpickler raises on damaged input

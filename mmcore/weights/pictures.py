@@ -13,7 +13,7 @@ from torch import Tensor
 from mmcore.checkpoint import write_json
 from mmcore.data.transforms.images import Interpolation, Preprocess, normalized
 from mmcore.ops import require
-from mmcore.weights.files import read_json
+from mmcore.weights.files import LOCAL, read_json
 
 FILE = "preprocessor_config.json"
 RULES = {"image_mean": "mean", "image_std": "std", "interpolation": "interpolation", "fit": "fit"}
@@ -37,12 +37,20 @@ def with_pictures(op: str, folder: Path, vision: Any, views: Views = _whole) -> 
     assumed, processor = vision.preprocess, _processor(op, folder)
     if processor is None:
         return vision
-    found = _stated(op, folder, processor, assumed)
-    # which keeps a picture's shape; its towers are read here for squares, see `vit_names.with_image_size`
-    if not type(processor).__name__.startswith("Siglip2"):
-        what = "{}/{} must be of {} pixels, as config.json has it, got {}"
-        require(op, found.size == assumed.size, what, folder, FILE, assumed.size, found.size)
-        _measure(op, folder, processor, found, views)
+    try:
+        found = _stated(op, folder, processor, assumed)
+        # which keeps a picture's shape; its towers are read here for squares, see `vit_names.with_image_size`
+        if not type(processor).__name__.startswith("Siglip2"):
+            what = "{}/{} must be of {} pixels, as config.json has it, got {}"
+            require(op, found.size == assumed.size, what, folder, FILE, assumed.size, found.size)
+            _measure(op, folder, processor, found, views)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # ours, or transformers' own
+        why = str(error).splitlines()[0]
+        if why.startswith(f"{op}: "):
+            raise
+        raise ValueError(
+            f"{op}: {folder}/{FILE} must tell how a picture becomes a square of RGB, got: {why}"
+        ) from error
     return replace(vision, **{ours: getattr(found, name) for ours, name in RULES.items()})
 
 
@@ -54,9 +62,10 @@ def _processor(op: str, folder: Path) -> Any | None:
     from transformers import AutoImageProcessor  # noqa: PLC0415 (seconds, where a folder has pictures' settings alone)
 
     try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCAL)
     except Exception as error:
-        raise ValueError(f"{op}: {folder}/{FILE} must be one that transformers reads, got: {error}") from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{op}: {folder}/{FILE} must be one that transformers reads, got: {why}") from error
 
 
 def _stated(op: str, folder: Path, processor: Any, assumed: Preprocess) -> Preprocess:

@@ -19,6 +19,9 @@ _TRANSFORMERS = {
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
+# of a setting in a file and its default
+_ALIKE = {(kind, kind) for kind in (bool, int, float, str, tuple)}
+_ALIKE |= {(int, float), (list, tuple), (type(None), int)}
 
 
 class Key(NamedTuple):
@@ -82,6 +85,9 @@ class Settings:
         for name, key in self.keys.items():
             value = theirs.get(key.name, key.default)
             require(op, value is not ..., "{} must have {}, got none", self.what, key.name)
+            is_like = key.default in (None, ...) or (type(value), type(key.default)) in _ALIKE
+            sentence = "{} must have {} such as {!r}, got {!r}"
+            require(op, is_like, sentence, self.what, key.name, key.default, value)
             ours[name] = key.read(value, ours)
         return self.kind(**{n: self.kinds[n](**x) if n in self.kinds else x for n, x in _nested(ours).items()})
 

@@ -69,7 +69,7 @@ def test_the_tokenizer_beside_the_weights_is_the_runs(tmp_path: Path, data: Any)
     own = tokenizer_of(data, 560)
     start = Clip(init=folder_of(tmp_path / "clip", own)).assets(data)
     assert start.tokenizer.vocabulary == own.vocabulary and start.shape.text.vocab_size == own.vocab_size
-    assert "560 tokens" in start.summary["tokenizer"]
+    assert "560 tokens" in start.summary["tokenizer"] and start.summary["weights"] == f"of {tmp_path / 'clip'}"
     given = Clip(init=tmp_path / "clip", tokenizer=str(tmp_path / "clip")).assets(data)
     assert given.tokenizer.vocabulary == own.vocabulary
     file = Clip(init=tmp_path / "clip" / "model.safetensors").assets(data)
@@ -282,6 +282,10 @@ def test_what_a_folder_says_of_pictures_is_taken_into_the_run_and_into_what_star
         ({"size": {"height": 16, "width": 24}}, "got other pixels from its"),
         ({"image_processor_type": "NoSuchProcessor"}, "must be one that transformers reads"),
         ({"image_std": [0.0, 0.1, 0.1]}, "std must be 3 numbers"),
+        ({"image_mean": "imagenet"}, "must tell how a picture becomes a square of RGB, got: could not convert"),
+        ({"image_mean": [0.5]}, "must tell how a picture becomes a square of RGB, got: .*3 numbers"),
+        ({"size": {"longest_edge": 16}}, "must tell how a picture becomes a square of RGB"),
+        ({"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}, "contains custom code"),
         (
             {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "size": {"shortest_edge": 20}},
             "got other pixels from its",
@@ -304,6 +308,10 @@ def test_open_clips_settings_of_pictures_are_taken_and_written(tmp_path: Path, d
     assert load_clip(tmp_path / "oc").config.vision.preprocess == vision.preprocess
     for change, said in (
         ({"resize_mode": "longest"}, "fit must be one of"),
+        ({"resize_mode": "pad"}, "fit must be one of"),
+        ({"mean": 0.5}, r"preprocess_cfg.mean such as \(0.48.*got 0.5"),
+        ({"std": None}, "preprocess_cfg.std such as"),
+        ({"mean": ["a", "b", "c"]}, "mean must be 3 numbers"),
         ({"interpolation": "random"}, "interpolation must be one of"),
         ({"size": [32, 32]}, r"preprocess_cfg.size 16, as model_cfg has it, got \[32, 32\]"),
         ({"mode": "L"}, "preprocess_cfg.mode 'RGB', got 'L'"),

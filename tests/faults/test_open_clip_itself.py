@@ -51,6 +51,13 @@ def test_the_weights_of_open_clips_own_model_give_its_features(quick_gelu: bool,
     torch.testing.assert_close(again.eval()(images, texts)["image_features"], expected["image_features"])
 
 
+def test_a_bias_may_be_a_number_and_a_flag_in_its_place_is_refused() -> None:
+    a, b = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
+    assert ClipLoss()(a, b, 10.0, -3.0) == ClipLoss()(a, b, 10.0) == ClipLoss()(a, b, 10.0, torch.tensor(-3.0))
+    with pytest.raises(ValueError, match="logit_bias must be a number, a tensor or None, got True"):
+        ClipLoss()(a, b, 10.0, True)  # open_clip 2's output_dict
+
+
 @pytest.mark.parametrize("kind", ["ClipLoss", "SigLipLoss"])
 def test_a_loop_of_open_clips_own_model_goes_the_same_way_with_our_loss(kind: str) -> None:
     ours: Callable[..., Any] = {"ClipLoss": ClipLoss, "SigLipLoss": SigLipLoss}[kind]()

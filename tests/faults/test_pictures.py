@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from mmcore.data.transforms.images import decode_rgb
 
@@ -34,3 +35,25 @@ def test_an_orientation_that_is_none_changes_nothing() -> None:
     exif[ORIENTATION] = 99
     Image.new("RGB", (6, 4), "red").save(file, "JPEG", exif=exif)
     assert decode_rgb(file.getvalue()).size == (6, 4)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage garbage", b"Exif\0\0MM", b"Exif\0\0MM\0*\xff\xff\xff\x08"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_exif_that_is_none_costs_no_picture(kind: str, exif: bytes) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), "red").save(file, kind, exif=exif)
+    assert decode_rgb(file.getvalue()).size == (6, 4)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_orientation_in_xmp_or_a_raw_profile_counts_too(orientation: int) -> None:
+    exif, image = Image.Exif(), Image.new("RGB", (64, 32))
+    exif[ORIENTATION] = orientation
+    raw = exif.tobytes().hex()
+    profile, xmp = PngInfo(), PngInfo()
+    profile.add_text("Raw profile type exif", f"\nexif\n{len(raw) // 2:8}\n{raw}\n", zip=True)
+    xmp.add_itxt("XML:com.adobe.xmp", f'<rdf:Description tiff:Orientation="{orientation}"/>')
+    for info in (profile, xmp):
+        image.save(file := io.BytesIO(), "PNG", pnginfo=info)
+        assert decode_rgb(file.getvalue()).size == ((64, 32) if orientation == 3 else (32, 64))

@@ -52,6 +52,11 @@ def test_held_out_pictures_of_a_table_are_not_trained_on_by_any_name(tmp_path: P
         (tmp_path / name).write_text("\n".join(["filepath\ttitle", *(f"{file}\tcaption {file}" for file in files)]))
     with pytest.raises(ValueError, match="val_data must not share images with data, got 1 in both"):
         open_data(DataConfig(str(tmp_path / "t.csv"), val_data=str(tmp_path / "v.csv")), seed=0)
+    (tmp_path / "3.png").symlink_to("images/3.png")
+    (tmp_path / "v.csv").write_text("filepath\ttitle\n3.png\tcaption\n")
+    (tmp_path / "t.csv").write_text("filepath\ttitle\n./images/3.png\tother\nimages/1.png\tx")
+    with pytest.raises(ValueError, match="val_data must not share images with data, got 1 in both"):
+        open_data(DataConfig(str(tmp_path / "t.csv"), val_data=str(tmp_path / "v.csv")), seed=0)
     names = [f"{folder}/{i}.png" for i in range(4) for folder in ("images", "other")]
     (tmp_path / "w.csv").write_text("\n".join(["filepath\ttitle", *(f"{n}\tsaid of {n}" for n in names)]))
     for seed in range(4):

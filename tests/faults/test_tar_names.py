@@ -39,6 +39,11 @@ def test_one_such_name_among_others_is_a_broken_record_with_the_rule(tmp_path: P
     assert len(loader.broken) == 1 and "webdataset's rule" in next(iter(loader.broken))
 
 
+def test_names_that_begin_alike_up_to_their_first_dot_are_refused_with_the_rule(tmp_path: Path) -> None:
+    path = shard(tmp_path, "x.tar", named(("2024.{}.png", "2024.{}.txt"), 9))
+    refuses(f"at least 2 pairs .* got 1: {RULE}", open_data, DataConfig(path), seed=0)
+
+
 def test_dots_in_folders_and_further_members_of_a_pair_are_no_fault(tmp_path: Path) -> None:
     pairs = [*named(("v1.0/{}.png", "v1.0/{}.txt"), 6), ("v1.0/5.seg.png", "v1.0/5.en.txt")]
     data = opened(shard(tmp_path, "x.tar", pairs))

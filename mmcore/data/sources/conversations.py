@@ -1,6 +1,7 @@
 """Conversations about images in LLaVA's JSON: read, checked record by record, with their images found."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,11 @@ MAX_SIDE = 20_000
 """Pixels; images with a longer side are refused."""
 
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
-_OTHER_MARKS = ("<video>", "<audio>")
+_PLACE = r"s?(_?(path|file|name|url|list)s?)?"
+_OTHER_MEDIA = re.compile(rf"(video|audio|sound|speech|frame){_PLACE}", re.IGNORECASE)
+_OTHER_IMAGE = re.compile(rf"(image|img|picture|photo){_PLACE}", re.IGNORECASE)
+_OTHER_MARK = re.compile(r"<\|?(video|audio|sound|speech)\w*\|?>|<\|image\w*\|>|<image_\w+>|<ImageHere>", re.IGNORECASE)
+_SYSTEM = ("system", "system_prompt", "system_message")
 _SAMPLING = 0x3117
 
 
@@ -244,21 +248,28 @@ def _parsed(line: str) -> Any:
 
 
 def parse_conversation(number: int, record: Any) -> Conversation:
-    """A record of LLaVA's JSON: {"id", "image" or "images": str | [str] (optional), "system" (optional),
-    "conversations": [{"from", "value"}]}; without an id, it has its number; raises BrokenField where it is none.
+    """A record of LLaVA's JSON: {"id", "image" or "images": str | [str] (optional), "system" (optional; or
+    "system_prompt", "system_message"), "conversations": [{"from", "value"}]}; without an id, it has its number; raises
+    BrokenField where it is none, or holds what a model of images and text does not read.
     """
     BrokenField.unless(isinstance(record, dict), "record", "not a JSON object")
-    for other in _OTHER_MEDIA:
-        BrokenField.unless(not record.get(other), other, "neither text nor images: video or audio")
+    given = [name for name, value in record.items() if value and isinstance(value, str | list | dict)]
+    for name in given:
+        BrokenField.unless(not _OTHER_MEDIA.fullmatch(name), name, "neither text nor images: video or audio")
+        is_aside = _OTHER_IMAGE.fullmatch(name) and not {"image", "images"} & {*given}
+        BrokenField.unless(not is_aside, name, "image under another name than image")
+    BrokenField.unless("tools" not in given, "tools", "tools are not put into the prompt")
     is_named_once = not (record.get("image") and record.get("images"))
     BrokenField.unless(is_named_once, "image and images", "images under two names")
     images = _images(record.get("image") or record.get("images"))
     turns = _turns(record.get("conversations"))
-    if record.get("system") is not None and str(record["system"]).strip():
-        BrokenField.unless(turns[0].role != "system", "system", "two system turns")
-        turns = (Turn("system", _text(record["system"], "system", "system")), *turns)
-    marked = [mark for mark in _OTHER_MARKS if any(mark in turn.text for turn in turns if turn.role == "user")]
-    BrokenField.unless(not marked, "".join(marked[:1]), "neither text nor images: video or audio")
+    for name in _SYSTEM:
+        if record.get(name) is not None and str(record[name]).strip():
+            BrokenField.unless(turns[0].role != "system", name, "two system turns")
+            turns = (Turn("system", _text(record[name], "system", name)), *turns)
+    marks = [mark[0] for turn in turns if turn.role == "user" and (mark := _OTHER_MARK.search(turn.text))]
+    reason = f"neither text nor {IMAGE}: a mark of video, audio or other images"
+    BrokenField.unless(not marks, "".join(marks[:1]), reason)
     num_marks = sum(turn.text.count(IMAGE) for turn in turns if turn.role == "user")
     where = f"conversations with {num_marks} {IMAGE} for {len(images)} images"
     BrokenField.unless(num_marks == len(images), where, f"number of {IMAGE} is not that of the images")
@@ -284,6 +295,8 @@ def _turns(value: Any) -> tuple[Turn, ...]:
     for number, entry in enumerate(value):
         where = f"conversations[{number}]"
         BrokenField.unless(isinstance(entry, dict), where, "not a JSON object")
+        is_learned = all(entry.get(name) in (None, True) for name in ("weight", "loss", "train"))
+        BrokenField.unless(is_learned, where, "answers with a weight of their own")
         source, text = entry.get("from"), entry.get("value")
         role = _ROLES.get(source) if isinstance(source, str) else None
         if role is None:

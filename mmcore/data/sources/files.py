@@ -53,9 +53,14 @@ def some_of(names: Sequence[str]) -> Sequence[str]:
 
 
 def real_paths(paths: Sequence[str]) -> list[str]:
-    """The paths without symbolic links to folders; those of each file would take minutes."""
+    """The paths without symbolic links. Folders are listed for links: to ask for each file would take minutes."""
     folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
-    return [os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
+    links: dict[str, str] = {}
+    for folder in filter(os.path.isdir, set(folders.values())):
+        with os.scandir(folder) as entries:
+            links |= {entry.path: os.path.realpath(entry.path) for entry in entries if entry.is_symlink()}
+    real = [os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
+    return [links.get(path, path) for path in real]
 
 
 def check_disjoint(train: Sequence[str], val: Sequence[str]) -> None:

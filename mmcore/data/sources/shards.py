@@ -4,7 +4,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -178,6 +178,12 @@ def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
         require("data", remote is None, what, remote)
         num_samples = sum(len(tar.index_shard(s)) for s in shards)
     what = "data={!r} must hold at least 2 pairs (an image .jpg, .png or .webp and a .txt of the same name), got {}"
+    if (
+        num_samples == 1
+        and config.num_samples is None
+        and any(map(tar.has_dotted, chain(*map(tar.index_shard, shards))))
+    ):
+        what += f": {tar.DOTS}"
     require("data", num_samples >= 2, what, config.data, num_samples)
     return ShardSource(shards, num_samples), held_out
 

@@ -22,7 +22,7 @@ MAX_MEMBER_BYTES = 64 << 20
 """Larger members of a tar are refused unread."""
 
 _REFUSED = "refused-"
-_DOTS = (
+DOTS = (
     "by webdataset's rule a key ends at the first dot of a name: rename x.v2.jpg and x.v2.txt to x_v2.jpg and x_v2.txt"
 )
 _BLOCK = 1 << 16
@@ -92,10 +92,11 @@ def check_members(sample: Sample) -> None:
     its suffix longer."""
     for suffixes, what in ((IMAGE_SUFFIXES, "no image"), ((CAPTION_SUFFIX,), "no caption")):
         if not any(suffix in sample for suffix in suffixes):
-            raise BrokenRecord(f"{what} ({_DOTS})" if _has_dotted(sample, suffixes) else what)
+            raise BrokenRecord(f"{what} ({DOTS})" if has_dotted(sample, suffixes) else what)
 
 
-def _has_dotted(sample: Sample, suffixes: tuple[str, ...]) -> bool:
+def has_dotted(sample: Sample, suffixes: tuple[str, ...] = (*IMAGE_SUFFIXES, CAPTION_SUFFIX)) -> bool:
+    """Whether members of a sample would be an image or a caption but for the dots of their names."""
     return any(name.endswith(tuple(f".{suffix}" for suffix in suffixes)) for name in sample)
 
 
@@ -221,8 +222,7 @@ def index_shard(shard: str) -> list[Sample]:
         key, suffix = _split_name(name)
         if key is not None and suffix is not None:
             found.setdefault(key, {"__key__": key, "__url__": shard})[suffix.lower()] = place
-    kept = (*IMAGE_SUFFIXES, CAPTION_SUFFIX)
-    return [x for x in found.values() if (image_of(x) and CAPTION_SUFFIX in x) or _has_dotted(x, kept)]
+    return [x for x in found.values() if (image_of(x) and CAPTION_SUFFIX in x) or has_dotted(x)]
 
 
 def index_images(shard: str) -> dict[str, Place]:

@@ -169,6 +169,6 @@ class OwnTemplate:
         options |= self.tokenizer.special_tokens_map
         try:
             return render_jinja_template([messages], chat_template=template, **options)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:  # what its expressions raise too
             reason = f"the tokenizer's chat template refuses a conversation: {' '.join(str(error).split())}"
             raise BrokenRecord(reason) from None

@@ -135,9 +135,15 @@ def load_tokenizer(path: str | Path, *, context_length: int | None = None) -> To
         return Tokenizer(_clip_bpe(raw, merges), context_length=context_length)
     is_bpe = isinstance(raw.get("model"), dict) and raw["model"].get("type", "BPE") == "BPE"
     _require(is_bpe, "{} must describe a BPE model, got {}", file, sorted(raw))
-    # transformers leaves its latest call's truncation and padding in the file
-    raw |= {"truncation": None, "padding": None}
-    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(raw)), context_length=context_length)
+    # transformers leaves its latest call's truncation and padding in the file, and marks tokens that a caption must not
+    # be able to write
+    added = [x for x in raw.get("added_tokens") or () if x["content"] not in raw["model"].get("vocab", ())]
+    raw |= {"truncation": None, "padding": None, "added_tokens": added}
+    try:
+        bpe = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    except Exception as error:  # what tokenizers raises is no more than that
+        raise ValueError(f"load_tokenizer: {file} must be a tokenizer's, got: {error}") from error
+    return Tokenizer(bpe, context_length=context_length)
 
 
 def _check_captions(caller: str, captions: Sequence[str]) -> None:
@@ -206,7 +212,9 @@ def find_clip_vocabulary() -> Path | None:
 def _saved_context_length(config: Path) -> int:
     if not config.is_file():
         return DEFAULT_CONTEXT_LENGTH
-    length = _read_json(config).get("model_max_length", DEFAULT_CONTEXT_LENGTH)
+    length = _read_json(config).get("model_max_length")
+    length = DEFAULT_CONTEXT_LENGTH if length is None else length
+    _require(isinstance(length, int | float), "{} must have a number as model_max_length, got {!r}", config, length)
     # transformers writes 1e30 for "no limit"
     return int(length) if length <= _MAX_CONTEXT_LENGTH else DEFAULT_CONTEXT_LENGTH
 
@@ -221,7 +229,7 @@ def _read_text(file: Path) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         raw: Any = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"load_tokenizer: {file} must hold JSON, got: {error}") from error
     _require(isinstance(raw, dict), "{} must hold a JSON object, got {}", file, type(raw).__name__)
     return raw

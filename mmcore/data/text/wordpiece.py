@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -78,6 +78,17 @@ class WordPiece:
         words = (self.words[i] for i in takewhile(lambda i: i != self.sep_token_id, ids))
         return self._decoder.decode([word for word in words if word not in (*SPECIAL, DECODER_TOKEN)])
 
+    def differs_from(self, other: tokenizers.Tokenizer) -> str | None:
+        """A text of some of its words in capitals, with accents and beside other marks, of which `other` makes other
+        ids; None = it is the same."""
+        some = [word for word in self.words if word not in (*SPECIAL, DECODER_TOKEN)]
+        some = some[:: max(1, len(some) // 2000)]
+        probes = [f"{word[0]}\u0301{word[1:]} {word.upper()}{word}!{word}\u0000 北{word}" for word in some]
+        begins = max((word for word in some if word.isalpha()), key=len, default="")
+        probes += [begins + word.removeprefix(_PREFIX) for word in some if word.startswith(_PREFIX)]
+        ids = [[x.encode(text, add_special_tokens=False).ids for text in probes] for x in (self._model, other)]
+        return next((text for text, ours, theirs in zip(probes, *ids, strict=True) if ours != theirs), None)
+
     def save(self, folder: str | Path) -> None:
         """Write vocab.txt and tokenizer_config.json, as transformers' BertTokenizer reads them."""
         folder = Path(folder)
@@ -117,22 +128,43 @@ def load_wordpiece(path: str | Path) -> WordPiece:
         raise ValueError(f"load_wordpiece: path must be vocab.txt, tokenizer.json or a folder with one, got {path}")
     size, beside = file.stat().st_size, file.parent / "tokenizer_config.json"
     require("load_wordpiece", size <= _MAX_FILE_BYTES, "{} must be at most 64 MiB, got {} bytes", file, size)
-    settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    settings = _read_json(beside) if beside.is_file() else {}
     said = {"do_lower_case": settings.get("do_lower_case"), "strip_accents": settings.get("strip_accents")}
-    text = file.read_text(encoding="utf-8")
+    raw: dict[str, Any] = {}
     if file.suffix == ".json":
-        raw = json.loads(text)
+        raw = _read_json(file)
         model, normalizer = raw.get("model") or {}, raw.get("normalizer") or {}
         what = "{} must describe a WordPiece model, got {}"
         require("load_wordpiece", model.get("type") == "WordPiece", what, file, model.get("type"))
         said |= {"do_lower_case": normalizer.get("lowercase"), "strip_accents": normalizer.get("strip_accents")}
         words = sorted(model["vocab"], key=model["vocab"].__getitem__)
     else:
-        words = text.splitlines()
+        words = _read_text(file).splitlines()
     kept = [f"{name} {value}" for name, value in said.items() if value is False]
     what = "tokenizer must be of an uncased BERT, which keeps neither cases nor accents, got {} in {}"
     require("load_wordpiece", not kept, what, " and ".join(kept), file.parent)
-    return WordPiece(words)
+    made = WordPiece(words)
+    if raw:
+        odd = made.differs_from(tokenizers.Tokenizer.from_str(json.dumps(raw | {"truncation": None, "padding": None})))
+        what = "{} must split texts as an uncased BERT does, got others for {!r}"
+        require("load_wordpiece", odd is None, what, file, odd)
+    return made
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load_wordpiece: {file} must be in UTF-8, got: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load_wordpiece: {file} must hold JSON, got: {error}") from error
+    require("load_wordpiece", isinstance(raw, dict), "{} must hold a JSON object, got {}", file, type(raw).__name__)
+    return raw
 
 
 def _normalizer() -> normalizers.Normalizer:

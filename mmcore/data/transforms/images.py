@@ -5,6 +5,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -65,7 +66,8 @@ def decode_rgb(data: bytes, least: int | None = None) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    with suppress(*_DECODER_ERRORS):  # of what says nothing of its pixels: it stays as it lies
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
@@ -110,7 +112,8 @@ class Preprocess:
             require("Preprocess", value in known, "{} must be one of {}, got {!r}", name, known, value)
         for name in ("mean", "std"):
             value = getattr(self, name)
-            fits = len(value) == 3 and all(map(math.isfinite, value)) and (name == "mean" or min(value) > 0)
+            are_numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+            fits = len(value) == 3 and are_numbers and (name == "mean" or min(value) > 0)
             require("Preprocess", fits, "{} must be 3 numbers, one a channel, got {}", name, value)
 
     @property

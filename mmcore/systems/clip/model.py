@@ -45,7 +45,8 @@ class CLIPConfig:
     init_log_logit_scale: float = _DEFAULT_LOGIT_SCALE
 
     def __post_init__(self) -> None:
-        require("CLIPConfig", self.embed_dim >= 1, "embed_dim must be at least 1, got {}", self.embed_dim)
+        is_size = isinstance(self.embed_dim, int) and self.embed_dim >= 1
+        require("CLIPConfig", is_size, "embed_dim must be at least 1, got {}", self.embed_dim)
 
 
 def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:

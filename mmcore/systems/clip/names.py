@@ -103,6 +103,9 @@ def _mlp_ratio(width: str) -> Key:
 
 def _as_today(raw: Mapping[str, Any]) -> dict[str, Any]:
     model = raw.get("model_cfg", raw)
+    for name, x in (("model_cfg", model), ("preprocess_cfg", raw.get("preprocess_cfg") or {})):
+        what = "open_clip_config.json must hold an object as {}, got {!r}"
+        require("load_clip", isinstance(x, Mapping), what, name, x)
     for part in ("vision_cfg", "text_cfg"):
         what = "open_clip_config.json must hold model_cfg.{}, got {}"
         require("load_clip", isinstance(model.get(part), Mapping), what, part, sorted(model))
@@ -141,16 +144,20 @@ _VISION_CFG = {
     "mlp_dim": _mlp_ratio("vision.width"),
 }
 _FITS = {"shortest": "crop", "squash": "squash"}
+
+
+def _resize_mode(fit: str) -> str:
+    found = [theirs for theirs, ours in _FITS.items() if ours == fit]
+    what = "fit must be one of {} in the format open_clip, got {!r}; the format hf has others"
+    require("save_clip", bool(found), what, [*_FITS.values()], fit)
+    return found[0]
+
+
 _PREPROCESS_CFG = {
     "image_mean": Key("mean", IMAGE_MEAN, lambda x, _: tuple(x), lambda x, _: list(x)),
     "image_std": Key("std", IMAGE_STD, lambda x, _: tuple(x), lambda x, _: list(x)),
     "interpolation": Key("interpolation", "bicubic"),
-    "fit": Key(
-        "resize_mode",
-        "shortest",
-        lambda x, _: _FITS.get(x, x),
-        lambda x, _: {ours: theirs for theirs, ours in _FITS.items()}.get(x, x),
-    ),
+    "fit": Key("resize_mode", "shortest", lambda x, _: _FITS.get(x, f"resize_mode {x}"), lambda x, _: _resize_mode(x)),
 }
 _TEXT_CFG = {
     "context_length": Key("context_length", 77),

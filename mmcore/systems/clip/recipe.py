@@ -63,7 +63,7 @@ class Clip(TwoTowers):
         size = tokenizer.vocab_size if self.init is None else shape.text.vocab_size
         length, end = tokenizer.context_length, tokenizer.eos_token_id
         text = replace(shape.text, vocab_size=size, context_length=length, eos_token_id=end)
-        return PairAssets(replace(shape, text=text), tokenizer, origin)
+        return PairAssets(replace(shape, text=text), tokenizer, origin, self.init)
 
     def _tokenizer(self, text: TextConfig, data: PairData) -> tuple[Tokenizer, str]:
         """What --tokenizer and --init say together, and where it is from; a ValueError where they contradict each
@@ -85,7 +85,8 @@ class Clip(TwoTowers):
         if self.init is None:
             return tokenizer, f"of {path}"
         if beside is not None:
-            check_same_tokenizer(tokenizer, load_tokenizer(beside), path, self.init)
+            own = load_tokenizer(beside, context_length=text.context_length)
+            check_same_tokenizer(tokenizer, own, path, self.init)
         fits = tokenizer.vocab_size <= text.vocab_size and text.eos_token_id in (None, tokenizer.eos_token_id)
         wanted = f"at most {text.vocab_size} tokens and the end token {text.eos_token_id}, as the weights of --init"
         got = f"{tokenizer.vocab_size} and {tokenizer.eos_token_id}"

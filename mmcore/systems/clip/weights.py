@@ -13,7 +13,7 @@ from mmcore.nn import interpolate_positions
 from mmcore.ops import require
 from mmcore.systems.clip import names
 from mmcore.systems.clip.model import CLIP, CLIPConfig
-from mmcore.weights.files import new_folder, read_json, read_pickle, read_safetensors, write_safetensors
+from mmcore.weights.files import new_folder, read_folder, read_json, read_pickle, read_safetensors, write_safetensors
 from mmcore.weights.pictures import with_pictures, write_pictures
 
 Format = Literal["hf", "open_clip"]
@@ -30,8 +30,8 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
     """Load CLIP, float32 on the CPU, from a folder or file of transformers or open_clip.
 
     Args:
-        path: a folder as either library writes it (configuration and .safetensors or .bin), or one weights
-            file (.safetensors, .bin, .pt, .pth).
+        path: a folder as either library writes it (configuration and .safetensors, one or, of transformers, several,
+            or .bin), or one weights file (.safetensors, .bin, .pt, .pth).
         config: the shape of the weights, for a file that has no configuration beside it; it wins over one.
         image_size: pixels a side of the images to come; where the weights have another, position embeddings
             are interpolated.
@@ -44,7 +44,8 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
             is damaged or that holds pickled code.
     """
     op, file = "load_clip", _find_weights(Path(path))
-    tensors = read_safetensors(op, file) if file.suffix == ".safetensors" else read_pickle(op, file)
+    readers = {".safetensors": read_safetensors, ".json": lambda op, file: read_folder(op, file.parent)}
+    tensors = readers.get(file.suffix, read_pickle)(op, file)
     ours = ["visual.class_embedding"]
     found = [x for x in _FORMATS.values() if next(x[0].pairs(ours)).theirs[0] in x[0].renamed(tensors)]
     if not found and config is None:  # what lies beside them may tell what they are
@@ -124,8 +125,8 @@ def _find_weights(path: Path) -> Path:
     require("load_clip", is_known, "path must end in {}, {}, {} or {}, got {}", *known, path.name)
     kinds = ("model.safetensors", "pytorch_model.bin")
     files = [path / f"{start}{kind}" for kind in kinds for _, _, start in _FORMATS.values()]
-    found = [file for file in (path, *files) if file.is_file()]
-    what = "path must be a weights file or a folder with one of {}, got {}"
+    found = [file for file in (path, *files, path / "model.safetensors.index.json") if file.is_file()]
+    what = "path must be a weights file or a folder with one of {}, such as mmcore export writes of a run, got {}"
     require("load_clip", bool(found), what, ", ".join(file.name for file in files), path)
     return found[0]
 

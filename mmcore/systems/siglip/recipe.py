@@ -55,7 +55,7 @@ class Siglip(TwoTowers):
         require("siglip", fits, "--tokenizer must have at most {} tokens, got {}", most, tokenizer.vocab_size)
         folder = self.tokenizer or self.init
         origin = f"of {folder}" if folder else "learned from captions"
-        return PairAssets(replace(shape, text=replace(shape.text, vocab_size=most)), tokenizer, origin)
+        return PairAssets(replace(shape, text=replace(shape.text, vocab_size=most)), tokenizer, origin, self.init)
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Any
