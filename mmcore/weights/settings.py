@@ -103,6 +103,14 @@ class Settings:
             require(op, is_elsewhere or value == ours[name], what, name, value, self.what, ours[name])
         return raw
 
+    def export_summary(self, config: Any) -> dict[str, str]:
+        """For the reader, before hours of training: why a model of this shape cannot be exported, if it cannot."""
+        try:
+            self.write("export", config)
+        except ValueError as error:
+            return {"export": f"there will be none to transformers: {str(error).removeprefix('export: ')}"}
+        return {}
+
     def _dotted(self, config: Any) -> dict[str, Any]:
         parts = config if isinstance(config, dict) else vars(config)
         return _flat({name: vars(x) if name in self.kinds else x for name, x in parts.items()})

@@ -13,9 +13,14 @@ from mmcore.checkpoint import write_json
 from mmcore.parts.language import load_language_model, load_language_tokenizer
 from mmcore.parts.tiny_lm import train_tiny_lm
 from mmcore.parts.towers import load_tower
+from mmcore.systems.blip2.shapes import blip2_config
+from mmcore.systems.blip2.weights import STAGE1_SETTINGS as BLIP2
 from mmcore.systems.clip.model import CLIP, CLIPConfig
 from mmcore.systems.clip.shapes import CLIP_CONFIGS
 from mmcore.systems.clip.weights import load_clip, save_clip
+from mmcore.systems.llava.model import LlavaConfig
+from mmcore.systems.llava.weights import HF_SETTINGS as LLAVA
+from mmcore.systems.siglip.shapes import siglip_config
 from tests.refusals import refuses
 
 
@@ -85,3 +90,10 @@ def test_a_clip_in_several_files_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(x, found[name]) for name, x in model.state_dict().items())
     next((tmp_path / "several").glob("*.safetensors")).unlink()
     refuses("must name files that are there, missing", load_clip, tmp_path / "several")
+
+
+def test_a_run_says_before_it_trains_that_its_tower_cannot_be_exported() -> None:
+    on_siglip = LlavaConfig(siglip_config("tiny").vision)
+    assert "none to transformers: vision.has_norm_pre must be True" in LLAVA.export_summary(on_siglip)["export"]
+    assert not LLAVA.export_summary(LlavaConfig(CLIP_CONFIGS["tiny"].vision))
+    assert "export" in BLIP2.export_summary(blip2_config("tiny", vision=CLIP_CONFIGS["tiny"].vision))

@@ -30,7 +30,14 @@ from mmcore.systems.blip2.model import BLIP2, BLIP2Config
 from mmcore.systems.blip2.qformer import QFormerConfig
 from mmcore.systems.blip2.shapes import blip2_config
 from mmcore.systems.blip2.steps import Pair, stage1_losses, stage2_loss
-from mmcore.systems.blip2.weights import has_language_model, load_folder, save_blip2, save_blip2_lm
+from mmcore.systems.blip2.weights import (
+    PARTS_SETTINGS,
+    STAGE1_SETTINGS,
+    has_language_model,
+    load_folder,
+    save_blip2,
+    save_blip2_lm,
+)
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.optim import OptimConfig
 
@@ -62,7 +69,8 @@ class Stage1Assets(Assets):
     @property
     def summary(self) -> dict[str, str]:
         vision, tokens = self.shape.vision, f"{self.wordpiece.vocab_size} words, {self.origin}"
-        return {"image tower": vision.summary, "pictures": self.preprocess.summary, "tokenizer": tokens}
+        pictures = {"image tower": vision.summary, "pictures": self.preprocess.summary}
+        return {**pictures, "tokenizer": tokens, **STAGE1_SETTINGS.export_summary(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,8 @@ class Stage2Assets(Assets):
     @property
     def summary(self) -> dict[str, str]:
         pictures = {"image tower": self.vision.summary, "pictures": self.preprocess.summary}
-        return {**pictures, "language model": self.language.summary}
+        parts = {"vision": self.vision, "qformer": self.qformer}
+        return {**pictures, "language model": self.language.summary, **PARTS_SETTINGS.export_summary(parts)}
 
 
 def stage2_start(path: Path) -> tuple[VisionConfig, QFormerConfig, dict[str, Tensor]]:

@@ -37,7 +37,7 @@ from mmcore.systems.llava.anyres import next_pinpoints
 from mmcore.systems.llava.inputs import ChatPart, SeenChat, collate_chats, seen_chat, shown_chat
 from mmcore.systems.llava.model import Llava, LlavaConfig, Trainable, learned_labels
 from mmcore.systems.llava.talk import Talks
-from mmcore.systems.llava.weights import read_llava, read_projector, save_llava
+from mmcore.systems.llava.weights import HF_SETTINGS, read_llava, read_projector, save_llava
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig, Rule
@@ -83,7 +83,7 @@ class LlavaAssets(Assets):
     def summary(self) -> dict[str, str]:
         shape, tiles = self.shape, ", and tiles" if self.shape.has_tiles else ""
         pictures = {"image tower": shape.vision.summary, "pictures": f"{shape.preprocess.summary}{tiles}"}
-        return {**pictures, "language model": self.language.summary}
+        return {**pictures, "language model": self.language.summary, **HF_SETTINGS.export_summary(shape)}
 
 
 @dataclass(frozen=True)
