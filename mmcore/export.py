@@ -47,4 +47,5 @@ def main(arguments: list[str]) -> None:
     trained = read_run(config.run, config.weights, llm=config.llm, purpose="export")
     trained.recipe.export(trained.assets, trained.model, config.out, chosen)  # pyright: ignore[reportAttributeAccessIssue]
     print(f"{WEIGHTS[trained.run.key]} of step {trained.run.step} written to {config.out} ({chosen})")
-    print(_PICTURES.format(_PROCESSORS[chosen]))
+    if chosen in _PROCESSORS:
+        print(_PICTURES.format(_PROCESSORS[chosen]))

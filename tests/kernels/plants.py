@@ -248,7 +248,7 @@ columns outside counted: _sigmoid_fwd_kernel >= -> >
 positive counted twice: _sigmoid_fwd_kernel is_positive@1 -> False
 labels cut to 32 bits: _label_ids searchsorted -> x.int()
 second chunk's offset forgotten: sigmoid_fwd first@2 -> 0
-db of the last chunk alone: sigmoid_fwd add_ -> _self.copy_(_0)
+db of the last chunk alone: sigmoid_fwd addmm_fp32_@1 -> addmm_fp32_(db, grad.T, a_rows, beta=0.0)
 # token_contrastive blockwise
 wrong factor on gradients: token_contrastive_bwd mul_ -> pass
 last column left out: tiles num_cols@1 -> _ - 1
