@@ -36,7 +36,7 @@ POINTERS = {"mask": "*u8"} | {
     )
     for name in names.split()
 }
-FLOATS = set("scale keep_scale z_loss max_norm weight decay".split())
+FLOATS = set("scale keep_scale unit smoothing z_loss max_norm weight decay".split())
 ODD = set("M N N1 K H groups threshold offset V B C Q first_owner last_owner".split())
 
 
@@ -140,7 +140,8 @@ def token_case(row: str, flag: bool, block_q: int) -> Case:
 
 
 def cross_entropy_case(name: str, flag: bool) -> Case:
-    constants, kernel = {"HAS_BIAS": flag, "HAS_GRAD": flag}, linear_cross_entropy._linear_cross_entropy_fwd_kernel
+    constants = dict.fromkeys(("HAS_BIAS", "HAS_MEAN", "HAS_GRAD"), flag)
+    kernel = linear_cross_entropy._linear_cross_entropy_fwd_kernel
     table = constant_table("fwd", (2, 4), CROSS_ENTROPY_LAUNCH)
     return Case(f"linear_cross_entropy[{name}]", kernel, "fwd", table, constants, products=False)
 

@@ -32,7 +32,7 @@ SMALL = {
     problem: {"POSITIVES_CHUNK": 24}, distill_blockwise: {"BLOCK": 256}, distill_kernel: {"MIN_PROGRAMS": 6},
     distill_eager: {"EAGER_LOGITS": 0}, multi_tensor_blockwise: {"PART": 64}, sigmoid_blockwise: {"TILE": 32},
     sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_eager: {"EAGER_LOGITS": 0},
-    lce_blockwise: {"ROWS": 32, "COLS": 32}, lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_blockwise: {"ROWS": 32, "COLS": 32}, lce_kernel: {"chunk_rows": lambda vocab, memory: 32, "AHEAD": 16},
     lce_eager: {"EAGER_PRODUCT": 0}, token_eager: {"EAGER_PRODUCTS": 0},
     token_blockwise: {"TILE": 640, "TILE_COLS": 16},
     token_kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},

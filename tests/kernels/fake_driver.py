@@ -39,7 +39,7 @@ INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # calls that launch nothing on a GPU, views apart
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
 # by file of our package: what it reads there was made on the host and kept there
-ON_HOST = ("multi_tensor/table.py", "multi_tensor/paths.py")
+ON_HOST = ("multi_tensor/table.py", "multi_tensor/paths.py", "mmkernels/_device.py")
 
 
 class Waited(AssertionError):
@@ -66,12 +66,14 @@ class Recorded:
         aten: calls of ATen by name, those within our registered ops too.
         views: of those, the ones that compute nothing: views, and allocations.
         waits: where the host would have waited, where that is no error.
+        order: calls of ATen, and "wait", in order.
     """
 
     launches: list[Launched] = field(default_factory=list)
     aten: Counter[str] = field(default_factory=Counter)
     views: Counter[str] = field(default_factory=Counter)
     waits: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
 
     @property
     def num_calls(self) -> int:
@@ -101,6 +103,19 @@ class _Kernel:
 
     def run(self, x: int, y: int, z: int, stream: int, *_: Any) -> None:
         self.gpu.launches.append(Launched(self.name, (x, y, z), self.key, self.gpu.current, stream))
+
+
+class _Event:
+    """In a CUDA event's place."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class FakeGpu:
@@ -141,6 +156,8 @@ class FakeGpu:
         set_to(Tensor, "is_cpu", False)
         set_to(cuda, "device", self._device)
         set_to(cuda, "current_device", lambda: self.current)
+        set_to(cuda, "current_stream", lambda device=None: self.stream(self.current))
+        set_to(cuda, "Event", _Event)
         set_to(cuda, "is_available", lambda: True)
         set_to(cuda, "_lazy_init", lambda: None)
         set_to(cuda, "is_current_stream_capturing", lambda: self.is_capturing)
@@ -218,10 +235,14 @@ class _Counting(TorchDispatchMode):
         if (opdef := OPDEFS.get(func._schema.name)) is not None:
             with self:
                 return opdef._init_fn(*args, **kwargs)
+        if func._can_decompose():  # what a registered op's body calls is not taken apart by autograd
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if _waits(name, args):
             _wait(self.found, self.may_wait, name)
         self.found.aten[name] += 1
+        self.found.order.append(name)
         if func.is_view or name in ALLOCATIONS or name in ("detach", "lift_fresh"):
             self.found.views[name] += 1
         if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type == "cuda":
@@ -235,13 +256,14 @@ def _waits(name: str, args: Sequence[Any]) -> bool:
     return is_mask or sizes or name in WAITS
 
 
-def _wait(found: Recorded, may_wait: bool, name: str) -> None:
+def _wait(found: Recorded, may_wait: bool, name: str, of_host: Sequence[str] = ON_HOST) -> None:
     frame: Any = sys._getframe(1)
     while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
         frame = frame.f_back
     where = "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    if where.rsplit(":", 1)[0].endswith(ON_HOST):
+    if where.rsplit(":", 1)[0].endswith(tuple(of_host)):
         return
+    found.order.append("wait")
     found.waits.append(f"{name} at {where}")
     if not may_wait:
         raise Waited(found.waits[-1])
@@ -250,10 +272,12 @@ def _wait(found: Recorded, may_wait: bool, name: str) -> None:
 def _refuse_reads(patch: pytest.MonkeyPatch, found: Recorded, may_wait: bool) -> None:
     """Reads that reach no dispatcher, or none that says so: of a tensor on a CPU they copy nothing."""
 
-    def refused(call: Callable[..., Any], name: str, is_read: Callable[..., bool]) -> Callable[..., Any]:
+    def refused(
+        call: Callable[..., Any], name: str, is_read: Callable[..., bool], of_host: Sequence[str] = ON_HOST
+    ) -> Callable[..., Any]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             if is_read(*args, **kwargs):
-                _wait(found, may_wait, name)
+                _wait(found, may_wait, name, of_host)
             return call(*args, **kwargs)
 
         return checked
@@ -273,6 +297,7 @@ def _refuse_reads(patch: pytest.MonkeyPatch, found: Recorded, may_wait: bool) ->
         patch.setattr(Tensor, name, refused(getattr(Tensor, name), name, always))
     patch.setattr(Tensor, "to", refused(Tensor.to, "to('cpu')", to_host))
     patch.setattr(torch.cuda, "synchronize", refused(lambda *_: None, "torch.cuda.synchronize", always))
+    patch.setattr(_Event, "synchronize", refused(lambda *_: None, "torch.cuda.Event.synchronize", always, ()))
     # from memory that is not pinned
     for name in ("tensor", "as_tensor"):
         patch.setattr(torch, name, refused(getattr(torch, name), f"torch.{name} of numbers on the device", uploads))

@@ -152,7 +152,7 @@ unwritten column: _distillation_loss_bwd_kernel mask_n@3 -> offs_n < C - 1
 wrong factor on dh: add_targets coef -> 0.5 * _
 unwritten column: _fold len@2 -> _ - cols
 missing cast: _fold matmul_nt -> _.bfloat16().float()
-target counted twice: linear_cross_entropy_fwd of_rows@1 -> _ - (1 << 40)
+target counted twice: linear_cross_entropy_fwd of_part@1 -> _ - (1 << 40)
 a later chunk overwrites dw: _accumulate first_row -> 0
 half of the z-loss's gradient lost: coefficients z_loss -> _ / 2
 first tile's bias in every tile: _fold of_cols@1 -> slice(tile.shape[1])
@@ -162,6 +162,8 @@ wrong factor on dh: linear_cross_entropy_fwd 1@3 -> 2
 bias left out of the logits: _linear_cross_entropy_fwd_kernel load@4 -> 0 * _
 unwritten column: _linear_cross_entropy_fwd_kernel mask_v@4 -> offs_v < V - 1
 missing cast: _linear_cross_entropy_fwd_kernel grad@1 -> _.to(tl.float16)
+smoothing left out of the target's gradient: _linear_cross_entropy_fwd_kernel smoothing@1 -> 0.0
+half of the z-loss's gradient lost: _linear_cross_entropy_fwd_kernel 2 -> 1
 sums not rescaled to the new maximum: _linear_cross_entropy_fwd_kernel exp -> 1
 target counted twice: _linear_cross_entropy_fwd_kernel where@1 -> _2
 gradient's unit not taken back: linear_cross_entropy_fwd div_ -> _self

@@ -74,6 +74,7 @@ WAITING: dict[str, Callable[[Tensor], object]] = {
     "equal": lambda x: torch.equal(x, x + 1),
     "where": lambda x: torch.where(x > 0),
     "synchronize": lambda x: torch.cuda.synchronize(),
+    "an event": lambda x: torch.cuda.Event().synchronize(),
     "as_tensor": lambda x: torch.as_tensor(3.0, device=x.device),
     "tensor": lambda x: torch.tensor([1, 2], device=x.device),
 }
