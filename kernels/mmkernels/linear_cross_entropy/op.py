@@ -33,9 +33,10 @@ def linear_cross_entropy(
 
     The logits are never stored whole, and rows whose target is `ignore_index` are left out before the first
     product. On a GPU the host asks for the number of the others behind a product of the first 1,024; of so few
-    rows, and while a CUDA graph is captured, ignored ones are computed and weighted by zero. Where a gradient is wanted of a mean or a sum, it is
-    made in forward (three products in all; backward only scales it). Of `reduction="none"`, backward computes
-    the logits again (four products). A frozen `hidden` or `weight` saves its product.
+    rows, and while a CUDA graph is captured, ignored ones are computed and weighted by zero. Where a gradient is
+    wanted of a mean or a sum, it is made in forward (three products in all; backward only scales it). Of
+    `reduction="none"`, backward computes the logits again (four products). A frozen `hidden` or `weight` saves
+    its product.
 
     Args:
         hidden: `[T, D]`, float32, float16, bfloat16 or float64, any strides. Cast under autocast, as are
