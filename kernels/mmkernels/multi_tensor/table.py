@@ -166,7 +166,7 @@ def _looked_at(lists: Sequence[Sequence[Tensor]], contract: Contract) -> tuple[H
 
 
 def _seen(tensors: Sequence[Tensor]) -> _Seen:
-    """Of the very tensors of before, by little of them: a look at shapes and strides takes twice as long as the rest."""
+    """Of the very tensors of before, by little of them: a look at shapes and strides would take as long again."""
     key, places = tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors))
     # one that lives where it was may have been turned or resized
     sizes, dense = tuple(map(Tensor.numel, tensors)), tuple(map(Tensor.is_contiguous, tensors))
