@@ -5,6 +5,7 @@ from importlib import import_module
 from types import ModuleType
 
 from bench.ops import linear_cross_entropy as words
+from bench.ops import maxsim as late
 from bench.ops import sigmoid as pairs
 from bench.ops import token_contrastive as tokens
 from bench.ops.adamw import AVERAGED
@@ -52,6 +53,15 @@ OPS = {
     "linear_cross_entropy": Op(
         import_module("mmkernels.linear_cross_entropy.op"),
         tuple((x, x.shapes[-1]) for x in (words.PLAIN, words.BIAS, words.SMOOTHING_Z, words.ROWS)),
+    ),
+    "maxsim": Op(
+        import_module("mmkernels.maxsim.op"),
+        (
+            (late.PLAIN, {"B": 2, "Lq": 3, "N": 2, "Ld": 20, "D": 20}),
+            (late.PLAIN, late.PLAIN.shapes[1]),
+            (late.MASKED, late.MASKED.shapes[2]),
+            (replace(late.PLAIN, cases=("ties",)), late.PLAIN.shapes[1]),
+        ),
     ),
     "adamw_update": Op(multi_tensor, ((AVERAGED, {"N": 2, "L": 500}),)),
     "apply_masks": Op(multi_tensor, ((MASKS, PAIR),), ("bool", "owners")),
@@ -169,6 +179,27 @@ target counted twice: _linear_cross_entropy_fwd_kernel where@1 -> _2
 gradient's unit not taken back: linear_cross_entropy_fwd div_ -> _self
 a later chunk overwrites dw: linear_cross_entropy_fwd float@1 -> 0.0
 second chunk's targets forgotten: linear_cross_entropy_fwd rows@1 -> slice(len(hidden[_]))
+# maxsim blockwise
+missing cast: maxsim_fwd matmul_nt -> _.half().float()
+unwritten document: _tiles len@1 -> _ - 1
+masked tokens counted: maxsim_fwd masked_fill_ -> _self
+a masked document's place kept: maxsim_fwd masked_fill -> _self
+places of the first document in all: maxsim_bwd first -> 0 * _
+a query's weight for another's tokens: maxsim_bwd repeat_interleave -> _self.repeat(1, num_each)
+documents' gradient thrown away: maxsim_bwd dd@1 -> 0 * _
+# maxsim kernel
+missing cast: _maxsim_fwd_kernel dot -> _.to(tl.float16).to(tl.float32)
+missing cast of wide tokens: _maxsim_fwd_kernel dot_tile -> _.to(tl.float16).to(tl.float32)
+masked tokens counted: _fold_tile HAS_MASK -> False
+tokens beyond the end counted: _fold_tile where -> _1
+the last best taken: _fold_tile > -> >=
+the last of a tile's best taken: _fold_tile min -> tl.max(tl.where(products == tile_max[:, None], offs_t, -1), 1)
+wide tokens cut: _maxsim_fwd_kernel D -> BLOCK_D
+one split's documents alone: _of_queries sum -> _self[0]
+a query's weight for another's tokens: _maxsim_bwd_q_kernel offs_b -> offs_m % B
+unwritten column: _maxsim_bwd_d_kernel offs_d@2 -> _ + 1
+first document's gradient in all: _maxsim_bwd_d_kernel place@2 -> 0
+gradient's unit not taken back: _maxsim_bwd_d_kernel unit@1 -> 1.0
 # adamw_update blockwise
 no weight decay: adamw_update_ keep -> 1
 the new moment of the old gradient: adamw_update_ grad -> param

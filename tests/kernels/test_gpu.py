@@ -13,6 +13,7 @@ from bench.contract import check
 from bench.ops.contrastive import LOSS as CONTRASTIVE
 from bench.ops.distill import SPECS as DISTILL
 from bench.ops.linear_cross_entropy import PLAIN, ROWS
+from bench.ops.maxsim import MASKED as MAXSIM
 from bench.ops.sigmoid import LABELS, LOSS
 from bench.ops.token_contrastive import LOSS as TOKENS
 from bench.spec import OpSpec, Shape
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.gpu
 WORDS, SQUARE = {"T": 2500, "D": 512, "V": 32001}, {"B": 1031, "D": 512}
 REAL: list[tuple[OpSpec, Shape, str]] = [
     (CONTRASTIVE, SQUARE, "trained"), (LOSS, SQUARE, "trained"), (LABELS, {"M": 520, "N": 1031, "D": 512}, "trained"),
+    (MAXSIM, {"B": 9, "Lq": 33, "N": 17, "Ld": 257, "D": 128}, "trained"),
+    (MAXSIM, {"B": 5, "Lq": 40, "N": 9, "Ld": 70, "D": 320}, "random"),
     (TOKENS, {"M": 257, "Q": 32, "N": 257, "D": 256}, "trained"), (PLAIN, WORDS, "random"), (ROWS, WORDS, "random"),
 ]  # fmt: skip
 

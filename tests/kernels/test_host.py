@@ -72,6 +72,14 @@ def tokens(n: int, device: str) -> Call:
     return lambda: grad(mk.token_contrastive_loss(q, b, scale), (q, b, scale))
 
 
+def late(n: int, device: str) -> Call:
+    """Of queries against the documents of the batch, padded."""
+    q, d = leaf(n, 9, D, device=device), leaf(n, 20, D, device=device)
+    mask = torch.ones(n, 20, dtype=torch.bool, device=device)
+    ones = torch.ones(n, n, device=device)
+    return lambda: grad(mk.maxsim(q, d, d_mask=mask), (q, d), ones)
+
+
 def words(n: int, device: str, vocab: int = 3200, **options: Any) -> Call:
     hidden, weight = leaf(n, D, device=device), leaf(vocab, D, device=device)
     targets = ids(n, device, vocab)
@@ -124,7 +132,7 @@ def clip(n: int, _: str) -> Call:
 
 OPS: dict[str, Callable[[int, str], Call]] = {
     "contrastive": contrastive, "contrastive of labels": labelled, "contrastive with a momentum teacher": momentum,
-    "sigmoid": sigmoid, "token contrastive": tokens, "linear cross-entropy": words,
+    "sigmoid": sigmoid, "token contrastive": tokens, "maxsim": late, "linear cross-entropy": words,
     "linear cross-entropy, every option": partial(words, label_smoothing=0.1, z_loss=1e-4, reduction="none"),
     "distillation": distill, "attention": attention, "causal attention": causal, "ema": ema, "adamw": adamw,
     "clip": clip,
@@ -164,6 +172,7 @@ def test_linear_cross_entropy_asks_for_the_number_of_rows_behind_a_product(gpu: 
 
 # rows far beyond a training run's
 EXTREME = {
+    "maxsim of a corpus": lambda: late(1 << 14, "meta"),
     "attention of a million tokens": lambda: causal(100_000, "meta"),
     "attention of many heads": lambda: attention(70_000, "meta", queries=1, keys=64),
     "attention of one query": lambda: attention(3, "meta", queries=1, keys=1 << 24),
@@ -186,8 +195,8 @@ def test_no_grid_is_larger_than_cuda_launches(name: str, gpu: FakeGpu, monkeypat
 # by op, compiles of all its kernels: without a choice made by size, three a kernel at most (one row, 16 n rows, others)
 MOST_KEYS = {
     "contrastive": 6, "contrastive of labels": 6, "contrastive with a momentum teacher": 12, "sigmoid": 3,
-    "token contrastive": 7, "linear cross-entropy": 1, "linear cross-entropy, every option": 2, "distillation": 2,
-    "attention": 6, "causal attention": 12, "ema": 1, "adamw": 1, "clip": 2,
+    "token contrastive": 7, "maxsim": 3, "linear cross-entropy": 1, "linear cross-entropy, every option": 2,
+    "distillation": 2, "attention": 6, "causal attention": 12, "ema": 1, "adamw": 1, "clip": 2,
 }  # fmt: skip
 
 
@@ -203,6 +212,7 @@ def test_batches_of_changing_sizes_compile_few_kernels(name: str, gpu: FakeGpu) 
 
 # ATen calls and launches of forward and backward, views and allocations apart
 MOST_CALLS = {
+    "maxsim": 20,
     "linear cross-entropy": 27, "linear cross-entropy, every option": 44, "distillation": 28, "ema": 4, "adamw": 1,
     "clip": 5,
 }  # fmt: skip

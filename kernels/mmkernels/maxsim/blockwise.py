@@ -29,7 +29,7 @@ def maxsim_fwd(q: Tensor, d: Tensor, d_mask: Tensor | None, with_best: bool) -> 
     found = q.new_empty(len(d), len(q))
     best = d.new_empty(len(d), len(q), dtype=place_dtype(length)) if with_best else None
     for of in _tiles(len(q), d):
-        products = matmul_nt(q, widen(d[of]).flatten(0, 1)).view(len(q), -1, length)  # [M, n, T]
+        products = matmul_nt(q, widen(d[of]).flatten(0, 1)).view(len(q), of.stop - of.start, length)
         if d_mask is not None:
             products.masked_fill_(~d_mask[of], -torch.inf)
         largest = products.amax(2)
@@ -51,9 +51,11 @@ def maxsim_bwd(
         places = best[of].int()
         weight = grad[of].repeat_interleave(num_each, 1).masked_fill_(places < 0, 0)
         first = torch.arange(len(places), dtype=torch.int32, device=d.device) * d.shape[1]
-        index = places.clamp_(min=0).add_(first[:, None])  # [n, M] of the tile's tokens
+        index = places.clamp(min=0) + first[:, None]  # [n, M] of the tile's tokens
         if dq is not None:
-            gather_sums(dq, index.T, weight.T, widen(d[of]).flatten(0, 1))
+            # where none counts a row of zeros, behind the last: a token that does not may hold anything
+            wide_d = torch.cat([widen(d[of]).flatten(0, 1), grad.new_zeros(1, d.shape[2])])
+            gather_sums(dq, torch.where(places < 0, len(wide_d) - 1, index).T, weight.T, wide_d)
         if dd is not None:
             scatter_sums(dd[of].view(-1, d.shape[2]), index, weight, wide_q)
     return dq, dd

@@ -6,7 +6,7 @@ from torch import Tensor
 from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import accumulator, autocast_operands, check_beside, check_dtype, require
 from mmkernels._device import Kernels, runs_triton
-from mmkernels.maxsim import blockwise
+from mmkernels.maxsim import blockwise, eager
 
 kernel = Kernels("mmkernels.maxsim")
 
@@ -40,6 +40,11 @@ def maxsim(q: Tensor, d: Tensor, *, q_mask: Tensor | None = None, d_mask: Tensor
     _check(q, d, q_mask, d_mask)
     q, d = autocast_operands(q, d)
     require(OP, q.dtype == d.dtype, "d must have the dtype of q, {}, got {}", q.dtype, d.dtype)
+    if q_mask is not None:  # whatever padding holds, not a number too, goes nowhere
+        q = q.masked_fill(~q_mask[:, :, None], 0)
+    if eager.is_faster(q, d):
+        with torch.autocast(q.device.type, enabled=False):
+            return eager.maxsim_eager(q, d, q_mask=q_mask, d_mask=d_mask)
     reverse_only(OP, "mmkernels.maxsim_ref", q=q, d=d)
     with_best = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     return _maxsim_fwd(q, d, q_mask, d_mask, with_best)[0]
@@ -89,15 +94,17 @@ def _(q: Tensor, d: Tensor, best: Tensor, grad: Tensor, needs: list[bool]) -> tu
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, d, *_ = inputs
-    ctx.save_for_backward(q, d, output[1])
+    ctx.save_for_backward(*inputs[:4], output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad: Tensor, _best: None):
+    q, d, q_mask, d_mask, best = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
-    results = _maxsim_bwd(*ctx.saved_tensors, grad, needs)
+    if not best.numel():  # a transform hid that there would be a gradient
+        best = _maxsim_fwd(q, d, q_mask, d_mask, True)[1]
+    results = _maxsim_bwd(q, d, best, grad, needs)
     return *(dx if needed else None for dx, needed in zip(results, needs)), None, None, None
 
 
