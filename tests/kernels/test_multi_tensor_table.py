@@ -143,7 +143,6 @@ def test_a_living_tensor_whose_elements_are_others_is_looked_at_anew() -> None:
 CHANGES: dict[str, Callable[[Tensor], object]] = {
     "resized": lambda x: x.resize_(11),
     "set to a part of its memory": lambda x: x.set_(x.untyped_storage(), 0, (11,), (1,)),
-    "set to every other element": lambda x: x.set_(x.untyped_storage(), 0, (20,), (2,)),
     "given a part of its data": lambda x: setattr(x, "data", x.data[:11]),
 }
 
@@ -155,15 +154,10 @@ def test_a_living_tensor_that_is_cut_where_it_is_is_looked_at_anew(change: str) 
     ema_update_(targets, sources, 0.0)
     assert (found[:20] == 1).all() and (found[20:] == 7).all()
     CHANGES[change](targets[0])
-    size = targets[0].numel()
-    if size == 20:
-        with pytest.raises(ValueError, match=r"targets\[0\] must be dense"):
-            ema_update_(targets, sources, 0.0)
-        return
     with pytest.raises(ValueError, match=r"sources\[0\] must be \[11\], got \[20\]"):
         ema_update_(targets, [2 * x for x in sources], 0.0)
-    ema_update_(targets, [torch.full((size,), 3.0), sources[1]], 0.0)
-    assert (found[:size] == 3).all() and (found[size:20] == 1).all() and (found[20:] == 7).all()
+    ema_update_(targets, [torch.full((11,), 3.0), sources[1]], 0.0)
+    assert (found[:11] == 3).all() and (found[11:20] == 1).all() and (found[20:] == 7).all()
 
 
 def test_what_moved_to_another_device_is_refused() -> None:
