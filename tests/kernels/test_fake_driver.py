@@ -103,7 +103,7 @@ def test_sizes_of_any_kind_take_no_memory(gpu: FakeGpu) -> None:
     a = torch.empty(1 << 20, 4096, dtype=torch.bfloat16, device="meta")
     with without_data(gpu), gpu.record() as found:
         mk.contrastive_lse(a, a, 10.0)
-    assert [x.kernel for x in found.launches] == ["_contrastive_fwd_kernel"]
+    assert "_contrastive_fwd_kernel" in {x.kernel for x in found.launches}
 
 
 def test_the_host_time_of_calls_in_turns(gpu: FakeGpu) -> None:

@@ -192,11 +192,11 @@ def test_no_grid_is_larger_than_cuda_launches(name: str, gpu: FakeGpu, monkeypat
         assert all(0 < x <= most for x, most in zip(launched.grid, MOST_PROGRAMS, strict=True)), launched
 
 
-# by op, compiles of all its kernels: without a choice made by size, three a kernel at most (one row, 16 n rows, others)
+# by op, compiles of each of its kernels: where nothing is chosen by size three at most, of one row, of 16 n, of others
 MOST_KEYS = {
-    "contrastive": 6, "contrastive of labels": 6, "contrastive with a momentum teacher": 12, "sigmoid": 3,
-    "token contrastive": 7, "maxsim": 3, "linear cross-entropy": 1, "linear cross-entropy, every option": 2,
-    "distillation": 2, "attention": 6, "causal attention": 12, "ema": 1, "adamw": 1, "clip": 2,
+    "contrastive": 3, "contrastive of labels": 3, "contrastive with a momentum teacher": 6, "sigmoid": 3,
+    "token contrastive": 4, "maxsim": 1, "linear cross-entropy": 1, "linear cross-entropy, every option": 2,
+    "distillation": 1, "attention": 2, "causal attention": 4, "ema": 1, "adamw": 1, "clip": 1,
 }  # fmt: skip
 
 
@@ -207,7 +207,8 @@ def test_batches_of_changing_sizes_compile_few_kernels(name: str, gpu: FakeGpu) 
         with gpu.record(may_wait=True) as step:
             OPS[name](generator.randint(1, 30 if name == "attention" else 300), "cpu")()
         found |= step.keys
-    assert len(found) <= MOST_KEYS[name], Counter(kernel for kernel, _ in found)
+    counts = Counter(kernel for kernel, _ in found)
+    assert 0 < max(counts.values()) <= MOST_KEYS[name], counts
 
 
 # ATen calls and launches of forward and backward, views and allocations apart
