@@ -157,9 +157,9 @@ def maxsim_case(row: str, has_mask: bool = True) -> Case:
     if row == "bwd_q":
         table = constant_table(row, (2, 4), MAXSIM_BWD_Q)
         return Case("maxsim", maxsim._maxsim_bwd_q_kernel, row, table, {}, pointers, products=False)
-    kernel = maxsim._maxsim_bwd_d_kernel if row == "bwd_d" else maxsim._maxsim_fwd_kernel
+    kernel = maxsim._maxsim_bwd_d_kernel if row.startswith("bwd_d") else maxsim._maxsim_fwd_kernel
     # of the documents' gradient a tile's rows are its width
-    of_rows = "block_d" if row == "bwd_d" else "block_m"
+    of_rows = "block_d" if row.startswith("bwd_d") else "block_m"
     return Case(f"maxsim[{has_mask}]", kernel, row, MAXSIM_TABLE, constants, pointers, product_rows=of_rows)
 
 
@@ -211,6 +211,7 @@ CASES = (
     maxsim_case("bwd_q"),
     maxsim_case("bwd_d"),
     maxsim_case("bwd_d", False),
+    maxsim_case("bwd_d_64"),
     *(distill_case(*case) for case in product(DISTILL, (True, False))),
     *(token_case(row, *x) for row in TOKENS for x in ((False, 32), (True, 16))),
 )

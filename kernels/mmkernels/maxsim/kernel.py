@@ -28,6 +28,7 @@ TABLE: Table = {
     **{("fwd_wide", 4, arch): Launch(128, 64, 16, 8, 3) for arch in (80, 90)},
     ("fwd_wide", 4, 100): Launch(64, 64, 16, 8, 3),
     # a tile of dd is block_d by block_n
+    **{("bwd_d_64", 2, arch): Launch(64, 64, 64, 4, 3) for arch in (80, 90, 100)},
     **{("bwd_d", 2, arch): Launch(64, 128, 128, 8, 3) for arch in (80, 90, 100)},
     # of 64 by 64, triton makes exact products TF32 on sm_100
     **{("bwd_d", 4, arch): Launch(16, 64, 32, 4, 2) for arch in (80, 90, 100)},
@@ -97,7 +98,7 @@ def _of_queries(q: Tensor, d: Tensor, best: Tensor, grad: Tensor) -> Tensor:
 
 def _of_documents(q: Tensor, d: Tensor, best: Tensor, grad: Tensor) -> Tensor:
     (num_docs, length, width), num_tokens = d.shape, len(q)
-    config = launch_config(TABLE, "bwd_d", q)
+    config = launch_config(TABLE, "bwd_d_64" if width <= 64 and q.element_size() == 2 else "bwd_d", q)
     q = operand(q, config.block_d)
     unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) / GRAD_CEILING
     dd = torch.empty(d.shape, dtype=d.dtype if d.is_cuda else grad.dtype, device=d.device)
