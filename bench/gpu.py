@@ -21,7 +21,11 @@ ROOT = BENCH.parent
 # modules of bench/ops and files that share a process, with their share of the time; the training steps are all other
 # files
 GROUPS = {
-    "losses": ("contrastive contrastive_variants sigmoid distill token_contrastive statistics", "two_ranks", 5.0),
+    "losses": (
+        "contrastive contrastive_variants sigmoid distill token_contrastive maxsim statistics",
+        "two_ranks",
+        5.0,
+    ),
     "attention": ("attention positions", "layers", 5.0),
     "lists": ("linear_cross_entropy ema adamw norm ewc packnet", "linear momentum", 4.0),
     "steps": ("", "", 3.0),

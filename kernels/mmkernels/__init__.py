@@ -13,6 +13,7 @@ from mmkernels.contrastive import (
 )
 from mmkernels.distill import distillation_loss, distillation_loss_ref
 from mmkernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from mmkernels.maxsim import maxsim, maxsim_ref
 from mmkernels.multi_tensor import (
     adamw_update_,
     adamw_update_ref_,
@@ -70,6 +71,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "masks",
+    "maxsim",
+    "maxsim_ref",
     "rotary",
     "sigmoid_loss",
     "sigmoid_loss_ref",

@@ -34,3 +34,18 @@ def runs_triton(x: torch.Tensor) -> bool:
 def is_capturing(x: torch.Tensor) -> bool:
     """Whether a CUDA graph is captured of what is launched on `x`."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class Awaited:
+    """A number on its way from the device to the host, which waits for it only where it is asked for."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._event = torch.cuda.Event() if number.is_cuda else None
+        self._number = number.to("cpu", non_blocking=True)
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(number.device))
+
+    def __call__(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._number)

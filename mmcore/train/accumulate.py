@@ -15,7 +15,7 @@ def plain_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> 
         losses = recipe.loss(model, model.place(parts[0]), step)
         model.backward(losses["loss"])
         return {name: x.detach() for name, x in losses.items()}
-    weights = torch.stack([torch.as_tensor(recipe.weight(x), dtype=torch.float64, device=model.device) for x in parts])
+    weights = _on_device([recipe.weight(x) for x in parts], model.device)
     if dist.is_initialized():
         dist.all_reduce(weights)
     total: dict[str, Tensor] = {}
@@ -25,6 +25,15 @@ def plain_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> 
             model.backward(losses["loss"], last=i == len(parts))
             total = {name: total.get(name, 0.0) + x.detach() for name, x in losses.items()}
     return total
+
+
+def _on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """float64 `[numbers]`; those of the host in one copy, which does not wait for a GPU."""
+    made = torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64, device=None if isinstance(x, Tensor) else "cpu") for x in numbers]
+    )
+    is_upload = made.device.type == "cpu" and device.type == "cuda"
+    return made.pin_memory().to(device, non_blocking=True) if is_upload else made.to(device)
 
 
 def cached_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:

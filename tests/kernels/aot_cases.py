@@ -15,6 +15,9 @@ from mmkernels.distill import device as distill
 from mmkernels.distill.kernel import LAUNCH as DISTILL_LAUNCH
 from mmkernels.linear_cross_entropy import device as linear_cross_entropy
 from mmkernels.linear_cross_entropy.kernel import LAUNCH as CROSS_ENTROPY_LAUNCH
+from mmkernels.maxsim import device as maxsim
+from mmkernels.maxsim.kernel import BWD_Q as MAXSIM_BWD_Q
+from mmkernels.maxsim.kernel import TABLE as MAXSIM_TABLE
 from mmkernels.multi_tensor import device as lists
 from mmkernels.multi_tensor.kernel import ADAMW_WARPS, NUM_WARPS
 from mmkernels.multi_tensor.table import CHUNK, DIGIT_BITS
@@ -26,7 +29,8 @@ from mmkernels.token_contrastive.kernel import TABLE as TOKENS_TABLE
 # of arguments, by their names in every kernel: pointers to the inputs' dtype, those of another that is not float32,
 # scalars that are floats, and sizes that need not be multiples of 16
 OPERANDS = set(
-    "a b teacher_a teacher_b tokens student teacher dstudent grad bias q k v k2 v2 out d_out dq dk dv dk2 dv2".split()
+    "a b d dd teacher_a teacher_b tokens student teacher dstudent grad bias q k v k2 v2 out d_out".split()
+    + "dq dk dv dk2 dv2".split()
 )
 POINTERS = {"mask": "*u8"} | {
     name: dtype
@@ -36,8 +40,8 @@ POINTERS = {"mask": "*u8"} | {
     )
     for name in names.split()
 }
-FLOATS = set("scale keep_scale z_loss max_norm weight decay".split())
-ODD = set("M N N1 K H groups threshold offset V B C Q first_owner last_owner".split())
+FLOATS = set("scale keep_scale unit smoothing z_loss max_norm weight decay".split())
+ODD = set("M N T N1 K H groups threshold offset V B C Q first_owner last_owner".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +144,23 @@ def token_case(row: str, flag: bool, block_q: int) -> Case:
 
 
 def cross_entropy_case(name: str, flag: bool) -> Case:
-    constants, kernel = {"HAS_BIAS": flag, "HAS_GRAD": flag}, linear_cross_entropy._linear_cross_entropy_fwd_kernel
+    constants = dict.fromkeys(("HAS_BIAS", "HAS_MEAN", "HAS_GRAD"), flag)
+    kernel = linear_cross_entropy._linear_cross_entropy_fwd_kernel
     table = constant_table("fwd", (2, 4), CROSS_ENTROPY_LAUNCH)
     return Case(f"linear_cross_entropy[{name}]", kernel, "fwd", table, constants, products=False)
+
+
+def maxsim_case(row: str, has_mask: bool = True) -> Case:
+    """A gradient's upstream is float32, as are its parts for the queries."""
+    constants: dict[str, Any] = {"HAS_MASK": has_mask, "HAS_BEST": has_mask, "IS_WHOLE": row != "fwd_wide"}
+    pointers = {"best": "*i16" if has_mask else "*i32", "grad": "*fp32", "dq": "*fp32"}
+    if row == "bwd_q":
+        table = constant_table(row, (2, 4), MAXSIM_BWD_Q)
+        return Case("maxsim", maxsim._maxsim_bwd_q_kernel, row, table, {}, pointers, products=False)
+    kernel = maxsim._maxsim_bwd_d_kernel if row.startswith("bwd_d") else maxsim._maxsim_fwd_kernel
+    # of the documents' gradient a tile's rows are its width
+    of_rows = "block_d" if row.startswith("bwd_d") else "block_m"
+    return Case(f"maxsim[{has_mask}]", kernel, row, MAXSIM_TABLE, constants, pointers, product_rows=of_rows)
 
 
 def distill_case(row: str, centered: bool) -> Case:
@@ -189,6 +207,11 @@ CASES = (
     *(sigmoid_case(*flags) for flags in product((False, True), (True, False))),
     cross_entropy_case("gradient", True),
     cross_entropy_case("statistics", False),
+    *(maxsim_case(f"fwd_{size}", flag) for size in (64, 128, 256, "wide") for flag in (True, False)),
+    maxsim_case("bwd_q"),
+    maxsim_case("bwd_d"),
+    maxsim_case("bwd_d", False),
+    maxsim_case("bwd_d_64"),
     *(distill_case(*case) for case in product(DISTILL, (True, False))),
     *(token_case(row, *x) for row in TOKENS for x in ((False, 32), (True, 16))),
 )

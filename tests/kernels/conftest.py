@@ -15,6 +15,9 @@ from mmkernels.distill import kernel as distill_kernel
 from mmkernels.linear_cross_entropy import blockwise as lce_blockwise
 from mmkernels.linear_cross_entropy import eager as lce_eager
 from mmkernels.linear_cross_entropy import kernel as lce_kernel
+from mmkernels.maxsim import blockwise as maxsim_blockwise
+from mmkernels.maxsim import eager as maxsim_eager
+from mmkernels.maxsim import kernel as maxsim_kernel
 from mmkernels.multi_tensor import blockwise as multi_tensor_blockwise
 from mmkernels.sigmoid import blockwise as sigmoid_blockwise
 from mmkernels.sigmoid import eager as sigmoid_eager
@@ -32,7 +35,8 @@ SMALL = {
     problem: {"POSITIVES_CHUNK": 24}, distill_blockwise: {"BLOCK": 256}, distill_kernel: {"MIN_PROGRAMS": 6},
     distill_eager: {"EAGER_LOGITS": 0}, multi_tensor_blockwise: {"PART": 64}, sigmoid_blockwise: {"TILE": 32},
     sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_eager: {"EAGER_LOGITS": 0},
-    lce_blockwise: {"ROWS": 32, "COLS": 32}, lce_kernel: {"chunk_rows": lambda vocab: 32},
+    lce_blockwise: {"ROWS": 32, "COLS": 32}, lce_kernel: {"chunk_rows": lambda vocab, memory: 32, "AHEAD": 16},
+    maxsim_blockwise: {"TILE": 900}, maxsim_kernel: {"MIN_PROGRAMS": 24}, maxsim_eager: {"EAGER_PRODUCTS": 0},
     lce_eager: {"EAGER_PRODUCT": 0}, token_eager: {"EAGER_PRODUCTS": 0},
     token_blockwise: {"TILE": 640, "TILE_COLS": 16},
     token_kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},

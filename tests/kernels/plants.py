@@ -5,6 +5,7 @@ from importlib import import_module
 from types import ModuleType
 
 from bench.ops import linear_cross_entropy as words
+from bench.ops import maxsim as late
 from bench.ops import sigmoid as pairs
 from bench.ops import token_contrastive as tokens
 from bench.ops.adamw import AVERAGED
@@ -52,6 +53,15 @@ OPS = {
     "linear_cross_entropy": Op(
         import_module("mmkernels.linear_cross_entropy.op"),
         tuple((x, x.shapes[-1]) for x in (words.PLAIN, words.BIAS, words.SMOOTHING_Z, words.ROWS)),
+    ),
+    "maxsim": Op(
+        import_module("mmkernels.maxsim.op"),
+        (
+            (late.PLAIN, {"B": 2, "Lq": 3, "N": 2, "Ld": 20, "D": 20}),
+            (late.PLAIN, late.PLAIN.shapes[1]),
+            (late.MASKED, late.MASKED.shapes[2]),
+            (replace(late.PLAIN, cases=("ties",)), late.PLAIN.shapes[1]),
+        ),
     ),
     "adamw_update": Op(multi_tensor, ((AVERAGED, {"N": 2, "L": 500}),)),
     "apply_masks": Op(multi_tensor, ((MASKS, PAIR),), ("bool", "owners")),
@@ -152,7 +162,7 @@ unwritten column: _distillation_loss_bwd_kernel mask_n@3 -> offs_n < C - 1
 wrong factor on dh: add_targets coef -> 0.5 * _
 unwritten column: _fold len@2 -> _ - cols
 missing cast: _fold matmul_nt -> _.bfloat16().float()
-target counted twice: linear_cross_entropy_fwd of_rows@1 -> _ - (1 << 40)
+target counted twice: linear_cross_entropy_fwd of_part@1 -> _ - (1 << 40)
 a later chunk overwrites dw: _accumulate first_row -> 0
 half of the z-loss's gradient lost: coefficients z_loss -> _ / 2
 first tile's bias in every tile: _fold of_cols@1 -> slice(tile.shape[1])
@@ -162,11 +172,34 @@ wrong factor on dh: linear_cross_entropy_fwd 1@3 -> 2
 bias left out of the logits: _linear_cross_entropy_fwd_kernel load@4 -> 0 * _
 unwritten column: _linear_cross_entropy_fwd_kernel mask_v@4 -> offs_v < V - 1
 missing cast: _linear_cross_entropy_fwd_kernel grad@1 -> _.to(tl.float16)
+smoothing left out of the target's gradient: _linear_cross_entropy_fwd_kernel smoothing@1 -> 0.0
+half of the z-loss's gradient lost: _linear_cross_entropy_fwd_kernel 2 -> 1
 sums not rescaled to the new maximum: _linear_cross_entropy_fwd_kernel exp -> 1
 target counted twice: _linear_cross_entropy_fwd_kernel where@1 -> _2
 gradient's unit not taken back: linear_cross_entropy_fwd div_ -> _self
 a later chunk overwrites dw: linear_cross_entropy_fwd float@1 -> 0.0
 second chunk's targets forgotten: linear_cross_entropy_fwd rows@1 -> slice(len(hidden[_]))
+# maxsim blockwise
+missing cast: maxsim_fwd matmul_nt -> _.half().float()
+unwritten document: _tiles len@1 -> _ - 1
+masked tokens counted: maxsim_fwd masked_fill_ -> _self
+a masked document's place kept: maxsim_fwd masked_fill -> _self
+places of the first document in all: maxsim_bwd first -> 0 * _
+a query's weight for another's tokens: maxsim_bwd repeat_interleave -> _self.repeat(1, num_each)
+documents' gradient thrown away: maxsim_bwd dd@1 -> 0 * _
+# maxsim kernel
+missing cast: _maxsim_fwd_kernel dot -> _.to(tl.float16).to(tl.float32)
+missing cast of wide tokens: _maxsim_fwd_kernel dot_tile -> _.to(tl.float16).to(tl.float32)
+masked tokens counted: _fold_tile HAS_MASK -> False
+tokens beyond the end counted: _fold_tile where -> _1
+the last best taken: _fold_tile > -> >=
+the last of a tile's best taken: _fold_tile min -> tl.max(tl.where(products == tile_max[:, None], offs_t, -1), 1)
+wide tokens cut: _maxsim_fwd_kernel D -> BLOCK_D
+one split's documents alone: _of_queries sum -> _self[0]
+a query's weight for another's tokens: _maxsim_bwd_q_kernel offs_b -> offs_m % B
+unwritten column: _maxsim_bwd_d_kernel offs_d@2 -> _ + 1
+first document's gradient in all: _maxsim_bwd_d_kernel place@2 -> 0
+gradient's unit not taken back: _maxsim_bwd_d_kernel unit@1 -> 1.0
 # adamw_update blockwise
 no weight decay: adamw_update_ keep -> 1
 the new moment of the old gradient: adamw_update_ grad -> param

@@ -17,7 +17,7 @@ RUNS = (
     ("contract", "not attention and loss"),
     ("contract_detects", "attention"),
     ("contract_detects", "not attention"),
-    ("derivatives losses contrastive token_contrastive sigmoid linear_cross_entropy", ""),
+    ("derivatives losses contrastive token_contrastive maxsim sigmoid linear_cross_entropy", ""),
     ("launch attention distill adamw_update apply_masks ema_update ewc global_norm multi_tensor", ""),
 )
 

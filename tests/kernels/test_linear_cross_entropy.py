@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contract import check, evaluate
-from bench.ops.linear_cross_entropy import IGNORED, ROWS
+from bench.ops.linear_cross_entropy import IGNORED, PLAIN, ROWS
 from bench.spec import OpSpec
 from mmkernels import linear_cross_entropy, linear_cross_entropy_ref
+from mmkernels._device import INTERPRETED
 from mmkernels.linear_cross_entropy import op
 from tests.kernels.recorded import Operations
 
@@ -22,8 +23,17 @@ EVERY_OPTION: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1}
 
 @pytest.fixture
 def captured(streamed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As while a CUDA graph is captured: the number of rows that count is not waited for."""
-    monkeypatch.setattr(op, "_may_wait", lambda x: False)
+    """As while a CUDA graph is captured: ignored rows are computed too."""
+    monkeypatch.setattr(op, "_rows", lambda kept, hidden: (None, None))
+
+
+@pytest.fixture
+def counted(streamed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: rows that count come first, and how many they are is asked for behind a first product."""
+    monkeypatch.setattr(op, "_counts_ahead", lambda hidden: hidden.dtype != torch.float64)
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, TRITON_INTERPRET=1")
 
 
 def problem(num_rows: int = 40, width: int = 24, vocab: int = 70, dtype: torch.dtype = torch.float32):
@@ -40,6 +50,30 @@ def problem(num_rows: int = 40, width: int = 24, vocab: int = 70, dtype: torch.d
 def test_rows_weighted_by_zero_obey_the_contract_as_rows_left_out_do(spec: OpSpec, captured: None) -> None:
     for case, dtype in itertools.product(spec.cases, spec.dtypes):
         check(spec, spec.shapes[-1], case, dtype, seeds=range(4))
+
+
+@interpreted
+@pytest.mark.parametrize("spec", [PLAIN, IGNORED, ROWS], ids=lambda spec: spec.name)
+def test_rows_counted_behind_a_first_product_obey_it_too(spec: OpSpec, counted: None) -> None:
+    for case, dtype in itertools.product(spec.cases, spec.dtypes):
+        check(spec, spec.shapes[-1], case, dtype, seeds=range(2))
+
+
+@interpreted
+@pytest.mark.parametrize("num_kept", [0, 5, 16, 17, 40])
+def test_of_rows_that_are_counted_only_those_that_count_are_computed(num_kept: int, counted: None) -> None:
+    """But for the 16 of the first product."""
+    hidden, weight, targets = problem()
+    targets[:] = -100
+    targets[torch.randperm(40)[:num_kept]] = 3
+    rows = linear_cross_entropy_ref(hidden, weight, targets, reduction="none")
+    expected = [rows.detach(), *torch.autograd.grad(rows.sum(), (hidden, weight))]
+    leaves = hidden.detach(), weight.detach()
+    with Operations() as seen:
+        *found, _ = op._run(*leaves, None, targets, torch.ones(40), -100, (0.0, 0.0), (True, True, False))
+    assert seen.multiplications == (2 * num_kept + max(16, num_kept)) * weight.numel()
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -140,6 +140,26 @@ def test_a_living_tensor_whose_elements_are_others_is_looked_at_anew() -> None:
         ema_update_([target], [source], 0.5)
 
 
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "resized": lambda x: x.resize_(11),
+    "set to a part of its memory": lambda x: x.set_(x.untyped_storage(), 0, (11,), (1,)),
+    "given a part of its data": lambda x: setattr(x, "data", x.data[:11]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_living_tensor_that_is_cut_where_it_is_is_looked_at_anew(change: str) -> None:
+    sources, found = [torch.ones(20), torch.ones(5)], torch.full((40,), 7.0)
+    targets = [found[:20], torch.zeros(5)]
+    ema_update_(targets, sources, 0.0)
+    assert (found[:20] == 1).all() and (found[20:] == 7).all()
+    CHANGES[change](targets[0])
+    with pytest.raises(ValueError, match=r"sources\[0\] must be \[11\], got \[20\]"):
+        ema_update_(targets, [2 * x for x in sources], 0.0)
+    ema_update_(targets, [torch.full((11,), 3.0), sources[1]], 0.0)
+    assert (found[:11] == 3).all() and (found[11:20] == 1).all() and (found[20:] == 7).all()
+
+
 def test_what_moved_to_another_device_is_refused() -> None:
     lists = tensors([9], torch.float32, 0), tensors([9], torch.float32, 1)
     ema_update_(*lists, 0.5)

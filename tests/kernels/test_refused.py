@@ -197,6 +197,17 @@ EMA: Rows = [
     (dict(rounding="up"), "rounding must be one of (None, 'stochastic'), got 'up'"),
     (dict(rounding="stochastic"), "rounding must be None for targets other than bfloat16, got them in {torch.float32}"),
 ]
+MAXSIM: Rows = [
+    (dict(q=ones(2, 3)), "q must be [B, Lq, D], Lq and D at least one, got shape [2, 3]"),
+    (dict(q=ones(2, 0, 8)), "q must be [B, Lq, D], Lq and D at least one, got shape [2, 0, 8]"),
+    (dict(q=ones(2, 3, 8, dtype=torch.int32)), "q must be float32, ..., got torch.int32"),
+    (dict(d=ones(4, 5, 7)), "d must be [N, Ld, 8], as wide as q, Ld at least one, got shape [4, 5, 7]"),
+    (dict(d=ones(4, 0, 8)), "d must be [N, Ld, 8], as wide as q, Ld at least one, got shape [4, 0, 8]"),
+    (dict(d=ones(4, 5, 8).half()), "d must have the dtype of q, torch.float32, got torch.float16"),
+    (dict(d=ones(4, 5, 8, device="meta")), "d must be on the device of q, cpu, got meta"),
+    (dict(q_mask=ones(2, 3)), "q_mask must be bool [2, 3], got torch.float32 [2, 3]"),
+    (dict(d_mask=ones(2, 3, dtype=torch.bool)), "d_mask must be bool [4, 5], got torch.bool [2, 3]"),
+]
 ADAMW: Rows = [
     (dict(grads=[]), "grads must be 1 tensors like params, got 0"),
     (dict(exp_avgs=[ones(5)]), "exp_avgs[0] must be [4], got [5]"),
@@ -296,6 +307,7 @@ OPS: list[tuple[Callable[..., Any], str, dict[str, Any], Rows]] = [
     (mk.token_contrastive_stats, "token_contrastive", TOKEN_PAIR, TOKEN_STATS),
     (mk.linear_cross_entropy, "linear_cross_entropy", listed(hidden=H, weight=W, targets=Y), CROSS_ENTROPY),
     (mk.distillation_loss, "distillation_loss", LOGITS, DISTILLATION),
+    (mk.maxsim, "maxsim", listed(q=ones(2, 3, 8), d=ones(4, 5, 8)), MAXSIM),
     (mk.fisher_accumulate_, "fisher_accumulate_", listed("fishers", "grads"), FISHER),
     (mk.ewc_penalty, "ewc_penalty", listed("params", "anchors", "fishers", strength=1.0), PENALTY),
     (mk.global_norm, "global_norm", {}, NORM),

@@ -17,7 +17,8 @@ def _fold(x, old_max, old_sum):
     return new_max, new_sum, exponentials, shift
 
 
-@triton.jit
+# batches come in any number of rows: nothing is compiled anew for it
+@triton.jit(do_not_specialize=["B"])
 def _distillation_loss_fwd_kernel(
     student_ptr,
     teacher_ptr,
@@ -69,7 +70,7 @@ def _distillation_loss_fwd_kernel(
     tl.store(part + 4 * plane, cross)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _distillation_loss_bwd_kernel(
     student_ptr,
     teacher_ptr,

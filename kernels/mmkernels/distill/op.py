@@ -113,6 +113,7 @@ def _(
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad: Tensor, _stats: None):

@@ -5,7 +5,7 @@ then overwritten by dL/dlogits for the two products. Low-precision operands are 
 logits are accumulated and kept in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -17,6 +17,8 @@ from mmkernels._tile import fold_tile, grad_tile
 
 # each row's log-sum-exp, its rounding error, and the target's logit
 Stats: TypeAlias = tuple[Tensor, Tensor, Tensor]
+# of rows: targets, the one to ignore, the weight of each loss, and how many count, where ignored ones are behind them
+Rows: TypeAlias = tuple[Tensor, int, Tensor, Callable[[], int] | None]
 # of hidden, weight and bias; None where nobody asked
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -35,27 +37,31 @@ def linear_cross_entropy_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
-    coef: Tensor,
+    of_rows: Rows,
     mean_logit: Tensor | None,
     terms: Sequence[float],
     grads: Grads,
 ) -> Tensor:
-    """The loss of each row; the gradients of `sum coef * loss` are written into `grads`.
+    """The loss of each row, 0 where it is ignored; the gradients of `sum coef * loss` are written into `grads`.
 
     `terms` are the label smoothing and the weight of the z-loss. The smoothing's part of the gradients, alike
-    in every column, is the caller's.
+    in every column, is the caller's. An ignored row's `coef` and `hidden` are 0; of a target outside the vocabulary
+    all is NaN.
     """
+    targets, ignore_index, coef, _ = of_rows
     dh, dw, db = grads
     num_rows, vocab = hidden.shape[0], weight.shape[0]
+    kept = targets != ignore_index
+    outside = kept & ((targets < 0) | (targets >= vocab))
+    targets, coef = torch.where(kept & ~outside, targets, 0), torch.where(outside, torch.nan, coef)
     rows, cols = tile_shape(num_rows, vocab, coef.element_size())
     loss = torch.empty_like(coef)
     keep = any(dx is not None for dx in grads)
     tiles: list[Tensor] = []
     for r in range(0, num_rows, rows):
         part = slice(r, r + rows)
-        h, of_rows = widen(hidden[part]), targets[part]
-        stats = _fold(h, weight, bias, of_rows, cols, tiles if keep else None)
+        h, of_part = widen(hidden[part]), targets[part]
+        stats = _fold(h, weight, bias, of_part, cols, tiles if keep else None)
         loss[part] = row_loss(stats, None if mean_logit is None else mean_logit[part], terms)
         if not keep:
             continue
@@ -63,15 +69,15 @@ def linear_cross_entropy_fwd(
         dh_part = None if dh is None else dh[part].zero_()
         for c, tile in zip(range(0, vocab, cols), tiles):
             of_cols = slice(c, c + cols)
-            grad_tile(tile, 1.0, (stats[0], row_coef), None, of_rows - c, None, tile)
+            grad_tile(tile, 1.0, (stats[0], row_coef), None, of_part - c, None, tile)
             if dh_part is not None:
                 dh_part += matmul_nt(tile, widen(weight[of_cols]).T)
             if dw is not None:
                 _accumulate(dw[of_cols], matmul_nt(tile.T, h.T), r)
             if db is not None:
                 _accumulate(db[of_cols], tile.sum(0), r)
-        add_targets((dh_part, dw, db), h, weight, of_rows, target_coef)
-    return loss
+        add_targets((dh_part, dw, db), h, weight, of_part, target_coef)
+    return loss.masked_fill_(~kept, 0).masked_fill_(outside, torch.nan)
 
 
 def row_loss(stats: Stats, mean_logit: Tensor | None, terms: Sequence[float]) -> Tensor:

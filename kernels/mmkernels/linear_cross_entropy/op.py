@@ -9,7 +9,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_ke
 
 from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import accumulator, autocast_operands, check_beside, check_dtype, check_index, require
-from mmkernels._device import Kernels, runs_triton
+from mmkernels._device import Awaited, Kernels, is_capturing, runs_triton
 from mmkernels._numerics import widen
 from mmkernels.linear_cross_entropy import blockwise, eager
 
@@ -32,10 +32,11 @@ def linear_cross_entropy(
     """`lse_t - (1 - eps) logit_t[target_t] - eps mean_v logit_tv + z lse_t^2` of `logits = hidden weight^T + bias`.
 
     The logits are never stored whole, and rows whose target is `ignore_index` are left out before the first
-    product. On a GPU their number is waited for, once a call; while a CUDA graph is captured that cannot be,
-    and ignored rows are computed and weighted by zero. Where a gradient is wanted of a mean or a sum, it is
-    made in forward (three products in all; backward only scales it). Of `reduction="none"`, backward computes
-    the logits again (four products). A frozen `hidden` or `weight` saves its product.
+    product. On a GPU the host asks for the number of the others behind a product of the first 1,024; of so few
+    rows, and while a CUDA graph is captured, ignored ones are computed and weighted by zero. Where a gradient is
+    wanted of a mean or a sum, it is made in forward (three products in all; backward only scales it). Of
+    `reduction="none"`, backward computes the logits again (four products). A frozen `hidden` or `weight` saves
+    its product.
 
     Args:
         hidden: `[T, D]`, float32, float16, bfloat16 or float64, any strides. Cast under autocast, as are
@@ -179,8 +180,11 @@ def _backward(ctx, d_loss: Tensor, *_grads: None):
 def _scaled(dx: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`factor dx`, rounded only now: float16's loss scale is in the factor.
 
-    In place, unless the graph is kept or traced: on a CPU fresh pages for [V, D] cost half of a product.
+    On a GPU in one pass. On a CPU in place, unless the graph is kept or traced: there fresh pages for [V, D] cost half
+    of a product.
     """
+    if dx.is_cuda and dx.dtype != dtype and type(dx) is Tensor:
+        return torch.mul(dx, factor, out=torch.empty_like(dx, dtype=dtype))
     may_write = type(dx) is Tensor and not graph_is_kept()
     return (dx.mul_(factor) if may_write else dx * factor).to(dtype)
 
@@ -206,46 +210,62 @@ def _run(
     if not hidden.is_cuda:
         _check_targets(targets, ignore_index, vocab)
     kept = targets != ignore_index
-    outside = kept & ((targets < 0) | (targets >= vocab))
-    targets, coef = torch.where(kept & ~outside, targets, 0), torch.where(outside, torch.nan, coef)
-    index = kept.nonzero()[:, 0] if _may_wait(hidden) else None
-    if index is None:
-        hidden, coef = hidden.masked_fill(~kept[:, None], 0), coef.masked_fill(~kept, 0)
-    elif len(index) < num_rows:
+    index, num_kept = _rows(kept, hidden)
+    is_taken = num_kept is not None or (index is not None and len(index) < num_rows)
+    if is_taken:
         hidden, targets, coef = hidden[index], targets[index], coef[index]
+        kept = None if num_kept is None else kept[index]
+    if kept is not None and (is_taken or index is None):
+        # what an ignored row holds, NaN too, goes nowhere
+        hidden, coef = hidden.masked_fill(~kept[:, None], 0), coef.masked_fill(~kept, 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, dh, dw, db = _run_kept(hidden, weight, bias, targets, coef, terms, needs)
-    if index is not None and len(index) < num_rows:
+        rows = (targets, ignore_index, coef, num_kept)
+        loss, dh, dw, db = _run_rows(hidden, weight, bias, rows, terms, needs)
+    if index is not None and is_taken:
         loss = loss.new_zeros(num_rows).index_copy_(0, index, loss)
         dh = None if dh is None else dh.new_zeros(num_rows, dh.shape[1]).index_copy_(0, index, dh)
-    return loss.masked_fill_(~kept, 0).masked_fill_(outside, torch.nan), dh, dw, db
+    return loss, dh, dw, db
 
 
-def _run_kept(
+def _rows(kept: Tensor, hidden: Tensor) -> tuple[Tensor | None, Awaited | None]:
+    """The rows to compute, None for all as they are, and, where ignored ones are behind them, how many count.
+
+    A GPU is not left without work while the host waits for that number: the kernel's launcher asks for it behind a
+    first product. Of few rows, and while a CUDA graph is captured, all are computed.
+    """
+    if not _counts_ahead(hidden):
+        return (None if hidden.is_cuda else kept.nonzero()[:, 0]), None
+    return (~kept).argsort(stable=True), Awaited(kept.sum())
+
+
+def _counts_ahead(hidden: Tensor) -> bool:
+    return hidden.is_cuda and runs_triton(hidden) and len(hidden) > kernel.AHEAD and not is_capturing(hidden)
+
+
+def _run_rows(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
-    coef: Tensor,
+    rows: tuple[Tensor, int, Tensor, Awaited | None],
     terms: Sequence[float],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The same where every target lies in [0, V). The smoothing's gradient is alike in all columns: of rank
-    one, and added here."""
-    path = kernel if runs_triton(hidden) else blockwise
+    """The same of rows that were chosen. The smoothing's gradient is alike in all columns: of rank one, and added
+    here."""
+    path, coef = kernel if runs_triton(hidden) else blockwise, rows[2]
     smoothing, share = terms[0], terms[0] / len(weight)
     new = coef.new_empty if len(hidden) else coef.new_zeros  # no rows write nothing
     dh, dw, db = (
         new(x.shape) if x is not None and needed else None for x, needed in zip((hidden, weight, bias), needs)
     )
+    grads = dh, dw, db
     if not smoothing:
-        loss = path.linear_cross_entropy_fwd(hidden, weight, bias, targets, coef, None, terms, (dh, dw, db))
-        return loss, dh, dw, db
+        return path.linear_cross_entropy_fwd(hidden, weight, bias, rows, None, terms, grads), dh, dw, db
     wide, mean_weight = widen(hidden), weight.mean(0, dtype=coef.dtype)
     mean_logit = wide @ mean_weight
     if bias is not None:
         mean_logit += bias.mean(dtype=coef.dtype)
-    loss = path.linear_cross_entropy_fwd(hidden, weight, bias, targets, coef, mean_logit, terms, (dh, dw, db))
+    loss = path.linear_cross_entropy_fwd(hidden, weight, bias, rows, mean_logit, terms, grads)
     if dh is not None:
         dh.addr_(coef, mean_weight, alpha=-smoothing)
     if dw is not None:
@@ -253,11 +273,6 @@ def _run_kept(
     if db is not None:
         db -= share * coef.sum()
     return loss, dh, dw, db
-
-
-def _may_wait(x: Tensor) -> bool:
-    """Whether the number of rows that count can be known: not while a CUDA graph is captured."""
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:

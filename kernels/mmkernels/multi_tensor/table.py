@@ -24,6 +24,8 @@ DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 # Kept are those made last: of tables, of which an op has one for each group of parameters, of the places of each, and
 # of lists.
 MAX_TABLES, MAX_PLACES, MAX_LISTS = 128, 8, 512
+# Of lists up to so long every tensor's size is looked at in each call: 12 us for 300.
+MOST_SIZED = 1024
 # The op that checked lists, then what else it asked of them; in a compiled graph they were checked when it was traced.
 Contract = tuple[Hashable, ...]
 TRACED: Contract = ("mmkernels",)
@@ -56,10 +58,12 @@ class _Layout(NamedTuple):
 
 class _Seen(NamedTuple):
     """A list of living tensors: their addresses, the number of their devices, dtypes, shapes and strides in `_LIKES`,
-    and of those that could be turned, by their numbers, whether they were contiguous."""
+    and what may change of them where they are: how many elements they have, and of those that could be turned, by their
+    numbers, whether they are contiguous."""
 
     places: tuple[int, ...]
     like: int
+    sizes: tuple[int, ...]
     turnable: list[int]
     dense: list[bool]
     watched: list[weakref.ref[Tensor]]  # each of which drops the entry when its tensor goes
@@ -166,11 +170,17 @@ def _looked_at(lists: Sequence[Sequence[Tensor]], contract: Contract) -> tuple[H
 
 
 def _seen(tensors: Sequence[Tensor]) -> _Seen:
-    """Of the very tensors of before, without a look at them: ten thousand are not in the cache."""
+    """Of the very tensors of before, without a look at their shapes and strides, which would take as long again."""
     key, places = tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors))
+    # one that lives where it was may have been resized or turned; ten thousand, which are not in the cache, are looked
+    # at for the latter alone
+    sizes = tuple(map(Tensor.numel, tensors)) if len(tensors) <= MOST_SIZED else ()
     seen = _SEEN.get(key)
-    # one that lives where it was may have been turned; that it shrank there is not looked for
-    if seen is not None and places == seen.places and [tensors[i].is_contiguous() for i in seen.turnable] == seen.dense:
+    if (
+        seen is not None
+        and (places, sizes) == (seen.places, seen.sizes)
+        and [tensors[i].is_contiguous() for i in seen.turnable] == seen.dense
+    ):
         return seen
 
     def drop(_: object) -> None:
@@ -184,7 +194,7 @@ def _seen(tensors: Sequence[Tensor]) -> _Seen:
         _keep(_LIKES, layout, like, MAX_LISTS)
     turnable = [i for i, shape in enumerate(shapes) if len(shape) > 1]
     dense = [tensors[i].is_contiguous() for i in turnable]
-    seen = _Seen(places, like, turnable, dense, [weakref.ref(x, drop) for x in tensors])
+    seen = _Seen(places, like, sizes, turnable, dense, [weakref.ref(x, drop) for x in tensors])
     _keep(_SEEN, key, seen, MAX_LISTS)
     return seen
 

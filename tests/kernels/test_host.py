@@ -1,0 +1,225 @@
+"""What the host does on a GPU, by the fake driver: launches that CUDA takes, few compiles, calls and waits.
+
+How many calls `contrastive_loss`, `sigmoid_loss` and `attention` make is not held here.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmkernels as mk
+from mmkernels._launch import MOST_PROGRAMS
+from mmkernels.linear_cross_entropy import kernel
+from mmkernels.linear_cross_entropy import op as cross_entropy
+from tests.kernels.fake_driver import FAKED, FakeGpu, Recorded, without_data
+
+pytestmark = pytest.mark.skipif(not FAKED, reason="needs triton's driver, not its interpreter")
+
+Call = Callable[[], Any]
+grad = torch.autograd.grad
+DTYPE = torch.bfloat16
+D = 64
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[FakeGpu]:
+    with FakeGpu() as gpu:
+        yield gpu
+
+
+def leaf(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, dtype=DTYPE, device=device).requires_grad_()
+
+
+def number(value: float, device: str) -> Tensor:
+    return torch.full((), value, device=device).requires_grad_()
+
+
+def ids(rows: int, device: str, kinds: int = 9) -> Tensor:
+    return torch.arange(rows, device=device) % kinds
+
+
+def contrastive(n: int, device: str, **options: Any) -> Call:
+    a, b, scale = leaf(n, D, device=device), leaf(n, D, device=device), number(10.0, device)
+    return lambda: grad(mk.contrastive_loss(a, b, scale, **options).sum(), (a, b, scale))
+
+
+def labelled(n: int, device: str) -> Call:
+    return contrastive(n, device, labels=(ids(n, device), ids(n, device)), label_smoothing=0.1)
+
+
+def momentum(n: int, device: str) -> Call:
+    """With a queue of a fixed size."""
+    teacher = leaf(n, D, device=device).detach(), leaf(n, D, device=device).detach()
+    queue = leaf(1000, D, device=device).detach()
+    return contrastive(n, device, teacher=teacher, negatives=queue, alpha=0.4, symmetric=False)
+
+
+def sigmoid(n: int, device: str) -> Call:
+    a, b = leaf(n, D, device=device), leaf(n, D, device=device)
+    scale, bias = number(10.0, device), number(-10.0, device)
+    return lambda: grad(mk.sigmoid_loss(a, b, scale, bias), (a, b, scale, bias))
+
+
+def tokens(n: int, device: str) -> Call:
+    q, b, scale = leaf(n, 32, D, device=device), leaf(n, D, device=device), number(10.0, device)
+    return lambda: grad(mk.token_contrastive_loss(q, b, scale), (q, b, scale))
+
+
+def late(n: int, device: str) -> Call:
+    """Of queries against the documents of the batch, padded."""
+    q, d = leaf(n, 9, D, device=device), leaf(n, 20, D, device=device)
+    mask = torch.ones(n, 20, dtype=torch.bool, device=device)
+    ones = torch.ones(n, n, device=device)
+    return lambda: grad(mk.maxsim(q, d, d_mask=mask), (q, d), ones)
+
+
+def words(n: int, device: str, vocab: int = 3200, **options: Any) -> Call:
+    hidden, weight = leaf(n, D, device=device), leaf(vocab, D, device=device)
+    targets = ids(n, device, vocab)
+    return lambda: grad(mk.linear_cross_entropy(hidden, weight, targets, **options).sum(), (hidden, weight))
+
+
+def distill(n: int, device: str, classes: int = 4096) -> Call:
+    student, teacher = leaf(n, classes, device=device), leaf(n, classes, device=device).detach()
+    center = torch.zeros(classes, device=device)
+    return lambda: grad(mk.distillation_loss(student, teacher, 0.1, 0.04, center=center), student)
+
+
+def attention(n: int, device: str, queries: int = 32, keys: int = 257, heads: int = 12) -> Call:
+    """A Q-Former's over a batch of images."""
+    q, k, v = (leaf(n, length, heads, 64, device=device) for length in (queries, keys, keys))
+    ones = torch.ones_like(q)
+    return lambda: grad(mk.attention(q, k, v, backend="mmkernels"), (q, k, v), ones)
+
+
+def causal(n: int, device: str) -> Call:
+    """Of one packed row that is as long as there are samples."""
+    q, k, v = (leaf(1, 10 * n, 12, 64, device=device) for _ in range(3))
+    ones = torch.ones_like(q)
+
+    def call() -> tuple[Tensor, ...]:
+        mask = mk.masks.causal(10 * n, 10 * n, device=device)
+        return grad(mk.attention(q, k, v, mask=mask, dropout_p=0.1, backend="mmkernels"), (q, k, v), ones)
+
+    return call
+
+
+def lists(n: int, num: int) -> list[list[Tensor]]:
+    return [[torch.rand(size) for size in (n, 5000, 3)] for _ in range(num)]
+
+
+def ema(n: int, _: str) -> Call:
+    targets, sources = lists(n, 2)
+    return lambda: mk.ema_update_(targets, sources, 0.9)
+
+
+def adamw(n: int, _: str) -> Call:
+    params, grads, m, v, averages = lists(n, 5)
+    return lambda: mk.adamw_update_(params, grads, m, v, lr=0.1, step=2, averages=averages)
+
+
+def clip(n: int, _: str) -> Call:
+    grads = lists(n, 1)[0]
+    return lambda: mk.clip_(grads, 1.0)
+
+
+OPS: dict[str, Callable[[int, str], Call]] = {
+    "contrastive": contrastive, "contrastive of labels": labelled, "contrastive with a momentum teacher": momentum,
+    "sigmoid": sigmoid, "token contrastive": tokens, "maxsim": late, "linear cross-entropy": words,
+    "linear cross-entropy, every option": partial(words, label_smoothing=0.1, z_loss=1e-4, reduction="none"),
+    "distillation": distill, "attention": attention, "causal attention": causal, "ema": ema, "adamw": adamw,
+    "clip": clip,
+}  # fmt: skip
+# what has no table of addresses
+WITHOUT_DATA = [name for name in OPS if name not in ("ema", "adamw", "clip")]
+
+
+def recorded(gpu: FakeGpu, call: Call, **options: Any) -> Recorded:
+    """Of a call that was made once before."""
+    call()
+    with gpu.record(**options) as found:
+        call()
+    return found
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_run_on_the_device_of_the_tensors_and_its_current_stream(name: str, gpu: FakeGpu) -> None:
+    gpu.streams = {0: 11, 1: 23}
+    found = recorded(gpu, OPS[name](70, "cpu"), device=1, may_wait=True)
+    assert found.launches and {(x.device, x.stream) for x in found.launches} == {(1, 23)} and gpu.current == 0
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nothing_waits_for_the_device(name: str, gpu: FakeGpu) -> None:
+    recorded(gpu, OPS[name](70, "cpu"))
+
+
+def test_linear_cross_entropy_asks_for_the_number_of_rows_behind_a_product(gpu: FakeGpu) -> None:
+    """So that the GPU has work while the host waits."""
+    rows = kernel.AHEAD
+    assert not recorded(gpu, words(rows, "cpu", vocab=50), may_wait=True).waits
+    found = recorded(gpu, words(rows + 1, "cpu", vocab=50), may_wait=True)
+    assert len(found.waits) == 1 and "Event.synchronize" in found.waits[0]
+    assert found.order.index("addmm") < found.order.index("wait") < len(found.order) - 20
+
+
+# rows far beyond a training run's
+EXTREME = {
+    "maxsim of a corpus": lambda: late(1 << 14, "meta"),
+    "attention of a million tokens": lambda: causal(100_000, "meta"),
+    "attention of many heads": lambda: attention(70_000, "meta", queries=1, keys=64),
+    "attention of one query": lambda: attention(3, "meta", queries=1, keys=1 << 24),
+    "distillation of a vocabulary": lambda: distill(1 << 24, "meta", classes=1 << 17),
+    "linear cross-entropy of a large vocabulary": lambda: words(1 << 17, "meta", vocab=262_144),
+}
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_DATA, *EXTREME])
+def test_no_grid_is_larger_than_cuda_launches(name: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "Awaited", lambda kept: lambda: 1 << 17)
+    with without_data(gpu), gpu.record(may_wait=True) as found:
+        call = EXTREME[name]() if name in EXTREME else OPS[name](1 << 17, "meta")
+        call()
+    assert found.launches
+    for launched in found.launches:
+        assert all(0 < x <= most for x, most in zip(launched.grid, MOST_PROGRAMS, strict=True)), launched
+
+
+# by op, compiles of each of its kernels: where nothing is chosen by size three at most, of one row, of 16 n, of others
+MOST_KEYS = {
+    "contrastive": 3, "contrastive of labels": 3, "contrastive with a momentum teacher": 6, "sigmoid": 3,
+    "token contrastive": 4, "maxsim": 1, "linear cross-entropy": 1, "linear cross-entropy, every option": 2,
+    "distillation": 1, "attention": 2, "causal attention": 4, "ema": 1, "adamw": 1, "clip": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_batches_of_changing_sizes_compile_few_kernels(name: str, gpu: FakeGpu) -> None:
+    generator, found = random.Random(0), set()
+    for _ in range(200):
+        with gpu.record(may_wait=True) as step:
+            OPS[name](generator.randint(1, 30 if name == "attention" else 300), "cpu")()
+        found |= step.keys
+    counts = Counter(kernel for kernel, _ in found)
+    assert 0 < max(counts.values()) <= MOST_KEYS[name], counts
+
+
+# ATen calls and launches of forward and backward, views and allocations apart
+MOST_CALLS = {
+    "maxsim": 20,
+    "linear cross-entropy": 27, "linear cross-entropy, every option": 44, "distillation": 28, "ema": 4, "adamw": 1,
+    "clip": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOST_CALLS)
+def test_so_many_calls_at_most(name: str, gpu: FakeGpu) -> None:
+    found = recorded(gpu, OPS[name](64, "cpu"), may_wait=True)
+    assert found.num_kernels <= MOST_CALLS[name], found.aten - found.views
