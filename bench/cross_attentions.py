@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask, flex_attention
 
 from bench.interval_rivals import cudnn, flashmask
 from bench.peers import load, missing
@@ -174,7 +173,7 @@ def contenders(workload: Workload, shape: Shape, device: torch.device) -> dict[s
 def _library(name: str, workload: Workload, shape: Shape, device: torch.device) -> Call:
     mask = None if workload.mask is None else workload.mask(shape, device)
     if name == "flex_flash":
-        return _flex(workload, shape, mask, device, BACKEND="FLASH")
+        return _flex(workload, shape, mask, device, {"BACKEND": "FLASH"})
     if name in ("cudnn", "flashmask"):
         call = (cudnn if name == "cudnn" else flashmask)(mask, shape, device)
         return lambda q, k, v: call(q, *_joined(k, v, workload))
@@ -204,8 +203,10 @@ def _joined(k: Tensor, v: Tensor, workload: Workload) -> tuple[Tensor, Tensor]:
     return torch.cat(_split(k, workload), 1), torch.cat(_split(v, workload), 1)
 
 
-def _flex(workload: Workload, shape: Shape, mask: Mask | None, device: torch.device, **options: Any) -> Call:
-    """FlexAttention, its blocks found beforehand, by Triton or, with BACKEND="FLASH", by flash-attn 4."""
+def _flex(
+    workload: Workload, shape: Shape, mask: Mask | None, device: torch.device, options: FlexKernelOptions | None = None
+) -> Call:
+    """FlexAttention, its blocks found beforehand, by Triton or, with the option BACKEND="FLASH", by flash-attn 4."""
     call, block_mask = torch.compile(flex_attention, dynamic=False, fullgraph=True), None
     if isinstance(mask, Intervals):
         ends = [[x.expand(shape["B"], -1) for x in pair] for pair in mask.pairs]

@@ -40,7 +40,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes peers be there, as modules with these names."""
 
     def install(**modules: dict[str, Any]) -> None:
-        found = {name.replace("_kernel", "-kernel"): SimpleNamespace(**module) for name, module in modules.items()}
+        found = {name: SimpleNamespace(**module) for name, module in modules.items()}
         monkeypatch.setattr(peers, "_found", lambda name: found.get(name, "is not installed"))
 
     return install
@@ -62,6 +62,7 @@ LIGER = (
     "return_token_accuracy=False, return_predicted_tokens=False, *, impl=None, mode=None, backend=None"
 )
 QUACK = "x, weight, target, chunk_size=4096, ignore_index=-100, reduction='mean', tuned=True, use_scaled_exp=None"
+SIGLIP = "img_features, txt_features, log_temperature, bias, use_fp8=False, backend='auto'"
 CCE = "e, c, targets, ignore_index=-100, softcap=None, reduction='mean', shift=False, filter_eps='high', impl='cce'"
 
 
@@ -81,12 +82,12 @@ def test_linear_cross_entropies_are_called_as_they_were_read(installed: Callable
         quack={"chunked_linear_cross_entropy": quack},
         cut_cross_entropy={"linear_cross_entropy": cce},
     )
-    *leaves, targets = linear_cross_entropy.head(9, 8, 33, 0, torch.float32, CPU)
+    hidden, weight, targets = linear_cross_entropy.head(9, 8, 33, 0, torch.float32, CPU)
     calls = linear_cross_entropy.contenders()
-    expected = gradients(calls["mmkernels"](*leaves, targets), tuple(leaves))
+    expected = gradients(calls["mmkernels"](hidden, weight, targets), (hidden, weight))
     assert set(linear_cross_entropy.PEERS) <= set(calls)
     for name in linear_cross_entropy.PEERS:
-        assert_same(gradients(calls[name](*leaves, targets), tuple(leaves)), expected)
+        assert_same(gradients(calls[name](hidden, weight, targets), (hidden, weight)), expected)
     assert chosen == [("nvidia-triton", torch.float32), ("nvidia-cutedsl", torch.float32)]
 
 
@@ -107,11 +108,7 @@ def test_contrastive_and_sigmoid_peers_are_called_as_they_were_read(installed: C
     installed(
         inf_cl={"cal_flash_loss": signed("q, k, labels=None, scale=None, head_dim=256", flash)},
         cut_cross_entropy={"linear_cross_entropy": cce},
-        siglip_kernel={
-            "fused_siglip_loss": signed(
-                "img_features, txt_features, log_temperature, bias, use_fp8=False, backend='auto'", siglip
-            )
-        },
+        **{"siglip-kernel": {"fused_siglip_loss": signed(SIGLIP, siglip)}},
     )
     leaves = contrastive.features(7, 128, torch.float32, CPU)
     calls = contrastive.contenders()
@@ -193,7 +190,9 @@ def paddle() -> dict[str, Any]:
     ) -> Tensor:
         with torch.enable_grad():
             seen = seen_by_bounds(startend_row_indices, causal, query.shape[1], key.shape[1])
-            return dense_attention(*(x.requires_grad_() for x in (query, key, value)), seen)
+            for x in (query, key, value):
+                x.requires_grad_()
+            return dense_attention(query, key, value, seen)
 
     return {
         "utils": SimpleNamespace(dlpack=SimpleNamespace(from_dlpack=torch.from_dlpack)),

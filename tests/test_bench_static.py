@@ -1,6 +1,9 @@
 """What is read of machine code and predicted from it: loops and paths of a dump, the model's arithmetic, and the
 committed JSON, which the compiler that wrote it gives again."""
 
+# triton types the strides of a descriptor as tensors
+# pyright: reportArgumentType=false
+
 import json
 from typing import Any
 

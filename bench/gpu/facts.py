@@ -1,6 +1,8 @@
 """`python -m bench.gpu.facts FOLDER`: the GPU that benchmarks run on, and the rates that bound them, in facts.txt,
 which is written anew with each that is found."""
 
+# triton does not type a launch's options
+# pyright: reportCallIssue=false
 import json
 import shutil
 import subprocess

@@ -47,6 +47,8 @@ def run_items(items: Sequence[Item], lines: Path, shown: Callable[[dict[str, Any
         if torch.cuda.is_available() and not _is_usable():
             append(lines, item=item.name, error="the device's context is broken: what follows has a new process")
             return i + 1
+        # what this process keeps, the others beside it lack
+        torch.cuda.empty_cache()
     return None
 
 

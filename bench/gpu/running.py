@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    words = config.getoption("--first")
+    words = config.getoption("--first") or []
 
     def place(item: pytest.Item) -> int:
         name = item.nodeid.lower()

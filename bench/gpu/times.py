@@ -35,6 +35,8 @@ BATCH_S, ROUNDS, MOST_CALLS = 0.02, 3, 200
 # of the time of the table's row, above which another is not proposed
 FASTER = 0.98
 Call = Callable[[], Any]
+# of a row: kernel, bytes an element, architecture
+Key = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _captured(call: Call) -> torch.cuda.CUDAGraph | None:
     return graph
 
 
-def _with_row(flagship: Flagship, key: tuple[str, int, int], config: Launch, call: Call) -> Any:
+def _with_row(flagship: Flagship, key: Key, config: Launch, call: Call) -> Any:
     """The result of a call with another row in the table, or its times; the table is as it was afterwards."""
     table = table_of(flagship.op)
     assert isinstance(table, dict)
@@ -195,7 +197,7 @@ def _with_row(flagship: Flagship, key: tuple[str, int, int], config: Launch, cal
         table[key] = before
 
 
-def rows_of(flagship: Flagship, arch: int) -> Iterator[tuple[tuple[str, int, int], Launch]]:
+def rows_of(flagship: Flagship, arch: int) -> Iterator[tuple[Key, Launch]]:
     """Rows that are tried, and the candidates beside each; what a table does not have is left out."""
     table = table_of(flagship.op) or {}
     for row in flagship.rows:
@@ -212,12 +214,12 @@ def row_items(device: torch.device = CUDA) -> list[Item]:
     return found
 
 
-def _once(flagship: Flagship, tried: Any, device: torch.device) -> dict[str, Any]:
+def _once(flagship: Flagship, tried: tuple[Key, Launch] | None, device: torch.device) -> dict[str, Any]:
     call = flagship.make(device)
     if tried is None:
         call()
     else:
-        _with_row(flagship, *tried, call)
+        _with_row(flagship, tried[0], tried[1], call)
     _wait(device)
     return {}
 

@@ -254,7 +254,7 @@ def _of_chunks(compiled: Compiled) -> dict[str, Any]:
 
 def bytes_of_kind(kind: int, passes: str) -> int:
     digits = [kind >> DIGIT_BITS * i & 7 for i in range(len(passes.split()))]
-    sizes = [0 if DTYPES[digit] is None else DTYPES[digit].itemsize for digit in digits]
+    sizes = [0 if dtype is None else dtype.itemsize for dtype in map(DTYPES.__getitem__, digits)]
     return sum(size * len(access) for size, access in zip(sizes, passes.split(), strict=True))
 
 
