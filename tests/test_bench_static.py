@@ -17,7 +17,7 @@ from bench.static.__main__ import ELEMENTS, path_of, rounded
 from bench.static.cases import Case
 from bench.static.compiled import ROWS, Row, row_id
 from bench.static.facts import SIZES, WIDTHS, bytes_of_kind, facts
-from bench.static.model import CHIPS, Work, cycles, programs, share
+from bench.static.model import CHIPS, Work, cycles, programs, seconds, share
 from bench.static.sass import Program, counted
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import Launch
@@ -150,6 +150,18 @@ def test_a_kernel_of_joined_loops_and_descriptors_is_predicted_by_its_epilogue(m
     assert loop["epilogue"]["mufu"] == 65 and 64 < loop["epilogue_least"] < 600
     assert loop["stored_bytes"] == 2 * 128 * 128
     assert 0.2 < found["prediction"]["share"][0] < found["prediction"]["share"][2] < 1
+
+
+def test_a_layer_takes_rounds_of_programs_by_hand() -> None:
+    # a turn: 450 + 300 cycles beside 100 x 2 / .65 of instructions; around it 65 x 2 / .65 + 1,200
+    turn, around, chip = Work(product=405, after=100, hidden="turn"), Work(after=65), CHIPS[90]
+    alone = 4 * (450 + 200 / 0.65 + 300) + 200 + 1200
+    # 265 programs, one a processor: a third round of one
+    found = seconds(turn, around, 4, 265, chip, "mid", 8, 1)
+    assert found == pytest.approx(3 * alone / chip.clock_hz)
+    # two a processor share its tensor cores and overlap all else
+    found = seconds(turn, around, 4, 265, chip, "mid", 8, 2)
+    assert found == pytest.approx(2 * max(alone, 2 * 4 * 450) / chip.clock_hz)
 
 
 def test_programs_of_a_processor_are_what_registers_and_memory_hold() -> None:

@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> int:
     if options.plan:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
+    # lines are added to: an earlier run's are not this one's
+    for path in [*folder.glob("*.jsonl"), folder / "launch.patch"]:
+        path.unlink(missing_ok=True)
     outcomes = run_all(plan, seconds, lambda phase, limit: run(phase, folder, limit), folder / "phases.jsonl")
     for name in ("smoke.log", "times.log"):
         if (folder / name).is_file():

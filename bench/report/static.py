@@ -46,7 +46,28 @@ def markdown(document: dict[str, Any], kernels: tuple[str, ...] = ()) -> str:
         if part:
             numbers = [name in ("kernel", "loads", "product", "bound by") for name in head]
             lines += ["", _line(head), "|" + "".join("---|" if x else "---:|" for x in numbers), *map(_line, part)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_layers(rows)])
+
+
+def _layers(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of attention's kernels in the layers that were predicted, in bfloat16."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for layer, ms in ((row["prediction"] or {}).get("layers") or {}).items():
+            found.setdefault(layer, {}).setdefault(row["row"].rpartition("_")[0], ms)
+    if not found:
+        return []
+    passes = list(dict.fromkeys(name for layer in found.values() for name in layer))
+    head = ("layer", *(f"{name} ms" for name in passes), "all ms")
+    lines = ["", _line(head), "|---|" + "---:|" * (len(head) - 1)]
+    for layer, of_pass in found.items():
+        total = [sum(x) for x in zip(*of_pass.values(), strict=True)]
+        lines.append(_line((layer, *(_ms(of_pass[name]) for name in passes), _ms(total))))
+    return lines
+
+
+def _ms(levels: list[float]) -> str:
+    return ", ".join(f"{ms:.3g}" for ms in levels)
 
 
 def _line(cells: tuple[str, ...]) -> str:

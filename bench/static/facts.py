@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.static.cases import Case
 from bench.static.compiled import Row, compiled_row, machine_code, resources
-from bench.static.model import CHIPS, LEVELS, Chip, Work, programs, share
+from bench.static.model import CHIPS, LEVELS, Chip, Work, programs, seconds, share
 from bench.static.sass import TENSOR_CORES, WAIT_LOOP, Instruction, Loop, Path, Program, counted
 from mmkernels._launch import Launch
 from mmkernels.multi_tensor.table import DIGIT_BITS, DTYPES
@@ -19,6 +19,14 @@ SIZES = {"contrastive": (32768, 32768), "sigmoid": (65536, 65536), "token_contra
 # products of a tile of queries and keys, by the kernel
 OF_KEYS = {"fwd": 2, "bwd_q": 3, "bwd_k": 4}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# layers without a mask: batch, heads, key heads, queries, keys, head dimension
+LAYERS = {
+    "Q-Former": (100, 12, 12, 32, 257, 64),
+    "ViT-L/14": (256, 16, 16, 257, 257, 64),
+    "Llama-3.2-Vision tower": (1, 16, 16, 6432, 6432, 80),
+    "Llama 3": (4, 32, 8, 4096, 4096, 128),
+}
+ROW_WIDTHS = (64, 128, 256)
 # by list, what an op does with its elements
 LISTS = {
     "ema_update": "rw r w",
@@ -207,12 +215,12 @@ def _of_tiles(compiled: Compiled, loop: dict[str, Any]) -> dict[str, Any]:
     rows, cols = SIZES[compiled.family]
     tiles, chip = rows * cols / compiled.tile, compiled.chip
     found = _shares(compiled, work)
-    seconds = tiles * work.product / chip.processors / chip.clock_hz
+    least_s = tiles * work.product / chip.processors / chip.clock_hz
     return found | {
         "per_logit": epilogue * compiled.threads / compiled.tile,
         "bytes_per_flop": operands / flops,
         "shape": [rows, cols, width],
-        "ms": [1e3 * seconds / s for s in found["share"]],
+        "ms": [1e3 * least_s / s for s in found["share"]],
     }
 
 
@@ -238,7 +246,26 @@ def _of_keys(compiled: Compiled, loop: dict[str, Any]) -> dict[str, Any]:
         "per_logit": instructions * compiled.threads / compiled.tile,
         "bytes_per_flop": operands / flops,
         "useful_flops": flops,
+        "layers": _layers(compiled, pass_, work, Work(after=loop["epilogue_least"])),
     }
+
+
+def _layers(compiled: Compiled, pass_: str, turn: Work, around: Work) -> dict[str, list[float]]:
+    """Milliseconds of the kernel in the layers that its row serves, keys not cut among programs."""
+    config, chip, found = compiled.config, compiled.chip, {}
+    for name, (batch, heads, key_heads, queries, keys, width) in LAYERS.items():
+        serving = next(x for x in ROW_WIDTHS if width <= x)
+        if compiled.case.row != f"{pass_}_{serving}":
+            continue
+        tiles_m, tiles_n = -(-queries // config.block_m), -(-keys // config.block_n)
+        turns, total = tiles_n, batch * heads * tiles_m
+        if pass_ == "bwd_k":
+            turns, total = tiles_m * heads // key_heads, batch * key_heads * tiles_n
+        rest = (turns, total, chip)
+        found[name] = [
+            1e3 * seconds(turn, around, *rest, level, config.num_warps, compiled.num_programs) for level in LEVELS
+        ]
+    return found
 
 
 def _of_chunks(compiled: Compiled) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A cycle model of a GPU's processor: what a kernel's machine code would reach of the roofline. It predicts, and no run
 has confirmed it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -140,6 +141,15 @@ def cycles(work: Work, chip: Chip, level: str, warps: int, num_programs: int) ->
 def share(work: Work, chip: Chip, level: str, warps: int, num_programs: int) -> tuple[float, str]:
     """Of the roofline, useful products at their peak or else main memory at its, and what limits it."""
     found = cycles(work, chip, level, warps, num_programs)
-    limit = max(found, key=lambda x: found[x])
+    limit = max(found, key=found.__getitem__)
     least = (work.product if work.useful is None else work.useful) or work.memory_bytes / chip.memory
     return least / found[limit], limit
+
+
+def seconds(turn: Work, around: Work, turns: int, total: int, chip: Chip, level: str, warps: int, held: int) -> float:
+    """Of so many programs in all, which take turns and what is around them; a processor holds some at a time, and the
+    last round takes as long as the others."""
+    of_turn, of_rest = (cycles(work, chip, level, warps, 1) for work in (turn, around))
+    asked = {name: turns * of_turn[name] + of_rest[name] for name in of_turn}
+    alone = asked.pop("a program alone")
+    return math.ceil(total / (chip.processors * held)) * max(alone, held * max(asked.values())) / chip.clock_hz
