@@ -81,7 +81,7 @@ def test_the_order_is_what_says_most_first_and_the_plan_says_until_when(
         "facts compile smoke times tests losses attention lists more-losses more-attention more-steps report"
     )
     assert all(x.until_s < y.until_s for x, y in pairwise(plan))
-    assert "\n   25 to   55 s  compile " in budget(plan, plan[-1].until_s)
+    assert "\n   25 to   70 s  compile " in budget(plan, plan[-1].until_s)
     assert main([str(tmp_path / "none"), "--plan"]) == 0
     assert "every op against float64" in capsys.readouterr().out and not (tmp_path / "none").exists()
 

@@ -74,12 +74,12 @@ def phases(folder: Path, *, more: bool = False) -> list[Phase]:
     smoke = (python, "-m", "bench.gpu.smoke", place)
     found = [
         Phase("facts", (python, "-m", "bench.gpu.facts", place), 25, "the device, its L2, its memory, its products"),
-        Phase("compile", (*smoke, "--compile", str(COMPILERS)), 55, f"first compiles, by {COMPILERS} processes"),
-        Phase("smoke", smoke, 80, "every op against float64 at an odd and at a real shape"),
-        Phase("times", (python, "-m", "bench.gpu.times", place), 190, "large ops, and other launch rows beside them"),
-        Phase("tests", (*tests, *reports), 330, f"the kernels' tests, by {TESTERS} processes"),
-        Phase("losses", of_ops("losses", LOSSES, "--plain"), 375, "losses beside eager, large shapes first"),
-        Phase("attention", of_ops("attention", "attention", "--plain"), 405, "attention beside SDPA"),
+        Phase("compile", (*smoke, "--compile", str(COMPILERS)), 70, f"first compiles, by {COMPILERS} processes"),
+        Phase("smoke", smoke, 95, "every op against float64 at an odd and at a real shape"),
+        Phase("times", (python, "-m", "bench.gpu.times", place), 200, "large ops, and other launch rows beside them"),
+        Phase("tests", (*tests, *reports), 335, f"the kernels' tests, by {TESTERS} processes"),
+        Phase("losses", of_ops("losses", LOSSES, "--plain"), 380, "losses beside eager, large shapes first"),
+        Phase("attention", of_ops("attention", "attention", "--plain"), 408, "attention beside SDPA"),
         Phase("lists", of_ops("lists", LISTS, "--plain"), 425, "updates of lists beside torch's"),
     ]
     if shutil.which("ncu"):
@@ -106,12 +106,12 @@ def _profiled(python: str, place: str) -> tuple[str, ...]:
 
 def run(phase: Phase, folder: Path, seconds: float) -> str:
     """Runs the phase, its output in a log; one that takes longer is asked to end, then ended."""
-    cache = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder / "cache")), "OMP_NUM_THREADS": "1"}
     with (folder / f"{phase.name}.log").open("w") as log:
         process = subprocess.Popen(
             phase.limited(seconds),
             cwd=ROOT,
-            env=os.environ | cache,
+            # many processes share the cores
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
