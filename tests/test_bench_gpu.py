@@ -160,6 +160,22 @@ def test_a_context_that_a_kernel_broke_is_left_for_a_new_process(
     assert [line["item"] for line in read(tmp_path / "lines.jsonl")] == ["a", "a"]
 
 
+@pytest.mark.parametrize("share", [[], ["--share", "1", "2"]])
+def test_what_is_left_of_the_smoke_is_begun_in_a_new_process(
+    share: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", raising(RuntimeError("CUDA error: misaligned address")))
+    monkeypatch.setattr(smoke, "items", lambda device, only_runs: [Item(x, dict) for x in "abcdef"])
+    monkeypatch.setattr(smoke, "row_items", list)
+    monkeypatch.setattr("os.execv", lambda program, command: begun.append(command))
+    smoke.main([str(tmp_path), *share, "--from=1"])
+    assert begun[0][1:] == ["-m", "bench.gpu.smoke", str(tmp_path), *share, "--from=2"]
+    (lines,) = tmp_path.glob("*.jsonl")
+    assert read(lines)[0]["item"] == ("d" if share else "b")
+
+
 def test_the_smoke_has_two_shapes_of_every_op_and_sees_a_wrong_one(tmp_path: Path) -> None:
     todo = smoke.items("cpu", only_runs=True)
     assert len(todo) == 2 * len(specs())

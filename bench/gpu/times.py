@@ -120,7 +120,7 @@ FLAGSHIPS = (
 
 def table_of(op: str) -> Table | None:
     """The launch table of an op's kernels."""
-    return next((x.table for x in CASES if x.kernel.__module__.split(".")[1] == op), None)
+    return next((x.table for x in CASES if x.kernel.fn.__module__.split(".")[1] == op), None)
 
 
 def candidates(config: Launch) -> tuple[Launch, ...]:

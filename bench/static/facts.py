@@ -63,7 +63,7 @@ class Compiled:
 
     @property
     def family(self) -> str:
-        return self.case.kernel.__module__.split(".")[1]
+        return self.case.kernel.fn.__module__.split(".")[1]
 
     @property
     def threads(self) -> int:
