@@ -1,6 +1,7 @@
 """Markdown tables of what the kernels compile to, and of what a cycle model predicts from it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _layers(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _ms(levels: list[float]) -> str:
+def _ms(levels: Sequence[float]) -> str:
     return ", ".join(f"{ms:.3g}" for ms in levels)
 
 
