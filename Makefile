@@ -2,17 +2,18 @@
 # make demo-blip2   the same for BLIP-2: a tower, both stages, captions of held-out pictures
 # make demo-llava   for LLaVA: a tower, both stages, dialogues about held-out pictures
 # make test   the tests, from nothing          make check  lint, format, types
-# make bench  the benchmarks of this machine   make gpu    kernel tests on CUDA, benchmarks and report, in 9 minutes
+# make bench  the benchmarks of this machine   make gpu    on CUDA: smoke, kernel times, tests, benchmarks, in 8 minutes
+# make static what the kernels compile to for sm_80, sm_90 and sm_100, and what that predicts, without a GPU
 # make docs   the pages' tables from committed JSON, docs/api.md from the docstrings
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 DEMO   ?= runs/demo
 GPU    ?= gpu
-GPU_SECONDS ?= 520
+GPU_SECONDS ?= 440
 JOBS   ?= 2
 
-.PHONY: demo demo-blip2 demo-llava test check bench docs docs-tables gpu clean
+.PHONY: demo demo-blip2 demo-llava test check bench static docs docs-tables gpu clean
 .DELETE_ON_ERROR:
 
 # DeepSpeed builds from source and needs torch to be there first.
@@ -64,6 +65,10 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) -m pytest bench/ --benchmark-json=bench/results/latest.json
+
+static: $(VENV)/installed
+	$(RUN) -m bench static --json
+	$(RUN) -m bench tables kernels/README.md
 
 docs: docs-tables
 	$(RUN) docs/generate.py

@@ -1,11 +1,13 @@
 """`python -m bench report [FILE ...]`: Markdown tables on standard output, and beside the files a page and plots.
 
 Without a FILE: of every machine's folder under `bench/results`; a FILE may be a folder, whose JSON is meant. `python -m
-bench tables PAGE ...` writes the tables of Markdown pages anew from the JSON that they name.
+bench tables PAGE ...` writes the tables of Markdown pages anew from the JSON that they name. `python -m bench static`
+says what the kernels compile to.
 """
 
 import sys
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ def report(paths: list[Path]) -> None:
     folders: dict[Path, list[dict[str, Any]]] = defaultdict(list)
     for path in paths:
         if path.is_dir():
-            folders[path] += load_folder(path)
+            if found := load_folder(path):
+                folders[path] += found
         else:
             folders[path.parent] += load([path])
     for folder, documents in folders.items():
@@ -32,8 +35,10 @@ def report(paths: list[Path]) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["static"]:
+        return import_module("bench.static.__main__").main(arguments[1:])
     if arguments[:1] not in (["report"], ["tables"]) or arguments == ["tables"]:
-        print("usage: python -m bench report [FILE ...] | tables PAGE ...", file=sys.stderr)
+        print("usage: python -m bench report [FILE ...] | tables PAGE ... | static [--json]", file=sys.stderr)
         return 2
     paths = [Path(a) for a in arguments[1:]]
     try:

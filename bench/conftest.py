@@ -37,6 +37,10 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--op", action="append", metavar="NAME", help="those of a module of bench/ops alone")
+    parser.addoption("--largest-first", action="store_true", help="of every op its largest shapes, then smaller ones")
+    parser.addoption(
+        "--plain", action="store_true", help="without contenders that are compiled for minutes or have to be installed"
+    )
     parser.addoption(
         "--claims", action="store_true", help="also assert what is said of the results, in paired runs of their own"
     )

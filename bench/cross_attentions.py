@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask, flex_attention
 
+from bench.interval_rivals import cudnn, flashmask
 from bench.peers import load, missing
 from bench.spec import Shape
 from mmkernels import attention, masks
@@ -18,7 +19,7 @@ from mmkernels._cost import Cost
 from mmkernels.masks import Intervals, Mask
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-LIBRARIES = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers")
+LIBRARIES = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "flex_flash", "cudnn", "flashmask", "xformers")
 NUM_DOCUMENTS = 8
 # on a GPU an error says that none of them serves a call, where SDPA would go over to eager's products in silence
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -165,12 +166,26 @@ def contenders(workload: Workload, shape: Shape, device: torch.device) -> dict[s
         found["flex"] = _flex(workload, shape, mask, device)
     for name in LIBRARIES:
         if serves(name, workload, shape) and missing(name) is None:
-            found[name] = _xformers(workload) if name == "xformers" else _flash_attn(name, workload, shape)
+            found[name] = _library(name, workload, shape, device)
     return found
+
+
+def _library(name: str, workload: Workload, shape: Shape, device: torch.device) -> Call:
+    mask = None if workload.mask is None else workload.mask(shape, device)
+    if name == "flex_flash":
+        return _flex(workload, shape, mask, device, {"BACKEND": "FLASH"})
+    if name in ("cudnn", "flashmask"):
+        call = (cudnn if name == "cudnn" else flashmask)(mask, shape, device)
+        return lambda q, k, v: call(q, *_joined(k, v, workload))
+    return _xformers(workload) if name == "xformers" else _flash_attn(name, workload, shape)
 
 
 def serves(library: str, workload: Workload, shape: Shape) -> bool:
     """Whether a library has the layer's mask without storing it as a matrix, its dropout and its groups of heads."""
+    if library in ("flex_flash", "cudnn"):
+        return workload.dropout_p == 0
+    if library == "flashmask":
+        return workload.dropout_p == 0 and workload.mask in (None, _causal, _documents, _padded)
     if library == "xformers":
         return workload.mask in (None, _causal) and shape["H"] == shape["Hkv"]
     is_known = workload.mask in (None, _causal, _documents)
@@ -188,8 +203,10 @@ def _joined(k: Tensor, v: Tensor, workload: Workload) -> tuple[Tensor, Tensor]:
     return torch.cat(_split(k, workload), 1), torch.cat(_split(v, workload), 1)
 
 
-def _flex(workload: Workload, shape: Shape, mask: Mask | None, device: torch.device) -> Call:
-    """FlexAttention, its blocks found beforehand."""
+def _flex(
+    workload: Workload, shape: Shape, mask: Mask | None, device: torch.device, options: FlexKernelOptions | None = None
+) -> Call:
+    """FlexAttention, its blocks found beforehand, by Triton or, with the option BACKEND="FLASH", by flash-attn 4."""
     call, block_mask = torch.compile(flex_attention, dynamic=False, fullgraph=True), None
     if isinstance(mask, Intervals):
         ends = [[x.expand(shape["B"], -1) for x in pair] for pair in mask.pairs]
@@ -202,7 +219,7 @@ def _flex(workload: Workload, shape: Shape, mask: Mask | None, device: torch.dev
 
     def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, *_joined(k, v, workload)))
-        out = call(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        out = call(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2)
 

@@ -1,6 +1,7 @@
 """What the modules of `bench/ops` are made of: timed cases by their axes, and claims, which paired runs assert."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,11 @@ CPU = torch.device("cpu")
 Claims = dict[str, Callable[[], None]]
 
 
+def of_shape(shape: Any) -> float:
+    """The product of a shape's sizes; 0 of what is none."""
+    return float(math.prod(shape.values())) if isinstance(shape, Mapping) else 0.0
+
+
 @dataclass(frozen=True)
 class Bench:
     """The timed cases of an op: every combination of the values of its axes.
@@ -31,12 +37,14 @@ class Bench:
         case: from a value of each axis, by name; it skips what is not served here.
         axes: by name the values, in the order of the ids; one is "contender".
         peers: contenders that are skipped where the library of this name is missing.
+        size: of the values of the axes, to begin with the largest.
     """
 
     name: str
     case: Callable[..., Case]
     axes: Mapping[str, Sequence[Any]]
     peers: tuple[str, ...] = ()
+    size: Callable[[Mapping[str, Any]], float] = lambda axes: of_shape(axes.get("shape"))
 
     def params(self) -> Iterator[Any]:
         """For pytest: the bench, and a value of each axis by name."""

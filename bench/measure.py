@@ -20,6 +20,8 @@ from mmkernels._cost import Cost
 from mmkernels._gemm import matmul, matmul_nt
 
 MIB = 2**20
+# of calls on a GPU that are timed together
+BATCH_S, MOST_CALLS = 5e-3, 200
 CLEAR_REFS = Path("/proc/self/clear_refs")
 ROOT = Path(__file__).parents[1]
 # Every block of a tensor's size goes back to the system when it is freed: what is resident is what is held.
@@ -71,17 +73,28 @@ def peak_resident_bytes(run: Callable[[], Any]) -> int:
 
 
 def paired_medians(contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each contender, the contenders taking turns so that a slow minute slows them all."""
+    """Median seconds of each contender, the contenders taking turns so that a slow minute slows them all.
+
+    On a GPU a round is as many calls in a row as take `BATCH_S`: a short one alone would measure its launch.
+    """
+
+    def seconds(run: Callable[[], Any], calls: int) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        return (time.perf_counter() - began) / calls
+
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
+    calls = dict.fromkeys(contenders, 1)
+    for name, run in contenders.items():
         run()
+        if device.type == "cuda":
+            calls[name] = max(1, min(int(BATCH_S / seconds(run, 1)), MOST_CALLS))
     for _ in range(rounds):
         for name, run in contenders.items():
-            synchronize(device)
-            began = time.perf_counter()
-            run()
-            synchronize(device)
-            times[name].append(time.perf_counter() - began)
+            times[name].append(seconds(run, calls[name]))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

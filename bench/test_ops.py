@@ -17,9 +17,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found, chosen = modules(), metafunc.config.getoption("--op") or ()
     if unknown := [name for name in chosen if name not in found]:
         raise pytest.UsageError(f"--op must be a module of bench/ops, {', '.join(found)}, got {', '.join(unknown)}")
-    found = {name: module for name, module in found.items() if not chosen or name in chosen}
+    found = {name: found[name] for name in chosen or found}
     if "bench" in metafunc.fixturenames:
-        cases = [case for module in found.values() for bench in module.BENCHES for case in bench.params()]
+        cases = chosen_cases([bench for module in found.values() for bench in module.BENCHES], metafunc.config)
         metafunc.parametrize(("bench", "axes"), cases)
     else:
         claims = [
@@ -28,6 +28,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for claim, check in getattr(module, "CLAIMS", {}).items()
         ]
         metafunc.parametrize("check", claims)
+
+
+def chosen_cases(benches: list[Bench], config: pytest.Config) -> list[Any]:
+    """All of them, or as `--plain` and `--largest-first` have it."""
+    of_benches = []
+    for bench in benches:
+        left_out = {"compile", "flex", *bench.peers} if config.getoption("--plain") else set()
+        of_benches.append([case for case in bench.params() if case.values[1]["contender"] not in left_out])
+    if not config.getoption("--largest-first"):
+        return [case for cases in of_benches for case in cases]
+    ranked = []
+    for bench, cases in zip(benches, of_benches, strict=True):
+        sizes = sorted({bench.size(case.values[1]) for case in cases}, reverse=True)
+        ranked += [(sizes.index(bench.size(case.values[1])), case) for case in cases]
+    # the largest of every op, then the next: sorting keeps the order within a rank
+    return [case for _, case in sorted(ranked, key=lambda x: x[0])]
 
 
 def test_op(benchmark: Any, device: torch.device, bench: Bench, axes: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from bench import case, peers
 from bench.case import Case, refusal, time_case
+from bench.gpu.lines import read
 from bench.ops import contrastive
 from bench.peers import PEERS, Peer, facts, load, missing
 
@@ -114,12 +115,18 @@ def pytest_in(folder: Path, *options: str, source: str | None = None) -> str:
 
 def test_a_run_whose_time_is_over_ends_by_itself_and_writes_what_it_has(tmp_path: Path) -> None:
     source = (
-        "from bench import deadline\n"
+        "from bench.gpu import running\n"
         "def test_first(benchmark):\n"
         "    benchmark(int)\n"
-        "    deadline._BEGAN -= 100\n"
+        "    running._BEGAN -= 100\n"
         "def test_second(benchmark): benchmark(int)\n"
     )
-    options = "-p bench.deadline --time-limit 100 --benchmark-json=out.json".split()
+    options = "-p bench.gpu.running --time-limit 100 --benchmark-json=out.json --lines=out.jsonl".split()
     assert "not begun: 100 s are over" in pytest_in(tmp_path, *options, source=source)
     assert [b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]] == ["test_first"]
+    first, second = read(tmp_path / "out.jsonl")
+    assert first["test"].endswith("test_first") and first["outcome"] == "passed" and first["median_s"] > 0
+    assert second["outcome"] == "skipped" and second["why"] == "Skipped: not begun: 100 s are over"
+    ordered = "def test_first(): pass\ndef test_second(): pass\n"
+    said = pytest_in(tmp_path, "-p", "bench.gpu.running", "--first=SECOND", "-vv", source=ordered)
+    assert said.index("test_second") < said.index("test_first")

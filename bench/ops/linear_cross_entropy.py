@@ -100,7 +100,9 @@ ROWS = _spec("rows", _rows, ("hidden", "weight", "bias"))
 SPECS = (PLAIN, BIAS, SMOOTHING_Z, IGNORED, ROWS)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-PEERS = ("liger", "cut_cross_entropy")
+PEERS = ("liger", "liger_cute", "quack", "cut_cross_entropy")
+# that make their gradients in forward
+EARLY = ("mmkernels", "liger", "liger_cute", "quack")
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -115,12 +117,20 @@ def contenders() -> dict[str, Loss]:
         "eager": eager,
         "compile": torch.compile(eager, dynamic=False),
     }
-    if missing("liger") is None:
-        liger = load("liger").LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
-        found["liger"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
+    for name, impl in (("liger", "nvidia-triton"), ("liger_cute", "nvidia-cutedsl")):
+        if missing(name) is None:
+            found[name] = partial(_liger, impl)
+    if missing("quack") is None:
+        found["quack"] = load("quack").chunked_linear_cross_entropy
     if missing("cut_cross_entropy") is None:
         found["cut_cross_entropy"] = load("cut_cross_entropy").linear_cross_entropy
     return found
+
+
+def _liger(impl: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """By one of its implementations, gradients summed in float32; beside the loss it gives what was not asked for."""
+    call = load("liger").fused_linear_cross_entropy
+    return call(hidden, weight, targets, accum_dtype=torch.float32, impl=impl)[0]
 
 
 def head(
@@ -163,7 +173,7 @@ def _gold(num_rows: int, width: int, vocab: int, ignored: int) -> Tensor:
 
 def _case(shape: Shape, contender: str, mode: str) -> Case:
     loss = contenders()[contender]
-    if mode == "backward" and contender in ("mmkernels", "liger"):
+    if mode == "backward" and contender in EARLY:
         pytest.skip(f"{contender} makes its gradients in forward: both is what compares")
     num_rows, width, vocab, ignored = shape["T"], shape["D"], shape["V"], shape["ignored"]
     hidden, weight, targets = head(num_rows, width, vocab, ignored, DTYPE, DEVICE)

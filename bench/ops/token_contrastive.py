@@ -130,7 +130,7 @@ def _masks(shape: Shape, seed: int) -> Inputs:
     return {"masks": (mask, of_cols)}
 
 
-def _cost(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
+def cost_of_form(shape: Shape, element_size: int) -> tuple[Cost, Cost]:
     num_rows, num_tokens, num_cols, width = (shape[axis] for axis in "MQND")
     logits, per_col = num_rows * num_cols, shape.get("T", 1)
     features = (num_rows * num_tokens + num_cols * per_col) * width * element_size
@@ -280,7 +280,7 @@ def features(
 
 def cost_of(shape: Shape, tokens: Tensor) -> tuple[Cost, Cost]:
     """Of the form that is run: on a CPU one of the Q products of a pair counts in the gradients."""
-    forward, backward = _cost(shape, tokens.element_size())
+    forward, backward = cost_of_form(shape, tokens.element_size())
     if tokens.is_cpu:
         backward = replace(backward, flops=int((1 + 2 / shape["Q"]) * forward.flops))
     return forward, backward

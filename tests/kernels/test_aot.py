@@ -2,109 +2,44 @@
 that is installed and, where its wheel lies unpacked beside, under the oldest that is promised."""
 
 import os
-import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from bench.static.cases import FWD, MULTI_TENSOR, Case, contrastive_case
+from bench.static.compiled import ROWS, Row, compile_kernel, compiled_row, resources, row_id, warnings
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import Launch
-from tests.kernels.aot_cases import CASES, FLOATS, FWD, MULTI_TENSOR, ODD, Case, contrastive_case
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
-TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 OLDEST = Path(sys.prefix) / "triton-3.6"  # by `make test`
 # bytes a block may use, from the CUDA C++ Programming Guide's table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-ELEMENT = {8: ("i64",), 2: ("bf16", "fp16"), 4: ("fp32",)}
-ROWS = [
-    (case, row, element)
-    for case in CASES
-    for row in case.rows()
-    for element in ELEMENT[row[1]]
-    if element in case.elements
-]
 
 
-def params(rows: list[tuple[Case, tuple[str, int, int], str]]) -> list[Any]:
-    return [pytest.param(*row, id=f"{row[0].name}-{row[1][0]}-{row[2]}-sm_{row[1][2]}") for row in rows]
+def params(rows: list[Row]) -> list[Any]:
+    return [pytest.param(*row, id=row_id(*row)) for row in rows]
 
 
 HALF = [row for row in ROWS if row[2] != "fp32" and row[0].products]
 FULL = [row for row in ROWS if row[2] == "fp32" and row[0].products]
 
 
-def compile_kernel(
-    case: Case, element: str, arch: int, config: Launch, precision: str = "ieee", is_odd: bool = False
-) -> Any:
-    """As the launcher would: inner strides of 1, and all sizes, unless they are odd, multiples of 16."""
-    possible = {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "INPUT_PRECISION": precision,
-        **case.constants,
-    }  # fmt: skip
-    constants = {name: value for name, value in possible.items() if name in case.kernel.arg_names}
-    signature, attributes = {}, {}
-    for index, argument in enumerate(case.kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        else:
-            signature[argument] = case.type_of(argument, element)
-            if argument not in FLOATS and not (is_odd and argument in ODD):
-                attributes[index,] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
-
-
-@cache
-def compiled_row(case: Case, row: tuple[str, int, int], element: str) -> Any:
-    return compile_kernel(case, element, row[2], case.table[row])
-
-
-def resources(compiled: Any, folder: Path) -> dict[str, int]:
-    """What cuobjdump reports of the kernel: REG, STACK, LOCAL and the rest."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    dump = subprocess.run(
-        [str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
-    )
-    usage = [line for line in dump.stdout.splitlines() if "REG:" in line]
-    assert len(usage) == 1, dump.stdout
-    return {name: int(value) for name, value in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", usage[0])}
-
-
 @pytest.mark.parametrize(("case", "row", "element"), params(ROWS))
-def test_a_row_of_the_launch_table_fits_its_architecture(
-    case: Case, row: tuple[str, int, int], element: str, tmp_path: Path
-) -> None:
+def test_a_row_of_the_launch_table_fits_its_architecture(case: Case, row: tuple[str, int, int], element: str) -> None:
     found = [compiled_row(case, row, element)]
     if case.is_odd:
         found.append(compile_kernel(case, element, row[2], case.table[row], is_odd=True))
     for compiled in found:
-        usage = resources(compiled, tmp_path)
+        usage = resources(compiled)
         assert usage["STACK"] == usage["LOCAL"] == 0
         assert compiled.metadata.shared <= SHARED_LIMIT[row[2]]
-        assert not warnings(compiled, row[2], tmp_path)
-
-
-def warnings(compiled: Any, arch: int, folder: Path) -> str:
-    """What ptxas says of products that it has to wait for, as of C7515, one after the other."""
-    file = folder / "kernel.ptx"
-    file.write_text(compiled.asm["ptx"])
-    name = TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-    command = [str(name), "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(file), "-o", str(folder / "x")]
-    said = subprocess.run(command, check=True, capture_output=True, text=True)
-    return "\n".join(line for line in (said.stdout + said.stderr).splitlines() if re.search(r"C75\d\d", line))
+        assert not warnings(compiled, row[2])
 
 
 @pytest.mark.timeout(1800)
@@ -149,9 +84,9 @@ def test_whole_chunks_are_read_and_written_by_16_bytes(case: Case, arch: int) ->
     assert "st.global.v4" in ptx or "sums_ptr" in case.kernel.arg_names
 
 
-def test_the_resource_reader_sees_a_spill(tmp_path: Path) -> None:
+def test_the_resource_reader_sees_a_spill() -> None:
     """A tile far too large for its registers: the check above can fail."""
     large = contrastive_case("fwd", FWD)
     compiled = compile_kernel(large, "fp32", 80, Launch(256, 256, 16, 4, 1), precision="tf32")
-    usage = resources(compiled, tmp_path)
+    usage = resources(compiled)
     assert usage["STACK"] + usage["LOCAL"] > 0

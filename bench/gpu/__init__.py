@@ -1,0 +1,1 @@
+"""All that a GPU is wanted for, in an order that says the most in a few minutes: `python -m bench.gpu`."""
