@@ -28,7 +28,7 @@ from mmkernels.token_contrastive.kernel import TABLE as TOKENS_TABLE
 OPERANDS = set(
     "a b teacher_a teacher_b tokens student teacher dstudent grad bias q k v k2 v2 out d_out dq dk dv dk2 dv2".split()
 )
-POINTERS = {"mask": "*u8"} | {
+POINTERS = {"mask": "*u8", "seen": "*u8"} | {
     name: dtype
     for dtype, names in (
         ("*i32", "row_label col_label lo hi lo2 hi2 queries"),
@@ -100,7 +100,7 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
 
 def attention_case(row: str, size: int, **flags: Any) -> Case:
     """An attention kernel at the largest head dimension of a row."""
-    off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS", "HEADS_FIRST"), False)
+    off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS", "HAS_SEEN", "HEADS_FIRST"), False)
     rich = "_rich" if flags else ""
     return Case(
         named("attention", flags),

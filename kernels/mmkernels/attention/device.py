@@ -89,6 +89,13 @@ def _seen(lo, hi, lo2, hi2, offs_n, NUM_ENDS: tl.constexpr):
 
 
 @triton.jit
+def _among(logits, seen_ptr, offs_n, N):
+    """Logits `[m, n]`, -inf where the vector of seen keys is 0."""
+    seen = tl.load(seen_ptr + offs_n, mask=offs_n < N, other=0)
+    return tl.where(seen[None, :] != 0, logits, float("-inf"))
+
+
+@triton.jit
 def _is_full(tile_first, tile_last, all_first, all_last, all_first2, all_last2, NUM_ENDS: tl.constexpr):
     """Whether all rows see all keys of a tile."""
     full = (all_first <= tile_first) & (tile_last <= all_last)
@@ -158,6 +165,7 @@ def _attention_fwd_kernel(
     bias_ptr,
     slopes_ptr,
     seed_ptr,
+    seen_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -182,6 +190,7 @@ def _attention_fwd_kernel(
     stride_bm,
     stride_bn,
     stride_sb,
+    stride_yb,
     M,
     N,
     N1,
@@ -197,6 +206,7 @@ def _attention_fwd_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HAS_SEEN: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -260,6 +270,8 @@ def _attention_fwd_kernel(
             if not _is_full(tile, tile + BLOCK_N, all_first, all_last, all_first2, all_last2, NUM_ENDS):
                 seen = _seen(lo[:, None], hi[:, None], lo2[:, None], hi2[:, None], offs_n[None, :], NUM_ENDS)
                 logits = tl.where(seen, logits, float("-inf"))
+            if HAS_SEEN:
+                logits = _among(logits, seen_ptr + b64 * stride_yb, offs_n, N)
             above = tl.maximum(largest, tl.max(logits, 1))
             # -inf - -inf would be NaN
             shift = tl.where(above == float("-inf"), 0.0, above)

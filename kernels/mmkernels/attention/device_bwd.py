@@ -7,6 +7,7 @@ import triton.language as tl
 
 from mmkernels.attention.device import (
     LOG2E,
+    _among,
     _biased,
     _is_full,
     _kept,
@@ -66,6 +67,7 @@ def _attention_bwd_q_kernel(
     bias_ptr,
     slopes_ptr,
     seed_ptr,
+    seen_ptr,
     d_out_ptr,
     lse_ptr,
     delta_ptr,
@@ -92,6 +94,7 @@ def _attention_bwd_q_kernel(
     stride_bm,
     stride_bn,
     stride_sb,
+    stride_yb,
     stride_gb,
     stride_gm,
     stride_gh,
@@ -110,6 +113,7 @@ def _attention_bwd_q_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HAS_SEEN: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -177,6 +181,8 @@ def _attention_bwd_q_kernel(
             if not _is_full(tile, tile + BLOCK_N, all_first, all_last, all_first2, all_last2, NUM_ENDS):
                 seen = _seen(lo[:, None], hi[:, None], lo2[:, None], hi2[:, None], offs_n[None, :], NUM_ENDS)
                 logits = tl.where(seen, logits, float("-inf"))
+            if HAS_SEEN:
+                logits = _among(logits, seen_ptr + b64 * stride_yb, offs_n, N)
             weights = tl.exp2(logits - lse[:, None])
             v = _load_keys(
                 v_ptr + b64 * stride_vb + g64 * stride_vh,
@@ -217,6 +223,7 @@ def _attention_bwd_k_kernel(
     bias_ptr,
     slopes_ptr,
     seed_ptr,
+    seen_ptr,
     d_out_ptr,
     lse_ptr,
     delta_ptr,
@@ -247,6 +254,7 @@ def _attention_bwd_k_kernel(
     stride_bm,
     stride_bn,
     stride_sb,
+    stride_yb,
     stride_gb,
     stride_gm,
     stride_gh,
@@ -265,6 +273,7 @@ def _attention_bwd_k_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HAS_SEEN: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -312,6 +321,9 @@ def _attention_bwd_k_kernel(
         range_ptr = queries_ptr + b64 * stride_rb + 2 * pid_n
         first = tl.load(range_ptr)
         last = tl.load(range_ptr + 1)
+    if HAS_SEEN:
+        seen_keys = tl.load(seen_ptr + b64 * stride_yb + offs_n, mask=offs_n < N, other=0).to(tl.int32)
+        last = tl.where(tl.max(seen_keys, 0) > 0, last, first)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     dk = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
@@ -367,6 +379,10 @@ def _attention_bwd_k_kernel(
             dv = tl.dot(dropped.to(d_out.dtype), d_out, dv, input_precision=INPUT_PRECISION)
             d_logits = weights * (d_weights - delta[None, :])
             dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+    if HAS_SEEN:
+        # a key has gradients of its own rows alone, so those that are not seen need no mask before
+        dk = tl.where(seen_keys[:, None] > 0, dk, 0.0)
+        dv = tl.where(seen_keys[:, None] > 0, dv, 0.0)
     rows_n = offs_n.to(tl.int64)[:, None]
     inside = (offs_n[:, None] < N1) & (offs_k[None, :] < K)
     at = ((b64 * N1 + rows_n) * num_key_heads + g64) * K + offs_k[None, :]

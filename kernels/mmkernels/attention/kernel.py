@@ -280,10 +280,10 @@ def _block_k(problem: Problem) -> int:
 def _arguments(problem: Problem, config: Launch) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
     """Pointers that all kernels begin with, their strides, and the flags."""
     q = _operand(problem.q)
-    keys = [_operand(x) for segment in problem.segments for x in segment]
-    keys += [q] * (4 - len(keys))
+    segments = [_operand(x) for segment in problem.segments for x in segment]
+    segments += [q] * (4 - len(segments))
     ends = [x.contiguous() for x in problem.ends]
-    bias, slopes = problem.bias, problem.alibi_slopes
+    keys, bias, slopes = problem.keys, problem.bias, problem.alibi_slopes
     kind = "none"
     of_bias = [0] * 4
     if bias is not None:
@@ -292,23 +292,26 @@ def _arguments(problem: Problem, config: Launch) -> tuple[tuple[Any, ...], tuple
         bias = bias.view(torch.uint8) if kind == "bool" else _widened_bias(bias)
     of_ends = [0, 0] if not ends else [0 if ends[0].shape[0] == 1 else ends[0].stride(0), ends[0].stride(1)]
     of_slopes = 0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1]
+    of_seen = 0 if keys is None or keys.shape[0] == 1 else keys.shape[1]
     pointers = (
         q,
-        *keys,
+        *segments,
         *ends,
         *(q,) * (4 - len(ends)),
         q if bias is None else bias,
         q if slopes is None else slopes.contiguous(),
         q if problem.seed is None else problem.seed,
+        q if keys is None else keys.contiguous().view(torch.uint8),
     )
-    of_keys = (stride for x in keys for stride in x.stride()[:3])
-    strides = (*q.stride()[:3], *of_keys, *of_ends, *of_bias, of_slopes)
+    of_keys = (stride for x in segments for stride in x.stride()[:3])
+    strides = (*q.stride()[:3], *of_keys, *of_ends, *of_bias, of_slopes, of_seen)
     flags = {
         "NUM_ENDS": len(ends),
         "BIAS": kind,
         "HAS_SLOPES": slopes is not None,
         "HAS_DROPOUT": problem.seed is not None,
         "HAS_SEGMENTS": len(problem.segments) == 2,
+        "HAS_SEEN": keys is not None,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": _block_k(problem),

@@ -1,10 +1,11 @@
 """An attention matrix cut into the pieces that have to be computed: what a mask leaves out is in none of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.attention.problem import Problem, alibi_tile, seen_tile
@@ -47,18 +48,21 @@ def blocks(problem: Problem, limits: Limits) -> Iterator[tuple[slice, slice, lis
                 yield batches, rows, _of_cols(batches, rows, 0, problem.num_keys, kind, limits.cols)
         return
     ends = torch.stack([x.expand(problem.ends[0].shape) for x in problem.ends]).cpu()  # [2 or 4, B or 1, Lq]
-    shared = ends.shape[1] == 1
+    gaps = _gaps(problem.keys)
+    shared = ends.shape[1] == len(gaps) == 1
     for batches in _cut(0, batch, limits.batches if shared else 1):
-        of_batch = ends[:, 0 if shared else batches.start]
+        of_batch = ends[:, batches.start if ends.shape[1] > 1 else 0]
+        gaps_of_batch = gaps[batches.start if len(gaps) > 1 else 0]
+        of_batch = _beside(of_batch, gaps_of_batch)
         for run in _row_runs(of_batch):
-            pieces = _of_rows(batches, run, of_batch, limits.cols)
+            pieces = _of_rows(batches, run, of_batch, gaps_of_batch, limits.cols)
             has_mask = any(piece.kind == "masked" for piece in pieces)
             most = limits.masked_rows if has_mask else limits.rows
             if run.stop - run.start <= most:
                 yield batches, run, pieces
                 continue
             for rows in _cut(run.start, run.stop, most):
-                yield batches, rows, _of_rows(batches, rows, of_batch, limits.cols)
+                yield batches, rows, _of_rows(batches, rows, of_batch, gaps_of_batch, limits.cols)
 
 
 def bias_of(problem: Problem, piece: Piece) -> Tensor | None:
@@ -132,10 +136,53 @@ def _interval_blocks(lo: Tensor, hi: Tensor, first: int, last: int) -> Iterator[
     yield from (edge for edge in edges if edge[0] < edge[1])
 
 
-def _of_rows(batch: slice, rows: slice, ends: Tensor, max_cols: int) -> list[Piece]:
+def _gaps(keys: Tensor | None) -> list[list[tuple[int, int]]]:
+    """For each batch, or for all of them, the runs of keys that nobody sees, first and last."""
+    if keys is None:
+        return [[]]
+    # a key that is seen on either side
+    steps = F.pad((~keys).to(torch.int8), (1, 1)).diff(dim=1).cpu()
+    found: list[list[tuple[int, int]]] = [[] for _ in keys]
+    for (row, first), last in zip((steps == 1).nonzero().tolist(), (steps == -1).nonzero()[:, 1].tolist(), strict=True):
+        found[row].append((first, last))
+    return found
+
+
+def _beside(ends: Tensor, gaps: Sequence[tuple[int, int]]) -> Tensor:
+    """Ends `[2 or 4, Lq]` that lie in a long gap moved to its edge: the rows beyond it are pieces of their own."""
+    for begin, end in gaps:
+        if end - begin < MIN_COLS:
+            continue
+        lo, hi = ends[0::2], ends[1::2]
+        lo = torch.where((begin <= lo) & (lo < end), end, lo)
+        hi = torch.where((begin < hi) & (hi <= end), begin, hi)
+        ends = torch.stack([lo, torch.maximum(lo, hi)], 1).flatten(0, 1)
+    return ends
+
+
+def _around(first: int, last: int, kind: str, gaps: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, str]]:
+    """A piece without the keys that nobody sees: cut where these are many, or at its edge, masked where few."""
+    start, found = first, kind
+    for begin, end in gaps:
+        begin, end = max(begin, first), min(end, last)
+        if begin >= end:
+            continue
+        if begin > start and end < last and end - begin < MIN_COLS:
+            found = "masked"
+            continue
+        if begin > start:
+            # what is cut is no triangle
+            yield start, begin, "masked" if found == "causal" else found
+        start, found = end, "masked" if kind == "causal" else kind
+    if start < last:
+        yield start, last, found
+
+
+def _of_rows(batch: slice, rows: slice, ends: Tensor, gaps: Sequence[tuple[int, int]], max_cols: int) -> list[Piece]:
     pieces = []
-    for first, last, kind in _col_blocks(ends[:, rows]):
-        pieces += _of_cols(batch, rows, first, last, kind, max_cols)
+    for block in _col_blocks(ends[:, rows]):
+        for first, last, kind in _around(*block, gaps):
+            pieces += _of_cols(batch, rows, first, last, kind, max_cols)
     return pieces
 
 
