@@ -220,7 +220,7 @@ def test_padding_is_skipped_where_it_is_long_and_masked_where_it_is_short(monkey
     keys = torch.stack([(places >= 100) & (places < 900), (places < 300) | (places >= 500) & (places % 100 > 0)])
     ours(q, k, v, mask=masks.key_padding(keys, 512))
     assert [(piece.batch.start, piece.cols.start, piece.cols.stop, piece.kind) for piece in done] == [
-        (0, 100, 900, "full"), (1, 0, 300, "full"), (1, 501, 1024, "masked"),
+        (0, 100, 900, "full"), (1, 0, 300, "full"), (1, 501, 1024, "padded"),
     ]  # fmt: skip
     done.clear()
     ours(q, k, v, mask=masks.causal(512, 1024) & masks.key_padding(keys[:1].logical_not(), 512))

@@ -21,7 +21,7 @@ MIN_COLS = 64
 @dataclass(frozen=True)
 class Piece:
     """Some rows against some keys. `kind`: "full", "causal" (row i sees the keys up to i, both counted from the
-    piece's corner) or "masked"."""
+    piece's corner), "padded" (all see those that are no padding) or "masked"."""
 
     batch: slice
     rows: slice
@@ -69,9 +69,13 @@ def bias_of(problem: Problem, piece: Piece) -> Tensor | None:
     """What is added to the logits of a piece, float `[b or 1, H or 1, r, c]`, -inf where a key is not seen."""
     batch, rows, cols = piece.batch, piece.rows, piece.cols
     bias = alibi_tile(problem, batch, rows, cols)
+    dtype = problem.q.dtype if problem.q.dtype == torch.float64 else torch.float32
+    if piece.kind == "padded" and problem.keys is not None:
+        keys = problem.keys if problem.keys.shape[0] == 1 else problem.keys[batch]
+        hidden = _infinite(~keys[:, None, None, cols], dtype)
+        return hidden if bias is None else bias + hidden
     if piece.kind != "masked":
         return bias
-    dtype = problem.q.dtype if problem.q.dtype == torch.float64 else torch.float32
     if problem.bias is not None:
         values = problem.bias if problem.bias.shape[0] == 1 else problem.bias[batch]
         values = (values if values.shape[2] == 1 else values[:, :, rows])[..., cols]
@@ -161,14 +165,14 @@ def _beside(ends: Tensor, gaps: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _around(first: int, last: int, kind: str, gaps: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, str]]:
-    """A piece without the keys that nobody sees: cut where these are many, or at its edge, masked where few."""
+    """A piece without the keys that nobody sees: cut where these are many, or at its edge, padded where few."""
     start, found = first, kind
     for begin, end in gaps:
         begin, end = max(begin, first), min(end, last)
         if begin >= end:
             continue
         if begin > start and end < last and end - begin < MIN_COLS:
-            found = "masked"
+            found = "padded" if found in ("full", "padded") else "masked"
             continue
         if begin > start:
             # what is cut is no triangle
