@@ -110,10 +110,10 @@ a bias of the first tile's rows: _tile_backward d_logits@2 -> 2 * _
 wrong factor on dk: _attention_bwd_k_kernel scale@1 -> 1.001 * _
 one split alone: _combined sum -> _self[0]
 dq of one split alone: _query_gradient sum -> _self[0]
-queries of the first block alone: _query_ranges num_queries@2 -> 1
-gradient of the log-sum-exp lost: _delta d_lse@2 -> None
-padding of keys lost: _arguments keys@4 -> None
-padding of keys lost in dk: _attention_bwd_k_kernel where@5 -> _1
+queries of the first block alone: _spans num_queries@2 -> 1
+gradient of the log-sum-exp lost: _rows d_lse@2 -> None
+padding of keys lost: _arguments keys -> None
+padding of keys lost in dk: _attention_bwd_k_kernel where@4 -> _1
 second interval lost: _arguments len@2 -> min(_, 2)
 another dropout: _numbers dropout_p -> 0.9 * _
 missing cast: _operand x@4 -> _.half().to(_.dtype)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from triton.compiler import ASTSource
 
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import Launch
-from tests.kernels.aot_cases import CASES, FLOATS, FWD, MULTI_TENSOR, ODD, Case, contrastive_case
+from tests.kernels.aot_cases import CASES, FLOATS, FWD, MULTI_TENSOR, ODD, Case, attention_case, contrastive_case
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -24,6 +25,8 @@ TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 OLDEST = Path(sys.prefix) / "triton-3.6"  # by `make test`
 # bytes a block may use, from the CUDA C++ Programming Guide's table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# of a processor, a block's own KiB of shared memory among it
+REGISTERS, SHARED_OF_PROCESSOR = 65_536, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 ELEMENT = {8: ("i64",), 2: ("bf16", "fp16"), 4: ("fp32",)}
 ROWS = [
     (case, row, element)
@@ -138,6 +141,25 @@ def test_float32_products_are_exact_unless_tf32_was_asked_for(
     assert "fma.rn.f32" in exact
     assert "tf32" not in exact
     assert "tf32" in fast
+
+
+@pytest.mark.parametrize(("case", "row"), [(case, row) for case, row, _ in HALF if "_few" in case.row], ids=str)
+def test_few_queries_leave_a_processor_room_for_two_programs(
+    case: Case, row: tuple[str, int, int], tmp_path: Path
+) -> None:
+    compiled = compiled_row(case, row, "bf16")
+    registers = resources(compiled, tmp_path)["REG"] * 32 * case.table[row].num_warps
+    assert 2 * registers <= REGISTERS and 2 * (compiled.metadata.shared + 1024) <= SHARED_OF_PROCESSOR[row[2]]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_ends_of_queries_are_in_no_pipeline(arch: int) -> None:
+    """Each would be copied for every tile, in registers that the products need."""
+    case = attention_case("bwd_k", 64)
+    row = case.row, 2, arch
+    compiled = compile_kernel(case, "bf16", arch, replace(case.table[row], num_stages=2))
+    copied = re.findall(r"async_copy_global_to_local .*tensor<(\w+)x!tt.ptr<(\w+)>", compiled.asm["ttgir"])
+    assert copied and not [shape for shape, kind in copied if kind == "i32" and shape != "1"]
 
 
 @pytest.mark.parametrize("case", MULTI_TENSOR, ids=lambda case: case.name)

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mmkernels import QKNorm, attention, attention_ref, masks
 from mmkernels._device import INTERPRETED
 from mmkernels._philox import drop_, kept
 from mmkernels.attention import blockwise
+from mmkernels.attention.problem import Problem
 from tests.kernels.recorded import Operations
 
 
@@ -174,6 +176,18 @@ class TestDropout:
         assert torch.equal(part, whole[..., slice(*cols)])
         keep = kept(seed, 0.4, heads, torch.arange(2, 9), torch.arange(80))
         assert torch.equal(whole == 0, ~keep)
+
+
+def test_the_row_of_the_launch_table_is_a_function_of_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, found = import_module("mmkernels.attention.kernel"), []
+    monkeypatch.setattr(kernel, "launch_config", lambda table, name, q: found.append(name))
+    for num_queries, width, dtype in ((32, 64, torch.half), (33, 64, torch.half), (32, 72, torch.half), (32, 64, None)):
+        q, k = (torch.empty(2, length, 12, width, dtype=dtype) for length in (num_queries, 257))
+        for seed in (None, torch.tensor(3)):
+            kernel._config_of("fwd", Problem(q, ((k, k),), (), None, None, None, seed, 1.0, 0.0))
+    assert found == [
+        "fwd_few_64", "fwd_rich_few_64", "fwd_64", "fwd_rich_64", "fwd_128", "fwd_rich_128", "fwd_64", "fwd_rich_64",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
