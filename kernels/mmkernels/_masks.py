@@ -25,6 +25,7 @@ class Intervals:
     hi2: Tensor | None = None
     keys: Tensor | None = field(default=None, kw_only=True)  # bool [B or 1, Lk]; None = all of the intervals'
     is_causal: bool = field(default=False, kw_only=True)  # exactly `causal`, which libraries have a name for
+    is_ordered: bool = field(default=False, kw_only=True)  # neither end falls from a query to the next, as is known
 
     @property
     def pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -48,7 +49,7 @@ class Intervals:
     def to(self, device: torch.device | str) -> "Intervals":
         tensors = (self.lo, self.hi, self.lo2, self.hi2, self.keys)
         *ends, keys = (None if x is None else x.to(device) for x in tensors)
-        return Intervals(self.num_keys, *ends, keys=keys, is_causal=self.is_causal)  # pyright: ignore[reportArgumentType]
+        return replace(self, **dict(zip(("lo", "hi", "lo2", "hi2", "keys"), (*ends, keys), strict=True)))
 
     @property
     def num_seen(self) -> Tensor:
@@ -74,7 +75,8 @@ class Intervals:
         for lo, hi in self.pairs:
             lo = torch.minimum(torch.maximum(lo, first), last)
             ends += [lo, torch.maximum(torch.minimum(hi, last), lo)]
-        return Intervals(self.num_keys, *ends, keys=keys if self.keys is None else keys & self.keys)
+        keys = keys if self.keys is None else keys & self.keys
+        return Intervals(self.num_keys, *ends, keys=keys, is_ordered=self.is_ordered)
 
     def __and__(self, other: "Intervals") -> "Intervals":
         """The keys that both see; of two intervals each there could be three, which is refused."""
@@ -100,7 +102,7 @@ class Intervals:
             for lo2, hi2 in other.pairs
         ]
         ends = [end for lo, hi in joined for end in (lo, torch.maximum(lo, hi))]
-        both = Intervals(self.num_keys, *ends)
+        both = Intervals(self.num_keys, *ends, is_ordered=self.is_ordered and other.is_ordered)
         for keys in (self.keys, other.keys):
             both = both if keys is None else both.among(keys)
         return both

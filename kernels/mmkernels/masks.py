@@ -58,7 +58,7 @@ def causal(num_queries: int, num_keys: int | None = None, *, device: Device = No
     """
     num_keys = num_queries if num_keys is None else num_keys
     last = torch.arange(num_queries, device=device, dtype=torch.int32)[None] + (num_keys - num_queries + 1)
-    return Intervals(num_keys, torch.zeros_like(last), last.clamp(min=0), is_causal=True)
+    return Intervals(num_keys, torch.zeros_like(last), last.clamp(min=0), is_causal=True, is_ordered=True)
 
 
 def key_padding(keys: Tensor, num_queries: int) -> Intervals:
@@ -71,7 +71,7 @@ def key_padding(keys: Tensor, num_queries: int) -> Intervals:
     require("masks.key_padding", keys.ndim == 2, "keys must be [B, Lk], got shape {}", list(keys.shape))
     require("masks.key_padding", keys.dtype == torch.bool, "keys must be bool, got {}", keys.dtype)
     lo = torch.zeros(1, num_queries, device=keys.device, dtype=torch.int32)
-    return Intervals(keys.shape[1], lo, torch.full_like(lo, keys.shape[1])).among(keys)
+    return Intervals(keys.shape[1], lo, torch.full_like(lo, keys.shape[1]), is_ordered=True).among(keys)
 
 
 def lengths(num_seen: Tensor, num_queries: int, num_keys: int) -> Intervals:
@@ -81,7 +81,7 @@ def lengths(num_seen: Tensor, num_queries: int, num_keys: int) -> Intervals:
         num_seen: integers `[B]`, from 0 to Lk.
     """
     hi = _lengths("masks.lengths", "num_seen", num_seen, num_keys)[:, None].expand(-1, num_queries)
-    return Intervals(num_keys, torch.zeros_like(hi), hi)
+    return Intervals(num_keys, torch.zeros_like(hi), hi, is_ordered=True)
 
 
 def documents(ids: Tensor, *, causal: bool = True) -> Intervals:
@@ -104,7 +104,7 @@ def documents(ids: Tensor, *, causal: bool = True) -> Intervals:
     ends[:, :-1] = starts[:, 1:]
     hi = torch.where(ends, place + 1, num_tokens).flip(1).cummin(1).values.flip(1).int()
     hi = place + 1 if causal else hi
-    return Intervals(num_tokens, lo, torch.where(ids < 0, lo, hi))
+    return Intervals(num_tokens, lo, torch.where(ids < 0, lo, hi), is_ordered=True)
 
 
 def prefix_causal(prefix: Tensor, num_queries: int, num_keys: int | None = None) -> Intervals:
@@ -116,7 +116,7 @@ def prefix_causal(prefix: Tensor, num_queries: int, num_keys: int | None = None)
     """
     base = causal(num_queries, num_keys, device=prefix.device)
     hi = torch.maximum(base.hi, _lengths("masks.prefix_causal", "prefix", prefix, base.num_keys)[:, None])
-    return Intervals(base.num_keys, torch.zeros_like(hi), hi)
+    return Intervals(base.num_keys, torch.zeros_like(hi), hi, is_ordered=True)
 
 
 def media(locations: Tensor, num_media: int, tokens_per_media: int, *, latest: bool = True) -> Intervals:
@@ -139,7 +139,7 @@ def media(locations: Tensor, num_media: int, tokens_per_media: int, *, latest: b
         require(op, most <= num_media, "num_media must be at least the {} of locations, got {}", most, num_media)
     hi = time.int() * tokens_per_media
     lo = (hi - tokens_per_media).clamp(min=0) if latest else torch.zeros_like(hi)
-    return Intervals(num_media * tokens_per_media, lo, hi)
+    return Intervals(num_media * tokens_per_media, lo, hi, is_ordered=True)
 
 
 def tiles(seen: Tensor, tokens_per_tile: int) -> Mask:
@@ -171,13 +171,13 @@ def qformer_itc(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
     """
     is_text, seen = _qformer("masks.qformer_itc", num_queries, num_text, max_text)
     lo = torch.where(is_text, num_queries, 0).int().expand_as(seen)
-    return Intervals(num_queries + max_text, lo, torch.where(is_text, seen, num_queries).int())
+    return Intervals(num_queries + max_text, lo, torch.where(is_text, seen, num_queries).int(), is_ordered=True)
 
 
 def qformer_itm(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
     """The Q-Former's matching mask: queries and text see each other; see `qformer_itc`."""
     _, seen = _qformer("masks.qformer_itm", num_queries, num_text, max_text)
-    return Intervals(num_queries + max_text, torch.zeros_like(seen), seen)
+    return Intervals(num_queries + max_text, torch.zeros_like(seen), seen, is_ordered=True)
 
 
 def qformer_itg(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
@@ -186,7 +186,7 @@ def qformer_itg(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
     is_text, seen = _qformer("masks.qformer_itg", num_queries, num_text, max_text)
     place = torch.arange(num_queries + max_text, device=seen.device, dtype=torch.int32)
     hi = torch.where(is_text, torch.minimum(seen, place + 1), num_queries).int()
-    return Intervals(num_queries + max_text, torch.zeros_like(hi), hi)
+    return Intervals(num_queries + max_text, torch.zeros_like(hi), hi, is_ordered=True)
 
 
 def qformer_pairs(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:

@@ -34,7 +34,7 @@ class Request:
     def between(self, first: Tensor, end: Tensor) -> masks.Intervals:
         """The keys from `first` to `end` - 1, as many as there are."""
         lo, hi = torch.broadcast_tensors(*(x.clamp(0, self.kv_length).int() for x in (first, end)))
-        return masks.Intervals(self.kv_length, lo, torch.maximum(lo, hi))
+        return masks.Intervals(self.kv_length, lo, torch.maximum(lo, hi), is_ordered=True)
 
     @property
     def sees_itself(self) -> bool:

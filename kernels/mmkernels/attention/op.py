@@ -118,8 +118,11 @@ def attention(
             that add a large negative number to the logits have it; no dropout falls on it.
         return_lse: also return the log-sum-exp of each row's logits, differentiable; -inf for an empty row.
         backend: who computes it: "mmkernels", "sdpa" (torch chooses), "sdpa_flash", "sdpa_cudnn",
-            "sdpa_efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4" or "xformers"; None picks by shape,
-            mask, dtype, device and what is installed, on a GPU none whose backward adds in no fixed order.
+            "sdpa_efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4" or "xformers"; of `Intervals` too, by
+            name alone, the "flash_attn"s (packed samples and padding on one side, for which a GPU is waited for),
+            "flex" and "flex_flash" (torch's FlexAttention on Triton and on flash-attn 4), "cudnn_flex" and
+            "flashmask". None picks by shape, mask, dtype, device and what is installed, on a GPU none whose
+            backward adds in no fixed order.
 
     Returns:
         `[B, Lq, H, K]` in the dtype of `q`, accumulated in float32 (float64 for float64); with `return_lse` also
@@ -166,10 +169,11 @@ def attention(
     if len(segments) > 1 and not (runs_triton(q) and has_kernel_backward(problem)):
         problem = joined(problem)
     is_causal = isinstance(mask, Intervals) and mask.is_causal
+    is_ordered = isinstance(mask, Intervals) and mask.is_ordered
     if backend in (None, OURS) and _skips_little(problem) and not (is_causal and problem.offset == 0):
         problem = densified(problem)
     empty = find_empty_rows(problem) if empty_rows == "uniform" else None
-    call = Call.of(problem, is_causal, return_lse, empty is not None)
+    call = Call.of(problem, is_causal, is_ordered, return_lse, empty is not None)
     name = pick(call, backend)
     if name == OURS:
         if return_lse and q.is_cpu:
