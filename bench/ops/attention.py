@@ -54,8 +54,8 @@ def _ends(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Input
     size = (4, shape["B"], shape["Lq"])
     ends = torch.randint(shape["Lk"] + 1, size, generator=generator, dtype=torch.int32)
     (lo, hi), (lo2, hi2) = ends[:2].sort(0).values, ends[2:].sort(0).values
-    some = torch.rand(shape["B"], shape["Lq"], generator=generator) < 0.7
-    return {"ends": (lo, torch.where(some, hi, lo), lo2, torch.where(some, lo2, hi2))}
+    empty, empty2 = torch.rand(2, shape["B"], shape["Lq"], generator=generator) < 0.3
+    return {"ends": (lo, torch.where(empty, lo, hi), lo2, torch.where(empty2, lo2, hi2))}
 
 
 def _blocks(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:

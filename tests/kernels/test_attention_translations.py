@@ -131,7 +131,7 @@ LONG: dict[str, Callable[[], masks.Intervals]] = {
     "window": lambda: masks.intervals(600, (PLACES - 200).clamp(min=0), PLACES + 1),
     "packed": lambda: masks.documents(PLACES // 250),
     "media": lambda: masks.media(PLACES[:, :400] % 130 == 0, 4, 150),
-    "padded": lambda: masks.causal(600) & masks.key_padding(torch.cat([PLACES > 130, PLACES % 256 < 128]), 600),
+    "padded": lambda: masks.causal(600) & masks.key_padding(torch.cat([PLACES > 130, PLACES % 300 < 280]), 600),
 }
 
 

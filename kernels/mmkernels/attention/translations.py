@@ -102,7 +102,7 @@ def columns_of(problem: Problem) -> Tensor:
     places = torch.arange(num_keys, device=lo.device, dtype=torch.int32).expand(len(lo), -1).contiguous()
     # queries up to which lo <= key, and up to which hi <= key
     last, first = (torch.searchsorted(x.contiguous(), places, right=True, out_int32=True) for x in (lo, hi))
-    columns = torch.stack([torch.maximum(last, first), first], 2).expand(batch, -1, -1)
+    columns = torch.stack([last, first], 2).expand(batch, -1, -1)
     if problem.keys is not None:
         columns = torch.where(problem.keys[..., None], columns, 0)
     return columns[:, None].contiguous()
@@ -130,7 +130,7 @@ def sequences_of(problem: Problem, backend: str) -> Sequences:
     batch, num_queries, num_keys = problem.q.shape[0], problem.q.shape[1], problem.num_keys
     lo, hi = (x.expand(batch, -1).long() for x in problem.ends)
     starts = torch.ones_like(lo, dtype=torch.bool)
-    starts[:, 1:] = (lo[:, 1:] != lo[:, :-1]) | (hi[:, 1:] < hi[:, :-1])
+    starts[:, 1:] = lo[:, 1:] != lo[:, :-1]
     rows = starts.flatten().nonzero()[:, 0].cpu()
     ends = torch.cat([rows[1:], torch.tensor([batch * num_queries])])
     sample, lo, hi = rows // num_queries * num_keys, lo.flatten().cpu(), hi.flatten().cpu()
