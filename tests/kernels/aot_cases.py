@@ -100,7 +100,7 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     return Case(named("contrastive", flags), kernel, row, CONTRASTIVE_TABLE, constants, {"scale": "*fp64"})
 
 
-def attention_case(row: str, size: int, few: str = "", **flags: Any) -> Case:
+def attention_case(row: str, size: int, few: str = "", /, **flags: Any) -> Case:
     """An attention kernel at the largest head dimension of a row, which it has with a vector of keys too."""
     off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS", "HAS_SEEN", "HEADS_FIRST"), False)
     rich = "_rich" if "BIAS" in flags else ""
