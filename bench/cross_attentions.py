@@ -125,8 +125,7 @@ def seen_share(shape: Shape, mask: Mask | None) -> float:
     """The share of the weights that the mask leaves."""
     if not isinstance(mask, Intervals):
         return 1.0
-    seen = sum(int((hi - lo).sum()) for lo, hi in mask.pairs)
-    return seen / (mask.num_batches * shape["Lq"] * shape["Lk"])
+    return int(mask.num_seen.sum()) / (mask.num_batches * shape["Lq"] * shape["Lk"])
 
 
 def seen_cost(cost: Cost, share: float) -> Cost:

@@ -22,7 +22,7 @@ from bench.spec import Inputs, OpSpec, Shape, Terms, shape_id
 from mmkernels._cost import Cost
 from mmkernels.attention.op import attention
 from mmkernels.attention.reference import QKNorm, attention_ref
-from mmkernels.masks import Mask, causal, dense, intervals
+from mmkernels.masks import Intervals, Mask, causal, dense, intervals, key_padding
 
 CASES = ("random", "large", "equal")
 
@@ -54,8 +54,8 @@ def _ends(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Input
     size = (4, shape["B"], shape["Lq"])
     ends = torch.randint(shape["Lk"] + 1, size, generator=generator, dtype=torch.int32)
     (lo, hi), (lo2, hi2) = ends[:2].sort(0).values, ends[2:].sort(0).values
-    some = torch.rand(shape["B"], shape["Lq"], generator=generator) < 0.7
-    return {"ends": (lo, torch.where(some, hi, lo), lo2, torch.where(some, lo2, hi2))}
+    empty, empty2 = torch.rand(2, shape["B"], shape["Lq"], generator=generator) < 0.3
+    return {"ends": (lo, torch.where(empty, lo, hi), lo2, torch.where(empty2, lo2, hi2))}
 
 
 def _blocks(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -63,6 +63,18 @@ def _blocks(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inp
     cut = torch.randint(shape["Lk"] + 1, (shape["B"], 2), generator=generator, dtype=torch.int32)
     (lo, hi), late = cut.sort(1).values.unbind(1), torch.arange(shape["Lq"]) > shape["Lq"] // 3
     return {"ends": (torch.where(late, lo[:, None], 0), torch.where(late, hi[:, None], lo[:, None]))}
+
+
+def _keys(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Padding: none, one run of it on either side, or any."""
+    places = torch.arange(shape["Lk"]) - torch.randint(shape["Lk"] + 1, (shape["B"], 1), generator=generator)
+    some = torch.rand(shape["B"], shape["Lk"], generator=generator) < 0.6
+    kind = torch.randint(4, (shape["B"], 1), generator=generator)
+    return {"keys": ((places < 0) & (kind == 0)) | ((places >= 0) & (kind == 1)) | (some & (kind == 2)) | (kind == 3)}
+
+
+def _ends_of_keys(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    return _ends(shape, dtype, generator) | _keys(shape, dtype, generator)
 
 
 def _bool(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -110,6 +122,7 @@ def _call(
     k2: Tensor | None = None,
     v2: Tensor | None = None,
     ends: tuple[Tensor, ...] = (),
+    keys: Tensor | None = None,
     bias: Tensor | None = None,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
@@ -126,9 +139,11 @@ def _call(
         mask = dense(bias)
     elif is_causal:
         mask = causal(q.shape[1], num_keys, device=q.device)
-    keys = (k, v) if k2 is None else ((k, k2), (v, v2))
+    if keys is not None and isinstance(mask, Intervals):
+        mask &= key_padding(keys, q.shape[1])
+    operands = (k, v) if k2 is None else ((k, k2), (v, v2))
     norm = None if q_weight is None or k_weight is None else QKNorm(q_weight, k_weight)
-    result = fn(q, *keys, mask=mask, qk_norm=norm, backend=backend, **options)
+    result = fn(q, *operands, mask=mask, qk_norm=norm, backend=backend, **options)
     if not options.get("return_lse"):
         return result
     out, lse = result
@@ -232,8 +247,9 @@ BIAS = _spec("[bias]", _float, ("bias",))
 DROPOUT = _spec("[dropout]", _dropout, is_causal=True)
 GATED = _spec("[gated]", _gated, ("gate", "q_weight", "k_weight"))
 SEGMENTS = _spec("[segments]", _segments, ("k2", "v2"))
-UNIFORM = _spec("[uniform]", _ends, empty_rows="uniform")
-SPECS = (PLAIN, CAUSAL, INTERVALS, BLOCKS, DENSE, BIAS, DROPOUT, GATED, SEGMENTS, UNIFORM)
+PADDED = _spec("[padded]", _keys, is_causal=True)
+UNIFORM = _spec("[uniform]", _ends_of_keys, empty_rows="uniform")
+SPECS = (PLAIN, CAUSAL, INTERVALS, BLOCKS, DENSE, BIAS, DROPOUT, GATED, SEGMENTS, PADDED, UNIFORM)
 
 
 # a CPU's forward is in its forward and backward

@@ -8,6 +8,8 @@ from typing import Any
 from mmkernels._launch import Launch, Table
 from mmkernels.attention import device as attention
 from mmkernels.attention import device_bwd as attention_bwd
+from mmkernels.attention import device_rows as attention_rows
+from mmkernels.attention.kernel import READ_ROWS
 from mmkernels.attention.kernel import TABLE as ATTENTION_TABLE
 from mmkernels.contrastive import device as contrastive
 from mmkernels.contrastive.kernel import TABLE as CONTRASTIVE_TABLE
@@ -32,10 +34,10 @@ OPERANDS = set(
     "a b d dd teacher_a teacher_b tokens student teacher dstudent grad bias q k v k2 v2 out d_out".split()
     + "dq dk dv dk2 dv2".split()
 )
-POINTERS = {"mask": "*u8"} | {
+POINTERS = {"mask": "*u8", "seen": "*u8"} | {
     name: dtype
     for dtype, names in (
-        ("*i32", "row_label col_label lo hi lo2 hi2 queries"),
+        ("*i32", "row_label col_label lo hi lo2 hi2 spans"),
         ("*i64", "positives row_labels col_labels targets seed chunks tensors"),
     )
     for name in names.split()
@@ -102,21 +104,27 @@ def contrastive_case(row: str, kernel: Any, **flags: bool) -> Case:
     return Case(named("contrastive", flags), kernel, row, CONTRASTIVE_TABLE, constants, {"scale": "*fp64"})
 
 
-def attention_case(row: str, size: int, **flags: Any) -> Case:
-    """An attention kernel at the largest head dimension of a row."""
-    off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS", "HEADS_FIRST"), False)
-    rich = "_rich" if flags else ""
+def attention_case(row: str, size: int, few: str = "", /, **flags: Any) -> Case:
+    """An attention kernel at the largest head dimension of a row, which it has with a vector of keys too."""
+    off = dict.fromkeys(("HAS_SLOPES", "HAS_DROPOUT", "HAS_SEGMENTS", "HAS_SEEN", "HEADS_FIRST"), False)
+    rich = "_rich" if "BIAS" in flags else ""
     return Case(
         named("attention", flags),
         ATTENTION[row],
-        f"{row}{rich}_{size}",
+        f"{row}{rich}{few}_{size}",
         ATTENTION_TABLE,
         {"NUM_ENDS": 2, "BIAS": "none", **off, **flags, "BLOCK_K": size},
         {"bias": "*u8"},
-        is_odd=not rich,
+        is_odd=not flags,
         product_rows="block_n" if row == "bwd_k" else "block_m",
-        elements=("bf16", "fp32"),
+        elements=("bf16",) if "HAS_SEEN" in flags else ("bf16", "fp32"),
     )
+
+
+def rows_case(row: str, kernel: Any, **constants: Any) -> Case:
+    """A kernel of attention that only reads rows."""
+    table = constant_table(row, (2, 4), Launch(READ_ROWS, 16, 16, 4, 1))
+    return Case(f"attention-{row}", kernel, row, table, {**constants, "HEADS_FIRST": False}, products=False)
 
 
 def lists_case(row: str, dtypes: str, name: str = "", **constants: Any) -> Case:
@@ -196,6 +204,10 @@ MULTI_TENSOR = (
 FWD, BWD = contrastive._contrastive_fwd_kernel, contrastive._contrastive_bwd_kernel
 CASES = (
     *(attention_case(*row, **flags) for row in product(ATTENTION, (64, 128, 256)) for flags in ({}, EVERYTHING)),
+    *(attention_case(*row, HAS_SEEN=True) for row in product(ATTENTION, (64, 128, 256))),
+    *(attention_case(row, 64, "_few", **flags) for row in ATTENTION for flags in ({}, EVERYTHING)),
+    rows_case("rows", attention_rows._attention_rows_kernel, HAS_DLSE=True, BLOCK_K=256),
+    rows_case("spans", attention_rows._attention_spans_kernel, NUM_ENDS=4),
     *MULTI_TENSOR,
     contrastive_case("fwd", FWD),
     contrastive_case("fwd", FWD, SHIFTED=True),

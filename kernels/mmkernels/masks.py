@@ -5,118 +5,15 @@ Shapes: B batch, Lq queries, Lk keys; a batch dimension of 1 serves every batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels._checks import require
+from mmkernels._masks import Dense, Intervals, Mask
 
 Device = torch.device | str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Intervals:
-    """Query i of batch b sees the keys from `lo[b, i]` to `hi[b, i]` - 1, and those of a second interval.
-
-    Make one with the functions of this module, or with `intervals`, which checks it.
-    """
-
-    num_keys: int
-    lo: Tensor  # int32 [B or 1, Lq]
-    hi: Tensor
-    lo2: Tensor | None = None
-    hi2: Tensor | None = None
-    is_causal: bool = field(default=False, kw_only=True)  # exactly `causal`, which libraries have a name for
-
-    @property
-    def pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The intervals, one or two."""
-        if self.lo2 is None or self.hi2 is None:
-            return ((self.lo, self.hi),)
-        return (self.lo, self.hi), (self.lo2, self.hi2)
-
-    @property
-    def num_batches(self) -> int:
-        return self.lo.shape[0]
-
-    @property
-    def num_queries(self) -> int:
-        return self.lo.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.lo.device
-
-    def to(self, device: torch.device | str) -> "Intervals":
-        moved = [None if x is None else x.to(device) for x in (self.lo, self.hi, self.lo2, self.hi2)]
-        return Intervals(self.num_keys, *moved, is_causal=self.is_causal)  # pyright: ignore[reportArgumentType]
-
-    def to_dense(self) -> Tensor:
-        """The matrix, bool `[B or 1, 1, Lq, Lk]`."""
-        keys = torch.arange(self.num_keys, device=self.device)
-        seen = [(lo[..., None] <= keys) & (keys < hi[..., None]) for lo, hi in self.pairs]
-        return torch.stack(seen).any(0)[:, None]
-
-    def __and__(self, other: "Intervals") -> "Intervals":
-        """The keys that both see; of two intervals each there could be three, which is refused."""
-        known = isinstance(other, Intervals)
-        require("masks", known, "& must join masks of intervals, got {}", type(other).__name__)
-        batches = self.num_batches, other.num_batches
-        fit = 1 in batches or batches[0] == batches[1]
-        require("masks", fit, "& must join masks of one batch or of equal batches, got {} and {}", *batches)
-        require(
-            "masks",
-            (self.num_queries, self.num_keys) == (other.num_queries, other.num_keys),
-            "& must join masks of equal lengths, got {} and {} queries, {} and {} keys",
-            self.num_queries,
-            other.num_queries,
-            self.num_keys,
-            other.num_keys,
-        )
-        sides = len(self.pairs), len(other.pairs)
-        require("masks", sides != (2, 2), "& must join masks of which one has one interval, got {}", sides)
-        joined = [
-            torch.broadcast_tensors(torch.maximum(lo, lo2), torch.minimum(hi, hi2))
-            for lo, hi in self.pairs
-            for lo2, hi2 in other.pairs
-        ]
-        ends = [end for lo, hi in joined for end in (lo, torch.maximum(lo, hi))]
-        return Intervals(self.num_keys, *ends)
-
-
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """Any matrix `[B or 1, H or 1, Lq or 1, Lk]`: bool, True where a query sees a key, or added to the logits."""
-
-    values: Tensor
-
-    @property
-    def num_keys(self) -> int:
-        return self.values.shape[3]
-
-    @property
-    def num_batches(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def num_queries(self) -> int:
-        return self.values.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    def to(self, device: torch.device | str) -> "Dense":
-        return replace(self, values=self.values.to(device))
-
-    def to_dense(self) -> Tensor:
-        """The matrix itself."""
-        return self.values
-
-
-Mask = Intervals | Dense
 
 
 def intervals(num_keys: int, lo: Tensor, hi: Tensor, lo2: Tensor | None = None, hi2: Tensor | None = None) -> Intervals:
@@ -161,27 +58,20 @@ def causal(num_queries: int, num_keys: int | None = None, *, device: Device = No
     """
     num_keys = num_queries if num_keys is None else num_keys
     last = torch.arange(num_queries, device=device, dtype=torch.int32)[None] + (num_keys - num_queries + 1)
-    return Intervals(num_keys, torch.zeros_like(last), last.clamp(min=0), is_causal=True)
+    return Intervals(num_keys, torch.zeros_like(last), last.clamp(min=0), is_causal=True, is_ordered=True)
 
 
-def key_padding(keys: Tensor, num_queries: int) -> Mask:
-    """Every query sees the keys that are no padding.
+def key_padding(keys: Tensor, num_queries: int) -> Intervals:
+    """Every query sees the keys that are no padding; joined by `&` with any other intervals, these do.
 
     Args:
-        keys: bool `[B, Lk]`, True for a key to be seen, as a tokenizer's attention mask. At most two runs of them
-            in a row are intervals; of more, as of any on a GPU, where counting them would wait for it, they
-            stay the `[B, Lk]` that they are.
+        keys: bool `[B, Lk]`, True for a key to be seen, as a tokenizer's attention mask, wherever its padding lies.
         num_queries: Lq.
     """
     require("masks.key_padding", keys.ndim == 2, "keys must be [B, Lk], got shape {}", list(keys.shape))
     require("masks.key_padding", keys.dtype == torch.bool, "keys must be bool, got {}", keys.dtype)
-    if keys.is_cuda:
-        return Dense(keys[:, None, None])
-    found = from_dense(keys[:, None, None])
-    if isinstance(found, Dense):
-        return found
-    ends = (x.expand(-1, num_queries) for pair in found.pairs for x in pair)
-    return Intervals(found.num_keys, *ends)
+    lo = torch.zeros(1, num_queries, device=keys.device, dtype=torch.int32)
+    return Intervals(keys.shape[1], lo, torch.full_like(lo, keys.shape[1]), is_ordered=True).among(keys)
 
 
 def lengths(num_seen: Tensor, num_queries: int, num_keys: int) -> Intervals:
@@ -191,7 +81,7 @@ def lengths(num_seen: Tensor, num_queries: int, num_keys: int) -> Intervals:
         num_seen: integers `[B]`, from 0 to Lk.
     """
     hi = _lengths("masks.lengths", "num_seen", num_seen, num_keys)[:, None].expand(-1, num_queries)
-    return Intervals(num_keys, torch.zeros_like(hi), hi)
+    return Intervals(num_keys, torch.zeros_like(hi), hi, is_ordered=True)
 
 
 def documents(ids: Tensor, *, causal: bool = True) -> Intervals:
@@ -214,7 +104,7 @@ def documents(ids: Tensor, *, causal: bool = True) -> Intervals:
     ends[:, :-1] = starts[:, 1:]
     hi = torch.where(ends, place + 1, num_tokens).flip(1).cummin(1).values.flip(1).int()
     hi = place + 1 if causal else hi
-    return Intervals(num_tokens, lo, torch.where(ids < 0, lo, hi))
+    return Intervals(num_tokens, lo, torch.where(ids < 0, lo, hi), is_ordered=True)
 
 
 def prefix_causal(prefix: Tensor, num_queries: int, num_keys: int | None = None) -> Intervals:
@@ -226,7 +116,7 @@ def prefix_causal(prefix: Tensor, num_queries: int, num_keys: int | None = None)
     """
     base = causal(num_queries, num_keys, device=prefix.device)
     hi = torch.maximum(base.hi, _lengths("masks.prefix_causal", "prefix", prefix, base.num_keys)[:, None])
-    return Intervals(base.num_keys, torch.zeros_like(hi), hi)
+    return Intervals(base.num_keys, torch.zeros_like(hi), hi, is_ordered=True)
 
 
 def media(locations: Tensor, num_media: int, tokens_per_media: int, *, latest: bool = True) -> Intervals:
@@ -244,12 +134,12 @@ def media(locations: Tensor, num_media: int, tokens_per_media: int, *, latest: b
     require(op, locations.ndim == 2, "locations must be [B, Lq], got shape {}", list(locations.shape))
     require(op, locations.dtype == torch.bool, "locations must be bool, got {}", locations.dtype)
     time = locations.cumsum(1)
-    if not time.is_cuda and not is_compiling() and time.numel():
+    if time.is_cpu and not is_compiling() and time.numel():
         most = int(time.max())
         require(op, most <= num_media, "num_media must be at least the {} of locations, got {}", most, num_media)
     hi = time.int() * tokens_per_media
     lo = (hi - tokens_per_media).clamp(min=0) if latest else torch.zeros_like(hi)
-    return Intervals(num_media * tokens_per_media, lo, hi)
+    return Intervals(num_media * tokens_per_media, lo, hi, is_ordered=True)
 
 
 def tiles(seen: Tensor, tokens_per_tile: int) -> Mask:
@@ -281,13 +171,13 @@ def qformer_itc(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
     """
     is_text, seen = _qformer("masks.qformer_itc", num_queries, num_text, max_text)
     lo = torch.where(is_text, num_queries, 0).int().expand_as(seen)
-    return Intervals(num_queries + max_text, lo, torch.where(is_text, seen, num_queries).int())
+    return Intervals(num_queries + max_text, lo, torch.where(is_text, seen, num_queries).int(), is_ordered=True)
 
 
 def qformer_itm(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
     """The Q-Former's matching mask: queries and text see each other; see `qformer_itc`."""
     _, seen = _qformer("masks.qformer_itm", num_queries, num_text, max_text)
-    return Intervals(num_queries + max_text, torch.zeros_like(seen), seen)
+    return Intervals(num_queries + max_text, torch.zeros_like(seen), seen, is_ordered=True)
 
 
 def qformer_itg(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
@@ -296,7 +186,7 @@ def qformer_itg(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
     is_text, seen = _qformer("masks.qformer_itg", num_queries, num_text, max_text)
     place = torch.arange(num_queries + max_text, device=seen.device, dtype=torch.int32)
     hi = torch.where(is_text, torch.minimum(seen, place + 1), num_queries).int()
-    return Intervals(num_queries + max_text, torch.zeros_like(hi), hi)
+    return Intervals(num_queries + max_text, torch.zeros_like(hi), hi, is_ordered=True)
 
 
 def qformer_pairs(num_queries: int, num_text: Tensor, max_text: int) -> Intervals:
@@ -367,7 +257,7 @@ def _qformer(op: str, num_queries: int, num_text: Tensor, max_text: int) -> tupl
 def _lengths(op: str, name: str, x: Tensor, most: int) -> Tensor:
     require(op, x.ndim == 1, "{} must be [B], got shape {}", name, list(x.shape))
     _check_integers(op, name, x)
-    if not x.is_cuda and not is_compiling() and x.numel():
+    if x.is_cpu and not is_compiling() and x.numel():
         low, high = (int(end) for end in x.aminmax())
         require(op, low >= 0 and high <= most, "{} must be from 0 to {}, got {} to {}", name, most, low, high)
     return x.int()
@@ -379,7 +269,7 @@ def _check_integers(op: str, name: str, x: Tensor) -> None:
 
 
 def _check_ends(op: str, num_keys: int, lo: Tensor, hi: Tensor) -> None:
-    if lo.is_cuda or is_compiling() or not lo.numel():
+    if not lo.is_cpu or is_compiling() or not lo.numel():
         return
     low, high = int(lo.min()), int(hi.max())
     require(op, low >= 0 and high <= num_keys, "ends must be from 0 to {}, got {} to {}", num_keys, low, high)

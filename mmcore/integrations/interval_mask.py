@@ -79,6 +79,8 @@ def _find(mask: Tensor, num_queries: int) -> Seen:
     empty_rows = "uniform" if bool((~seen.any(3)).any()) else "zero"
     if not is_binary:
         return Seen(_bias(mask), empty_rows)
+    if seen.shape[1:3] == (1, 1):
+        return Seen(masks.key_padding(seen[:, 0, 0], num_queries), empty_rows)
     return Seen(masks.from_dense(seen.expand(-1, -1, num_queries, -1)), empty_rows)
 
 

@@ -3,9 +3,7 @@
 "eager" is what it is held to: the same mask, the same result. Written for the mask functions of transformers 5.23.
 """
 
-from collections.abc import Callable, Mapping
 from functools import wraps
-from inspect import getclosurevars
 from typing import Any
 
 import torch
@@ -13,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
+from transformers.masking_utils import bidirectional_mask_function, eager_mask
 from transformers.utils.output_capturing import _active_collector
 
 from mmcore.integrations.interval_mask import IntervalMask, Seen, seen_by
+from mmcore.integrations.mask_patterns import Request, padded_keys, pattern_of
 from mmcore.ops import attention, masks, require
 
 NAME = "mmkernels"
@@ -123,72 +122,29 @@ def _with_bias(bias: Tensor, seen: Seen | None) -> Seen:
 
 
 def attention_mask(**request: Any) -> Tensor | None:
-    """transformers' `eager_mask`, `[B, 1, Lq, Lk]`, of which, if it is causal or bidirectional, intervals alone are
-    stored; None where nothing is hidden.
+    """transformers' `eager_mask`, `[B, 1, Lq, Lk]`, of which, if its pattern is known, intervals and the padding alone
+    are stored; None where nothing is hidden.
 
     Called by transformers once per forward. It has the eager values rather than bool ones: what a model does to its
-    eager mask stays right, and so does a model that adds it to its logits itself. Packed samples of a
-    causal model are such intervals too. Other patterns (windows, chunks) are the matrix that transformers makes, and
-    `seen_by` finds their intervals; so are all in a graph that is compiled, which cannot ask how much is hidden.
+    eager mask stays right, and so does a model that adds it to its logits itself. Known are causal and bidirectional
+    masks, windows, chunks and packed samples, under any padding; other patterns are the matrix that transformers
+    makes, and `seen_by` finds their intervals; so are all in a graph that is compiled. On a GPU no value is read, for
+    which the host would wait: what is padded there is taken to hide something, and to leave queries without a key.
     """
-    found = None if is_compiling() else _intervals(**request)
+    where = Request(*(request[name] for name in ("q_length", "kv_length", "q_offset", "kv_offset", "device")))
+    found = None if is_compiling() else pattern_of(request["mask_function"], where)
     if found is None:
         return eager_mask(**request)
-    fewest = int(torch.stack([hi - lo for lo, hi in found.pairs]).sum(0).min())
+    keys = request["attention_mask"]
+    reads = found.device.type == "cpu"
+    if keys is not None and not (reads and bool(padded_keys(keys, where).all())):
+        found = found & masks.key_padding(padded_keys(keys, where), where.q_length)
+    if reads:
+        fewest = int(found.num_seen.min())
+    else:
+        is_bidirectional = request["mask_function"] is bidirectional_mask_function
+        fewest = found.num_keys if keys is None and is_bidirectional else int(keys is None and where.sees_itself)
     may_skip = request.get("allow_is_causal_skip", True) or request.get("allow_is_bidirectional_skip", False)
     if may_skip and fewest == found.num_keys:
         return None
-    seen = Seen(found, "uniform" if fewest == 0 else "zero")
-    return IntervalMask(seen, request["batch_size"], request["dtype"])
-
-
-def _intervals(
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    mask_function: Callable,
-    attention_mask: Tensor | None,
-    device: torch.device,
-    **_: object,
-) -> masks.Intervals | None:
-    """The pattern and the padding, if the pattern is plain and the padding of each sample at most two runs."""
-    if mask_function is bidirectional_mask_function:
-        pattern = masks.lengths(torch.full((1,), kv_length, device=device), q_length, kv_length)
-    elif mask_function is not causal_mask_function:
-        ids = _documents(mask_function)
-        return None if ids is None else masks.documents(ids)
-    elif q_offset + q_length == kv_offset + kv_length:
-        pattern = masks.causal(q_length, kv_length, device=device)
-    else:
-        # keys of a static cache that are yet to come
-        hi = (torch.arange(1, q_length + 1, device=device)[None] + q_offset - kv_offset).clamp(0, kv_length)
-        pattern = masks.intervals(kv_length, torch.zeros_like(hi), hi)
-    if attention_mask is None:
-        return pattern
-    missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
-    keys = F.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
-    if keys.all():
-        return pattern
-    runs = masks.from_dense(keys[:, None, None])
-    if not isinstance(runs, masks.Intervals):
-        return None
-    ends = (x.expand(-1, q_length) for pair in runs.pairs for x in pair)
-    return pattern & masks.Intervals(kv_length, *ends)
-
-
-def _documents(mask_function: Callable) -> Tensor | None:
-    """Which of a row's samples each token belongs to, `[B, L]`, if these alone, causally, are what it is about."""
-    joined = _closed_over(mask_function, "and_masks").get("mask_functions", ())
-    if len(joined) != 2:
-        return None
-    packed = _closed_over(joined[0], "packed_sequence_mask_function")
-    pattern = _closed_over(joined[1], "remap_positions_for_packed_sequence").get("mask_function")
-    return packed.get("packed_sequence_mask") if pattern is causal_mask_function else None
-
-
-def _closed_over(function: Callable, maker: str) -> Mapping[str, Any]:
-    """What a function that transformers' `maker` made closes over; nothing of another's."""
-    name = getattr(function, "__qualname__", "").split(".")[0]
-    is_its = name == maker and function.__module__ == causal_mask_function.__module__
-    return getclosurevars(function).nonlocals if is_its else {}
+    return IntervalMask(Seen(found, "zero" if fewest else "uniform"), request["batch_size"], request["dtype"])

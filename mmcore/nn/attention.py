@@ -68,7 +68,7 @@ class Attention(nn.Module):
         Args:
             x: [B, T, D].
             mask: of `mmkernels.masks`, for T queries and T keys, with a cache for the keys of both; with
-                `is_causal` it narrows the causal one, and must be intervals (`masks.lengths` for padding). A
+                `is_causal` it narrows the causal one, and must be intervals (`masks.key_padding` among them). A
                 token that sees nothing gets `out`'s bias.
             cache: of what came before, to which `x` is added.
             packing: where `x` [1, N, D] is packed; for causal attention without mask and cache, in which no token

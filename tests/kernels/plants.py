@@ -9,7 +9,7 @@ from bench.ops import maxsim as late
 from bench.ops import sigmoid as pairs
 from bench.ops import token_contrastive as tokens
 from bench.ops.adamw import AVERAGED
-from bench.ops.attention import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, PLAIN, SEGMENTS
+from bench.ops.attention import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, PADDED, PLAIN, SEGMENTS
 from bench.ops.contrastive import LOSS, VARIANTS
 from bench.ops.distill import SPECS as DISTILL
 from bench.ops.ema import EMA, SHADOWED
@@ -45,7 +45,9 @@ class Op:
 
 HEADS, PAIR = {"B": 2, "H": 2, "Hkv": 1, "Lq": 36, "Lk": 65, "K": 16}, {"N": 2, "L": CHUNK + 40}
 OPS = {
-    "attention": Op(attention, tuple((x, HEADS) for x in (PLAIN, CAUSAL, INTERVALS, BLOCKS, BIAS, DROPOUT, SEGMENTS))),
+    "attention": Op(
+        attention, tuple((x, HEADS) for x in (PLAIN, CAUSAL, INTERVALS, BLOCKS, BIAS, DROPOUT, SEGMENTS, PADDED))
+    ),
     "contrastive": Op(
         contrastive, ((STATS, STATS.shapes[1]), *((x, x.shapes[-1]) for x in (STATS, LOSS, VARIANTS[-1])))
     ),
@@ -118,8 +120,10 @@ a bias of the first tile's rows: _tile_backward d_logits@2 -> 2 * _
 wrong factor on dk: _attention_bwd_k_kernel scale@1 -> 1.001 * _
 one split alone: _combined sum -> _self[0]
 dq of one split alone: _query_gradient sum -> _self[0]
-queries of the first block alone: _query_ranges num_queries@2 -> 1
-gradient of the log-sum-exp lost: _delta d_lse@2 -> None
+queries of the first block alone: _spans num_queries@2 -> 1
+gradient of the log-sum-exp lost: _rows d_lse@2 -> None
+padding of keys lost: _arguments keys -> None
+padding of keys lost in dk: _attention_bwd_k_kernel where@4 -> _1
 second interval lost: _arguments len@2 -> min(_, 2)
 another dropout: _numbers dropout_p -> 0.9 * _
 missing cast: _operand x@4 -> _.half().to(_.dtype)

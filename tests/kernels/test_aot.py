@@ -2,16 +2,18 @@
 that is installed and, where its wheel lies unpacked beside, under the oldest that is promised."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
 
-from bench.static.cases import FWD, MULTI_TENSOR, Case, contrastive_case
-from bench.static.compiled import ROWS, Row, compile_kernel, compiled_row, resources, row_id, warnings
+from bench.static.cases import MULTI_TENSOR, TOKENS_TABLE, Case, attention_case, contrastive_case, token_case
+from bench.static.compiled import ELEMENT, ROWS, Row, compile_kernel, compiled_row, resources, row_id, warnings
 from mmkernels._device import INTERPRETED
 from mmkernels._launch import Launch
 
@@ -20,6 +22,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 OLDEST = Path(sys.prefix) / "triton-3.6"  # by `make test`
 # bytes a block may use, from the CUDA C++ Programming Guide's table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# of a processor, a block's own KiB of shared memory among it
+REGISTERS, SHARED_OF_PROCESSOR = 65_536, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
 def params(rows: list[Row]) -> list[Any]:
@@ -75,6 +79,32 @@ def test_float32_products_are_exact_unless_tf32_was_asked_for(
     assert "tf32" in fast
 
 
+@pytest.mark.parametrize(("case", "row", "element"), params([x for x in HALF if "_few" in x[0].row]))
+def test_few_queries_leave_a_processor_room_for_two_programs(
+    case: Case, row: tuple[str, int, int], element: str
+) -> None:
+    compiled = compiled_row(case, row, element)
+    registers = resources(compiled)["REG"] * 32 * case.table[row].num_warps
+    assert 2 * registers <= REGISTERS and 2 * (compiled.metadata.shared + 1024) <= SHARED_OF_PROCESSOR[row[2]]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_ends_of_queries_are_in_no_pipeline(arch: int) -> None:
+    """Each would be copied for every tile, in registers that the products need."""
+    case = attention_case("bwd_k", 64)
+    row = case.row, 2, arch
+    compiled = compile_kernel(case, "bf16", arch, replace(case.table[row], num_stages=2))
+    copied = re.findall(r"async_copy_global_to_local .*tensor<(\w+)x!tt.ptr<(\w+)>", compiled.asm["ttgir"])
+    assert copied and not [shape for shape, kind in copied if kind == "i32" and shape != "1"]
+
+
+@pytest.mark.parametrize("row", [row for row in TOKENS_TABLE if row[0] == "fwd"])
+def test_a_maximum_over_tokens_is_not_a_number_where_one_of_them_is_not(row: tuple[str, int, int]) -> None:
+    """The interpreter takes another way to it."""
+    case = token_case("fwd", 32, is_whole=True, is_single=True)
+    assert "max.NaN.f32" in compiled_row(case, row, ELEMENT[row[1]][0]).asm["ptx"]
+
+
 @pytest.mark.parametrize("case", MULTI_TENSOR, ids=lambda case: case.name)
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_whole_chunks_are_read_and_written_by_16_bytes(case: Case, arch: int) -> None:
@@ -86,7 +116,7 @@ def test_whole_chunks_are_read_and_written_by_16_bytes(case: Case, arch: int) ->
 
 def test_the_resource_reader_sees_a_spill() -> None:
     """A tile far too large for its registers: the check above can fail."""
-    large = contrastive_case("fwd", FWD)
-    compiled = compile_kernel(large, "fp32", 80, Launch(256, 256, 16, 4, 1), precision="tf32")
+    large = contrastive_case("fwd")
+    compiled = compile_kernel(large, "bf16", 80, Launch(256, 256, 16, 4, 1))
     usage = resources(compiled)
     assert usage["STACK"] + usage["LOCAL"] > 0

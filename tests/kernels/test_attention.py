@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.contract import check
 from bench.ops.attention import INTERVALS, PLAIN
-from mmkernels import QKNorm, attention, masks
+from mmkernels import QKNorm, attention, attention_ref, masks
 from mmkernels._device import INTERPRETED
 from mmkernels._philox import drop_, kept
 from mmkernels.attention import blockwise
+from mmkernels.attention.problem import Problem
 from tests.kernels.recorded import Operations
 
 
@@ -50,6 +52,17 @@ class TestRowsThatSeeNothing:
         dq, dv = torch.autograd.grad(out[0].sum(), (self.q, self.v))
         assert not dq.any()
         torch.testing.assert_close(dv[0], torch.full_like(dv[0], 9 * 2 / 20))
+
+    def test_are_of_no_dropout_and_of_rows_whose_keys_are_all_padding(self) -> None:
+        keys = torch.arange(20)[None] % 7 > 4
+        mask = masks.causal(9, 20) & masks.key_padding(torch.cat([keys, torch.zeros_like(keys)]), 9)
+        for empty_rows in ("zero", "uniform"):
+            out, expected = (
+                f(self.q, self.k, self.v, mask=mask, dropout_p=0.4, seed=torch.tensor(5), empty_rows=empty_rows)
+                for f in (ours, attention_ref)
+            )
+            torch.testing.assert_close(out, expected)
+            assert bool(out[1].any()) == (empty_rows == "uniform")
 
     def test_mask_or_none_a_call_without_keys_gives_zeros(self) -> None:
         q, k, v = operands(num_keys=0)
@@ -165,8 +178,20 @@ class TestDropout:
         assert torch.equal(whole == 0, ~keep)
 
 
+def test_the_row_of_the_launch_table_is_a_function_of_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, found = import_module("mmkernels.attention.kernel"), []
+    monkeypatch.setattr(kernel, "launch_config", lambda table, name, q: found.append(name))
+    for num_queries, width, dtype in ((32, 64, torch.half), (33, 64, torch.half), (32, 72, torch.half), (32, 64, None)):
+        q, k = (torch.empty(2, length, 12, width, dtype=dtype) for length in (num_queries, 257))
+        for seed in (None, torch.tensor(3)):
+            kernel._config_of("fwd", Problem(q, ((k, k),), (), None, None, None, seed, 1.0, 0.0))
+    assert found == [
+        "fwd_few_64", "fwd_rich_few_64", "fwd_64", "fwd_rich_64", "fwd_128", "fwd_rich_128", "fwd_64", "fwd_rich_64",
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
-@pytest.mark.parametrize("kind", ["causal", "documents", "media", "dropout", "dense"])
+@pytest.mark.parametrize("kind", ["causal", "documents", "media", "dropout", "padded", "dense"])
 def test_nothing_of_the_size_of_the_weights_is_ever_made(kind: str) -> None:
     length = 2048
     q, k, v = operands(1, length, length, (2, 2), 8)
@@ -175,7 +200,8 @@ def test_nothing_of_the_size_of_the_weights_is_ever_made(kind: str) -> None:
         "documents": {"mask": masks.documents((torch.arange(length) // 500)[None])},
         "media": {"mask": masks.media(torch.arange(length)[None] % 512 == 0, 4, length // 4)},
         "dropout": {"dropout_p": 0.1, "seed": 0},
-        "dense": {"mask": masks.key_padding(torch.arange(length)[None] % 3 > 0, length)},
+        "padded": {"mask": masks.key_padding(torch.arange(length)[None] % 3 > 0, length)},
+        "dense": {"mask": masks.dense((torch.arange(length)[None] % 3 > 0)[:, None])},
     }[kind]
     with Operations() as seen:
         out: Any = ours(q, k, v, **options)
@@ -194,6 +220,26 @@ def test_tiles_that_nobody_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> 
     ours(q, k, v, mask=masks.media(torch.arange(512)[None] % 128 == 0, 4, 256))
     assert sum((p.rows.stop - p.rows.start) * (p.cols.stop - p.cols.start) for p in done) == 512 * 256
     assert {piece.kind for piece in done} == {"full"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
+def test_padding_is_skipped_where_it_is_long_and_masked_where_it_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    forward = blockwise._fused_forward
+    monkeypatch.setattr(
+        blockwise, "_fused_forward", lambda problem, piece: done.append(piece) or forward(problem, piece)
+    )
+    q, k, v = operands(2, 512, 1024, (1, 1), 8)
+    places = torch.arange(1024)
+    keys = torch.stack([(places >= 100) & (places < 900), (places < 300) | (places >= 500) & (places % 100 > 0)])
+    ours(q, k, v, mask=masks.key_padding(keys, 512))
+    assert [(piece.batch.start, piece.cols.start, piece.cols.stop, piece.kind) for piece in done] == [
+        (0, 100, 900, "full"), (1, 0, 300, "full"), (1, 501, 1024, "padded"),
+    ]  # fmt: skip
+    done.clear()
+    ours(q, k, v, mask=masks.causal(512, 1024) & masks.key_padding(keys[:1].logical_not(), 512))
+    # 0 to 100, and from 900 on causally
+    assert {(p.cols.start, p.cols.stop, p.kind) for p in done} == {(0, 100, "full"), (900, 1024, "causal")}
 
 
 def test_activation_checkpointing_changes_no_bit() -> None:

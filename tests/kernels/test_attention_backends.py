@@ -4,12 +4,11 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.contract import check
 from bench.ops.attention import BIAS, CAUSAL, DENSE, PLAIN
@@ -19,6 +18,7 @@ from mmkernels._device import INTERPRETED
 from mmkernels.attention import backends, libraries, op
 from mmkernels.attention.backends import NAMES, Call, pick, refusal
 from mmkernels.attention.libraries import LIBRARIES
+from tests.kernels.attention_fakes import asking, install
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel of ours runs here")
 
@@ -27,73 +27,15 @@ CPU = replace(CALL, architecture=0, dtype=torch.float32)
 TRAINED = replace(CALL, has_gradient=True)
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, scale: Any, causal: bool, slopes: Tensor | None = None) -> Any:
-    mask = masks.causal(q.shape[1], k.shape[1]) if causal else None
-    return attention_ref(q, k, v, mask=mask, scale=scale, alibi_slopes=slopes)
-
-
-# as flash-attn 2.8.3 has it, the hopper folder and flash-attn-4 in August 2026, and xformers 0.0.35: what we pass
-def flash_attn_2(q, k, v, *, softmax_scale, causal, alibi_slopes=None, deterministic):
-    assert deterministic
-    assert alibi_slopes is None or alibi_slopes.dtype == torch.float32
-    return _math(q, k, v, softmax_scale, causal, alibi_slopes)
-
-
-def flash_attn_3(q, k, v, *, softmax_scale, causal, deterministic):
-    assert deterministic
-    return _math(q, k, v, softmax_scale, causal)
-
-
-def flash_attn_4(q, k, v, *, softmax_scale, causal, deterministic):
-    return flash_attn_3(q, k, v, softmax_scale=softmax_scale, causal=causal, deterministic=deterministic), None
-
-
-def memory_efficient_attention(query, key, value, *, attn_bias, p, scale):
-    assert p == 0.0 and query.shape[2] == key.shape[2]
-    return _math(query, key, value, scale, isinstance(attn_bias, LowerTriangularFromBottomRightMask))
-
-
-class LowerTriangularFromBottomRightMask:
-    pass
-
-
-# what is not installed
-FAKES: dict[str, dict[str, Any]] = {
-    "flash_attn.flash_attn_interface": {"flash_attn_func": flash_attn_2},
-    "flash_attn_interface": {"flash_attn_func": flash_attn_3},
-    "flash_attn.cute": {"flash_attn_func": flash_attn_4},
-    "xformers.ops": {
-        "memory_efficient_attention": memory_efficient_attention,
-        "fmha": SimpleNamespace(
-            attn_bias=SimpleNamespace(LowerTriangularFromBottomRightMask=LowerTriangularFromBottomRightMask)
-        ),
-    },
-}
-
-
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All libraries, as fakes that run anywhere in any dtype."""
-    found = {}
-    for name, members in FAKES.items():
-        found[name] = ModuleType(name)
-        vars(found[name]).update(members)
-    monkeypatch.setattr(libraries, "_FOUND", found)
-    anywhere = {
-        name: replace(library, only=None, dtypes=libraries.SINGLE) if library.module else library
-        for name, library in LIBRARIES.items()
-    }
-    monkeypatch.setattr(backends, "LIBRARIES", anywhere)
+    install(monkeypatch)
 
 
 @pytest.fixture
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "_FOUND", {})
     monkeypatch.setattr(libraries, "find_spec", lambda name: None)
-
-
-def asking(spec: OpSpec, backend: str) -> OpSpec:
-    return replace(spec, op=partial(spec.op, backend=backend))
 
 
 SHAPE = {"B": 2, "H": 2, "Hkv": 2, "Lq": 33, "Lk": 65, "K": 16}
@@ -115,7 +57,7 @@ class TestEachIsHeldToTheContract:
     def test_torchs_own(self, spec: OpSpec, dtype: torch.dtype) -> None:
         check(asking(spec, "sdpa"), SQUARE, "random", dtype, seeds=range(4))
 
-    @pytest.mark.parametrize("name", [name for name in NAMES if name[:4] in ("flas", "xfor")])
+    @pytest.mark.parametrize("name", [name for name in NAMES if name[:4] in ("flas", "xfor", "cudn")])
     def test_those_of_others_by_their_signatures(self, name: str, installed: None) -> None:
         for spec in (PLAIN, square_causal(CAUSAL)):
             check(asking(spec, name), SHAPE, "random", torch.float32, seeds=range(2))
@@ -203,6 +145,10 @@ REFUSED = {
     "two things": ("flash_attn_2", replace(CALL, features=frozenset({"return_lse", "dropout_p"})),
      "it has no dropout_p, return_lse"),
     "intervals": ("sdpa", replace(CPU, mask="intervals"), "it would store the mask as a matrix"),
+    "two intervals": ("flashmask", replace(CALL, mask="intervals", structure=frozenset({"a second interval a query"})),
+     "it takes intervals, but none with a second interval a query"),
+    "no order": ("flex_flash", replace(TRAINED, mask="intervals", is_deterministic=True),
+     "its gradient adds in no fixed order, and torch.use_deterministic_algorithms is on"),
     "bool": ("flash_attn_3", replace(CALL, mask="bool"), "it has no bool mask"),
     "a mask of cuDNN": ("sdpa_cudnn", replace(CALL, mask="bool"), "it has no bool mask"),
     "lengths": ("sdpa", replace(CPU, mask="causal", num_keys=9), "its causal mask needs as many queries as keys"),

@@ -73,6 +73,17 @@ def attend(mask: masks.Mask, dtype: torch.dtype = torch.float32, **options: Any)
     return lambda: mk.attention(*inputs, mask=mask, backend="mmkernels", **options)
 
 
+def attend_padded() -> Callable[[], Tensor]:
+    """The mask is made in each call."""
+    inputs, keys = qkv(torch.half), (torch.arange(257, device="cuda") % 5 > 0).expand(2, -1)
+
+    def call() -> Tensor:
+        mask = masks.causal(130, 257, device="cuda") & masks.key_padding(keys, 130)
+        return mk.attention(*inputs, mask=mask, empty_rows="uniform", backend="mmkernels")
+
+    return call
+
+
 def of_loss(name: str, rows: int, **options: Any) -> Callable[[], Tensor]:
     inputs = on_cuda(name, rows)
     return lambda: LOSSES[name].fn(*inputs, **options).sum()
@@ -92,6 +103,7 @@ FORWARDS: dict[str, Callable[[], Callable[[], Tensor]]] = {
 STEPS: dict[str, Callable[[], Callable[[], Tensor]]] = {
     "contrastive": FORWARDS["contrastive"],
     "attention": lambda: attend(masks.causal(130, 257, device="cuda"), dropout_p=0.1),
+    "attention of padded keys": attend_padded,
     "token_contrastive": lambda: of_loss("token_contrastive", 70, labels=ids(70, 35), label_smoothing=0.1),
     "sigmoid": lambda: of_loss("sigmoid", 300),
     "sigmoid with labels": lambda: of_loss("sigmoid", 300, labels=ids(300, 70), reduction="none"),

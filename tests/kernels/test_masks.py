@@ -129,6 +129,40 @@ class TestQFormer:
         assert_is(masks.qformer_pairs(*self.arguments), matrix(3, 11, 11, sees))
 
 
+class TestKeyPadding:
+    rows = ("111111", "111...", "..1111", "1.1.11", "......", "11..11")
+
+    @pytest.mark.parametrize("sizes", [(6, False), (6, True), (3, False)], ids=str)
+    def test_hides_the_padding_from_every_query(self, sizes: tuple[int, bool]) -> None:
+        keys = bits(*self.rows)
+        assert_is(masks.key_padding(keys, sizes[0]), matrix(6, sizes[0], 6, lambda b, i, j: bool(keys[b, j])))
+
+    @pytest.mark.parametrize("name", ["causal", "prefix", "packed", "media", "two intervals", "shared"])
+    def test_joins_any_intervals(self, name: str) -> None:
+        keys = bits(*self.rows)
+        mask = {
+            "causal": masks.causal(6),
+            "prefix": masks.prefix_causal(torch.tensor([0, 1, 2, 3, 4, 6]), 6),
+            "packed": masks.documents(torch.tensor([[0, 0, 0, 1, 1, -1]] * 6)),
+            "media": masks.media(bits(*["1..1.."] * 6), 2, 3, latest=False),
+            "two intervals": masks.qformer_pairs(2, torch.tensor([0, 1, 2, 2, 1, 2]), 2),
+            "shared": masks.key_padding(bits("11.111"), 6),
+        }[name]
+        for both in (mask & masks.key_padding(keys, 6), masks.key_padding(keys, 6) & mask):
+            assert both.num_batches == 6
+            assert_is(both, mask.to_dense() & keys[:, None, None])
+            if name != "two intervals":
+                assert torch.equal(both.num_seen, both.to_dense()[:, 0].sum(2).expand_as(both.num_seen))
+
+    def test_of_a_run_is_skipped_on_either_side(self) -> None:
+        both = masks.causal(6) & masks.key_padding(bits(*self.rows[:3]), 6)
+        assert both.lo.tolist()[2] == [2] * 6 and both.hi.tolist()[1] == [1, 2, 3, 3, 3, 3]
+
+    def test_moves_to_a_device_with_its_mask(self) -> None:
+        moved = masks.key_padding(bits(*self.rows), 6).to("meta")
+        assert moved.keys is not None and moved.keys.device.type == "meta"
+
+
 class TestDense:
     def test_takes_two_to_four_dimensions(self) -> None:
         values = torch.randn(2, 4, 3, 5)
@@ -139,16 +173,12 @@ class TestDense:
 
     @settings(max_examples=100, deadline=None, derandomize=True)
     @given(rows=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4))
-    def test_is_intervals_where_no_row_has_three_runs_as_padding_is(self, rows: list[list[bool]]) -> None:
+    def test_is_intervals_where_no_row_has_three_runs(self, rows: list[list[bool]]) -> None:
         values = torch.tensor(rows)
         runs = [sum(y and not x for x, y in zip([False, *row], row, strict=False)) for row in rows]
-        of_batches = values[:, None, None].expand(-1, -1, 1, -1)
-        for mask, expected in (
-            (masks.from_dense(values), values[None, None]),
-            (masks.key_padding(values, 1), of_batches),
-        ):
-            assert isinstance(mask, masks.Dense) == (max(runs) > 2)
-            assert_is(mask, expected)
+        mask = masks.from_dense(values)
+        assert isinstance(mask, masks.Dense) == (max(runs) > 2)
+        assert_is(mask, values[None, None])
 
     def test_without_keys_is_intervals_of_nothing(self) -> None:
         for mask in (
@@ -229,6 +259,7 @@ def test_at_most_four_numbers_a_query_are_stored(name: str) -> None:
     assert isinstance(mask, masks.Intervals) and (mask.num_queries, mask.num_keys) == (LENGTH, LENGTH)
     stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for y in mask.pairs for x in y}
     assert sum(stored.values()) <= 4 * 4 * LENGTH
+    assert mask.keys is None or mask.keys.shape == (1, LENGTH)
 
 
 # those that read no value to make their mask
@@ -241,6 +272,12 @@ COMPILED: dict[str, tuple[Callable[..., masks.Intervals], Tensor]] = {
     "qformer_itg": (lambda x: masks.qformer_itg(3, x, 4), torch.tensor([0, 3])),
     "qformer_pairs": (lambda x: masks.qformer_pairs(3, x, 4), torch.tensor([0, 3])),
     "joined": (lambda x: masks.lengths(x, 7, 7) & masks.causal(7, device=x.device), torch.tensor([0, 3])),
+    "key_padding": (lambda x: masks.key_padding(x, 3), bits("..1.11", "......")),
+    "padded": (lambda x: masks.causal(6, device=x.device) & masks.key_padding(x, 6), bits("..1.11", "111...")),
+    "padded and packed": (
+        lambda x: masks.documents(x) & masks.key_padding(x % 3 > 0, 7),
+        torch.tensor([[1, 1, 2, 2, 3, 3, 3]]),
+    ),
 }
 
 
@@ -249,6 +286,14 @@ def test_a_constructor_that_reads_no_value_compiles_whole(name: str) -> None:
     make, argument = COMPILED[name]
     compiled = torch.compile(make, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(argument).to_dense(), make(argument).to_dense())
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_constructor_that_reads_no_value_needs_none(name: str) -> None:
+    make, argument = COMPILED[name]
+    there, here = make(argument.to("meta")), make(argument)
+    shapes = [[x.shape for pair in mask.pairs for x in pair] for mask in (there, here)]
+    assert shapes[0] == shapes[1] and there.device.type == "meta"
 
 
 @pytest.mark.gpu

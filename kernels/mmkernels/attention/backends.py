@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels._launch import architecture
-from mmkernels.attention.libraries import LIBRARIES
+from mmkernels.attention.libraries import FALLING, KEYS, LIBRARIES, SECOND, SLOPES
 from mmkernels.attention.problem import Problem
 
 OURS = "mmkernels"
@@ -33,9 +33,11 @@ class Call:
     mask: str  # "none", "causal", "intervals", "bool", "float"
     has_gradient: bool
     features: frozenset[str]  # what a library may lack
+    structure: frozenset[str] = frozenset()  # what intervals a library may lack
+    is_deterministic: bool = False  # whether torch was asked for deterministic algorithms
 
     @classmethod
-    def of(cls, problem: Problem, is_causal: bool, return_lse: bool, uniform: bool) -> "Call":
+    def of(cls, problem: Problem, is_causal: bool, is_ordered: bool, return_lse: bool, uniform: bool) -> "Call":
         kind, q, bias = "none", problem.q, problem.bias
         if problem.ends:
             kind = "causal" if is_causal else "intervals"
@@ -51,6 +53,12 @@ class Call:
             "a bias wider than q": bias is not None and bias.element_size() > q.element_size(),
             "an empty batch or no keys": not q.numel() or not problem.num_keys,
         }
+        structure = {
+            SECOND: len(problem.ends) > 2,
+            KEYS: problem.keys is not None,
+            FALLING: not is_ordered,
+            SLOPES: problem.alibi_slopes is not None,
+        }
         operands = (q, *(x for segment in problem.segments for x in segment))
         return cls(
             q.shape[1],
@@ -62,6 +70,8 @@ class Call:
             kind,
             torch.is_grad_enabled() and any(x.requires_grad for x in operands),
             frozenset(name for name, wanted in features.items() if wanted),
+            frozenset(name for name, there in structure.items() if there and kind == "intervals"),
+            torch.are_deterministic_algorithms_enabled(),
         )
 
 
@@ -93,6 +103,12 @@ def refusal(name: str, call: Call) -> str | None:
         "it would store the mask as a matrix; mmkernels.masks.dense(mask.to_dense()) does": (
             call.mask not in library.masks and call.mask == "intervals"
         ),
+        f"it takes intervals, but none with {', '.join(sorted(call.structure - library.structure))}": bool(
+            call.structure - library.structure
+        ),
+        "its gradient adds in no fixed order, and torch.use_deterministic_algorithms is on": (
+            call.has_gradient and call.is_deterministic and not library.is_deterministic
+        ),
         "its causal mask needs as many queries as keys": (
             call.mask == "causal" and not library.is_bottom_right and call.num_queries != call.num_keys
         ),
@@ -120,6 +136,7 @@ def _faster(call: Call) -> Sequence[str]:
         # for a gradient of the bias it would store the weights
         wants_bias = "a bias with a gradient" in call.features
         return ("sdpa",) if call.mask != "intervals" and not wants_bias else ()
+    # those that take intervals compile, make a plan or wait for the GPU in each call
     if call.mask not in ("none", "causal") or call.num_queries <= FEW_QUERIES:
         return ()
     return WITH_GRADIENT[call.architecture] if call.has_gradient else ("sdpa",)

@@ -27,13 +27,13 @@ def _place(HEADS_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _key_range(lo_ptr, hi_ptr, stride_em, offs_m, mask_m):
+def _key_range(lo_ptr, hi_ptr, offs_m, mask_m):
     """The intervals of rows, and the keys from `first` to `last` - 1 that some of them see, `full` that all do.
 
     Rows that are none have the interval of the last row.
     """
-    lo = tl.load(lo_ptr + offs_m * stride_em, mask=mask_m, other=0)
-    hi = tl.load(hi_ptr + offs_m * stride_em, mask=mask_m, other=0)
+    lo = tl.load(lo_ptr + offs_m, mask=mask_m, other=0)
+    hi = tl.load(hi_ptr + offs_m, mask=mask_m, other=0)
     some = lo < hi
     first = tl.min(tl.where(some, lo, FAR), 0)
     last = tl.max(tl.where(some, hi, 0), 0)
@@ -43,7 +43,7 @@ def _key_range(lo_ptr, hi_ptr, stride_em, offs_m, mask_m):
 
 
 @triton.jit
-def _key_ranges(lo_ptr, hi_ptr, lo2_ptr, hi2_ptr, stride_em, offs_m, mask_m, N, NUM_ENDS: tl.constexpr):
+def _key_ranges(lo_ptr, hi_ptr, lo2_ptr, hi2_ptr, offs_m, mask_m, N, NUM_ENDS: tl.constexpr):
     """Both intervals of rows, the two runs of keys that some row sees, and the two that all rows see.
 
     Where the runs overlap the first is both together and the second nothing.
@@ -51,11 +51,11 @@ def _key_ranges(lo_ptr, hi_ptr, lo2_ptr, hi2_ptr, stride_em, offs_m, mask_m, N, 
     if NUM_ENDS == 0:
         nothing = tl.zeros_like(offs_m)
         return nothing, nothing + N, nothing, nothing, 0, N, 0, 0, 0, N, 0, 0
-    lo, hi, first, last, all_first, all_last = _key_range(lo_ptr, hi_ptr, stride_em, offs_m, mask_m)
+    lo, hi, first, last, all_first, all_last = _key_range(lo_ptr, hi_ptr, offs_m, mask_m)
     if NUM_ENDS == 2:
         nothing = tl.zeros_like(lo)
         return lo, hi, nothing, nothing, first, last, 0, 0, all_first, all_last, 0, 0
-    lo2, hi2, first2, last2, all_first2, all_last2 = _key_range(lo2_ptr, hi2_ptr, stride_em, offs_m, mask_m)
+    lo2, hi2, first2, last2, all_first2, all_last2 = _key_range(lo2_ptr, hi2_ptr, offs_m, mask_m)
     joint = (first < last2) & (first2 < last)
     begin = tl.where(joint, tl.minimum(first, first2), first)
     end = tl.where(joint, tl.maximum(last, last2), last)
@@ -86,6 +86,13 @@ def _seen(lo, hi, lo2, hi2, offs_n, NUM_ENDS: tl.constexpr):
     if NUM_ENDS == 4:
         seen = seen | ((lo2 <= offs_n) & (offs_n < hi2))
     return seen
+
+
+@triton.jit
+def _among(x, other, seen_ptr, offs_n, N):
+    """`x [m, n]`, `other` where the vector of seen keys is 0."""
+    seen = tl.load(seen_ptr + offs_n, mask=offs_n < N, other=0)
+    return tl.where(seen[None, :] != 0, x, other)
 
 
 @triton.jit
@@ -158,6 +165,7 @@ def _attention_fwd_kernel(
     bias_ptr,
     slopes_ptr,
     seed_ptr,
+    seen_ptr,
     out_ptr,
     lse_ptr,
     stride_qb,
@@ -176,12 +184,12 @@ def _attention_fwd_kernel(
     stride_v2n,
     stride_v2h,
     stride_eb,
-    stride_em,
     stride_bb,
     stride_bh,
     stride_bm,
     stride_bn,
     stride_sb,
+    stride_yb,
     M,
     N,
     N1,
@@ -197,6 +205,7 @@ def _attention_fwd_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HAS_SEEN: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -216,7 +225,7 @@ def _attention_fwd_kernel(
     q = tl.load(q_ptr + b64 * stride_qb + h64 * stride_qh + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0)
     ends = b64 * stride_eb
     lo, hi, lo2, hi2, begin, end, begin2, end2, all_first, all_last, all_first2, all_last2 = _key_ranges(
-        lo_ptr + ends, hi_ptr + ends, lo2_ptr + ends, hi2_ptr + ends, stride_em, offs_m, mask_m, N, NUM_ENDS
+        lo_ptr + ends, hi_ptr + ends, lo2_ptr + ends, hi2_ptr + ends, offs_m, mask_m, N, NUM_ENDS
     )
     slope = 0.0
     if HAS_SLOPES:
@@ -260,6 +269,8 @@ def _attention_fwd_kernel(
             if not _is_full(tile, tile + BLOCK_N, all_first, all_last, all_first2, all_last2, NUM_ENDS):
                 seen = _seen(lo[:, None], hi[:, None], lo2[:, None], hi2[:, None], offs_n[None, :], NUM_ENDS)
                 logits = tl.where(seen, logits, float("-inf"))
+            if HAS_SEEN:
+                logits = _among(logits, float("-inf"), seen_ptr + b64 * stride_yb, offs_n, N)
             above = tl.maximum(largest, tl.max(logits, 1))
             # -inf - -inf would be NaN
             shift = tl.where(above == float("-inf"), 0.0, above)

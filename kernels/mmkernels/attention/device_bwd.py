@@ -7,6 +7,7 @@ import triton.language as tl
 
 from mmkernels.attention.device import (
     LOG2E,
+    _among,
     _biased,
     _is_full,
     _kept,
@@ -16,40 +17,7 @@ from mmkernels.attention.device import (
     _seen,
     _tile_run,
 )
-
-
-@triton.jit
-def _attention_delta_kernel(
-    out_ptr,
-    d_out_ptr,
-    d_lse_ptr,
-    delta_ptr,
-    stride_gb,
-    stride_gm,
-    stride_gh,
-    M,
-    K,
-    H,
-    HAS_DLSE: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """`sum_k d_out out - d_lse` of a block of queries of one head, `[B, H, M]`."""
-    pid_m, pid_bh, _ = _place(HEADS_FIRST)
-    b64, h64 = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    offs_m, offs_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    mask = mask_m[:, None] & (offs_k[None, :] < K)
-    rows = offs_m.to(tl.int64)[:, None]
-    out = tl.load(out_ptr + ((b64 * M + rows) * H + h64) * K + offs_k[None, :], mask=mask, other=0.0)
-    d_out_ptrs = d_out_ptr + b64 * stride_gb + h64 * stride_gh + rows * stride_gm + offs_k[None, :]
-    d_out = tl.load(d_out_ptrs, mask=mask, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    place = pid_bh.to(tl.int64) * M + offs_m
-    if HAS_DLSE:
-        delta -= tl.load(d_lse_ptr + place, mask=mask_m, other=0.0)
-    tl.store(delta_ptr + place, delta, mask=mask_m)
+from mmkernels.attention.device_rows import _ends_of, _query_range, _spans_hold
 
 
 @triton.jit
@@ -66,9 +34,9 @@ def _attention_bwd_q_kernel(
     bias_ptr,
     slopes_ptr,
     seed_ptr,
+    seen_ptr,
     d_out_ptr,
-    lse_ptr,
-    delta_ptr,
+    rows_ptr,
     dq_ptr,
     stride_qb,
     stride_qm,
@@ -86,15 +54,16 @@ def _attention_bwd_q_kernel(
     stride_v2n,
     stride_v2h,
     stride_eb,
-    stride_em,
     stride_bb,
     stride_bh,
     stride_bm,
     stride_bn,
     stride_sb,
+    stride_yb,
     stride_gb,
     stride_gm,
     stride_gh,
+    padded,
     M,
     N,
     N1,
@@ -110,13 +79,17 @@ def _attention_bwd_q_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HAS_SEEN: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """dq `[split, B, M, H, K]` of one block of queries of one head, from the keys of one split."""
+    """dq `[split, B, M, H, K]` of one block of queries of one head, from the keys of one split.
+
+    `rows`: see `_attention_rows_kernel`.
+    """
     pid_m, pid_bh, num_bh = _place(HEADS_FIRST)
     pid_s = tl.program_id(2)
     b, h = pid_bh // H, pid_bh % H
@@ -128,14 +101,11 @@ def _attention_bwd_q_kernel(
     q = tl.load(q_ptr + b64 * stride_qb + h64 * stride_qh + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0)
     d_out_ptrs = d_out_ptr + b64 * stride_gb + h64 * stride_gh + rows * stride_gm + offs_k[None, :]
     d_out = tl.load(d_out_ptrs, mask=mask_q, other=0.0)
-    place = pid_bh.to(tl.int64) * M + offs_m
-    # of a row that sees nothing, and of none, every weight is zero
-    lse = tl.load(lse_ptr + place, mask=mask_m, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    delta = tl.load(delta_ptr + place, mask=mask_m, other=0.0)
+    of_rows = rows_ptr + pid_bh.to(tl.int64) * (2 * padded) + offs_m
+    lse, delta = tl.load(of_rows), tl.load(of_rows + padded)
     ends = b64 * stride_eb
     lo, hi, lo2, hi2, begin, end, begin2, end2, all_first, all_last, all_first2, all_last2 = _key_ranges(
-        lo_ptr + ends, hi_ptr + ends, lo2_ptr + ends, hi2_ptr + ends, stride_em, offs_m, mask_m, N, NUM_ENDS
+        lo_ptr + ends, hi_ptr + ends, lo2_ptr + ends, hi2_ptr + ends, offs_m, mask_m, N, NUM_ENDS
     )
     slope = 0.0
     if HAS_SLOPES:
@@ -174,10 +144,13 @@ def _attention_bwd_q_kernel(
                 BIAS,
                 HAS_SLOPES,
             )
+            # a product and a difference that are one instruction, with no mask between
+            weights = tl.exp2(logits - lse[:, None])
             if not _is_full(tile, tile + BLOCK_N, all_first, all_last, all_first2, all_last2, NUM_ENDS):
                 seen = _seen(lo[:, None], hi[:, None], lo2[:, None], hi2[:, None], offs_n[None, :], NUM_ENDS)
-                logits = tl.where(seen, logits, float("-inf"))
-            weights = tl.exp2(logits - lse[:, None])
+                weights = tl.where(seen, weights, 0.0)
+            if HAS_SEEN:
+                weights = _among(weights, 0.0, seen_ptr + b64 * stride_yb, offs_n, N)
             v = _load_keys(
                 v_ptr + b64 * stride_vb + g64 * stride_vh,
                 v2_ptr + b64 * stride_v2b + g64 * stride_v2h,
@@ -217,10 +190,10 @@ def _attention_bwd_k_kernel(
     bias_ptr,
     slopes_ptr,
     seed_ptr,
+    seen_ptr,
     d_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    queries_ptr,
+    rows_ptr,
+    spans_ptr,
     dk_ptr,
     dv_ptr,
     dk2_ptr,
@@ -241,15 +214,16 @@ def _attention_bwd_k_kernel(
     stride_v2n,
     stride_v2h,
     stride_eb,
-    stride_em,
     stride_bb,
     stride_bh,
     stride_bm,
     stride_bn,
     stride_sb,
+    stride_yb,
     stride_gb,
     stride_gm,
     stride_gh,
+    padded,
     stride_rb,
     M,
     N,
@@ -265,6 +239,7 @@ def _attention_bwd_k_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    HAS_SEEN: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -273,8 +248,9 @@ def _attention_bwd_k_kernel(
 ):
     """dk and dv `[B, Lk_s, Hkv, K]` of one block of keys of one key head, from all queries of its group.
 
-    `queries`: int32 `[B or 1, blocks of keys, 2]`, the first query and the end of those that may see the block.
-    Tiles lie transposed, keys by queries.
+    `rows`: see `_attention_rows_kernel`. `spans`: of each block of queries, see `_attention_spans_kernel`. Only tiles
+    that these do not hold whole load the ends of their queries: a pipelined loop would buffer them for every tile.
+    A key has gradients of its own row alone, so that those that are not seen are left out at the end.
     """
     pid_n, pid_bg, _ = _place(HEADS_FIRST)
     num_key_heads = H // groups
@@ -307,11 +283,19 @@ def _attention_bwd_k_kernel(
         HAS_SEGMENTS,
         BLOCK_K,
     )
-    first, last = 0, M
+    first, last, key = 0, M, pid_n * BLOCK_N
     if NUM_ENDS > 0:
-        range_ptr = queries_ptr + b64 * stride_rb + 2 * pid_n
-        first = tl.load(range_ptr)
-        last = tl.load(range_ptr + 1)
+        spans_ptr += b64 * stride_rb
+        lo_ptr += b64 * stride_eb
+        hi_ptr += b64 * stride_eb
+        lo2_ptr += b64 * stride_eb
+        hi2_ptr += b64 * stride_eb
+        first, last = _query_range(spans_ptr, key, key + BLOCK_N, tl.cdiv(M, BLOCK_M), NUM_ENDS)
+        first *= BLOCK_M
+        last = tl.minimum(last * BLOCK_M, M)
+    if HAS_SEEN:
+        seen_keys = tl.load(seen_ptr + b64 * stride_yb + offs_n, mask=offs_n < N, other=0).to(tl.int32)
+        last = tl.where(tl.max(seen_keys, 0) > 0, last, first)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     dk = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
@@ -319,6 +303,7 @@ def _attention_bwd_k_kernel(
     for head in range(0, groups):
         h = g * groups + head
         h64, bh = h.to(tl.int64), b * H + h
+        of_head = rows_ptr + bh.to(tl.int64) * (2 * padded)
         slope = 0.0
         if HAS_SLOPES:
             slope = tl.load(slopes_ptr + b64 * stride_sb + h)
@@ -331,10 +316,7 @@ def _attention_bwd_k_kernel(
             q = tl.load(q_ptrs, mask=mask_q, other=0.0)
             d_out_ptrs = d_out_ptr + b64 * stride_gb + h64 * stride_gh + rows * stride_gm + offs_k[None, :]
             d_out = tl.load(d_out_ptrs, mask=mask_q, other=0.0)
-            place = bh.to(tl.int64) * M + offs_m
-            lse = tl.load(lse_ptr + place, mask=mask_m, other=float("-inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-            delta = tl.load(delta_ptr + place, mask=mask_m, other=0.0)
+            lse, delta = tl.load(of_head + offs_m), tl.load(of_head + padded + offs_m)
             logits = tl.dot(k, q.T, input_precision=INPUT_PRECISION) * (scale * LOG2E)
             logits = _biased(
                 logits,
@@ -349,15 +331,11 @@ def _attention_bwd_k_kernel(
                 BIAS,
                 HAS_SLOPES,
             )
-            ends = b64 * stride_eb
-            lo, hi, lo2, hi2, _b, _e, _b2, _e2, all_first, all_last, all_first2, all_last2 = _key_ranges(
-                lo_ptr + ends, hi_ptr + ends, lo2_ptr + ends, hi2_ptr + ends, stride_em, offs_m, mask_m, N, NUM_ENDS
-            )
-            key = pid_n * BLOCK_N
-            if not _is_full(key, key + BLOCK_N, all_first, all_last, all_first2, all_last2, NUM_ENDS):
-                seen = _seen(lo[None, :], hi[None, :], lo2[None, :], hi2[None, :], offs_n[:, None], NUM_ENDS)
-                logits = tl.where(seen, logits, float("-inf"))
             weights = tl.exp2(logits - lse[None, :])
+            if not _spans_hold(spans_ptr + tile // BLOCK_M * (2 * NUM_ENDS), key, key + BLOCK_N, NUM_ENDS):
+                lo, hi, lo2, hi2 = _ends_of(lo_ptr, hi_ptr, lo2_ptr, hi2_ptr, offs_m, mask_m, NUM_ENDS)
+                seen = _seen(lo[None, :], hi[None, :], lo2[None, :], hi2[None, :], offs_n[:, None], NUM_ENDS)
+                weights = tl.where(seen, weights, 0.0)
             d_weights = tl.dot(v, d_out.T, input_precision=INPUT_PRECISION)
             dropped = weights
             if HAS_DROPOUT:
@@ -367,6 +345,9 @@ def _attention_bwd_k_kernel(
             dv = tl.dot(dropped.to(d_out.dtype), d_out, dv, input_precision=INPUT_PRECISION)
             d_logits = weights * (d_weights - delta[None, :])
             dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+    if HAS_SEEN:
+        dk = tl.where(seen_keys[:, None] > 0, dk, 0.0)
+        dv = tl.where(seen_keys[:, None] > 0, dv, 0.0)
     rows_n = offs_n.to(tl.int64)[:, None]
     inside = (offs_n[:, None] < N1) & (offs_k[None, :] < K)
     at = ((b64 * N1 + rows_n) * num_key_heads + g64) * K + offs_k[None, :]

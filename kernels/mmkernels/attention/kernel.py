@@ -16,13 +16,12 @@ from torch import Tensor
 from mmkernels._launch import MOST_PROGRAMS, Launch, Table, architecture, input_precision, launch, launch_config
 from mmkernels._philox import threshold
 from mmkernels.attention.device import _attention_fwd_kernel
-from mmkernels.attention.device_bwd import _attention_bwd_k_kernel, _attention_bwd_q_kernel, _attention_delta_kernel
+from mmkernels.attention.device_bwd import _attention_bwd_k_kernel, _attention_bwd_q_kernel
+from mmkernels.attention.device_rows import _attention_rows_kernel, _attention_spans_kernel
 from mmkernels.attention.problem import Problem, is_rich
 
-# What no pointer is read from.
-FAR = 1 << 30
-# Queries of a program of the kernel that only reads the result and its gradient.
-DELTA_ROWS = 32
+# Queries of a program of the kernel that only reads the result and its gradient, and those of the largest block.
+READ_ROWS, MOST_ROWS = 16, 128
 # Programs are cut along the keys until there are this many for each processor.
 PROGRAMS_PER_PROCESSOR = 1.5
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -30,64 +29,77 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}
 INTERPRETED_PROCESSORS = 16
 MAX_SPLITS = 64
 
+# Up to which a block holds all queries, as of a Q-Former: of half precision and narrow heads, two programs and more to
+# a processor.
+FEW_QUERIES = 32
+
 # A row's name ends in the largest head dimension that it serves, which is its `block_d`; a rich row serves calls with
-# any extra.
+# any extra, one for few queries those of `FEW_QUERIES`.
 TABLE: Table = {
     ("fwd_64", 2, 80): Launch(128, 128, 64, 8, 3),
-    ("fwd_64", 2, 90): Launch(128, 128, 64, 8, 3),
+    ("fwd_64", 2, 90): Launch(64, 64, 64, 4, 3),
     ("fwd_64", 2, 100): Launch(128, 128, 64, 8, 3),
     ("fwd_64", 4, 80): Launch(64, 32, 64, 8, 2),
     ("fwd_64", 4, 90): Launch(64, 32, 64, 8, 2),
-    ("fwd_64", 4, 100): Launch(64, 64, 64, 8, 2),
+    ("fwd_64", 4, 100): Launch(32, 64, 64, 8, 2),
     ("fwd_128", 2, 80): Launch(64, 64, 128, 8, 3),
-    ("fwd_128", 2, 90): Launch(128, 64, 128, 8, 3),
+    ("fwd_128", 2, 90): Launch(64, 64, 128, 4, 3),
     ("fwd_128", 2, 100): Launch(128, 64, 128, 8, 3),
     ("fwd_128", 4, 80): Launch(32, 32, 128, 8, 1),
     ("fwd_128", 4, 90): Launch(64, 64, 128, 8, 2),
-    ("fwd_128", 4, 100): Launch(64, 64, 128, 8, 2),
+    ("fwd_128", 4, 100): Launch(64, 32, 128, 8, 2),
     ("fwd_256", 2, 80): Launch(32, 64, 256, 8, 2),
     ("fwd_256", 2, 90): Launch(64, 64, 256, 8, 2),
     ("fwd_256", 2, 100): Launch(64, 32, 256, 8, 2),
     ("fwd_256", 4, 80): Launch(16, 16, 256, 8, 1),
     ("fwd_256", 4, 90): Launch(32, 32, 256, 8, 2),
     ("fwd_256", 4, 100): Launch(32, 32, 256, 8, 2),
+    ("fwd_few_64", 2, 80): Launch(32, 64, 64, 4, 3),
+    ("fwd_few_64", 2, 90): Launch(32, 64, 64, 4, 3),
+    ("fwd_few_64", 2, 100): Launch(32, 64, 64, 4, 3),
     ("fwd_rich_64", 2, 80): Launch(64, 64, 64, 8, 2),
     ("fwd_rich_64", 2, 90): Launch(128, 64, 64, 8, 3),
     ("fwd_rich_64", 2, 100): Launch(128, 64, 64, 8, 3),
     ("fwd_rich_64", 4, 80): Launch(32, 32, 64, 8, 1),
     ("fwd_rich_64", 4, 90): Launch(16, 16, 64, 8, 1),
-    ("fwd_rich_64", 4, 100): Launch(16, 32, 64, 8, 1),
+    ("fwd_rich_64", 4, 100): Launch(32, 32, 64, 8, 1),
     ("fwd_rich_128", 2, 80): Launch(64, 64, 128, 8, 2),
     ("fwd_rich_128", 2, 90): Launch(64, 32, 128, 8, 2),
     ("fwd_rich_128", 2, 100): Launch(64, 32, 128, 8, 2),
     ("fwd_rich_128", 4, 80): Launch(32, 32, 128, 8, 1),
     ("fwd_rich_128", 4, 90): Launch(16, 32, 128, 8, 1),
-    ("fwd_rich_128", 4, 100): Launch(16, 32, 128, 8, 1),
+    ("fwd_rich_128", 4, 100): Launch(32, 16, 128, 8, 1),
     ("fwd_rich_256", 2, 80): Launch(64, 16, 256, 8, 1),
     ("fwd_rich_256", 2, 90): Launch(64, 16, 256, 8, 1),
     ("fwd_rich_256", 2, 100): Launch(64, 16, 256, 8, 1),
     ("fwd_rich_256", 4, 80): Launch(16, 32, 256, 8, 1),
     ("fwd_rich_256", 4, 90): Launch(32, 32, 256, 8, 1),
     ("fwd_rich_256", 4, 100): Launch(32, 32, 256, 8, 1),
+    ("fwd_rich_few_64", 2, 80): Launch(32, 64, 64, 4, 2),
+    ("fwd_rich_few_64", 2, 90): Launch(32, 64, 64, 4, 2),
+    ("fwd_rich_few_64", 2, 100): Launch(32, 64, 64, 4, 1),
     ("bwd_q_64", 2, 80): Launch(128, 32, 64, 8, 2),
-    ("bwd_q_64", 2, 90): Launch(128, 64, 64, 8, 2),
-    ("bwd_q_64", 2, 100): Launch(128, 64, 64, 8, 2),
+    ("bwd_q_64", 2, 90): Launch(64, 64, 64, 4, 2),
+    ("bwd_q_64", 2, 100): Launch(128, 32, 64, 8, 2),
     ("bwd_q_64", 4, 80): Launch(64, 32, 64, 8, 2),
     ("bwd_q_64", 4, 90): Launch(64, 32, 64, 8, 2),
-    ("bwd_q_64", 4, 100): Launch(64, 32, 64, 8, 2),
+    ("bwd_q_64", 4, 100): Launch(32, 32, 64, 8, 2),
     ("bwd_q_128", 2, 80): Launch(64, 64, 128, 8, 2),
     ("bwd_q_128", 2, 90): Launch(64, 64, 128, 8, 1),
     ("bwd_q_128", 2, 100): Launch(64, 32, 128, 8, 2),
     ("bwd_q_128", 4, 80): Launch(16, 16, 128, 8, 1),
     ("bwd_q_128", 4, 90): Launch(32, 32, 128, 8, 2),
-    ("bwd_q_128", 4, 100): Launch(32, 32, 128, 8, 2),
+    ("bwd_q_128", 4, 100): Launch(16, 32, 128, 8, 2),
     ("bwd_q_256", 2, 80): Launch(32, 64, 256, 8, 2),
     ("bwd_q_256", 2, 90): Launch(32, 64, 256, 8, 2),
     ("bwd_q_256", 2, 100): Launch(32, 64, 256, 8, 2),
+    ("bwd_q_few_64", 2, 80): Launch(32, 64, 64, 4, 2),
+    ("bwd_q_few_64", 2, 90): Launch(32, 64, 64, 4, 2),
+    ("bwd_q_few_64", 2, 100): Launch(32, 64, 64, 4, 2),
     ("bwd_q_rich_64", 2, 80): Launch(64, 16, 64, 8, 1),
     ("bwd_q_rich_64", 2, 90): Launch(64, 64, 64, 8, 2),
     ("bwd_q_rich_64", 2, 100): Launch(128, 64, 64, 8, 2),
-    ("bwd_q_rich_64", 4, 80): Launch(32, 32, 64, 8, 2),
+    ("bwd_q_rich_64", 4, 80): Launch(32, 32, 64, 8, 1),
     ("bwd_q_rich_64", 4, 90): Launch(32, 16, 64, 4, 2),
     ("bwd_q_rich_64", 4, 100): Launch(32, 16, 64, 4, 2),
     ("bwd_q_rich_128", 2, 80): Launch(64, 32, 128, 8, 2),
@@ -96,33 +108,42 @@ TABLE: Table = {
     ("bwd_q_rich_256", 2, 80): Launch(64, 16, 256, 8, 1),
     ("bwd_q_rich_256", 2, 90): Launch(32, 32, 256, 8, 1),
     ("bwd_q_rich_256", 2, 100): Launch(32, 32, 256, 8, 1),
-    ("bwd_k_64", 2, 80): Launch(32, 64, 64, 8, 1),
-    ("bwd_k_64", 2, 90): Launch(32, 64, 64, 8, 2),
-    ("bwd_k_64", 2, 100): Launch(32, 64, 64, 8, 1),
-    ("bwd_k_64", 4, 80): Launch(32, 32, 64, 4, 1),
-    ("bwd_k_64", 4, 90): Launch(32, 32, 64, 8, 2),
-    ("bwd_k_64", 4, 100): Launch(32, 32, 64, 8, 2),
-    ("bwd_k_128", 2, 80): Launch(32, 64, 128, 8, 1),
+    ("bwd_q_rich_few_64", 2, 80): Launch(32, 64, 64, 4, 2),
+    ("bwd_q_rich_few_64", 2, 90): Launch(32, 64, 64, 4, 2),
+    ("bwd_q_rich_few_64", 2, 100): Launch(32, 64, 64, 4, 2),
+    ("bwd_k_64", 2, 80): Launch(32, 64, 64, 4, 1),
+    ("bwd_k_64", 2, 90): Launch(64, 128, 64, 8, 3),
+    ("bwd_k_64", 2, 100): Launch(64, 128, 64, 8, 1),
+    ("bwd_k_64", 4, 80): Launch(32, 32, 64, 8, 1),
+    ("bwd_k_64", 4, 90): Launch(16, 32, 64, 4, 1),
+    ("bwd_k_64", 4, 100): Launch(16, 32, 64, 8, 2),
+    ("bwd_k_128", 2, 80): Launch(64, 64, 128, 8, 1),
     ("bwd_k_128", 2, 90): Launch(32, 64, 128, 8, 1),
-    ("bwd_k_128", 2, 100): Launch(32, 32, 128, 8, 1),
-    ("bwd_k_128", 4, 80): Launch(32, 32, 128, 8, 1),
-    ("bwd_k_128", 4, 90): Launch(16, 16, 128, 8, 1),
-    ("bwd_k_128", 4, 100): Launch(16, 32, 128, 8, 2),
+    ("bwd_k_128", 2, 100): Launch(64, 32, 128, 8, 1),
+    ("bwd_k_128", 4, 80): Launch(16, 16, 128, 4, 1),
+    ("bwd_k_128", 4, 90): Launch(16, 16, 128, 8, 2),
+    ("bwd_k_128", 4, 100): Launch(32, 16, 128, 8, 1),
     ("bwd_k_256", 2, 80): Launch(32, 32, 256, 8, 1),
     ("bwd_k_256", 2, 90): Launch(32, 32, 256, 8, 1),
     ("bwd_k_256", 2, 100): Launch(32, 32, 256, 8, 1),
-    ("bwd_k_rich_64", 2, 80): Launch(16, 64, 64, 8, 1),
-    ("bwd_k_rich_64", 2, 90): Launch(32, 64, 64, 8, 2),
+    ("bwd_k_few_64", 2, 80): Launch(32, 64, 64, 4, 1),
+    ("bwd_k_few_64", 2, 90): Launch(32, 64, 64, 4, 3),
+    ("bwd_k_few_64", 2, 100): Launch(32, 64, 64, 4, 3),
+    ("bwd_k_rich_64", 2, 80): Launch(32, 32, 64, 4, 1),
+    ("bwd_k_rich_64", 2, 90): Launch(32, 64, 64, 8, 1),
     ("bwd_k_rich_64", 2, 100): Launch(32, 64, 64, 8, 1),
     ("bwd_k_rich_64", 4, 80): Launch(32, 32, 64, 8, 1),
     ("bwd_k_rich_64", 4, 90): Launch(32, 32, 64, 8, 1),
-    ("bwd_k_rich_64", 4, 100): Launch(32, 16, 64, 8, 1),
+    ("bwd_k_rich_64", 4, 100): Launch(32, 32, 64, 8, 1),
     ("bwd_k_rich_128", 2, 80): Launch(32, 32, 128, 8, 1),
     ("bwd_k_rich_128", 2, 90): Launch(16, 32, 128, 8, 2),
     ("bwd_k_rich_128", 2, 100): Launch(32, 64, 128, 8, 1),
     ("bwd_k_rich_256", 2, 80): Launch(32, 16, 256, 8, 1),
     ("bwd_k_rich_256", 2, 90): Launch(16, 16, 256, 8, 1),
     ("bwd_k_rich_256", 2, 100): Launch(32, 16, 256, 8, 2),
+    ("bwd_k_rich_few_64", 2, 80): Launch(32, 32, 64, 4, 1),
+    ("bwd_k_rich_few_64", 2, 90): Launch(32, 32, 64, 4, 1),
+    ("bwd_k_rich_few_64", 2, 100): Launch(32, 32, 64, 4, 1),
 }
 
 
@@ -144,7 +165,7 @@ def attention_bwd(
 ) -> list[Tensor | None]:
     """Gradients of q and of keys and values of two segments, those that `needs` asks for; none of a bias."""
     d_out = _operand(d_out)
-    rows = (d_out, lse.contiguous(), _delta(problem, out, d_out, d_lse))
+    rows = (d_out, _rows(problem, out, lse, d_out, d_lse))
     dq = _query_gradient(problem, rows) if needs[0] else None
     dkv = _key_gradients(problem, rows) if any(needs[1:5]) else [None] * 4
     return [dq, *dkv, None]
@@ -162,7 +183,9 @@ def _config_of(kernel: str, problem: Problem) -> Launch:
     """Of the "fwd", the "bwd_q" or the "bwd_k" kernel."""
     q = problem.q
     size = 64 if q.shape[3] <= 64 else 128 if q.shape[3] <= 128 else 256
-    return launch_config(TABLE, f"{kernel}{'_rich' if is_rich(problem) else ''}_{size}", q)
+    is_few = q.shape[1] <= FEW_QUERIES and size == 64 and q.element_size() == 2
+    kind = ("_rich" if is_rich(problem) else "") + ("_few" if is_few else "")
+    return launch_config(TABLE, f"{kernel}{kind}_{size}", q)
 
 
 def _split_keys(num_programs: int, num_keys: int, block_n: int, x: Tensor) -> int:
@@ -173,12 +196,12 @@ def _split_keys(num_programs: int, num_keys: int, block_n: int, x: Tensor) -> in
     return int(triton.cdiv(tiles, min(max(wanted, 1), MAX_SPLITS, tiles))) * block_n
 
 
-def _query_gradient(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _query_gradient(problem: Problem, rows: tuple[Tensor, Tensor]) -> Tensor:
     config = _config_of("bwd_q", problem)
     arguments, strides, flags = _arguments(problem, config)
     grid, per_split, dq = _of_queries(problem, config, arguments[0])
     if dq.numel():
-        numbers = (*strides, *rows[0].stride()[:3], *_sizes(problem), per_split, *_numbers(problem))
+        numbers = (*strides, *rows[0].stride()[:3], rows[1].shape[3], *_sizes(problem), per_split, *_numbers(problem))
         _launch(_attention_bwd_q_kernel, grid, *arguments, *rows, dq, *numbers, **flags)
     return dq[0] if len(dq) == 1 else dq.sum(0)
 
@@ -195,7 +218,7 @@ def _of_queries(problem: Problem, config: Launch, q: Tensor) -> tuple[tuple[int,
     return (blocks, batch * num_heads, splits), per_split, room
 
 
-def _key_gradients(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> list[Tensor | None]:
+def _key_gradients(problem: Problem, rows: tuple[Tensor, Tensor]) -> list[Tensor | None]:
     """dk, dv, dk2, dv2."""
     config = _config_of("bwd_k", problem)
     arguments, strides, flags = _arguments(problem, config)
@@ -204,57 +227,71 @@ def _key_gradients(problem: Problem, rows: tuple[Tensor, Tensor, Tensor]) -> lis
     grads = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for s in problem.segments for x in s]
     blocks = triton.cdiv(problem.num_keys, config.block_n)
     if blocks and batch:
-        queries = _query_ranges(problem, config) if problem.ends else q.new_empty(1, 1, dtype=torch.int32)
-        stride = 0 if queries.shape[0] == 1 else queries.stride(0)
+        spans = _spans(problem, config) if problem.ends else None
+        stride = 0 if spans is None or spans.shape[0] == 1 else spans.stride(0)
         pointers = (*grads, *(q,) * (4 - len(grads)))
-        numbers = (*strides, *rows[0].stride()[:3], stride, *_sizes(problem), *_numbers(problem))
+        numbers = (*strides, *rows[0].stride()[:3], rows[1].shape[3], stride, *_sizes(problem), *_numbers(problem))
         grid = (blocks, batch * num_key_heads, 1)
-        _launch(_attention_bwd_k_kernel, grid, *arguments, *rows, queries, *pointers, *numbers, **flags)
+        _launch(
+            _attention_bwd_k_kernel,
+            grid,
+            *arguments,
+            *rows,
+            q if spans is None else spans,
+            *pointers,
+            *numbers,
+            **flags,
+        )
     return [*grads, *(None,) * (4 - len(grads))]
 
 
-def _query_ranges(problem: Problem, config: Launch) -> Tensor:
-    """For each block of keys the first query, and the end of those, that may see it, int32 `[b, blocks, 2]`."""
-    num_queries = problem.q.shape[1]
-    blocks, device = triton.cdiv(num_queries, config.block_m), problem.q.device
-    keys = torch.arange(0, problem.num_keys, config.block_n, device=device)[:, None]
-    hits = None
-    for lo, hi in zip(problem.ends[0::2], problem.ends[1::2], strict=True):
-        some = lo < hi
-        padding = (0, blocks * config.block_m - num_queries)
-        lo = torch.nn.functional.pad(torch.where(some, lo, FAR), padding, value=FAR)
-        hi = torch.nn.functional.pad(torch.where(some, hi, 0), padding)
-        first, last = lo.unflatten(1, (blocks, -1)).amin(2), hi.unflatten(1, (blocks, -1)).amax(2)
-        hit = (first[:, None] < keys + config.block_n) & (keys < last[:, None])  # [b, blocks of keys, of queries]
-        hits = hit if hits is None else hits | hit
-    assert hits is not None
-    places = torch.arange(blocks, device=device)
-    begin = torch.where(hits, places, blocks).amin(2) * config.block_m
-    end = torch.where(hits, places + 1, 0).amax(2) * config.block_m
-    return torch.stack([begin, end.clamp(max=num_queries)], 2).int()
+def _spans(problem: Problem, config: Launch) -> Tensor:
+    """Of each block of queries the keys that some see, and those that all do, int32 `[b, blocks, 4 or 8]`."""
+    num_queries, num_ends = problem.q.shape[1], len(problem.ends)
+    lo = problem.ends[0]
+    ends = [x.contiguous() for x in problem.ends]
+    spans = lo.new_empty(len(lo), triton.cdiv(num_queries, config.block_m), 2 * num_ends)
+    if spans.numel():
+        stride = 0 if len(lo) == 1 else num_queries
+        launch(
+            _attention_spans_kernel,
+            (len(lo), spans.shape[1]),
+            *ends,
+            *(lo,) * (4 - num_ends),
+            spans,
+            stride,
+            num_queries,
+            NUM_ENDS=num_ends,
+            BLOCK_M=config.block_m,
+            num_warps=1,
+        )
+    return spans
 
 
-def _delta(problem: Problem, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
-    """`sum_k d_out out - d_lse`, float32 `[B, H, Lq]`."""
+def _rows(problem: Problem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """What both backward kernels read of a query, float32 `[B, H, 2, Lq]`, whole blocks of queries."""
     batch, num_queries, num_heads, width = problem.q.shape
-    delta = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=out.device)
-    if delta.numel():
+    padded = triton.cdiv(num_queries, MOST_ROWS) * MOST_ROWS
+    rows = torch.empty(batch, num_heads, 2, padded, dtype=torch.float32, device=out.device)
+    if rows.numel():
         _launch(
-            _attention_delta_kernel,
-            (triton.cdiv(num_queries, DELTA_ROWS), batch * num_heads, 1),
+            _attention_rows_kernel,
+            (padded // READ_ROWS, batch * num_heads, 1),
             _operand(out).contiguous(),
             d_out,
-            delta if d_lse is None else d_lse.contiguous(),
-            delta,
+            lse.contiguous(),
+            rows if d_lse is None else d_lse.contiguous(),
+            rows,
             *d_out.stride()[:3],
             num_queries,
             width,
             num_heads,
+            padded,
             HAS_DLSE=d_lse is not None,
-            BLOCK_M=DELTA_ROWS,
+            BLOCK_M=READ_ROWS,
             BLOCK_K=_block_k(problem),
         )
-    return delta
+    return rows
 
 
 def _combined(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -280,35 +317,41 @@ def _block_k(problem: Problem) -> int:
 def _arguments(problem: Problem, config: Launch) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
     """Pointers that all kernels begin with, their strides, and the flags."""
     q = _operand(problem.q)
-    keys = [_operand(x) for segment in problem.segments for x in segment]
-    keys += [q] * (4 - len(keys))
+    segments = [_operand(x) for segment in problem.segments for x in segment]
+    segments += [q] * (4 - len(segments))
     ends = [x.contiguous() for x in problem.ends]
-    bias, slopes = problem.bias, problem.alibi_slopes
+    keys, bias, slopes = problem.keys, problem.bias, problem.alibi_slopes
+    if keys is not None and is_rich(problem):
+        # a matrix of one row, which costs a rich kernel no registers
+        keys, bias = None, keys[:, None, None]
     kind = "none"
     of_bias = [0] * 4
     if bias is not None:
         kind = "bool" if bias.dtype == torch.bool else "float"
         of_bias = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
         bias = bias.view(torch.uint8) if kind == "bool" else _widened_bias(bias)
-    of_ends = [0, 0] if not ends else [0 if ends[0].shape[0] == 1 else ends[0].stride(0), ends[0].stride(1)]
+    of_ends = 0 if not ends or ends[0].shape[0] == 1 else ends[0].shape[1]
     of_slopes = 0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1]
+    of_seen = 0 if keys is None or keys.shape[0] == 1 else keys.shape[1]
     pointers = (
         q,
-        *keys,
+        *segments,
         *ends,
         *(q,) * (4 - len(ends)),
         q if bias is None else bias,
         q if slopes is None else slopes.contiguous(),
         q if problem.seed is None else problem.seed,
+        q if keys is None else keys.contiguous().view(torch.uint8),
     )
-    of_keys = (stride for x in keys for stride in x.stride()[:3])
-    strides = (*q.stride()[:3], *of_keys, *of_ends, *of_bias, of_slopes)
+    of_keys = (stride for x in segments for stride in x.stride()[:3])
+    strides = (*q.stride()[:3], *of_keys, of_ends, *of_bias, of_slopes, of_seen)
     flags = {
         "NUM_ENDS": len(ends),
         "BIAS": kind,
         "HAS_SLOPES": slopes is not None,
         "HAS_DROPOUT": problem.seed is not None,
         "HAS_SEGMENTS": len(problem.segments) == 2,
+        "HAS_SEEN": keys is not None,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": _block_k(problem),

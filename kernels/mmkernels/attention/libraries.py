@@ -6,7 +6,7 @@ Where a library drops weights, the bits are its own, which no seed of ours can g
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -17,10 +17,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmkernels.attention.problem import Problem
+from mmkernels.attention.translations import FLEX_BLOCK, blocks_of, bounded, columns_of, endpoints_of, sequences_of
 
 HALF = (torch.float16, torch.bfloat16)
 SINGLE = (*HALF, torch.float32)
 PLAIN = frozenset({"none", "causal"})
+STRUCTURED = PLAIN | {"intervals"}
+# what intervals may have that a library does not take
+SECOND, KEYS, SLOPES = "a second interval a query", "a vector of keys", "alibi_slopes beside them"
+FALLING = "ends that may fall from a query to the next"
 Run = Callable[[Problem, bool], Tensor]
 
 
@@ -33,6 +38,8 @@ class Library:
         module: what is imported; None for torch itself.
         masks: kinds of masks.
         features: those that a library may lack and this one has, see `Call`.
+        structure: the same of intervals.
+        is_deterministic: whether its gradient adds in a fixed order where torch is asked for that.
         only: the architectures that it runs on; None for all devices.
         multiple: of which the head dimension must be.
         is_bottom_right: whether its causal mask lets the last query see the last key, at any lengths.
@@ -42,6 +49,8 @@ class Library:
     module: str | None = None
     masks: frozenset[str] = PLAIN
     features: frozenset[str] = frozenset()
+    structure: frozenset[str] = frozenset()
+    is_deterministic: bool = True
     dtypes: tuple[torch.dtype, ...] = HALF
     only: tuple[int, ...] | None = (80, 90, 100)
     max_head_dim: int = 256
@@ -107,15 +116,57 @@ def _run_sdpa(problem: Problem, is_causal: bool, *, backend: SDPBackend | None =
 def _run_flash_attn(problem: Problem, is_causal: bool, *, module: str, has_slopes: bool) -> Tensor:
     """Of flash-attn 2, 3 and 4, whose names for these arguments are the same."""
     (k, v), *_ = problem.segments
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"softmax_scale": problem.scale, "deterministic": True}
     slopes = problem.alibi_slopes
     if has_slopes and slopes is not None:
         options["alibi_slopes"] = slopes[0] if slopes.shape[0] == 1 else slopes
-    result = _FOUND[module].flash_attn_func(
-        problem.q, k, v, softmax_scale=problem.scale, causal=is_causal, deterministic=True, **options
-    )
+    if problem.ends and not is_causal:
+        runs = sequences_of(problem, module)
+        packed = (x.flatten(0, 1) for x in (problem.q, k, v))
+        options |= {name: value for name, value in runs._asdict().items() if name != "is_causal"}
+        result = _FOUND[module].flash_attn_varlen_func(*packed, causal=runs.is_causal, **options)
+    else:
+        result = _FOUND[module].flash_attn_func(problem.q, k, v, causal=is_causal, **options)
     # some releases return the log-sum-exp beside it
-    return result[0] if isinstance(result, tuple) else result
+    return (result[0] if isinstance(result, tuple) else result).view(problem.q.shape)
+
+
+def _run_flex(problem: Problem, is_causal: bool, *, engine: str) -> Tensor:
+    """torch's FlexAttention, compiled, its blocks made of the intervals."""
+    (k, v), *_ = problem.segments
+    module, mask = _FOUND[FLEX], None
+    if problem.ends:
+        *lists, sees = blocks_of(problem)
+        lengths = problem.q.shape[1], problem.num_keys
+        mask = module.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=lengths)
+    return _compiled_flex()(
+        *(x.transpose(1, 2) for x in (problem.q, k, v)),
+        block_mask=mask,
+        scale=problem.scale,
+        enable_gqa=problem.num_groups > 1,
+        kernel_options={"BACKEND": engine},
+    ).transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(_FOUND[FLEX].flex_attention, dynamic=False)
+
+
+def _run_cudnn_flex(problem: Problem, is_causal: bool) -> Tensor:
+    """Of cuDNN's frontend, which makes a plan of the mask in each call, and waits for the GPU to."""
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (problem.q, *problem.segments[0]))
+    module = _FOUND["cudnn.flex_attention"]
+    plan = module.create_mask_plan(endpoints_of(bounded(problem)), q, k, v)
+    return module.flex_attn_func(q, k, v, mask_plan=plan, softmax_scale=problem.scale, deterministic=True)
+
+
+def _run_flashmask(problem: Problem, is_causal: bool) -> Tensor:
+    """Of FlashMask's port to torch, whose gradient follows torch.use_deterministic_algorithms."""
+    (k, v), *_ = problem.segments
+    return _FOUND["flashmask_interface"].flashmask_attention(
+        problem.q, k, v, columns_of(bounded(problem)), causal=False, softmax_scale=problem.scale
+    )
 
 
 def _run_xformers(problem: Problem, is_causal: bool) -> Tensor:
@@ -128,9 +179,11 @@ def _run_xformers(problem: Problem, is_causal: bool) -> Tensor:
 def _flash_attn(module: str, has_slopes: bool = False, **limits: Any) -> Library:
     run = partial(_run_flash_attn, module=module, has_slopes=has_slopes)
     features = frozenset({"alibi_slopes"} if has_slopes else ())
-    return Library(run, module, features=features, **limits)
+    # of these the values tell whether they are runs
+    return Library(run, module, STRUCTURED, features, frozenset({FALLING, KEYS}), **limits)
 
 
+FLEX = "torch.nn.attention.flex_attention"
 DENSE = frozenset({"none", "bool", "float"})
 LIBRARIES: Mapping[str, Library] = {
     "sdpa": Library(
@@ -161,4 +214,36 @@ LIBRARIES: Mapping[str, Library] = {
     # on sm_100 it has no head dimension between 128 and 256
     "flash_attn_4": _flash_attn("flash_attn.cute", only=(90, 100), max_head_dim=128),
     "xformers": Library(_run_xformers, "xformers.ops", dtypes=SINGLE, has_groups=False),
+    "flex": Library(
+        partial(_run_flex, engine="TRITON"),
+        FLEX,
+        STRUCTURED,
+        structure=frozenset({SECOND, KEYS, FALLING}),
+        dtypes=SINGLE,
+    ),
+    "flex_flash": Library(
+        partial(_run_flex, engine="FLASH"),
+        FLEX,
+        STRUCTURED,
+        structure=frozenset({SECOND, KEYS, FALLING}),
+        is_deterministic=False,
+        only=(90, 100),
+        max_head_dim=128,
+    ),
+    "cudnn_flex": Library(
+        _run_cudnn_flex,
+        "cudnn.flex_attention",
+        STRUCTURED,
+        structure=frozenset({SECOND, FALLING}),
+        only=(90, 100),
+        max_head_dim=128,
+    ),
+    "flashmask": Library(
+        _run_flashmask,
+        "flashmask_interface",
+        STRUCTURED,
+        structure=frozenset({KEYS}),
+        dtypes=(torch.bfloat16,),
+        only=(90,),
+    ),
 }

@@ -115,11 +115,14 @@ def attention(
         gate: `[]`, `[1]` or `[H]`: its tanh multiplies the result (Flamingo, arXiv:2204.14198).
         qk_norm: RMSNorm of `q` and `k` before the product.
         empty_rows: what a query that sees nothing gets: "zero", or "uniform", the mean of all values, as models
-            that add a large negative number to the logits have it.
+            that add a large negative number to the logits have it; no dropout falls on it.
         return_lse: also return the log-sum-exp of each row's logits, differentiable; -inf for an empty row.
         backend: who computes it: "mmkernels", "sdpa" (torch chooses), "sdpa_flash", "sdpa_cudnn",
-            "sdpa_efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4" or "xformers"; None picks by shape,
-            mask, dtype, device and what is installed, on a GPU none whose backward adds in no fixed order.
+            "sdpa_efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4" or "xformers"; of `Intervals` too, by
+            name alone, the "flash_attn"s (packed samples and padding on one side, for which a GPU is waited for),
+            "flex" and "flex_flash" (torch's FlexAttention on Triton and on flash-attn 4), "cudnn_flex" and
+            "flashmask". None picks by shape, mask, dtype, device and what is installed, on a GPU none whose
+            backward adds in no fixed order.
 
     Returns:
         `[B, Lq, H, K]` in the dtype of `q`, accumulated in float32 (float64 for float64); with `return_lse` also
@@ -155,6 +158,7 @@ def attention(
         q.expand(batch, -1, -1, -1),
         segments,
         interval_ends(mask),
+        mask.keys if isinstance(mask, Intervals) else None,
         bias,
         checked_slopes(alibi_slopes, q, batch),
         checked_seed(seed, q) if dropout_p > 0 else None,
@@ -165,20 +169,20 @@ def attention(
     if len(segments) > 1 and not (runs_triton(q) and has_kernel_backward(problem)):
         problem = joined(problem)
     is_causal = isinstance(mask, Intervals) and mask.is_causal
+    is_ordered = isinstance(mask, Intervals) and mask.is_ordered
     if backend in (None, OURS) and _skips_little(problem) and not (is_causal and problem.offset == 0):
         problem = densified(problem)
     empty = find_empty_rows(problem) if empty_rows == "uniform" else None
-    call = Call.of(problem, is_causal, return_lse, empty is not None)
+    call = Call.of(problem, is_causal, is_ordered, return_lse, empty is not None)
     name = pick(call, backend)
     if name == OURS:
         if return_lse and q.is_cpu:
             # in low precision ATen's kernel takes its exponentials to four digits
             problem = problem.widened()
-        operands = Operands.of(problem if empty is None else with_uniform_rows(problem, empty))
         _reverse_only(problem)
-        out, lse = _attention_fwd(*operands)
+        out, lse = _attention_fwd(*Operands.of(problem))
         out = out.to(q.dtype)
-        lse = lse if empty is None else lse.masked_fill(empty, -torch.inf)
+        out = out if empty is None else with_uniform_rows(problem, out, empty)
     else:
         if not name.startswith("sdpa"):  # torch's own refuses what it lacks
             _reverse_only(problem)

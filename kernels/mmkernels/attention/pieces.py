@@ -1,10 +1,11 @@
 """An attention matrix cut into the pieces that have to be computed: what a mask leaves out is in none of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.attention.problem import Problem, alibi_tile, seen_tile
@@ -20,7 +21,7 @@ MIN_COLS = 64
 @dataclass(frozen=True)
 class Piece:
     """Some rows against some keys. `kind`: "full", "causal" (row i sees the keys up to i, both counted from the
-    piece's corner) or "masked"."""
+    piece's corner), "padded" (all see those that are no padding) or "masked"."""
 
     batch: slice
     rows: slice
@@ -47,27 +48,34 @@ def blocks(problem: Problem, limits: Limits) -> Iterator[tuple[slice, slice, lis
                 yield batches, rows, _of_cols(batches, rows, 0, problem.num_keys, kind, limits.cols)
         return
     ends = torch.stack([x.expand(problem.ends[0].shape) for x in problem.ends]).cpu()  # [2 or 4, B or 1, Lq]
-    shared = ends.shape[1] == 1
+    gaps = _gaps(problem.keys)
+    shared = ends.shape[1] == len(gaps) == 1
     for batches in _cut(0, batch, limits.batches if shared else 1):
-        of_batch = ends[:, 0 if shared else batches.start]
+        of_batch = ends[:, batches.start if ends.shape[1] > 1 else 0]
+        gaps_of_batch = gaps[batches.start if len(gaps) > 1 else 0]
+        of_batch = _beside(of_batch, gaps_of_batch)
         for run in _row_runs(of_batch):
-            pieces = _of_rows(batches, run, of_batch, limits.cols)
+            pieces = _of_rows(batches, run, of_batch, gaps_of_batch, limits.cols)
             has_mask = any(piece.kind == "masked" for piece in pieces)
             most = limits.masked_rows if has_mask else limits.rows
             if run.stop - run.start <= most:
                 yield batches, run, pieces
                 continue
             for rows in _cut(run.start, run.stop, most):
-                yield batches, rows, _of_rows(batches, rows, of_batch, limits.cols)
+                yield batches, rows, _of_rows(batches, rows, of_batch, gaps_of_batch, limits.cols)
 
 
 def bias_of(problem: Problem, piece: Piece) -> Tensor | None:
     """What is added to the logits of a piece, float `[b or 1, H or 1, r, c]`, -inf where a key is not seen."""
     batch, rows, cols = piece.batch, piece.rows, piece.cols
     bias = alibi_tile(problem, batch, rows, cols)
+    dtype = problem.q.dtype if problem.q.dtype == torch.float64 else torch.float32
+    if piece.kind == "padded" and problem.keys is not None:
+        keys = problem.keys if problem.keys.shape[0] == 1 else problem.keys[batch]
+        hidden = _infinite(~keys[:, None, None, cols], dtype)
+        return hidden if bias is None else bias + hidden
     if piece.kind != "masked":
         return bias
-    dtype = problem.q.dtype if problem.q.dtype == torch.float64 else torch.float32
     if problem.bias is not None:
         values = problem.bias if problem.bias.shape[0] == 1 else problem.bias[batch]
         values = (values if values.shape[2] == 1 else values[:, :, rows])[..., cols]
@@ -132,10 +140,53 @@ def _interval_blocks(lo: Tensor, hi: Tensor, first: int, last: int) -> Iterator[
     yield from (edge for edge in edges if edge[0] < edge[1])
 
 
-def _of_rows(batch: slice, rows: slice, ends: Tensor, max_cols: int) -> list[Piece]:
+def _gaps(keys: Tensor | None) -> list[list[tuple[int, int]]]:
+    """For each batch, or for all of them, the runs of keys that nobody sees, first and last."""
+    if keys is None:
+        return [[]]
+    # a key that is seen on either side
+    steps = F.pad((~keys).to(torch.int8), (1, 1)).diff(dim=1).cpu()
+    found: list[list[tuple[int, int]]] = [[] for _ in keys]
+    for (row, first), last in zip((steps == 1).nonzero().tolist(), (steps == -1).nonzero()[:, 1].tolist(), strict=True):
+        found[row].append((first, last))
+    return found
+
+
+def _beside(ends: Tensor, gaps: Sequence[tuple[int, int]]) -> Tensor:
+    """Ends `[2 or 4, Lq]` that lie in a long gap moved to its edge: the rows beyond it are pieces of their own."""
+    for begin, end in gaps:
+        if end - begin < MIN_COLS:
+            continue
+        lo, hi = ends[0::2], ends[1::2]
+        lo = torch.where((begin <= lo) & (lo < end), end, lo)
+        hi = torch.where((begin < hi) & (hi <= end), begin, hi)
+        ends = torch.stack([lo, torch.maximum(lo, hi)], 1).flatten(0, 1)
+    return ends
+
+
+def _around(first: int, last: int, kind: str, gaps: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, str]]:
+    """A piece without the keys that nobody sees: cut where these are many, or at its edge, padded where few."""
+    start, found = first, kind
+    for begin, end in gaps:
+        begin, end = max(begin, first), min(end, last)
+        if begin >= end:
+            continue
+        if begin > start and end < last and end - begin < MIN_COLS:
+            found = "padded" if found in ("full", "padded") else "masked"
+            continue
+        if begin > start:
+            # what is cut is no triangle
+            yield start, begin, "masked" if found == "causal" else found
+        start, found = end, "masked" if kind == "causal" else kind
+    if start < last:
+        yield start, last, found
+
+
+def _of_rows(batch: slice, rows: slice, ends: Tensor, gaps: Sequence[tuple[int, int]], max_cols: int) -> list[Piece]:
     pieces = []
-    for first, last, kind in _col_blocks(ends[:, rows]):
-        pieces += _of_cols(batch, rows, first, last, kind, max_cols)
+    for block in _col_blocks(ends[:, rows]):
+        for first, last, kind in _around(*block, gaps):
+            pieces += _of_cols(batch, rows, first, last, kind, max_cols)
     return pieces
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import accumulator
+from mmkernels._masks import num_seen
 
 Segment = tuple[Tensor, Tensor]
 
@@ -16,13 +17,15 @@ class Problem:
     """Checked operands.
 
     `segments`: keys and values `[B, Lk_s, Hkv, K]` of each segment, which lie behind one another. `ends`: lo and
-    hi of the intervals, int32 `[B or 1, Lq]`, two or four of them, or none. `bias`: bool or float
-    `[B or 1, H or 1, Lq or 1, Lk]`. `alibi_slopes`: float32 `[B or 1, H]`. `seed`: int64 `[]`, with a dropout.
+    hi of the intervals, int32 `[B or 1, Lq]`, two or four of them, or none. `keys`: bool `[B or 1, Lk]`, those of the
+    intervals that are seen; None for all. `bias`: bool or float `[B or 1, H or 1, Lq or 1, Lk]`. `alibi_slopes`:
+    float32 `[B or 1, H]`. `seed`: int64 `[]`, with a dropout.
     """
 
     q: Tensor  # [B, Lq, H, K]
     segments: tuple[Segment, ...]
     ends: tuple[Tensor, ...]
+    keys: Tensor | None
     bias: Tensor | None
     alibi_slopes: Tensor | None
     seed: Tensor | None
@@ -63,6 +66,7 @@ class Operands(NamedTuple):
     hi: Tensor | None
     lo2: Tensor | None
     hi2: Tensor | None
+    keys: Tensor | None
     alibi_slopes: Tensor | None
     seed: Tensor | None
     scale: float
@@ -70,10 +74,10 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> "Operands":
-        keys = (*(x for segment in problem.segments for x in segment), None, None)[:4]
+        segments = (*(x for segment in problem.segments for x in segment), None, None)[:4]
         ends = (*problem.ends, None, None, None, None)[:4]
-        rest = (problem.alibi_slopes, problem.seed, problem.scale, problem.dropout_p)
-        return cls._make((problem.q, *keys, problem.bias, *ends, *rest))
+        rest = (problem.keys, problem.alibi_slopes, problem.seed, problem.scale, problem.dropout_p)
+        return cls._make((problem.q, *segments, problem.bias, *ends, *rest))
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
@@ -83,7 +87,8 @@ class Operands(NamedTuple):
         second = () if self.k2 is None or self.v2 is None else ((self.k2, self.v2),)
         ends = tuple(x for x in (self.lo, self.hi, self.lo2, self.hi2) if x is not None)
         segments = ((self.k, self.v), *second)
-        return Problem(self.q, segments, ends, self.bias, self.alibi_slopes, self.seed, self.scale, self.dropout_p)
+        options = (self.alibi_slopes, self.seed, self.scale, self.dropout_p)
+        return Problem(self.q, segments, ends, self.keys, self.bias, *options)
 
 
 # in torch's language of schemas
@@ -92,14 +97,17 @@ SCHEMA = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hin
 
 
 def seen_tile(problem: Problem, batch: slice, rows: slice, cols: slice) -> Tensor | None:
-    """Which keys of `cols` the queries of `rows` see by their intervals, bool `[b, r, c]`; None for all."""
+    """Which keys of `cols` the queries of `rows` see by their intervals and the vector of keys, bool `[b, r, c]`; None
+    for all."""
     if not problem.ends:
         return None
-    keys = torch.arange(cols.start, cols.stop, device=problem.q.device)
+    places = torch.arange(cols.start, cols.stop, device=problem.q.device)
     ends = [(x if x.shape[0] == 1 else x[batch])[:, rows, None] for x in problem.ends]
-    seen = (ends[0] <= keys) & (keys < ends[1])
+    seen = (ends[0] <= places) & (places < ends[1])
     if len(ends) == 4:
-        seen |= (ends[2] <= keys) & (keys < ends[3])
+        seen |= (ends[2] <= places) & (places < ends[3])
+    if problem.keys is not None:
+        seen = seen & (problem.keys if problem.keys.shape[0] == 1 else problem.keys[batch])[:, None, cols]
     return seen
 
 
@@ -118,26 +126,19 @@ def empty_rows(problem: Problem) -> Tensor | None:
     """The rows that see no key, bool `[B or 1, H or 1, Lq]`; None where there can be none."""
     empty = None
     if problem.ends:
-        empty = problem.ends[0] >= problem.ends[1]
-        if len(problem.ends) == 4:
-            empty = empty & (problem.ends[2] >= problem.ends[3])
-        empty = empty[:, None]
+        empty = (num_seen(problem.ends, problem.keys) == 0)[:, None]
     if problem.bias is not None:
         seen = problem.bias if problem.bias.dtype == torch.bool else problem.bias > -torch.inf
         empty = ~seen.any(3)
     return empty
 
 
-def with_uniform_rows(problem: Problem, empty: Tensor) -> Problem:
-    """The rows that see no key made to see all, with logits of zero."""
-    q = problem.q.masked_fill(empty.transpose(1, 2)[..., None], 0)
-    bias, ends = problem.bias, problem.ends
-    if bias is not None:
-        bias = bias.masked_fill(empty[..., None], True if bias.dtype == torch.bool else 0.0)
-    if ends:
-        lo, hi = ends[0].masked_fill(empty[:, 0], 0), ends[1].masked_fill(empty[:, 0], problem.num_keys)
-        ends = (lo, hi, *ends[2:])
-    return replace(problem, q=q, bias=bias, ends=ends)
+def with_uniform_rows(problem: Problem, out: Tensor, empty: Tensor) -> Tensor:
+    """`out` with the mean of all values, of which dropout takes none, in the rows that see no key."""
+    sums = [v.sum(1, keepdim=True, dtype=accumulator(out.dtype)) for _, v in problem.segments]
+    total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+    mean = (total / max(problem.num_keys, 1)).to(out.dtype).repeat_interleave(problem.num_groups, 2)
+    return torch.where(empty.transpose(1, 2)[..., None], mean, out)
 
 
 def joined(problem: Problem) -> Problem:
@@ -149,7 +150,7 @@ def joined(problem: Problem) -> Problem:
 def densified(problem: Problem) -> Problem:
     """The same with its intervals as a matrix."""
     seen = seen_tile(problem, slice(None), slice(0, problem.q.shape[1]), slice(0, problem.num_keys))
-    return problem if seen is None else replace(problem, ends=(), bias=seen[:, None])
+    return problem if seen is None else replace(problem, ends=(), keys=None, bias=seen[:, None])
 
 
 def is_rich(problem: Problem) -> bool:

@@ -73,13 +73,12 @@ def attention_ref(
     logits = logits.masked_fill(empty[..., None], 0.0)
     weights = logits.softmax(3)
     lse = logits.logsumexp(3).masked_fill(empty, -torch.inf)
-    if empty_rows == "zero":
-        weights = weights.masked_fill(empty[..., None], 0.0)
     if dropout_p > 0:
         assert seed is not None
         heads = torch.arange(batch * logits.shape[1], device=q.device).view(batch, -1)
         keep = kept(seed.to(q.device), dropout_p, heads, rows, cols)
         weights = torch.where(keep, weights / (1 - dropout_p), 0.0)
+    weights = weights.masked_fill(empty[..., None], 0.0 if empty_rows == "zero" else 1 / max(num_cols, 1))
     out = torch.einsum("bhij,bjhd->bihd", weights.to(q.dtype), v)
     if gate is not None:
         out = out * gate.to(q.dtype).tanh().reshape(-1, 1)

@@ -1,5 +1,6 @@
 """Masks of transformers' models as intervals: the same matrix, stored and examined once."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, create_causal_mask, eager_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    create_causal_mask,
+    eager_mask,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from mmcore.integrations import interval_mask
 from mmcore.integrations.interval_mask import IntervalMask, seen_by
@@ -16,6 +25,19 @@ from mmcore.integrations.transformers import attention_mask, register
 from mmkernels import masks
 
 LEAST = torch.finfo(torch.float32).min
+
+
+PATTERNS = (
+    causal_mask_function,
+    bidirectional_mask_function,
+    sliding_window_causal_mask_function(3),
+    sliding_window_bidirectional_mask_function(2),
+    partial(chunked_causal_mask_function, 4),
+)
+
+
+def of_batch(function: Any, left_padding: Tensor) -> Any:
+    return function(left_padding) if isinstance(function, partial) else function
 
 
 @settings(max_examples=100, deadline=None)
@@ -30,7 +52,7 @@ def test_a_mask_holds_what_eagers_does(data: st.DataObject) -> None:
     request = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": number(0, 4),
         "kv_offset": kv_offset,
-        "mask_function": data.draw(st.sampled_from([causal_mask_function, bidirectional_mask_function])),
+        "mask_function": of_batch(data.draw(st.sampled_from(PATTERNS)), torch.arange(batch_size)),
         "attention_mask": data.draw(st.sampled_from([None, keys])), "allow_is_causal_skip": data.draw(st.booleans()),
         "dtype": data.draw(st.sampled_from([torch.float32, torch.bfloat16])), "device": torch.device("cpu"),
     }  # fmt: skip
@@ -38,7 +60,28 @@ def test_a_mask_holds_what_eagers_does(data: st.DataObject) -> None:
     if mask is None:
         assert request["allow_is_causal_skip"] and not expected.any()
     else:
+        assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
         assert mask.dtype == expected.dtype and torch.equal(mask + 0, expected)
+        assert mask.seen.empty_rows == ("zero" if (expected == 0).any(3).all() else "uniform")
+
+
+@pytest.mark.parametrize("function", PATTERNS)
+@pytest.mark.parametrize("has_padding", [True, False])
+def test_on_a_device_that_is_waited_for_no_value_is_read(function: Any, has_padding: bool) -> None:
+    meta = torch.device("meta")
+    keys = torch.ones(3, 9, dtype=torch.int64, device=meta) if has_padding else None
+    function = of_batch(function, torch.zeros(3, dtype=torch.int64, device=meta))
+    mask = attention_mask(
+        batch_size=3, q_length=9, kv_length=9, q_offset=0, kv_offset=0, mask_function=function, attention_mask=keys,
+        dtype=torch.float32, device=meta,
+    )  # fmt: skip
+    if function is bidirectional_mask_function and not has_padding:
+        assert mask is None
+        return
+    assert isinstance(mask, IntervalMask) and isinstance(mask.seen.mask, masks.Intervals)
+    # what is padding there is unknown
+    assert mask.seen.empty_rows == ("uniform" if has_padding else "zero")
+    assert (mask.seen.mask.keys is not None) == has_padding
 
 
 def plain(num_queries: int, num_keys: int, keys: Tensor | None = None) -> Tensor:
