@@ -204,6 +204,21 @@ def test_the_committed_rows_are_those_of_the_launch_tables(documents: dict[int, 
         assert not found["stack"]
 
 
+# instructions a thread behind the products of a tile of 128 x 256 by 8 warps, at most
+EPILOGUES = {
+    ("contrastive-DIAGONAL=True", "fwd"): 1300,
+    ("contrastive-DIAGONAL=True", "bwd"): 900,
+    ("sigmoid", "fwd"): 1600,
+}
+
+
+@pytest.mark.parametrize("name", EPILOGUES, ids=str)
+def test_an_epilogue_is_as_short_as_it_was_made(name: tuple[str, str], documents: dict[int, dict[str, Any]]) -> None:
+    row = next(x for x in documents[90]["rows"] if (x["kernel"], x["row"], x["element"]) == (*name, "bf16"))
+    assert row["tile"] == [128, 256, 64] and row["warps"] == 8 and row["stack"] == 0
+    assert [x["after_least"] <= EPILOGUES[name] for x in row["loops"]] == [True], row["loops"]
+
+
 def test_products_of_tiles_are_as_many_as_the_formula_has(documents: dict[int, dict[str, Any]]) -> None:
     """Else the dump is misread, or the compiler multiplies in vain."""
     for document in (documents[80], documents[90]):

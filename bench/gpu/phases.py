@@ -21,7 +21,7 @@ COMPILERS, TESTERS = 13, 12
 BEGIN_SHARE = 0.8
 KILL_AFTER_S = 3.0
 # modules of bench/ops whose large shapes come first, those with goals before the others
-LOSSES = "contrastive sigmoid linear_cross_entropy token_contrastive late distill"
+LOSSES = "contrastive sigmoid linear_cross_entropy token_contrastive maxsim late distill"
 LISTS = "ema adamw norm ewc packnet positions statistics contrastive_variants"
 
 

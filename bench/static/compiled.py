@@ -39,14 +39,17 @@ def compile_kernel(
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "INPUT_PRECISION": precision,
         **case.constants,
     }  # fmt: skip
+    described = element in ("bf16", "fp16") and arch >= 90
+    possible = {"EXACT": element == "fp32"} | possible
+    possible |= {"DESCRIBED": described, "IN_HALVES": described and config.block_n == 256}
     constants = {name: value for name, value in possible.items() if name in case.kernel.arg_names}
     signature, attributes = {}, {}
     for index, argument in enumerate(case.kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
         else:
-            signature[argument] = case.type_of(argument, element)
-            if argument not in FLOATS and not (is_odd and argument in ODD):
+            signature[argument] = kind = case.type_of(argument, element, config, possible)
+            if not kind.startswith("tensordesc") and argument not in FLOATS and not (is_odd and argument in ODD):
                 attributes[index,] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes),

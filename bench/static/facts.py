@@ -146,6 +146,8 @@ def _loop(compiled: Compiled, chain: list[Loop]) -> dict[str, Any]:
         "is_fused": has_epilogue,
         "epilogue": _sorted(epilogue),
         "epilogue_least": epilogue.total() if has_epilogue else len(once.least),
+        # of the shortest way, what follows the products: no column beyond the last, no positive, no loss too large
+        "after_least": sum(x.address > max(y.address for y in body) for x in once.least),
         "stored_bytes": _stored(compiled, turn if has_epilogue else once),
     }
 

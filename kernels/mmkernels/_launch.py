@@ -7,6 +7,7 @@ Every row compiles ahead of time for its architecture without spills, under trit
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,17 +33,26 @@ Table = Mapping[tuple[str, int, int], Launch]
 # fewer rows than keep a GEMM busy.
 CHUNK_BYTES = 256 << 20
 MIN_CHUNK, MAX_CHUNK = 1024, 4096
-# Programs that share the rows of a matrix; each keeps column sums of its own, [programs, N], so no atomics are needed.
-MAX_PROGRAMS = 132
 # What CUDA launches along each axis.
 MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
 # The interpreter's: small, so that small tests cross the edges of tiles.
 INTERPRETED = Launch(32, 32, 32, 1, 1)
+INTERPRETED_PROCESSORS = 2
 
 
 def architecture(device: torch.device) -> int:
     major = torch.cuda.get_device_capability(device)[0]
     return 80 if major <= 8 else 90 if major == 9 else 100
+
+
+def processors(x: Tensor) -> int:
+    """How many run side by side where `x` lies: programs that walk over tiles are as many."""
+    return _processors(x.device) if x.is_cuda else INTERPRETED_PROCESSORS
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_config(table: Table, kernel: str, x: Tensor) -> Launch:

@@ -10,15 +10,16 @@ from mmkernels._autograd import first_order, is_transforming, untransformed
 from mmkernels._checks import accumulator, require
 from mmkernels._cost import Cost, contrastive_cost
 from mmkernels._gemm import CALLS_ONEDNN, matmul_nt
-from mmkernels._launch import MAX_PROGRAMS, chunk_rows
+from mmkernels._launch import chunk_rows
 from mmkernels._numerics import log_sum_exp
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
-from mmkernels.contrastive.op import STORED_LOGITS, broken_claim, gives_nan
-from mmkernels.contrastive.problem import NO_UNDERFLOW_SCALE, ContrastiveStats, mean_cosine, poisoned
+from mmkernels.contrastive.op import STORED_LOGITS, broken_claim
+from mmkernels.contrastive.problem import MAX_LOGITS, ContrastiveStats, mean_cosine, poisoned
 from mmkernels.contrastive.problem import Problem as ContrastiveProblem
 from mmkernels.sigmoid.op import checked_operands as checked_sigmoid_operands
+from mmkernels.sigmoid.op import finished as finished_sigmoid
 from mmkernels.token_contrastive.loss import cross_entropy as token_cross_entropy
 from mmkernels.token_contrastive.op import check_labels as check_token_labels
 from mmkernels.token_contrastive.op import check_masks as check_token_masks
@@ -29,7 +30,6 @@ from mmkernels.token_contrastive.problem import mean_cosine as token_mean_cosine
 
 __all__ = [
     "CALLS_ONEDNN",
-    "NO_UNDERFLOW_SCALE",
     "ContrastiveProblem",
     "ContrastiveStats",
     "Cost",
@@ -50,7 +50,6 @@ __all__ = [
     "contrastive_cost",
     "first_match",
     "first_order",
-    "gives_nan",
     "is_transforming",
     "keeps_logits",
     "label_counts",
@@ -74,9 +73,9 @@ __all__ = [
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
-def contrastive_block(problem: ContrastiveProblem, *, normalized: bool) -> ContrastiveStats:
-    """The statistics of rows against a block of columns; `normalized` as in `contrastive_loss`."""
-    *stats, _ = torch.ops.mmkernels.contrastive_fwd(*_contrastive(problem), normalized)
+def contrastive_block(problem: ContrastiveProblem) -> ContrastiveStats:
+    """The statistics of rows against a block of columns."""
+    *stats, _ = torch.ops.mmkernels.contrastive_fwd(*_contrastive(problem), False)
     return ContrastiveStats(*stats)
 
 
@@ -97,7 +96,10 @@ def sigmoid_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses of rows against a block of columns, of a, b, scale and bias, and the gradients of those
     that need one."""
-    return torch.ops.mmkernels.sigmoid_fwd(*operands, *labels, True, needs)
+    loss, da, db, totals = torch.ops.mmkernels.sigmoid_fwd(*operands, *labels, "sum", needs)
+    a, _, scale, _ = operands
+    dscale, dbias = totals[1:] if len(totals) > 1 else (totals[1:], totals[1:])
+    return loss, finished_sigmoid(da, a, scale), finished_sigmoid(db, a, scale), dscale, dbias
 
 
 def token_block(problem: TokenProblem) -> TokenContrastiveStats:
@@ -130,5 +132,6 @@ def contrastive_bytes(num_rows: int, num_cols: int, width: int, element_size: in
         # the tile, its gradient, and the product that is added to the columns' gradient
         return of_grad * (2 * min(num_rows, TILE) * min(num_cols, TILE) + min(num_cols, TILE) * width)
     chunk = min(chunk_rows(num_cols, element_size), num_rows)
-    partials = 2 * min(-(-num_rows // 128), MAX_PROGRAMS) * num_cols * 4
+    # two values of each row and column of each tile of 128 x 128
+    partials = min(num_rows * num_cols, MAX_LOGITS) * 4 * 4 // 128
     return max(partials, chunk * num_cols * element_size + num_cols * width * of_grad)

@@ -15,7 +15,6 @@ from mmcore.losses.softmax import Softmax, at_columns, excess, in_block, merged,
 from mmcore.nn.batch_norm import all_sum
 from mmkernels import contrastive_loss
 from mmkernels.pieces import (
-    NO_UNDERFLOW_SCALE,
     ContrastiveProblem,
     ContrastiveStats,
     LinearMeans,
@@ -28,7 +27,6 @@ from mmkernels.pieces import (
     contrastive_block_grads,
     first_match,
     first_order,
-    gives_nan,
     label_sums,
     mean_cosine,
     pair_losses,
@@ -174,8 +172,7 @@ def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_byt
     teacher_a, *teacher_b = inputs.teacher or (None,)
     shards = shards_of(layout, [inputs.b, *teacher_b], gather_limit_bytes)
     of_rows = first, labels, weights, inputs.negatives, teacher_a
-    is_normalized = options.normalized and gives_nan(inputs.a)
-    return match, _Columns(layout, shards, *of_rows, options.symmetric, is_normalized, broken)
+    return match, _Columns(layout, shards, *of_rows, options.symmetric, broken)
 
 
 def _linear_means(inputs: _Inputs, layout: Layout, match: Match, target: Tensor, options: Options) -> LinearMeans:
@@ -210,8 +207,7 @@ class _Columns:
     negatives: Tensor | None
     teacher_a: Tensor | None
     symmetric: bool
-    normalized: bool  # whether the kernels go by that claim
-    broken: Tensor | None  # bool [], on a GPU, whether it is broken
+    broken: Tensor | None  # bool [], on a GPU, whether the claim of unit norms is broken
 
     def blocks(self, a: Tensor, scale: Tensor) -> Iterator[tuple[slice | None, ContrastiveProblem]]:
         """Which columns of the batch, and the rows against them; the negatives, which are none, last."""
@@ -242,12 +238,12 @@ class _GlobalStats(torch.autograd.Function):
         sizes = num_cols, num_cols, num_taught, num_taught
         of_cols = Softmax(*(a.new_zeros(n, dtype=torch.float64) for n in sizes))
         for cols, problem in columns.blocks(a, scale):
-            stats = _block_stats(problem, columns.normalized)
+            stats = ContrastiveStats(*(x.double() for x in contrastive_block(problem)))
             parts.append(stats)
             centers.append(mean_cosine(problem))
             if cols is None:
                 continue
-            positive += stats.positive
+            positive += stats.positive + stats.positive_rest
             own_cols = stats.col_lse, stats.col_rest, stats.teacher_col_lse, stats.col_cross
             for whole, part in zip(of_cols, own_cols, strict=True):
                 whole[cols] = part
@@ -259,9 +255,10 @@ class _GlobalStats(torch.autograd.Function):
             of_cols = merged([of_cols], columns.layout.group, over_ranks=True)
         lse, rest = (of_rows.lse, of_cols.lse), (of_rows.rest, of_cols.rest)
         of_teacher = of_rows.teacher_lse, of_cols.teacher_lse
-        stats = ContrastiveStats(*lse, positive, of_rows.cross, of_cols.cross, *rest, *of_teacher)
-        if columns.normalized:
-            stats = poisoned(stats, scale, columns.broken)
+        crosses = of_rows.cross, of_cols.cross
+        # nothing was rounded from the positives: float64
+        stats = ContrastiveStats(*lse, positive, *crosses, *rest, *of_teacher, torch.zeros_like(positive))
+        stats = poisoned(stats, columns.broken)
         ctx.columns, ctx.parts, ctx.centers = columns, parts, centers
         ctx.save_for_backward(a, scale, *stats)
         ctx.mark_non_differentiable(*stats[5:])
@@ -295,7 +292,7 @@ class _GlobalStats(torch.autograd.Function):
             if needs[1] and cols is not None:
                 db = db.to(dtype)
                 if columns.labels is not None and columns.weights is not None:
-                    of_positives = label_sums(grads[9], columns.labels[0], columns.labels[1][cols])
+                    of_positives = label_sums(grads[-1], columns.labels[0], columns.labels[1][cols])
                     db += of_positives * columns.weights[cols, None]
                 columns.shards.add_grad(db)
         return (
@@ -304,18 +301,6 @@ class _GlobalStats(torch.autograd.Function):
             ds.to(scale.dtype) if needs[2] else None,
             None,
         )
-
-
-def _block_stats(problem: ContrastiveProblem, normalized: bool) -> ContrastiveStats:
-    stats = ContrastiveStats(*(x.double() for x in contrastive_block(problem, normalized=normalized)))
-    if not normalized:
-        return stats
-
-    def revived(lse: Tensor) -> Tensor:
-        """A sum that lost its terms to underflow adds nothing here; the whole is judged when it is complete."""
-        return torch.where(lse.isnan() & (problem.scale > NO_UNDERFLOW_SCALE), -torch.inf, lse)
-
-    return stats._replace(row_lse=revived(stats.row_lse), col_lse=revived(stats.col_lse))
 
 
 def _excess(part: ContrastiveStats, whole: ContrastiveStats, grads: Sequence[Tensor]) -> Tensor:

@@ -44,10 +44,11 @@ def merged(parts: list[Softmax], group: Group | None = None, over_ranks: bool = 
 
 
 def rounded(stats: Stats, dtype: torch.dtype) -> Stats:
-    """Statistics in `dtype`, the rests of log-sum-exps taking up what that loses."""
+    """Statistics in `dtype`, the rests taking up what that loses."""
     found = {name: x.to(dtype) for name, x in stats._asdict().items()}
-    for lse, rest in ((stats.row_lse, "row_rest"), (stats.col_lse, "col_rest")):
-        lost = (lse - lse.to(dtype)) + getattr(stats, rest)
+    for rest in found.keys() & {"row_rest", "col_rest", "positive_rest"}:
+        of = getattr(stats, rest.replace("_rest", "" if rest == "positive_rest" else "_lse"))
+        lost = (of - of.to(dtype)) + getattr(stats, rest)
         found[rest] = lost.nan_to_num(0.0, 0.0, 0.0).to(dtype)
     return type(stats)(**found)
 

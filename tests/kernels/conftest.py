@@ -8,7 +8,7 @@ from mmkernels._device import INTERPRETED
 from mmkernels.attention import blockwise as attention_blockwise
 from mmkernels.attention import op as attention_op
 from mmkernels.attention import pieces
-from mmkernels.contrastive import blockwise, kernel, op, problem
+from mmkernels.contrastive import blockwise, kernel, launches, op, problem
 from mmkernels.distill import blockwise as distill_blockwise
 from mmkernels.distill import eager as distill_eager
 from mmkernels.distill import kernel as distill_kernel
@@ -31,7 +31,8 @@ SMALL = {
     attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "TILE_WEIGHTS": 512, "MASKED_ROWS": 16},
     attention_op: {"FEW_WEIGHTS": 0}, pieces: {"MIN_ROWS": 4, "MIN_COLS": 4, "MASK_ENTRIES": 256},
     blockwise: {"TILE": 32, "LOW_SPAN": 64},
-    kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_cols, element_size: 32}, op: {"STORED_LOGITS": 0},
+    kernel: {"MAX_LOGITS": 2000, "chunk_rows": lambda num_cols, element_size: 32}, op: {"STORED_LOGITS": 0},
+    launches: {"FEW_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24}, distill_blockwise: {"BLOCK": 256}, distill_kernel: {"MIN_PROGRAMS": 6},
     distill_eager: {"EAGER_LOGITS": 0}, multi_tensor_blockwise: {"PART": 64}, sigmoid_blockwise: {"TILE": 32},
     sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_eager: {"EAGER_LOGITS": 0},
@@ -39,7 +40,7 @@ SMALL = {
     maxsim_blockwise: {"TILE": 900}, maxsim_kernel: {"MIN_PROGRAMS": 24}, maxsim_eager: {"EAGER_PRODUCTS": 0},
     lce_eager: {"EAGER_PRODUCT": 0}, token_eager: {"EAGER_PRODUCTS": 0},
     token_blockwise: {"TILE": 640, "TILE_COLS": 16},
-    token_kernel: {"MAX_PROGRAMS": 2, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},
+    token_kernel: {"CHUNK_BYTES": 2048, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},
 }  # fmt: skip
 
 

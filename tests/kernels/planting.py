@@ -96,7 +96,7 @@ def plant(path: ModuleType, bug: Bug | None, folder: Path) -> ModuleType:
     the small tiles too."""
     if bug is None or _function(_tree(path), bug):
         return _again(path, bug, folder)
-    names = [f"{path.__package__}.{name}" for name in ("device", "device_bwd")]
+    names = [f"{path.__package__}.{name}" for name in ("device", "device_bwd", "device_vectors")]
     device = next(x for x in map(import_module, filter(find_spec, names)) if _function(_tree(x), bug))
     planted, module = _again(device, bug, folder), _again(path, None, folder)
     for name, value in vars(device).items():

@@ -49,7 +49,13 @@ OPS = {
         attention, tuple((x, HEADS) for x in (PLAIN, CAUSAL, INTERVALS, BLOCKS, BIAS, DROPOUT, SEGMENTS, PADDED))
     ),
     "contrastive": Op(
-        contrastive, ((STATS, STATS.shapes[1]), *((x, x.shapes[-1]) for x in (STATS, LOSS, VARIANTS[-1])))
+        contrastive,
+        (
+            (STATS, STATS.shapes[1]),
+            *((x, x.shapes[-1]) for x in (STATS, LOSS, VARIANTS[-1])),
+            # of these a shift serves, in bfloat16
+            *((replace(x, cases=("cone",)), x.shapes[-1]) for x in (STATS, LOSS)),
+        ),
     ),
     "distill": Op(distill, tuple((x, shape) for x in DISTILL for shape in x.shapes[1:]), ("plain", "sharp")),
     "linear_cross_entropy": Op(
@@ -80,7 +86,7 @@ OPS = {
             (tokens.STATS, tokens.STATS.shapes[-1]),
             (replace(tokens.STATS, cases=("ties",)), tokens.STATS.shapes[-2]),
             (tokens.RECTANGLE, tokens.RECTANGLE.shapes[0]),
-            (tokens.LOSS, tokens.LOSS.shapes[-1]),
+            *((tokens.LOSS, shape) for shape in tokens.LOSS.shapes),
         ),
     ),
     # which has one path: every device runs it
@@ -137,14 +143,19 @@ positives of the first tile taken for all: contrastive_fwd start -> 0
 positives' gradient of b lost: contrastive_bwd db@2 -> None
 # contrastive kernel
 wrong factor on da: contrastive_bwd mul_ -> _.mul_(1.001)
-unwritten column: _fold_columns mask_n@1 -> _ & (tl.arange(0, 32) < 31)
-missing cast: _contrastive_fwd_kernel acc -> _.to(tl.float16).to(tl.float32)
-rows outside counted in column sums: _contrastive_fwd_kernel inside@1 -> mask_n[None, :]
-sums not rescaled to the new maximum: _fold_rows shrink -> 1
-positive counted twice: _contrastive_bwd_kernel where -> _2
-gradient's unit not taken back: contrastive_bwd unit@2 -> 1
-second chunk's rows those of the first: _grad_chunk rows -> slice(0, _.stop - _.start)
-one split's columns skipped: _contrastive_fwd_kernel cols_per_split -> _ + 1
+wrong factor on a pair's da: _contrastive_pairs_grad_kernel factor -> 1.001 * _
+unwritten tile: _contrastive_fwd_kernel tiles@3 -> _ - 1
+missing cast: _contrastive_fwd_kernel product -> _.to(tl.float16).to(tl.float32)
+rows outside counted in column sums: _contrastive_fwd_kernel where@2 -> _1
+rows outside counted under a shift: _contrastive_fwd_kernel where@5 -> shift + tl.zeros([BLOCK_M], tl.float32)
+columns outside counted under a shift: _contrastive_fwd_kernel where@1 -> _1
+sums not rescaled to the new maximum: _merged shares -> 1.0
+a positive's columns left out of a pair's loss: _contrastive_combine_kernel col_lse@2 -> positive
+positive counted twice: _contrastive_bwd_kernel where@1 -> _2
+positive counted twice under a shift: _contrastive_bwd_kernel where@4 -> _2
+gradient's unit not taken back: contrastive_bwd unit -> 1
+natural units of the weights taken for binary ones: _contrastive_weights_kernel per_nat -> 1.0
+second chunk's rows those of the first: _products rows@1 -> slice(0, _.stop - _.start)
 teacher's share of dL/dS lost: _contrastive_bwd_kernel _softmaxes@1 -> 0 * _
 # distill blockwise
 student's temperature taken for the teacher's: _forward 1@1 -> 0
@@ -277,15 +288,16 @@ da of the last tile alone: sigmoid_fwd da += -> =
 upstream gradient ignored: sigmoid_fwd coef@2 -> torch.ones_like(_)
 scale gets the bias's gradient: sigmoid_fwd dscale -> dbias.clone()
 # sigmoid kernel
-wrong factor on da and db: sigmoid_fwd scale@2 -> 1
-gradient's unit not taken back: sigmoid_fwd GRAD_CEILING@1 -> 1
-missing cast: _sigmoid_fwd_kernel acc -> _.to(tl.float16).to(tl.float32)
-unwritten column: _sigmoid_fwd_kernel stride_gm@1 -> N - 1
-columns outside counted: _sigmoid_fwd_kernel >= -> >
-positive counted twice: _sigmoid_fwd_kernel is_positive@1 -> False
+wrong factor on da: _sigmoid_bwd_kernel factor -> 1.001 * _
+gradient's unit not taken back: _sigmoid_bwd_kernel UNIT -> 2.0
+missing cast: _sigmoid_fwd_kernel product -> _.to(tl.float16).to(tl.float32)
+unwritten tile: _sigmoid_fwd_kernel tiles_m@1 -> _ - 1
+columns outside counted: _sigmoid_fwd_kernel where@2 -> _1
+positive counted twice: _sigmoid_fwd_kernel inside@1 -> (offs_n < N)[None, :]
 labels cut to 32 bits: _label_ids searchsorted -> x.int()
-second chunk's offset forgotten: sigmoid_fwd first@2 -> 0
-db of the last chunk alone: sigmoid_fwd addmm_fp32_@1 -> addmm_fp32_(db, grad.T, a_rows, beta=0.0)
+second chunk's rows those of the first: sigmoid_fwd rows@1 -> slice(0, _.stop - _.start)
+db of the last chunk alone: sigmoid_fwd addmm_fp32_@1 -> addmm_fp32_(db, grad.T, a_part, beta=0.0)
+a large logit's excess forgotten: _part_of_tile maximum -> 0.0 * _
 # token_contrastive blockwise
 wrong factor on gradients: token_contrastive_bwd mul_ -> pass
 last column left out: tiles num_cols@1 -> _ - 1
@@ -296,19 +308,22 @@ gradient to another row's token: places stride -> 0
 rows' labels ignored: add_row_weights row_matched -> 0 * _
 masked tokens compete: best_tokens masked_fill_ -> pass
 # token_contrastive kernel
-wrong factor on dtokens: token_contrastive_bwd mul_ -> _self
-unwritten column: _token_contrastive_fwd_kernel mask_n@7 -> offs_n < N - 1
+wrong factor on dtokens: token_contrastive_bwd factor -> unit
+wrong factor on db: token_contrastive_bwd mul_ -> pass
+unwritten column: _token_contrastive_combine_kernel mask_n -> offs < N - 1
 missing cast: _token_contrastive_fwd_kernel best@2 -> _.to(tl.float16).to(tl.float32)
-rows outside counted in column sums: _token_contrastive_fwd_kernel mask_m@4 -> _ | True
-sums not rescaled to the new maximum: _token_contrastive_fwd_kernel exp@3 -> 1
+rows outside counted in column sums: _token_contrastive_fwd_kernel inside -> (offs_n < N)[:, None]
+sums not rescaled to the common maximum: _merged shares -> 1
+sums not rescaled to a new maximum: _merged shrink -> 1
 gradient to the last of the best: _best_tokens min -> \
 tl.minimum(tl.max(tl.where(products == largest[:, :, None], offs_q[None, None, :], 0), 2), Q - 1)
 a later block of tokens wins ties: _best_tokens > -> >=
-gradient's unit not taken back: token_contrastive_bwd unit@2 -> 1
+gradient's unit not taken back: token_contrastive_bwd unit@1 -> 1
 second chunk's rows forgotten: token_contrastive_bwd of_rows -> _self
-one split's columns skipped: _token_contrastive_fwd_kernel cols_per_split -> _ + 1
-columns' totals of the last program alone: token_contrastive_fwd sum -> _self[-1]
+a program's second tile left out: _token_contrastive_fwd_kernel num_programs -> tiles
+columns' totals of the last rows alone: _joined sum -> _self[-1]
 masked tokens compete: _best_tokens != -> >=
+tokens beyond the last compete: _best_tokens IS_WHOLE -> True
 # late late
 wrong factor on gradients: token_contrastive_bwd mul_ -> pass
 rows' maximum over the wrong tokens: _tile amax@2 -> _self.amin(_0)

@@ -1,7 +1,6 @@
 """What the contrastive ops promise beyond the contract that every op obeys."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -12,12 +11,13 @@ from bench.contract import check
 from bench.ops.contrastive import VARIANTS
 from bench.ops.statistics import STATS
 from bench.spec import OpSpec
-from mmkernels import contrastive_loss, contrastive_stats
+from mmkernels import contrastive_loss, contrastive_loss_ref, contrastive_stats, contrastive_stats_ref
 from mmkernels._device import INTERPRETED, runs_triton
 from mmkernels.contrastive import blockwise, eager, kernel, op
-from mmkernels.contrastive.op import gives_nan
 from mmkernels.contrastive.problem import Problem
 from tests.kernels.recorded import opcheck
+
+LOSSES = (contrastive_loss, contrastive_loss_ref)
 
 
 def features(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -179,13 +179,20 @@ class TestNormalized:
         with pytest.raises(ValueError, match="logit_scale must be at most 128 with normalized=True, got 150"):
             contrastive_loss(self.a, self.b, 150.0, normalized=True)
 
-    def test_a_row_whose_terms_all_underflow_is_not_a_number_rather_than_a_wrong_one(self) -> None:
-        a = -self.b[:1].expand(40, -1)
-        b = self.b[:1].expand(40, -1)
-        expected = torch.full((40,), math.log(40) - 100)
-        torch.testing.assert_close(contrastive_stats(a, b, 100.0).row_lse, expected)
-        claimed = contrastive_stats(a, b, 100.0, normalized=True).row_lse
-        if gives_nan(a):
-            assert claimed.isnan().all()
-        else:  # a CPU shifts by the maxima
-            torch.testing.assert_close(claimed, expected)
+
+@pytest.mark.parametrize("scale", [60.0, 100.0, 127.0, 4000.0, -100.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_at_odds_with_all_others_lose_no_sum(scale: float, dtype: torch.dtype) -> None:
+    """No shift of all logits serves a batch in which some rows meet their opposites alone."""
+    a, b = unit(40, 48).to(dtype), unit(1, 48, seed=1).to(dtype).expand(40, -1)
+    a = torch.where(torch.arange(40)[:, None] % 2 == 0, a, -b).requires_grad_()
+    stats = contrastive_stats(a, b, scale, positives=torch.arange(40))
+    gold = contrastive_stats_ref(a.double(), b.double(), scale, positives=torch.arange(40))
+    for got, expected in zip(stats[:3], gold[:3], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=3e-5)
+    loss, expected = (f(x, y, scale) for f, x, y in zip(LOSSES, (a, a.double()), (b, b.double()), strict=True))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)
+    grads = [torch.autograd.grad(x, a)[0].double() for x in (loss, expected)]
+    # a logit is rounded at the scale
+    bound = 4 * torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * max(abs(scale), 1)
+    assert (grads[0] - grads[1]).abs().max() <= bound * grads[1].abs().max()

@@ -219,7 +219,9 @@ def test_low_precision_gradients_are_float32_gradients_rounded(
         got = evaluate(spec.op, inputs, spec.differentiable)
         gold = evaluate(spec.ref, cast_inputs(inputs, torch.float64), spec.differentiable)
         for name in (name for name in got if name.startswith("d_") and got[name].ndim):
-            bound = roundings * torch.finfo(dtype).eps * gold[name].abs().max()
+            # the interpreter cuts bfloat16 off where a GPU rounds it
+            cut = 2 if INTERPRETED and dtype == torch.bfloat16 else 1
+            bound = cut * roundings * torch.finfo(dtype).eps * gold[name].abs().max()
             assert (got[name].double() - gold[name]).abs().max() <= bound, (case, name)
 
 

@@ -9,9 +9,11 @@ both segments. What a mask leaves out is skipped by whole tiles, and looked at o
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-FAR = tl.constexpr(2147483647)
+from mmkernels._tl import Constant
+
+LOG2E = Constant(1.4426950408889634)
+LN2 = Constant(0.6931471805599453)
+FAR = Constant(2147483647)
 
 
 @triton.jit

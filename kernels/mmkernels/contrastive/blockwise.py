@@ -66,6 +66,7 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
         col_rest,
         teacher_row.max + teacher_row.sum.log(),
         teacher_col.max + teacher_col.sum.log(),
+        torch.zeros_like(positive),
     )
 
 
@@ -100,7 +101,7 @@ def contrastive_bwd(
             da[of_rows] += matmul(grad, factors[1][of_span])
         if db is not None:
             db[of_span] += matmul(grad.T, factors[0][of_rows])
-    of_positives = add_positives(problem, coefs, da, db, center)
+    of_positives = add_positives(problem, coefs.positive, da, db, center)
     for dx in (da, db):
         if dx is not None:
             dx.mul_(scale)

@@ -1,176 +1,197 @@
 """The contrastive kernels: what runs on the GPU; kernel.py launches them.
 
-Pass 1 reads each tile once for both directions: row sums stay in registers, column sums go to a row of
-partials that the program owns. Pass 2 writes dL/dS for a chunk of rows and leaves the two products to the
+Pass 1 computes each tile of logits once and takes from one exponential both directions' sums, which it leaves per
+tile; a second kernel combines those. Pass 2 writes dL/dS for a chunk of rows and leaves the two products to the
 GEMM library.
+
+Both passes subtract one shift from all logits, chosen on the device from the largest norms of the features. Where no
+shift will do, `_state` says so and the same kernels run with EXACT, a maximum for every row and column of a tile;
+each of the two launches leaves at once where the other one is to work.
 """
+
+# triton types a jitted function as one that does not return
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
-from mmkernels._tl import dot_tile
+from mmkernels._tl import halves, product, store_tile, tile_place
+from mmkernels.contrastive.device_state import LOG2_E, NOWHERE, SHARE_UNIT, UNIT, VECTORS, _center, _shift
 
 
 @triton.jit
-def _fold_rows(logits, weights, old_max, old_sum, old_cross, HAS_CROSS: tl.constexpr):
-    """Online `sum exp(x - max)` along the rows of a tile, and of it times the weights."""
-    new_max = tl.maximum(old_max, tl.max(logits, 1))
-    exponentials = tl.exp(logits - new_max[:, None])
-    shrink = tl.exp(old_max - new_max)
-    new_sum = old_sum * shrink + tl.sum(exponentials, 1)
-    new_cross = old_cross
-    if HAS_CROSS:
-        new_cross = old_cross * shrink + tl.sum(exponentials * weights, 1)
-    return new_max, new_sum, new_cross
+def _first(center, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr):
+    """What a tile's products are added to: less their center at no cost; an exact softmax rounds as the field does."""
+    first = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if not EXACT:
+        first -= center
+    return first
 
 
 @triton.jit
-def _fold_columns(col_ptrs, stride_plane, logits, weights, mask_n, seen, HAS_CROSS: tl.constexpr):
-    """Fold a tile into the program's own column sums: what it stored one row tile ago, nothing before that."""
-    # the tile's own sums first: what is loaded before them would have to wait in registers
-    tile_max = tl.max(logits, 0)
-    exponentials = tl.exp(logits - tile_max[None, :])
-    tile_sum = tl.sum(exponentials, 0)
-    old_max = tl.load(col_ptrs, mask=seen, other=float("-inf"))
-    new_max = tl.maximum(old_max, tile_max)
-    shrink, tile_shrink = tl.exp(old_max - new_max), tl.exp(tile_max - new_max)
-    col_sum = tl.load(col_ptrs + stride_plane, mask=seen, other=0.0) * shrink + tile_sum * tile_shrink
-    if HAS_CROSS:
-        cross_ptrs = col_ptrs + 2 * stride_plane
-        tile_cross = tl.sum(exponentials * weights, 0)
-        col_cross = tl.load(cross_ptrs, mask=seen, other=0.0) * shrink + tile_cross * tile_shrink
-    # no thread may overwrite a sum that another has still to read, nor read one not yet written
-    tl.debug_barrier()
-    tl.store(col_ptrs, new_max, mask=mask_n)
-    tl.store(col_ptrs + stride_plane, col_sum, mask=mask_n)
-    if HAS_CROSS:
-        tl.store(cross_ptrs, col_cross, mask=mask_n)
-    tl.debug_barrier()
+def _positive_place(positives_ptr, offs_m, M, N, DIAGONAL: tl.constexpr):
+    """The columns of the rows' positives, -1 for none."""
+    if DIAGONAL:
+        place = offs_m
+    else:
+        # int64 in what is given: beyond 32 bits there is no column
+        place = tl.load(positives_ptr + offs_m, mask=offs_m < M, other=-1)
+        place = tl.where((place >= 0) & (place < N), place, -1).to(tl.int32)
+    return place
 
 
 @triton.jit
+def _is_near(
+    positives_ptr,
+    first_m,
+    first_n,
+    M,
+    N,
+    HAS_POSITIVES: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whether a tile has columns beyond the last, or positives."""
+    is_near = first_n + BLOCK_N > N
+    if HAS_POSITIVES:
+        if DIAGONAL:
+            is_near = is_near | ((first_m < first_n + BLOCK_N) & (first_n < first_m + BLOCK_M))
+        else:
+            # loaded again where it is wanted: kept, the places would cost registers
+            place = _positive_place(positives_ptr, first_m + tl.arange(0, BLOCK_M), M, N, DIAGONAL)
+            is_there = (place >= first_n) & (place < first_n + BLOCK_N)
+            is_near = is_near | (tl.max(is_there.to(tl.int32), 0) > 0)
+    return is_near
+
+
+@triton.jit
+def _shifted_sums(acc, factor, shifts, col_ptr, SYMMETRIC: tl.constexpr):
+    """Sums of a part of a tile: of its columns, which are stored, and of its rows."""
+    exponentials = tl.exp2(acc * factor - shifts[:, None])
+    if SYMMETRIC:
+        tl.store(col_ptr + tl.arange(0, acc.shape[1]), tl.sum(exponentials, 0))
+    return tl.sum(exponentials, 1)
+
+
+@triton.jit
+def _store_softmax(ptr, plane, logits, weights, axis: tl.constexpr, HAS_CROSS: tl.constexpr):
+    """The maximum of each row or column of a tile, its sum of exponentials, and of those times the weights."""
+    largest = tl.max(logits, axis)
+    # of nothing but minus infinity: zero, not a number
+    by = tl.maximum(largest, NOWHERE)
+    exponentials = tl.exp2((logits - tl.expand_dims(by, axis)) * LOG2_E)
+    tl.store(ptr, largest)
+    tl.store(ptr + plane, tl.sum(exponentials, axis))
+    if HAS_CROSS:
+        tl.store(ptr + 2 * plane, tl.sum(exponentials * weights, axis))
+
+
+@triton.jit
+def _picked(tile, place):
+    """Of each row the value in the column `place`, zero where that is outside."""
+    return tl.sum(tl.where(tl.arange(0, tile.shape[1])[None, :] == place[:, None], tile, 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
 def _contrastive_fwd_kernel(
-    a_ptr,
-    b_ptr,
-    teacher_a_ptr,
-    teacher_b_ptr,
     scale_ptr,
-    shift_ptr,
+    a,  # pointers, or descriptors of tiles
+    b,
+    teacher_a,
+    teacher_b,
+    state_ptr,
+    center_ptr,
     positives_ptr,  # int64 [M]
-    row_ptr,  # [planes, splits, M]
-    col_ptr,  # [planes, programs, N]
-    positive_ptr,  # [M]
+    row_ptr,  # [planes, column tiles, row tiles * BLOCK_M]
+    col_ptr,  # [planes, row tiles, column tiles * BLOCK_N]
+    positive_ptr,  # [M]: products, less their center where a shift serves
     stride_am,
-    stride_ad,
     stride_bn,
-    stride_bd,
     stride_tm,
     stride_tn,
-    stride_cp,
     M,
     N,
     D,
-    cols_per_split,
+    EXACT: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    PARTS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     HAS_POSITIVES: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    IN_HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    first_n = pid_n * cols_per_split
-    last_n = tl.minimum(first_n + cols_per_split, N)
-    row_plane = tl.num_programs(1).to(tl.int64) * M
-    col_plane = tl.num_programs(0).to(tl.int64) * stride_cp
-    for start_m in range(pid_m * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles = tiles_m * tiles_n
+    if ALWAYS:
+        scale, center = tl.load(scale_ptr).to(tl.float32), 0.0
+    else:
+        scale, factor, shift, center, _, serves = _shift(scale_ptr, state_ptr, center_ptr, PARTS, DIAGONAL)
+        tiles = tl.where(serves != EXACT, tiles, 0)
+    row_plane = tiles.to(tl.int64) * BLOCK_M
+    col_plane = tiles.to(tl.int64) * BLOCK_N
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        pid_m, pid_n = tile_place(tile, tiles_m, tiles_n)
+        first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        acc = _first(center, BLOCK_M, BLOCK_N, EXACT)
+        acc = product(
+            a, b, acc, stride_am, stride_bn, first_m, first_n, M, N, D,
+            DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, INPUT_PRECISION,
+        )  # fmt: skip
+        offs_m = first_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        teacher_max, teacher_sum, teacher_cross = row_max, row_sum, row_sum
-        for start_n in range(first_n, last_n, BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < last_n
-            acc = dot_tile(
-                a_ptr,
-                b_ptr,
-                stride_am,
-                stride_ad,
-                stride_bn,
-                stride_bd,
-                offs_m,
-                offs_n,
-                M,
-                N,
-                D,
-                BLOCK_D,
-                INPUT_PRECISION,
-            )
-            logits = acc * scale
-            inside = mask_m[:, None] & mask_n[None, :]
-            seen = mask_n & (start_m >= tl.num_programs(0) * BLOCK_M)
-            col_ptrs = col_ptr + pid_m.to(tl.int64) * stride_cp + offs_n
+        row_ptrs = row_ptr + (pid_n.to(tl.int64) * tiles_m + pid_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+        col_base = col_ptr + (pid_m.to(tl.int64) * tiles_n + pid_n) * BLOCK_N
 
-            if HAS_TEACHER:
-                teacher_acc = dot_tile(
-                    teacher_a_ptr,
-                    teacher_b_ptr,
-                    stride_tm,
-                    stride_ad,
-                    stride_tn,
-                    stride_bd,
-                    offs_m,
-                    offs_n,
-                    M,
-                    N,
-                    D,
-                    BLOCK_D,
-                    INPUT_PRECISION,
-                )
-                of_teacher = tl.where(inside, teacher_acc * scale, float("-inf"))
-                if SYMMETRIC:
-                    teacher_ptrs = col_ptrs + 2 * col_plane
-                    _fold_columns(teacher_ptrs, col_plane, of_teacher, logits, mask_n, seen, True)
-                teacher_max, teacher_sum, teacher_cross = _fold_rows(
-                    of_teacher, logits, teacher_max, teacher_sum, teacher_cross, True
-                )
-
-            # -inf outside for rows and columns at once: what lies there is not a number, and not stored
-            logits = tl.where(inside, logits, float("-inf"))
+        is_near = _is_near(positives_ptr, first_m, first_n, M, N, HAS_POSITIVES, DIAGONAL, BLOCK_M, BLOCK_N)
+        if is_near:
+            # columns beyond the last, and positives: few tiles have either
+            offs_n = first_n + tl.arange(0, BLOCK_N)
+            acc = tl.where((offs_n < N)[None, :], acc, NOWHERE)
             if HAS_POSITIVES:
-                # again for every tile: kept, they would cost registers through the product
-                place = tl.load(positives_ptr + offs_m, mask=mask_m, other=-1)
-                place = tl.where(place.to(tl.uint64) < N.to(tl.uint64), place, -1).to(tl.int32)
-                found = (place >= start_n) & (place < tl.minimum(start_n + BLOCK_N, N))
-                if tl.max(found.to(tl.int32), 0) > 0:
-                    is_positive = offs_n[None, :] == place[:, None]
-                    of_row = tl.sum(tl.where(is_positive, logits, 0.0), 1)
-                    tl.store(positive_ptr + offs_m, of_row, mask=found)
+                place = _positive_place(positives_ptr, offs_m, M, N, DIAGONAL)
+                is_there = (place >= first_n) & (place < first_n + BLOCK_N) & (place < N) & mask_m
+                if IN_HALVES:
+                    left, right = halves(acc)
+                    of_row = _picked(left, place - first_n) + _picked(right, place - first_n - BLOCK_N // 2)
+                else:
+                    of_row = _picked(acc, place - first_n)
+                tl.store(positive_ptr + offs_m, of_row, mask=is_there)
 
-            if SHIFTED:
-                exponentials = tl.exp(logits - tl.load(shift_ptr))
-                row_sum += tl.sum(exponentials, 1)
+        if EXACT:
+            inside = mask_m[:, None] & (first_n + tl.arange(0, BLOCK_N) < N)[None, :]
+            logits = tl.where(inside, acc * scale, float("-inf"))
+            col_ptrs = col_base + tl.arange(0, BLOCK_N)
+            if HAS_TEACHER:
+                of_teacher = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+                of_teacher = product(
+                    teacher_a, teacher_b, of_teacher, stride_tm, stride_tn, first_m, first_n, M, N, D,
+                    DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, INPUT_PRECISION,
+                )  # fmt: skip
+                of_teacher = tl.where(inside, of_teacher * scale, float("-inf"))
+                weights = tl.where(inside, logits, 0.0)
+                _store_softmax(row_ptrs + 2 * row_plane, row_plane, of_teacher, weights, 1, True)
                 if SYMMETRIC:
-                    old_sum = tl.load(col_ptrs + col_plane, mask=seen, other=0.0)
-                    col_sum = old_sum + tl.sum(exponentials, 0)
-                    tl.debug_barrier()
-                    tl.store(col_ptrs + col_plane, col_sum, mask=mask_n)
-                    tl.debug_barrier()
+                    _store_softmax(col_ptrs + 2 * col_plane, col_plane, of_teacher, weights, 0, True)
+            _store_softmax(row_ptrs, row_plane, logits, logits, 1, False)
+            if SYMMETRIC:
+                _store_softmax(col_ptrs, col_plane, logits, logits, 0, False)
+        else:
+            # rows beyond the last are zero: they are not in the columns' sums
+            shifts = tl.where(mask_m, shift, float("inf"))
+            if IN_HALVES:
+                left, right = halves(acc)
+                sums = _shifted_sums(left, factor, shifts, col_base, SYMMETRIC)
+                sums += _shifted_sums(right, factor, shifts, col_base + BLOCK_N // 2, SYMMETRIC)
             else:
-                if SYMMETRIC:
-                    _fold_columns(col_ptrs, col_plane, logits, logits, mask_n, seen, False)
-                row_max, row_sum, _ = _fold_rows(logits, logits, row_max, row_sum, row_sum, False)
-        row_ptrs = row_ptr + pid_n.to(tl.int64) * M + offs_m
-        tl.store(row_ptrs, row_max, mask=mask_m)
-        tl.store(row_ptrs + row_plane, row_sum, mask=mask_m)
-        if HAS_TEACHER:
-            tl.store(row_ptrs + 2 * row_plane, teacher_max, mask=mask_m)
-            tl.store(row_ptrs + 3 * row_plane, teacher_sum, mask=mask_m)
-            tl.store(row_ptrs + 4 * row_plane, teacher_cross, mask=mask_m)
+                sums = _shifted_sums(acc, factor, shifts, col_base, SYMMETRIC)
+            tl.store(row_ptrs, sums)
 
 
 @triton.jit
@@ -178,113 +199,179 @@ def _softmaxes(
     logits,
     row_lse_ptr,
     col_lse_ptr,
-    row_coef_ptr,
-    col_coef_ptr,
+    row_rest_ptr,
+    col_rest_ptr,
+    d_row_ptr,
+    d_col_ptr,
+    unit,
     offs_m,
     offs_n,
-    mask_m,
-    mask_n,
+    M,
+    N,
     SYMMETRIC: tl.constexpr,
+    HAS_REST: tl.constexpr,
 ):
-    """`row_coef exp(x - row_lse) + col_coef exp(x - col_lse)` of a tile."""
+    """`d_row exp(x - row_lse) + d_col exp(x - col_lse)` of a tile, times the unit."""
+    mask_m, mask_n = offs_m < M, offs_n < N
     row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=0.0)
-    row_coef = tl.load(row_coef_ptr + offs_m, mask=mask_m, other=0.0)
-    grad = tl.exp(logits - row_lse[:, None]) * row_coef[:, None]
+    row = tl.load(d_row_ptr + offs_m, mask=mask_m, other=0.0) * unit
+    if HAS_REST:
+        row *= tl.exp(-tl.load(row_rest_ptr + offs_m, mask=mask_m, other=0.0))
+    grad = tl.exp2((logits - row_lse[:, None]) * LOG2_E) * row[:, None]
     if SYMMETRIC:
         col_lse = tl.load(col_lse_ptr + offs_n, mask=mask_n, other=0.0)
-        col_coef = tl.load(col_coef_ptr + offs_n, mask=mask_n, other=0.0)
-        grad += tl.exp(logits - col_lse[None, :]) * col_coef[None, :]
+        col = tl.load(d_col_ptr + offs_n, mask=mask_n, other=0.0) * unit
+        if HAS_REST:
+            col *= tl.exp(-tl.load(col_rest_ptr + offs_n, mask=mask_n, other=0.0))
+        grad += tl.exp2((logits - col_lse[None, :]) * LOG2_E) * col[None, :]
     return grad
 
 
 @triton.jit
+def _shifted_grad(
+    part,
+    factor,
+    shifts,
+    row,
+    col_ptr,
+    grad,
+    first_m,
+    first_n,
+    rows,
+    stride_gm,
+    SYMMETRIC: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """Stores dL/dS of a part of a tile, `exp2(x - shift) (row + col)`; the sums of its rows, times the products."""
+    weights = row[:, None]
+    if SYMMETRIC:
+        weights += tl.load(col_ptr + first_n + tl.arange(0, part.shape[1]))[None, :]
+    values = tl.exp2(part * factor - shifts[:, None]) * weights
+    if HAS_GRAD:
+        store_tile(grad, values, first_m, first_n, rows, stride_gm, DESCRIBED)
+    return tl.sum(values * part, 1)
+
+
+@triton.jit(do_not_specialize=["first_part", "M", "N", "first_row"], do_not_specialize_on_alignment=VECTORS[:4])
 def _contrastive_bwd_kernel(
-    a_ptr,
-    b_ptr,
-    teacher_a_ptr,
-    teacher_b_ptr,
     scale_ptr,
+    a,  # pointers, or descriptors of tiles
+    b,
+    teacher_a,
+    teacher_b,
+    grad,  # [chunk, N]
+    state_ptr,
     positives_ptr,
+    row_ptr,  # of a shift: the weights of the rows' and of the columns' exponentials
+    col_ptr,
     row_lse_ptr,
     col_lse_ptr,
-    row_coef_ptr,
-    col_coef_ptr,
+    row_rest_ptr,
+    col_rest_ptr,
+    d_row_ptr,
+    d_col_ptr,
     teacher_row_lse_ptr,
     teacher_col_lse_ptr,
-    teacher_row_coef_ptr,
-    teacher_col_coef_ptr,
+    teacher_d_row_ptr,
+    teacher_d_col_ptr,
     center_ptr,
-    grad_ptr,  # [chunk, N]
-    dscale_ptr,  # [column tiles, M]
+    dscale_ptr,  # [launches * programs]
     stride_am,
-    stride_ad,
     stride_bn,
-    stride_bd,
     stride_tm,
     stride_tn,
     stride_gm,
+    first_part,
     M,
     N,
     D,
+    first_row,
+    EXACT: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    PARTS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     HAS_POSITIVES: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_GRAD: tl.constexpr,
-    HAS_DSCALE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    IN_HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    acc = dot_tile(
-        a_ptr, b_ptr, stride_am, stride_ad, stride_bn, stride_bd, offs_m, offs_n, M, N, D, BLOCK_D, INPUT_PRECISION
-    )
-    grad = _softmaxes(
-        acc * scale, row_lse_ptr, col_lse_ptr, row_coef_ptr, col_coef_ptr, offs_m, offs_n, mask_m, mask_n, SYMMETRIC
-    )
-    if HAS_POSITIVES:
-        # the positive's share is added in float32 by the caller
-        place = tl.load(positives_ptr + offs_m, mask=mask_m, other=-1)
-        grad = tl.where(offs_n[None, :] == place[:, None], 0.0, grad)
-    if HAS_TEACHER:
-        teacher_acc = dot_tile(
-            teacher_a_ptr,
-            teacher_b_ptr,
-            stride_tm,
-            stride_ad,
-            stride_tn,
-            stride_bd,
-            offs_m,
-            offs_n,
-            M,
-            N,
-            D,
-            BLOCK_D,
-            INPUT_PRECISION,
-        )
-        grad += _softmaxes(
-            teacher_acc * scale,
-            teacher_row_lse_ptr,
-            teacher_col_lse_ptr,
-            teacher_row_coef_ptr,
-            teacher_col_coef_ptr,
-            offs_m,
-            offs_n,
-            mask_m,
-            mask_n,
-            SYMMETRIC,
-        )
-    if HAS_GRAD:
-        grad_ptrs = grad_ptr + offs_m.to(tl.int64)[:, None] * stride_gm + offs_n[None, :]
-        # up to the pitch, not N: whole vectors; what lies between is never read
-        stored = mask_m[:, None] & (offs_n < stride_gm)[None, :]
-        tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=stored)
-    if HAS_DSCALE:
-        inside = mask_m[:, None] & mask_n[None, :]
-        partial = tl.sum(tl.where(inside, grad * (acc - tl.load(center_ptr)), 0.0), 1)
-        tl.store(dscale_ptr + pid_n.to(tl.int64) * M + offs_m, partial, mask=mask_m)
+    """dL/dS of rows `first_row` to M in units, zero at the positives; the sum of it times the products less their
+    center."""
+    tiles_m, tiles_n = tl.cdiv(M - first_row, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles = tiles_m * tiles_n
+    if ALWAYS:
+        scale, center = tl.load(scale_ptr).to(tl.float32), _center(state_ptr, center_ptr, DIAGONAL)
+    else:
+        scale, factor, shift, center, _, serves = _shift(scale_ptr, state_ptr, center_ptr, PARTS, DIAGONAL)
+        tiles = tl.where(serves != EXACT, tiles, 0)
+    rows = M - first_row
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        pid_m, pid_n = tile_place(tile, tiles_m, tiles_n)
+        first_m, first_n = first_row + pid_m * BLOCK_M, pid_n * BLOCK_N
+        in_chunk = pid_m * BLOCK_M
+        acc = _first(center, BLOCK_M, BLOCK_N, EXACT)
+        acc = product(
+            a, b, acc, stride_am, stride_bn, first_m, first_n, M, N, D,
+            DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, INPUT_PRECISION,
+        )  # fmt: skip
+        offs_m = first_m + tl.arange(0, BLOCK_M)
+
+        if EXACT:
+            offs_n = first_n + tl.arange(0, BLOCK_N)
+            values = _softmaxes(
+                acc * scale, row_lse_ptr, col_lse_ptr, row_rest_ptr, col_rest_ptr, d_row_ptr, d_col_ptr,
+                tl.load(state_ptr + SHARE_UNIT), offs_m, offs_n, M, N, SYMMETRIC, True,
+            )  # fmt: skip
+            if HAS_POSITIVES:
+                # the positive's share is added in float32 by the caller
+                place = _positive_place(positives_ptr, offs_m, M, N, DIAGONAL)
+                values = tl.where(offs_n[None, :] == place[:, None], 0.0, values)
+            if HAS_TEACHER:
+                of_teacher = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+                of_teacher = product(
+                    teacher_a, teacher_b, of_teacher, stride_tm, stride_tn, first_m, first_n, M, N, D,
+                    DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, INPUT_PRECISION,
+                )  # fmt: skip
+                values += _softmaxes(
+                    of_teacher * scale, teacher_row_lse_ptr, teacher_col_lse_ptr, row_rest_ptr, col_rest_ptr,
+                    teacher_d_row_ptr, teacher_d_col_ptr, tl.load(state_ptr + SHARE_UNIT), offs_m, offs_n, M, N,
+                    SYMMETRIC, False,
+                )  # fmt: skip
+            if HAS_GRAD:
+                store_tile(grad, values, in_chunk, first_n, rows, stride_gm, DESCRIBED)
+            inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+            total += tl.sum(tl.where(inside, values * (acc - center), 0.0), 1)
+        else:
+            is_near = _is_near(positives_ptr, first_m, first_n, M, N, HAS_POSITIVES, DIAGONAL, BLOCK_M, BLOCK_N)
+            if is_near:
+                offs_n = first_n + tl.arange(0, BLOCK_N)
+                acc = tl.where((offs_n < N)[None, :], acc, NOWHERE)
+                if HAS_POSITIVES:
+                    place = _positive_place(positives_ptr, offs_m, M, N, DIAGONAL)
+                    acc = tl.where(offs_n[None, :] == place[:, None], NOWHERE, acc)
+            row = tl.load(row_ptr + first_m + tl.arange(0, BLOCK_M))
+            shifts = tl.where(offs_m < M, shift, float("inf"))
+            if IN_HALVES:
+                left, right = halves(acc)
+                total += _shifted_grad(
+                    left, factor, shifts, row, col_ptr, grad, in_chunk, first_n, rows, stride_gm,
+                    SYMMETRIC, HAS_GRAD, DESCRIBED,
+                )  # fmt: skip
+                total += _shifted_grad(
+                    right, factor, shifts, row, col_ptr, grad, in_chunk, first_n + BLOCK_N // 2, rows, stride_gm,
+                    SYMMETRIC, HAS_GRAD, DESCRIBED,
+                )  # fmt: skip
+            else:
+                total += _shifted_grad(
+                    acc, factor, shifts, row, col_ptr, grad, in_chunk, first_n, rows, stride_gm,
+                    SYMMETRIC, HAS_GRAD, DESCRIBED,
+                )  # fmt: skip
+    tl.store(dscale_ptr + first_part + tl.program_id(0), tl.sum(total, 0) / tl.load(state_ptr + UNIT))

@@ -6,11 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._autograd import is_transforming
+from mmkernels._autograd import is_transforming, reverse_only
 from mmkernels._checks import accumulator, check_index, require
 from mmkernels.contrastive import eager
 from mmkernels.contrastive.labels import first_match, label_sums
-from mmkernels.contrastive.op import broken_claim, check_features, check_positives, contrastive_stats, operands
+from mmkernels.contrastive.op import (
+    broken_claim,
+    check_features,
+    check_positives,
+    contrastive_pairs,
+    contrastive_stats,
+    operands,
+    pair_losses_are_fused,
+)
 from mmkernels.contrastive.problem import ContrastiveStats, Problem
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -79,6 +87,11 @@ def contrastive_loss(
             return eager.contrastive_loss_eager(
                 a, b, scale, positives=positives, labels=labels, negatives=negatives, teacher=teacher, **asdict(options)
             )
+    is_fused = options.has_hard_targets and positives is labels is negatives is None and pair_losses_are_fused(a)
+    if is_fused and not is_transforming():
+        reverse_only("contrastive_loss", "mmkernels.contrastive_loss_ref", a=a, b=b, logit_scale=scale)
+        losses, _ = contrastive_pairs(a, b, scale, symmetric, normalized)
+        return losses.mean() if reduction == "mean" else reduce(losses, len(a), reduction)
     # the scale's gradient is a sum of parts that cancel
     scale = scale.reshape(()).double()
     match = match_positives(a, b, positives, labels)
@@ -106,6 +119,10 @@ class Options:
     label_smoothing: float = 0.0
     normalized: bool = False
     reduction: str = "mean"
+
+    @property
+    def has_hard_targets(self) -> bool:
+        return self.alpha == self.label_smoothing == 0
 
     def check(self, has_labels: bool, has_teacher: bool) -> None:
         op, eps = "contrastive", self.label_smoothing
@@ -248,10 +265,11 @@ def pair_losses(
         return target
 
     # the rests keep a small loss exact where the log-sum-exps are large
-    rows = (stats.row_lse - positive) + stats.row_rest - beyond_positive(means.row, stats.row_cross)
+    rows = (stats.row_lse - positive) + (stats.row_rest - stats.positive_rest)
+    rows = rows - beyond_positive(means.row, stats.row_cross)
     cols = None
     if options.symmetric:
-        cols = (match.pool(stats.col_lse) - positive) + match.pool(stats.col_rest)
+        cols = (match.pool(stats.col_lse) - positive) + (match.pool(stats.col_rest) - stats.positive_rest)
         cross = match.pool(stats.col_cross) if len(stats.col_cross) else stats.col_cross
         cols = cols - beyond_positive(means.col, cross)
     if match.cols is None or match.rows is None:

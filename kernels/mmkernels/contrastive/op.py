@@ -1,5 +1,6 @@
 """Differentiable contrastive statistics, registered with torch."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -19,15 +20,15 @@ from mmkernels._device import Kernels, runs_triton
 from mmkernels._gemm import matmul_nt
 from mmkernels._numerics import widen
 from mmkernels.contrastive import blockwise
-from mmkernels.contrastive.problem import ContrastiveStats, Problem, poisoned
+from mmkernels.contrastive.problem import MAX_LOGITS, ContrastiveStats, Problem, poisoned
 
 kernel = Kernels("mmkernels.contrastive")
 
 # On a CPU so many logits are kept for a backward: three products, and 16 MiB, where the streamed form has four.
 STORED_LOGITS = 2048 * 2048
 
-# With `normalized=True` all exponentials are shifted by scale - 64: above this scale that is no longer safe.
-MAX_SHIFTED_SCALE = 128.0
+# The largest scale that `normalized=True` lets pass.
+MAX_SCALE = 128.0
 
 
 def contrastive_stats(
@@ -59,9 +60,8 @@ def contrastive_stats(
         teacher: features `[M, D]` and `[N, D]`, constants, whose similarities `logit_scale * ta tb^T` are
             softmaxed along rows and along columns to T and T'.
         normalized: the caller's word that every row of `a`, `b` and the teacher has unit norm, within 1 %,
-            and that `logit_scale` is at most 128. It spares a GPU the search for maxima. A wrong claim raises
-            on a CPU and gives NaN on a GPU; so does, there, a row or column whose log-sum-exp lies below
-            `scale - 124` (at scale 100: all cosines under -.3).
+            and that `logit_scale` is at most 128: a check, nothing is faster by it. A wrong claim raises on a CPU and
+            gives NaN on a GPU.
 
     Returns:
         The fields `[M]` and `[N]` in float32, accumulated in float32 (float64 for float64). Of no rows,
@@ -183,17 +183,15 @@ def _contrastive_fwd(
     symmetric: bool,
     normalized: bool,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics, and all cosines `[M, N]` where they are to be kept (on the blockwise path), else `[0, 0]`."""
-    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized)
+    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric)
     path = kernel if runs_triton(a) else blockwise
     with torch.autocast(a.device.type, enabled=False):
         broken = broken_claim(problem) if normalized else None
         if keep:
             problem = replace(problem, cosines=matmul_nt(widen(a), widen(b)))
-        stats = path.contrastive_fwd(problem)
-        if normalized and gives_nan(a):
-            stats = poisoned(stats, scale, broken)
+        stats = poisoned(path.contrastive_fwd(problem), broken)
     cosines = a.new_empty(0, 0, dtype=accumulator(a.dtype)) if problem.cosines is None else problem.cosines
     return (*stats, cosines)  # pyright: ignore[reportReturnType]
 
@@ -203,7 +201,7 @@ def _(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized, keep=
     num_rows, num_cols = a.shape[0], b.shape[0] if symmetric else 0
     rows, cols = (num_rows, num_cols) if teacher_a is not None else (0, 0)
     of_positives = 0 if positives is None else num_rows
-    sizes = (num_rows, num_cols, of_positives, rows, cols, num_rows, num_cols, rows, cols)
+    sizes = (num_rows, num_cols, of_positives, rows, cols, num_rows, num_cols, rows, cols, of_positives)
     kept = (num_rows, b.shape[0]) if keep else (0, 0)
     return tuple(a.new_empty(size, dtype=accumulator(a.dtype)) for size in (*sizes, kept))
 
@@ -227,10 +225,7 @@ def _contrastive_bwd(
     with torch.autocast(a.device.type, enabled=False):
         contiguous = [d.contiguous() for d in grads]
         results = path.contrastive_bwd(problem, ContrastiveStats(*stats), contiguous, needs)
-    return tuple(
-        like.new_empty(0) if dx is None else dx.to(like.dtype).view(like.shape)
-        for dx, like in zip(results, (a, b, scale))
-    )  # pyright: ignore[reportReturnType]
+    return _in_place_of(results, (a, b, scale))
 
 
 @_contrastive_bwd.register_fake
@@ -259,9 +254,69 @@ _contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)
 _contrastive_bwd.register_autograd(has_no_derivative("contrastive_stats", "mmkernels.contrastive_stats_ref"))
 
 
-def gives_nan(a: Tensor) -> bool:
-    """Whether `normalized=True` is acted on where `a` lies: a CPU has the maxima for nothing, and raises."""
-    return a.is_cuda or runs_triton(a)
+def pair_losses_are_fused(a: Tensor) -> bool:
+    """Whether the losses of pairs on the diagonal are made by kernels: elsewhere they are arithmetic on statistics."""
+    return runs_triton(a) and 0 < len(a) ** 2 <= MAX_LOGITS
+
+
+@torch.library.custom_op("mmkernels::contrastive_pairs_fwd", mutates_args=())
+def contrastive_pairs(a: Tensor, b: Tensor, scale: Tensor, symmetric: bool, normalized: bool) -> tuple[Tensor, Tensor]:
+    """InfoNCE of each pair of rows `[B]`, and what its backward needs, `[6, B]`."""
+    with torch.autocast(a.device.type, enabled=False):
+        broken = broken_claim(Problem(a, b, scale, None, None, None, symmetric)) if normalized else None
+        losses, kept = kernel.pair_losses_fwd(a, b, scale, symmetric)
+        return losses if broken is None else losses.masked_fill_(broken, torch.nan), kept
+
+
+@contrastive_pairs.register_fake
+def _(a, b, scale, symmetric, normalized):
+    return tuple(a.new_empty(shape, dtype=torch.float32) for shape in (len(a), (6, len(a))))
+
+
+@torch.library.custom_op("mmkernels::contrastive_pairs_bwd", mutates_args=())
+def _contrastive_pairs_bwd(
+    a: Tensor, b: Tensor, scale: Tensor, symmetric: bool, kept: Tensor, d_losses: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(a.device.type, enabled=False):
+        results = kernel.pair_losses_bwd(a, b, scale, symmetric, kept, d_losses.contiguous(), needs)
+    return _in_place_of(results, (a, b, scale))
+
+
+@_contrastive_pairs_bwd.register_fake
+def _(a, b, scale, symmetric, kept, d_losses, needs):
+    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((a, b, scale), needs))
+
+
+def _setup_pairs(ctx, inputs, output) -> None:
+    a, b, scale, ctx.symmetric, _ = inputs
+    ctx.save_for_backward(a, b, scale, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_pairs(ctx, d_losses: Tensor | None, _d_kept: None):
+    if d_losses is None:
+        return (None,) * 5
+    a, b, scale, kept = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    results = _contrastive_pairs_bwd(a, b, scale, ctx.symmetric, kept, d_losses, needs)
+    return *(dx if needed else None for dx, needed in zip(results, needs)), None, None
+
+
+contrastive_pairs.register_autograd(_backward_pairs, setup_context=_setup_pairs)
+_contrastive_pairs_bwd.register_autograd(has_no_derivative("contrastive_loss", "mmkernels.contrastive_loss_ref"))
+
+
+def _in_place_of(results: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the dtypes and shapes of the inputs; empty where there is none."""
+    return tuple(
+        like.new_empty(0)
+        if dx is None
+        else dx.to(like.dtype)
+        if dx.shape == like.shape
+        else dx.to(like.dtype).view_as(like)
+        for dx, like in zip(results, inputs)
+    )  # pyright: ignore[reportReturnType]
 
 
 def broken_claim(problem: Problem) -> Tensor | None:
@@ -274,7 +329,7 @@ def broken_claim(problem: Problem) -> Tensor | None:
     }
     if problem.a.is_cuda:
         wrong = [((norm - 1).abs() > 0.01).any() for norm in norms.values()]
-        return torch.stack([*wrong, (problem.scale > MAX_SHIFTED_SCALE).any()]).any()
+        return torch.stack([*wrong, (problem.scale > MAX_SCALE).any()]).any()
     for name, norm in norms.items():
         off = (norm - 1).abs()
         worst = float(norm[off.argmax()]) if len(norm) else 1.0
@@ -288,9 +343,9 @@ def broken_claim(problem: Problem) -> Tensor | None:
     scale = problem.scale.item()
     require(
         "contrastive",
-        not scale > MAX_SHIFTED_SCALE,
+        not scale > MAX_SCALE,
         "logit_scale must be at most {:g} with normalized=True, got {}",
-        MAX_SHIFTED_SCALE,
+        MAX_SCALE,
         scale,
     )
     return None

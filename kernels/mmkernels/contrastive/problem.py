@@ -8,20 +8,19 @@ from torch import Tensor
 
 from mmkernels._checks import accumulator
 
+# On a GPU tiles leave sums of each of their rows and columns, of so many logits at a time: all would grow with the
+# square.
+MAX_LOGITS = 1 << 32
 # Rows whose positives are gathered at a time: some MiB.
 POSITIVES_CHUNK = 4096
-# A shifted sum below exp(this) may have lost terms to underflow: of 65,536 terms, more than 1e-7 of the sum.
-LOWEST_SHIFTED = -60.0
-# Up to this scale no logit of unit vectors underflows under the shift.
-NO_UNDERFLOW_SCALE = 75.0
 
 
 @dataclass(frozen=True)
 class Problem:
     """Checked operands; `positives` int64 `[M]` with -1 for none; the teacher of the shapes of a and b.
 
-    `normalized`: the claim that no logit is above the scale, which a path may go by. `cosines`: all of `a b^T`,
-    `[M, N]`, which the blockwise path reads where it is given; else it computes tile by tile, in each pass.
+    `cosines`: all of `a b^T`, `[M, N]`, which the blockwise path reads where it is given; else it computes tile by
+    tile, in each pass.
     """
 
     a: Tensor
@@ -31,7 +30,6 @@ class Problem:
     teacher_a: Tensor | None
     teacher_b: Tensor | None
     symmetric: bool
-    normalized: bool = False
     cosines: Tensor | None = None
 
     @property
@@ -49,8 +47,8 @@ class Problem:
 class ContrastiveStats(NamedTuple):
     """What a contrastive loss is made of; fields that were not asked for are empty, `[0]`.
 
-    The first five are differentiable. `row_rest` and `col_rest` are what rounding took from the log-sum-exps:
-    add them to small differences of those. The last two are the teacher's.
+    The first five are differentiable. The rests are what rounding took from the log-sum-exps and the positives: add
+    them to small differences of those.
     """
 
     row_lse: Tensor  # [M]
@@ -62,6 +60,7 @@ class ContrastiveStats(NamedTuple):
     col_rest: Tensor  # [N]
     teacher_row_lse: Tensor  # [M]
     teacher_col_lse: Tensor  # [N]
+    positive_rest: Tensor  # [M]
 
 
 class Coefficients(NamedTuple):
@@ -82,9 +81,10 @@ def coefficients(problem: Problem, stats: ContrastiveStats, grads: list[Tensor])
         positive = torch.zeros_like(row)
     else:
         place = _places(problem)
-        positive = (stats.positive - stats.row_lse).exp_().mul_(row)
+        rest = stats.positive_rest
+        positive = (stats.positive - stats.row_lse).add_(rest).exp_().mul_(row)
         if problem.symmetric:
-            positive += (stats.positive - stats.col_lse[place]).exp_().mul_(col[place])
+            positive += (stats.positive - stats.col_lse[place]).add_(rest).exp_().mul_(col[place])
         positive = torch.where(problem.positives < 0, 0.0, positive.add_(d_positive))
     return Coefficients(row, col, positive, d_row_cross, d_col_cross)
 
@@ -101,10 +101,8 @@ def mean_cosine(problem: Problem) -> Tensor:
     return a.mean(0, dtype=dtype).dot(b.mean(0, dtype=dtype))
 
 
-def add_positives(
-    problem: Problem, coefs: Coefficients, da: Tensor | None, db: Tensor | None, center: Tensor
-) -> Tensor:
-    """Add the positives' share to the gradients `da` and `db`, not yet times the scale.
+def add_positives(problem: Problem, weights: Tensor, da: Tensor | None, db: Tensor | None, center: Tensor) -> Tensor:
+    """Add the positives' share to the gradients `da` and `db`, not yet times the scale, where dL/dS is `weights` `[M]`.
 
     Returns their share of the sum of dL/dS * (a b^T - center), float64.
     """
@@ -114,7 +112,7 @@ def add_positives(
     places, dtype = _places(problem), accumulator(problem.a.dtype)
     for first in range(0, len(places), POSITIVES_CHUNK):
         rows = slice(first, first + POSITIVES_CHUNK)
-        place, weight = places[rows], coefs.positive[rows, None]
+        place, weight = places[rows], weights[rows, None]
         a, b = problem.a[rows].to(dtype), problem.b[place].to(dtype)
         total += (weight * ((a * b).sum(1, keepdim=True) - center)).sum(dtype=torch.float64)
         if da is not None:
@@ -131,19 +129,12 @@ def grad_total(grads: list[Tensor]) -> Tensor:
     return torch.stack([d.sum(dtype=torch.float64) for d in grads]).sum()
 
 
-def shift_of(scale: Tensor) -> Tensor:
-    """What `normalized=True` subtracts from every logit: exp stays finite, and exact for sums that matter."""
-    return (scale.reshape(()).float() - 64.0).clamp(min=0.0)
-
-
-def poisoned(stats: ContrastiveStats, scale: Tensor, broken: Tensor | None) -> ContrastiveStats:
-    """NaN where shifted sums have lost terms to underflow, and everywhere after a broken claim."""
-
-    def poison(lse: Tensor) -> Tensor:
-        lost = (lse < shift_of(scale) + LOWEST_SHIFTED) & (scale > NO_UNDERFLOW_SCALE)
-        return torch.where(lost if broken is None else lost | broken, torch.nan, lse)
-
-    return stats._replace(row_lse=poison(stats.row_lse), col_lse=poison(stats.col_lse))
+def poisoned(stats: ContrastiveStats, broken: Tensor | None) -> ContrastiveStats:
+    """NaN everywhere after a broken claim."""
+    if broken is None:
+        return stats
+    row_lse, col_lse = (torch.where(broken, torch.nan, lse) for lse in (stats.row_lse, stats.col_lse))
+    return stats._replace(row_lse=row_lse, col_lse=col_lse)
 
 
 def _places(problem: Problem) -> Tensor:

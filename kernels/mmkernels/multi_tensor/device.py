@@ -6,7 +6,9 @@
 import triton
 import triton.language as tl
 
-NUM_COLUMNS = tl.constexpr(2)
+from mmkernels._tl import Constant
+
+NUM_COLUMNS = Constant(2)
 
 
 @triton.jit

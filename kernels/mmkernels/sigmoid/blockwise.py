@@ -14,8 +14,9 @@ from mmkernels._gemm import matmul_nt
 from mmkernels._numerics import widen
 from mmkernels._tile import sigmoid_tile
 
-# of a, b, the scale and the bias; None where nobody asked
-Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# `[n, M]` in float64, of which the first are each row's loss; the gradients of `sum coef * loss` of a and b, None where
+# nobody asked; and `[1 or 3]`, float64, the sum of the losses and, where needed, the gradients of scale and bias.
+Made: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 # 4 MiB of float32 a tile: large enough for GEMM's full speed, small enough to stay in a last-level cache.
 TILE = 1024
@@ -29,12 +30,9 @@ def sigmoid_fwd(
     labels: tuple[Tensor, Tensor] | None,
     coef: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Grads]:
-    """Each row's loss `[M]` in float64, and the gradients of `sum coef * loss` that `needs` asks for.
-
-    `coef` is `[M]`, None for ones. Gradients of features are accumulated in float32 (float64), those of the
-    scale and the bias in float64.
-    """
+) -> Made:
+    """`coef` is `[M]`, None for ones. Gradients of features are accumulated in float32 (float64), those of scale and
+    bias in float64."""
     a, b, alpha, beta = widen(a), widen(b), float(scale), float(bias)
     diagonal = torch.arange(len(a), device=a.device)
     row_label, col_label = (x.contiguous() for x in labels or (diagonal, diagonal))
@@ -64,4 +62,4 @@ def sigmoid_fwd(
     for dx in (da, db):
         if dx is not None:
             dx.mul_(alpha)
-    return loss, (da, db, dscale if needs[2] else None, dbias if needs[3] else None)
+    return loss[None], da, db, torch.stack([loss.sum(), dscale, dbias] if any(needs[2:]) else [loss.sum()])

@@ -1,42 +1,51 @@
 """The sigmoid loss in Triton: each tile of logits is computed once and never stored.
 
 The kernel leaves dL/dx of a chunk of rows, in the operands' dtype, for the GEMM library to make both features'
-gradients of, and float32 sums of each row of each tile. The diagonal's positives are left to plain calls, in float32.
+gradients of, and float32 sums of each row of each tile. The diagonal's positives are added in float32, with a row's
+sums.
 """
 
 # triton types neither a launch nor cdiv
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmkernels._launch import Launch, Table, chunk_rows, input_precision, launch, launch_config
-from mmkernels._tl import addmm_fp32_, operand, pitched
-from mmkernels.sigmoid.blockwise import Grads
-from mmkernels.sigmoid.device import _sigmoid_fwd_kernel
+from mmkernels._launch import Launch, Table, chunk_rows, input_precision, launch, launch_config, processors
+from mmkernels._tl import addmm_fp32_, is_described, pitched, readable, tile_operand
+from mmkernels.sigmoid.blockwise import Made
+from mmkernels.sigmoid.device import _sigmoid_bwd_kernel, _sigmoid_fwd_kernel, _sigmoid_rows_kernel
 
-# dL/dx is stored in the operands' dtype, entries of 1 moved here: float16 then keeps 28 binades below.
+# dL/dx is stored in the operands' dtype, in float16 entries of 1 moved here: it then keeps 28 binades below.
 GRAD_CEILING = 2.0**14
+# Rows, and elements of features, at a time.
+BLOCK_R, BLOCK_D = 16, 128
 
 TABLE: Table = {
-    ("fwd", 2, 80): Launch(128, 128, 32, 16, 4),
-    ("fwd", 2, 90): Launch(128, 128, 64, 8, 3),
+    ("fwd", 2, 80): Launch(128, 128, 32, 8, 4),
+    ("fwd", 2, 90): Launch(128, 256, 64, 8, 3),
     ("fwd", 2, 100): Launch(128, 128, 64, 8, 3),
     ("fwd", 4, 80): Launch(128, 64, 16, 8, 3),
-    ("fwd", 4, 90): Launch(64, 128, 32, 8, 2),
-    ("fwd", 4, 100): Launch(128, 64, 32, 8, 3),
-    # the comparison of labels takes registers
-    ("fwd_labels", 2, 80): Launch(128, 128, 32, 16, 4),
-    ("fwd_labels", 2, 90): Launch(128, 128, 64, 16, 3),
-    ("fwd_labels", 2, 100): Launch(128, 64, 64, 8, 3),
-    ("fwd_labels", 4, 80): Launch(128, 64, 16, 8, 3),
-    ("fwd_labels", 4, 90): Launch(128, 64, 16, 8, 3),
-    ("fwd_labels", 4, 100): Launch(128, 64, 32, 8, 3),
+    ("fwd", 4, 90): Launch(128, 64, 16, 8, 3),
+    ("fwd", 4, 100): Launch(128, 64, 16, 8, 3),
+    # labels to compare, and coefficients of rows, take registers
+    ("fwd_rich", 2, 80): Launch(128, 64, 32, 8, 4),
+    ("fwd_rich", 2, 90): Launch(128, 128, 64, 8, 3),
+    ("fwd_rich", 2, 100): Launch(64, 64, 64, 4, 3),
+    ("fwd_rich", 4, 80): Launch(128, 64, 16, 8, 3),
+    ("fwd_rich", 4, 90): Launch(128, 64, 16, 8, 3),
+    ("fwd_rich", 4, 100): Launch(128, 64, 16, 8, 3),
 }
+
+
+def unit_of(x: Tensor) -> float:
+    """What entries of dL/dx are stored times."""
+    return GRAD_CEILING if x.dtype == torch.float16 else 1.0
 
 
 def sigmoid_fwd(
@@ -47,79 +56,111 @@ def sigmoid_fwd(
     labels: tuple[Tensor, Tensor] | None,
     coef: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Grads]:
-    """Each row's loss `[M]` in float64, and the gradients of `sum coef * loss` that `needs` asks for.
-
-    `coef` is `[M]`, at most 1, None for ones. Gradients of features are accumulated in float32, those of the
-    scale and the bias in float64.
-    """
-    num_rows, num_cols = a.shape[0], b.shape[0]
-    if coef is None:
-        coef = a.new_ones(num_rows, dtype=torch.float32)
-    ids = None if labels is None else _label_ids(labels)
+) -> Made:
+    """`coef` is `[M]`, at most 1, None for ones. The gradients of a and b are left in float32, in units and not yet
+    times the scale."""
+    num_rows, num_cols, unit = len(a), len(b), unit_of(a)
+    has_sums, has_grad = any(needs[2:]), needs[0] or needs[1]
+    ids = (None, None) if labels is None else _label_ids(labels)
+    stored_coef = None if coef is None else coef * unit
+    config = launch_config(TABLE, "fwd" if labels is None and coef is None else "fwd_rich", a)
+    sums = a.new_empty(3 if has_sums else 1, num_rows, dtype=torch.float64)
     da = a.new_empty(a.shape, dtype=torch.float32) if needs[0] else None
-    db = b.new_zeros(b.shape, dtype=torch.float32) if needs[1] else None
-    sums = a.new_empty(3, num_rows, dtype=torch.float64)
-    chunk = max(min(chunk_rows(num_cols, a.element_size()), num_rows), 1)
-    buffer = pitched(a, chunk if needs[0] or needs[1] else 0, num_cols)
+    db = b.new_empty(b.shape, dtype=torch.float32) if needs[1] else None
+    if not (num_rows and num_cols):
+        for x in (sums, da, db):
+            if x is not None:
+                x.zero_()
+        return sums, da, db, sums.sum(1)
+    chunk = min(chunk_rows(num_cols, a.element_size()), num_rows)
+    buffer = pitched(a, chunk if has_grad else 0, num_cols)
+    tiles_n = triton.cdiv(num_cols, config.block_n)
+    of_tiles = a.new_empty(
+        len(sums) * tiles_n * triton.cdiv(chunk, config.block_m) * config.block_m, dtype=torch.float32
+    )
+    flags = {"HAS_LABELS": labels is not None, "HAS_COEF": coef is not None, "HAS_SUMS": has_sums, "UNIT": unit}
+    operands = tile_operand(a, config.block_m, config), tile_operand(b, config.block_n, config)
+    a_rows, b_rows = readable(a), readable(b)
     for first in range(0, num_rows, chunk):
-        rows = slice(first, first + chunk)
-        a_rows, of_rows = a[rows], coef[rows] * GRAD_CEILING
-        grad = buffer[: len(a_rows)]
-        of_labels = None if ids is None else (ids[0][rows], ids[1])
-        sums[:, rows] = _run_chunk(a_rows, b, (scale, bias), of_labels, of_rows, grad, first, any(needs[2:]))
+        rows = slice(first, min(first + chunk, num_rows))
+        is_whole = chunk == num_rows
+        grad, a_part = (buffer, a) if is_whole else (buffer[: rows.stop - first], a[rows])
+        tiles_m = triton.cdiv(rows.stop - first, config.block_m)
+        _launch_tiles(operands, grad, (scale, bias, *ids, stored_coef, of_tiles), rows, config, flags)
         if da is not None:
-            addmm_fp32_(da[rows], grad, b, beta=0.0)
+            addmm_fp32_(da if is_whole else da[rows], grad, b, beta=0.0)
         if db is not None:
-            addmm_fp32_(db, grad.T, a_rows)
-        if labels is None:
-            parts = (None if dx is None else dx[rows] for dx in (da, db))
-            sums[:, rows] += _add_positives(a_rows, b[rows], scale, bias, of_rows, *parts)
-    for dx in (da, db):
-        if dx is not None:
-            dx.mul_(scale / GRAD_CEILING)
-    dbias, dscale = ((x * coef).sum() for x in sums[1:])
-    return sums[0], (da, db, dscale if needs[2] else None, dbias if needs[3] else None)
+            addmm_fp32_(db, grad.T, a_part, beta=float(first > 0))
+        launch(
+            _sigmoid_rows_kernel,
+            (triton.cdiv(rows.stop - first, BLOCK_R),),
+            a_rows,
+            b_rows,
+            da,
+            db,
+            scale,
+            bias,
+            stored_coef,
+            of_tiles,
+            sums,
+            a_rows.stride(0),
+            b_rows.stride(0),
+            rows.stop,
+            a.shape[1],
+            first,
+            num_rows,
+            tiles_m,
+            tiles_n,
+            NEEDS_A=needs[0],
+            NEEDS_B=needs[1],
+            **flags,
+            BLOCK_M=config.block_m,
+            BLOCK_R=BLOCK_R,
+            BLOCK_D=BLOCK_D,
+        )
+    if coef is not None:
+        sums[1:] *= coef
+    return sums, da, db, sums.sum(1)
 
 
-def _run_chunk(
-    a: Tensor,
-    b: Tensor,
-    scale_bias: tuple[Tensor, Tensor],
-    labels: tuple[Tensor, Tensor] | None,
-    coef: Tensor,
-    out: Tensor,
-    offset: int,
-    has_sums: bool,
-) -> Tensor:
-    """Write `coef * dL/dx` of the rows `a` into `out`; returns their sums, `[3, rows]`, as the kernel has them."""
-    config = launch_config(TABLE, "fwd" if labels is None else "fwd_labels", a)
-    num_rows, num_cols = a.shape[0], b.shape[0]
-    grid = (triton.cdiv(num_rows, config.block_m), triton.cdiv(num_cols, config.block_n))
-    sums = coef.new_empty(3, grid[1], num_rows)
-    if not num_cols:
-        return sums.sum(1)
-    a, b = operand(a, config.block_d), operand(b, config.block_d)
+def _launch_tiles(
+    operands: tuple[Any, Any],
+    grad: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    rows: slice,
+    config: Launch,
+    flags: dict[str, Any],
+) -> None:
+    """Writes dL/dx of some rows into `grad`, and each tile's sums into the last of the vectors."""
+    scale, *others = vectors
+    width, num_cols = operands[0].shape[1], operands[1].shape[0]
+    described = is_described(grad)
+    in_halves = described and (config.block_n == 256 or not grad.is_cuda)
+    stored: Any = grad if grad.numel() else None
+    if stored is not None and described:
+        block = [config.block_m, config.block_n // 2 if in_halves else config.block_n]
+        stored = TensorDescriptor(grad, list(grad.shape), list(grad.stride()), block)
+    strides = [x.strides[0] if isinstance(x, TensorDescriptor) else x.stride(0) for x in operands]
+    tiles = triton.cdiv(rows.stop - rows.start, config.block_m) * triton.cdiv(num_cols, config.block_n)
     launch(
         _sigmoid_fwd_kernel,
-        grid,
-        a,
-        b,
-        *scale_bias,
-        *(labels or (coef, coef)),
-        coef,
-        sums,
-        out,
-        *a.stride(),
-        *b.stride(),
-        out.stride(0),
-        num_rows,
+        (min(tiles, processors(grad)),),
+        scale,
+        *operands,
+        stored,
+        *others,
+        *strides,
+        grad.stride(0),
+        rows.stop,
         num_cols,
-        a.shape[1],
-        offset,
-        HAS_LABELS=labels is not None,
-        HAS_GRAD=out.numel() > 0,
-        HAS_SUMS=has_sums,
+        width,
+        rows.start,
+        HAS_GRAD=stored is not None,
+        # float32's products take longer than any exponential
+        EXACT=grad.element_size() == 4,
+        **flags,
+        DESCRIBED=described,
+        IN_HALVES=in_halves,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
@@ -127,24 +168,37 @@ def _run_chunk(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sums.sum(1, dtype=torch.float64)
 
 
-def _add_positives(
-    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, coef: Tensor, da: Tensor | None, db: Tensor | None
-) -> Tensor:
-    """Add the positives' gradients, row i of `b` being that of row i of `a`, in float32; returns their share of
-    the sums, `[3, rows]`."""
-    a, b = a.float(), b.float()
-    cosines = (a * b).sum(1)
-    logits = cosines * scale + bias
-    grad = torch.sigmoid(-logits).neg_()
-    weighted = (grad * coef).float()[:, None]
-    if da is not None:
-        da.addcmul_(b, weighted)
-    if db is not None:
-        db.addcmul_(a, weighted)
-    return torch.stack([-F.logsigmoid(logits), grad, grad * cosines])
+def sigmoid_bwd(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    made: tuple[Tensor, Tensor, Tensor],
+    d_loss: Tensor,
+    share: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of a, b, scale and bias by a share of the loss's, from what forward made: da and db in units, and
+    sums over the rows."""
+    a, b, scale, _ = inputs
+    contiguous = torch.contiguous_format
+    outs = [torch.empty_like(x, memory_format=contiguous) if needed else None for x, needed in zip(inputs, needs)]
+    launch(
+        _sigmoid_bwd_kernel,
+        (max(triton.cdiv(max(len(a), len(b)), BLOCK_R), 1),),
+        d_loss,
+        *made,
+        scale,
+        *outs,
+        share,
+        len(a),
+        len(b),
+        a.shape[1],
+        **dict(zip(("NEEDS_A", "NEEDS_B", "NEEDS_SCALE", "NEEDS_BIAS"), needs)),
+        UNIT=unit_of(a),
+        BLOCK_R=BLOCK_R,
+        BLOCK_D=BLOCK_D,
+    )
+    return outs
 
 
 def _label_ids(labels: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """The sigmoid loss, registered with torch: gradients are made in forward, while the logits are there."""
 
+from itertools import zip_longest
+
 import torch
 from torch import Tensor
 
@@ -68,8 +70,7 @@ def sigmoid_loss(
     reverse_only("sigmoid_loss", "mmkernels.sigmoid_loss_ref", a=a, b=b, logit_scale=scale, logit_bias=bias)
     total = reduction != "none"
     needs = [total and torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale, bias)]
-    loss = _sigmoid_fwd(a, b, scale, bias, *(labels or (None, None)), total, needs)[0]
-    return loss / max(a.shape[0], 1) if reduction == "mean" else loss
+    return _sigmoid_fwd(a, b, scale, bias, *(labels or (None, None)), reduction, needs)[0]
 
 
 def checked_operands(
@@ -92,32 +93,54 @@ def _sigmoid_fwd(
     bias: Tensor,
     row_label: Tensor | None,
     col_label: Tensor | None,
-    total: bool,
+    reduction: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    loss, grads = _run(a, b, scale, bias, row_label, col_label, None, needs)
-    filled = (loss.new_empty(0) if dx is None else dx for dx in grads)
-    return (loss.sum() if total else loss).to(accumulator(a.dtype)), *filled  # pyright: ignore[reportReturnType]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss; what is made of the gradients of a and b, as the path leaves it; and sums over the rows, of the losses
+    and, where they are needed, of the gradients of scale and bias."""
+    rows, da, db, totals = _run(a, b, scale, bias, row_label, col_label, None, needs)
+    loss = (rows if reduction == "none" else totals)[0]
+    if reduction == "mean":
+        loss = loss / max(len(a), 1)
+    # never one of the totals itself
+    loss = loss.to(accumulator(a.dtype), copy=True)
+    return loss, *(rows.new_empty(0) if dx is None else dx for dx in (da, db)), totals  # pyright: ignore[reportReturnType]
 
 
 @_sigmoid_fwd.register_fake
-def _(
+def _(a, b, scale, bias, row_label, col_label, reduction, needs):
+    dtype = accumulator(a.dtype)
+    da, db = (
+        a.new_empty(x.shape, dtype=dtype) if needed else a.new_empty(0, dtype=torch.float64)
+        for x, needed in zip((a, b), needs)
+    )
+    totals = a.new_empty(3 if any(needs[2:]) else 1, dtype=torch.float64)
+    return a.new_empty(a.shape[:1] if reduction == "none" else (), dtype=dtype), da, db, totals
+
+
+@torch.library.custom_op("mmkernels::sigmoid_made", mutates_args=())
+def _sigmoid_made(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
     bias: Tensor,
-    row_label: Tensor | None,
-    col_label: Tensor | None,
-    total: bool,
+    made: list[Tensor],
+    d_loss: Tensor,
+    share: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulator(a.dtype)
-    made = ((a.shape, dtype), (b.shape, dtype), ((), torch.float64), ((), torch.float64))
-    grads = (
-        a.new_empty(shape, dtype=of) if needed else a.new_empty(0, dtype=torch.float64)
-        for (shape, of), needed in zip(made, needs)
-    )
-    return a.new_empty(() if total else a.shape[:1], dtype=dtype), *grads  # pyright: ignore[reportReturnType]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients that forward made, times a share of that of a loss that is one number."""
+    inputs = (a, b, scale, bias)
+    if runs_triton(a):
+        grads = kernel.sigmoid_bwd(inputs, made, d_loss, share, needs)
+    else:
+        # rounded only after the factor: float16's loss scale is in it
+        parts, factor = (*made[:2], *made[2][1:].unbind()), d_loss * share
+        grads = [
+            (dx * factor).to(x.dtype).view(x.shape) if needed else None
+            for x, dx, needed in zip_longest(inputs, parts, needs, fillvalue=made[2])
+        ]
+    return tuple(x.new_empty(0) if dx is None else dx for x, dx in zip(inputs, grads))  # pyright: ignore[reportReturnType]
 
 
 @torch.library.custom_op("mmkernels::sigmoid_bwd", mutates_args=())
@@ -134,29 +157,21 @@ def _sigmoid_bwd(
     coef = d_loss.to(accumulator(a.dtype))
     # the kernel stores gradients of coefficients up to 1; tiny ones would leave float16's range
     largest = coef.abs().amax().clamp_min(torch.finfo(coef.dtype).tiny) if len(coef) else coef.new_ones(())
-    _, grads = _run(a, b, scale, bias, row_label, col_label, coef / largest, needs)
-    return tuple(
-        x.new_empty(0) if dx is None else (dx * largest).to(x.dtype).view(x.shape)
-        for x, dx in zip((a, b, scale, bias), grads)
-    )  # pyright: ignore[reportReturnType]
+    _, *made = _run(a, b, scale, bias, row_label, col_label, coef / largest, needs)
+    filled = [a.new_empty(0) if dx is None else dx for dx in made]
+    return _sigmoid_made(a, b, scale, bias, filled, largest, 1.0, needs)
 
 
-@_sigmoid_bwd.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_label: Tensor | None,
-    col_label: Tensor | None,
-    d_loss: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((a, b, scale, bias), needs))  # pyright: ignore[reportReturnType]
+def _like_inputs(a, b, scale, bias, *rest):
+    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((a, b, scale, bias), rest[-1]))
+
+
+_sigmoid_made.register_fake(_like_inputs)
+_sigmoid_bwd.register_fake(_like_inputs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    a, b, scale, bias, row_label, col_label, ctx.total, ctx.made = inputs
+    a, b, scale, bias, row_label, col_label, ctx.reduction, ctx.made = inputs
     ctx.save_for_backward(a, b, scale, bias, row_label, col_label, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -167,22 +182,18 @@ def _backward(ctx, d_loss: Tensor | None, *_grads: None):
         return (None,) * 8
     # read once: activation checkpointing computes them again
     a, b, scale, bias, row_label, col_label, *made = ctx.saved_tensors
-    inputs, needs = (a, b, scale, bias), list(ctx.needs_input_grad[:4])
-    # a second derivative, which there is none of, is refused by the op that has the inputs
-    if all(there or not needed for there, needed in zip(ctx.made, needs)) and not torch.is_grad_enabled():
-        # rounded only after the factor: float16's loss scale is in it
-        grads = [
-            (dx * d_loss).to(x.dtype).view(x.shape) if needed else None for x, dx, needed in zip(inputs, made, needs)
-        ]
+    needs, share = list(ctx.needs_input_grad[:4]), 1 / max(len(a), 1) if ctx.reduction == "mean" else 1.0
+    if all(there or not needed for there, needed in zip(ctx.made, needs)):
+        results = _sigmoid_made(a, b, scale, bias, made, d_loss, share, needs)
     else:
-        d_rows = d_loss.expand(len(a)) if ctx.total else d_loss
-        results = _sigmoid_bwd(*inputs, row_label, col_label, d_rows, needs)
-        grads = [dx if needed else None for dx, needed in zip(results, needs)]
-    return *grads, None, None, None, None
+        d_rows = d_loss if ctx.reduction == "none" else (d_loss * share).expand(len(a))
+        results = _sigmoid_bwd(a, b, scale, bias, row_label, col_label, d_rows, needs)
+    return *(dx if needed else None for dx, needed in zip(results, needs)), None, None, None, None
 
 
 _sigmoid_fwd.register_autograd(_backward, setup_context=_setup_context)
-_sigmoid_bwd.register_autograd(has_no_derivative("sigmoid_loss", "mmkernels.sigmoid_loss_ref"))
+for made in (_sigmoid_made, _sigmoid_bwd):
+    made.register_autograd(has_no_derivative("sigmoid_loss", "mmkernels.sigmoid_loss_ref"))
 
 
 def _run(
@@ -194,11 +205,16 @@ def _run(
     col_label: Tensor | None,
     coef: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, blockwise.Grads]:
+) -> blockwise.Made:
     labels = None if row_label is None or col_label is None else (row_label, col_label)
     path = kernel if runs_triton(a) else blockwise
     with torch.autocast(a.device.type, enabled=False):
         return path.sigmoid_fwd(a, b, scale, bias, labels, coef, needs)
+
+
+def finished(dx: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+    """What a path has left of a feature's gradient in its accumulator's dtype, as the gradient."""
+    return dx.mul_(scale / kernel.unit_of(a)) if runs_triton(a) and len(dx) else dx
 
 
 def _check(a: Tensor, b: Tensor, labels: tuple[Tensor, Tensor] | None) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels._checks import accumulator
 from mmkernels._gemm import matmul_nt
 from mmkernels._numerics import log_sum_exp, widen
 from mmkernels._tile import fold_tile, grad_tile
@@ -88,7 +89,9 @@ class Sums:
     """The statistics of tiles seen so far."""
 
     def __init__(self, problem: Problem) -> None:
-        like, (num_rows, num_cols) = problem.tokens, problem.shape
+        # the tokens themselves are not widened on a GPU
+        (num_rows, num_cols), dtype = problem.shape, accumulator(problem.tokens.dtype)
+        like = problem.tokens.new_empty(0, dtype=dtype)
         self.row_max, self.col_max = (like.new_full((size,), -torch.inf) for size in (num_rows, num_cols))
         self.row_sum, self.col_sum = like.new_zeros(num_rows), like.new_zeros(num_cols)
         empty = [like.new_zeros(size) for size in field_sizes(problem)]

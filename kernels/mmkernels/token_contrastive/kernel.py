@@ -6,20 +6,23 @@ and never stored whole.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmkernels._launch import CHUNK_BYTES, MAX_PROGRAMS, Launch, Table, input_precision, launch, launch_config
+from mmkernels._launch import CHUNK_BYTES, Launch, Table, input_precision, launch, launch_config, processors
 from mmkernels._numerics import combine_sums
-from mmkernels._tl import addmm_fp32_, operand, pitched
+from mmkernels._tl import addmm_fp32_, is_described, pitched, tile_operand
 from mmkernels.token_contrastive.device import _token_contrastive_bwd_kernel, _token_contrastive_fwd_kernel
+from mmkernels.token_contrastive.device_vectors import _token_contrastive_combine_kernel
 from mmkernels.token_contrastive.problem import (
     Problem,
     TokenContrastiveStats,
     Weights,
-    empty_positives,
+    field_sizes,
     grad_total,
     mean_cosine,
     weights_of,
@@ -33,18 +36,24 @@ MIN_CHUNK_TOKENS = 1024
 # Tokens of a row in a tile, a power of two: fewer are padded, of more block follows block. Q = 32 is the field's;
 # of other blocks than these, some row of the table would spill.
 MIN_BLOCK_Q, MAX_BLOCK_Q = 16, 32
+# Warps of a processor: of several programs one's products run beside another's sums.
+WARPS = 16
+# Of vectors.
+BLOCK = 32
+# Elements that a descriptor's rows are a multiple of.
+VECTOR = 8
 
 # `block_m` counts tokens.
 TABLE: Table = {
     ("fwd", 2, 80): Launch(128, 64, 32, 8, 4),
     ("fwd", 2, 90): Launch(128, 128, 64, 8, 3),
-    ("fwd", 2, 100): Launch(128, 64, 64, 8, 3),
+    ("fwd", 2, 100): Launch(128, 128, 64, 8, 2),
     ("fwd", 4, 80): Launch(64, 128, 16, 8, 3),
     ("fwd", 4, 90): Launch(64, 128, 16, 8, 3),
-    ("fwd", 4, 100): Launch(64, 128, 16, 8, 3),
-    ("bwd", 2, 80): Launch(128, 64, 32, 8, 4),
-    ("bwd", 2, 90): Launch(128, 128, 64, 8, 3),
-    ("bwd", 2, 100): Launch(128, 128, 64, 8, 3),
+    ("fwd", 4, 100): Launch(32, 64, 16, 4, 3),
+    ("bwd", 2, 80): Launch(64, 64, 32, 4, 4),
+    ("bwd", 2, 90): Launch(128, 128, 64, 8, 2),
+    ("bwd", 2, 100): Launch(128, 128, 64, 8, 2),
     ("bwd", 4, 80): Launch(64, 128, 16, 8, 3),
     ("bwd", 4, 90): Launch(64, 128, 16, 8, 3),
     ("bwd", 4, 100): Launch(64, 128, 16, 8, 3),
@@ -52,61 +61,87 @@ TABLE: Table = {
 
 
 def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
-    """The statistics of `S = scale * max_q <tokens_q, b>`."""
-    (num_rows, num_cols), num_tokens = problem.shape, problem.tokens.shape[1]
+    """The statistics of `S = scale * max_q <tokens_q, b>`, of as many rows at a time as leave CHUNK_BYTES of sums."""
+    num_rows, num_cols = problem.shape
     config = launch_config(TABLE, "fwd", problem.tokens)
-    tokens, b = operand(problem.tokens.flatten(0, 1), config.block_d), operand(problem.b, config.block_d)
-    tile_rows, block_q = tile_of_tokens(num_tokens, config)
-    programs = min(triton.cdiv(num_rows, tile_rows), MAX_PROGRAMS)
-    col_tiles = max(triton.cdiv(num_cols, config.block_n), 1)
-    # few rows alone would leave processors idle: cut the columns as well
-    tiles_per_split = triton.cdiv(col_tiles, min(max(MAX_PROGRAMS // max(programs, 1), 1), col_tiles))
-    splits = triton.cdiv(col_tiles, tiles_per_split)
-    has_labels = problem.row_labels is not None
-    fields = 4 if has_labels else 3 if problem.with_totals else 2
-    of_rows = tokens.new_empty(fields, splits, num_rows, dtype=torch.float32)
-    of_cols = pitched(tokens.new_empty(0, dtype=torch.float32), fields * programs, num_cols)
-    of_cols = of_cols.unflatten(0, (fields, programs))
-    positive = empty_positives(problem)
-    if num_rows:
+    tile_rows, _ = tile_of_tokens(problem.tokens.shape[1], config)
+    of_tiles = 4 * _num_planes(problem) * triton.cdiv(num_cols, config.block_n) * (config.block_n + tile_rows)
+    at_once = max(CHUNK_BYTES // max(of_tiles, 1), 1) * tile_rows
+    if num_rows <= at_once:
+        return _statistics(problem)
+    starts, cols = range(0, num_rows, at_once), slice(0, num_cols)
+    return _joined([_statistics(problem.block(slice(first, first + at_once), cols)) for first in starts])
+
+
+def _num_planes(problem: Problem) -> int:
+    """What a tile leaves of each of its rows and columns: maximum, sum, total and matched."""
+    return 4 if problem.row_labels is not None else 3 if problem.with_totals else 2
+
+
+def _statistics(problem: Problem) -> TokenContrastiveStats:
+    tokens, (num_rows, num_cols), num_planes = problem.tokens, problem.shape, _num_planes(problem)
+    stats = TokenContrastiveStats(*(tokens.new_empty(size, dtype=torch.float32) for size in field_sizes(problem)))
+    config = launch_config(TABLE, "fwd", tokens)
+    tile_rows, block_q = tile_of_tokens(tokens.shape[1], config)
+    tiles = triton.cdiv(num_rows, tile_rows), triton.cdiv(num_cols, config.block_n)
+    num_tiles, flags, indices = tiles[0] * tiles[1], _flags(problem), _index_operands(problem)
+    of_rows = tokens.new_empty(num_planes * num_tiles * tile_rows, dtype=torch.float32)
+    of_cols = tokens.new_empty(num_planes * num_tiles * config.block_n, dtype=torch.float32)
+    logits = torch.empty_like(stats.positive)
+    if num_tiles:
+        operands, strides = _operands(problem, config)
         launch(
             _token_contrastive_fwd_kernel,
-            (programs, splits),
-            tokens,
-            b,
+            (_programs(num_tiles, config, tokens),),
             problem.scale,
-            *_index_operands(problem),
+            *operands,
+            *indices,
             of_rows,
             of_cols,
-            positive,
-            *tokens.stride(),
-            *b.stride(),
-            of_rows.stride(0),
-            of_cols.stride(0),
-            of_cols.stride(1),
+            logits,
+            *strides,
             num_rows,
             num_cols,
-            num_tokens,
-            tokens.shape[1],
-            tiles_per_split * config.block_n,
+            *tokens.shape[1:],
             HAS_MASK=problem.tokens_mask is not None,
-            HAS_POSITIVES=problem.positives is not None,
-            HAS_LABELS=has_labels,
-            HAS_TOTALS=problem.with_totals,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_Q=block_q,
-            BLOCK_D=config.block_d,
-            INPUT_PRECISION=input_precision(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **flags,
+            **_tiling(problem, config),
         )
-    row_lse, row_rest = combine_sums(of_rows[0], of_rows[1])
-    col_lse, col_rest = combine_sums(of_cols[0], of_cols[1])
-    none = positive.new_empty(0)
-    total = [x[2].sum(0) for x in (of_rows, of_cols)] if problem.with_totals else (none, none.clone())
-    matched = [x[3].sum(0) for x in (of_rows, of_cols)] if has_labels else (none.clone(), none.clone())
-    return TokenContrastiveStats(row_lse, col_lse, positive, none.clone(), *total, *matched, row_rest, col_rest)
+    if num_rows + num_cols:
+        launch(
+            _token_contrastive_combine_kernel,
+            (triton.cdiv(max(num_rows, num_cols), BLOCK),),
+            of_rows,
+            of_cols,
+            logits,
+            indices[1],
+            *(x for name, x in stats._asdict().items() if name != "col_positive"),
+            num_rows,
+            num_cols,
+            *tiles,
+            **flags,
+            BLOCK_N=config.block_n,
+            ROWS=config.block_m // block_q,
+            BLOCK=BLOCK,
+        )
+    return stats
+
+
+def _joined(parts: list[TokenContrastiveStats]) -> TokenContrastiveStats:
+    """The statistics of all rows, from those of parts of them against the same columns."""
+    of_rows = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("row_lse", "positive", "row_total", "row_matched", "row_rest")
+    }
+    of_cols = {
+        name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("col_total", "col_matched")
+    }
+    # float64: the rests are what makes them exact
+    lse = torch.stack([part.col_lse.double() + part.col_rest for part in parts])
+    exact, _ = combine_sums(lse, torch.ones_like(lse))
+    col_lse = exact.float()
+    col_rest = (exact - col_lse).float().nan_to_num_(0.0, 0.0, 0.0)
+    return parts[0]._replace(col_lse=col_lse, col_rest=col_rest, **of_rows, **of_cols)
 
 
 def token_contrastive_bwd(
@@ -118,32 +153,30 @@ def token_contrastive_bwd(
     weights = weights_of(stats, grads)
     unit = _unit(weights)
     weights = weights.times(unit)
-    # whole tiles, so that every product has the place in its tile that it had in pass 1, and so its bits
-    tile_rows, _ = tile_of_tokens(num_tokens, launch_config(TABLE, "fwd", problem.tokens))
+    tile_rows, _ = tile_of_tokens(num_tokens, launch_config(TABLE, "bwd", problem.tokens))
     fitting = chunk_rows(num_tokens, num_cols, problem.tokens.element_size())
     chunk = max(min(triton.cdiv(fitting, tile_rows) * tile_rows, num_rows), 1)
-    stored = chunk * num_tokens if needs_tokens or needs_b else 0
-    grad = pitched(problem.tokens, num_cols, stored)
+    has_grad = needs_tokens or needs_b
+    grad = pitched(problem.tokens, num_cols, chunk * num_tokens) if has_grad else None
     dtokens = torch.empty_like(problem.tokens, memory_format=torch.contiguous_format) if needs_tokens else None
     db = problem.b.new_zeros(problem.b.shape, dtype=torch.float32) if needs_b else None
-    center, dscale = mean_cosine(problem), []
+    center, factor, of_programs = mean_cosine(problem), problem.scale / unit, [unit.new_zeros(1)]
     for first in range(0, num_rows, chunk):
         rows, cols = slice(first, first + chunk), slice(0, num_cols)
-        block = problem.block(rows, cols)
-        dscale.append(_grad_chunk(block, stats.of_rows(rows), weights.block(rows, cols), center, grad, needs_scale))
-        part = grad[:, : len(block.tokens) * num_tokens]
-        if dtokens is not None:
+        block = problem if num_rows <= chunk else problem.block(rows, cols)
+        part = None if grad is None else grad[:, : len(block.tokens) * num_tokens]
+        of_programs.append(_grad_chunk(block, stats.of_rows(rows), weights.block(rows, cols), center, part))
+        if part is not None and dtokens is not None:
             product = torch.empty(len(part.T), width, dtype=torch.float32, device=part.device)
             addmm_fp32_(product, part.T, problem.b, beta=0.0)
-            dtokens[rows] = product.div_(unit).mul_(problem.scale).view(-1, num_tokens, width)
-        if db is not None:
+            torch.mul(product.view(-1, num_tokens, width), factor, out=dtokens[rows])
+        if part is not None and db is not None:
             addmm_fp32_(db, part, block.tokens.flatten(0, 1))
     if db is not None:
-        db.div_(unit).mul_(problem.scale)
+        db.mul_(factor)
     if not needs_scale:
         return dtokens, db, None
-    of_tiles = torch.cat([*dscale, unit.new_zeros(1)]).sum() / unit
-    return dtokens, db, of_tiles + center * grad_total(problem, grads)
+    return dtokens, db, torch.cat(of_programs).sum() / unit + center * grad_total(problem, grads)
 
 
 def chunk_rows(num_tokens: int, num_cols: int, element_size: int) -> int:
@@ -156,6 +189,12 @@ def tile_of_tokens(num_tokens: int, config: Launch) -> tuple[int, int]:
     """Rows of a tile and how many tokens it holds of each: all of them, or a block of so many."""
     block_q = min(max(1 << (num_tokens - 1).bit_length(), MIN_BLOCK_Q), MAX_BLOCK_Q)
     return config.block_m // block_q, block_q
+
+
+def _programs(num_tiles: int, config: Launch, x: Tensor) -> int:
+    """As many as run at a time, each of several tiles."""
+    held = WARPS // config.num_warps if x.is_cuda else 1
+    return min(num_tiles, held * processors(x))
 
 
 def _unit(weights: Weights) -> Tensor:
@@ -173,22 +212,68 @@ def _index_operands(problem: Problem) -> list[Tensor | None]:
     return [mask, *(None if x is None else x.contiguous() for x in labels)]
 
 
+def _flags(problem: Problem) -> dict[str, bool]:
+    """Those that all kernels of tiles have."""
+    return {
+        "HAS_POSITIVES": problem.positives is not None,
+        "HAS_LABELS": problem.row_labels is not None,
+        "HAS_TOTALS": problem.with_totals,
+    }
+
+
+def _operands(problem: Problem, config: Launch) -> tuple[list[Any], tuple[int, int]]:
+    """Tokens and b as the kernels read them, and the strides of their rows: of descriptors the tokens' `[M, Q, D]`."""
+    tile_rows, block_q = tile_of_tokens(problem.tokens.shape[1], config)
+    tokens = tile_operand(problem.tokens.flatten(0, 1), config.block_m, config)
+    b = tile_operand(problem.b, config.block_n, config)
+    if not is_described(problem.tokens):
+        return [tokens, b], (tokens.stride(0), b.stride(0))
+    (_, num_tokens, _), stride = problem.tokens.shape, tokens.strides[0]
+    strides, block = [num_tokens * stride, stride, 1], [tile_rows, block_q, config.block_d]
+    return [TensorDescriptor(tokens.base, list(problem.tokens.shape), strides, block), b], (stride, b.strides[0])
+
+
+def _tiling(problem: Problem, config: Launch) -> dict[str, Any]:
+    num_tokens = problem.tokens.shape[1]
+    _, block_q = tile_of_tokens(num_tokens, config)
+    return {
+        "IS_WHOLE": num_tokens % block_q == 0,
+        "IS_SINGLE": num_tokens <= block_q,
+        "DESCRIBED": is_described(problem.tokens),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_Q": block_q,
+        "BLOCK_D": config.block_d,
+        "INPUT_PRECISION": input_precision(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 def _grad_chunk(
-    block: Problem, stats: TokenContrastiveStats, weights: Weights, center: Tensor, out: Tensor, needs_scale: bool
+    block: Problem, stats: TokenContrastiveStats, weights: Weights, center: Tensor, out: Tensor | None
 ) -> Tensor:
-    """Write dL/d(products) of the block's rows into `out`; returns partials of the scale's gradient."""
-    (num_rows, num_cols), num_tokens = block.shape, block.tokens.shape[1]
+    """Write dL/d(products) of the block's rows into `out` `[N, M * Q]`; returns parts of the scale's gradient."""
+    (num_rows, num_cols), (_, num_tokens, width) = block.shape, block.tokens.shape
     config = launch_config(TABLE, "bwd", block.tokens)
-    tokens, b = operand(block.tokens.flatten(0, 1), config.block_d), operand(block.b, config.block_d)
     tile_rows, block_q = tile_of_tokens(num_tokens, config)
-    grid = (triton.cdiv(num_rows, tile_rows), triton.cdiv(num_cols, config.block_n))
-    dscale = tokens.new_empty(grid[1] * num_rows if needs_scale else 0, dtype=torch.float32)
+    num_tiles = triton.cdiv(num_rows, tile_rows) * triton.cdiv(num_cols, config.block_n)
+    programs = _programs(num_tiles, config, block.tokens)
+    of_programs = center.new_empty(programs)
+    if not num_tiles:
+        return of_programs
+    operands, strides = _operands(block, config)
+    in_vectors = is_described(block.tokens) and num_tokens % VECTOR == 0
+    stored: Any = out
+    if out is not None and in_vectors:
+        strides_g, of_tile = [out.stride(0), num_tokens, 1], [config.block_n, tile_rows, block_q]
+        stored = TensorDescriptor(out, [num_cols, num_rows, num_tokens], strides_g, of_tile)
     launch(
         _token_contrastive_bwd_kernel,
-        grid,
-        tokens,
-        b,
+        (programs,),
         block.scale,
+        *operands,
+        stored,
         *_index_operands(block),
         stats.row_lse,
         stats.col_lse,
@@ -200,27 +285,17 @@ def _grad_chunk(
         weights.row_matched,
         weights.col_matched,
         center,
-        out,
-        dscale,
-        *tokens.stride(),
-        *b.stride(),
-        out.stride(0),
+        of_programs,
+        *strides,
+        0 if out is None else out.stride(0),
         num_rows,
         num_cols,
         num_tokens,
-        tokens.shape[1],
+        width,
         HAS_MASK=block.tokens_mask is not None,
-        HAS_POSITIVES=block.positives is not None,
-        HAS_LABELS=block.row_labels is not None,
-        HAS_TOTALS=block.with_totals,
-        HAS_GRAD=out.numel() > 0,
-        HAS_DSCALE=needs_scale,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_Q=block_q,
-        BLOCK_D=config.block_d,
-        INPUT_PRECISION=input_precision(),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        HAS_GRAD=out is not None,
+        IN_VECTORS=in_vectors,
+        **_flags(block),
+        **_tiling(block, config),
     )
-    return dscale
+    return of_programs

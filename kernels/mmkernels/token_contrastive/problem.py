@@ -102,7 +102,7 @@ class Weights(NamedTuple):
         return Weights(row, col, positive, col_positive, row_total, col_total, row_matched, col_matched)
 
     def times(self, factor: Tensor) -> "Weights":
-        return Weights(*(x * factor for x in self))
+        return Weights(*(x * factor if len(x) else x for x in self))
 
 
 def weights_of(stats: TokenContrastiveStats, grads: Sequence[Tensor]) -> Weights:
