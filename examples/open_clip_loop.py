@@ -93,6 +93,7 @@ def main(epochs: int) -> None:
             found = (towers.encode_image(images) @ classes.T).argmax(1)
         print(f"zero-shot accuracy on {len(labels)} held-out scans: {(found == labels).float().mean():.3f}")
     if world_size > 1:
+        dist.barrier()  # a rank that leaves while another works may abort at its exit
         dist.destroy_process_group()
 
 
