@@ -60,6 +60,18 @@ def launch_config(table: Table, kernel: str, x: Tensor) -> Launch:
     return table[kernel, x.element_size(), architecture(x.device)] if x.is_cuda else INTERPRETED
 
 
+def tile_flags(config: Launch) -> dict[str, Any]:
+    """A kernel of products' tile, and how it is compiled."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "INPUT_PRECISION": input_precision(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **flags: Any) -> None:
     """Runs a kernel on the device of its first argument, whichever is the current one, on that device's stream."""
     fits = all(map(int.__le__, grid, MOST_PROGRAMS))

@@ -189,6 +189,7 @@ def test_features_at_odds_with_all_others_lose_no_sum(scale: float, dtype: torch
     stats = contrastive_stats(a, b, scale, positives=torch.arange(40))
     gold = contrastive_stats_ref(a.double(), b.double(), scale, positives=torch.arange(40))
     for got, expected in zip(stats[:3], gold[:3], strict=True):
+        # some roundings of a logit
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=3e-5)
     loss, expected = (f(x, y, scale) for f, x, y in zip(LOSSES, (a, a.double()), (b, b.double()), strict=True))
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)

@@ -5,8 +5,8 @@ tile; a second kernel combines those. Pass 2 writes dL/dS for a chunk of rows an
 GEMM library.
 
 Both passes subtract one shift from all logits, chosen on the device from the largest norms of the features. Where no
-shift will do, `_state` says so and the same kernels run with EXACT, a maximum for every row and column of a tile;
-each of the two launches leaves at once where the other one is to work.
+shift will do, the call's state says so and the same kernels run with EXACT, a maximum for every row and column of a
+tile; each of the two launches leaves at once where the other one is to work.
 """
 
 # triton types a jitted function as one that does not return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmkernels._launch import Launch, Table, input_precision, launch, processors
+from mmkernels._launch import Launch, Table, launch, processors, tile_flags
 from mmkernels._tl import is_described, readable, tile_operand
 from mmkernels.contrastive.device_state import FIRST, MAXIMA, _contrastive_bounds_kernel
 from mmkernels.contrastive.problem import Problem
@@ -130,10 +130,5 @@ def tiling(kind: str, config: Launch, x: Tensor) -> dict[str, Any]:
         "DESCRIBED": described,
         # the interpreter takes the way of the largest tile
         "IN_HALVES": described and kind in ("fwd", "bwd") and (config.block_n == 256 or not x.is_cuda),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d,
-        "INPUT_PRECISION": input_precision(),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **tile_flags(config),
     }

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmkernels._launch import Launch, Table, constant_launch, input_precision, launch, launch_config
+from mmkernels._launch import Launch, Table, constant_launch, launch, launch_config, tile_flags
 from mmkernels._tl import PITCH, operand
 from mmkernels.maxsim.blockwise import place_dtype
 from mmkernels.maxsim.device import _maxsim_bwd_d_kernel, _maxsim_bwd_q_kernel, _maxsim_fwd_kernel
@@ -61,12 +61,7 @@ def maxsim_fwd(q: Tensor, d: Tensor, d_mask: Tensor | None, with_best: bool) -> 
             HAS_MASK=d_mask is not None,
             HAS_BEST=with_best,
             IS_WHOLE=(size is not None or not q.is_cuda) and q.shape[1] == config.block_d,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            INPUT_PRECISION=input_precision(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **tile_flags(config),
         )
     return found, best
 
@@ -116,11 +111,6 @@ def _of_documents(q: Tensor, d: Tensor, best: Tensor, grad: Tensor) -> Tensor:
         grad.shape[1],
         num_tokens // grad.shape[1],
         width,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        INPUT_PRECISION=input_precision(),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **tile_flags(config),
     )
     return dd

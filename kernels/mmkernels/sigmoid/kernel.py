@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmkernels._launch import Launch, Table, chunk_rows, input_precision, launch, launch_config, processors
+from mmkernels._launch import Launch, Table, chunk_rows, launch, launch_config, processors, tile_flags
 from mmkernels._tl import addmm_fp32_, is_described, pitched, readable, tile_operand
 from mmkernels.sigmoid.blockwise import Made
 from mmkernels.sigmoid.device import _sigmoid_bwd_kernel, _sigmoid_fwd_kernel, _sigmoid_rows_kernel
@@ -161,12 +161,7 @@ def _launch_tiles(
         **flags,
         DESCRIBED=described,
         IN_HALVES=in_halves,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        INPUT_PRECISION=input_precision(),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **tile_flags(config),
     )
 
 

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmkernels._launch import CHUNK_BYTES, Launch, Table, input_precision, launch, launch_config, processors
+from mmkernels._launch import CHUNK_BYTES, Launch, Table, launch, launch_config, processors, tile_flags
 from mmkernels._numerics import combine_sums
 from mmkernels._tl import addmm_fp32_, is_described, pitched, tile_operand
 from mmkernels.token_contrastive.device import _token_contrastive_bwd_kernel, _token_contrastive_fwd_kernel
@@ -240,13 +240,8 @@ def _tiling(problem: Problem, config: Launch) -> dict[str, Any]:
         "IS_WHOLE": num_tokens % block_q == 0,
         "IS_SINGLE": num_tokens <= block_q,
         "DESCRIBED": is_described(problem.tokens),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
         "BLOCK_Q": block_q,
-        "BLOCK_D": config.block_d,
-        "INPUT_PRECISION": input_precision(),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **tile_flags(config),
     }
 
 
