@@ -228,9 +228,9 @@ INLINE Bits upper(Bits x, uint32_t factor) {
 #endif
 }
 
-// Philox-4x32-10 of W counters, `first` and up: words[w][i] is word w of counter (first + i, c1, c2, 0).
-INLINE void philox(uint32_t first, uint32_t second, uint32_t third, uint64_t key, uint32_t (*words)[W]) {
-  Bits c0 = (Bits)iota() + first, c1 = second + Bits{}, c2 = third + Bits{}, c3{};
+// Philox-4x32-10 of W counters (c0, c1, c2, 0): word w of all of them.
+INLINE void philox(Bits c0, Bits c1, Bits c2, uint64_t key, Bits* words) {
+  Bits c3{};
   uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const Bits high0 = upper(c0, 0xD2511F53), high1 = upper(c2, 0xCD9E8D57);
@@ -242,10 +242,14 @@ INLINE void philox(uint32_t first, uint32_t second, uint32_t third, uint64_t key
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;
   }
-  put(words[0], c0, All{});
-  put(words[1], c1, All{});
-  put(words[2], c2, All{});
-  put(words[3], c3, All{});
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// The same of the counters (first + i, second, third, 0): words[w][i].
+INLINE void philox(uint32_t first, uint32_t second, uint32_t third, uint64_t key, uint32_t (*words)[W]) {
+  Bits found[4];
+  philox((Bits)iota() + first, second + Bits{}, third + Bits{}, key, found);
+  for (int w = 0; w < 4; ++w) put(words[w], found[w], All{});
 }
 
 INLINE float maximum(Vec x) {

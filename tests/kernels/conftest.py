@@ -30,7 +30,7 @@ from mmkernels.token_contrastive import kernel as token_kernel
 SMALL = {
     attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "TILE_WEIGHTS": 512, "MASKED_ROWS": 16},
     attention_op: {"FEW_WEIGHTS": 0}, pieces: {"MIN_ROWS": 4, "MIN_COLS": 4, "MASK_ENTRIES": 256},
-    blockwise: {"TILE": 32, "LOW_SPAN": 64},
+    blockwise: {"TILE": 32},
     kernel: {"MAX_LOGITS": 2000, "chunk_rows": lambda num_cols, element_size: 32}, op: {"STORED_LOGITS": 0},
     launches: {"FEW_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24}, distill_blockwise: {"BLOCK": 256}, distill_kernel: {"MIN_PROGRAMS": 6},

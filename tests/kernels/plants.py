@@ -115,7 +115,7 @@ TABLE = r"""
 unwritten rows: attention_fwd transpose -> 0 * _
 log-sum-exp of the first piece alone: _combined logaddexp -> _0
 wrong factor on dk: _tile_backward scale@1 -> 1.001 * _
-dq of the last piece alone: attention_bwd dq += -> =
+dq of the last piece alone: _tiles_bwd dq += -> =
 missing cast: _logits _product -> _.half().float()
 gradient of the log-sum-exp lost: _tile_backward d_lse@1 -> 0 * _
 another dropout in dv: _tile_backward dropped@1 -> weights
@@ -178,7 +178,7 @@ wrong factor on dh: add_targets coef -> 0.5 * _
 unwritten column: _fold len@2 -> _ - cols
 missing cast: _fold matmul_nt -> _.bfloat16().float()
 target counted twice: linear_cross_entropy_fwd of_part@1 -> _ - (1 << 40)
-a later chunk overwrites dw: _accumulate first_row -> 0
+a later chunk overwrites dw: linear_cross_entropy_fwd r@2 -> 0
 half of the z-loss's gradient lost: coefficients z_loss -> _ / 2
 first tile's bias in every tile: _fold of_cols@1 -> slice(tile.shape[1])
 a repeated target counted once: _add_rows index_add_ -> _self.index_copy_(_0, _1, _2)
@@ -284,8 +284,8 @@ wrong factor on da and db: sigmoid_fwd mul_@2 -> pass
 unwritten columns: sigmoid_fwd len@4 -> _ - 1
 missing cast: sigmoid_fwd matmul_nt -> _.half().float()
 row's labels of another tile: sigmoid_fwd of_rows@1 -> slice(_.stop - r)
-da of the last tile alone: sigmoid_fwd da += -> =
-upstream gradient ignored: sigmoid_fwd coef@2 -> torch.ones_like(_)
+da of the last tile alone: sigmoid_fwd add_matmul@0 -> add_matmul(_0, _1, _2, add=False)
+upstream gradient ignored: sigmoid_fwd coef@1 -> torch.ones_like(_)
 scale gets the bias's gradient: sigmoid_fwd dscale -> dbias.clone()
 # sigmoid kernel
 wrong factor on da: _sigmoid_bwd_kernel factor -> 1.001 * _

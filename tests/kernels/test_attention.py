@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.contract import check
 from bench.ops.attention import INTERVALS, PLAIN
-from mmkernels import QKNorm, attention, attention_ref, masks
+from bench.spec import OpSpec, Shape
+from mmkernels import QKNorm, attention, attention_ref, masks, native
 from mmkernels._device import INTERPRETED
 from mmkernels._philox import drop_, kept
 from mmkernels.attention import blockwise
 from mmkernels.attention.problem import Problem
+from tests.kernels.plants import OPS
 from tests.kernels.recorded import Operations
 
 
@@ -210,7 +212,7 @@ def test_nothing_of_the_size_of_the_weights_is_ever_made(kind: str) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
-def test_tiles_that_nobody_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_nobody_sees_are_skipped(monkeypatch: pytest.MonkeyPatch, aten_steps: None) -> None:
     done = []
     forward = blockwise._fused_forward
     monkeypatch.setattr(
@@ -223,7 +225,9 @@ def test_tiles_that_nobody_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
-def test_padding_is_skipped_where_it_is_long_and_masked_where_it_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_skipped_where_it_is_long_and_masked_where_it_is_short(
+    monkeypatch: pytest.MonkeyPatch, aten_steps: None
+) -> None:
     done = []
     forward = blockwise._fused_forward
     monkeypatch.setattr(
@@ -240,6 +244,33 @@ def test_padding_is_skipped_where_it_is_long_and_masked_where_it_is_short(monkey
     ours(q, k, v, mask=masks.causal(512, 1024) & masks.key_padding(keys[:1].logical_not(), 512))
     # 0 to 100, and from 900 on causally
     assert {(p.cols.start, p.cols.stop, p.kind) for p in done} == {(0, 100, "full"), (900, 1024, "causal")}
+
+
+@pytest.mark.skipif(INTERPRETED or not native.AVAILABLE, reason="of the native step")
+def test_the_native_step_skips_tiles_that_nobody_sees() -> None:
+    """What lies there may be anything: it is not read."""
+    q, k, v = (x.detach() for x in operands(1, 512, 1024, (2, 1), 8))
+    hidden = torch.arange(1024) >= 512
+    for mask, unseen in (
+        (masks.lengths(torch.tensor([512]), 512, 1024), hidden),
+        (masks.key_padding(~hidden[None], 512), hidden),
+        (masks.causal(512, 1024) & masks.key_padding(hidden[None], 512), ~hidden),
+    ):
+        clean, dirty = (
+            [x.masked_fill(unseen[None, :, None, None], value).requires_grad_() for x in (k, v)]
+            for value in (0, torch.nan)
+        )
+        found = []
+        for keys, values in (clean, dirty):
+            out = ours(q, keys, values, mask=mask)
+            found.append([out, *torch.autograd.grad(out.sum(), (keys, values))])
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the blockwise path")
+@pytest.mark.parametrize("spec", OPS["attention"].checks, ids=lambda check: check[0].name)
+def test_the_contract_holds_without_the_native_step(spec: tuple[OpSpec, Shape], aten_steps: None) -> None:
+    check(*spec, "random", torch.bfloat16, seeds=range(4))
 
 
 def test_activation_checkpointing_changes_no_bit() -> None:

@@ -81,10 +81,10 @@ class TestWhoIsPicked:
     @pytest.mark.parametrize(
         ("call", "expected"),
         [
-            (CPU, "sdpa"), (replace(CPU, mask="bool"), "sdpa"), (replace(CPU, mask="float"), "sdpa"),
+            (replace(CPU, num_queries=4), "sdpa"), (replace(CPU, dtype=torch.float64), "sdpa"),
             (replace(CPU, mask="float", features=frozenset({"a bias with a gradient"})), "mmkernels"),
             (replace(CPU, mask="float", features=frozenset({"a bias wider than q"})), "mmkernels"),
-            (replace(CPU, mask="causal"), "sdpa"), (replace(CPU, mask="causal", num_keys=4096), "mmkernels"),
+            (replace(CPU, mask="causal", num_keys=4096), "mmkernels"),
             (replace(CPU, mask="intervals"), "mmkernels"),
             (replace(CPU, features=frozenset({"dropout_p"})), "mmkernels"),
             (replace(CPU, features=frozenset({"return_lse"})), "mmkernels"), (CALL, "sdpa"),
@@ -96,6 +96,12 @@ class TestWhoIsPicked:
     )  # fmt: skip
     def test_alone(self, call: Call, expected: str, nothing_installed: None) -> None:
         assert pick(call, None) == expected
+
+    @pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+    def test_a_plain_call_on_a_cpu_is_the_native_steps_or_torchs(
+        self, mask: str, path: str, nothing_installed: None
+    ) -> None:
+        assert pick(replace(CPU, mask=mask), None) == ("mmkernels" if path == "native" else "sdpa")
 
     @pytest.mark.parametrize(
         ("architecture", "expected"), [(80, "flash_attn_2"), (90, "flash_attn_3"), (100, "flash_attn_4")]
@@ -126,7 +132,9 @@ class TestWhoIsPicked:
             replace(first, num_queries=0, mask="bool", features=nothing),
         ]
 
-    def test_of_few_weights_the_mask_is_made_unless_it_has_a_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_few_weights_the_mask_is_made_unless_it_has_a_name(
+        self, monkeypatch: pytest.MonkeyPatch, aten_steps: None
+    ) -> None:
         found = []
         monkeypatch.setattr(op, "pick", lambda call, name: found.append(call.mask) or pick(call, name))
         q, k = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import distillation_loss, global_norm, native
+from mmkernels import attention, distillation_loss, global_norm, masks, native
 from mmkernels._tile import grad_tile, sigmoid_tile
 from tests.kernels.recorded import Operations
 from tests.kernels.tensor_lists import tensors
@@ -35,9 +35,19 @@ def distillation() -> list[Tensor]:
     return [losses, *torch.autograd.grad(losses.sum(), student)]
 
 
+def attended() -> list[Tensor]:
+    q, k, v = (
+        draw("random", 2 * n, h * 24, h).view(2, n, h, 24).requires_grad_() for n, h in ((300, 4), (900, 2), (900, 2))
+    )
+    mask = masks.causal(300, 900) & masks.lengths(torch.tensor([700, 900]), 300, 900)
+    out, lse = attention(q, k, v, mask=mask, dropout_p=0.2, seed=1, return_lse=True)
+    return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))]
+
+
 RUNS: dict[str, Callable[[], list[Tensor]]] = {
     "tiles": tiles,
     "distillation": distillation,
+    "attention": attended,
     "norm": lambda: [global_norm(tensors([100_000, 77, 300_001], torch.float32, 0))],
 }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmkernels._checks import require
 from mmkernels._launch import architecture
+from mmkernels.attention import fused
 from mmkernels.attention.libraries import FALLING, KEYS, LIBRARIES, SECOND, SLOPES
 from mmkernels.attention.problem import Problem
 
@@ -16,6 +17,8 @@ NAMES = (OURS, *LIBRARIES)
 # Plain attention of more queries than this goes to a library on a GPU: what our kernels are made for is fewer, or
 # structure.
 FEW_QUERIES = 128
+# Of fewer queries than this our native step leaves most of its lanes empty, and SDPA is ahead on a CPU.
+FEW_ROWS = 8
 # By architecture, fastest first; each adds a gradient in a fixed order, as ours does.
 WITH_GRADIENT = {80: ("flash_attn_2",), 90: ("flash_attn_3", "flash_attn_4", "flash_attn_2"), 100: ("flash_attn_4",)}
 
@@ -135,7 +138,9 @@ def _faster(call: Call) -> Sequence[str]:
     if call.architecture == 0:
         # for a gradient of the bias it would store the weights
         wants_bias = "a bias with a gradient" in call.features
-        return ("sdpa",) if call.mask != "intervals" and not wants_bias else ()
+        is_plain = call.mask != "intervals" and not wants_bias
+        is_slower = fused.has(call.dtype) and call.num_queries >= FEW_ROWS
+        return ("sdpa",) if is_plain and not is_slower else ()
     # those that take intervals compile, make a plan or wait for the GPU in each call
     if call.mask not in ("none", "causal") or call.num_queries <= FEW_QUERIES:
         return ()

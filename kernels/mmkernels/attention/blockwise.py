@@ -1,4 +1,4 @@
-"""Attention piece by piece: what a CPU runs, and float64 and gradients of a bias on any device.
+"""Attention piece by piece: what a CPU without the native step runs, and float64 and gradients of a bias on any device.
 
 On a CPU each piece goes to the fused kernel that ATen has for it; what that lacks (dropout, a gradient of the
 log-sum-exp or of a bias, other devices) is done by plain ATen calls on tiles. Nothing of the size of a mask or of
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmkernels._checks import accumulator
 from mmkernels._philox import drop_
+from mmkernels.attention import fused as native_step
 from mmkernels.attention.pieces import Limits, Piece, bias_of, blocks
 from mmkernels.attention.problem import Problem, empty_rows
 
@@ -53,6 +54,8 @@ class Grads(NamedTuple):
 
 def attention_fwd(problem: Problem) -> tuple[Tensor, Tensor]:
     """The result `[B, Lq, H, K]`, and the log-sum-exps `[B, H, Lq]`."""
+    if native_step.serves(problem):
+        return native_step.attention_fwd(problem)
     q, dtype = problem.q, accumulator(problem.q.dtype)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
@@ -73,6 +76,16 @@ def attention_bwd(
     problem: Problem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, of no second segment, and of the bias, those that `needs` asks for."""
+    if native_step.serves(problem):
+        # whether or not the bias's gradient is asked for, the others are the same bits
+        dbias = _tiles_bwd(problem, out, lse, d_out, d_lse, needs)[5] if needs[5] else None
+        return [*native_step.attention_bwd(problem, out, lse, d_out, d_lse), None, None, dbias]
+    return _tiles_bwd(problem, out, lse, d_out, d_lse, needs)
+
+
+def _tiles_bwd(
+    problem: Problem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
     dtype = accumulator(problem.q.dtype)
     # a bias has the same weights whether or not its gradient is wanted
     fused = _is_fused(problem) and d_lse is None and not _has_float(problem)

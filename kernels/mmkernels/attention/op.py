@@ -8,7 +8,7 @@ from torch import Tensor
 from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import accumulator, autocast_operands, require
 from mmkernels._device import Kernels, runs_triton
-from mmkernels.attention import blockwise
+from mmkernels.attention import blockwise, fused
 from mmkernels.attention.backends import OURS, Call, pick, run_backend
 from mmkernels.attention.checks import (
     OP,
@@ -176,7 +176,7 @@ def attention(
     call = Call.of(problem, is_causal, is_ordered, return_lse, empty is not None)
     name = pick(call, backend)
     if name == OURS:
-        if return_lse and q.is_cpu:
+        if return_lse and q.is_cpu and not fused.serves(problem):
             # in low precision ATen's kernel takes its exponentials to four digits
             problem = problem.widened()
         _reverse_only(problem)
@@ -200,6 +200,8 @@ def _reverse_only(problem: Problem) -> None:
 def _skips_little(problem: Problem) -> bool:
     """Whether finding the tiles that nobody sees would take longer than computing them."""
     num_queries, num_heads = problem.q.shape[1:3]
+    if fused.serves(problem):
+        return False
     return not runs_triton(problem.q) and num_queries * problem.num_keys * num_heads <= FEW_WEIGHTS
 
 

@@ -1,8 +1,8 @@
 """Contrastive statistics by tiles of plain ATen calls: what a CPU runs, and float64 on any device.
 
 Each tile of logits lives in a buffer that is allocated once, so that memory stays O(M + N) and the
-elementwise passes find the tile in cache. Low-precision operands are widened first: the logits are
-accumulated and kept in float32.
+elementwise passes find the tile in cache. Low-precision operands are widened first, or where the processor multiplies
+bfloat16 at more than float32's speed, taken as they are: the logits are accumulated and kept in float32 either way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmkernels._gemm import FAST_BFLOAT16, matmul, matmul_nt
-from mmkernels._numerics import log_sum_exp, widen
+from mmkernels._checks import accumulator
+from mmkernels._gemm import add_matmul, factor, matmul_nt
+from mmkernels._numerics import log_sum_exp
 from mmkernels._tile import fold_tile, grad_tile
 from mmkernels.contrastive.problem import (
     Coefficients,
@@ -27,19 +28,18 @@ from mmkernels.contrastive.problem import (
 # 4 MiB of float32 a tile: large enough for GEMM's full speed, small enough that two of them stay in a
 # last-level cache.
 TILE = 1024
-# Columns of dL/dS in bfloat16 side by side: 16 MiB.
-LOW_SPAN = 8192
 
 
 def contrastive_fwd(problem: Problem) -> ContrastiveStats:
     """Log-sum-exps, positives and the teacher's expectations of `scale * a b^T`, tile by tile."""
-    problem = _widened(problem)
+    problem = _factors(problem)
     a, b, scale = problem.a, problem.b, float(problem.scale)
-    row, col = _Sums(a, len(a)), _Sums(a, len(b) if problem.symmetric else 0)
-    teacher_row = _Sums(a, len(a) if problem.teacher else 0)
-    teacher_col = _Sums(a, len(b) if problem.teacher and problem.symmetric else 0)
-    positive = a.new_zeros(0 if problem.positives is None else len(a))
-    for of_rows, of_cols in _tiles(len(a), len(b), TILE):
+    like = a.new_empty(0, dtype=accumulator(a.dtype))
+    row, col = _Sums(like, len(a)), _Sums(like, len(b) if problem.symmetric else 0)
+    teacher_row = _Sums(like, len(a) if problem.teacher else 0)
+    teacher_col = _Sums(like, len(b) if problem.teacher and problem.symmetric else 0)
+    positive = like.new_zeros(0 if problem.positives is None else len(a))
+    for of_rows, of_cols in _tiles(len(a), len(b)):
         cosines = _cosines(problem, of_rows, of_cols)
         if problem.positives is not None:
             _take_positives(cosines, problem.positives[of_rows] - of_cols.start, scale, positive[of_rows])
@@ -75,32 +75,25 @@ def contrastive_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `a`, `b` and `scale`, those that `needs` asks for; the tiles of logits are recomputed.
 
-    dL/dS is rounded to bfloat16 where the operands are that and its products are the faster ones: what the
-    GPU's path does. The positives' share never passes through it.
+    dL/dS is rounded to bfloat16 where the operands are multiplied as that: what the GPU's path does. The positives'
+    share never passes through it.
     """
-    low = problem.a.dtype == torch.bfloat16 and FAST_BFLOAT16 and problem.teacher is None
-    factors = (problem.a, problem.b) if low else (widen(problem.a), widen(problem.b))
-    problem, scale = _widened(problem), float(problem.scale)
-    a, b = problem.a, problem.b
+    problem, scale = _factors(problem), float(problem.scale)
+    a, b, dtype = problem.a, problem.b, accumulator(problem.a.dtype)
     coefs = coefficients(problem, stats, grads)
     needs_a, needs_b, needs_scale = needs
-    da = torch.zeros_like(a) if needs_a else None
-    db = torch.zeros_like(b) if needs_b else None
+    da = torch.zeros_like(a, dtype=dtype) if needs_a else None
+    db = torch.zeros_like(b, dtype=dtype) if needs_b else None
     center = mean_cosine(problem)
     of_tiles = a.new_zeros((), dtype=torch.float64)
-    # in bfloat16 some tiles side by side: each product is rounded, so it had better be a long sum
-    span = LOW_SPAN if low else TILE
-    buffer = factors[0].new_empty(min(len(a), TILE), min(len(b), span))
-    for of_rows, of_span in _tiles(len(a), len(b), span):
-        grad = buffer[: of_rows.stop - of_rows.start, : of_span.stop - of_span.start]
-        for first in range(of_span.start, of_span.stop, TILE):
-            of_cols = slice(first, min(first + TILE, of_span.stop))
-            out = grad[:, first - of_span.start :][:, : of_cols.stop - first]
-            of_tiles += _grad_tile(problem, stats, coefs, (of_rows, of_cols), center, out)
+    buffer = a.new_empty(min(len(a), TILE), min(len(b), TILE))
+    for of_rows, of_cols in _tiles(len(a), len(b)):
+        grad = buffer[: of_rows.stop - of_rows.start, : of_cols.stop - of_cols.start]
+        of_tiles += _grad_tile(problem, stats, coefs, (of_rows, of_cols), center, grad)
         if da is not None:
-            da[of_rows] += matmul(grad, factors[1][of_span])
+            add_matmul(da[of_rows], grad, b[of_cols])
         if db is not None:
-            db[of_span] += matmul(grad.T, factors[0][of_rows])
+            add_matmul(db[of_cols], grad.T, a[of_rows])
     of_positives = add_positives(problem, coefs.positive, da, db, center)
     for dx in (da, db):
         if dx is not None:
@@ -119,6 +112,7 @@ def _grad_tile(
     """Write a tile of dL/dS, zero at the positives; returns its share of the scale's gradient."""
     of_rows, of_cols = place
     cosines = _cosines(problem, of_rows, of_cols)
+    of_student = out if problem.teacher is None else torch.empty_like(cosines)
     total = grad_tile(
         cosines,
         float(problem.scale),
@@ -126,7 +120,7 @@ def _grad_tile(
         (stats.col_lse[of_cols], coefs.col[of_cols]) if problem.symmetric else None,
         None if problem.positives is None else problem.positives[of_rows] - of_cols.start,
         center,
-        out,
+        of_student,
     )
     if problem.teacher is None:
         return total
@@ -140,7 +134,7 @@ def _grad_tile(
         None,
         of_teacher,
     )
-    out.add_(of_teacher)
+    out.copy_(of_student.add_(of_teacher))
     return total + cosines.sub(center).mul_(of_teacher).sum(dtype=torch.float64)
 
 
@@ -162,15 +156,15 @@ class _Sums:
         return self.max[place], self.sum[place]
 
 
-def _tiles(num_rows: int, num_cols: int, width: int) -> Iterator[tuple[slice, slice]]:
+def _tiles(num_rows: int, num_cols: int) -> Iterator[tuple[slice, slice]]:
     for r in range(0, num_rows, TILE):
-        for c in range(0, num_cols, width):
-            yield slice(r, min(r + TILE, num_rows)), slice(c, min(c + width, num_cols))
+        for c in range(0, num_cols, TILE):
+            yield slice(r, min(r + TILE, num_rows)), slice(c, min(c + TILE, num_cols))
 
 
-def _widened(problem: Problem) -> Problem:
-    teacher_a, teacher_b = (None if x is None else widen(x) for x in (problem.teacher_a, problem.teacher_b))
-    return replace(problem, a=widen(problem.a), b=widen(problem.b), teacher_a=teacher_a, teacher_b=teacher_b)
+def _factors(problem: Problem) -> Problem:
+    teacher_a, teacher_b = (None if x is None else factor(x) for x in (problem.teacher_a, problem.teacher_b))
+    return replace(problem, a=factor(problem.a), b=factor(problem.b), teacher_a=teacher_a, teacher_b=teacher_b)
 
 
 def _take_positives(cosines: Tensor, place: Tensor, scale: float, out: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels._autograd import is_transforming
-from mmkernels._gemm import matmul, matmul_nt
+from mmkernels._gemm import factor, matmul, matmul_nt
 from mmkernels._numerics import widen
 from mmkernels._tile import info_nce_tile
 from mmkernels.contrastive.op import logits_are_kept
@@ -55,13 +55,13 @@ class StoredLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         given = (a, b)
-        a, b = widen(a), widen(b)
+        a, b = factor(a), factor(b)
         cosines = matmul_nt(a, b)  # [B, B]
         # in a cone of features all cosines are near their mean: see mean_cosine
         center = cosines.mean() if ctx.needs_input_grad[2] else 0.0
         sums = info_nce_tile(cosines, scale.item(), center if any(ctx.needs_input_grad) else None)
         ctx.save_for_backward(cosines, a, b, scale, sums, *given)
-        return sums[0].to(a.dtype)
+        return sums[0].to(cosines.dtype)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -73,8 +73,13 @@ class StoredLoss(torch.autograd.Function):
             loss = contrastive_loss_ref(widen(given[0]), widen(given[1]), scale).to(upstream.dtype)
             found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        pairs = None
+        if grad.dtype != a.dtype:  # what is rounded for the products is not the positives' share
+            pairs, grad = grad.diagonal()[:, None], grad.to(a.dtype).fill_diagonal_(0)
         da = matmul(grad, b) if needs_a else None
         db = matmul(grad.T, a) if needs_b else None
+        if pairs is not None:
+            da, db = (None if dx is None else dx.addcmul_(pairs, x) for dx, x in ((da, b), (db, a)))
         dscale = sums[1].view(scale.shape) if needs_scale else None
         grads = (da, db, dscale)
         if upstream.item() != 1:

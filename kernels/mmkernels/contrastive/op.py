@@ -17,8 +17,7 @@ from mmkernels._checks import (
     scalar_tensor,
 )
 from mmkernels._device import Kernels, runs_triton
-from mmkernels._gemm import matmul_nt
-from mmkernels._numerics import widen
+from mmkernels._gemm import factor, matmul_nt
 from mmkernels.contrastive import blockwise
 from mmkernels.contrastive.problem import MAX_LOGITS, ContrastiveStats, Problem, poisoned
 
@@ -190,7 +189,7 @@ def _contrastive_fwd(
     with torch.autocast(a.device.type, enabled=False):
         broken = broken_claim(problem) if normalized else None
         if keep:
-            problem = replace(problem, cosines=matmul_nt(widen(a), widen(b)))
+            problem = replace(problem, cosines=matmul_nt(factor(a), factor(b)))
         stats = poisoned(path.contrastive_fwd(problem), broken)
     cosines = a.new_empty(0, 0, dtype=accumulator(a.dtype)) if problem.cosines is None else problem.cosines
     return (*stats, cosines)  # pyright: ignore[reportReturnType]

@@ -1,8 +1,9 @@
 """Linear cross-entropy by tiles of plain ATen calls: what a CPU runs, and float64 on any device.
 
 The logits of a chunk of rows are kept as a list of tiles, each computed once: folded into the rows' sums,
-then overwritten by dL/dlogits for the two products. Low-precision operands are widened a tile at a time: the
-logits are accumulated and kept in float32.
+then overwritten by dL/dlogits for the two products. Low-precision operands are widened a tile at a time, or where the
+processor multiplies bfloat16 at more than float32's speed, taken as they are, and dL/dlogits rounded to them: the
+logits are accumulated and kept in float32 either way.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mmkernels._gemm import matmul_nt
+from mmkernels._checks import accumulator
+from mmkernels._gemm import add_matmul, factor, low_like, matmul_nt
 from mmkernels._numerics import log_sum_exp, widen
 from mmkernels._tile import fold_tile, grad_tile
 
@@ -60,7 +62,7 @@ def linear_cross_entropy_fwd(
     tiles: list[Tensor] = []
     for r in range(0, num_rows, rows):
         part = slice(r, r + rows)
-        h, of_part = widen(hidden[part]), targets[part]
+        h, of_part = factor(hidden[part]), targets[part]
         stats = _fold(h, weight, bias, of_part, cols, tiles if keep else None)
         loss[part] = row_loss(stats, None if mean_logit is None else mean_logit[part], terms)
         if not keep:
@@ -69,13 +71,16 @@ def linear_cross_entropy_fwd(
         dh_part = None if dh is None else dh[part].zero_()
         for c, tile in zip(range(0, vocab, cols), tiles):
             of_cols = slice(c, c + cols)
-            grad_tile(tile, 1.0, (stats[0], row_coef), None, of_part - c, None, tile)
+            # a bias's gradient is a sum of what is not rounded
+            grad = torch.empty_like(tile, dtype=h.dtype) if db is None and h.dtype != tile.dtype else tile
+            grad_tile(tile, 1.0, (stats[0], row_coef), None, of_part - c, None, grad)
+            grad = low_like(grad, h)
             if dh_part is not None:
-                dh_part += matmul_nt(tile, widen(weight[of_cols]).T)
-            if dw is not None:
-                _accumulate(dw[of_cols], matmul_nt(tile.T, h.T), r)
+                add_matmul(dh_part, grad, factor(weight[of_cols]))
+            if dw is not None:  # the first chunk's part is written: adding to zeros would fill [V, D] once more
+                add_matmul(dw[of_cols], grad.T, h, add=r > 0)
             if db is not None:
-                _accumulate(db[of_cols], tile.sum(0), r)
+                db[of_cols] = db[of_cols] + tile.sum(0) if r else tile.sum(0)
         add_targets((dh_part, dw, db), h, weight, of_part, target_coef)
     return loss.masked_fill_(~kept, 0).masked_fill_(outside, torch.nan)
 
@@ -124,20 +129,16 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
         out.index_add_(0, index, rows)
 
 
-def _accumulate(out: Tensor, part: Tensor, first_row: int) -> None:
-    """The first chunk's part is written: adding to zeros would fill [V, D] once more."""
-    out.add_(part) if first_row else out.copy_(part)
-
-
 def _fold(
     h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cols: int, tiles: list[Tensor] | None
 ) -> Stats:
     """The statistics of the rows `h`; the tiles of their logits replace those in `tiles`."""
-    row_max, row_sum = h.new_full((len(h),), -torch.inf), h.new_zeros(len(h))
+    like = h.new_empty(0, dtype=accumulator(h.dtype))
+    row_max, row_sum = like.new_full((len(h),), -torch.inf), like.new_zeros(len(h))
     target_logit = torch.empty_like(row_sum)
     for i, c in enumerate(range(0, len(weight), cols)):
         of_cols = slice(c, c + cols)
-        tile = matmul_nt(h, widen(weight[of_cols]))
+        tile = matmul_nt(h, factor(weight[of_cols]))
         if bias is not None:
             tile += widen(bias[of_cols])
         fold_tile(tile, 1.0, row_max, row_sum)

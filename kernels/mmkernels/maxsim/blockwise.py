@@ -7,7 +7,8 @@ weighted sums of single tokens (`embedding_bag`).
 import torch
 from torch import Tensor
 
-from mmkernels._gemm import matmul_nt
+from mmkernels._checks import accumulator
+from mmkernels._gemm import factor, matmul_nt
 from mmkernels._numerics import widen
 from mmkernels.token_contrastive.blockwise import first_best, gather_sums, scatter_sums
 
@@ -25,11 +26,11 @@ def _tiles(num_queries: int, d: Tensor) -> list[slice]:
 def maxsim_fwd(q: Tensor, d: Tensor, d_mask: Tensor | None, with_best: bool) -> tuple[Tensor, Tensor | None]:
     """Of every document the largest product with each token of the queries `q [M, D]`, `[N, M]`, -inf where none
     counts, and if asked for the place of the first such, -1 where none counts."""
-    q, length = widen(q), d.shape[1]
-    found = q.new_empty(len(d), len(q))
+    q, length = factor(q), d.shape[1]
+    found = q.new_empty(len(d), len(q), dtype=accumulator(q.dtype))
     best = d.new_empty(len(d), len(q), dtype=place_dtype(length)) if with_best else None
     for of in _tiles(len(q), d):
-        products = matmul_nt(q, widen(d[of]).flatten(0, 1)).view(len(q), of.stop - of.start, length)
+        products = matmul_nt(q, factor(d[of]).flatten(0, 1)).view(len(q), of.stop - of.start, length)
         if d_mask is not None:
             products.masked_fill_(~d_mask[of], -torch.inf)
         largest = products.amax(2)

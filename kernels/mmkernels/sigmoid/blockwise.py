@@ -1,7 +1,8 @@
 """The sigmoid loss by tiles: what a CPU runs, and float64 on any device.
 
 Each tile of logits is computed once and overwritten by dL/dx, so that memory stays O(M + N). Low-precision
-operands are widened first: the logits are accumulated and kept in float32.
+operands are widened first, or where the processor multiplies bfloat16 at more than float32's speed, taken as they are,
+and dL/dx rounded to them for the products: the logits are accumulated and kept in float32 either way.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mmkernels._gemm import matmul_nt
-from mmkernels._numerics import widen
+from mmkernels._checks import accumulator
+from mmkernels._gemm import add_matmul, factor, low_like, matmul_nt
 from mmkernels._tile import sigmoid_tile
 
 # `[n, M]` in float64, of which the first are each row's loss; the gradients of `sum coef * loss` of a and b, None where
@@ -33,32 +34,36 @@ def sigmoid_fwd(
 ) -> Made:
     """`coef` is `[M]`, None for ones. Gradients of features are accumulated in float32 (float64), those of scale and
     bias in float64."""
-    a, b, alpha, beta = widen(a), widen(b), float(scale), float(bias)
+    a, b, alpha, beta, dtype = factor(a), factor(b), float(scale), float(bias), accumulator(a.dtype)
     diagonal = torch.arange(len(a), device=a.device)
     row_label, col_label = (x.contiguous() for x in labels or (diagonal, diagonal))
     loss = a.new_zeros(len(a), dtype=torch.float64)
-    da, db = (torch.zeros_like(x) if needed else None for x, needed in zip((a, b), needs))
+    da, db = (torch.zeros_like(x, dtype=dtype) if needed else None for x, needed in zip((a, b), needs))
     dbias, dscale = (loss.new_zeros(()) for _ in range(2))
     for r in range(0, len(a), TILE):
         of_rows = slice(r, min(r + TILE, len(a)))
         for c in range(0, len(b), TILE):
             of_cols = slice(c, min(c + TILE, len(b)))
             tile = matmul_nt(a[of_rows], b[of_cols])
-            cosines = tile if coef is None else tile.clone()
-            row_loss = loss.new_zeros(len(tile), dtype=a.dtype)
-            out = tile if any(needs) else None
-            sums = sigmoid_tile(cosines, alpha, beta, row_label[of_rows], col_label[of_cols], row_loss, out)
-            loss[of_rows] += row_loss
-            if coef is not None:
+            row_loss = loss.new_zeros(len(tile), dtype=tile.dtype)
+            labels_of = row_label[of_rows], col_label[of_cols]
+            if coef is None:
+                grad = torch.empty_like(tile, dtype=a.dtype) if a.dtype != tile.dtype else tile
+                sums = sigmoid_tile(tile, alpha, beta, *labels_of, row_loss, grad if any(needs) else None)
+            else:
+                cosines = tile.clone()
+                sigmoid_tile(cosines, alpha, beta, *labels_of, row_loss, tile)
                 tile.mul_(coef[of_rows, None])
                 weighted = tile.sum(1), cosines.mul_(tile).sum(1)
                 sums = torch.stack([row_loss, *weighted]).sum(1, dtype=torch.float64)
+                grad = low_like(tile, a)
+            loss[of_rows] += row_loss
             dbias += sums[1]
             dscale += sums[2]
             if da is not None:
-                da[of_rows] += matmul_nt(tile, b[of_cols].T)
+                add_matmul(da[of_rows], grad, b[of_cols])
             if db is not None:
-                db[of_cols] += matmul_nt(tile.T, a[of_rows].T)
+                add_matmul(db[of_cols], grad.T, a[of_rows])
     for dx in (da, db):
         if dx is not None:
             dx.mul_(alpha)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels._checks import accumulator
-from mmkernels._gemm import matmul_nt
+from mmkernels._gemm import factor, matmul_nt
 from mmkernels._numerics import log_sum_exp, widen
 from mmkernels._tile import fold_tile, grad_tile
 from mmkernels.token_contrastive.problem import (
@@ -39,7 +39,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def token_contrastive_fwd(problem: Problem) -> TokenContrastiveStats:
     """The statistics of `S = scale * max_q <tokens_q, b>`, tile by tile."""
-    problem = widened(problem)
+    problem = factors(problem)
     sums = Sums(problem)
     for of_rows, of_cols in tiles(problem):
         block = problem.block(of_rows, of_cols)
@@ -55,11 +55,11 @@ def token_contrastive_bwd(
     problem: Problem, stats: TokenContrastiveStats, grads: Sequence[Tensor], needs: Sequence[bool]
 ) -> Gradients:
     """Gradients of `tokens`, `b` and `scale`, those that `needs` asks for; the tiles are recomputed."""
-    problem, scale = widened(problem), float(problem.scale)
+    problem, scale, dtype = factors(problem), float(problem.scale), accumulator(problem.b.dtype)
     weights, center = weights_of(stats, grads), mean_cosine(problem)
     needs_tokens, needs_b, needs_scale = needs
-    dtokens = torch.zeros_like(problem.tokens) if needs_tokens else None
-    db = torch.zeros_like(problem.b) if needs_b else None
+    dtokens = torch.zeros_like(problem.tokens, dtype=dtype) if needs_tokens else None
+    db = torch.zeros_like(problem.b, dtype=dtype) if needs_b else None
     dscale = problem.b.new_zeros((), dtype=torch.float64)
     for of_rows, of_cols in tiles(problem):
         block, coefs = problem.block(of_rows, of_cols), weights.block(of_rows, of_cols)
@@ -76,9 +76,9 @@ def token_contrastive_bwd(
         if dtokens is not None or db is not None:
             index = places(first_best(products, cosines, 1), products.shape[1], 0)
             if dtokens is not None:
-                scatter_sums(dtokens[of_rows].flatten(0, 1), index, grad, block.b)
+                scatter_sums(dtokens[of_rows].flatten(0, 1), index, grad, widen(block.b))
             if db is not None:
-                gather_sums(db[of_cols], index.T, grad.T, block.tokens.flatten(0, 1))
+                gather_sums(db[of_cols], index.T, grad.T, widen(block.tokens.flatten(0, 1)))
     for dx in (dtokens, db):
         if dx is not None:
             dx.mul_(scale)
@@ -89,7 +89,6 @@ class Sums:
     """The statistics of tiles seen so far."""
 
     def __init__(self, problem: Problem) -> None:
-        # the tokens themselves are not widened on a GPU
         (num_rows, num_cols), dtype = problem.shape, accumulator(problem.tokens.dtype)
         like = problem.tokens.new_empty(0, dtype=dtype)
         self.row_max, self.col_max = (like.new_full((size,), -torch.inf) for size in (num_rows, num_cols))
@@ -129,8 +128,8 @@ class Sums:
         return self.linear._replace(row_lse=row_lse, col_lse=col_lse, row_rest=row_rest, col_rest=col_rest)
 
 
-def widened(problem: Problem) -> Problem:
-    return replace(problem, tokens=widen(problem.tokens), b=widen(problem.b))
+def factors(problem: Problem) -> Problem:
+    return replace(problem, tokens=factor(problem.tokens), b=factor(problem.b))
 
 
 def tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:

@@ -19,12 +19,12 @@ from mmkernels.token_contrastive.blockwise import (
     Sums,
     add_col_weights,
     add_row_weights,
+    factors,
     first_best,
     gather_sums,
     places,
     scatter_sums,
     tiles,
-    widened,
 )
 from mmkernels.token_contrastive.problem import Problem, TokenContrastiveStats, grad_total, mean_cosine, weights_of
 
@@ -101,8 +101,8 @@ def _exponentials(logits: Tensor, row: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _on_device(problem: Problem) -> Problem:
-    """A GPU multiplies low-precision operands as they are; a CPU widens them first."""
-    return problem if problem.tokens.is_cuda else widened(problem)
+    """A GPU multiplies low-precision operands as they are; a CPU widens those that it would multiply slower."""
+    return problem if problem.tokens.is_cuda else factors(problem)
 
 
 def _tile(block: Problem) -> _Tile:
