@@ -177,16 +177,15 @@ Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, con
   return total;
 }
 
-Tensor info_nce_tile(const Tensor& cosines, double scale, std::optional<double> center) {
-  const Tile tile = tile_of(cosines, scale);
+// Symmetric InfoNCE of a square tile, which takes its own gradient where a center is given: the loss and its gradient in
+// the scale.
+Tensor info_nce(const Tile& tile, float* entries, std::optional<double> center) {
   const int64_t size = tile.cols;
-  STD_TORCH_CHECK(size && cosines.size(0) == size, "cosines must be square");
   std::vector<float> vectors(4 * size);
   float *row_max = vectors.data(), *col_max = row_max + size, *row_sum = col_max + size, *col_sum = row_sum + size;
   std::fill_n(row_max, 2 * size, -std::numeric_limits<float>::infinity());
-  fold_panels(tile, {}, size, {row_max, row_sum}, {col_max, col_sum});
+  fold_panels(tile, {}, size, {row_max, row_sum, nullptr}, {col_max, col_sum, nullptr});
 
-  float* entries = cosines.mutable_data_ptr<float>();
   const float offset = static_cast<float>(center.value_or(0));
   double loss = 0, of_positives = 0;
   for (int64_t i = 0; i < size; ++i) {
@@ -209,6 +208,41 @@ Tensor info_nce_tile(const Tensor& cosines, double scale, std::optional<double> 
   const Grad whole = {tile, row_max, row_sum, col_max, col_sum, nullptr, offset, entries, tile.stride, false, tile.scale};
   to[1] = grad_panels(whole, {entries, tile.stride}, size) - of_positives / size;
   for (int64_t i = 0; i < size; ++i) entries[i * (tile.stride + 1)] -= tile.scale / size;
+  return sums;
+}
+
+Tensor info_nce_tile(const Tensor& cosines, double scale, std::optional<double> center) {
+  const Tile tile = tile_of(cosines, scale);
+  STD_TORCH_CHECK(tile.cols && cosines.size(0) == tile.cols, "cosines must be square");
+  return info_nce(tile, cosines.mutable_data_ptr<float>(), center);
+}
+
+// The same of the largest of each pair's products [size, tokens, size], which take their own gradient.
+Tensor token_nce_tile(const Tensor& products, double scale, bool with_grad) {
+  STD_TORCH_CHECK(products.is_cpu() && products.dim() == 3 && products.is_contiguous() && products.numel() &&
+                      products.scalar_type() == ScalarType::Float && products.size(0) == products.size(2),
+                  "products must be contiguous float32 [size, tokens, size] on the CPU");
+  const int64_t size = products.size(0), tokens = products.size(1);
+  float* entries = products.mutable_data_ptr<float>();
+  const std::unique_ptr<float[]> largest(new float[size * size]);
+  const std::unique_ptr<int32_t[]> token(new int32_t[size * size]);
+  const auto for_each_row = [&](const auto& run) {
+    const int64_t grain = std::max<int64_t>(1, GRAIN / (tokens * size));
+    torch::stable::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        run({entries + i * tokens * size, tokens, size, largest.get() + i * size, token.get() + i * size});
+    });
+  };
+  for_each_row([](const Best& row) { kernels.best(row); });
+  const Tile tile = {largest.get(), size, size, static_cast<float>(scale)};
+  std::optional<double> center;
+  if (with_grad) {  // near their mean, as the scale's gradient wants it
+    double total = 0;
+    for (int64_t i = 0; i < size; ++i) total += largest[i * size + (i + 1) % size];
+    center = total / size;
+  }
+  Tensor sums = info_nce(tile, largest.get(), center);
+  if (with_grad) for_each_row([](const Best& row) { kernels.place(row); });
   return sums;
 }
 
@@ -334,6 +368,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
       "grad_tile(Tensor cosines, float scale, Tensor row_lse, Tensor row_coef, Tensor? col_lse, "
       "Tensor? col_coef, Tensor? skip, float? center, Tensor(a!) out) -> Tensor");
   m.def("info_nce_tile(Tensor(a!) cosines, float scale, float? center) -> Tensor");
+  m.def("token_nce_tile(Tensor(a!) products, float scale, bool with_grad) -> Tensor");
   m.def(
       "sigmoid_tile(Tensor cosines, float scale, float bias, Tensor row_label, Tensor col_label, "
       "Tensor(a!) row_loss, Tensor(b!)? out) -> Tensor");
@@ -352,6 +387,7 @@ STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("fold_tile", TORCH_BOX(&mmkernels::fold_tile));
   m.impl("grad_tile", TORCH_BOX(&mmkernels::grad_tile));
   m.impl("info_nce_tile", TORCH_BOX(&mmkernels::info_nce_tile));
+  m.impl("token_nce_tile", TORCH_BOX(&mmkernels::token_nce_tile));
   m.impl("sigmoid_tile", TORCH_BOX(&mmkernels::sigmoid_tile));
   m.impl("dropout_tile", TORCH_BOX(&mmkernels::dropout_tile));
   m.impl("distill_fwd", TORCH_BOX(&mmkernels::distill_fwd));

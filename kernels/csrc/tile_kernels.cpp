@@ -192,6 +192,34 @@ void sigmoid(const Sigmoid& work, int64_t rows, double* totals) {
   work.out_bfloat16 ? sigmoid_panel<uint16_t>(work, rows, totals) : sigmoid_panel<float>(work, rows, totals);
 }
 
+void best(const Best& work) {
+  for_vectors(0, work.cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+    Vec largest = load(work.products + j, lanes);
+    Ints token{};
+    for (int32_t q = 1; q < work.tokens; ++q) {
+      const Vec x = load(work.products + q * work.cols + j, lanes);
+      const Ints is_new = (x > largest) | (x != x);
+      largest = is_new ? x : largest;
+      token = is_new ? Ints{} + q : token;
+    }
+    store(work.largest + j, largest, lanes);
+    put(work.token + j, token, lanes);
+  });
+}
+
+void place(const Best& work) {
+  for_vectors(0, work.cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
+    const Vec value = load(work.largest + j, lanes);
+    Ints token{};
+    if constexpr (__is_same(decltype(lanes), All))
+      token = load<Ints>(work.token + j);
+    else
+      token = load<Ints>(work.token + j, lanes.count * sizeof(int32_t));
+    for (int32_t q = 0; q < work.tokens; ++q)
+      store(work.products + q * work.cols + j, token == q ? value : Vec{}, lanes);
+  });
+}
+
 INLINE Vec teacher_at(const Distill& work, int64_t j, auto lanes) {
   const Vec y = load(work.teacher + j, lanes);
   return work.center ? y - load(work.center + j, lanes) : y;
@@ -256,6 +284,6 @@ void dropout(const Dropout& work) {
 
 }  // namespace
 
-extern const Kernels KERNELS = {fold, combine, grad, sigmoid, distill, distill_grad, dropout};
+extern const Kernels KERNELS = {fold, combine, grad, sigmoid, best, place, distill, distill_grad, dropout};
 
 }  // namespace mmkernels

@@ -59,6 +59,14 @@ struct Sigmoid {
   bool out_bfloat16;
 };
 
+// Of a row's products [tokens, cols] the largest over the tokens, and the first token that has it.
+struct Best {
+  float* products;
+  int64_t tokens, cols;
+  float* largest;
+  int32_t* token;
+};
+
 // Contiguous rows of logits, and the stride between the vectors of statistics: of the student and then of the
 // teacher the maximum and sum exp(x - max).
 struct Distill {
@@ -89,6 +97,10 @@ struct Kernels {
   double (*grad)(const Grad&, int64_t rows);
   // The sums of the losses, of the gradient and of gradient * cosine over `rows` rows.
   void (*sigmoid)(const Sigmoid&, int64_t rows, double* totals);
+  // Find a row's largest products.
+  void (*best)(const Best&);
+  // Write `largest` in the places of the largest products, zeros elsewhere.
+  void (*place)(const Best&);
   // The statistics of one row; its loss.
   float (*distill)(const Distill&);
   // One row of the student's gradient, from the statistics.

@@ -97,17 +97,24 @@ class FeatureQueue(nn.Module):
     def enqueue(self, features: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
         """Puts features [B, D], of any dtype, in the place of the oldest; of more than N the last. Those of the ranks
         of a `group` are taken too, in the order of ranks, the same B on each, so that all hold one queue."""
-        size, dim = self.features.shape
+        held = self.features
+        size, dim = held.shape
         is_like = features.ndim == 2 and features.shape[1] == dim
         require("FeatureQueue", is_like, "features must be [B, {}], got {}", dim, list(features.shape))
         if group is not None:
             parts = features.new_empty(dist.get_world_size(group), *features.shape)
             dist.all_gather(list(parts.unbind()), features.contiguous(), group=group)
             features = parts.flatten(0, 1)
-        self.num_enqueued += len(features)
-        last = features[-size:].to(self.features)
-        places = torch.arange(self.num_enqueued - len(last), self.num_enqueued, device=last.device) % size
-        self.features[places] = last
+        count = len(features)
+        self.num_enqueued += count
+        if count > size:
+            features, count = features[-size:], size
+        first = (self.num_enqueued - count) % size
+        behind = size - first  # what fits before the ring's end
+        if count <= behind:
+            held[first : first + count] = features
+        else:
+            held[first:], held[: count - behind] = features[:behind], features[behind:]
 
     def get_extra_state(self) -> int:
         return self.num_enqueued

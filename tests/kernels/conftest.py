@@ -35,10 +35,10 @@ SMALL = {
     launches: {"FEW_LOGITS": 0},
     problem: {"POSITIVES_CHUNK": 24}, distill_blockwise: {"BLOCK": 256}, distill_kernel: {"MIN_PROGRAMS": 6},
     distill_eager: {"EAGER_LOGITS": 0}, multi_tensor_blockwise: {"PART": 64}, sigmoid_blockwise: {"TILE": 32},
-    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_eager: {"EAGER_LOGITS": 0},
+    sigmoid_kernel: {"chunk_rows": lambda num_cols, element_size: 32}, sigmoid_eager: {"EAGER_LOGITS": 0, "STORED_LOGITS": 0},
     lce_blockwise: {"ROWS": 32, "COLS": 32}, lce_kernel: {"chunk_rows": lambda vocab, memory: 32, "AHEAD": 16},
     maxsim_blockwise: {"TILE": 900}, maxsim_kernel: {"MIN_PROGRAMS": 24}, maxsim_eager: {"EAGER_PRODUCTS": 0},
-    lce_eager: {"EAGER_PRODUCT": 0}, token_eager: {"EAGER_PRODUCTS": 0},
+    lce_eager: {"EAGER_PRODUCT": 0}, token_eager: {"EAGER_PRODUCTS": 0, "STORED_PRODUCTS": 0},
     token_blockwise: {"TILE": 640, "TILE_COLS": 16},
     token_kernel: {"CHUNK_BYTES": 2048, "chunk_rows": lambda num_tokens, num_cols, element_size: 5},
 }  # fmt: skip

@@ -64,6 +64,8 @@ def sigmoid_loss(
         "sigmoid_loss", reduction in REDUCTIONS, "reduction must be one of {}, got {}", ", ".join(REDUCTIONS), reduction
     )
     a, b, scale, bias = checked_operands(a, b, logit_scale, logit_bias, labels)
+    if eager.is_stored(a, b, reduction):
+        return eager.StoredLoss.apply(a, b, scale, bias, labels, reduction)  # pyright: ignore[reportReturnType]
     if eager.is_faster(a, b):
         with torch.autocast(a.device.type, enabled=False):
             return eager.sigmoid_loss_eager(a, b, scale, bias, labels, reduction)
