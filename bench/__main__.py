@@ -2,7 +2,7 @@
 
 Without a FILE: of every machine's folder under `bench/results`; a FILE may be a folder, whose JSON is meant. `python -m
 bench tables PAGE ...` writes the tables of Markdown pages anew from the JSON that they name. `python -m bench static`
-says what the kernels compile to.
+says what the kernels compile to, `python -m bench facts` how this machine multiplies and which peers it has.
 """
 
 import sys
@@ -37,8 +37,10 @@ def report(paths: list[Path]) -> None:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["static"]:
         return import_module("bench.static.__main__").main(arguments[1:])
+    if arguments == ["facts"]:
+        return import_module("bench.facts").main()
     if arguments[:1] not in (["report"], ["tables"]) or arguments == ["tables"]:
-        print("usage: python -m bench report [FILE ...] | tables PAGE ... | static [--json]", file=sys.stderr)
+        print("usage: python -m bench report [FILE ...] | tables PAGE ... | static [--json] | facts", file=sys.stderr)
         return 2
     paths = [Path(a) for a in arguments[1:]]
     try:

@@ -1,10 +1,11 @@
 """The operations that models are written on; each comes from `mmkernels`, nothing else does."""
 
 from mmkernels import adamw_update_, attention, contrastive_loss, ema_update_, linear_cross_entropy, masks
-from mmkernels.pieces import CALLS_ONEDNN, accumulator, is_transforming, matmul_nt, require, untransformed
+from mmkernels.pieces import CALLS_ONEDNN, PRODUCTS, accumulator, is_transforming, matmul_nt, require, untransformed
 
 __all__ = [
     "CALLS_ONEDNN",
+    "PRODUCTS",
     "accumulator",
     "adamw_update_",
     "attention",

@@ -12,6 +12,7 @@ from mmkernels._cost import Cost, contrastive_cost
 from mmkernels._gemm import CALLS_ONEDNN, matmul_nt
 from mmkernels._launch import chunk_rows
 from mmkernels._numerics import log_sum_exp
+from mmkernels._products import CHOICES as PRODUCTS
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
@@ -30,6 +31,7 @@ from mmkernels.token_contrastive.problem import mean_cosine as token_mean_cosine
 
 __all__ = [
     "CALLS_ONEDNN",
+    "PRODUCTS",
     "ContrastiveProblem",
     "ContrastiveStats",
     "Cost",

@@ -54,9 +54,10 @@ class EngineConfig:
 
     zero: Literal[0, 1, 2, 3] | None = field(default=None, metadata=free)
     """ZeRO stage; None = what --deepspeed says, else 1."""
-    precision: Precision | None = None
+    precision: Precision | Literal["auto"] | None = None
     """fp32; amp_bf16 (fp32 weights, bf16 autocast: the CLIP recipe); bf16 (bf16 weights, fp32 master, needs
-    ZeRO 1 to 3). None = what --deepspeed says, else amp_bf16 on a GPU and fp32 on a CPU."""
+    ZeRO 1 to 3); auto = amp_bf16 where the machine multiplies bf16 faster than fp32, else fp32. None = what --deepspeed
+    says, else amp_bf16 on a GPU and fp32 on a CPU."""
     grad_clip: float | None = None
     """Largest global norm of the gradient, 0 = no clipping; None = what --deepspeed says, else 1.0, and 0 with
     --clip-each."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmcore.errors import did_you_mean
+from mmcore.ops import PRODUCTS
 from mmcore.train.config import EngineConfig, Precision
 from mmcore.train.optim import OptimConfig
 
@@ -260,18 +261,33 @@ def _check_optimizer(section: dict[str, Any] | None, optim: OptimConfig, file: P
         _merge(tuple(params["betas"]), (optim.beta1, optim.beta2), "(--beta1, --beta2)", file)
 
 
+def auto_precision() -> tuple[Precision, str]:
+    """What `--precision auto` is on this machine, and why."""
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("amp_bf16", "the GPU multiplies bf16") if has else ("fp32", "the GPU does not multiply bf16")
+    way, why, ms = PRODUCTS["bfloat16"]
+    if way == "widened":
+        return "fp32", f"this processor multiplies bf16 no faster than fp32 ({why})"
+    faster = f" {ms['widened'] / ms[way]:.1f} times as fast as fp32" if way in ms else ""
+    return "amp_bf16", f"this processor multiplies bf16{faster} by {way} ({why})"
+
+
 def _resolve_precision(config: EngineConfig, theirs: Mapping[str, Any], stage: int) -> Precision:
     file = config.deepspeed
     sections: dict[Precision, str] = {"bf16": "bf16", "amp_bf16": "torch_autocast"}
     said = {precision: theirs.get(section, {}).get("enabled") for precision, section in sections.items()}
     if all(said.values()):
         raise ValueError(f"{file}: bf16 and torch_autocast must not both be enabled: weights are bf16 or float32")
-    if config.precision in said and said[config.precision] is False:
-        off = f"{sections[config.precision]}.enabled is false in {file}"
-        raise ValueError(f"--precision is {config.precision} but {off}: make them agree, or remove one")
+    wanted = None if config.precision == "auto" else config.precision
+    if wanted in said and said[wanted] is False:
+        off = f"{sections[wanted]}.enabled is false in {file}"
+        raise ValueError(f"--precision is {wanted} but {off}: make them agree, or remove one")
     is_on = next((precision for precision, enabled in said.items() if enabled), None)
     default = "amp_bf16" if torch.cuda.is_available() and said["amp_bf16"] is not False else "fp32"
-    precision: Precision = _merge(is_on, config.precision, "--precision", file) or default
+    if config.precision == "auto" and said["amp_bf16"] is not False:
+        default = auto_precision()[0]
+    precision: Precision = _merge(is_on, wanted, "--precision", file) or default
     if precision == "bf16" and stage == 0:
         raise ValueError("--precision bf16 must run with --zero 1, 2 or 3 (fp32 master weights), got --zero 0")
     dtype = theirs.get("data_types", {}).get("grad_accum_dtype")

@@ -24,7 +24,7 @@ from mmcore.settings import as_yaml, check_resumed, to_json
 from mmcore.tasks import Subject, follow, report
 from mmcore.tasks.ranks import Ranks
 from mmcore.train import state
-from mmcore.train.deepspeed_json import deepspeed_config
+from mmcore.train.deepspeed_json import auto_precision, deepspeed_config
 from mmcore.train.engine import Engine, check_config, init_distributed, partitioner
 from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
@@ -98,6 +98,8 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
             f"{total - first} steps of {loader.spec.global_batch}, ZeRO {engine.stage}, {engine.precision}, "
             f"{world_size} rank{'s' * (world_size > 1)}"
         )
+        if recipe.engine.precision == "auto":
+            metrics.say(f"--precision auto is {engine.precision}: {auto_precision()[1]}")
         for line in recipe.shown(data, assets) if rank == 0 else ():
             metrics.say(line)
         Loop(start.folder, recipe, engine, loader, metrics, total, companions, measured)(first)

@@ -14,7 +14,7 @@ from mmcore.data import StepBatch
 from mmcore.settings import as_yaml, check_resumed, from_json, to_json, with_yaml
 from mmcore.systems.clip.recipe import Clip
 from mmcore.systems.llava.recipe import LlavaStage2
-from mmcore.train import trainer
+from mmcore.train import deepspeed_json, trainer
 from mmcore.train.config import EngineConfig, RunConfig
 from mmcore.train.deepspeed_json import deepspeed_config
 from mmcore.train.optim import OptimConfig, lr_schedule, weight_decay_schedule
@@ -148,6 +148,19 @@ def test_flags_alone_give_zero_1_with_clipping_written_out(tmp_path):
     assert precision == ("amp_bf16" if torch.cuda.is_available() else "fp32")
     offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert resolve(tmp_path, offloaded)[0]["zero_force_ds_cpu_optimizer"] is False  # not DeepSpeed's own Adam
+
+
+@pytest.mark.parametrize(("way", "expected"), [("widened", "fp32"), ("avx512", "amp_bf16")])
+def test_an_automatic_precision_is_what_the_processor_multiplies_faster(
+    tmp_path, monkeypatch, way: str, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(deepspeed_json.PRODUCTS, "bfloat16", (way, "measured now", {"widened": 0.6, "avx512": 0.1}))
+    assert resolve(tmp_path, precision="auto")[1] == expected
+    assert ("6.0 times" in deepspeed_json.auto_precision()[1]) == (way == "avx512")
+    # a file's word is one
+    assert resolve(tmp_path, {"torch_autocast": {"enabled": True}}, precision="auto")[1] == "amp_bf16"
+    assert resolve(tmp_path, {"torch_autocast": {"enabled": False}}, precision="auto")[1] == "fp32"
 
 
 def test_users_json_is_kept_and_completed(tmp_path):
