@@ -1,6 +1,7 @@
 """Machine facts in the JSON, one table that says what pytest-benchmark's does not, and what this machine lacks."""
 
 import gc
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,8 +43,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--plain", action="store_true", help="without contenders that are compiled for minutes or have to be installed"
     )
     parser.addoption(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of features and autocast; bfloat16 on a GPU, float32 on a CPU, if it is left out",
+    )
+    parser.addoption(
         "--claims", action="store_true", help="also assert what is said of the results, in paired runs of their own"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the modules of benchmarks read it."""
+    if dtype := config.getoption("--dtype", None):
+        os.environ["MMCORE_BENCH_DTYPE"] = dtype
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.case import Case, dtype_id, time_case
+from bench.harness import DTYPE
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
 from bench.peer_layers import Flamingos, Head, Multiway, Pooler, copy_rows, torchs_attention, torchs_cross_attention
 from bench.peers import load, missing
@@ -241,7 +242,6 @@ LAYERS: Mapping[str, tuple[Callable[[int], Layer], int, int]] = {
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # a CPU's forward is in its forward and backward, and a compilation takes up to half a minute
 MODES = ("both",) if DEVICE == "cpu" else ("forward", "both")
 COMPILED = ("CrossAttention",) if DEVICE == "cpu" else ("CrossAttention", "QFormerBlock")

@@ -338,8 +338,8 @@ def _structure_doubles_the_speed(name: str, mode: str) -> None:
     assert _paired(name, 5, mode) >= 2.0
 
 
-def _dense_is_within_five_percent(name: str, mode: str) -> None:
-    assert 1 / _paired(name, 41, mode) <= 1.05
+def _dense_is_as_fast_as_sdpa(name: str, mode: str) -> None:
+    assert _paired(name, 41, mode) >= 0.97
 
 
 def _packed_holds_nothing_of_the_size_of_its_mask() -> None:
@@ -359,7 +359,7 @@ CLAIMS: Claims = {
         for mode in ("forward", "both")
     },
     **{
-        f"{name}, {mode}: within five percent of SDPA": partial(_dense_is_within_five_percent, name, mode)
+        f"{name}, {mode}: as fast as SDPA": partial(_dense_is_as_fast_as_sdpa, name, mode)
         for name in ("Q-Former", "BLIP", "Llama-3.2-Vision tower", "SDXL", "video resampler")
         for mode in ("forward", "both")
     },

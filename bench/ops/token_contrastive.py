@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import MODES, Case, dtype_id
-from bench.harness import CPU, DEVICE, ON_GPU, Bench, Claims, assert_faster, gradient_case, of_mode
+from bench.harness import CPU, DEVICE, DTYPE, ON_GPU, Bench, Claims, assert_faster, gradient_case, of_mode
 from bench.measure import MIB, gemm_flops_per_s
 from bench.spec import Inputs, OpSpec, Shape, shape_id
 from mmkernels import (
@@ -286,7 +286,7 @@ def cost_of(shape: Shape, tokens: Tensor) -> tuple[Cost, Cost]:
     return forward, backward
 
 
-DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (torch.float32,)
+DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else (DTYPE,)
 TIMED_SHAPES = (
     (_shape(128, 32, 8192, 256), _shape(1024, 32, 1024, 256), _shape(4096, 32, 4096, 256))
     if ON_GPU

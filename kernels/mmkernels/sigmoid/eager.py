@@ -68,7 +68,9 @@ class StoredLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # a second derivative is asked for, which the reference has
             wanted = [x for x, needed in zip(given, needs, strict=True) if needed]
-            loss = sigmoid_loss_eager(*given, ctx.labels, ctx.reduction).to(upstream.dtype)
+            loss = sigmoid_loss_ref(*map(widen, given[:2]), *given[2:], labels=ctx.labels, reduction=ctx.reduction).to(
+                upstream.dtype
+            )
             found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True))
             return *(next(found) if needed else None for needed in needs), None, None
         scale, bias = given[2:]
