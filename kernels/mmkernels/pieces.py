@@ -15,7 +15,7 @@ from mmkernels._numerics import log_sum_exp
 from mmkernels._products import CHOICES as PRODUCTS
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.contrastive.labels import first_match, label_sums
-from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
+from mmkernels.contrastive.loss import LinearMeans, Match, Options, check_unseen, checked_inputs, pair_losses, reduce
 from mmkernels.contrastive.op import STORED_LOGITS, broken_claim
 from mmkernels.contrastive.problem import MAX_LOGITS, ContrastiveStats, mean_cosine, poisoned
 from mmkernels.contrastive.problem import Problem as ContrastiveProblem
@@ -44,6 +44,7 @@ __all__ = [
     "broken_claim",
     "check_token_labels",
     "check_token_masks",
+    "check_unseen",
     "checked_inputs",
     "checked_sigmoid_operands",
     "contrastive_block",
@@ -90,7 +91,7 @@ def contrastive_block_grads(
 
 
 def _contrastive(p: ContrastiveProblem) -> tuple[Tensor | bool | None, ...]:
-    return p.a, p.b, p.scale, p.positives, p.teacher_a, p.teacher_b, p.symmetric
+    return p.a, p.b, p.scale, p.positives, p.exclude, p.teacher_a, p.teacher_b, p.symmetric
 
 
 def sigmoid_block(
