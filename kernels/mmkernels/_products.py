@@ -27,8 +27,8 @@ MARGIN = 1.25
 
 
 class Choice(NamedTuple):
-    """The way taken for a dtype, why, and milliseconds of a product of [384, 384] on one thread by each way where it was
-    measured."""
+    """The way taken for a dtype, why, and milliseconds of a product of [384, 384] on one thread by each way: of none
+    that was not measured."""
 
     way: str
     why: str
