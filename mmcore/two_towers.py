@@ -59,7 +59,7 @@ class TwoTowers(OnPairs, Contrastive):
 
     kind: ClassVar[Callable[[Any], Any]]
     """The model, made of `PairAssets.shape`."""
-    tasks = ("zeroshot", "retrieval")
+    tasks = ("zeroshot", "retrieval", "crosslingual")
 
     def build(self, assets: PairAssets) -> Any:
         model = type(self).kind(assets.shape)

