@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mmcore.ops import require
 from mmcore.settings import free
 
-SourceKind = Literal["digits", "stamps", "emoji", "shards", "csv", "json", "chats"]
+SourceKind = Literal["digits", "stamps", "emoji", "shards", "csv", "json", "chats", "classes"]
 EmojiStyle = Literal["openmoji", "noto", "symbola"]
 BUILT_IN = ("digits", "stamps", "emoji")
 """Sources that no file is named for."""
@@ -15,14 +15,15 @@ BUILT_IN = ("digits", "stamps", "emoji")
 
 # A field here has no effect on the other sources, so setting it there is an error.
 _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
-    "val_data": ("shards", "csv", "json", "chats"),
-    "val_fraction": ("digits", "stamps", "csv", "json", "chats"),
+    "val_data": ("shards", "csv", "json", "chats", "classes"),
+    "val_fraction": ("digits", "stamps", "csv", "json", "chats", "classes"),
+    **dict.fromkeys(("class_names", "templates"), ("classes",)),
     **dict.fromkeys(("annotations", "val_annotations"), ("json",)),
     "image_root": ("json", "chats"),
     "language": ("stamps", "emoji"),
     "stamps_dir": ("stamps",),
     **dict.fromkeys(("style", "languages_apart"), ("emoji",)),
-    "shuffle_pictures": ("digits", "stamps", "emoji", "csv"),
+    "shuffle_pictures": ("digits", "stamps", "emoji", "csv", "classes"),
     **dict.fromkeys(("csv_separator", "csv_img_key", "csv_caption_key"), ("csv",)),
     "num_samples": ("shards",),
 }
@@ -38,8 +39,9 @@ class DataConfig:
     """'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps), 'emoji' (drawn by a font, with
     names in many languages), webdataset shards such as 'shards/{000..009}.tar', a table such as 'pairs.csv', a JSON
     file (captions as LAVIS or COCO write them, questions as LAVIS or VQAv2 do, conversations as LLaVA does, these also
-    in JSONL), or a mix of conversations in YAML (datasets: json_path, sampling_strategy). What a recipe reads is made
-    of any of them: captions are answers to what an image shows, answers are captions, and the other way around."""
+    in JSONL), a folder with a folder of images for each class, as ImageNet has them, or a mix of conversations in YAML
+    (datasets: json_path, sampling_strategy). What a recipe reads is made of any of them: captions are answers to what
+    an image shows, answers are captions, and the other way around."""
     val_data: str | None = None
     """Held-out shards, table or JSON file, of the same kind as --data; none: a share of --val-fraction is split off
     where the source is finite."""
@@ -61,6 +63,13 @@ class DataConfig:
     """Column with the image's path, absolute or relative to the table's folder."""
     csv_caption_key: str = "title"
     """Column with the caption."""
+    class_names: str | None = None
+    """Names of the classes of a folder of classes: a file with a line each in the order of the folders, or with folder
+    and name as ImageNet's LOC_synset_mapping.txt and imagenet_class_index.json have them; 'openai' = CLIP's of
+    ImageNet, where open_clip is installed; none: such a file beside the folders, or else the folders' own names."""
+    templates: str | None = None
+    """Captions of a folder of classes: a file with a line each, {} in place of the name; 'openai' = CLIP's 80, where
+    open_clip is installed; none: templates.txt beside the folders, or else 'a photo of a {}.'."""
     image_root: str | None = None
     """Folder of the images that JSON files name, or of folders of them (train2014, val2014) or, of conversations, of
     tars with them; none: the folder of the JSON or YAML file."""

@@ -14,6 +14,7 @@ from mmcore.data.sources import derived_chats
 from mmcore.data.sources.annotations import open_json
 from mmcore.data.sources.answers import Answers
 from mmcore.data.sources.base import OtherPictures, PairSource
+from mmcore.data.sources.classes import ClassFolder, open_classes
 from mmcore.data.sources.conversations import ConversationSet, open_conversations
 from mmcore.data.sources.digits import (
     DIGIT_NAMES,
@@ -63,8 +64,10 @@ def source_kind(data: str) -> SourceKind:
         return "chats"
     if name.endswith(".json"):
         return "chats" if _holds_conversations(Path(data).expanduser()) else "json"
+    if Path(data).expanduser().is_dir():
+        return "classes"
     known = "'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar'"
-    files, hint = "a .csv, .tsv, .json, .jsonl or .yaml file", did_you_mean(name, BUILT_IN)
+    files, hint = "a .csv, .tsv, .json, .jsonl or .yaml file, or a folder of classes", did_you_mean(name, BUILT_IN)
     raise ValueError(f"data: data must be {known}, or {files}, got {data!r}{hint}")
 
 
@@ -130,7 +133,7 @@ def open_held_out(config: DataConfig) -> PairData:
         return data
     if data.source is None:
         return replace(data, val_questions=data.questions)
-    assert isinstance(data.source, FilePairs | Answers | Emoji)
+    assert isinstance(data.source, FilePairs | Answers | Emoji | ClassFolder)
     return replace(data, val=data.source.held_out(config.max_broken))
 
 
@@ -149,6 +152,8 @@ def _pairs(kind: SourceKind, config: DataConfig, seed: int) -> PairData:
         return open_emoji(config)
     if kind == "json":
         return open_json(config, seed)
+    if kind == "classes":
+        return open_classes(config, seed)
     if kind == "csv":
         pairs, val, broken = open_table(config, seed)
         return PairData(name, len(pairs), pairs, val, limit, broken=broken)
@@ -202,7 +207,7 @@ def _chats_of(data: PairData, config: DataConfig) -> ChatData:
     if source is None:
         sides: list[Any] = [data.questions, data.val_questions]
         chats_of = derived_chats.asked_conversations
-    elif isinstance(source, FilePairs):
+    elif isinstance(source, FilePairs | ClassFolder):
         sides = [source.held_out(config.max_broken), data.val]
     else:  # conversations are read in an order by their lengths, which a stream has not
         sides = [open_held_out_shards(config), data.val]
