@@ -24,7 +24,7 @@ from mmcore.ops import require
 OPENAI = "openai"
 """Of names and templates: those that CLIP was published with, in open_clip."""
 TEMPLATE = "a photo of a {}."
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _NAMES = (
     "classnames.txt",
     "class_names.txt",
