@@ -47,9 +47,11 @@ def check_same_tokenizer(given: Any, beside: Any, path: Any, init: Path) -> None
 @cache
 def _classes(data: str, names: str | None, templates: str | None, max_broken: float) -> PairData:
     """A folder of classes, listed once."""
+    what = "--zeroshot-data must be a folder of classes, got {!r}"
+    require("train", Path(data).expanduser().is_dir(), what, data)
     config = DataConfig(data, class_names=names, templates=templates, max_broken=max_broken)
     found = open_held_out(config)
-    require("train", found.templates is not None, "--zeroshot-data must be a folder of classes, got {!r}", data)
+    require("train", found.templates is not None, what, data)
     return found
 
 

@@ -129,6 +129,7 @@ class DataConfig:
             value = getattr(self, setting.name)
             defaults = FRACTIONS if setting.name == "val_fraction" else (setting.default,)
             is_used = kinds is None or any(kind in kinds for kind in of) or value in defaults
+            is_used = is_used or (setting.name == "val_data" and len(of) > 1)
             require("data", is_used, "{}={!r} has no effect on {!r}, leave it out", setting.name, value, self.data)
         counted = self.with_replacement or (self.shard_index is None and of == ("shards",))
         what = (

@@ -106,7 +106,7 @@ def open_data(config: DataConfig, *, seed: int) -> PairData:
         ValueError: one sentence for each thing that can be wrong with the input.
     """
     require("data", seed >= 0, "seed must be at least 0, got {}", seed)
-    parts = [replace(config, data=part.strip()) for part in config.data.split(SEPARATOR)]
+    parts = _parts(config)
     if len(parts) == 1:
         config.check(_kind(config))
         data = _one(config, seed)
@@ -129,6 +129,19 @@ def open_data(config: DataConfig, *, seed: int) -> PairData:
     what = "{!r} must have at least 2 training pairs, got {}"
     require("data", data.num_train >= 2, what, config.data, data.num_train)
     return data
+
+
+def _parts(config: DataConfig) -> list[DataConfig]:
+    """The sources of `config.data`. Shards alone, a.tar::b.tar, are one, unless they have weights; those that stand
+    apart have an index each."""
+    parts = [replace(config, data=part.strip()) for part in config.data.split(SEPARATOR)]
+    shards = [place for place, part in enumerate(parts) if len(parts) > 1 and _kind(part) == "shards"]
+    if len(shards) == len(parts) and config.data_weights is None:
+        return [config]
+    if config.shard_index is not None and len(shards) > 1:
+        for number, place in enumerate(shards):
+            parts[place] = replace(parts[place], shard_index=config.shard_index / str(number))
+    return parts
 
 
 def _one(config: DataConfig, seed: int) -> PairData:

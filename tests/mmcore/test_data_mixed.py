@@ -40,6 +40,16 @@ def mixed(folder: Path, **config: Any) -> PairData:
     return opened(f"{table}::{shards}", shard_index=folder / "index", **config)
 
 
+def test_what_a_mix_holds_out_is_of_any_kind(tmp_path: Path) -> None:
+    data = opened("digits::digits", val_data=write_pairs(tmp_path / "val", 5))
+    assert data.num_train == 2 * 1797 and data.val is not None and len(data.val) == 5
+    batch = next(train_loader(data, spec(512, image_size=8), fake_tokenizer))
+    named: dict[str, set[int]] = {}
+    for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True):
+        named.setdefault(caption, set()).add(label)
+    assert max(map(len, named.values())) == 2  # a class is its own source's
+
+
 def test_a_mix_is_all_of_its_sources_and_holds_out_what_is_given(tmp_path: Path) -> None:
     data = mixed(tmp_path, val_data=write_pairs(tmp_path / "val", 5))
     assert isinstance(data.source, Mixed) and data.num_train == 29 and data.val is not None and len(data.val) == 5
@@ -129,6 +139,23 @@ def test_an_index_is_made_once_whole_and_refused_when_it_is_stale(tmp_path: Path
         [str(tmp_path / "bad.tar")],
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_shards_apart_are_one_source_unless_they_have_weights(tmp_path: Path) -> None:
+    first, second = write_shards(tmp_path / "a", 2, 4), write_shards(tmp_path / "b", 2, 6)
+    data = f"{first}::{second}"
+    assert opened(data).num_train == opened(data, shard_index=tmp_path / "one").num_train == 20
+    weighted = opened(data, shard_index=tmp_path / "each", data_weights="1::9", with_replacement=True)
+    assert isinstance(weighted.source, Mixed) and sorted(os.listdir(tmp_path / "each")) == [
+        ".0.lock",
+        ".1.lock",
+        "0",
+        "1",
+    ]
+    streamed, indexed = (opened(data, **config) for config in ({}, {"shard_index": tmp_path / "one"}))
+    loader = train_loader(indexed, spec(4), fake_tokenizer)
+    refuses("--shard-index must be given, or left out", loader.load_state_dict,
+            train_loader(streamed, spec(4), fake_tokenizer).state_dict())  # fmt: skip
 
 
 def test_captions_of_shards_come_from_text_and_metadata_by_weight(tmp_path: Path) -> None:
