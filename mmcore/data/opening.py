@@ -77,16 +77,14 @@ def source_kind(data: str) -> SourceKind:
     if data and Path(data).expanduser().is_dir():
         return "hf" if is_hf(data) else "classes"
     known = "'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar'"
-    files, hint = (
-        "a .csv, .tsv, .json, .jsonl, .parquet or .yaml file, or a folder of classes",
-        did_you_mean(name, BUILT_IN),
-    )
-    raise ValueError(f"data: data must be {known}, or {files}, got {data!r}{hint}")
+    files = "a .csv, .tsv, .json, .jsonl, .parquet or .yaml file, or a folder of classes"
+    raise ValueError(f"data: data must be {known}, or {files}, got {data!r}{did_you_mean(name, BUILT_IN)}")
 
 
 def _kind(config: DataConfig) -> SourceKind:
     """Of a source, by its name and by whether keys of its records are given."""
-    kind, is_keyed = source_kind(config.data), (config.image_key, config.caption_keys) != (None, None)
+    kind: SourceKind = source_kind(config.data)
+    is_keyed = (config.image_key, config.caption_keys) != (None, None)
     has_records = kind in ("csv", "json") or config.data.lower().endswith(".jsonl")
     return "records" if is_keyed and has_records else kind
 
@@ -151,7 +149,7 @@ def _one(config: DataConfig, seed: int) -> PairData:
 
 def _mixed(config: DataConfig, parts: list[DataConfig], seed: int) -> PairData:
     """Several sources of captions as one, all of each; what is held out is `config.val_data`."""
-    kinds = [_kind(part) for part in parts]
+    kinds: list[SourceKind] = [_kind(part) for part in parts]
     config.check(*kinds)
     what = "val_fraction={} has no effect on a mix of sources: give --val-data"
     require("data", config.val_fraction in (0, *FRACTIONS), what, config.val_fraction)

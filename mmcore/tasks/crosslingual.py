@@ -40,10 +40,11 @@ def ways(subject: Subject) -> list[Way]:
     language = [x for i in subject.held_out.index.tolist() for x in subject.val.languages[i]]
     found = []
     for names in permutations(dict.fromkeys(language), 2):
-        spoken = [torch.tensor([i for i, x in enumerate(language) if x == name]) for name in names]
-        kept = [at[torch.isin(owner[at], owner[other])] for at, other in zip(spoken, spoken[::-1], strict=True)]
-        if all(map(len, kept)):
-            found.append(Way(names, *kept, owner))
+        first, other = (torch.tensor([i for i, x in enumerate(language) if x == name]) for name in names)
+        queries = first[torch.isin(owner[first], owner[other])]
+        candidates = other[torch.isin(owner[other], owner[first])]
+        if len(queries):
+            found.append(Way(names, queries, candidates, owner))
     return found
 
 

@@ -66,6 +66,6 @@ def _texts(value: Any, key: str) -> list[str]:
     """A value as captions: none of what is empty, as pandas writes it too."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
-    values = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    values: list[Any] = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
     BrokenRecord.unless(all(x is None or isinstance(x, str) for x in values), f"{key} is not text")
     return [x.strip() for x in values if x and x.strip()]

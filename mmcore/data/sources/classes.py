@@ -66,7 +66,7 @@ class ClassFolder(PairSource):
         return self.classes[i]
 
     def take(self, indices: list[int]) -> "ClassFolder":
-        paths, classes = ([x[i] for i in indices] for x in (self.paths, self.classes))
+        paths, classes = [self.paths[i] for i in indices], [self.classes[i] for i in indices]
         return ClassFolder(paths, classes, self.names, self.templates)
 
     def held_out(self, max_broken: float) -> EvalSet:

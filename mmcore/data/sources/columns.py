@@ -58,7 +58,6 @@ class ColumnRows(Rows):
         """Of a row, some columns."""
         raise NotImplementedError
 
-    @property
     def has_paths(self) -> bool:
         """Whether images are paths; else each row has one of its own."""
         raise NotImplementedError
@@ -70,11 +69,12 @@ class ColumnRows(Rows):
             value, path = value.get("bytes"), value.get("path")
         if isinstance(value, bytes):
             return value
-        BrokenRecord.unless(isinstance(path, str) and bool(path), f"no {self.image_key}")
+        if not isinstance(path, str) or not path:
+            raise BrokenRecord(f"no {self.image_key}")
         return read_image_file(os.path.join(self.root, path))
 
     def identity(self, row: int) -> str:
-        if self.has_paths:
+        if self.has_paths():
             return os.path.join(self.root, str(self.value(row, self.image_key)[self.image_key]))
         return self.name(row)
 
@@ -89,7 +89,7 @@ class ParquetRows(ColumnRows):
     files: list[str]
     parts: list[tuple[int, int]]  # file and row group
     starts: np.ndarray  # of each row group its first row, and behind the last the number of rows
-    has_paths: bool = False
+    are_paths: bool = False
     _kept: OrderedDict[tuple[int, tuple[str, ...]], Any] = field(default_factory=OrderedDict, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,6 +101,9 @@ class ParquetRows(ColumnRows):
     @property
     def what(self) -> str:
         return Path(self.files[0]).name if len(self.files) == 1 else str(Path(self.files[0]).parent)
+
+    def has_paths(self) -> bool:
+        return self.are_paths
 
     def groups(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, rows, side="right") - 1
@@ -129,7 +132,7 @@ class HFRows(ColumnRows):
     folder: str
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("data", "columns", "has_paths")}
+        return {name: value for name, value in vars(self).items() if name not in ("data", "columns")}
 
     @cached_property
     def data(self) -> Any:
@@ -150,8 +153,7 @@ class HFRows(ColumnRows):
     def what(self) -> str:
         return Path(self.folder).name
 
-    @cached_property
-    def has_paths(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def has_paths(self) -> bool:
         return getattr(self.data.features[self.image_key], "dtype", None) == "string"
 
     def __len__(self) -> int:

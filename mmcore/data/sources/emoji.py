@@ -88,7 +88,8 @@ class Emoji(PairSource):
         return self.names[i]
 
     def take(self, indices: list[int]) -> "Emoji":
-        return Emoji(self.drawings, *([x[i] for i in indices] for x in (self.rows, self.names, self.languages)))
+        rows, names = [self.rows[i] for i in indices], [self.names[i] for i in indices]
+        return Emoji(self.drawings, rows, names, [self.languages[i] for i in indices])
 
     def held_out(self, max_broken: float) -> EvalSet:
         """All of them to measure a model on."""

@@ -170,7 +170,8 @@ def read_files(config: DataConfig, path: str, argument: str) -> tuple[KeyedPairs
             BrokenRecord.unless(isinstance(record, dict), "record is not an object")
             seen |= record.keys()
             image = record.get(image_key)
-            BrokenRecord.unless(isinstance(image, str) and bool(image.strip()), f"no {image_key}")
+            if not isinstance(image, str) or not image.strip():
+                raise BrokenRecord(f"no {image_key}")
             captions.append(keys.read(record))
             paths.append(os.path.join(root, image.strip()))
     check_keys((image_key, *keys.keys), seen, f"{argument}={path!r}")
