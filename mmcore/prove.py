@@ -103,13 +103,20 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
     """Trains, measures and prints a line a figure and, where it `draws`, the sheets of held-out records; every rank
     alike, of which the first measures."""
     train, folders = importlib.import_module("mmcore.train.trainer").train, []
-    for i, (recipe, flags) in enumerate(proof.runs):
+    runs = list(proof.runs)
+    if proof.control is not None:
+        recipe, flags = runs[-1]
+        runs.append((recipe, f"{flags} {proof.control}"))
+    for i, (recipe, flags) in enumerate(runs):
         words = [*flags.format(*folders).split(), "--out", str(root / f"{i}-{recipe}")]
         folders.append(train(recipe, parse(recipe, words, f"mmcore train {recipe}"), is_quiet=True))
     if dist.get_rank():
         return []
-    subject = subject_of(read_run(folders[-1]))
-    others = replace(subject, data=with_other_images(subject.data), own=subject.data)
+    subject = subject_of(read_run(folders[len(proof.runs) - 1]))
+    if proof.control is None:
+        others = replace(subject, data=with_other_images(subject.data), own=subject.data)
+    else:
+        others = subject_of(read_run(folders[-1]))
     values, control = follow(subject), follow(others)
     found = []
     for c in proof.claims:

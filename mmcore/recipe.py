@@ -340,8 +340,11 @@ class Proof:
 
     Args:
         runs: name and flags of each run, the last of which is measured; "{0}" in a flag is the folder of the first.
-        claims: what it shows. The control is the same model shown the images of other records.
+        claims: what it shows.
+        control: flags behind those of the last run, of a run that is trained as the control, such as on other pictures;
+            None = the same model, shown the images of other records.
     """
 
     runs: Sequence[tuple[str, str]]
     claims: Sequence[Claim]
+    control: str | None = None

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
+from mmcore.data.opening import open_held_out
+from mmcore.ops import require
 from mmcore.recipe import Contrastive, Embeds, OnPairs, Runner, VisionAssets
-from mmcore.settings import free, once
+from mmcore.settings import flag, free, once
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,17 @@ def check_same_tokenizer(given: Any, beside: Any, path: Any, init: Path) -> None
         raise ValueError(f"--tokenizer must be left out: another one lies beside the weights in {init}, got {path}")
 
 
+@cache
+def _classes(data: str, names: str | None, templates: str | None, max_broken: float) -> PairData:
+    """A folder of classes, listed once."""
+    what = "--zeroshot-data must be a folder of classes, got {!r}"
+    require("train", Path(data).expanduser().is_dir(), what, data)
+    config = DataConfig(data, class_names=names, templates=templates, max_broken=max_broken)
+    found = open_held_out(config)
+    require("train", found.templates is not None, what, data)
+    return found
+
+
 @dataclass(frozen=True)
 class TwoTowers(OnPairs, Contrastive):
     """Mixin: images and captions are embedded apart, `model(images, None)[0]` and `model(None, tokens)[1]`, as unit
@@ -54,12 +69,33 @@ class TwoTowers(OnPairs, Contrastive):
     """Of more samples than these a vocabulary is learned from a random choice."""
     init: Path | None = field(default=None, metadata=once)
     """Weights to start from."""
+    zeroshot_data: str | None = field(default=None, metadata=free)
+    """Folder of classes, such as ImageNet's val with its synset folders, that zero-shot accuracy is followed on while
+    the run trains and at its end, shared among ranks; beside what is held out."""
+    zeroshot_names: str | None = field(default=None, metadata=free)
+    """Of --zeroshot-data, as --class-names is of a folder of --data."""
+    zeroshot_templates: str | None = field(default=None, metadata=free)
+    """Of --zeroshot-data, as --templates is of a folder of --data; openai = CLIP's 80."""
     activation_checkpointing: bool = field(default=False, metadata=free)
     """Recompute activations in the backward: less memory, about a third more time."""
 
     kind: ClassVar[Callable[[Any], Any]]
     """The model, made of `PairAssets.shape`."""
-    tasks = ("zeroshot", "retrieval")
+    tasks = ("zeroshot", "retrieval", "crosslingual")
+
+    def loader(self, data: Any, assets: Any, spec: LoaderSpec) -> TrainLoader:
+        _ = self.zeroshot  # a mistake is told before the run begins
+        return super().loader(data, assets, spec)
+
+    @property
+    def zeroshot(self) -> PairData | None:
+        """What --zeroshot-data names; a ValueError for no folder of classes."""
+        if self.zeroshot_data is not None:
+            return _classes(self.zeroshot_data, self.zeroshot_names, self.zeroshot_templates, self.data.max_broken)
+        for name in ("zeroshot_names", "zeroshot_templates"):
+            value = getattr(self, name)
+            require("train", value is None, "{} has no effect without --zeroshot-data, got {!r}", flag(name), value)
+        return None
 
     def build(self, assets: PairAssets) -> Any:
         model = type(self).kind(assets.shape)

@@ -167,6 +167,8 @@ class TrainLoader(ABC):
         for name, value in self._identity().items():
             if state.get(name) != value:
                 hint = "; it is that of --workers" if name == "num_streams" else ""
+                if name not in state:  # of a loader of another kind
+                    hint = "; --shard-index must be given, or left out, as in that run"
                 what = f"{name} must be that of the run to resume for the same batches to follow"
                 raise ValueError(f"data: {what}, {state.get(name)!r}, got {value!r}{hint}")
         self.step = int(state["step"])

@@ -1,7 +1,7 @@
 """What every source of pairs is opened as."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -12,6 +12,7 @@ from mmcore.data.broken import BrokenTally
 from mmcore.data.config import LoaderSpec
 from mmcore.data.loader import MapLoader, Reader, TrainLoader
 from mmcore.data.sources.base import EvalSet, PairSource
+from mmcore.data.sources.mixed import Drawn
 from mmcore.data.sources.questions import QuestionSet
 from mmcore.data.sources.shards import ShardLoader, ShardSource
 from mmcore.ops import require
@@ -33,6 +34,8 @@ class PairData:
         questions: questions about training images, or None; derived ones of the built-in sources say so.
         val_questions: questions about held-out images, or None.
         val_name: what the held-out pairs are, for prints.
+        drawn: an epoch is of `num_train` records of `source`, drawn with replacement.
+        weights: of `drawn`, see `Drawn`.
     """
 
     name: str
@@ -46,6 +49,8 @@ class PairData:
     questions: QuestionSet | None = None
     val_questions: QuestionSet | None = None
     val_name: str = "held-out"
+    drawn: bool = False
+    weights: tuple[float, ...] | None = None
 
     def captions(self, most: int = 1_000_000, seed: int = 0) -> list[str]:
         """Training captions, every variant of each, which are read with a progress bar: all of them in a fixed order,
@@ -56,7 +61,7 @@ class PairData:
         if isinstance(source, ShardSource):
             total = source.num_samples
             shards = source.shards if total <= most else rng.permutation(source.shards).tolist()
-            found = ([caption] for caption in islice(ShardSource(shards, total).captions(), most))
+            found = ([caption] for caption in islice(replace(source, shards=shards).captions(), most))
         else:
             total = len(source)
             index = range(total) if total <= most else np.sort(rng.choice(total, most, replace=False)).tolist()
@@ -71,7 +76,8 @@ class PairData:
         source = self._captioned()
         if isinstance(source, ShardSource):
             return ShardLoader(source, spec, reader, self._tally())
-        return MapLoader(source, spec, reader, self._tally())
+        records = Drawn(source, self.num_train, self.weights) if self.drawn else source
+        return MapLoader(records, spec, reader, self._tally())
 
     def question_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
         """As `train_loader`, of questions: the caption of a record is an answer to its question, drawn anew in each

@@ -133,8 +133,21 @@ def retrieval_recall(
     )
     for name, queries, candidates, rows in directions:
         above, num_right = zip(*wrong_above_best(queries, candidates, rows, chunk_size=chunk_size))
-        out |= _recalls(name, torch.cat(above), torch.cat(num_right), len(candidates), ks)
+        out |= _recalls(f"{name}_", torch.cat(above), torch.cat(num_right), len(candidates), ks)
     return out
+
+
+@torch.no_grad()
+def recall_between(
+    queries: Tensor, candidates: Tensor, right: RelevanceRows, *, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """`retrieval_recall` one way, of any two sets of rows, such as captions in two languages: floating point [Q, E] and
+    [N, E], and the bool mask [stop - start, N] of the candidates that are right for a range of queries, at least one
+    each. Returns "R@k" and "chance_R@k", each in [0, 1]."""
+    check_features("recall_between", queries=queries, candidates=candidates)
+    check_ks("recall_between", ks)
+    above, num_right = zip(*wrong_above_best(queries, candidates, right, chunk_size=1024))
+    return _recalls("", torch.cat(above), torch.cat(num_right), len(candidates), ks)
 
 
 def recall_of_scores(
@@ -152,7 +165,7 @@ def recall_of_scores(
     for name, scores, shape, rows in directions:
         fits = scores.shape == shape and not scores.isnan().any()
         require(op, fits, "{} must be {} without NaN, got {}", name, list(shape), list(scores.shape))
-        out |= _recalls(name, *counts_of(scores, rows(0, len(scores))), shape[1], ks)
+        out |= _recalls(f"{name}_", *counts_of(scores, rows(0, len(scores))), shape[1], ks)
     return out
 
 
@@ -164,8 +177,8 @@ def _recalls(name: str, above: Tensor, num_right: Tensor, num_candidates: int, k
     for k in ks:
         drawn = torch.arange(min(k, num_candidates), dtype=torch.float64)
         misses = ((wrong - drawn).clamp_min(0) / (num_candidates - drawn)).prod(dim=1)
-        out[f"{name}_R@{k}"] = (above < k).double().mean().item()
-        out[f"{name}_chance_R@{k}"] = (1 - misses).mean().item()
+        out[f"{name}R@{k}"] = (above < k).double().mean().item()
+        out[f"{name}chance_R@{k}"] = (1 - misses).mean().item()
     return out
 
 

@@ -49,7 +49,14 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 
 def plot_retrieval(
-    queries: Sequence[str], scores: Tensor, relevant: Tensor, images: Sequence[Any], path: str | Path, *, top_k: int = 5
+    queries: Sequence[str],
+    scores: Tensor,
+    relevant: Tensor,
+    images: Sequence[Any],
+    path: str | Path,
+    *,
+    top_k: int = 5,
+    title: str = "Text to image",
 ) -> None:
     """Draw each query with the images it finds, right ones framed green, wrong ones red, as one PNG whose folder is
     made.
@@ -59,6 +66,7 @@ def plot_retrieval(
         scores, relevant: [Q, I] float and bool.
         images: [I]; each a PIL image or uint8 [H, W] or [H, W, 3].
         top_k: images a query, cut to I.
+        title: what is searched by what.
     """
     shape = (len(queries), scores.shape[-1] if scores.ndim else 0)
     fits = all(shape) and scores.shape == relevant.shape == shape and relevant.dtype == torch.bool
@@ -89,8 +97,8 @@ def plot_retrieval(
             if row == 0:
                 axes.set_title(str(column + 1), fontsize=9, color=FAINT, pad=6)
     first = int(right[:, 0].sum())
-    title = f"Text to image: {first} of {len(queries)} queries find a right image first"
-    figure.suptitle(title, fontsize=12, color=INK, fontweight="bold")
+    found = f"{title}: {first} of {len(queries)} queries find a right one first"
+    figure.suptitle(found, fontsize=12, color=INK, fontweight="bold")
     if undrawable:
         figure.supxlabel(FONT_NOTE, fontsize=8.5, color=WRONG)
     save(figure, path)

@@ -17,6 +17,7 @@ from mmcore.tasks.subject import Subject, default_device
 TASKS = {
     "zeroshot": "embeds",
     "retrieval": "embeds",
+    "crosslingual": "embeds",
     "matching": "matches",
     "caption": "speaks",
     "vqa": "speaks",

@@ -17,7 +17,7 @@ from mmcore.runs import SavedRun
 from mmcore.tasks.ranks import ALONE, Ranks
 
 BATCH_SIZE = 256
-OF_DATA = ("image_root", "annotations", "language", "style")
+OF_DATA = ("image_root", "annotations", "language", "style", "class_names", "templates")
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,18 @@ class Options:
     """Measure on what the run held out, or on other data."""
 
     data: str | None = None
-    """Pictures with captions or questions: a table, a JSON file or shards, all of it, or the combinations that every
-    run on 'emoji' holds out; None = what the run held out."""
+    """Pictures with captions or questions: a table, a JSON file, shards or a folder of classes, all of it, or the
+    combinations that every run on 'emoji' holds out; None = what the run held out."""
     image_root: str | None = None
     """Folder of the images of --data; None = that of the file."""
     language: str = "en"
     """Of 'emoji'."""
     style: EmojiStyle = "openmoji"
     """Which font draws 'emoji'."""
+    class_names: str | None = None
+    """Of a folder of classes: a file with a line each, or with folder and name; 'openai' = CLIP's of ImageNet."""
+    templates: str | None = None
+    """Of a folder of classes: a file with a caption a line, {} in place of the name; 'openai' = CLIP's 80."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -45,7 +49,7 @@ class Options:
         """What is measured on in place of what the run held out; `named` are further fields of a DataConfig."""
         if self.data is None:
             return None
-        named |= {"image_root": self.image_root, "language": self.language, "style": self.style}
+        named |= {name: getattr(self, name) for name in OF_DATA if name not in named and hasattr(self, name)}
         return open_held_out(DataConfig(self.data, **named))
 
 
@@ -126,9 +130,9 @@ class Subject:
 
     @cached_property
     @torch.no_grad()
-    def held_out(self) -> HeldOut:
-        """Runs the model over the held-out images and their captions; a ValueError where there are none, or too many
-        broken ones, and a FloatingPointError of features that are not finite."""
+    def pictures(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Runs the model over the held-out images alone: `index`, `image` and `states` of a `HeldOut`. Errors as of
+        `held_out`."""
         embeds, val = self.recipe.embeds(self.assets, self.model, self.device), self.val
         keeps = hasattr(self.recipe, "matches")
 
@@ -138,12 +142,24 @@ class Subject:
 
         index, image, states = zip(*self.ranks.over(val, BATCH_SIZE, seen), strict=True)
         features, places = torch.cat(image), torch.tensor([i for positions in index for i in positions])
+        _check_finite("images", features)
+        return places, features, torch.cat(states) if keeps else None
+
+    @cached_property
+    @torch.no_grad()
+    def held_out(self) -> HeldOut:
+        """Runs the model over the held-out images and their captions; a ValueError where there are none, or too many
+        broken ones, and a FloatingPointError of features that are not finite."""
+        (places, features, states), val = self.pictures, self.val
         owners = [(row, caption) for row, i in enumerate(places.tolist()) for caption in val.captions[i]]
         captions = [caption for _, caption in owners]
         text = self.texts(captions)
-        for what, x in (("images", features), ("captions", text)):
-            if not x.isfinite().all():
-                raise FloatingPointError(f"the embeddings of the held-out {what} are not finite")
+        _check_finite("captions", text)
         owner = torch.tensor([row for row, _ in owners])
         relevance = relevance_of(captions, owner, num_images=len(features))
-        return HeldOut(places, captions, owner, relevance, features, text, torch.cat(states) if keeps else None)
+        return HeldOut(places, captions, owner, relevance, features, text, states)
+
+
+def _check_finite(what: str, x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise FloatingPointError(f"the embeddings of the held-out {what} are not finite")

@@ -1,5 +1,6 @@
 """Zero-shot classification of held-out images by the names of their classes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,53 @@ from mmcore.tasks.subject import Options, Subject, nothing
 
 __all__ = ["Options", "follow", "report"]
 
+FLAG = "--zeroshot-data"
+
 
 @torch.no_grad()
 def accuracy(subject: Subject) -> dict[int, float]:
     """Top-1 and top-5 accuracy in [0, 1]; empty where there are no classes."""
-    data, held_out = subject.pairs, subject.held_out
+    data = subject.pairs
     if data.class_names is None or data.templates is None or subject.val.labels is None:
         return {}
+    index, image, _ = subject.pictures
     num_prompts = len(data.class_names) * len(data.templates)
     weights = zero_shot_weights(subject.texts, list, data.class_names, data.templates, batch_size=num_prompts)
-    labels = torch.tensor(subject.val.labels)[held_out.index]
+    labels = torch.tensor(subject.val.labels)[index]
     ks = tuple(k for k in (1, 5) if k < len(weights))
-    if held_out.image.ndim == 2:
-        return top_k_accuracy(held_out.image, weights, labels, ks=ks)
-    nearest = torch.stack([(row @ weights.T).amax(0) for row in held_out.image])
+    if image.ndim == 2:
+        return top_k_accuracy(image, weights, labels, ks=ks)
+    nearest = torch.stack([(row @ weights.T).amax(0) for row in image])
     return top_k_accuracy(nearest, torch.eye(len(weights)), labels, ks=ks)
 
 
 def follow(subject: Subject) -> dict[str, float]:
-    """While a run trains."""
-    if subject.pairs.val is None:
-        return {}
-    return {f"zero-shot top-{k}": value for k, value in accuracy(subject).items()}
+    """While a run trains: of the held-out images, and of those of --zeroshot-data."""
+    found = {} if subject.pairs.val is None else accuracy(subject)
+    values = {f"zero-shot top-{k}": value for k, value in found.items()}
+    classified = _classified(subject)
+    more = {} if classified is None else accuracy(classified)
+    return values | {f"zero-shot top-{k} ({FLAG})": value for k, value in more.items()}
 
 
 def report(subject: Subject, options: Any) -> list[Path]:
-    """Prints the accuracy on the held-out images."""
-    if options is None and subject.pairs.val is None:
+    """Prints the accuracy on the held-out images, and on those of --zeroshot-data unless others are asked for."""
+    classified = _classified(subject) if getattr(options, "data", None) is None else None
+    if options is None and subject.pairs.val is None and classified is None:
         return []
-    found = accuracy(subject)
-    if not found:
+    found = {"held-out": accuracy(subject) if subject.pairs.val is not None or classified is None else {}}
+    if classified is not None:
+        found[f"{FLAG} {classified.pairs.name}"] = accuracy(classified)
+    if not any(found.values()):
         return nothing(options, f"{subject.pairs.name} has no classes to tell apart; mmcore eval retrieval measures it")
-    for k, value in found.items():
-        name = "zero-shot accuracy" if k == 1 else f"zero-shot top-{k} accuracy"
-        print(f"{name} (held-out): {100 * value:.1f} %")
+    for what, values in found.items():
+        for k, value in values.items():
+            name = "zero-shot accuracy" if k == 1 else f"zero-shot top-{k} accuracy"
+            print(f"{name} ({what}): {100 * value:.1f} %")
     return []
+
+
+def _classified(subject: Subject) -> Subject | None:
+    """The same model, measured on the images of --zeroshot-data; None where there are none."""
+    data = getattr(subject.recipe, "zeroshot", None)
+    return None if data is None else replace(subject, data=data)

@@ -3,6 +3,7 @@
 import importlib.util
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,36 @@ def test_captions_are_names_in_every_language_asked_for_and_numbers_are_text() -
     assert set(drawn) == set(train.all_captions(keycap)) and min(drawn.values()) > 60
 
 
+def test_languages_apart_share_no_training_picture_and_know_the_same_things() -> None:
+    asked = ["en", "zh", "de"]
+    data, train, val = opened(language=",".join(asked), languages_apart=True)
+    assert all(len({*of}) == 1 for of in train.languages) and data.num_train > 3300
+    spoken = Counter(of[0] for of in train.languages)
+    assert set(spoken) == {*asked} and min(spoken.values()) > 1000
+    assert data.val is not None and data.val.languages == val.languages and val.languages[0] == asked
+    things: dict[str, set[str]] = {x: set() for x in asked}
+    for i, [language, *_] in enumerate(train.languages):
+        things[language] |= {combination(entry.emoji)[0] for entry in train.shown(i)}
+    wanted = {combination(e.emoji)[0] for i in range(len(val)) for e in val.shown(i)}
+    assert all(len(wanted & things[x]) > 0.9 * len(wanted) for x in asked)
+    whole = opened(language="en,zh,de")[1]
+    assert (
+        dict(zip(whole.rows, whole.names, strict=True))[train.rows[0]][asked.index(train.languages[0][0])]
+        == train.names[0][0]
+    )
+
+
+def test_shuffled_pictures_are_all_of_other_records_and_evaluation_is_as_it_was() -> None:
+    data, (_, train, _) = open_data(DataConfig("emoji", shuffle_pictures=True), seed=0), opened()
+    source: Any = data.source
+    assert sorted(source.other) == list(range(len(train))) and all(i != x for i, x in enumerate(source.other))
+    assert source.all_captions(7) == train.all_captions(7) and source.image_id(7) == train.image_id(source.other[7])
+    assert source.raw_image(7).tobytes() == train.raw_image(source.other[7]).tobytes()
+    assert data.val is not None and isinstance(data.val.source, Emoji)
+    batch = next(train_loader(data, spec(8, image_size=16), fake_tokenizer))
+    assert batch.images.shape == (8, 3, 16, 16) and "picture of emoji:" in batch.ids[0]
+
+
 def test_batches_labels_and_questions() -> None:
     data, _, val = opened()
     batch = next(train_loader(data, spec(64, image_size=16), fake_tokenizer))
@@ -111,6 +142,7 @@ def test_another_style_holds_out_the_same_combinations() -> None:
 
 @pytest.mark.parametrize(("config", "sentence"), [
     ({"language": "zh_CN"}, r"language of 'emoji' must be among en,.*,zh.*, got 'zh_CN'; did you mean 'zh'\?"),
+    ({"languages_apart": True}, "languages_apart must be of two or more languages of 'emoji', got language='en'"),
     ({"language": "en,"}, "got ''"), ({"language": "../en"}, r"got '../en'"),
     ({"val_fraction": 0.5}, "val_fraction=0.5 has no effect on 'emoji'"),
     ({"stamps_dir": Path("x")}, "stamps_dir=.* has no effect on 'emoji'"),

@@ -79,6 +79,38 @@ class PairSource(ABC):
         return rng.permutation(len(self))
 
 
+@dataclass(frozen=True)
+class OtherPictures(PairSource):
+    """The captions of a source beside pictures of other records of it: what a model learns without pictures."""
+
+    source: PairSource
+    other: list[int]  # whose picture each caption is shown with
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample_id(self, i: int) -> str:
+        return f"{self.source.sample_id(i)} (picture of {self.source.sample_id(self.other[i])})"
+
+    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
+        return self.source.raw_image(self.other[i], least)
+
+    def image_id(self, i: int) -> int:
+        return self.source.image_id(self.other[i])
+
+    def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
+        return self.source.augment(self.other[i], preprocess, rng)
+
+    def all_captions(self, i: int) -> list[str]:
+        return self.source.all_captions(i)
+
+    def question(self, i: int) -> str | None:
+        return self.source.question(i)
+
+    def label(self, i: int, caption: str) -> int:
+        return self.source.label(i, caption)
+
+
 @dataclass
 class Pair:
     """Pair `index` of a source, as a record: an image with a caption, or with a question and its answer."""
@@ -192,6 +224,7 @@ class EvalSet(Measured):
         max_broken: share of broken images above which `batches` raises.
         labels_match: an image's captions are right for every image of its class.
         names: of the images, as their source gives them, such as COCO's image_id; None = their positions.
+        languages: of each caption of each image; None = they are of one.
     """
 
     source: ImageSource
@@ -201,6 +234,7 @@ class EvalSet(Measured):
     max_broken: float = 0.0
     labels_match: bool = False
     names: list[str] | None = None
+    languages: list[list[str]] | None = None
     broken: dict[str, int] = field(default_factory=dict)
     """Broken images met in the latest pass, by reason."""
     what = "the held-out images"

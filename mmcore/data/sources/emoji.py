@@ -66,6 +66,7 @@ class Emoji(PairSource):
     drawings: list[Drawing]  # of a style, whole
     rows: list[int]  # the drawings that are meant
     names: list[list[str]]  # of each of them, in each language
+    languages: list[list[str]]  # of each name
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,13 +88,14 @@ class Emoji(PairSource):
         return self.names[i]
 
     def take(self, indices: list[int]) -> "Emoji":
-        return Emoji(self.drawings, [self.rows[i] for i in indices], [self.names[i] for i in indices])
+        rows, names = [self.rows[i] for i in indices], [self.names[i] for i in indices]
+        return Emoji(self.drawings, rows, names, [self.languages[i] for i in indices])
 
     def held_out(self, max_broken: float) -> EvalSet:
         """All of them to measure a model on."""
         places = {name: place for place, name in enumerate(_subgroups())}
         labels = [places[self.shown(i)[0].subgroup] for i in range(len(self))]
-        return EvalSet(self, range(len(self)), self.names, labels, max_broken)
+        return EvalSet(self, range(len(self)), self.names, labels, max_broken, languages=self.languages)
 
 
 def open_emoji(config: DataConfig) -> PairData:
@@ -104,21 +106,33 @@ def open_emoji(config: DataConfig) -> PairData:
     not there.
     """
     drawings = _drawings(config.style)
-    languages = [_names(language.strip()) for language in config.language.split(",")]
-    named: dict[int, list[str]] = {}
+    languages = {language.strip(): _names(language.strip()) for language in config.language.split(",")}
+    what = "languages_apart must be of two or more languages of 'emoji', got language={!r}"
+    require("data", not config.languages_apart or len(languages) > 1, what, config.language)
+    named: dict[int, dict[str, str]] = {}  # of a row, names and their languages
     unseen: set[int] = set()
     for row, drawing in enumerate(drawings):
         kept_back = [entry for entry in drawing.shown if is_held_out(entry.emoji)]
         if kept_back:
             unseen.add(row)
         keys = [_key(entry.emoji) for entry in kept_back or drawing.shown]
-        named[row] = list(dict.fromkeys(names[key] for names in languages for key in keys if key in names))
+        found: dict[str, tuple[str, str]] = {}  # a name that two languages share is of the first
+        for language, names in languages.items():
+            for name in (names[key] for key in keys if key in names):
+                found.setdefault(name.lower(), (name, language))
+        named[row] = dict(found.values())
     # a name of two drawings tells neither
     counts = Counter(name.lower() for names in named.values() for name in names)
-    clear = {row: [name for name in names if counts[name.lower()] == 1] for row, names in named.items()}
+    clear = {row: {x: of for x, of in names.items() if counts[x.lower()] == 1} for row, names in named.items()}
+    if config.languages_apart:
+        spoken = _one_language_each([row for row in clear if row not in unseen], drawings, list(languages))
+        clear |= {row: {x: of for x, of in clear[row].items() if of == spoken[row]} for row in spoken}
     rows = [row for row, names in clear.items() if names]
     sides = ([row for row in rows if (row in unseen) == is_val] for is_val in (False, True))
-    train, val = (Emoji(drawings, side, [clear[row] for row in side]) for side in sides)
+    train, val = (
+        Emoji(drawings, side, [list(clear[row]) for row in side], [list(clear[row].values()) for row in side])
+        for side in sides
+    )
     data = PairData(config.data, len(train), train, None, config.max_broken, _subgroups())
     data = replace(data, questions=_questions(train))
     if not len(val):  # the style draws no combinations
@@ -142,6 +156,19 @@ def combination(emoji: str) -> tuple[str, list[str], list[str]]:
     things = [c for c in _key(emoji) if c not in (*TONES, "♂", "♀", _JOINER)]
     thing = "".join("🧑" if c in GENDERS else c for c in things)
     return thing, [GENDERS[c] for c in emoji if c in GENDERS], [TONES[c] for c in emoji if c in TONES]
+
+
+def _one_language_each(rows: list[int], drawings: list[Drawing], languages: list[str]) -> dict[int, str]:
+    """A language of each drawing, in turn over the skin tones of a thing and gender: every language names each thing
+    that is drawn as often as there are languages, and none the same picture as another."""
+    turns: Counter[str] = Counter()
+    spoken: dict[int, str] = {}
+    for row in rows:
+        thing, genders, _ = combination(drawings[row].shown[0].emoji)
+        group = " ".join((thing, *genders))
+        spoken[row] = languages[(stable_hash(group) + turns[group]) % len(languages)]
+        turns[group] += 1
+    return spoken
 
 
 def _questions(emoji: Emoji) -> QuestionSet:

@@ -16,6 +16,7 @@ from mmcore.data.config import DataConfig, LoaderSpec
 from mmcore.data.loader import Collector, Payload, Reader, TrainLoader, check_global_batch, num_workers, start_workers
 from mmcore.data.sources import tar
 from mmcore.data.sources.base import EvalSet, Pair, PairSource, by_image, stable_hash
+from mmcore.data.sources.captions import CaptionKeys, parse_caption_keys
 from mmcore.data.transforms.images import decode_rgb
 from mmcore.ops import require
 
@@ -29,6 +30,7 @@ class Streamed(PairSource):
     """Samples of a shard, undecoded."""
 
     samples: list[tar.Sample]
+    keys: CaptionKeys = tar.TXT
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -37,13 +39,16 @@ class Streamed(PairSource):
         return tar.sample_id(self.samples[i])
 
     def raw_image(self, i: int, least: int | None = None) -> Image.Image:
-        return decode_rgb(tar.pair_bytes(self.samples[i])[0], least)
+        return decode_rgb(tar.pair_bytes(self.samples[i], self.keys)[0], least)
 
     def image_id(self, i: int) -> int:
         return stable_hash(tar.image_identity(self.samples[i]))
 
     def all_captions(self, i: int) -> list[str]:
-        return [tar.pair_bytes(self.samples[i])[1]]
+        return list(chain(*tar.pair_bytes(self.samples[i], self.keys)[1]))
+
+    def caption(self, i: int, rng: np.random.Generator) -> str:
+        return self.keys.draw(tar.pair_bytes(self.samples[i], self.keys)[1], rng)
 
 
 @dataclass
@@ -59,6 +64,7 @@ class ShardBatches(IterableDataset):
     reader: Reader
     cursors: list[list[int]]  # where each of the rank's streams starts
     turn: int = 0  # the stream that gives the first batch
+    keys: CaptionKeys = tar.TXT
 
     def __iter__(self) -> Iterator[Payload]:
         info = get_worker_info()
@@ -73,7 +79,7 @@ class ShardBatches(IterableDataset):
         while True:
             for sample in islice(self.samples(stream, num_pass), drawn, None):
                 drawn += 1
-                record = Pair(Streamed([sample]), 0)
+                record = Pair(Streamed([sample], self.keys), 0)
                 name = zlib.crc32(record.id.encode(errors="surrogatepass"))
                 num_good += batch.add(record, np.random.default_rng([self.spec.seed, _SAMPLE, num_pass, name]))
                 if len(batch) == size:
@@ -98,6 +104,8 @@ class ShardBatches(IterableDataset):
 
     def _failure(self, broken: list[tuple[str, str]]) -> str:
         reason = f"; {broken[0][0]}: {broken[0][1]}" if broken else ""
+        if self.keys != tar.TXT:
+            return f"data: shards must hold images with captions under {', '.join(self.keys.keys)}, got none{reason}"
         found = f"but rank {self.spec.rank} found none among {len(broken)} samples{reason}"
         return f"data: shards must hold images (.jpg, .png, .webp) with captions (.txt) beside them, {found}"
 
@@ -107,7 +115,7 @@ class ShardLoader(TrainLoader):
     than streams, or a global batch larger than an epoch."""
 
     def __init__(self, source: "ShardSource", spec: LoaderSpec, reader: Reader, tally: BrokenTally) -> None:
-        self._shards, self._reader = source.shards, reader
+        self._shards, self._reader, self._keys = source.shards, reader, source.keys
         self._workers = num_workers(spec, min(8, len(self._shards) // spec.world_size))
         self._num_streams = max(1, self._workers)
         sizes = len(self._shards), spec.world_size, self._num_streams
@@ -123,7 +131,7 @@ class ShardLoader(TrainLoader):
 
     def _start(self, first: int) -> Iterator[Payload]:
         cursors, turn = [list(c) for c in self._cursors], first % self._num_streams
-        batches = ShardBatches(self._shards, self.spec, self._reader, cursors, turn)
+        batches = ShardBatches(self._shards, self.spec, self._reader, cursors, turn, self._keys)
         return start_workers(batches, self._workers, None) if self._workers else iter(batches)
 
     def _identity(self) -> dict[str, Any]:
@@ -138,12 +146,13 @@ class ShardSource:
 
     shards: list[str]
     num_samples: int
+    keys: CaptionKeys = tar.TXT
 
     def captions(self) -> Iterator[str]:
         """Captions of all shards in order; a broken one is left out here and counted in training."""
         for sample in tar.shard_samples(iter(self.shards)):
             try:
-                yield tar.pair_bytes(sample)[1]
+                yield from chain(*tar.pair_bytes(sample, self.keys)[1])
             except BrokenRecord:
                 continue
 
@@ -164,19 +173,18 @@ class IndexedShards:
 def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
     """Training shards `config.data`, and held-out pairs of `config.val_data` where that is given; raises ValueError for
     missing shards, shards on both sides, no pairs, or remote shards without `num_samples`."""
-    shards = tar.expand_shards(config.data, "data")
+    shards, keys = tar.expand_shards(config.data, "data"), keys_of_shards(config)
     held_out = None
     if config.val_data is not None:
         held_out_shards = tar.expand_shards(config.val_data, "val_data")
-        shared = min(set(shards) & set(held_out_shards), default=None)
-        require("data", shared is None, "val_data must not share shards with data, got {} in both", shared)
+        check_other_shards(shards, held_out_shards)
         held_out = _open_held_out(held_out_shards, config, f"val_data={config.val_data!r}")
     num_samples = config.num_samples
     if num_samples is None:
         remote = next(filter(tar.is_remote, shards), None)
         what = "num_samples must be given for shards that are not files, such as {!r}"
         require("data", remote is None, what, remote)
-        num_samples = sum(len(tar.index_shard(s)) for s in shards)
+        num_samples = sum(len(tar.index_shard(s, tar.suffixes_of(keys))) for s in shards)
     what = "data={!r} must hold at least 2 pairs (an image .jpg, .png or .webp and a .txt of the same name), got {}"
     if (
         num_samples == 1
@@ -185,7 +193,22 @@ def open_shards(config: DataConfig) -> tuple[ShardSource, EvalSet | None]:
     ):
         what += f": {tar.DOTS}"
     require("data", num_samples >= 2, what, config.data, num_samples)
-    return ShardSource(shards, num_samples), held_out
+    return ShardSource(shards, num_samples, keys), held_out
+
+
+def keys_of_shards(config: DataConfig) -> CaptionKeys:
+    """What the captions of samples are."""
+    if config.caption_keys is None:
+        return tar.TXT
+    keys = parse_caption_keys(config.caption_keys)
+    tar.check_caption_keys(keys)
+    return keys
+
+
+def check_other_shards(train: list[str], val: list[str]) -> None:
+    """A ValueError of shards on both sides."""
+    shared = min(set(train) & set(val), default=None)
+    require("data", shared is None, "val_data must not share shards with data, got {} in both", shared)
 
 
 def open_held_out_shards(config: DataConfig) -> EvalSet:
@@ -201,14 +224,15 @@ def _open_held_out(shards: list[str], config: DataConfig, given: str) -> EvalSet
     pairs: list[tar.Sample] = []
     captions: list[str] = []
     identities: list[str] = []
-    for pair in (p for shard in shards for p in tar.index_shard(shard)):
+    keys = keys_of_shards(config)
+    for pair in (p for shard in shards for p in tar.index_shard(shard, tar.suffixes_of(keys))):
         with tally.record(f"{pair['__url__']}:{pair['__key__']}"):
-            tar.check_members(pair)
+            tar.check_members(pair, keys == tar.TXT)
             texts = {s: tar.read_range(*pair[s]) for s in (tar.CAPTION_SUFFIX, tar.METADATA_SUFFIX) if s in pair}
-            caption = tar.decode_caption(texts[tar.CAPTION_SUFFIX])
-            identities.append(tar.image_identity(pair | texts))
-            captions.append(caption)
-            pairs.append(pair)
+            found = list(chain(*tar.read_texts(pair | texts, keys)))
+            identities += [tar.image_identity(pair | texts)] * len(found)
+            captions += found
+            pairs += [pair] * len(found)
     tally.check(final=True)
     require("data", bool(pairs), "{} must hold at least one pair, got none", given)
     return by_image(IndexedShards(pairs), identities, captions, config.max_broken)

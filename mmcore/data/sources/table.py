@@ -34,25 +34,18 @@ def open_table(config: DataConfig, seed: int) -> tuple[FilePairs, EvalSet | None
 
 def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs, Counter[str]]:
     table = Path(path)
-    require("data", table.is_file(), "{} must be an existing file, got {!r}", argument, path)
-    separator = "\t" if config.csv_separator == "\\t" else config.csv_separator
-    require("data", len(separator) == 1, "csv_separator must be one character, got {!r}", config.csv_separator)
     tally = BrokenTally(config.max_broken, f"{argument}={path!r}")
     paths: list[str] = []
     texts: list[str] = []
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = _rows(file, separator)
-            _, header = next(rows, (0, None))
-            image_column, caption_column = _columns(header, path, config)
-            for number, row in rows:
-                with tally.record(f"{table.name}:{number}"):
-                    image, caption = _parse_row(row, len(header or ()), image_column, caption_column)
-                    # Joining keeps an absolute path as it is.
-                    paths.append(str(table.parent / image))
-                    texts.append(caption)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"data: {argument}={path!r} must be a table in UTF-8, got: {error}") from None
+    rows = read_rows(path, argument, config)
+    _, header = next(rows, (0, None))
+    image_column, caption_column = _columns(header, path, config)
+    for number, row in rows:
+        with tally.record(f"{table.name}:{number}"):
+            image, caption = _parse_row(row, len(header or ()), image_column, caption_column)
+            # Joining keeps an absolute path as it is.
+            paths.append(str(table.parent / image))
+            texts.append(caption)
     tally.check(final=True)
     require("data", bool(paths), "{}={!r} must hold at least one pair, got none", argument, path)
     probed = some_of(paths)
@@ -60,6 +53,20 @@ def _read_table(path: str, argument: str, config: DataConfig) -> tuple[FilePairs
     what += "{} tried exists, the first is {}"
     require("data", any(Path(p).is_file() for p in probed), what, argument, path, len(probed), paths[0])
     return FilePairs(paths, paths, texts), tally.counts
+
+
+def read_rows(path: str, argument: str, config: DataConfig) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table with the numbers of their lines, its header first; raises ValueError for a missing file, a
+    separator of more than one character, or what is no table."""
+    table = Path(path)
+    require("data", table.is_file(), "{} must be an existing file, got {!r}", argument, path)
+    separator = "\t" if config.csv_separator == "\\t" else config.csv_separator
+    require("data", len(separator) == 1, "csv_separator must be one character, got {!r}", config.csv_separator)
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            yield from _rows(file, separator)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"data: {argument}={path!r} must be a table in UTF-8, got: {error}") from None
 
 
 def _rows(file: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:

@@ -14,10 +14,14 @@ from typing import Any, BinaryIO, cast
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.base import parse_image_id
+from mmcore.data.sources.captions import CaptionKeys
+from mmcore.ops import require
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIX = "txt"
 METADATA_SUFFIX = "json"
+TXT = CaptionKeys((CAPTION_SUFFIX,), (1.0,))
+"""Where captions are unless others are asked for."""
 MAX_MEMBER_BYTES = 64 << 20
 """Larger members of a tar are refused unread."""
 
@@ -77,20 +81,48 @@ def shard_samples(urls: Iterator[str]) -> Iterator[Sample]:
     return group_by_keys(_members(urls))
 
 
-def pair_bytes(sample: Sample) -> tuple[bytes, str]:
-    """Encoded image and caption of a sample; raises BrokenRecord where a member was refused or is missing, or the
-    caption is empty or not UTF-8."""
+def pair_bytes(sample: Sample, keys: CaptionKeys = TXT) -> tuple[bytes, list[list[str]]]:
+    """Encoded image and captions by key of a sample; raises BrokenRecord where a member was refused or is missing, or
+    the caption is empty or not UTF-8."""
     for suffix, reason in sample.items():
         if suffix.startswith(_REFUSED):
             raise BrokenRecord(reason.decode())
-    check_members(sample)
-    return image_of(sample), decode_caption(sample[CAPTION_SUFFIX])
+    check_members(sample, keys == TXT)
+    return image_of(sample), read_texts(sample, keys)
 
 
-def check_members(sample: Sample) -> None:
-    """Raises BrokenRecord without an image or a caption; where a name has more than one dot, with the rule that makes
-    its suffix longer."""
-    for suffixes, what in ((IMAGE_SUFFIXES, "no image"), ((CAPTION_SUFFIX,), "no caption")):
+def suffixes_of(keys: CaptionKeys) -> tuple[str, ...]:
+    """Of the members that captions are read from."""
+    return tuple({key.partition(".")[0]: None for key in keys.keys})
+
+
+def read_texts(sample: Sample, keys: CaptionKeys) -> list[list[str]]:
+    """Captions of a sample's bytes by key: 'txt' is its .txt, 'json.x' what its .json has under x; raises BrokenRecord
+    where it has none, or its .json is not an object."""
+    if keys == TXT:
+        return [[decode_caption(sample[CAPTION_SUFFIX])]]
+    values: dict[str, Any] = {}
+    if CAPTION_SUFFIX in keys.keys and CAPTION_SUFFIX in sample:
+        values[CAPTION_SUFFIX] = decode_caption(sample[CAPTION_SUFFIX])
+    wanted = [key for key in keys.keys if key.startswith(f"{METADATA_SUFFIX}.")]
+    if wanted and METADATA_SUFFIX in sample:
+        metadata = _metadata(sample)
+        values |= {key: metadata.get(key.removeprefix(f"{METADATA_SUFFIX}.")) for key in wanted}
+    return keys.read(values)
+
+
+def check_caption_keys(keys: CaptionKeys) -> None:
+    """A ValueError unless they are keys of samples."""
+    for key in keys.keys:
+        holds = key == CAPTION_SUFFIX or (key.startswith(f"{METADATA_SUFFIX}.") and len(key) > 5)
+        what = "caption_keys of shards must be txt, or json.x for what a sample's .json has under x, got {!r}"
+        require("data", holds, what, key)
+
+
+def check_members(sample: Sample, needs_text: bool = True) -> None:
+    """Raises BrokenRecord without an image or, where it `needs_text`, a .txt; where a name has more than one dot, with
+    the rule that makes its suffix longer."""
+    for suffixes, what in ((IMAGE_SUFFIXES, "no image"), ((CAPTION_SUFFIX,), "no caption"))[: 1 + needs_text]:
         if not any(suffix in sample for suffix in suffixes):
             raise BrokenRecord(f"{what} ({DOTS})" if has_dotted(sample, suffixes) else what)
 
@@ -118,13 +150,17 @@ def decode_caption(data: bytes) -> str:
 def image_identity(sample: Sample) -> str:
     """Which image a sample shows: the "image_id" in its .json, else its shard and key; raises BrokenRecord where the
     .json is no JSON object, or its "image_id" is neither text nor a whole number."""
+    return parse_image_id(_metadata(sample).get("image_id")) or f"{sample['__url__']}:{sample['__key__']}"
+
+
+def _metadata(sample: Sample) -> dict[str, Any]:
     try:
         metadata = json.loads(sample.get(METADATA_SUFFIX, "{}"))
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise BrokenRecord("metadata is not JSON")
-    return parse_image_id(metadata.get("image_id")) or f"{sample['__url__']}:{sample['__key__']}"
+    return metadata
 
 
 def sample_id(sample: Sample) -> str:
@@ -214,15 +250,22 @@ def _refusal(member: tarfile.TarInfo, names: set[str]) -> str | None:
     return None
 
 
-def index_shard(shard: str) -> list[Sample]:
-    """The pairs of one local shard, and what would be one but for the dots of its names, by its headers alone: of each
-    member its `Place`; raises ValueError where the shard is damaged or compressed."""
+def index_shard(
+    shard: str,
+    texts: tuple[str, ...] | None = (CAPTION_SUFFIX,),
+    purpose: str = " to be held out, or else num_samples be given to train on it",
+) -> list[Sample]:
+    """The pairs of one local shard, an image and at least one member of `texts`, and what would be one but for the dots
+    of its names, or, of None, every sample, by its headers alone: of each member its `Place`; raises ValueError where
+    the shard is damaged or compressed."""
     found: dict[str, Sample] = {}
-    for name, place in _headers(shard, " to be held out, or else num_samples be given to train on it"):
+    for name, place in _headers(shard, purpose):
         key, suffix = _split_name(name)
         if key is not None and suffix is not None:
             found.setdefault(key, {"__key__": key, "__url__": shard})[suffix.lower()] = place
-    return [x for x in found.values() if (image_of(x) and CAPTION_SUFFIX in x) or has_dotted(x)]
+    if texts is None:
+        return list(found.values())
+    return [x for x in found.values() if (image_of(x) and any(t in x for t in texts)) or has_dotted(x)]
 
 
 def index_images(shard: str) -> dict[str, Place]:
