@@ -161,7 +161,7 @@ class CLIP(nn.Module):
         """As every module's; parts whose names begin with one of `locked` stay in evaluation mode."""
         super().train(mode)
         for name, module in self.named_modules():
-            if name.startswith(self.locked) and self.locked:
+            if self.locked and f"{name}.".startswith(self.locked):
                 module.training = False
         return self
 
