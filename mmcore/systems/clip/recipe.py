@@ -29,11 +29,13 @@ from mmcore.weights.pictures import RULES
 
 
 class ClipBatch(NamedTuple):
-    """Images uint8 [B, 3, S, S], tokens int64 [B, T], and how many of each caption's count."""
+    """Images uint8 [B, 3, S, S], or what a locked tower made of them, [B, D]; tokens int64 [B, T], and how many of each
+    caption's count; the patches that are read, int64 [B, K], or None for all."""
 
     images: Tensor
     tokens: Tensor
     lengths: list[int]
+    kept: Tensor | None = None
 
 
 CLIPS, CAPTIONS = "clip", "captions"
@@ -202,8 +204,10 @@ def _fitted(text: TextConfig, tokenizer: Tokenizer, vocab_size: int) -> TextConf
 @torch.no_grad()
 def _with_features(model: Any, batch: ClipBatch) -> ClipBatch:
     """With what a locked tower makes of the images in their place."""
-    features = batch.images if batch.images.ndim == 2 else model(batch.images, None, only_features=True)
-    return batch._replace(images=features)
+    if batch.images.ndim == 2:
+        return batch
+    features = model(batch.images, None, None, batch.kept, only_features=True)
+    return batch._replace(images=features, kept=None)
 
 
 PROOF = Proof(
