@@ -30,12 +30,13 @@ from mmcore.weights.pictures import RULES
 
 class ClipBatch(NamedTuple):
     """Images uint8 [B, 3, S, S], or what a locked tower made of them, [B, D]; tokens int64 [B, T], and how many of each
-    caption's count; the patches that are read, int64 [B, K], or None for all."""
+    caption's count; the patches that are read, int64 [B, K], or None for all; labels [B] of a recipe that has some."""
 
     images: Tensor
     tokens: Tensor
     lengths: list[int]
     kept: Tensor | None = None
+    labels: Tensor | None = None
 
 
 CLIPS, CAPTIONS = "clip", "captions"
@@ -186,6 +187,9 @@ class Clip(TwoTowers):
         if isinstance(text, TextConfig):
             return ClipBatch(batch.images, batch.tokens, caption_lengths(batch.tokens, text.eos_token_id))
         return ClipBatch(batch.images, batch.tokens, (batch.tokens != text.pad_token_id).sum(1).tolist())
+
+    def features(self, model: Any, batch: ClipBatch) -> tuple[Tensor, ...]:
+        return model(batch.images, batch.tokens, batch.lengths, batch.kept)
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[ClipBatch], step: Step) -> dict[str, Tensor]:
         image, text, scale = features

@@ -67,12 +67,8 @@ class FewerTokens(Clip):
 
     def _side(self, vision: Any) -> int:
         """Pixels of a picture as it is read."""
-        patch = vision.patch_size
-        return (
-            vision.image_size
-            if self.image_scale == 1
-            else max(1, round(vision.image_size * self.image_scale / patch)) * patch
-        )
+        size, patch = vision.image_size, vision.patch_size
+        return size if self.image_scale == 1 else max(1, round(size * self.image_scale / patch)) * patch
 
     def sample(self, assets: PairAssets, record: Any, rng: np.random.Generator) -> Any:
         pair = super().sample(assets, record, rng)
@@ -87,9 +83,8 @@ class FewerTokens(Clip):
         return batch if kept[0] is None else batch._replace(kept=torch.stack(kept))
 
     def backward(self, model: Any, parts: Sequence[ClipBatch], step: Step) -> dict[str, Tensor]:
-        return super().backward(
-            model, [self.read(model.place(part), step, model.module.config) for part in parts], step
-        )
+        shape = model.module.config
+        return super().backward(model, [self.read(model.place(part), step, shape) for part in parts], step)
 
     def read(self, batch: ClipBatch, step: Step, shape: TowersConfig) -> ClipBatch:
         """What a step reads of a micro-batch."""
