@@ -139,7 +139,7 @@ def _text_tower(config: TowersConfig) -> Any:
 
 
 def _unit_norm(x: Tensor) -> Tensor:
-    return F.normalize(x.float(), dim=-1)
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 class CLIP(nn.Module):
@@ -212,7 +212,11 @@ class CLIP(nn.Module):
             return self.visual.features(images, kept)
         image_features = None if images is None else self.encode_image(images, kept)
         text_features = None if tokens is None else self.encode_text(tokens, lengths)
-        return image_features, text_features, self.logit_scale.float().exp()
+        return image_features, text_features, self.scale()
+
+    def scale(self) -> Tensor:
+        """What similarities are multiplied by, [1], at least float32."""
+        return self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp()
 
     def image_tower(self) -> Tower:
         """The image tower for models that read its states: without the last layer, as LAVIS and LLaVA have it, since

@@ -83,14 +83,18 @@ class Clip(TwoTowers):
         return (Rule("logit_scale", clamp=(0.0, math.log(100.0))),)
 
     def assets(self, data: PairData) -> PairAssets:
-        check_flags(self)
+        self.check()
         assets = self._assets(data)
         if self.activation_checkpointing:
             with torch.device("meta"):
-                CLIP(assets.shape).set_activation_checkpointing(True)  # which some towers cannot
+                type(self).kind(assets.shape).set_activation_checkpointing(True)  # which some towers cannot
         locked = locked_names(self, assets.shape)
         frozen = {n: x for n, x in self.initial(assets, None).items() if locked and n.startswith(locked)}
         return replace(assets, frozen=frozen)
+
+    def check(self) -> None:
+        """Raises a ValueError for flags that contradict each other."""
+        check_flags(self)
 
     def _assets(self, data: PairData) -> PairAssets:
         if self.vision is not None or self.text is not None:
@@ -147,7 +151,7 @@ class Clip(TwoTowers):
         return PairAssets(shape, load_tokenizer(folder / "tokenizer"), frozen=frozen)
 
     def build(self, assets: PairAssets) -> CLIP:
-        model = CLIP(assets.shape)
+        model = type(self).kind(assets.shape)
         model.set_activation_checkpointing(self.activation_checkpointing)
         load_weights(model, assets.frozen, is_whole=False)
         for name, p in model.named_parameters():
