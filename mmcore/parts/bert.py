@@ -15,7 +15,7 @@ from mmcore.weights.files import read_folder, read_json
 from mmcore.weights.layout import Layout, under
 from mmcore.weights.settings import Key, Settings, transformers_keys
 
-_STD = 0.02  # of new weights
+_STD = 0.02  # of new weights of BERT-base
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class BertEncoder(nn.Module):
             PostNormBlock(width, config.num_heads, config.mlp_dim, **options) for _ in range(config.num_layers)
         )
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=_STD)
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=_STD * (768 / width) ** 0.5)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.word_embedding.weight[config.pad_token_id].detach())
 

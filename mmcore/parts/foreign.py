@@ -17,6 +17,7 @@ from mmcore.weights.files import LOCAL, read_json, read_safetensors
 from mmcore.weights.pictures import FILE, with_pictures
 
 TIMM = "timm:"
+_READS = {"vision_model": "pixel_values", "text_model": "input_ids"}
 _UNUSED = ("dtype", "architectures", "_name_or_path", "transformers_version", "id2label", "label2id")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -131,6 +132,7 @@ def load_timm(name: str) -> tuple[ForeignVision, dict[str, Tensor]]:
         raise ValueError(f"--vision must be timm:NAME of a module of timm, got {name!r}: {why}") from error
     told = timm.data.resolve_data_config({}, model=module)
     rules = {"image_size": told["input_size"][1], "image_mean": tuple(told["mean"]), "image_std": tuple(told["std"])}
+    rules["interpolation"] = "bilinear" if told["interpolation"] == "bilinear" else "bicubic"
     config = ForeignVision("timm", {"model_name": name}, int(module.num_features), **rules)
     if not file:
         return config, {}
@@ -181,6 +183,8 @@ def _loaded(folder: Path, part: str) -> tuple[Any, dict[str, Any]]:
         why = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} must hold a model of transformers, with safetensors, got: {why}") from error
     module = getattr(whole, part, whole)
+    reads, wanted = getattr(module, "main_input_name", None), _READS[part]
+    require("load_tower", reads == wanted, "{} must hold a model that reads {}, got one of {}", folder, wanted, reads)
     return module, without_dropout(module.config.to_dict())
 
 

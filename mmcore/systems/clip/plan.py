@@ -22,8 +22,8 @@ def clip_job(name: str) -> Job:
     return clip_job_of(name, clip_config(name))
 
 
-def clip_job_of(name: str, config: CLIPConfig) -> Job:
-    """Of any configuration."""
+def clip_job_of(name: str, config: CLIPConfig, num_kept: int | None = None) -> Job:
+    """Of any configuration, of whose patches `num_kept` an image are read; None = all."""
     vision, text = config.vision, config.text
     with torch.device("meta"):
         of_model = numbers(CLIP(config))
@@ -32,7 +32,8 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
         tower = ImageTower(replace(vision, num_layers=num_layers), config.embed_dim)
         tower.transformer.activation_checkpointing = setting.activation_checkpointing
         x = torch.empty(samples, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
-        return _embedding(tower, x)
+        kept = () if num_kept is None else (torch.empty(samples, num_kept, dtype=torch.int64),)
+        return _embedding(tower, x, *kept)
 
     def texts(num_layers: int, samples: int, setting: Setting) -> Built:
         tower = TextTower(replace(text, num_layers=num_layers), config.embed_dim)

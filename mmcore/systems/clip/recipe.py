@@ -157,7 +157,7 @@ class Clip(TwoTowers):
         for name, p in model.named_parameters():
             p.requires_grad_(name not in assets.frozen)
         model.locked = locked_names(self, assets.shape)
-        return model
+        return model.train()
 
     def initial(self, assets: PairAssets, model: CLIP | None) -> Mapping[str, Tensor]:
         if self.init is not None:

@@ -85,8 +85,9 @@ def test_the_second_forward_of_gradcache_does_not_move_statistics_again() -> Non
 def test_a_temperature_of_zero_is_refused_in_a_sentence() -> None:
     recipe = Align()
     model: Any = recipe.build(recipe.assets(recipe.open_data()))
+    rows = torch.eye(4)
     assert model(None, TOKENS)[2].item() == 1.0
     for value in (0.0, -0.5):
         model.temperature.data.fill_(value)
-        with pytest.raises(ValueError, match="ALIGN: temperature must stay above 0, got"):
-            model(None, TOKENS)
+        with pytest.raises(ValueError, match=f"align: the temperature must stay above 0, got {value}: lower --lr"):
+            recipe.objective((rows, rows, model(None, TOKENS)[2]), [], Step(0, 1, 0))

@@ -63,7 +63,9 @@ def test_it_is_exported_as_a_clip_of_transformers(done: Path, tmp_path: Path) ->
     torch.testing.assert_close(scale * image @ text.T, expected.logits_per_image, rtol=1e-4, atol=1e-4)
 
 
-def test_a_locked_tower_runs_once_an_image_and_step(tower: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_locked_tower_runs_once_an_image_and_step_and_stays_under_zero_2(
+    tower: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     seen: list[int] = []
     features = CLIP.forward
 
@@ -72,8 +74,15 @@ def test_a_locked_tower_runs_once_an_image_and_step(tower: Path, tmp_path: Path,
             seen.append(len(images))
         return features(self, images, *inputs, **options)
 
+    def after_step(self: Lit, model: Any, step: Any) -> None:
+        for name, p in model.module.visual.named_parameters():
+            assert torch.equal(p, given[name]) and p.grad is None, name
+        assert not model.module.visual.transformer.blocks[0].mlp.training and model.module.text.training
+
+    given = load_clip(tower).visual.state_dict()
     monkeypatch.setattr(CLIP, "forward", counted)
-    run(tmp_path / "x", tower, "--accum", 3, "--val-fraction", 0)
+    monkeypatch.setattr(Lit, "after_step", after_step)
+    run(tmp_path / "x", tower, "--accum", 3, "--val-fraction", 0, "--zero", 2)
     assert sum(seen) == 3 * 24
 
 
