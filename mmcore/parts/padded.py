@@ -17,6 +17,8 @@ from mmcore.ops import require
 from mmcore.parts.language import tiny_tokenizer
 from mmcore.weights.files import LOCAL, read_json
 
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+_VOCABULARIES += ("sentencepiece.bpe.model", "spm.model")
 _PUNCTUATION = "[" + re.escape(string.punctuation) + "]"
 
 
@@ -58,6 +60,9 @@ class PaddedTokenizer:
 def load_folder_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
     """The tokenizer in a folder of transformers as it is; a ValueError without one, or without padding and end of
     text."""
+    # without one of these, transformers makes an empty tokenizer of what config.json says
+    is_there = any((folder / name).is_file() for name in _VOCABULARIES)
+    require("load_folder_tokenizer", is_there, "folder must hold a tokenizer, such as tokenizer.json, got {}", folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, ImportError) as error:
