@@ -62,7 +62,7 @@ def _labelled(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor) -> Ten
     return -torch.stack([x.mean() for x in sides]).mean()
 
 
-def _their_features(model: Any, images: Tensor, tokens: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+def _their_features(model: Any, images: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Any:
     vision = model.vision_model
     x = vision.embeddings(images)
     if kept is not None:
@@ -92,7 +92,7 @@ def clip_like(system: str, config: CLIPConfig, size: int) -> Pair:
         state["text.position_embedding"] = state["text.position_embedding"][:8]
         ours.visual.has_any_size, theirs = True, _theirs(small, state)
         images = F.interpolate(images, small.vision.image_size, mode="bicubic", antialias=True)
-        _, tokens, lengths, *_ = shortened(ClipBatch(images, tokens, lengths), 8)
+        _, tokens, lengths, _, _ = shortened(ClipBatch(images, tokens, lengths), 8)
     images, tokens = images.to(DEVICE), tokens.to(DEVICE)
     of_labels = {"labels": (labels, labels)} if system == "unicl" else {}
 

@@ -229,15 +229,18 @@ def _image_module(config: ForeignVision) -> nn.Module:
     for norm in module.modules():
         if type(norm) in _NORMS:
             norm.__class__ = BatchNorm
+            assert isinstance(norm, BatchNorm)
             if norm.momentum is not None and norm.momentum > 0.5:  # the share that stays, as TensorFlow has it
                 norm.momentum = 1 - norm.momentum
     return module
 
 
-def _pooled(output: Any) -> Tensor:
+def _pooled(output: Any) -> Any:
     """[B, D] of what an image module returns: its own pooled features, else the mean of its states."""
-    x = output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
-    x = output.last_hidden_state if x is None else x
+    x: Any = output
+    if not isinstance(x, Tensor):
+        pooled = getattr(output, "pooler_output", None)
+        x = output.last_hidden_state if pooled is None else pooled
     if x.ndim == 3:
         return x.mean(1)
     return x.flatten(2).mean(2) if x.ndim == 4 else x

@@ -49,7 +49,7 @@ class Align(Clip):
     optim: OptimConfig = field(default_factory=_published)
     model: str | None = field(default=None, metadata=once)
     """tiny, or base (EfficientNet-B7 and BERT-base, as kakaobrain's); None = that of --init, or tiny."""
-    tokenizer: Path | None = field(default=None, metadata=once)
+    tokenizer: str | None = field(default=None, metadata=once)
     """A folder of transformers with a WordPiece tokenizer; None = that of --text or --init, or one is learned."""
     init: Path | None = field(default=None, metadata=once)
     """Weights, shape and tokenizer to start from: a folder of transformers with an AlignModel (safetensors)."""
@@ -82,7 +82,7 @@ class Align(Clip):
             shape = TowersConfig(
                 config.width, config, text if of_text is None else of_text.config, 0.0, pool, self.image_head
             )
-        folder = self.tokenizer or self.text or self.init
+        folder = Path(self.tokenizer) if self.tokenizer else self.text or self.init
         length, most = shape.text.context_length, shape.text.vocab_size
         if folder is not None:
             tokenizer, origin = load_folder_tokenizer(folder, length), f"of {folder}"
@@ -114,7 +114,7 @@ class Align(Clip):
             scale = torch.where(scale > 0, scale, torch.nan)
         return {"loss": global_contrastive_loss(image, text, scale, label_smoothing=0.1)}
 
-    def export(self, assets: PairAssets, model: ALIGN, folder: Path, format: str) -> None:
+    def export(self, assets: PairAssets, model: Any, folder: Path, format: Any) -> None:
         save_align(model, folder)
         assets.tokenizer.save(folder)
 

@@ -57,7 +57,7 @@ def save_align(model: ALIGN, folder: Path | str) -> None:
     require(op, isinstance(text, BertConfig), what, "text", text.summary)
     assert isinstance(vision, ForeignVision) and isinstance(text, BertConfig)
     written = SETTINGS.write(op, {n: x for n, x in vars(text).items() if n in KEYS})
-    parts = {"text_config": written, "vision_config": vision.settings}
+    parts: dict[str, Any] = {"text_config": written, "vision_config": vision.settings}
     theirs: Any = AlignModel(AlignConfig(**parts, projection_dim=model.config.embed_dim))
     state = model.state_dict()
     body = "visual.body."

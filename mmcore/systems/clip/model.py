@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), config.init_log_logit_scale))
         self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "CLIP":
         """As every module's; parts whose names begin with one of `locked` stay in evaluation mode."""
         super().train(mode)
         for name, module in self.named_modules():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmcore.data import PairData
-from mmcore.data.collate import PairSample, collate_pairs
+from mmcore.data.collate import collate_pairs
 from mmcore.data.text.tokenizer import Tokenizer, find_clip_vocabulary, find_tokenizer, load_tokenizer, train_tokenizer
 from mmcore.losses import global_contrastive_loss
 from mmcore.ops import require
@@ -102,12 +102,15 @@ class Clip(TwoTowers):
             vision, text = given_towers(self)
             shape = with_towers(named, vision, text, has_head=self.image_head)
             if text is not None:
+                what = "--tokenizer must be left out with --text, whose folder has one, got {}"
+                require("clip", self.tokenizer is None, what, self.tokenizer)
                 return PairAssets(shape, text.tokenizer, f"of {self.text}")
             assert isinstance(shape.text, TextConfig)
             tokenizer, origin = self._tokenizer(shape.text, data)
             fitted = _fitted(shape.text, tokenizer, tokenizer.vocab_size)
             return PairAssets(replace(shape, text=fitted), tokenizer, origin)
         shape = clip_config(self.model or "tiny") if self.init is None else self._start().config
+        assert isinstance(shape.text, TextConfig)
         tokenizer, origin = self._tokenizer(shape.text, data)
         size = tokenizer.vocab_size if self.init is None else shape.text.vocab_size
         return PairAssets(replace(shape, text=_fitted(shape.text, tokenizer, size)), tokenizer, origin, self.init)
@@ -186,7 +189,7 @@ class Clip(TwoTowers):
                 raise ValueError(f"--init must be {wanted}, got {theirs[n]!r} in {self.init}: leave --model out")
         return loaded
 
-    def collate(self, assets: PairAssets, samples: list[PairSample]) -> ClipBatch:
+    def collate(self, assets: PairAssets, samples: list[Any]) -> ClipBatch:
         batch, text = collate_pairs(samples, assets.tokenizer), assets.shape.text
         if isinstance(text, TextConfig):
             return ClipBatch(batch.images, batch.tokens, caption_lengths(batch.tokens, text.eos_token_id))

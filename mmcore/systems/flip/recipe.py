@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.data import PairData
-from mmcore.data.collate import PairSample
 from mmcore.data.transforms.masks import num_kept, random_mask
 from mmcore.ops import require
 from mmcore.parts.vit import VisionConfig
@@ -77,7 +76,7 @@ class FewerTokens(Clip):
         vision = assets.shape.vision
         return pair, random_mask((self._side(vision) // vision.patch_size) ** 2, self.mask_ratio, rng)
 
-    def collate(self, assets: PairAssets, samples: list[tuple[PairSample, Tensor | None]]) -> ClipBatch:
+    def collate(self, assets: PairAssets, samples: list[Any]) -> ClipBatch:
         pairs, kept = zip(*samples, strict=True)
         batch = super().collate(assets, list(pairs))
         return batch if kept[0] is None else batch._replace(kept=torch.stack(kept))

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmcore.data import PairData, open_data
-from mmcore.data.collate import PairSample
 from mmcore.data.label_mix import LabelMix, class_of
 from mmcore.data.sources.base import PairSource
 from mmcore.losses import global_contrastive_loss
@@ -63,7 +63,7 @@ class Unicl(Clip):
         assets = super().assets(data)
         return replace(assets, shape=replace(assets.shape, init_log_logit_scale=1.0))
 
-    def collate(self, assets: PairAssets, samples: list[PairSample]) -> ClipBatch:
+    def collate(self, assets: PairAssets, samples: list[Any]) -> ClipBatch:
         return super().collate(assets, samples)._replace(labels=torch.tensor([sample.label for sample in samples]))
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[ClipBatch], step: Step) -> dict[str, Tensor]:
