@@ -88,7 +88,9 @@ def ours(start: CLIP, device: torch.device, *, pads: bool = False) -> Step:
     return step
 
 
-def _eager(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device, *, fused: bool) -> Step:
+def eager_step(
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device, *, fused: bool
+) -> Step:
     """A loop as people write it: torch's AdamW, and the average after it; `fused` takes the fastest that torch has of
     both, else AdamW is torch's default and the average a loop."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True if fused else None)
@@ -125,7 +127,7 @@ def transformers_clip(start: CLIP, device: torch.device, *, fused: bool, compile
         target = torch.arange(len(images), device=images.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    return _eager(model, loss_of, device, fused=fused)
+    return eager_step(model, loss_of, device, fused=fused)
 
 
 def open_clip(start: CLIP, device: torch.device) -> Step:
@@ -137,7 +139,7 @@ def open_clip(start: CLIP, device: torch.device) -> Step:
     model.load_state_dict(clip_names.OPEN_CLIP.write(start.state_dict()), strict=False)
     model.to(device).train()
     loss = library.ClipLoss()
-    return _eager(model, lambda images, tokens: loss(*model(images, tokens)), device, fused=True)
+    return eager_step(model, lambda images, tokens: loss(*model(images, tokens)), device, fused=True)
 
 
 CONTENDERS: Mapping[str, Callable[[CLIP, torch.device], Step]] = {

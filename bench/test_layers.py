@@ -29,6 +29,7 @@ from mmcore.nn import (
     MultiwayBlock,
     PerceiverResampler,
     PoolingHead,
+    PostNormBlock,
     QFormerBlock,
     shared_keys_values,
 )
@@ -76,6 +77,19 @@ def block(rows: int) -> Layer:
     copy_rows(ours.mlp.fc2, theirs.linear2)
     contenders = {"mmcore": Contender(ours, plain), "eager": Contender(theirs, plain)}
     return Layer((torch.randn(rows, 197, 768),), contenders)
+
+
+def post_norm(rows: int) -> Layer:
+    """BERT-base's, of 64 tokens, beside torch.nn.TransformerEncoderLayer."""
+    ours = PostNormBlock(768, 12, 3072)
+    theirs = nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True)
+    for norm in (theirs.norm1, theirs.norm2):
+        norm.eps = 1e-12
+    theirs.self_attn = torchs_attention(ours.attn)
+    copy_rows(ours.mlp.fc1, theirs.linear1)
+    copy_rows(ours.mlp.fc2, theirs.linear2)
+    contenders = {"mmcore": Contender(ours, plain), "eager": Contender(theirs, plain)}
+    return Layer((torch.randn(rows, 64, 768),), contenders)
 
 
 def cross_attention(rows: int) -> Layer:
@@ -236,6 +250,7 @@ LAYERS: Mapping[str, tuple[Callable[[int], Layer], int, int]] = {
     "MultiwayBlock": (multiway, 2, 64),
     "PerceiverResampler": (resampler, 2, 64),
     "PoolingHead": (head, 4, 128),
+    "PostNormBlock": (post_norm, 4, 256),
     "QFormerBlock": (qformer, 2, 100),
     "shared_keys_values": (keys_values, 1, 100),
 }

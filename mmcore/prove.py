@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -102,26 +102,20 @@ def main(arguments: list[str]) -> None:
 def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[Found]:
     """Trains, measures and prints a line a figure and, where it `draws`, the sheets of held-out records; every rank
     alike, of which the first measures."""
-    train, folders = importlib.import_module("mmcore.train.trainer").train, []
-    runs = list(proof.runs)
-    if proof.control is not None:
-        recipe, flags = runs[-1]
-        runs.append((recipe, f"{flags} {proof.control}"))
-    for i, (recipe, flags) in enumerate(runs):
-        words = [*flags.format(*folders).split(), "--out", str(root / f"{i}-{recipe}")]
-        folders.append(train(recipe, parse(recipe, words, f"mmcore train {recipe}"), is_quiet=True))
+    last = _trained(proof.runs, root)
+    without = _trained(proof.without, root / "without") if proof.without else None
     if dist.get_rank():
         return []
-    subject = subject_of(read_run(folders[len(proof.runs) - 1]))
-    if proof.control is None:
-        others = replace(subject, data=with_other_images(subject.data), own=subject.data)
-    else:
-        others = subject_of(read_run(folders[-1]))
-    values, control = follow(subject), follow(others)
+    subject = subject_of(read_run(last))
+    values, controls = follow(subject), {}
+    if any(c.control == "others" for c in proof.claims):
+        controls["others"] = follow(replace(subject, data=with_other_images(subject.data), own=subject.data))
+    if without is not None:
+        controls["without"] = follow(subject_of(read_run(without)))
     found = []
     for c in proof.claims:
         ceiling = c.floor if c.ceiling is None else c.ceiling
-        found.append(Found(name, c.figure, values[c.value], control[c.value], c.floor, ceiling))
+        found.append(Found(name, c.figure, values[c.value], controls[c.control][c.value], c.floor, ceiling))
     for figure in found:
         print(figure.line)
     if draws:
@@ -130,6 +124,15 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
         print("  pictures:", ", ".join(str(file) for file in files if file.suffix == ".png"))
     sys.stdout.flush()
     return found
+
+
+def _trained(runs: Sequence[tuple[str, str]], root: Path) -> Path:
+    """The folder of the last of them."""
+    train, folders = importlib.import_module("mmcore.train.trainer").train, []
+    for i, (recipe, flags) in enumerate(runs):
+        words = [*flags.format(*folders).split(), "--out", str(root / f"{i}-{recipe}")]
+        folders.append(train(recipe, parse(recipe, words, f"mmcore train {recipe}"), is_quiet=True))
+    return folders[-1]
 
 
 @dataclass(frozen=True)

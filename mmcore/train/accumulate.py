@@ -1,11 +1,13 @@
 """A step in micro-batches: losses that are means over samples or tokens, and losses of the whole batch (GradCache)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def plain_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
@@ -36,6 +38,19 @@ def _on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tenso
     return made.pin_memory().to(device, non_blocking=True) if is_upload else made.to(device)
 
 
+@contextmanager
+def without_tracking(module: nn.Module) -> Iterator[None]:
+    """Leaves the running statistics of BatchNorms as they are, for a forward that is run again."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
 def cached_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
     """The loss of all samples of a step and its gradient, holding the activations of one micro-batch at a time.
 
@@ -47,7 +62,7 @@ def cached_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) ->
         losses = recipe.objective(recipe.features(model, model.place(parts[0])), parts, step)
         model.backward(losses["loss"])
         return {name: x.detach() for name, x in losses.items()}
-    with torch.no_grad():
+    with torch.no_grad(), without_tracking(model.module):
         outputs = list(zip(*(recipe.features(model, model.place(part)) for part in parts), strict=True))
     is_rows = [x[0].ndim > 1 for x in outputs]
     leaves = [torch.cat(x) if rows else x[0] for x, rows in zip(outputs, is_rows, strict=True)]

@@ -1,0 +1,5 @@
+"""CLIPA (arXiv 2305.07017): CLIP on smaller pictures and shorter captions, and on whole ones at the end."""
+
+RECIPES = {"clipa": "recipe:Clipa"}
+PLANS = {"clipa": "plan:ClipaPlan"}
+PROOFS = {"clipa": "recipe:PROOF"}

@@ -1,0 +1,5 @@
+"""UniCL (arXiv 2204.03610): contrast in the space of images, texts and labels."""
+
+RECIPES = {"unicl": "recipe:Unicl"}
+PLANS = {"unicl": "plan:UniclPlan"}
+PROOFS = {"unicl": "recipe:PROOF"}
