@@ -300,7 +300,8 @@ class OnLanguageModel(Recipe):
 @dataclass(frozen=True)
 class Contrastive(Recipe):
     """Mixin: the loss is of all samples of a step at once, however many micro-batches they come in (GradCache,
-    arXiv:2101.06983): `features` of each, then `objective` of all. The model must be deterministic."""
+    arXiv:2101.06983): `features` of each, then `objective` of all. A micro-batch is run twice, with the same
+    random numbers of torch."""
 
     @abstractmethod
     def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:

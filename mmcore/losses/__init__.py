@@ -1,5 +1,6 @@
 """Losses over tensors; the distributed ones are exact on any number of ranks."""
 
+from mmcore.losses.cached import cached_contrastive_step
 from mmcore.losses.contrastive import global_contrastive_loss
 from mmcore.losses.drop_in import BackpropType, ClipLoss, ContrastiveLossWithTemperature, SigLipLoss
 from mmcore.losses.matching import Negatives, fetch_rows, global_ratio, hard_negatives, matching_loss, pair_labels
@@ -12,6 +13,7 @@ __all__ = [
     "ContrastiveLossWithTemperature",
     "Negatives",
     "SigLipLoss",
+    "cached_contrastive_step",
     "fetch_rows",
     "global_contrastive_loss",
     "global_ratio",

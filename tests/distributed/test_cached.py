@@ -1,0 +1,56 @@
+"""Cached steps on several ranks against one process with the whole batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import cached
+from tests.distributed.launch import run_ranks
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request, tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks("worker_cached", request.param, tmp_path_factory.mktemp("cached"))
+
+
+def whole(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the whole batch without chunks, and its gradients."""
+    model = cached.Encoder(dtype=dtype)
+    encoders, inputs, loss = cached.cases(model, model.logit_scale, slice(None))[name]
+    features: list[Tensor] = []
+    for encoder, x in zip(encoders, inputs, strict=True):
+        found = encoder(**x) if isinstance(x, dict) else encoder(*x) if isinstance(x, tuple) else encoder(x)
+        features += found if isinstance(found, tuple) else [found]
+    value = loss(*features)
+    value.backward()
+    return value.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check(found: dict[str, Any], name: str, bound: float, dtype: torch.dtype = torch.float64) -> None:
+    value, gradients = whole(name, dtype)
+    assert abs(found["loss"] - value.item()) < bound
+    for parameter, expected in gradients.items():
+        grad = torch.tensor(found["gradients"][parameter], dtype=dtype)
+        assert expected.abs().max() > 1e-4 and (grad - expected).abs().max() < bound * expected.abs().max(), parameter
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "accelerate"])
+def test_the_gradient_is_that_of_one_process_on_the_whole_batch(results, kind) -> None:
+    for result in results:
+        for name, found in result.get(kind, {}).items():
+            check(found, name, 1e-10)
+
+
+@pytest.mark.parametrize("results", [2], indirect=True)
+def test_deepspeed_takes_the_same_step_under_each_stage(results) -> None:
+    assert len(results[0]["zero"]) == 4
+    for found in results[0]["zero"].values():
+        check(found, "pairs", 1e-5, torch.float32)
+
+
+def test_a_mistake_of_one_rank_is_an_error_on_all(results) -> None:
+    *others, odd = (result["refused"] for result in results)
+    said = "cached_contrastive_step: inputs[0] must have as many rows in all of its parts, got [11, 10]"
+    assert odd == said and all(x.endswith(f"refused its arguments: {said}") for x in others)
