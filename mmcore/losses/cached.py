@@ -80,15 +80,9 @@ def cached_contrastive_step(
         require(OP, len(engines) < 2, "modules must be in one engine of DeepSpeed, got {}", len(engines))
         return (sides, found), Header(0, 0, {"inputs": len(sides)})
 
-    world_size = world_size_of(group)
-    is_gpu = world_size > 1 and dist.get_backend(group) == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
-    sides, found = check()[0] if world_size == 1 else agree(OP, group, device, check)[0]
-    # as many forwards on every rank: FSDP2's and ZeRO-3's are collectives
-    counts = torch.tensor([-(-side.num_rows // chunk_size) for side in sides], device=device).clamp_(min=1)
-    if world_size > 1:
-        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
-    chunks = [side.chunks(count) for side, count in zip(sides, counts.tolist(), strict=True)]
+    sides, found = check()[0] if world_size_of(group) == 1 else agree(OP, group, _device(group), check)[0]
+    counts = num_chunks([side.num_rows for side in sides], chunk_size, group)
+    chunks = [side.chunks(count) for side, count in zip(sides, counts, strict=True)]
     engine = next((x for x in found if hasattr(x, "zero_optimization_stage")), None)
     run: Callable[[Tensor], object] = backward or (Tensor.backward if engine is None else engine.backward)  # pyright: ignore[reportAssignmentType]
     step = CachedStep(chunks, loss, found)
@@ -97,6 +91,27 @@ def cached_contrastive_step(
     with coalesced(found):
         step.backward(lambda x, _: run(x), partial(unreduced, found))
     return step.loss.detach()
+
+
+def num_chunks(num_rows: Sequence[int], chunk_size: int, group: dist.ProcessGroup | None) -> list[int]:
+    """Of each input, as many as the rank with most rows has: the forwards of FSDP2 and ZeRO-3 are collectives."""
+    counts = [max(1, -(-rows // chunk_size)) for rows in num_rows]
+    if world_size_of(group) > 1:
+        of_ranks = torch.tensor(counts, device=_device(group))
+        dist.all_reduce(of_ranks, op=dist.ReduceOp.MAX, group=group)
+        counts = of_ranks.tolist()
+    return counts
+
+
+def split(num_rows: int, count: int) -> list[slice]:
+    """Rows in `count` chunks as equal as can be."""
+    return [slice(*bounds) for bounds in pairwise(num_rows * i // count for i in range(count + 1))]
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where a process group's tensors are."""
+    is_gpu = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -288,9 +303,7 @@ class _Side:
     num_rows: int
 
     def chunks(self, count: int) -> list[Run]:
-        """As equal as can be."""
-        ends = [self.num_rows * i // count for i in range(count + 1)]
-        of = [slice(*bounds) for bounds in pairwise(ends)]
+        of = split(self.num_rows, count)
         if self.encoder is None:
             return [Run(partial(tuple, [x[rows] for x in self.arguments]), learns=False) for rows in of]
         is_module, given = isinstance(self.encoder, nn.Module), [*self.arguments, *self.named.values()]
