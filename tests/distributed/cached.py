@@ -38,6 +38,17 @@ class Encoder(nn.Module):
         return F.normalize(image.mean(1), dim=-1), F.normalize(text.mean(1), dim=-1), self.logit_scale.exp()
 
 
+class OfTexts(nn.Module):
+    """Texts as sentence-transformers' modules take and give them."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.text = encoder.text
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return features | {"sentence_embedding": self.text(features["input_ids"]).mean(1)}
+
+
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Images, texts, and which tokens of texts count."""
     generator = torch.Generator().manual_seed(1)

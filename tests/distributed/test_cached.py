@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed import cached
@@ -48,6 +49,17 @@ def test_deepspeed_takes_the_same_step_under_each_stage(results) -> None:
     assert len(results[0]["zero"]) == 4
     for found in results[0]["zero"].values():
         check(found, "pairs", 1e-5, torch.float32)
+
+
+def test_sentence_transformers_loss_is_that_of_the_whole_batch(results) -> None:
+    model, texts = cached.Encoder(), cached.batch()[1]
+    embedded = [F.normalize(model.text(x).mean(1), dim=-1) for x in (texts, texts.flip(1) // 2, texts // 3)]
+    loss = F.cross_entropy(20.0 * embedded[0] @ torch.cat(embedded[1:]).T, torch.arange(cached.NUM))
+    (expected,) = torch.autograd.grad(loss, [model.text.weight])
+    for result in results:
+        assert abs(result["ranking"]["loss"] - loss.item()) < 1e-10
+        found = torch.tensor(result["ranking"]["gradient"], dtype=torch.float64)
+        assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
 def test_a_mistake_of_one_rank_is_an_error_on_all(results) -> None:

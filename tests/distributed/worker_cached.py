@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mmcore.integrations.sentence_transformers import GlobalRankingLoss
 from mmcore.losses import cached_contrastive_step
 from mmcore.train.engine import init_distributed
 from tests.distributed import cached
@@ -70,6 +71,15 @@ def under_zero(stage: int) -> dict[str, Any]:
     return {"loss": value.item(), "gradients": {name: (x - after[name]).tolist() for name, x in before.items()}}
 
 
+def ranking() -> dict[str, Any]:
+    """sentence-transformers' loss of texts, with a negative each."""
+    model, texts = cached.Encoder(), cached.batch()[1][rows()]
+    columns = [{"input_ids": x} for x in (texts, texts.flip(1) // 2, texts // 3)]
+    value = GlobalRankingLoss(DistributedDataParallel(cached.OfTexts(model)), mini_batch_size=CHUNK)(columns)
+    value.backward()
+    return {"loss": value.item(), "gradient": gradients(model)["text.weight"]}
+
+
 def refused() -> str:
     """What each rank is told where the last is given inputs that do not fit."""
     model, odd = cached.Encoder(), dist.get_rank() == dist.get_world_size() - 1
@@ -89,6 +99,7 @@ def main(folder: Path) -> dict[str, Any]:
     results = {
         "ddp": wrapped(DistributedDataParallel, names),
         "fsdp2": wrapped(lambda model: fully_shard(model, mesh=mesh), ["pairs", "pairs by name"]),
+        "ranking": ranking(),
         "refused": refused(),
     }
     if dist.get_world_size() == 2:
