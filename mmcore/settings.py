@@ -45,7 +45,10 @@ def _value(hint: Any, value: Any) -> Any:
         return from_json(hint, value)  # pyright: ignore[reportArgumentType]
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return _value(next(x for x in arguments if x is not type(None)), value)
+        kinds = [x for x in arguments if x is not type(None)]
+        # of several dataclasses the first that has all that was saved
+        of_value = [x for x in kinds if is_dataclass(x) and value.keys() <= {f.name for f in fields(x)}]
+        return _value((of_value or kinds)[0], value)
     if origin is tuple:
         kinds = arguments if Ellipsis not in arguments else arguments[:1] * len(value)
         return tuple(_value(kind, x) for kind, x in zip(kinds, value, strict=True))

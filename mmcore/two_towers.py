@@ -85,3 +85,6 @@ class TwoTowers(OnPairs, Contrastive):
 
     def image_tower(self, assets: PairAssets, model: Any) -> Any:
         return model.image_tower()
+
+    def pooled_tower(self, assets: PairAssets, model: Any) -> Any:
+        return model.pooled_tower()

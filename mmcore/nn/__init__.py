@@ -9,6 +9,7 @@ from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.packing import Packing
 from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler, PoolingHead
 from mmcore.nn.positions import interpolate_positions, sincos_positions
+from mmcore.nn.post_norm import PostNormBlock
 from mmcore.nn.qformer import QFormerBlock
 from mmcore.nn.transformer import Block, MultiwayBlock, Transformer
 
@@ -30,6 +31,7 @@ __all__ = [
     "Packing",
     "PerceiverResampler",
     "PoolingHead",
+    "PostNormBlock",
     "QFormerBlock",
     "Transformer",
     "interpolate_positions",

@@ -9,24 +9,25 @@ from typing import Any
 import torch
 from tokenizers import Regex, normalizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmcore.ops import require
 from mmcore.parts.language import tiny_tokenizer
-from mmcore.weights.files import read_json
+from mmcore.weights.files import LOCAL, read_json
 
 _PUNCTUATION = "[" + re.escape(string.punctuation) + "]"
 
 
 class PaddedTokenizer:
-    """Captions, lower-cased, to ids [B, context_length]: padded on the right, cut with the tokens that end a text kept.
+    """Captions to ids [B, context_length]: padded on the right, cut with the tokens that end a text kept.
 
     Args:
         tokenizer: of transformers, with padding or an end of text, which pads where there is none.
         context_length: tokens a caption, at least 2.
+        lower: lower-case captions, as SigLIP's are, whatever the tokenizer does.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int) -> None:
+    def __init__(self, tokenizer: Any, context_length: int, *, lower: bool = True) -> None:
         require("PaddedTokenizer", context_length >= 2, "context_length must be at least 2, got {}", context_length)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -37,17 +38,30 @@ class PaddedTokenizer:
         self.context_length = context_length
         self.vocab_size = len(tokenizer)
         self.vocabulary: dict[str, int] = tokenizer.get_vocab()
-        self._tokenizer = tokenizer
+        self.pad_token_id: int = tokenizer.pad_token_id
+        self._tokenizer, self._lower = tokenizer, lower
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """[B, context_length] int64 on the CPU."""
         # one at a time: a batch is encoded by threads, which do not survive a fork into data workers
-        rows = [self._tokenizer(x.lower(), padding="max_length", truncation=True).input_ids for x in captions]
+        texts = [x.lower() if self._lower else x for x in captions]
+        rows = [self._tokenizer(x, padding="max_length", truncation=True).input_ids for x in texts]
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.context_length)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         self._tokenizer.save_pretrained(folder)
+
+
+def load_folder_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
+    """The tokenizer in a folder of transformers as it is; a ValueError without one, or without padding and end of
+    text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, ImportError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"load_folder_tokenizer: folder must hold a tokenizer, got {folder}: {why}") from None
+    return PaddedTokenizer(tokenizer, context_length, lower=False)
 
 
 def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.nn import Linear, Packing
+from mmcore.nn import Packing
 from mmcore.ops import require
 from mmcore.parts import text
+from mmcore.parts.bert import BertConfig, BertTower
+from mmcore.parts.foreign import ForeignImageTower, ForeignText, ForeignTextTower, ForeignVision
+from mmcore.parts.image_tower import ImagePool, ImageTower, PooledTower
 from mmcore.parts.vit import Tower, VisionConfig, ViT
 
 # transformers reads this value in a config as "pool at the highest id": its first CLIP configs had it wrong
@@ -36,17 +40,31 @@ class TextConfig(text.TextConfig):
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
-    """Both towers, the width `embed_dim` of the space they share, and the log of the first logit scale."""
+class TowersConfig:
+    """Two towers of any kind, the width `embed_dim` of the space they share, and the log of the first logit scale;
+    how the image tower is read (see `ImageTower`), and whether what is read is projected."""
 
     embed_dim: int = 512
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig | ForeignVision = field(default_factory=VisionConfig)
+    text: TextConfig | BertConfig | ForeignText = field(default_factory=TextConfig)
     init_log_logit_scale: float = _DEFAULT_LOGIT_SCALE
+    image_pool: ImagePool = "class"
+    has_image_proj: bool = True
 
     def __post_init__(self) -> None:
         is_size = isinstance(self.embed_dim, int) and self.embed_dim >= 1
         require("CLIPConfig", is_size, "embed_dim must be at least 1, got {}", self.embed_dim)
+        fits = self.has_image_proj or self.embed_dim == self.vision.width
+        what = "embed_dim must be the image tower's width {} without a projection, got {}"
+        require("CLIPConfig", fits, what, self.vision.width, self.embed_dim)
+
+
+@dataclass(frozen=True)
+class CLIPConfig(TowersConfig):
+    """CLIP's own towers."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
 
 
 def eos_positions(tokens: Tensor, eos_token_id: int | None) -> Tensor:
@@ -61,20 +79,6 @@ def caption_lengths(tokens: Tensor, eos_token_id: int | None) -> list[int]:
     """How many tokens of each caption [B, T] count: those up to its end token (see `eos_positions`), behind which a
     causal tower never looks. Reading them waits for a GPU that they are on."""
     return (eos_positions(tokens, eos_token_id) + 1).tolist()
-
-
-class VisionTower(ViT):
-    """ViT with a class token: images [B, 3, S, S] to embeddings [B, E], not yet normalised."""
-
-    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
-        super().__init__(config)
-        self.norm_post = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.proj = Linear(config.width, embed_dim, bias=False)
-        nn.init.normal_(self.proj.weight, std=config.width**-0.5)
-
-    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """[B, 3, S, S] to [B, E]."""
-        return self.proj(super().forward(images, pool=lambda x: x[:, 0]))
 
 
 class TextTower(text.TextTower):
@@ -119,6 +123,21 @@ def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
     return sum(lengths)
 
 
+def _image_tower(config: TowersConfig) -> Any:
+    embed_dim = config.embed_dim if config.has_image_proj else None
+    if isinstance(config.vision, ForeignVision):
+        return ForeignImageTower(config.vision, embed_dim)
+    return ImageTower(config.vision, embed_dim, config.image_pool)
+
+
+def _text_tower(config: TowersConfig) -> Any:
+    if isinstance(config.text, ForeignText):
+        return ForeignTextTower(config.text, config.embed_dim)
+    if isinstance(config.text, BertConfig):
+        return BertTower(config.text, config.embed_dim, bias=False)
+    return TextTower(config.text, config.embed_dim)
+
+
 def _unit_norm(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
@@ -130,17 +149,31 @@ class CLIP(nn.Module):
     as transformers and open_clip do, load as they are; `save_clip` writes it 0-d.
     """
 
-    def __init__(self, config: CLIPConfig) -> None:
+    def __init__(self, config: TowersConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision, config.embed_dim)
-        self.text = TextTower(config.text, config.embed_dim)
+        self.visual, self.text = _image_tower(config), _text_tower(config)
+        self.locked: tuple[str, ...] = ()  # beginnings of names
         self.logit_scale = nn.Parameter(torch.full((1,), config.init_log_logit_scale))
         self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Unit-norm embeddings [B, E], float32, of images [B, 3, S, S], see `ViT`; B may be 0."""
-        return _unit_norm(self.visual(images))
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; parts whose names begin with one of `locked` stay in evaluation mode."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if name.startswith(self.locked) and self.locked:
+                module.training = False
+        return self
+
+    def encode_image(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Unit-norm embeddings [B, E], float32.
+
+        Args:
+            images: [B, 3, S, S], see `ViT`, or what `only_features` made of them before, [B, D]; B may be 0.
+            kept: int64 [B, K], the patches that are read; None = all.
+        """
+        features = images if images.ndim == 2 else self.visual.features(images, kept)
+        return _unit_norm(features if self.visual.proj is None else self.visual.proj(features))
 
     def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Unit-norm caption embeddings [B, E], float32.
@@ -157,8 +190,14 @@ class CLIP(nn.Module):
         return _unit_norm(self.text(tokens, lengths))
 
     def forward(
-        self, images: Tensor | None, tokens: Tensor | None, lengths: Sequence[int] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        self,
+        images: Tensor | None,
+        tokens: Tensor | None,
+        lengths: Sequence[int] | None = None,
+        kept: Tensor | None = None,
+        *,
+        only_features: bool = False,
+    ) -> Any:
         """Embed images and captions; pass None for a side that is not there.
 
         Under ZeRO-3 parameters are whole only inside a module's forward, so training and evaluation both
@@ -166,9 +205,12 @@ class CLIP(nn.Module):
 
         Returns:
             `encode_image` [B, E] (or None), `encode_text` [B', E] (or None), and the logit scale exp(logit_scale),
-            [1]; all float32.
+            [1]; all float32. With `only_features`, what the image tower makes of images before its projection,
+            [B, D].
         """
-        image_features = None if images is None else self.encode_image(images)
+        if only_features:
+            return self.visual.features(images, kept)
+        image_features = None if images is None else self.encode_image(images, kept)
         text_features = None if tokens is None else self.encode_text(tokens, lengths)
         return image_features, text_features, self.logit_scale.float().exp()
 
@@ -176,6 +218,9 @@ class CLIP(nn.Module):
         """The image tower for models that read its states: without the last layer, as LAVIS and LLaVA have it, since
         nothing trained what it makes of patches; raises ValueError for a tower of one layer."""
         vision = self.config.vision
+        what = "a CLIP's tower must be a ViT for models that read its states, got {}"
+        require("load_tower", isinstance(vision, VisionConfig), what, vision.summary)
+        assert isinstance(vision, VisionConfig)
         what = "a CLIP's tower must have 2 layers or more, got {}"
         require("load_tower", vision.num_layers >= 2, what, vision.num_layers)
         config = replace(vision, num_layers=vision.num_layers - 1)
@@ -183,10 +228,20 @@ class CLIP(nn.Module):
             wanted = ViT(config).state_dict().keys()
         return Tower(config, {n: x for n, x in self.visual.state_dict().items() if n in wanted})
 
+    def pooled_tower(self) -> PooledTower:
+        """The whole image tower, as it is read, without its projection."""
+        state = {n: x for n, x in self.visual.state_dict().items() if not n.startswith("proj.")}
+        return PooledTower(self.config.vision, self.config.image_pool, state)
+
     def set_activation_checkpointing(self, enable: bool) -> None:
-        """Keep only each block's input for backward and recompute the rest."""
-        self.visual.transformer.activation_checkpointing = enable
-        self.text.transformer.activation_checkpointing = enable
+        """Keep only each block's input for backward and recompute the rest; a ValueError of a tower of another
+        library."""
+        for tower in (self.visual, self.text):
+            transformer, what = getattr(tower, "transformer", None), "must be left out with a {}"
+            if transformer is not None:
+                transformer.activation_checkpointing = enable
+            elif enable:
+                raise ValueError(f"--activation-checkpointing {what.format(tower.config.name)}")
 
 
 def _accept_0d_logit_scale(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

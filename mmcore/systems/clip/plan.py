@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmcore.parts.image_tower import ImageTower
 from mmcore.plan.demand import Built
 from mmcore.plan.job import Exchange, Job, MicroBatchPlan, Piece, Setting, numbers
-from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, VisionTower
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower
 from mmcore.systems.clip.shapes import clip_config
 
 # the last layer's feed-forward is of pooled tokens alone, so that one layer is not like the others
@@ -28,7 +29,7 @@ def clip_job_of(name: str, config: CLIPConfig) -> Job:
         of_model = numbers(CLIP(config))
 
     def images(num_layers: int, samples: int, setting: Setting) -> Built:
-        tower = VisionTower(replace(vision, num_layers=num_layers), config.embed_dim)
+        tower = ImageTower(replace(vision, num_layers=num_layers), config.embed_dim)
         tower.transformer.activation_checkpointing = setting.activation_checkpointing
         x = torch.empty(samples, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
         return _embedding(tower, x)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mmcore.data import PairData
@@ -13,9 +14,13 @@ from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.tokenizer import Tokenizer, find_clip_vocabulary, find_tokenizer, load_tokenizer, train_tokenizer
 from mmcore.losses import global_contrastive_loss
 from mmcore.ops import require
+from mmcore.parts.padded import load_folder_tokenizer
+from mmcore.parts.vit import VisionConfig
 from mmcore.recipe import Claim, Proof, Step
+from mmcore.runs import load_weights
 from mmcore.settings import from_json, once
-from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, caption_lengths
+from mmcore.systems.clip.given import check_flags, given_towers, locked_names, with_towers
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, TowersConfig, caption_lengths
 from mmcore.systems.clip.shapes import clip_config
 from mmcore.systems.clip.weights import Format, has_settings, load_clip, save_clip
 from mmcore.train.optim import Rule
@@ -49,6 +54,23 @@ class Clip(TwoTowers):
     --init, or clip from ViT-B-32 up, captions below."""
     init: Path | None = field(default=None, metadata=once)
     """Weights to start from: a file or folder of transformers or open_clip (safetensors, or .pt read weights-only)."""
+    vision: str | None = field(default=None, metadata=once)
+    """An image tower with its weights in place of --model's: a run that has one, such as of mae; a folder of
+    transformers (CLIP, SigLIP, ViT or another vision model) or open_clip; timm:NAME, or timm:NAME@FILE.safetensors."""
+    text: Path | None = field(default=None, metadata=once)
+    """A text tower with its weights and tokenizer in place of --model's: a folder of transformers, of BERT or another
+    encoder."""
+    max_text: int | None = field(default=None, metadata=once)
+    """Tokens of a caption with --text; None = 64."""
+    image_head: bool = True
+    """Project what --vision gives of an image; --no-image-head: the texts meet it as it is (LiT)."""
+    lock_image: bool = False
+    """Keep the image tower of --vision or --init as it is: no gradient, no moments, evaluation mode (LiT)."""
+    lock_image_unlocked_groups: int = 0
+    """Of a locked image tower, the last groups that do learn, as open_clip counts them: the projection is the first,
+    then each layer, the positions, and the patches' convolution."""
+    lock_text: bool = False
+    """Keep the text tower of --text or --init as it is."""
 
     kind = CLIP
     formats = ("hf", "open_clip")
@@ -58,12 +80,30 @@ class Clip(TwoTowers):
         return (Rule("logit_scale", clamp=(0.0, math.log(100.0))),)
 
     def assets(self, data: PairData) -> PairAssets:
+        check_flags(self)
+        assets = self._assets(data)
+        if self.activation_checkpointing:
+            with torch.device("meta"):
+                CLIP(assets.shape).set_activation_checkpointing(True)  # which some towers cannot
+        locked = locked_names(self, assets.shape)
+        frozen = {n: x for n, x in self.initial(assets, None).items() if locked and n.startswith(locked)}
+        return replace(assets, frozen=frozen)
+
+    def _assets(self, data: PairData) -> PairAssets:
+        if self.vision is not None or self.text is not None:
+            named = clip_config(self.model or "tiny")
+            vision, text = given_towers(self)
+            shape = with_towers(named, vision, text, has_head=self.image_head)
+            if text is not None:
+                return PairAssets(shape, text.tokenizer, f"of {self.text}")
+            assert isinstance(shape.text, TextConfig)
+            tokenizer, origin = self._tokenizer(shape.text, data)
+            fitted = _fitted(shape.text, tokenizer, tokenizer.vocab_size)
+            return PairAssets(replace(shape, text=fitted), tokenizer, origin)
         shape = clip_config(self.model or "tiny") if self.init is None else self._start().config
         tokenizer, origin = self._tokenizer(shape.text, data)
         size = tokenizer.vocab_size if self.init is None else shape.text.vocab_size
-        length, end = tokenizer.context_length, tokenizer.eos_token_id
-        text = replace(shape.text, vocab_size=size, context_length=length, eos_token_id=end)
-        return PairAssets(replace(shape, text=text), tokenizer, origin, self.init)
+        return PairAssets(replace(shape, text=_fitted(shape.text, tokenizer, size)), tokenizer, origin, self.init)
 
     def _tokenizer(self, text: TextConfig, data: PairData) -> tuple[Tokenizer, str]:
         """What --tokenizer and --init say together, and where it is from; a ValueError where they contradict each
@@ -96,10 +136,33 @@ class Clip(TwoTowers):
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Any
     ) -> PairAssets:
-        return PairAssets(from_json(CLIPConfig, saved), load_tokenizer(folder / "tokenizer"))
+        shape = from_json(TowersConfig, saved)
+        if not isinstance(shape.text, TextConfig):
+            tokenizer = load_folder_tokenizer(folder / "tokenizer", shape.text.context_length)
+            return PairAssets(shape, tokenizer, frozen=frozen)
+        shape = CLIPConfig(**vars(shape)) if isinstance(shape.vision, VisionConfig) else shape
+        return PairAssets(shape, load_tokenizer(folder / "tokenizer"), frozen=frozen)
 
-    def initial(self, assets: PairAssets, model: CLIP) -> Mapping[str, Tensor]:
-        return {} if self.init is None else self._start().state_dict()
+    def build(self, assets: PairAssets) -> CLIP:
+        model = CLIP(assets.shape)
+        model.set_activation_checkpointing(self.activation_checkpointing)
+        load_weights(model, assets.frozen, is_whole=False)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name not in assets.frozen)
+        model.locked = locked_names(self, assets.shape)
+        return model
+
+    def initial(self, assets: PairAssets, model: CLIP | None) -> Mapping[str, Tensor]:
+        if self.init is not None:
+            return self._start().state_dict()
+        vision, text = given_towers(self)
+        of_image = {} if vision is None else {f"visual.{n}": x for n, x in vision.state.items()}
+        return of_image | ({} if text is None else {f"text.{n}": x for n, x in text.state.items()})
+
+    def backward(self, model: Any, parts: Sequence[ClipBatch], step: Step) -> dict[str, Tensor]:
+        if len(parts) > 1 and self.lock_image and self.lock_image_unlocked_groups <= 1:
+            parts = [_with_features(model, model.place(part)) for part in parts]
+        return super().backward(model, parts, step)
 
     def _start(self) -> CLIP:
         """What --init holds, as --model, where it is given, has it; a ValueError where the two are not of one shape."""
@@ -117,8 +180,10 @@ class Clip(TwoTowers):
         return loaded
 
     def collate(self, assets: PairAssets, samples: list[PairSample]) -> ClipBatch:
-        batch = collate_pairs(samples, assets.tokenizer)
-        return ClipBatch(batch.images, batch.tokens, caption_lengths(batch.tokens, assets.shape.text.eos_token_id))
+        batch, text = collate_pairs(samples, assets.tokenizer), assets.shape.text
+        if isinstance(text, TextConfig):
+            return ClipBatch(batch.images, batch.tokens, caption_lengths(batch.tokens, text.eos_token_id))
+        return ClipBatch(batch.images, batch.tokens, (batch.tokens != text.pad_token_id).sum(1).tolist())
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[ClipBatch], step: Step) -> dict[str, Tensor]:
         image, text, scale = features
@@ -127,6 +192,18 @@ class Clip(TwoTowers):
     def export(self, assets: PairAssets, model: CLIP, folder: Path, format: Format) -> None:
         save_clip(model, folder, format=format)
         assets.tokenizer.save(folder)
+
+
+def _fitted(text: TextConfig, tokenizer: Tokenizer, vocab_size: int) -> TextConfig:
+    length, end = tokenizer.context_length, tokenizer.eos_token_id
+    return replace(text, vocab_size=vocab_size, context_length=length, eos_token_id=end)
+
+
+@torch.no_grad()
+def _with_features(model: Any, batch: ClipBatch) -> ClipBatch:
+    """With what a locked tower makes of the images in their place."""
+    features = batch.images if batch.images.ndim == 2 else model(batch.images, None, only_features=True)
+    return batch._replace(images=features)
 
 
 PROOF = Proof(

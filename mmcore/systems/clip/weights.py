@@ -11,8 +11,9 @@ from torch import Tensor
 from mmcore.checkpoint import write_json
 from mmcore.nn import interpolate_positions
 from mmcore.ops import require
+from mmcore.parts.vit import VisionConfig
 from mmcore.systems.clip import names
-from mmcore.systems.clip.model import CLIP, CLIPConfig
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextConfig, TowersConfig
 from mmcore.weights.files import new_folder, read_folder, read_json, read_pickle, read_safetensors, write_safetensors
 from mmcore.weights.pictures import with_pictures, write_pictures
 
@@ -110,13 +111,25 @@ def save_clip(
     for name, x in own.items():
         shape, got = list(x.shape), list(state[name].shape)
         require(op, shape == got, "{} must be {}, got {}", name, shape, got)
+    config, state = _as_clip(op, model.config, state)
     layout, settings, start = _FORMATS[format]
-    tensors, raw = layout.write(state), settings.write(op, model.config)
+    tensors, raw = layout.write(state), settings.write(op, config)
     with new_folder(op, Path(folder)) as staged:
         write_safetensors(staged / f"{start}model.safetensors", tensors)
         write_json(staged / settings.what, raw)
         if format == "hf":
-            write_pictures(staged, model.config.vision.preprocess)
+            write_pictures(staged, config.vision.preprocess)
+
+
+def _as_clip(op: str, config: TowersConfig, state: Mapping[str, Tensor]) -> tuple[CLIPConfig, Mapping[str, Tensor]]:
+    """Any two towers as a CLIP's; a ValueError where they are not."""
+    vision, text, what = config.vision, config.text, "the {} tower must be CLIP's to be written as a CLIP, got {}"
+    require(op, isinstance(vision, VisionConfig), what, "image", vision.summary)
+    require(op, isinstance(text, TextConfig), what, "text", text.summary)
+    assert isinstance(vision, VisionConfig) and isinstance(text, TextConfig)
+    if not config.has_image_proj:
+        state = {**state, "visual.proj.weight": torch.eye(config.embed_dim)}
+    return CLIPConfig(config.embed_dim, vision, text, config.init_log_logit_scale, config.image_pool), state
 
 
 def _find_weights(path: Path) -> Path:
@@ -131,6 +144,6 @@ def _find_weights(path: Path) -> Path:
     return found[0]
 
 
-def _empty_clip(config: CLIPConfig) -> CLIP:
+def _empty_clip(config: TowersConfig) -> CLIP:
     with torch.device("meta"):
         return CLIP(config)

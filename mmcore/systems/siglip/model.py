@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmcore.nn import PoolingHead
 from mmcore.parts import text
+from mmcore.parts.image_tower import PooledTower
 from mmcore.parts.text import TextConfig
 from mmcore.parts.vit import Tower, VisionConfig, ViT
 
@@ -79,3 +80,7 @@ class SigLIP(nn.Module):
         """The image tower without its pooling head, for models that read its states."""
         state = self.visual.state_dict()
         return Tower(self.config.vision, {n: x for n, x in state.items() if not n.startswith("head.")})
+
+    def pooled_tower(self) -> PooledTower:
+        """The image tower with its pooling head."""
+        return PooledTower(self.config.vision, "head", self.visual.state_dict())
