@@ -101,7 +101,7 @@ class Embeds:
         preprocess: what it wants of an image.
         states: uint8 [B, 3, S, S] to what of images is computed once, [B, ...].
         image: states to unit vectors, [B, E], or [B, Q, E] of which the nearest counts.
-        text: B texts to unit vectors [B, E].
+        text: B texts to unit vectors [B, E]; or [B, T, E], zeros where padded, for late interaction with [B, Q, E].
     """
 
     preprocess: Preprocess

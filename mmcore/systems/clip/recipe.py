@@ -144,7 +144,7 @@ class Clip(TwoTowers):
         return PairAssets(shape, load_tokenizer(folder / "tokenizer"), frozen=frozen)
 
     def build(self, assets: PairAssets) -> CLIP:
-        model = CLIP(assets.shape)
+        model = type(self).kind(assets.shape)
         model.set_activation_checkpointing(self.activation_checkpointing)
         load_weights(model, assets.frozen, is_whole=False)
         for name, p in model.named_parameters():
