@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
 
 NUM = 11
+WEIGHTS = (1.0, 0.5, -1.5)
 SHARES = {1: (11,), 2: (7, 4), 3: (5, 2, 4)}  # rows of each rank
 
 
@@ -47,6 +48,13 @@ class OfTexts(nn.Module):
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         return features | {"sentence_embedding": self.text(features["input_ids"]).mean(1)}
+
+
+def logits() -> tuple[Tensor, Tensor]:
+    """Of seven clusters."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, NUM, 7, generator=generator, dtype=torch.float64)
+    return a, b
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

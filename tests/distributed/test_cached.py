@@ -62,6 +62,24 @@ def test_sentence_transformers_loss_is_that_of_the_whole_batch(results) -> None:
         assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
+def test_assignments_of_all_ranks_have_the_losses_and_the_gradient_of_one_process(results) -> None:
+    a, b = (x.requires_grad_() for x in cached.logits())
+    p, q = a.softmax(1), b.softmax(1)
+
+    def cross(x: Tensor, y: Tensor) -> Tensor:
+        return -(x * y.log()).sum(-1).mean()
+
+    agreement, entropy = (cross(p, q) + cross(q, p)) / 2, (cross(p, p) + cross(q, q)) / 2
+    expected = [agreement, entropy, (cross(p.mean(0), p.mean(0)) + cross(q.mean(0), q.mean(0))) / 2]
+    grads = torch.autograd.grad(sum(w * x for w, x in zip(cached.WEIGHTS, expected, strict=True)), [a, b])  # pyright: ignore[reportArgumentType]
+    found = [result["assignment"] for result in results]
+    for of_rank in found:
+        assert all(abs(x - y.item()) < 1e-12 for x, y in zip(of_rank["losses"], expected, strict=True))
+    for side, grad in enumerate(grads):
+        whole = torch.cat([torch.tensor(x["grads"][side], dtype=torch.float64) for x in found]) / len(found)
+        assert (whole - grad).abs().max() < 1e-12
+
+
 def test_a_mistake_of_one_rank_is_an_error_on_all(results) -> None:
     *others, odd = (result["refused"] for result in results)
     said = "cached_contrastive_step: inputs[0] must have as many rows in all of its parts, got [11, 10]"

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcore.integrations.sentence_transformers import GlobalRankingLoss
-from mmcore.losses import cached_contrastive_step
+from mmcore.losses import cached_contrastive_step, global_assignment_losses
 from mmcore.train.engine import init_distributed
 from tests.distributed import cached
 from tests.distributed.cases import extent
@@ -80,6 +80,14 @@ def ranking() -> dict[str, Any]:
     return {"loss": value.item(), "gradient": gradients(model)["text.weight"]}
 
 
+def assignment() -> dict[str, Any]:
+    """The three losses of this rank's rows, and the gradient of a weighted sum of them."""
+    leaves = [x[rows()].requires_grad_() for x in cached.logits()]
+    losses = global_assignment_losses(*leaves)
+    grads = torch.autograd.grad(sum(w * x for w, x in zip(cached.WEIGHTS, losses, strict=True)), leaves)  # pyright: ignore[reportArgumentType]
+    return {"losses": [x.item() for x in losses], "grads": [x.tolist() for x in grads]}
+
+
 def refused() -> str:
     """What each rank is told where the last is given inputs that do not fit."""
     model, odd = cached.Encoder(), dist.get_rank() == dist.get_world_size() - 1
@@ -100,6 +108,7 @@ def main(folder: Path) -> dict[str, Any]:
         "ddp": wrapped(DistributedDataParallel, names),
         "fsdp2": wrapped(lambda model: fully_shard(model, mesh=mesh), ["pairs", "pairs by name"]),
         "ranking": ranking(),
+        "assignment": assignment(),
         "refused": refused(),
     }
     if dist.get_world_size() == 2:

@@ -143,8 +143,12 @@ class Clip(TwoTowers):
         shape = CLIPConfig(**vars(shape)) if isinstance(shape.vision, VisionConfig) else shape
         return PairAssets(shape, load_tokenizer(folder / "tokenizer"), frozen=frozen)
 
+    def make(self, shape: TowersConfig) -> CLIP:
+        """The model with new weights."""
+        return type(self).kind(shape)
+
     def build(self, assets: PairAssets) -> CLIP:
-        model = type(self).kind(assets.shape)
+        model = self.make(assets.shape)
         model.set_activation_checkpointing(self.activation_checkpointing)
         load_weights(model, assets.frozen, is_whole=False)
         for name, p in model.named_parameters():
@@ -190,7 +194,9 @@ class Clip(TwoTowers):
         return {"loss": global_contrastive_loss(image, text, scale)}
 
     def export(self, assets: PairAssets, model: CLIP, folder: Path, format: Format) -> None:
-        save_clip(model, folder, format=format)
+        only = self.training_only
+        state = {n: x for n, x in model.state_dict().items() if not only or not n.startswith(only)}
+        save_clip(model, folder, format=format, state_dict=state)
         assets.tokenizer.save(folder)
 
 
