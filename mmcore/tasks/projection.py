@@ -45,5 +45,6 @@ def report(subject: Subject, options: Any) -> list[Path]:
     found = figures(subject)
     if not found:
         return nothing(options, f"{subject.pairs.name} has no held-out images: give --val-data or --val-fraction")
-    print(*(f"{name} (held-out): {shown(name, value)}" for name, value in found.items()), sep="\n")
+    for name in (DEVIATION, USED):
+        print(f"{name} (held-out): {shown(name, found[name])}")
     return []
