@@ -17,8 +17,8 @@ from mmcore.nn import FeatureQueue
 from mmcore.ops import require
 from mmcore.recipe import Claim, Proof, Runner, Step
 from mmcore.systems.clip.model import TextConfig, eos_positions
+from mmcore.systems.clip.views import WithViews
 from mmcore.systems.declip.model import MASKED, DeCLIP, DeclipBatch
-from mmcore.systems.slip.views import WithViews
 from mmcore.tasks.projection import DEVIATION
 from mmcore.train.optim import Rule
 from mmcore.two_towers import PairAssets
