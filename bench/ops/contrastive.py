@@ -79,6 +79,19 @@ def _shuffled(inputs: Inputs, shape: Shape, seed: int) -> Inputs:
     return {"positives": torch.randint(shape["N"], (shape["M"],), generator=generator)}
 
 
+def _exclude(inputs: Inputs, shape: Shape, seed: int) -> Inputs:
+    """A column that is no positive, of some rows none or one that is not there."""
+    generator = torch.Generator().manual_seed(5000 + seed)
+    rows, cols = shape["M"], shape["N"]
+    drawn = torch.randint(1, cols, (rows,), generator=generator)
+    if "labels" in inputs:
+        drawn = drawn.where(inputs["labels"][0] != inputs["labels"][1][drawn], -1)
+    else:
+        drawn = (inputs["positives"] + drawn) % cols
+    drawn[::7], drawn[3::7] = -1, cols
+    return {"exclude": drawn}
+
+
 def _labels(inputs: Inputs, shape: Shape, seed: int) -> Inputs:
     """About three rows and columns a label, some without a partner."""
     generator = torch.Generator().manual_seed(3000 + seed)
@@ -157,6 +170,8 @@ VARIANTS = (
     _variant("queue", _shuffled, _negatives, symmetric=False),
     _variant("teacher", _shuffled, _momentum),
     _variant("smoothing", _shuffled, _negatives, label_smoothing=0.1),
+    _variant("exclude", _shuffled, _exclude, cases=("random", "trained", "cone")),
+    _variant("exclude, everything", _labels, _negatives, _momentum, _exclude, cases=("random",)),
     _variant("everything", _labels, _negatives, _momentum, label_smoothing=0.1),
     _variant(
         "normalized",

@@ -2,6 +2,7 @@
 the contract test, and benchmarks beside the same with whole matrices, eager and compiled."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -46,6 +47,23 @@ STATS = OpSpec(
     differentiable=("a", "b", "logit_scale"),
 )
 
+
+def _exclude_stats_inputs(shape: Shape, case: str, dtype: torch.dtype, seed: int) -> Inputs:
+    """Every third row does not see the column behind its positive; every fourth has no positive."""
+    made, cols = _make_stats_inputs(shape, case, dtype, seed), shape["N"]
+    exclude = torch.where(torch.arange(shape["M"]) % 3 == 1, (made["positives"] + 1) % cols, -1)
+    made["positives"][2::4] = -1
+    return made | {"exclude": exclude}
+
+
+EXCLUDE = replace(
+    STATS,
+    name="contrastive_stats[exclude]",
+    make_inputs=_exclude_stats_inputs,
+    shapes=STATS.shapes[1:],
+    cases=("random", "cone"),
+)
+
 LSE = OpSpec(
     name="contrastive_lse",
     op=contrastive_lse,
@@ -57,7 +75,7 @@ LSE = OpSpec(
     differentiable=("a", "b", "logit_scale"),
 )
 
-SPECS = (STATS, LSE)
+SPECS = (STATS, EXCLUDE, LSE)
 
 # a CPU's forward is in its forward and backward, and a compilation takes up to half a minute
 MODES = ("forward", "both") if ON_GPU else ("both",)

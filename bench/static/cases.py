@@ -48,7 +48,7 @@ POINTERS = {"mask": "*u8", "seen": "*u8"} | {
     name: dtype
     for dtype, names in (
         ("*i32", "row_label col_label lo hi lo2 hi2 spans"),
-        ("*i64", "positives row_labels col_labels targets seed chunks tensors"),
+        ("*i64", "positives exclude row_labels col_labels targets seed chunks tensors"),
     )
     for name in names.split()
 }
@@ -131,12 +131,13 @@ def constant_table(row: str, sizes: tuple[int, ...], config: Launch) -> Table:
 
 
 def contrastive_case(row: str, **flags: bool) -> Case:
-    """A contrastive kernel with positives anywhere, in both directions, but for the flags."""
-    constants = on("SYMMETRIC HAS_POSITIVES HAS_GRAD") | {"DIAGONAL": False, "PARTS": 128}
+    """A contrastive kernel with positives anywhere, in both directions, of all columns, but for the flags."""
+    constants = on("SYMMETRIC HAS_POSITIVES HAS_GRAD") | {"HAS_EXCLUDE": False, "DIAGONAL": False, "PARTS": 128}
     constants |= {"HAS_TEACHER": row.endswith("teacher"), "ALWAYS": row.endswith("teacher"), "EXACT": "_" in row}
     kernel = contrastive._contrastive_fwd_kernel if row.startswith("fwd") else contrastive._contrastive_bwd_kernel
     name = named("contrastive", flags)
-    return Case(name, kernel, row, CONTRASTIVE_TABLE, constants | flags, {"scale": "*fp64"})
+    elements = ("bf16", "fp32") if "HAS_EXCLUDE" in flags else Case.elements
+    return Case(name, kernel, row, CONTRASTIVE_TABLE, constants | flags, {"scale": "*fp64"}, elements=elements)
 
 
 def contrastive_vector_case(row: str, sizes: tuple[int, ...], **flags: Any) -> Case:
@@ -292,6 +293,9 @@ CASES = (
     *(contrastive_case(row, **flags) for row in ("fwd", "bwd") for flags in CONTRASTIVE),
     *(contrastive_case(f"{row}_exact", ALWAYS=flag) for row in ("fwd", "bwd") for flag in (True, False)),
     *(contrastive_case(f"{row}_teacher") for row in ("fwd", "bwd")),
+    *(contrastive_case(row, HAS_EXCLUDE=True) for row in ("fwd", "bwd")),
+    *(contrastive_case(f"{row}_exact", HAS_EXCLUDE=True, ALWAYS=False) for row in ("fwd", "bwd")),
+    *(contrastive_case(f"{row}_teacher", HAS_EXCLUDE=True) for row in ("fwd", "bwd")),
     contrastive_vector_case("bounds", (2, 4), HAS_TEACHER=True),
     *(contrastive_vector_case("combine", (4,), **flags) for flags in COMBINED),
     contrastive_vector_case("weights", (4,)),

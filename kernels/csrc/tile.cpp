@@ -86,7 +86,8 @@ Sums from(Sums sums, int64_t first) {
 }
 
 // Folds all rows into the online sums of the rows and, where they are not null, of the columns.
-void fold_panels(const Tile& tile, const Values& values, int64_t rows, const Sums& to_rows, const Sums& to_cols) {
+void fold_panels(const Tile& tile, const Values& values, int64_t rows, const Sums& to_rows, const Sums& to_cols,
+                 const int64_t* exclude = nullptr) {
   const int64_t cols = tile.cols, panels = num_panels(rows);
   if (!rows || !cols) return;
   const int64_t padded = to_cols.max ? (cols + PAD - 1) / PAD * PAD : 0, size = panels * padded;
@@ -97,6 +98,7 @@ void fold_panels(const Tile& tile, const Values& values, int64_t rows, const Sum
     Fold part = {from_row(tile, first), values, from(to_rows, first), {}};
     if (values.data) part.values.data += first * values.stride;
     if (size) part.cols = from(parts, panel * padded);
+    if (exclude) part.exclude = exclude + first;
     kernels.fold(part, count);
   });
   if (size) kernels.combine(parts, panels, padded, cols, to_cols);
@@ -112,10 +114,17 @@ double grad_panels(const Grad& whole, const Out& to, int64_t rows) {
       part.row_lse += first;
       part.row_coef += first;
       if (part.skip) part.skip += first;
+      if (part.exclude) part.exclude += first;
       part.out = to.row(first);
       totals[panel] = kernels.grad(part, count);
     });
   return std::accumulate(totals.begin(), totals.end(), 0.0);
+}
+
+const int64_t* columns_of(const std::optional<Tensor>& x, int64_t size, const char* name) {
+  if (!x) return nullptr;
+  check_vector(*x, size, ScalarType::Long, name);
+  return x->const_data_ptr<int64_t>();
 }
 
 float* vector_of(const std::optional<Tensor>& x, int64_t size, const char* name) {
@@ -127,7 +136,7 @@ float* vector_of(const std::optional<Tensor>& x, int64_t size, const char* name)
 void fold_tile(const Tensor& cosines, double scale, const Tensor& row_max, const Tensor& row_sum,
                const std::optional<Tensor>& col_max, const std::optional<Tensor>& col_sum,
                const std::optional<Tensor>& values, const std::optional<Tensor>& row_cross,
-               const std::optional<Tensor>& col_cross) {
+               const std::optional<Tensor>& col_cross, const std::optional<Tensor>& exclude) {
   const Tile tile = tile_of(cosines, scale);
   const int64_t rows = cosines.size(0), cols = tile.cols;
   STD_TORCH_CHECK(col_max.has_value() == col_sum.has_value(), "col_max and col_sum come together");
@@ -144,12 +153,14 @@ void fold_tile(const Tensor& cosines, double scale, const Tensor& row_max, const
               {vector_of(row_max, rows, "row_max"), vector_of(row_sum, rows, "row_sum"),
                vector_of(row_cross, rows, "row_cross")},
               {vector_of(col_max, cols, "col_max"), vector_of(col_sum, cols, "col_sum"),
-               vector_of(col_cross, cols, "col_cross")});
+               vector_of(col_cross, cols, "col_cross")},
+              columns_of(exclude, rows, "exclude"));
 }
 
 Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, const Tensor& row_coef,
                  const std::optional<Tensor>& col_lse, const std::optional<Tensor>& col_coef,
-                 const std::optional<Tensor>& skip, std::optional<double> center, const Tensor& out) {
+                 const std::optional<Tensor>& skip, std::optional<double> center, const Tensor& out,
+                 const std::optional<Tensor>& exclude) {
   const Tile tile = tile_of(cosines, scale);
   const int64_t rows = cosines.size(0), cols = tile.cols;
   check_vector(row_lse, rows, ScalarType::Float, "row_lse");
@@ -159,18 +170,19 @@ Tensor grad_tile(const Tensor& cosines, double scale, const Tensor& row_lse, con
     check_vector(*col_lse, cols, ScalarType::Float, "col_lse");
     check_vector(*col_coef, cols, ScalarType::Float, "col_coef");
   }
-  if (skip) check_vector(*skip, rows, ScalarType::Long, "skip");
   const Out to = out_of(out, cosines);
   const Grad whole = {tile,
                       row_lse.const_data_ptr<float>(),
                       row_coef.const_data_ptr<float>(),
                       col_lse ? col_lse->const_data_ptr<float>() : nullptr,
                       col_coef ? col_coef->const_data_ptr<float>() : nullptr,
-                      skip ? skip->const_data_ptr<int64_t>() : nullptr,
+                      columns_of(skip, rows, "skip"),
                       static_cast<float>(center.value_or(0)),
                       to.data,
                       to.stride,
-                      to.bfloat16};
+                      to.bfloat16,
+                      1,
+                      columns_of(exclude, rows, "exclude")};
   const double sum = grad_panels(whole, to, rows);
   Tensor total = torch::stable::empty({}, ScalarType::Double);
   *total.mutable_data_ptr<double>() = center ? sum : 0.0;
@@ -329,10 +341,11 @@ void dropout_tile(const Tensor& weights, const Tensor& heads, int64_t first_row,
 STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "fold_tile(Tensor cosines, float scale, Tensor(a!) row_max, Tensor(b!) row_sum, "
-      "Tensor(c!)? col_max, Tensor(d!)? col_sum, Tensor? values, Tensor(e!)? row_cross, Tensor(f!)? col_cross) -> ()");
+      "Tensor(c!)? col_max, Tensor(d!)? col_sum, Tensor? values, Tensor(e!)? row_cross, Tensor(f!)? col_cross, "
+      "Tensor? exclude=None) -> ()");
   m.def(
       "grad_tile(Tensor cosines, float scale, Tensor row_lse, Tensor row_coef, Tensor? col_lse, "
-      "Tensor? col_coef, Tensor? skip, float? center, Tensor(a!) out) -> Tensor");
+      "Tensor? col_coef, Tensor? skip, float? center, Tensor(a!) out, Tensor? exclude=None) -> Tensor");
   m.def("info_nce_tile(Tensor(a!) cosines, float scale, float? center) -> Tensor");
   m.def(
       "sigmoid_tile(Tensor cosines, float scale, float bias, Tensor row_label, Tensor col_label, "

@@ -15,11 +15,22 @@ INLINE int64_t chunk_end(int64_t first, int64_t cols) { return cols - first < CH
 // What a maximum is subtracted as: -inf - -inf would be NaN.
 INLINE Vec shift_of(Vec largest) { return larger(largest, splat(-MOST)); }
 
-template <bool COLS>
-INLINE float row_maximum(const Tile& tile, const float* cosines, float* col_max) {
+// -inf in the lane of the column that a row does not see, where that is one of them.
+template <bool EXCLUDE>
+INLINE Vec seen(Vec s, int64_t lane) {
+  if (EXCLUDE && (uint64_t)lane < (uint64_t)W) s = iota() != (int32_t)lane ? s : splat(-INF);
+  return s;
+}
+
+template <bool COLS, bool EXCLUDE>
+INLINE float row_maximum(const Fold& fold, int64_t i) {
+  const Tile& tile = fold.tile;
+  const float* cosines = tile.cosines + i * tile.stride;
+  float* col_max = fold.cols.max;
+  const int64_t exclude = EXCLUDE ? fold.exclude[i] : -1;
   Vec largest = splat(-INF);
   for_vectors(0, tile.cols, [&](int64_t j, auto lanes) ALWAYS_INLINE {
-    Vec s = inside(load(cosines + j, lanes) * tile.scale, -INF, lanes);
+    Vec s = seen<EXCLUDE>(inside(load(cosines + j, lanes) * tile.scale, -INF, lanes), exclude - j);
     largest = larger(s, largest);
     if (COLS) store(col_max + j, larger(s, load(col_max + j, All{})), All{});
   });
@@ -30,15 +41,16 @@ struct Totals {
   double sum = 0, cross = 0;
 };
 
-template <bool COLS, bool CROSS>
+template <bool COLS, bool CROSS, bool EXCLUDE>
 INLINE Totals row_totals(const Fold& fold, int64_t i, float row_shift) {
+  const int64_t exclude = EXCLUDE ? fold.exclude[i] : -1;
   const float* cosines = fold.tile.cosines + i * fold.tile.stride;
   const float* values = CROSS ? fold.values.data + i * fold.values.stride : nullptr;
   Totals totals;
   for (int64_t first = 0; first < fold.tile.cols; first += CHUNK) {
     Vec sums{}, crosses{};
     for_vectors(first, chunk_end(first, fold.tile.cols), [&](int64_t j, auto lanes) ALWAYS_INLINE {
-      Vec s = inside(load(cosines + j, lanes) * fold.tile.scale, -INF, lanes);
+      Vec s = seen<EXCLUDE>(inside(load(cosines + j, lanes) * fold.tile.scale, -INF, lanes), exclude - j);
       Vec value = CROSS ? load(values + j, lanes) : Vec{};
       Vec e = exp(s - row_shift);
       sums += e;
@@ -55,7 +67,7 @@ INLINE Totals row_totals(const Fold& fold, int64_t i, float row_shift) {
   return totals;
 }
 
-template <bool COLS, bool CROSS>
+template <bool COLS, bool CROSS, bool EXCLUDE>
 void fold_panel(const Fold& fold, int64_t rows) {
   const Tile tile = fold.tile;
   if (COLS) {
@@ -67,12 +79,12 @@ void fold_panel(const Fold& fold, int64_t rows) {
   }
   float largest[PANEL];
   for (int64_t i = 0; i < rows; ++i)
-    largest[i] = row_maximum<COLS>(tile, tile.cosines + i * tile.stride, fold.cols.max);
+    largest[i] = row_maximum<COLS, EXCLUDE>(fold, i);
   for (int64_t i = 0; i < rows; ++i) {
     const float before = fold.rows.max[i];
     const float after = largest[i] > before ? largest[i] : before;
     const float shift = after > -MOST ? after : -MOST;
-    const Totals totals = row_totals<COLS, CROSS>(fold, i, shift);
+    const Totals totals = row_totals<COLS, CROSS, EXCLUDE>(fold, i, shift);
     const double shrink = exp(before - shift);
     fold.rows.max[i] = after;
     fold.rows.sum[i] = (float)(fold.rows.sum[i] * shrink + totals.sum);
@@ -80,11 +92,16 @@ void fold_panel(const Fold& fold, int64_t rows) {
   }
 }
 
-void fold(const Fold& work, int64_t rows) {
+template <bool EXCLUDE>
+void fold_any(const Fold& work, int64_t rows) {
   if (work.values.data)
-    work.cols.max ? fold_panel<true, true>(work, rows) : fold_panel<false, true>(work, rows);
+    work.cols.max ? fold_panel<true, true, EXCLUDE>(work, rows) : fold_panel<false, true, EXCLUDE>(work, rows);
   else
-    work.cols.max ? fold_panel<true, false>(work, rows) : fold_panel<false, false>(work, rows);
+    work.cols.max ? fold_panel<true, false, EXCLUDE>(work, rows) : fold_panel<false, false, EXCLUDE>(work, rows);
+}
+
+void fold(const Fold& work, int64_t rows) {
+  work.exclude ? fold_any<true>(work, rows) : fold_any<false>(work, rows);
 }
 
 void combine(const Sums& parts, int64_t panels, int64_t padded, int64_t cols, const Sums& to) {
@@ -112,7 +129,7 @@ INLINE double grad_row(const Grad& grad, const float* cosines, int64_t i, Out* o
   const Tile& tile = grad.tile;
   const float row_lse = grad.row_lse[i];
   const Vec row_coef = splat(grad.row_coef[i]);
-  const int64_t skip = grad.skip ? grad.skip[i] : -1;
+  const int64_t skip = grad.skip ? grad.skip[i] : -1, exclude = grad.exclude ? grad.exclude[i] : -1;
   double total = 0;
   for (int64_t first = 0; first < tile.cols; first += CHUNK) {
     Vec part{};
@@ -122,11 +139,13 @@ INLINE double grad_row(const Grad& grad, const float* cosines, int64_t i, Out* o
       Vec g = exp(s - row_lse) * row_coef;
       if (COLS) g = fma(exp(s - load(grad.col_lse + j, lanes)), load(grad.col_coef + j, lanes), g);
       Vec product = (cosine - grad.center) * g;
-      if ((uint64_t)(skip - j) < (uint64_t)W) {
-        const Ints kept = iota() != (int32_t)(skip - j);
-        g = kept ? g : Vec{};
-        product = kept ? product : Vec{};
-      }
+      const int64_t without[] = {skip - j, exclude - j};
+      for (const int64_t lane : without)
+        if ((uint64_t)lane < (uint64_t)W) {
+          const Ints kept = iota() != (int32_t)lane;
+          g = kept ? g : Vec{};
+          product = kept ? product : Vec{};
+        }
       store(out + j, g * grad.factor, lanes);
       part += inside(product, 0, lanes);
     });

@@ -35,6 +35,7 @@ struct Fold {
   Sums rows;
   // the panel's own partial sums [padded], written; or null
   Sums cols;
+  const int64_t* exclude = nullptr;  // the column of each row that counts as -inf; null: none
 };
 
 struct Grad {
@@ -47,6 +48,7 @@ struct Grad {
   int64_t out_stride;
   bool out_bfloat16;
   float factor = 1;  // of what is written, not of the sum
+  const int64_t* exclude = nullptr;  // as skip
 };
 
 struct Sigmoid {

@@ -31,6 +31,7 @@ def fold_tile(
     values: Tensor | None = None,
     row_cross: Tensor | None = None,
     col_cross: Tensor | None = None,
+    exclude: Tensor | None = None,
 ) -> None:
     """Fold `S = scale * cosines` into the online sums `sum exp(S - max)` of its rows and, where given, columns.
 
@@ -40,16 +41,21 @@ def fold_tile(
         col_max, col_sum: [n], likewise; both or neither.
         values: [m, n], like `cosines`: `sum exp(S - max) values` is folded too.
         row_cross, col_cross: those sums, [m] and [n], which start at zero; with `values` alone.
+        exclude: int64 [m], contiguous: the column of each row where S counts as -inf; outside [0, n), none.
 
     A NaN makes its sums NaN, and so does +inf; a row or column of -inf alone adds nothing.
     """
     if not cosines.numel():
         return
     if _runs_native(cosines):
-        torch.ops.mmkernels.fold_tile(cosines, scale, row_max, row_sum, col_max, col_sum, values, row_cross, col_cross)
+        torch.ops.mmkernels.fold_tile(
+            cosines, scale, row_max, row_sum, col_max, col_sum, values, row_cross, col_cross, exclude
+        )
         return
     for rows in _blocks(cosines):
         logits = cosines[rows] * scale
+        if exclude is not None:
+            _fill_at(logits, exclude[rows], -torch.inf)
         work = torch.empty_like(logits)
         weighed = None if values is None else values[rows]
         cross = None if row_cross is None else row_cross[rows]
@@ -66,6 +72,7 @@ def grad_tile(
     skip: Tensor | None,
     center: float | Tensor | None,
     out: Tensor,
+    exclude: Tensor | None = None,
 ) -> Tensor:
     """`out_ij = row_coef_i exp(S_ij - row_lse_i) + col_coef_j exp(S_ij - col_lse_j)`, `S = scale * cosines`.
 
@@ -76,6 +83,7 @@ def grad_tile(
         skip: int64 [m], the column of each row where `out` is zero; outside [0, n), none.
         center: what the returned sum takes off each cosine; None leaves the sum out (zero is returned).
         out: [m, n], written; `cosines` itself, or another tensor of its dtype or of a lower one.
+        exclude: another such column.
 
     Returns:
         `sum out * (cosines - center)`, float64, 0-d, of `out` before it is rounded to its dtype and without
@@ -87,7 +95,7 @@ def grad_tile(
     if _runs_native(cosines) and out.dtype in NATIVE_OUT:
         number = None if center is None else float(center)
         return torch.ops.mmkernels.grad_tile(
-            cosines, scale, row_lse, row_coef, *(col or (None, None)), skip, number, out
+            cosines, scale, row_lse, row_coef, *(col or (None, None)), skip, number, out, exclude
         )
     totals = [
         _grad(
@@ -95,7 +103,7 @@ def grad_tile(
             scale,
             (row_lse[rows], row_coef[rows]),
             col,
-            skip if skip is None else skip[rows],
+            [x[rows] for x in (skip, exclude) if x is not None],
             center,
             out[rows],
         )
@@ -206,7 +214,7 @@ def _grad(
     scale: float,
     row: tuple[Tensor, Tensor],
     col: tuple[Tensor, Tensor] | None,
-    skip: Tensor | None,
+    skipped: list[Tensor],
     center: float | Tensor | None,
     out: Tensor,
 ) -> Tensor:
@@ -216,14 +224,14 @@ def _grad(
     if col is not None:
         col_lse, col_coef = col
         grad.addcmul_(_exp_(logits.sub_(col_lse)), col_coef)
-    if skip is not None:
-        _zero_at(grad, skip)
+    for columns in skipped:
+        _fill_at(grad, columns, 0.0)
     if center is None:
         total = cosines.new_zeros((), dtype=torch.float64)
     else:
         products = torch.sub(cosines, center, out=logits).mul_(grad)
-        if skip is not None:
-            _zero_at(products, skip)  # where a skipped cosine is NaN
+        for columns in skipped:
+            _fill_at(products, columns, 0.0)  # where a skipped cosine is NaN
         total = products.sum(1).sum(dtype=torch.float64)
     out.copy_(grad)
     return total
@@ -253,10 +261,10 @@ def _minus_where(equal: Tensor, out: Tensor) -> Tensor:
     return out.copy_(equal).mul_(-2).add_(1)
 
 
-def _zero_at(tile: Tensor, columns: Tensor) -> None:
-    """Zero in each row's column where that lies inside the tile, without waiting for a device."""
+def _fill_at(tile: Tensor, columns: Tensor, value: float) -> None:
+    """`value` in each row's column where that lies inside the tile, without waiting for a device."""
     last = tile.shape[1] - 1
     inside = (columns >= 0) & (columns <= last)
     index = columns.clamp(0, last)[:, None]
-    kept = tile.gather(1, index).masked_fill_(inside[:, None], 0)
+    kept = tile.gather(1, index).masked_fill_(inside[:, None], value)
     tile.scatter_(1, index, kept)

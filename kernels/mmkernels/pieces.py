@@ -88,7 +88,7 @@ def contrastive_block_grads(
 
 
 def _contrastive(p: ContrastiveProblem) -> tuple[Tensor | bool | None, ...]:
-    return p.a, p.b, p.scale, p.positives, p.teacher_a, p.teacher_b, p.symmetric
+    return p.a, p.b, p.scale, p.positives, p.exclude, p.teacher_a, p.teacher_b, p.symmetric
 
 
 def sigmoid_block(

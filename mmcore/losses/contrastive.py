@@ -277,9 +277,6 @@ class _GlobalStats(torch.autograd.Function):
         ds = center * own_excess(of_rows, own_cols, all_cols, len(ctx.parts))
         for (cols, problem), part, part_center in zip(columns.blocks(a, scale), ctx.parts, ctx.centers, strict=True):
             of_block = [x.to(dtype) for x in at_columns(d_stats, IS_OF_COLS, cols)]
-            # the op takes each of these for a part of its dL/dS
-            assert problem.positives is not None
-            of_block[2] = of_block[2].where(problem.positives >= 0, 0.0)
             wanted = [needs[0], needs[1] and cols is not None, needs[2]]
             da_part, db, ds_part = contrastive_block_grads(
                 problem, at_columns(in_dtype, IS_OF_COLS, cols), of_block, wanted

@@ -43,6 +43,7 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
         cosines = _cosines(problem, of_rows, of_cols)
         if problem.positives is not None:
             _take_positives(cosines, problem.positives[of_rows] - of_cols.start, scale, positive[of_rows])
+        exclude = None if problem.exclude is None else problem.exclude[of_rows] - of_cols.start
         if problem.teacher is not None:
             of_teacher = matmul_nt(problem.teacher[0][of_rows], problem.teacher[1][of_cols])
             fold_tile(
@@ -53,8 +54,10 @@ def contrastive_fwd(problem: Problem) -> ContrastiveStats:
                 values=cosines,
                 row_cross=teacher_row.cross[of_rows],
                 col_cross=teacher_col.cross[of_cols] if problem.symmetric else None,
+                exclude=exclude,
             )
-        fold_tile(cosines, scale, *row.of(of_rows), *(col.of(of_cols) if problem.symmetric else ()))
+        of_both = col.of(of_cols) if problem.symmetric else ()
+        fold_tile(cosines, scale, *row.of(of_rows), *of_both, exclude=exclude)
     (row_lse, row_rest), (col_lse, col_rest) = log_sum_exp(row.max, row.sum), log_sum_exp(col.max, col.sum)
     return ContrastiveStats(
         row_lse,
@@ -105,7 +108,7 @@ def contrastive_bwd(
     for dx in (da, db):
         if dx is not None:
             dx.mul_(scale)
-    return da, db, of_tiles + of_positives + center * grad_total(grads) if needs_scale else None
+    return da, db, of_tiles + of_positives + center * grad_total(problem, grads) if needs_scale else None
 
 
 def _grad_tile(
@@ -116,9 +119,10 @@ def _grad_tile(
     center: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """Write a tile of dL/dS, zero at the positives; returns its share of the scale's gradient."""
+    """Write a tile of dL/dS, zero at the positives and where nothing is seen; returns its share of the scale's gradient."""
     of_rows, of_cols = place
     cosines = _cosines(problem, of_rows, of_cols)
+    exclude = None if problem.exclude is None else problem.exclude[of_rows] - of_cols.start
     total = grad_tile(
         cosines,
         float(problem.scale),
@@ -127,6 +131,7 @@ def _grad_tile(
         None if problem.positives is None else problem.positives[of_rows] - of_cols.start,
         center,
         out,
+        exclude,
     )
     if problem.teacher is None:
         return total
@@ -139,6 +144,7 @@ def _grad_tile(
         None,
         None,
         of_teacher,
+        exclude,
     )
     out.add_(of_teacher)
     return total + cosines.sub(center).mul_(of_teacher).sum(dtype=torch.float64)

@@ -29,15 +29,22 @@ def _first(center, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.const
 
 
 @triton.jit
-def _positive_place(positives_ptr, offs_m, M, N, DIAGONAL: tl.constexpr):
-    """The columns of the rows' positives, -1 for none."""
+def _place(ptr, offs_m, M, N, DIAGONAL: tl.constexpr):
+    """A column of each row, as of its positive; -1 for none."""
     if DIAGONAL:
         place = offs_m
     else:
         # int64 in what is given: beyond 32 bits there is no column
-        place = tl.load(positives_ptr + offs_m, mask=offs_m < M, other=-1)
+        place = tl.load(ptr + offs_m, mask=offs_m < M, other=-1)
         place = tl.where((place >= 0) & (place < N), place, -1).to(tl.int32)
     return place
+
+
+@triton.jit
+def _is_there(ptr, first_m, first_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile has any of its rows' columns."""
+    place = _place(ptr, first_m + tl.arange(0, BLOCK_M), M, N, False)
+    return tl.max(((place >= first_n) & (place < first_n + BLOCK_N)).to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -59,9 +66,7 @@ def _is_near(
             is_near = is_near | ((first_m < first_n + BLOCK_N) & (first_n < first_m + BLOCK_M))
         else:
             # loaded again where it is wanted: kept, the places would cost registers
-            place = _positive_place(positives_ptr, first_m + tl.arange(0, BLOCK_M), M, N, DIAGONAL)
-            is_there = (place >= first_n) & (place < first_n + BLOCK_N)
-            is_near = is_near | (tl.max(is_there.to(tl.int32), 0) > 0)
+            is_near = is_near | _is_there(positives_ptr, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
     return is_near
 
 
@@ -88,6 +93,16 @@ def _store_softmax(ptr, plane, logits, weights, axis: tl.constexpr, HAS_CROSS: t
 
 
 @triton.jit
+def _seen(tile, value, exclude_ptr, first_m, first_n, M, N, HAS_EXCLUDE: tl.constexpr):
+    """A tile with a value where a row does not see a column."""
+    if HAS_EXCLUDE:
+        place = _place(exclude_ptr, first_m + tl.arange(0, tile.shape[0]), M, N, False)
+        offs_n = first_n + tl.arange(0, tile.shape[1])
+        tile = tl.where(offs_n[None, :] == place[:, None], value, tile)
+    return tile
+
+
+@triton.jit
 def _picked(tile, place):
     """Of each row the value in the column `place`, zero where that is outside."""
     return tl.sum(tl.where(tl.arange(0, tile.shape[1])[None, :] == place[:, None], tile, 0.0), 1)
@@ -103,6 +118,7 @@ def _contrastive_fwd_kernel(
     state_ptr,
     center_ptr,
     positives_ptr,  # int64 [M]
+    exclude_ptr,  # int64 [M]
     row_ptr,  # [planes, column tiles, row tiles * BLOCK_M]
     col_ptr,  # [planes, row tiles, column tiles * BLOCK_N]
     positive_ptr,  # [M]: products, less their center where a shift serves
@@ -118,6 +134,7 @@ def _contrastive_fwd_kernel(
     PARTS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     HAS_POSITIVES: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
     DIAGONAL: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     DESCRIBED: tl.constexpr,
@@ -155,7 +172,7 @@ def _contrastive_fwd_kernel(
             offs_n = first_n + tl.arange(0, BLOCK_N)
             acc = tl.where((offs_n < N)[None, :], acc, NOWHERE)
             if HAS_POSITIVES:
-                place = _positive_place(positives_ptr, offs_m, M, N, DIAGONAL)
+                place = _place(positives_ptr, offs_m, M, N, DIAGONAL)
                 is_there = (place >= first_n) & (place < first_n + BLOCK_N) & (place < N) & mask_m
                 if IN_HALVES:
                     left, right = halves(acc)
@@ -167,6 +184,7 @@ def _contrastive_fwd_kernel(
         if EXACT:
             inside = mask_m[:, None] & (first_n + tl.arange(0, BLOCK_N) < N)[None, :]
             logits = tl.where(inside, acc * scale, float("-inf"))
+            logits = _seen(logits, float("-inf"), exclude_ptr, first_m, first_n, M, N, HAS_EXCLUDE)
             col_ptrs = col_base + tl.arange(0, BLOCK_N)
             if HAS_TEACHER:
                 of_teacher = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -175,7 +193,9 @@ def _contrastive_fwd_kernel(
                     DESCRIBED, BLOCK_M, BLOCK_N, BLOCK_D, INPUT_PRECISION,
                 )  # fmt: skip
                 of_teacher = tl.where(inside, of_teacher * scale, float("-inf"))
+                of_teacher = _seen(of_teacher, float("-inf"), exclude_ptr, first_m, first_n, M, N, HAS_EXCLUDE)
                 weights = tl.where(inside, logits, 0.0)
+                weights = _seen(weights, 0.0, exclude_ptr, first_m, first_n, M, N, HAS_EXCLUDE)
                 _store_softmax(row_ptrs + 2 * row_plane, row_plane, of_teacher, weights, 1, True)
                 if SYMMETRIC:
                     _store_softmax(col_ptrs + 2 * col_plane, col_plane, of_teacher, weights, 0, True)
@@ -183,6 +203,9 @@ def _contrastive_fwd_kernel(
             if SYMMETRIC:
                 _store_softmax(col_ptrs, col_plane, logits, logits, 0, False)
         else:
+            if HAS_EXCLUDE:  # noqa: SIM102 (constexpr apart from what is known when it runs)
+                if _is_there(exclude_ptr, first_m, first_n, M, N, BLOCK_M, BLOCK_N):
+                    acc = _seen(acc, NOWHERE, exclude_ptr, first_m, first_n, M, N, HAS_EXCLUDE)
             # rows beyond the last are zero: they are not in the columns' sums
             shifts = tl.where(mask_m, shift, float("inf"))
             if IN_HALVES:
@@ -263,6 +286,7 @@ def _contrastive_bwd_kernel(
     grad,  # [chunk, N]
     state_ptr,
     positives_ptr,
+    exclude_ptr,
     row_ptr,  # of a shift: the weights of the rows' and of the columns' exponentials
     col_ptr,
     row_lse_ptr,
@@ -292,6 +316,7 @@ def _contrastive_bwd_kernel(
     PARTS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     HAS_POSITIVES: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
     DIAGONAL: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_GRAD: tl.constexpr,
@@ -302,7 +327,7 @@ def _contrastive_bwd_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """dL/dS of rows `first_row` to M in units, zero at the positives; the sum of it times the products less their
+    """dL/dS of rows `first_row` to M in units, zero at the positives and where nothing is seen; the sum of it times the products less their
     center."""
     tiles_m, tiles_n = tl.cdiv(M - first_row, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
@@ -332,7 +357,7 @@ def _contrastive_bwd_kernel(
             )  # fmt: skip
             if HAS_POSITIVES:
                 # the positive's share is added in float32 by the caller
-                place = _positive_place(positives_ptr, offs_m, M, N, DIAGONAL)
+                place = _place(positives_ptr, offs_m, M, N, DIAGONAL)
                 values = tl.where(offs_n[None, :] == place[:, None], 0.0, values)
             if HAS_TEACHER:
                 of_teacher = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -345,6 +370,7 @@ def _contrastive_bwd_kernel(
                     teacher_d_row_ptr, teacher_d_col_ptr, tl.load(state_ptr + SHARE_UNIT), offs_m, offs_n, M, N,
                     SYMMETRIC, False,
                 )  # fmt: skip
+            values = _seen(values, 0.0, exclude_ptr, first_m, first_n, M, N, HAS_EXCLUDE)
             if HAS_GRAD:
                 store_tile(grad, values, in_chunk, first_n, rows, stride_gm, DESCRIBED)
             inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -355,8 +381,11 @@ def _contrastive_bwd_kernel(
                 offs_n = first_n + tl.arange(0, BLOCK_N)
                 acc = tl.where((offs_n < N)[None, :], acc, NOWHERE)
                 if HAS_POSITIVES:
-                    place = _positive_place(positives_ptr, offs_m, M, N, DIAGONAL)
+                    place = _place(positives_ptr, offs_m, M, N, DIAGONAL)
                     acc = tl.where(offs_n[None, :] == place[:, None], NOWHERE, acc)
+            if HAS_EXCLUDE:  # noqa: SIM102 (constexpr apart from what is known when it runs)
+                if _is_there(exclude_ptr, first_m, first_n, M, N, BLOCK_M, BLOCK_N):
+                    acc = _seen(acc, NOWHERE, exclude_ptr, first_m, first_n, M, N, HAS_EXCLUDE)
             row = tl.load(row_ptr + first_m + tl.arange(0, BLOCK_M))
             shifts = tl.where(offs_m < M, shift, float("inf"))
             if IN_HALVES:

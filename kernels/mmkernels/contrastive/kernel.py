@@ -113,6 +113,7 @@ def _statistics(
                 state,
                 center,
                 problem.positives,
+                problem.exclude,
                 of_rows,
                 of_cols,
                 product,
@@ -121,6 +122,7 @@ def _statistics(
                 num_cols,
                 width,
                 EXACT=is_exact,
+                HAS_EXCLUDE=problem.exclude is not None,
                 **flags,
                 **launches.tiling(kind, config, a),
             )
@@ -161,7 +163,9 @@ def _joined(parts: list[ContrastiveStats]) -> ContrastiveStats:
     col_rest = (exact - col_lse).nan_to_num(0.0, 0.0, 0.0).float()
     teacher_lse = torch.stack([part.teacher_col_lse for part in parts])
     shares = teacher_lse.softmax(0)
-    cross = (shares * torch.stack([part.col_cross for part in parts])).sum(0)
+    crosses = torch.stack([part.col_cross for part in parts])
+    # of what sees nothing of a part the expectation there is not a number
+    cross = torch.where(shares > 0, shares * crosses, 0.0).sum(0)
     return ContrastiveStats(
         col_lse=col_lse, col_rest=col_rest, col_cross=cross, teacher_col_lse=teacher_lse.logsumexp(0), **of_rows
     )
@@ -182,7 +186,7 @@ def contrastive_bwd(
             dx.mul_(problem.scale)
     if not needs[2]:
         return da, db, None
-    return da, db, of_tiles.sum(dtype=torch.float64) + of_positives + center * grad_total(grads)
+    return da, db, of_tiles.sum(dtype=torch.float64) + of_positives + center * grad_total(problem, grads)
 
 
 def pair_losses_bwd(
@@ -290,7 +294,7 @@ def _products(
         BLOCK=BLOCK,
     )
     lse = stats.row_lse, stats.col_lse, stats.row_rest, stats.col_rest
-    vectors = problem.positives, row_weights, col_weights, *lse, d_row, d_col, *taught, center
+    vectors = problem.positives, problem.exclude, row_weights, col_weights, *lse, d_row, d_col, *taught, center
     buffer = pitched(a, chunk if needs[0] or needs[1] else 0, num_cols)
     da = a.new_empty(a.shape, dtype=torch.float32) if needs[0] else None
     db = b.new_empty(b.shape, dtype=torch.float32) if needs[1] else None
@@ -348,6 +352,7 @@ def _launch_bwd(
         rows.start,
         EXACT=kind != "bwd",
         HAS_GRAD=has_grad,
+        HAS_EXCLUDE=problem.exclude is not None,
         **flags,
         **tiling,
     )

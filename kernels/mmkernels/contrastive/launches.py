@@ -39,7 +39,7 @@ TABLE: Table = {
     ("bwd_exact", 2, 100): Launch(64, 64, 64, 4, 3),
     ("bwd_exact", 4, 80): Launch(64, 64, 16, 8, 3),
     ("bwd_exact", 4, 90): Launch(64, 64, 16, 8, 3),
-    ("bwd_exact", 4, 100): Launch(64, 64, 16, 4, 3),
+    ("bwd_exact", 4, 100): Launch(64, 64, 16, 8, 3),
     # two products a tile: two accumulators
     ("fwd_teacher", 2, 80): Launch(64, 64, 32, 8, 3),
     ("fwd_teacher", 2, 90): Launch(64, 64, 64, 8, 3),
@@ -52,7 +52,7 @@ TABLE: Table = {
     ("bwd_teacher", 2, 100): Launch(64, 64, 64, 4, 3),
     ("bwd_teacher", 4, 80): Launch(64, 32, 16, 4, 3),
     ("bwd_teacher", 4, 90): Launch(64, 32, 16, 4, 3),
-    ("bwd_teacher", 4, 100): Launch(64, 32, 16, 8, 3),
+    ("bwd_teacher", 4, 100): Launch(64, 32, 16, 4, 3),
 }
 
 

@@ -12,6 +12,7 @@ from mmkernels.contrastive import eager
 from mmkernels.contrastive.labels import first_match, label_sums
 from mmkernels.contrastive.op import (
     broken_claim,
+    check_exclude,
     check_features,
     check_positives,
     contrastive_pairs,
@@ -30,6 +31,7 @@ def contrastive_loss(
     logit_scale: float | Tensor,
     *,
     positives: Tensor | None = None,
+    exclude: Tensor | None = None,
     symmetric: bool = True,
     labels: tuple[Tensor, Tensor] | None = None,
     negatives: Tensor | None = None,
@@ -49,6 +51,10 @@ def contrastive_loss(
             element, whose gradient comes back in its shape and dtype.
         positives: int64 `[M]`, the column of each row's positive; None = the diagonal. Columns that are
             nobody's positive have no loss of their own.
+        exclude: int64 `[M]`, the column of b that a row does not see, nor that column the row: as if the logit were
+            -inf, a gradient of exactly zero; none where it is outside 0 to N - 1. NT-Xent (SimCLR, arXiv:2002.05709) is
+            features against themselves, each row's own index excluded. It must be no positive of the row: on a GPU,
+            where that is not read, the loss is then of no meaning. Not with label smoothing.
         symmetric: False leaves the columns' half out: `row_lse_i - S[i, p]`, as MoCo (arXiv:1911.05722).
         labels: int64 `[M]` and `[N]`, in place of `positives`: equal labels are positives and share the
             target alike (UniCL, arXiv:2204.03610; several captions an image). The loss is the mean over rows,
@@ -76,7 +82,9 @@ def contrastive_loss(
     """
     options = Options(symmetric, alpha, label_smoothing, normalized, reduction)
     a, b, scale, teacher, negatives = checked_inputs(a, b, logit_scale, positives, labels, negatives, teacher, options)
-    is_plain = options in PLAIN and positives is labels is negatives is None
+    if exclude is not None:
+        check_unseen(a, exclude, positives, labels, options)
+    is_plain = options in PLAIN and positives is labels is negatives is exclude is None
     form = eager.form_of(a, b, negatives, normalized, is_plain)
     if form is not None:
         if normalized and not is_transforming():  # there rows may have no values yet
@@ -85,9 +93,18 @@ def contrastive_loss(
             if form == "stored":
                 return eager.StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
             return eager.contrastive_loss_eager(
-                a, b, scale, positives=positives, labels=labels, negatives=negatives, teacher=teacher, **asdict(options)
+                a,
+                b,
+                scale,
+                positives=positives,
+                exclude=exclude,
+                labels=labels,
+                negatives=negatives,
+                teacher=teacher,
+                **asdict(options),
             )
-    is_fused = options.has_hard_targets and positives is labels is negatives is None and pair_losses_are_fused(a)
+    is_of_pairs = positives is labels is negatives is exclude is None
+    is_fused = options.has_hard_targets and is_of_pairs and pair_losses_are_fused(a)
     if is_fused and not is_transforming():
         reverse_only("contrastive_loss", "mmkernels.contrastive_loss_ref", a=a, b=b, logit_scale=scale)
         losses, _ = contrastive_pairs(a, b, scale, symmetric, normalized)
@@ -96,7 +113,7 @@ def contrastive_loss(
     scale = scale.reshape(()).double()
     match = match_positives(a, b, positives, labels)
     kwargs = {"teacher": teacher, "normalized": normalized}
-    stats = contrastive_stats(a, b, scale, positives=match.first, symmetric=symmetric, **kwargs)
+    stats = contrastive_stats(a, b, scale, positives=match.first, exclude=exclude, symmetric=symmetric, **kwargs)
     if negatives is not None:
         kwargs["teacher"] = None if teacher is None else (teacher[0], negatives)
         stats = with_negatives(stats, contrastive_stats(a, negatives, scale, symmetric=False, **kwargs))
@@ -171,6 +188,23 @@ def checked_inputs(
         negatives = negatives.detach().to(a.dtype) if len(negatives) else None
     _check_pairing(a, b, positives, labels)
     return Inputs(a, b, scale, teacher, negatives)
+
+
+def check_unseen(
+    a: Tensor, exclude: Tensor, positives: Tensor | None, labels: tuple[Tensor, Tensor] | None, options: Options
+) -> None:
+    """What `check_exclude` holds, of positives by label and on the diagonal too."""
+    eps = options.label_smoothing
+    require("contrastive", eps == 0, "label_smoothing must be 0 with exclude, got {}", eps)
+    if labels is None:
+        check_exclude(a, exclude, torch.arange(len(a), device=a.device) if positives is None else positives)
+        return
+    check_exclude(a, exclude, None)
+    if exclude.is_cuda or torch.compiler.is_compiling() or not len(labels[1]):
+        return
+    is_there = (exclude >= 0) & (exclude < len(labels[1]))
+    partner = labels[1][exclude.clamp(0, len(labels[1]) - 1)] == labels[0]
+    check_exclude(a, exclude, exclude.where(is_there & partner, -1))
 
 
 class Match(NamedTuple):

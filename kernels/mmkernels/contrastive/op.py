@@ -20,7 +20,7 @@ from mmkernels._device import Kernels, runs_triton
 from mmkernels._gemm import matmul_nt
 from mmkernels._numerics import widen
 from mmkernels.contrastive import blockwise
-from mmkernels.contrastive.problem import MAX_LOGITS, ContrastiveStats, Problem, poisoned
+from mmkernels.contrastive.problem import MAX_LOGITS, ContrastiveStats, Problem, of_seen, poisoned
 
 kernel = Kernels("mmkernels.contrastive")
 
@@ -37,6 +37,7 @@ def contrastive_stats(
     logit_scale: float | Tensor,
     *,
     positives: Tensor | None = None,
+    exclude: Tensor | None = None,
     symmetric: bool = True,
     teacher: tuple[Tensor, Tensor] | None = None,
     normalized: bool = False,
@@ -56,6 +57,9 @@ def contrastive_stats(
             element, whose gradient comes back in its shape and dtype. A tensor on a GPU is not checked: that
             would wait for the device.
         positives: int64 `[M]`, the column of each row's positive; -1 where a row has none.
+        exclude: int64 `[M]`, the column that a row does not see: as if that logit, and the teacher's, were -inf, in the
+            row and in the column, with a gradient of exactly zero; none where it is outside 0 to N - 1. It must not be
+            the row's positive: on a GPU, where that is not read, the logit is then of no meaning.
         symmetric: whether the columns' statistics are wanted too.
         teacher: features `[M, D]` and `[N, D]`, constants, whose similarities `logit_scale * ta tb^T` are
             softmaxed along rows and along columns to T and T'.
@@ -65,7 +69,7 @@ def contrastive_stats(
 
     Returns:
         The fields `[M]` and `[N]` in float32, accumulated in float32 (float64 for float64). Of no rows,
-        `col_lse` is -inf; of no columns, `row_lse` is.
+        `col_lse` is -inf; of no columns, `row_lse` is; likewise where all are excluded.
 
     Raises:
         ValueError: a wrong shape, dtype, device, index or scale.
@@ -77,21 +81,27 @@ def contrastive_stats(
     if positives is not None:
         check_positives(a, b, positives, -1)
         positives = positives.contiguous()
+    if exclude is not None:
+        check_exclude(a, exclude, positives)
+        exclude = exclude.contiguous()
     reverse_only("contrastive_stats", "mmkernels.contrastive_stats_ref", a=a, b=b, logit_scale=scale)
     teacher_a, teacher_b = teacher or (None, None)
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, scale))
     keep = learned and logits_are_kept(a, len(b))
-    *stats, _ = _contrastive_fwd(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized, keep)
+    *stats, _ = _contrastive_fwd(a, b, scale, positives, exclude, teacher_a, teacher_b, symmetric, normalized, keep)
     return ContrastiveStats(*stats)
 
 
-def contrastive_lse(a: Tensor, b: Tensor, logit_scale: float | Tensor) -> tuple[Tensor, Tensor]:
+def contrastive_lse(
+    a: Tensor, b: Tensor, logit_scale: float | Tensor, *, exclude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`logsumexp(S, 1)` and `logsumexp(S, 0)` of `S = logit_scale * a b^T`, for losses of one's own.
 
     Args:
         a: features `[M, D]`, float32, float16, bfloat16 or float64, any strides; unit norm is not required.
         b: features `[N, D]`, the dtype and device of `a`.
         logit_scale: the multiplier itself: a finite float, or a tensor of one element, with its gradient.
+        exclude: int64 `[M]`, the column that a row does not see, see `contrastive_stats`.
 
     Returns:
         `row_lse [M]`, `col_lse [N]`: float32, accumulated in float32 (float64 for float64).
@@ -101,7 +111,7 @@ def contrastive_lse(a: Tensor, b: Tensor, logit_scale: float | Tensor) -> tuple[
 
     Reference: `contrastive_lse_ref`. Paper: arXiv:1805.02867.
     """
-    stats = contrastive_stats(a, b, logit_scale)
+    stats = contrastive_stats(a, b, logit_scale, exclude=exclude)
     return stats.row_lse, stats.col_lse
 
 
@@ -172,12 +182,25 @@ def check_positives(a: Tensor, b: Tensor, positives: Tensor, least: int) -> None
         )
 
 
+def check_exclude(a: Tensor, exclude: Tensor, positives: Tensor | None) -> None:
+    """int64 `[M]`, nowhere a row's positive; on a GPU the values are not read."""
+    check_index("contrastive", "exclude", exclude, a.shape[0], "a", a)
+    if positives is None or exclude.is_cuda or torch.compiler.is_compiling():
+        return
+    both = (exclude == positives) & (positives >= 0)
+    if both.any():
+        row = int(both.nonzero()[0])
+        sentence = "exclude must not be the row's positive, got column {} for row {}"
+        require("contrastive", False, sentence, int(exclude[row]), row)
+
+
 @torch.library.custom_op("mmkernels::contrastive_fwd", mutates_args=())
 def _contrastive_fwd(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
     positives: Tensor | None,
+    exclude: Tensor | None,
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
     symmetric: bool,
@@ -185,7 +208,7 @@ def _contrastive_fwd(
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics, and all cosines `[M, N]` where they are to be kept (on the blockwise path), else `[0, 0]`."""
-    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric)
+    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric, exclude=exclude)
     path = kernel if runs_triton(a) else blockwise
     with torch.autocast(a.device.type, enabled=False):
         broken = broken_claim(problem) if normalized else None
@@ -197,7 +220,7 @@ def _contrastive_fwd(
 
 
 @_contrastive_fwd.register_fake
-def _(a, b, scale, positives, teacher_a, teacher_b, symmetric, normalized, keep=False):
+def _(a, b, scale, positives, exclude, teacher_a, teacher_b, symmetric, normalized, keep=False):
     num_rows, num_cols = a.shape[0], b.shape[0] if symmetric else 0
     rows, cols = (num_rows, num_cols) if teacher_a is not None else (0, 0)
     of_positives = 0 if positives is None else num_rows
@@ -212,6 +235,7 @@ def _contrastive_bwd(
     b: Tensor,
     scale: Tensor,
     positives: Tensor | None,
+    exclude: Tensor | None,
     teacher_a: Tensor | None,
     teacher_b: Tensor | None,
     symmetric: bool,
@@ -220,34 +244,35 @@ def _contrastive_bwd(
     needs: list[bool],
     cosines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric, cosines=cosines)
+    problem = Problem(a, b, scale, positives, teacher_a, teacher_b, symmetric, cosines, exclude)
     path = kernel if runs_triton(a) else blockwise
     with torch.autocast(a.device.type, enabled=False):
-        contiguous = [d.contiguous() for d in grads]
-        results = path.contrastive_bwd(problem, ContrastiveStats(*stats), contiguous, needs)
+        found, contiguous = ContrastiveStats(*stats), [d.contiguous() for d in grads]
+        if exclude is not None:
+            found, contiguous = of_seen(found, contiguous)
+        results = path.contrastive_bwd(problem, found, contiguous, needs)
     return _in_place_of(results, (a, b, scale))
 
 
 @_contrastive_bwd.register_fake
-def _(a, b, scale, positives, teacher_a, teacher_b, symmetric, stats, grads, needs, cosines=None):
+def _(a, b, scale, positives, exclude, teacher_a, teacher_b, symmetric, stats, grads, needs, cosines=None):
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((a, b, scale), needs))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    a, b, scale, positives, teacher_a, teacher_b, symmetric, *_ = inputs
-    ctx.save_for_backward(a, b, scale, positives, teacher_a, teacher_b, *output)
+    *tensors, symmetric, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.symmetric = symmetric
     ctx.mark_non_differentiable(*output[5:])
 
 
 def _backward(ctx, *grads: Tensor):
-    a, b, scale, positives, teacher_a, teacher_b, *stats, cosines = ctx.saved_tensors
+    *tensors, cosines = ctx.saved_tensors
+    inputs, stats = tensors[:7], tensors[7:]
     needs = list(ctx.needs_input_grad[:3])
     kept = cosines if cosines.numel() else None
-    results = _contrastive_bwd(
-        a, b, scale, positives, teacher_a, teacher_b, ctx.symmetric, stats, list(grads[:5]), needs, kept
-    )
-    return *(dx if needed else None for dx, needed in zip(results, needs)), None, None, None, None, None, None
+    results = _contrastive_bwd(*inputs, ctx.symmetric, stats, list(grads[:5]), needs, kept)
+    return *(dx if needed else None for dx, needed in zip(results, needs)), *(None,) * 7
 
 
 _contrastive_fwd.register_autograd(_backward, setup_context=_setup_context)

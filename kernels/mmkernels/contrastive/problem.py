@@ -20,7 +20,7 @@ class Problem:
     """Checked operands; `positives` int64 `[M]` with -1 for none; the teacher of the shapes of a and b.
 
     `cosines`: all of `a b^T`, `[M, N]`, which the blockwise path reads where it is given; else it computes tile by
-    tile, in each pass.
+    tile, in each pass. `exclude`: int64 `[M]`, the column that a row does not see, none where that is out of range.
     """
 
     a: Tensor
@@ -31,6 +31,7 @@ class Problem:
     teacher_b: Tensor | None
     symmetric: bool
     cosines: Tensor | None = None
+    exclude: Tensor | None = None
 
     @property
     def teacher(self) -> tuple[Tensor, Tensor] | None:
@@ -41,7 +42,8 @@ class Problem:
         positives = None if self.positives is None else self.positives[rows]
         teacher_a = None if self.teacher_a is None else self.teacher_a[rows]
         cosines = None if self.cosines is None else self.cosines[rows]
-        return replace(self, a=self.a[rows], positives=positives, teacher_a=teacher_a, cosines=cosines)
+        exclude = None if self.exclude is None else self.exclude[rows]
+        return replace(self, a=self.a[rows], positives=positives, teacher_a=teacher_a, cosines=cosines, exclude=exclude)
 
 
 class ContrastiveStats(NamedTuple):
@@ -89,6 +91,16 @@ def coefficients(problem: Problem, stats: ContrastiveStats, grads: list[Tensor])
     return Coefficients(row, col, positive, d_row_cross, d_col_cross)
 
 
+def of_seen(stats: ContrastiveStats, grads: list[Tensor]) -> tuple[ContrastiveStats, list[Tensor]]:
+    """What a backward goes by where a row or a column may see nothing: its log-sum-exp is a constant, -inf."""
+    found, of = {}, list(grads)
+    for place, name in ((0, "row_lse"), (1, "col_lse"), (3, "teacher_row_lse"), (4, "teacher_col_lse")):
+        lse = getattr(stats, name)
+        sees_nothing = lse == -torch.inf
+        found[name], of[place] = lse.masked_fill(sees_nothing, 0.0), of[place].masked_fill(sees_nothing, 0.0)
+    return stats._replace(**found), of
+
+
 def mean_cosine(problem: Problem) -> Tensor:
     """The mean of `a b^T`, float32 or float64, a scalar; of none, zero.
 
@@ -124,9 +136,12 @@ def add_positives(problem: Problem, weights: Tensor, da: Tensor | None, db: Tens
     return total
 
 
-def grad_total(grads: list[Tensor]) -> Tensor:
+def grad_total(problem: Problem, grads: list[Tensor]) -> Tensor:
     """The sum of dL/dS in float64: each row's and each column's probabilities sum to one."""
-    return torch.stack([d.sum(dtype=torch.float64) for d in grads]).sum()
+    d_row, d_col, d_positive, *d_crosses = grads
+    if problem.positives is not None:
+        d_positive = d_positive.where(problem.positives >= 0, 0.0)  # of none the logit is a constant
+    return torch.stack([d.sum(dtype=torch.float64) for d in (d_row, d_col, d_positive, *d_crosses)]).sum()
 
 
 def poisoned(stats: ContrastiveStats, broken: Tensor | None) -> ContrastiveStats:
