@@ -163,6 +163,7 @@ LOSS = OpSpec(
     differentiable=("a", "b", "logit_scale"),
 )
 
+UNSEEN = _variant("exclude", _shuffled, _exclude, cases=("random", "trained", "cone"))
 VARIANTS = (
     _variant("positives", _shuffled, reduction="none"),
     _variant("rows", _shuffled, symmetric=False, reduction="sum"),
@@ -170,7 +171,7 @@ VARIANTS = (
     _variant("queue", _shuffled, _negatives, symmetric=False),
     _variant("teacher", _shuffled, _momentum),
     _variant("smoothing", _shuffled, _negatives, label_smoothing=0.1),
-    _variant("exclude", _shuffled, _exclude, cases=("random", "trained", "cone")),
+    UNSEEN,
     _variant("exclude, everything", _labels, _negatives, _momentum, _exclude, cases=("random",)),
     _variant("everything", _labels, _negatives, _momentum, label_smoothing=0.1),
     _variant(

@@ -14,7 +14,7 @@ from mmkernels._launch import chunk_rows
 from mmkernels._numerics import log_sum_exp
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.contrastive.labels import first_match, label_sums
-from mmkernels.contrastive.loss import LinearMeans, Match, Options, checked_inputs, pair_losses, reduce
+from mmkernels.contrastive.loss import LinearMeans, Match, Options, check_unseen, checked_inputs, pair_losses, reduce
 from mmkernels.contrastive.op import STORED_LOGITS, broken_claim
 from mmkernels.contrastive.problem import MAX_LOGITS, ContrastiveStats, mean_cosine, poisoned
 from mmkernels.contrastive.problem import Problem as ContrastiveProblem
@@ -42,6 +42,7 @@ __all__ = [
     "broken_claim",
     "check_token_labels",
     "check_token_masks",
+    "check_unseen",
     "checked_inputs",
     "checked_sigmoid_operands",
     "contrastive_block",

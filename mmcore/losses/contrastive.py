@@ -22,6 +22,7 @@ from mmkernels.pieces import (
     Options,
     accumulator,
     broken_claim,
+    check_unseen,
     checked_inputs,
     contrastive_block,
     contrastive_block_grads,
@@ -46,6 +47,7 @@ class _Inputs(NamedTuple):
     teacher: tuple[Tensor, Tensor] | None
     negatives: Tensor | None
     broken: Tensor | None
+    exclude: Tensor | None
 
 
 def global_contrastive_loss(
@@ -53,6 +55,7 @@ def global_contrastive_loss(
     b: Tensor,
     logit_scale: float | Tensor,
     *,
+    exclude: Tensor | None = None,
     symmetric: bool = True,
     labels: tuple[Tensor, Tensor] | None = None,
     negatives: Tensor | None = None,
@@ -78,6 +81,9 @@ def global_contrastive_loss(
         b: features `[n, D]` of their partners, same dtype and device; n = m but for `labels`. The global batch is
             the ranks' rows in the order of the ranks.
         logit_scale: the multiplier itself, the same on every rank: a finite float or a tensor of one element.
+        exclude: int64 `[m]`, the column of this rank's own `b` that a row does not see, counted from 0 on every rank;
+            none where it is outside 0 to n - 1. NT-Xent of two views on any number of ranks is
+            `a = cat([x, y])`, `b = cat([y, x])` with the row's own features excluded.
         symmetric: False leaves the columns' half out.
         labels: int64 `[m]` and `[n]`: equal labels are positives, on whichever ranks they are.
         negatives: features `[K, D]`, constants, the same queue on every rank: appended to the columns once.
@@ -101,13 +107,16 @@ def global_contrastive_loss(
     """
     options = Options(symmetric, alpha, label_smoothing, normalized)
     if world_size_of(group) == 1:
-        return contrastive_loss(
-            a, b, logit_scale, labels=labels, negatives=negatives, teacher=teacher, **asdict(options)
-        )
+        given = {"exclude": exclude, "labels": labels, "negatives": negatives, "teacher": teacher}
+        return contrastive_loss(a, b, logit_scale, **given, **asdict(options))
 
     def check() -> tuple[_Inputs, Header]:
         inputs = _checked(a, b, logit_scale, labels, negatives, teacher, options)
+        if exclude is not None:
+            check_unseen(a, exclude, None, labels, options)
+        inputs = inputs._replace(exclude=exclude)
         given = {
+            "exclude": "none" if exclude is None else "given",
             "teacher": "none" if teacher is None else "given",
             "negatives": "none" if negatives is None else f"{len(negatives)} rows",
         }
@@ -143,7 +152,7 @@ def _checked(
         if negatives is not None:
             of_negatives = broken_claim(ContrastiveProblem(negatives, negatives, scale, None, None, None, False))
             broken = None if broken is None or of_negatives is None else broken | of_negatives
-    return _Inputs(a, b, scale, labels, teacher, negatives, broken)
+    return _Inputs(a, b, scale, labels, teacher, negatives, broken, None)
 
 
 def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_bytes: int) -> "tuple[Match, _Columns]":
@@ -171,8 +180,13 @@ def _columns(inputs: _Inputs, layout: Layout, options: Options, gather_limit_byt
         broken = broken > 0
     teacher_a, *teacher_b = inputs.teacher or (None,)
     shards = shards_of(layout, [inputs.b, *teacher_b], gather_limit_bytes)
+    exclude = inputs.exclude
+    if exclude is not None:
+        own = layout.cols_of(layout.rank)
+        is_there = (exclude >= 0) & (exclude < own.stop - own.start)
+        exclude = torch.where(is_there, exclude + own.start, -1)
     of_rows = first, labels, weights, inputs.negatives, teacher_a
-    return match, _Columns(layout, shards, *of_rows, options.symmetric, broken)
+    return match, _Columns(layout, shards, *of_rows, options.symmetric, broken, exclude)
 
 
 def _linear_means(inputs: _Inputs, layout: Layout, match: Match, target: Tensor, options: Options) -> LinearMeans:
@@ -208,13 +222,18 @@ class _Columns:
     teacher_a: Tensor | None
     symmetric: bool
     broken: Tensor | None  # bool [], on a GPU, whether the claim of unit norms is broken
+    exclude: Tensor | None  # int64 [m], the global column that a row does not see, -1 if none
 
     def blocks(self, a: Tensor, scale: Tensor) -> Iterator[tuple[slice | None, ContrastiveProblem]]:
         """Which columns of the batch, and the rows against them; the negatives, which are none, last."""
         for cols, (b, *of_teacher) in self.shards.blocks():
             place = in_block(self.positives, cols, len(b))
             teacher_b = of_teacher[0] if of_teacher else None
-            yield cols, ContrastiveProblem(a, b, scale, place, self.teacher_a, teacher_b, self.symmetric)
+            exclude = None if self.exclude is None else in_block(self.exclude, cols, len(b))
+            yield (
+                cols,
+                ContrastiveProblem(a, b, scale, place, self.teacher_a, teacher_b, self.symmetric, exclude=exclude),
+            )
         if self.negatives is not None:
             none = torch.full_like(self.positives, -1)
             teacher_b = None if self.teacher_a is None else self.negatives

@@ -32,6 +32,10 @@ class Case:
             taken["teacher"] = batch["teacher a"][rows], batch["teacher b"][cols]
         if "negatives" in self.tensors:
             taken["negatives"] = batch["negatives"]
+        if "exclude" in self.tensors:
+            # of a rank's own columns
+            exclude = batch["exclude"][rows]
+            taken["exclude"] = torch.where(exclude < 0, -1, exclude - (cols.start or 0))
         if "mask" in self.tensors:
             taken["mask"] = batch["mask"][rows]
         if "b mask" in self.tensors:
@@ -45,6 +49,7 @@ CASES = {
     "smoothing": Case(options={"label_smoothing": 0.2}), "negatives": Case(("negatives",)),
     "teacher": Case(("teacher",), {"alpha": 0.4}),
     "teacher and negatives": Case(("teacher", "negatives"), {"alpha": 0.4}),
+    "exclude": Case(("exclude", "teacher", "negatives"), {"alpha": 0.4}),
     "everything": Case(("labels", "teacher", "negatives"), EVERYTHING),
     "everything, rows alone": Case(("labels", "teacher", "negatives"), EVERYTHING | {"symmetric": False}),
     "normalized": Case(("labels", "negatives"), {"normalized": True}),
@@ -78,6 +83,8 @@ def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     found = {name: features(NUM) for name in names} | {"negatives": features(5)}
     found["row labels"] = torch.randint(0, 6, (NUM,), generator=generator)
     found["col labels"] = torch.randint(1, 7, (NUM,), generator=generator)
+    # on the row's rank in each layout
+    found["exclude"] = torch.tensor([1, 0, 1, *[-1] * 6, 10, 11, 9])
     found["tokens"] = F.normalize(torch.randn(NUM, 4, DIM, generator=generator, dtype=dtype), dim=2)
     found["mask"] = torch.rand(NUM, 4, generator=generator) < 0.7
     found["texts"] = F.normalize(torch.randn(NUM, 3, DIM, generator=generator, dtype=dtype), dim=2)

@@ -10,7 +10,7 @@ from bench.ops import sigmoid as pairs
 from bench.ops import token_contrastive as tokens
 from bench.ops.adamw import AVERAGED
 from bench.ops.attention import BIAS, BLOCKS, CAUSAL, DROPOUT, INTERVALS, PADDED, PLAIN, SEGMENTS
-from bench.ops.contrastive import LOSS, VARIANTS
+from bench.ops.contrastive import LOSS, UNSEEN, VARIANTS
 from bench.ops.distill import SPECS as DISTILL
 from bench.ops.ema import EMA, SHADOWED
 from bench.ops.ewc import EWC, FISHER
@@ -54,7 +54,8 @@ OPS = {
             (STATS, STATS.shapes[1]),
             *((x, x.shapes[-1]) for x in (STATS, LOSS, VARIANTS[-1])),
             # of these a shift serves, in bfloat16
-            *((replace(x, cases=("cone",)), x.shapes[-1]) for x in (STATS, LOSS)),
+            *((replace(x, cases=("cone",)), x.shapes[-1]) for x in (STATS, LOSS, UNSEEN)),
+            (UNSEEN, UNSEEN.shapes[-1]),
         ),
     ),
     "distill": Op(distill, tuple((x, shape) for x in DISTILL for shape in x.shapes[1:]), ("plain", "sharp")),
@@ -141,6 +142,8 @@ the teacher's expectation of its own logits: contrastive_fwd cosines@1 -> of_tea
 positive counted twice: _grad_tile positives -> None
 positives of the first tile taken for all: contrastive_fwd start -> 0
 positives' gradient of b lost: contrastive_bwd db@2 -> None
+what is not seen counted: contrastive_fwd exclude@3 -> None
+gradient of what is not seen: _grad_tile exclude@2 -> None
 # contrastive kernel
 wrong factor on da: contrastive_bwd mul_ -> _.mul_(1.001)
 wrong factor on a pair's da: _contrastive_pairs_grad_kernel factor -> 1.001 * _
@@ -157,6 +160,10 @@ gradient's unit not taken back: contrastive_bwd unit -> 1
 natural units of the weights taken for binary ones: _contrastive_weights_kernel per_nat -> 1.0
 second chunk's rows those of the first: _products rows@1 -> slice(0, _.stop - _.start)
 teacher's share of dL/dS lost: _contrastive_bwd_kernel _softmaxes@1 -> 0 * _
+what is not seen counted: _contrastive_fwd_kernel _seen@0 -> _0
+what is not seen counted under a shift: _contrastive_fwd_kernel _seen@3 -> _0
+gradient of what is not seen: _contrastive_bwd_kernel _seen@0 -> _0
+gradient of what is not seen under a shift: _contrastive_bwd_kernel _seen@1 -> _0
 # distill blockwise
 student's temperature taken for the teacher's: _forward 1@1 -> 0
 centre ignored in forward: _forward center -> None

@@ -119,7 +119,7 @@ def _grad_tile(
     center: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """Write a tile of dL/dS, zero at the positives and where nothing is seen; returns its share of the scale's gradient."""
+    """Write a tile of dL/dS, zero at positives and at what is excluded; returns its share of the scale's gradient."""
     of_rows, of_cols = place
     cosines = _cosines(problem, of_rows, of_cols)
     exclude = None if problem.exclude is None else problem.exclude[of_rows] - of_cols.start

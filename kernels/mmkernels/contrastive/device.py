@@ -327,8 +327,8 @@ def _contrastive_bwd_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """dL/dS of rows `first_row` to M in units, zero at the positives and where nothing is seen; the sum of it times the products less their
-    center."""
+    """dL/dS of rows `first_row` to M in units, zero at the positives and at what is excluded; the sum of it times the
+    products less their center."""
     tiles_m, tiles_n = tl.cdiv(M - first_row, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
     if ALWAYS:
