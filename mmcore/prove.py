@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -102,19 +102,19 @@ def main(arguments: list[str]) -> None:
 def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[Found]:
     """Trains, measures and prints a line a figure and, where it `draws`, the sheets of held-out records; every rank
     alike, of which the first measures."""
-    train, folders = importlib.import_module("mmcore.train.trainer").train, []
-    for i, (recipe, flags) in enumerate(proof.runs):
-        words = [*flags.format(*folders).split(), "--out", str(root / f"{i}-{recipe}")]
-        folders.append(train(recipe, parse(recipe, words, f"mmcore train {recipe}"), is_quiet=True))
+    last = _trained(proof.runs, root)
+    without = _trained(proof.without, root / "without") if proof.without else None
     if dist.get_rank():
         return []
-    subject = subject_of(read_run(folders[-1]))
+    subject = subject_of(read_run(last))
     others = replace(subject, data=with_other_images(subject.data), own=subject.data)
-    values, control = follow(subject), follow(others)
+    values, controls = follow(subject), {"others": follow(others)}
+    if without is not None:
+        controls["without"] = follow(subject_of(read_run(without)))
     found = []
     for c in proof.claims:
         ceiling = c.floor if c.ceiling is None else c.ceiling
-        found.append(Found(name, c.figure, values[c.value], control[c.value], c.floor, ceiling))
+        found.append(Found(name, c.figure, values[c.value], controls[c.control][c.value], c.floor, ceiling))
     for figure in found:
         print(figure.line)
     if draws:
@@ -123,6 +123,15 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
         print("  pictures:", ", ".join(str(file) for file in files if file.suffix == ".png"))
     sys.stdout.flush()
     return found
+
+
+def _trained(runs: Sequence[tuple[str, str]], root: Path) -> Path:
+    """The folder of the last of them."""
+    train, folders = importlib.import_module("mmcore.train.trainer").train, []
+    for i, (recipe, flags) in enumerate(runs):
+        words = [*flags.format(*folders).split(), "--out", str(root / f"{i}-{recipe}")]
+        folders.append(train(recipe, parse(recipe, words, f"mmcore train {recipe}"), is_quiet=True))
+    return folders[-1]
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,10 @@ class Recipe(ABC):
     def build(self, assets: Any) -> nn.Module:
         """The model with the weights of `assets.frozen`, the others new; what learns has `requires_grad`."""
 
+    def prepare(self, data: Any, assets: Any, rank: int, world_size: int) -> None:  # noqa: B027 (a hook, not a duty)
+        """What is made before the first step of a run or of its continuation, on every rank alike, such as features of
+        a tower that does not learn."""
+
     def initial(self, assets: Any, model: Any) -> Mapping[str, Tensor]:
         """Weights that a new run's model starts from, by name; the others stay as `build` made them."""
         return {}
@@ -330,12 +334,14 @@ class Claim:
         value: its name among those that the recipe's tasks follow, such as "zero-shot top-1".
         floor: that it has to reach, at most 1.
         ceiling: that the control has to stay below; None = the floor.
+        control: "others", the same model shown the images of other records; "without", the last of `Proof.without`.
     """
 
     figure: str
     value: str
     floor: float
     ceiling: float | None = None
+    control: Literal["others", "without"] = "others"
 
 
 @dataclass(frozen=True)
@@ -344,8 +350,10 @@ class Proof:
 
     Args:
         runs: name and flags of each run, the last of which is measured; "{0}" in a flag is the folder of the first.
-        claims: what it shows. The control is the same model shown the images of other records.
+        claims: what it shows, beside a control.
+        without: as `runs`, what is trained without the method, or without what it needs.
     """
 
     runs: Sequence[tuple[str, str]]
     claims: Sequence[Claim]
+    without: Sequence[tuple[str, str]] = ()

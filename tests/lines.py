@@ -4,10 +4,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {
-    "clip": 900,
+    "clip": 1150,
     "blip2": 1700,
     "llava": 2900,
-    "siglip": 230,
+    "siglip": 240,
     "mae": 260,
     "filip": 140,
     "xclip": 150,

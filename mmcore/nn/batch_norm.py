@@ -14,8 +14,8 @@ from mmcore.ops import untransformed
 class BatchNorm(_BatchNorm):
     """Normalises each channel by the mean and variance of all ranks' batches: y = (x - mean) / sqrt(var + eps) w + b.
 
-    Statistics are float32, whatever the weights are: a momentum of .1 would stall in bfloat16. In evaluation mode, and
-    in a single process, it is torch's (arXiv:1502.03167). Ranks may hold batches of different sizes.
+    Statistics are at least float32, whatever the weights are: a momentum of .1 would stall in bfloat16. In evaluation
+    mode, and in a single process, it is torch's (arXiv:1502.03167). Ranks may hold batches of different sizes.
 
     Args:
         num_features: C of inputs [B, C] or [B, C, ...].
@@ -27,8 +27,8 @@ class BatchNorm(_BatchNorm):
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         if is_alone or not self.training:
             return super().forward(input)
-        wide, axes = input.float(), [0, *range(2, input.ndim)]
-        count = torch.full((1,), input.numel() / max(1, input.shape[1]), device=input.device)
+        wide, axes = _wide(input), [0, *range(2, input.ndim)]
+        count = wide.new_full((1,), input.numel() / max(1, input.shape[1]))
         sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
         total, squares, count = all_sum(sums).split([self.num_features, self.num_features, 1])
         mean = total / count
@@ -42,12 +42,14 @@ class BatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        if self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(var, share)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(var.to(self.running_var.dtype), share)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2 or input.shape[1] != self.num_features:
@@ -56,8 +58,12 @@ class BatchNorm(_BatchNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
         super()._apply(fn, recurse)
         if self.running_mean is not None and self.running_var is not None:
-            self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
+            self.running_mean, self.running_var = _wide(self.running_mean), _wide(self.running_var)
         return self
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def all_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

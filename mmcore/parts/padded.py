@@ -4,6 +4,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tokenizers import Regex, normalizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mmcore.data.text.wordpiece import train_wordpiece
 from mmcore.ops import require
 from mmcore.parts.language import tiny_tokenizer
 from mmcore.weights.files import LOCAL, read_json
@@ -62,6 +64,13 @@ def load_folder_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:
         why = str(error).splitlines()[0]
         raise ValueError(f"load_folder_tokenizer: folder must hold a tokenizer, got {folder}: {why}") from None
     return PaddedTokenizer(tokenizer, context_length, lower=False)
+
+
+def learned_wordpiece(captions: Sequence[str], vocab_size: int, context_length: int) -> PaddedTokenizer:
+    """BERT's WordPiece of at most `vocab_size` words, learned from captions: [CLS], the caption, [SEP]."""
+    with TemporaryDirectory() as folder:
+        train_wordpiece(captions, vocab_size=vocab_size).save(folder)
+        return load_folder_tokenizer(Path(folder), context_length)
 
 
 def load_padded_tokenizer(folder: Path, context_length: int) -> PaddedTokenizer:

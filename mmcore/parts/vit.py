@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Fit, Interpolation, Preprocess, normalized
 from mmcore.data.transforms.masks import gather
-from mmcore.nn import ACTIVATIONS, Transformer, sincos_positions
+from mmcore.nn import ACTIVATIONS, Transformer, interpolate_positions, sincos_positions
 from mmcore.nn.transformer import Pool
 from mmcore.ops import require
 
@@ -129,6 +129,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.image_size = config.image_size
+        self.has_any_size = False  # images of other multiples of the patches' size are read too
         width = config.width
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.has_patch_bias)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5) if config.has_class_token else None
@@ -146,8 +147,9 @@ class ViT(nn.Module):
         """The states of the class token and of the patches.
 
         Args:
-            images: [B, 3, S, S], S the configured image size; uint8, or floating point where they are normalised
-                already; B may be 0.
+            images: [B, 3, S, S], S the configured image size or, with `has_any_size`, another multiple of the patches',
+                whose positions are interpolated; uint8, or floating point where they are normalised already; B may be
+                0.
             kept: int64 [B, K], the patches that are read, in the order of their states; None = all P. The class token
                 always is.
             pool: takes of the last layer's states `[B, 1 + P, D]` those that are wanted.
@@ -159,7 +161,9 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """What the transformer reads, of shapes as in `forward`."""
-        size = self.image_size
+        size, patch = self.image_size, self.config.patch_size
+        if self.has_any_size and images.ndim == 4 and images.shape[-1] >= patch and images.shape[-1] % patch == 0:
+            size = images.shape[-1]
         fits = images.ndim == 4 and images.shape[1:] == (3, size, size)
         require("ViT", fits, "images must be [B, 3, {}, {}], got {}", size, size, list(images.shape))
         if images.dtype == torch.uint8:
@@ -169,7 +173,7 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self.position_embedding.to(self.patch_embed.weight.dtype)  # a buffer stays float32 under bf16 weights
+        x = x + self._positions(size).to(self.patch_embed.weight.dtype)  # a buffer stays float32 under bf16 weights
         if kept is not None:
             fits = kept.ndim == 2 and len(kept) == len(x) and kept.shape[1] > 0 and kept.dtype == torch.int64
             got = f"{kept.dtype} {list(kept.shape)}"
@@ -178,3 +182,11 @@ class ViT(nn.Module):
                 kept = F.pad(kept + 1, (1, 0))  # the class token is row 0
             x = gather(x, kept)
         return self.norm_pre(x)
+
+    def _positions(self, size: int) -> Tensor:
+        if size == self.image_size:
+            return self.position_embedding
+        num, num_prefix = (size // self.config.patch_size) ** 2, int(self.config.has_class_token)
+        if self.config.positions == "learned":
+            return interpolate_positions(self.position_embedding, num, num_prefix=num_prefix)
+        return sincos_positions(self.config.width, num, num_prefix=num_prefix).to(self.position_embedding.device)

@@ -69,6 +69,7 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
     start = on_rank_zero(lambda: _prepare(name, recipe, data, world_size))
     saved = json.loads((start.folder / "config.json").read_text())
     assets = read_assets(recipe, start.folder, saved)
+    recipe.prepare(data, assets, rank, world_size)
     loader = recipe.loader(data, assets, recipe.spec(rank, world_size))
     model = _model(recipe, assets, start)
     engine = _engine(recipe, start, model, world_size)

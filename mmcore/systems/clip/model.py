@@ -139,8 +139,8 @@ def _text_tower(config: TowersConfig) -> Any:
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """Rows of norm 1, float32."""
-    return F.normalize(x.float(), dim=-1)
+    """Rows of norm 1, float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 class CLIP(nn.Module):
@@ -162,7 +162,7 @@ class CLIP(nn.Module):
         """As every module's; parts whose names begin with one of `locked` stay in evaluation mode."""
         super().train(mode)
         for name, module in self.named_modules():
-            if name.startswith(self.locked) and self.locked:
+            if self.locked and f"{name}.".startswith(self.locked):
                 module.training = False
         return self
 
@@ -217,7 +217,11 @@ class CLIP(nn.Module):
             return self.visual.features(images, kept)
         image_features = None if images is None else self.encode_image(images, kept)
         text_features = None if tokens is None else self.encode_text(tokens, lengths)
-        return image_features, text_features, self.logit_scale.float().exp()
+        return image_features, text_features, self.scale()
+
+    def scale(self) -> Tensor:
+        """What similarities are multiplied by, [1], at least float32."""
+        return self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp()
 
     def image_tower(self) -> Tower:
         """The image tower for models that read its states: without the last layer, as LAVIS and LLaVA have it, since

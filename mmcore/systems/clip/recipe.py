@@ -29,11 +29,14 @@ from mmcore.weights.pictures import RULES
 
 
 class ClipBatch(NamedTuple):
-    """Images uint8 [B, 3, S, S], tokens int64 [B, T], and how many of each caption's count."""
+    """Images uint8 [B, 3, S, S], or what a locked tower made of them, [B, D]; tokens int64 [B, T], and how many of each
+    caption's count; the patches that are read, int64 [B, K], or None for all; labels [B] of a recipe that has some."""
 
     images: Tensor
     tokens: Tensor
     lengths: list[int]
+    kept: Tensor | None = None
+    labels: Tensor | None = None
 
 
 CLIPS, CAPTIONS = "clip", "captions"
@@ -80,14 +83,18 @@ class Clip(TwoTowers):
         return (Rule("logit_scale", clamp=(0.0, math.log(100.0))),)
 
     def assets(self, data: PairData) -> PairAssets:
-        check_flags(self)
+        self.check()
         assets = self._assets(data)
         if self.activation_checkpointing:
             with torch.device("meta"):
-                CLIP(assets.shape).set_activation_checkpointing(True)  # which some towers cannot
+                self.make(assets.shape).set_activation_checkpointing(True)  # which some towers cannot
         locked = locked_names(self, assets.shape)
         frozen = {n: x for n, x in self.initial(assets, None).items() if locked and n.startswith(locked)}
         return replace(assets, frozen=frozen)
+
+    def check(self) -> None:
+        """Raises a ValueError for flags that contradict each other."""
+        check_flags(self)
 
     def _assets(self, data: PairData) -> PairAssets:
         if self.vision is not None or self.text is not None:
@@ -189,6 +196,9 @@ class Clip(TwoTowers):
             return ClipBatch(batch.images, batch.tokens, caption_lengths(batch.tokens, text.eos_token_id))
         return ClipBatch(batch.images, batch.tokens, (batch.tokens != text.pad_token_id).sum(1).tolist())
 
+    def features(self, model: Any, batch: ClipBatch) -> tuple[Tensor, ...]:
+        return model(batch.images, batch.tokens, batch.lengths, batch.kept)
+
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[ClipBatch], step: Step) -> dict[str, Tensor]:
         image, text, scale = features
         return {"loss": global_contrastive_loss(image, text, scale)}
@@ -208,8 +218,10 @@ def _fitted(text: TextConfig, tokenizer: Tokenizer, vocab_size: int) -> TextConf
 @torch.no_grad()
 def _with_features(model: Any, batch: ClipBatch) -> ClipBatch:
     """With what a locked tower makes of the images in their place."""
-    features = batch.images if batch.images.ndim == 2 else model(batch.images, None, only_features=True)
-    return batch._replace(images=features)
+    if batch.images.ndim == 2:
+        return batch
+    features = model(batch.images, None, None, batch.kept, only_features=True)
+    return batch._replace(images=features, kept=None)
 
 
 PROOF = Proof(

@@ -93,4 +93,4 @@ class DeCLIP(CLIP):
         masked = self.words(states, batch.labels).sum(1, keepdim=True)
         count = (batch.labels != IGNORED).sum(1, keepdim=True).to(masked.dtype)
         units = [unit_norm(x) for x in (*views, text, self.text(batch.changed))]
-        return *units, siamese, masked, count, self.logit_scale.float().exp()
+        return *units, siamese, masked, count, self.scale()

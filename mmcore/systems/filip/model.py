@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.parts.image_tower import ImageTower
 from mmcore.parts.vit import ViT
-from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, eos_positions
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, eos_positions, unit_norm
 
 
 class ImageTokens(ImageTower):
@@ -39,14 +38,10 @@ class FILIP(CLIP):
 
     def encode_image(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] to [B, 1 + P, E], float32."""
-        return _unit_norm(self.visual(images, kept))
+        return unit_norm(self.visual(images, kept))
 
     def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """[B, T] to [B, T, E], float32; 0 behind the end token."""
         ends = eos_positions(tokens, self.text.eos_token_id)
         is_padding = torch.arange(tokens.shape[1], device=tokens.device) > ends[:, None]
-        return _unit_norm(self.text(tokens)).masked_fill(is_padding[:, :, None], 0)
-
-
-def _unit_norm(x: Tensor) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        return unit_norm(self.text(tokens)).masked_fill(is_padding[:, :, None], 0)

@@ -74,7 +74,7 @@ class Slip(WithViews):
         return SlipBatch(pairs, torch.stack([x.views for x in samples]))
 
     def features(self, model: Runner, batch: SlipBatch) -> tuple[Tensor, ...]:
-        return model(*batch.pairs, views=batch.views)
+        return model(*batch.pairs[:4], views=batch.views)
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
         image, text, first, second, scale = features

@@ -35,4 +35,4 @@ class XCLIP(CLIP):
         text = None if tokens is None else self.text(tokens, lengths)
         unit = [None if x is None else unit_norm(x) for x in (image, text)]
         logits = [None if x is None else head(x) for x, head in ((image, self.image_head), (text, self.text_head))]
-        return *unit, *logits, self.logit_scale.float().exp()
+        return *unit, *logits, self.scale()

@@ -45,7 +45,7 @@ class XClip(Clip):
         return XCLIP(shape, self.clusters, self.head_width)
 
     def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
-        return model(*batch, with_heads=True)
+        return model(*batch[:4], with_heads=True)
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
         image, text, of_image, of_text, scale = features

@@ -29,7 +29,7 @@ def make() -> XCLIP:
 
 def test_the_loss_is_the_formula_on_the_models_own_outputs() -> None:
     recipe, model = XClip(clusters=8, head_width=16, sharpness=0.25, smoothness=2.0), make()
-    features = recipe.features(model, (*batch(), None))
+    features = recipe.features(model, batch())
     losses = recipe.objective(features, [], Step(0, 1, 0))
     image, text, a, b, scale = features
     logits, own = scale * image @ text.T, torch.arange(6)
