@@ -119,16 +119,15 @@ class Declip(WithViews):
         return {"loss": torch.stack([weights[name] * x for name, x in losses.items()]).sum(), **losses}
 
     def _nearest(self, images: Sequence[Tensor], texts: Sequence[Tensor], scale: Tensor, step: Step) -> Tensor:
-        """Images against the nearest of earlier captions, none of this step; 0 where there are none yet."""
-        bank = step.companions.get("bank")
-        if not isinstance(bank, FeatureQueue):
-            return scale.new_zeros(())
-        known = bank.filled
-        found = [nearest(x.detach(), known) for x in texts] if len(known) else []
-        for x in reversed(texts):
-            bank.enqueue(x.detach(), group=dist.group.WORLD if dist.is_initialized() else None)
+        """Images against the nearest of earlier captions, none of this step; in the first, against their own."""
+        found, bank = [x.detach() for x in texts], step.companions.get("bank")
+        if isinstance(bank, FeatureQueue):  # a plan has none
+            own, known = found, bank.filled
+            found = [nearest(x, known) for x in own] if len(known) else own
+            for x in reversed(own):
+                bank.enqueue(x, group=dist.group.WORLD if dist.is_initialized() else None)
         losses = [global_contrastive_loss(x, y, scale, symmetric=False) for x in images for y in found]
-        return torch.stack(losses).mean() if losses else scale.new_zeros(())
+        return torch.stack(losses).mean()
 
 
 def nearest(rows: Tensor, known: Tensor) -> Tensor:

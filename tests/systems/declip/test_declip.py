@@ -78,8 +78,11 @@ def test_the_loss_is_the_published_sum() -> None:
 def test_the_bank_gives_no_caption_of_the_step_and_then_has_them() -> None:
     recipe, model, given = Declip(), make(), batch()
     bank = FeatureQueue(64, 12)
-    losses = recipe.objective(recipe.features(model, given), [], Step(0, 1, 0, {"bank": bank}))
-    assert losses["nearest"] == 0 and bank.num_enqueued == 12
+    features = recipe.features(model, given)
+    losses = recipe.objective(features, [], Step(0, 1, 0, {"bank": bank}))
+    own = sum(contrast(x, y, features[-1], False) for x in features[:2] for y in features[2:4]) / 4
+    torch.testing.assert_close(losses["nearest"], own)
+    assert bank.num_enqueued == 12
     rows = F.normalize(torch.randn(4, 12), dim=1)
     assert not torch.isin(nearest(rows, bank.filled), rows).any()
     again = recipe.objective(recipe.features(model, given), [], Step(1, 2, 0, {"bank": bank}))
