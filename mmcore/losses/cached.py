@@ -306,8 +306,9 @@ class _Side:
         of = split(self.num_rows, count)
         if self.encoder is None:
             return [Run(partial(tuple, [x[rows] for x in self.arguments]), learns=False) for rows in of]
-        is_module, given = isinstance(self.encoder, nn.Module), [*self.arguments, *self.named.values()]
-        learns = not is_module or any(p.requires_grad for p in self.encoder.parameters())  # pyright: ignore[reportAttributeAccessIssue]
+        given, learns = [*self.arguments, *self.named.values()], True
+        if isinstance(self.encoder, nn.Module):
+            learns = any(p.requires_grad for p in self.encoder.parameters())
         learns = learns or any(isinstance(x, Tensor) and x.requires_grad for x in given)
         return [Run(partial(self._encode, rows), learns) for rows in of]
 
@@ -320,14 +321,9 @@ class _Side:
 def _sides(encoders: Callable[..., Any] | Sequence[Callable[..., Any] | None], inputs: Sequence[Any]) -> list[_Side]:
     is_list = isinstance(inputs, (list, tuple)) and len(inputs) > 0
     require(OP, is_list, "inputs must be a list of what each encoder takes, got {}", type(inputs).__name__)
-    given = list(encoders) if isinstance(encoders, (list, tuple)) else [encoders] * len(inputs)
-    require(
-        OP,
-        len(given) == len(inputs),
-        "encoders must be one, or {}, one for each input, got {}",
-        len(inputs),
-        len(given),
-    )
+    given: list[Any] = list(encoders) if isinstance(encoders, (list, tuple)) else [encoders] * len(inputs)
+    what = "encoders must be one, or {}, one for each input, got {}"
+    require(OP, len(given) == len(inputs), what, len(inputs), len(given))
     sides = []
     for i, (encoder, x) in enumerate(zip(given, inputs, strict=True)):
         require(OP, encoder is None or callable(encoder), "encoders[{}] must be callable, got {!r}", i, encoder)

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch.distributed as dist
 from torch import nn
 
 from mmcore.nn import BatchNorm, Linear
@@ -24,3 +25,9 @@ def projection_head(sizes: Sequence[int], *, ends_normalised: bool = False) -> n
         if not is_last:
             layers[f"relu{i}"] = nn.ReLU()
     return nn.Sequential(layers)
+
+
+def check_batch(op: str, batch_size: int) -> None:
+    """Raises a ValueError where a BatchNorm over all ranks would have one row alone."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    require(op, batch_size * ranks >= 2, "--batch-size must be at least 2, which BatchNorm needs, got {}", batch_size)

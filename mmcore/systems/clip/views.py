@@ -11,6 +11,7 @@ from torch import Tensor
 from mmcore.data import PairData
 from mmcore.data.transforms.views import MOCO_V2, seen
 from mmcore.ops import require
+from mmcore.parts.heads import check_batch
 from mmcore.recipe import Runner
 from mmcore.systems.clip.recipe import Clip
 from mmcore.two_towers import PairAssets
@@ -30,6 +31,7 @@ class WithViews(Clip):
 
     def assets(self, data: PairData) -> PairAssets:
         op = type(self).__name__.lower()
+        check_batch(op, self.run.batch_size)
         require(op, 0 < self.view_scale <= 1, "--view-scale must be above 0 and at most 1, got {}", self.view_scale)
         require(op, 0 <= self.view_flip <= 1, "--view-flip must be in [0, 1], got {}", self.view_flip)
         for flag, locks in (("image", self.lock_image), ("text", self.lock_text)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +78,7 @@ class Declip(WithViews):
     def make(self, shape: Any) -> DeCLIP:
         return DeCLIP(shape, self.head_width, self.head_width // 2)
 
-    def sample(self, assets: PairAssets, record: Any, rng: np.random.Generator) -> DeclipSample:
+    def sample(self, assets: PairAssets, record: Any, rng: np.random.Generator) -> DeclipSample:  # pyright: ignore[reportIncompatibleMethodOverride]
         caption = record.caption(rng)
         first, second = self.views(assets, record, rng)
         pair = PairSample(first, caption, record.label(caption), record.image_id, record.question)
@@ -89,9 +90,9 @@ class Declip(WithViews):
         is_word = (places > 0) & (places < ends[:, None])
         # the tokens that begin and end a caption come behind all words
         num_words = int(batch.tokens.gather(1, torch.stack([torch.zeros_like(ends), ends], 1)).min())
-        options = {"mask_id": MASKED, "num_words": num_words}
+        hide = partial(mask_tokens, mask_id=MASKED, num_words=num_words)
         hidden = [
-            mask_tokens(tokens, words, self.mask_rate, np.random.default_rng(x.seed), **options)
+            hide(tokens, words, self.mask_rate, np.random.default_rng(x.seed))
             for tokens, words, x in zip(batch.tokens, is_word, samples, strict=True)
         ]
         tokens, labels = (torch.stack(x) for x in zip(*hidden, strict=True))
@@ -101,7 +102,7 @@ class Declip(WithViews):
     def companions(self, model: Any) -> Mapping[str, nn.Module]:
         return {"bank": FeatureQueue(self.bank_size, model.module.config.embed_dim).to(model.device)}
 
-    def features(self, model: Runner, batch: DeclipBatch) -> tuple[Tensor, ...]:
+    def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
         return model(*batch)
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:

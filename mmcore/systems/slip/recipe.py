@@ -73,7 +73,7 @@ class Slip(WithViews):
         pairs = Clip.collate(self, assets, [x.pair for x in samples])
         return SlipBatch(pairs, torch.stack([x.views for x in samples]))
 
-    def features(self, model: Runner, batch: SlipBatch) -> tuple[Tensor, ...]:
+    def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:
         return model(*batch.pairs[:4], views=batch.views)
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:

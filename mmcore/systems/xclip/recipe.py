@@ -10,6 +10,7 @@ from torch import Tensor
 from mmcore.data import PairData
 from mmcore.losses import global_assignment_losses, global_contrastive_loss
 from mmcore.ops import require
+from mmcore.parts.heads import check_batch
 from mmcore.recipe import Claim, Proof, Runner, Step
 from mmcore.systems.clip.recipe import Clip
 from mmcore.systems.xclip.model import XCLIP
@@ -39,6 +40,7 @@ class XClip(Clip):
         require("xclip", self.head_width >= 1, "--head-width must be at least 1, got {}", self.head_width)
         for flag, value in (("sharpness", self.sharpness), ("smoothness", self.smoothness)):
             require("xclip", value >= 0, "--{} must be at least 0, got {}", flag, value)
+        check_batch("xclip", self.run.batch_size)
         return super().assets(data)
 
     def make(self, shape: Any) -> XCLIP:

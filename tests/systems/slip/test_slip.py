@@ -14,6 +14,7 @@ from mmcore.recipe import Step
 from mmcore.systems.clip.recipe import ClipBatch
 from mmcore.systems.slip.model import SLIP
 from mmcore.systems.slip.recipe import Slip, SlipBatch, nt_xent
+from mmcore.train.config import RunConfig
 from tests.systems.clip.test_weights import small_config
 
 
@@ -67,6 +68,7 @@ def test_the_two_views_of_an_image_are_drawn_apart() -> None:
 @pytest.mark.parametrize(("flags", "said"), [
     ({"ssl_temperature": 0.0}, "--ssl-temperature must be above 0"), ({"ssl_scale": -1.0}, "--ssl-scale must be at"),
     ({"ssl_hidden": 0}, "--ssl-hidden must be at least 1, got 0"), ({"view_scale": 2.0}, "--view-scale must be above"),
+    ({"run": RunConfig(batch_size=1)}, "--batch-size must be at least 2, which BatchNorm needs, got 1"),
 ])  # fmt: skip
 def test_flags_that_mean_nothing_are_refused(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mmcore.recipe import Step
 from mmcore.systems.clip.weights import load_clip, save_clip
 from mmcore.systems.xclip.model import XCLIP
 from mmcore.systems.xclip.recipe import XClip
+from mmcore.train.config import RunConfig
 from tests.systems.clip.test_weights import small_config
 
 
@@ -72,7 +74,8 @@ class _Assets:
 @pytest.mark.parametrize(("flags", "said"), [
     ({"clusters": 1}, "--clusters must be at least 2, got 1"), ({"head_width": 0}, "--head-width must be at least 1"),
     ({"smoothness": -1.0}, "--smoothness must be at least 0, got -1.0"),
+    ({"run": RunConfig(batch_size=1)}, "--batch-size must be at least 2, which BatchNorm needs, got 1"),
 ])  # fmt: skip
-def test_flags_that_mean_nothing_are_refused(flags: dict[str, float], said: str) -> None:
+def test_flags_that_mean_nothing_are_refused(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         XClip(**flags).assets(None)  # pyright: ignore[reportArgumentType]
