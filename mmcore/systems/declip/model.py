@@ -92,5 +92,5 @@ class DeCLIP(CLIP):
         text, states = self.text(batch.tokens, with_words=True)
         masked = self.words(states, batch.labels).sum(1, keepdim=True)
         count = (batch.labels != IGNORED).sum(1, keepdim=True).to(masked.dtype)
-        units = [unit_norm(x) for x in (*views, text, self.text(batch.changed))]
+        units = [unit_norm(x) for x in (*views, text, self.text(batch.changed, with_words=True)[0])]
         return *units, siamese, masked, count, self.scale()
