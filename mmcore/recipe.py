@@ -101,7 +101,7 @@ class Embeds:
         preprocess: what it wants of an image.
         states: uint8 [B, 3, S, S] to what of images is computed once, [B, ...].
         image: states to unit vectors, [B, E], or [B, Q, E] of which the nearest counts.
-        text: B texts to unit vectors [B, E].
+        text: B texts to unit vectors [B, E]; or [B, T, E], zeros where padded, for late interaction with [B, Q, E].
     """
 
     preprocess: Preprocess
@@ -128,6 +128,7 @@ class Recipe(ABC):
     - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
+    - `projects(assets, model, device) -> Callable[[Tensor], Tensor]`: images to what a head makes of them; projection.
     - `reconstructs(assets, model, device) -> Reconstructs`: images from some of their patches; reconstruction.
     - `export(assets, model, folder, format)`: `mmcore export`.
     - `image_tower(assets, model) -> Tower`: what `--vision RUN` of other recipes starts from.
@@ -141,6 +142,8 @@ class Recipe(ABC):
     """What it is measured by, the first of which the progress bar shows; names of modules in mmcore.tasks."""
     accumulates: ClassVar[bool] = True
     """Whether a step may come in micro-batches, --accum."""
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of weights that nothing but training needs, which an export leaves out."""
     formats: ClassVar[tuple[str, ...]] = ()
     """Of `export`, the first of them the default; none = there is no export."""
 
@@ -304,7 +307,8 @@ class OnLanguageModel(Recipe):
 @dataclass(frozen=True)
 class Contrastive(Recipe):
     """Mixin: the loss is of all samples of a step at once, however many micro-batches they come in (GradCache,
-    arXiv:2101.06983): `features` of each, then `objective` of all. The model must be deterministic."""
+    arXiv:2101.06983): `features` of each, then `objective` of all. A micro-batch is run twice, with the same
+    random numbers of torch."""
 
     @abstractmethod
     def features(self, model: Runner, batch: Any) -> tuple[Tensor, ...]:

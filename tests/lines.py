@@ -3,7 +3,17 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {"clip": 1150, "blip2": 1700, "llava": 2900, "siglip": 240, "mae": 260}
+LIMITS = {
+    "clip": 1150,
+    "blip2": 1700,
+    "llava": 2900,
+    "siglip": 240,
+    "mae": 260,
+    "filip": 140,
+    "xclip": 150,
+    "declip": 290,
+    "slip": 220,
+}
 """Own lines of a system at most."""
 
 

@@ -36,7 +36,7 @@ ALLOWED: dict[str, str] = {
     "mmcore.train.schedules": "ema",
     "mmcore.train.optim": "ema optim train.schedules",
     "mmcore.train.config": "",
-    "mmcore.train.accumulate": "",
+    "mmcore.train.accumulate": "losses",
     "mmcore.report": "data",
     "mmcore.parts": "weights data nn systems",
     "mmcore.weights": "data",

@@ -47,6 +47,10 @@ def test_transformers_trainer_under_deepspeed_learns_on_two_ranks() -> None:
     assert numbers(said, r"scans: ([\d.]+)")[0] > 0.75
 
 
+def test_pages_are_found_by_late_interaction_with_chunks_of_the_batch() -> None:
+    assert numbers(run("examples/late_interaction.py", "--steps", "30"), r"pages: ([\d.]+)")[0] > 0.9
+
+
 def test_moco_learns_what_an_untrained_encoder_does_not_know() -> None:
     before, after = numbers(run("examples/moco.py", "--steps", "200"), r"neighbour: ([\d.]+) before, ([\d.]+) after")
     assert after > before + 0.07

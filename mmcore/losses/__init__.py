@@ -1,5 +1,7 @@
 """Losses over tensors; the distributed ones are exact on any number of ranks."""
 
+from mmcore.losses.assignment import AssignmentLosses, global_assignment_losses
+from mmcore.losses.cached import cached_contrastive_step
 from mmcore.losses.contrastive import global_contrastive_loss
 from mmcore.losses.drop_in import BackpropType, ClipLoss, ContrastiveLossWithTemperature, SigLipLoss
 from mmcore.losses.matching import Negatives, fetch_rows, global_ratio, hard_negatives, matching_loss, pair_labels
@@ -7,12 +9,15 @@ from mmcore.losses.sigmoid import global_sigmoid_loss
 from mmcore.losses.token import global_token_contrastive_loss
 
 __all__ = [
+    "AssignmentLosses",
     "BackpropType",
     "ClipLoss",
     "ContrastiveLossWithTemperature",
     "Negatives",
     "SigLipLoss",
+    "cached_contrastive_step",
     "fetch_rows",
+    "global_assignment_losses",
     "global_contrastive_loss",
     "global_ratio",
     "global_sigmoid_loss",

@@ -28,11 +28,13 @@ def world_size_of(group: Group) -> int:
 
 
 class Header(NamedTuple):
-    """How many rows of `a` and of `b` a rank has, and what must be the same on all ranks, by name."""
+    """How many rows of `a` and of `b` a rank has, what must be the same on all ranks, by name, and how many tokens each
+    row of `b` has."""
 
     num_rows: int
     num_cols: int
     same: dict[str, Any]
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Layout:
     group: Group
     rows: tuple[int, ...]  # how many, by rank
     cols: tuple[int, ...]
+    lengths: tuple[int, ...] = ()  # tokens of a row of `b`, likewise
 
     @property
     def rank(self) -> int:
@@ -69,7 +72,8 @@ def agree(
     checked = error = None
     try:
         checked, header = check()
-        told = {"rows": header.num_rows, "cols": header.num_cols, "same": {"loss": op} | header.same}
+        told = {"rows": header.num_rows, "cols": header.num_cols, "length": header.length}
+        told |= {"same": {"loss": op} | header.same}
     except ValueError as refused:
         error, told = refused, {"error": str(refused).encode("ascii", "replace").decode()[:MESSAGE_CHARS]}
     headers = _exchanged(told, group, device)
@@ -86,8 +90,8 @@ def agree(
         if len(ranks) > 1:
             values = ", ".join(f"{value} on rank {rank}" for value, rank in ranks.items())
             raise ValueError(f"{op}: {name} must be the same on every rank, got {values}")
-    rows, cols = (tuple(other[key] for other in headers) for key in ("rows", "cols"))
-    return checked, Layout(group, rows, cols)
+    counts = (tuple(other[key] for other in headers) for key in ("rows", "cols", "length"))
+    return checked, Layout(group, *counts)
 
 
 def header(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.losses.ranks import OVER_RANKS, Header, Layout, agree, gather_rows, global_mean, header, world_size_of
@@ -41,12 +42,15 @@ def global_token_contrastive_loss(
     symmetric: bool = True,
     labels: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
+    b_mask: Tensor | None = None,
     label_smoothing: float = 0.0,
     group: dist.ProcessGroup | None = None,
     gather_limit_bytes: int = GATHER_LIMIT_BYTES,
 ) -> Tensor:
     """`mmkernels.token_contrastive_loss` of the rows of all ranks: InfoNCE of the global batch's
-    `S_ij = logit_scale * max_q <tokens_iq, b_j>` (BLIP-2's image-text contrastive loss).
+    `S_ij = logit_scale * max_q <tokens_iq, b_j>` (BLIP-2's image-text contrastive loss), or, with tokens on both
+    sides, of late interaction: `S_row_ij = logit_scale * mean_q max_t <tokens_iq, b_jt>` along rows, and along columns
+    the same with the sides exchanged (FILIP's; ColBERT's and ColPali's with `symmetric=False`).
 
     Every rank gets the same value, and gradients whose *mean* over ranks is that of one process, as in
     `global_contrastive_loss`, whose other arguments, result and errors these are. The `b` travel, the tokens stay where
@@ -55,28 +59,32 @@ def global_token_contrastive_loss(
     Args:
         tokens: features `[m, Q, D]` of this rank's rows, float32, float16, bfloat16 or float64. Ranks may have
             different numbers of rows, or none.
+        b: features `[n, D]`, or `[n, T, D]` for late interaction, T and then Q as each rank pads its own.
         mask: bool `[m, Q]`, True where a token counts.
+        b_mask: bool `[n, T]`, the same of `b`; on all ranks or on none.
 
-    Reference: `mmkernels.token_contrastive_loss_ref` on the concatenated ranks. Paper: arXiv:2301.12597.
+    Reference: `mmkernels.token_contrastive_loss_ref` on the concatenated ranks. Papers: arXiv:2301.12597 (BLIP-2),
+    arXiv:2111.07783 (FILIP).
     """
     options = {"symmetric": symmetric, "label_smoothing": label_smoothing}
-    masks = None if mask is None else (mask, None)
+    masks = None if mask is None and b_mask is None else (mask, b_mask)
     if world_size_of(group) == 1:
-        _check_one_side(b)
         return token_contrastive_loss(tokens, b, logit_scale, labels=labels, masks=masks, **options)
 
     def check() -> tuple[tuple[Tensor, Tensor, Tensor], Header]:
         require(OP, 0 <= label_smoothing <= 1, "label_smoothing must be from 0 to 1, got {}", label_smoothing)
-        _check_one_side(b)
         inputs = token_operands(tokens, b, logit_scale)
         check_token_masks(tokens, b, masks)
         if check_token_labels(tokens, b, labels) is None:
             sizes = len(tokens), len(b)
             require(OP, sizes[0] == sizes[1], "b must have {} rows without labels, got {}", *sizes)
-        names, more = ("tokens", "b", "logit_scale"), {"Q": tokens.shape[1], **options}
-        return inputs, header(OP, names, inputs, labels, gather_limit_bytes, **more)
+        sides = {"b": f"[n, D] of Q = {tokens.shape[1]}" if b.ndim == 2 else "[n, T, D]"}
+        more = sides | {"b_mask": "none" if b_mask is None else "given", **options}
+        told = header(OP, ("tokens", "b", "logit_scale"), inputs, labels, gather_limit_bytes, **more)
+        return inputs, told._replace(length=b.shape[1] if b.ndim == 3 else 0)
 
     (tokens, b, scale), layout = agree(OP, group, tokens.device, check)
+    b, b_mask = _as_long(b, b_mask, layout)
     with torch.autocast(tokens.device.type, enabled=False):
         positives = all_labels = of_columns = None
         if labels is None:
@@ -85,16 +93,23 @@ def global_token_contrastive_loss(
         else:
             all_labels = gather_rows(labels[0], layout.rows, group), gather_rows(labels[1], layout.cols, group)
             of_columns = labels[0], all_labels[1]
-        shards = shards_of(layout, [b.contiguous()], gather_limit_bytes)
+        own_cols = [b.contiguous(), *([] if b_mask is None else [b_mask.to(torch.uint8)])]
+        shards = shards_of(layout, own_cols, gather_limit_bytes)
         columns = _TokenColumns(layout, shards, positives, of_columns, mask, label_smoothing > 0)
         stats = _TokenStats.apply(tokens.contiguous(), b, scale.reshape(()).double(), columns)
         loss = _own_share(TokenContrastiveStats(*stats), layout, all_labels, symmetric, label_smoothing)  # pyright: ignore[reportGeneralTypeIssues]
         return global_mean(loss, group).to(accumulator(tokens.dtype))
 
 
-def _check_one_side(b: Tensor) -> None:
-    """Tokens on both sides, late interaction, have another S for the columns than for the rows."""
-    require(OP, b.ndim == 2, "b must be [n, D], got shape {}", list(b.shape))
+def _as_long(b: Tensor, b_mask: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """`b` [n, T, D] and its mask padded to the longest rank's T; of one token a column as they are."""
+    longest = max(layout.lengths)
+    if min(layout.lengths) == longest:
+        return b, b_mask
+    if b_mask is None:
+        raise ValueError(f"{OP}: b_mask must be given where ranks differ in T, got None and T = {layout.lengths}")
+    missing = longest - b.shape[1]
+    return F.pad(b, (0, 0, 0, missing)), F.pad(b_mask, (0, missing))
 
 
 def _own_share(
@@ -103,12 +118,13 @@ def _own_share(
     """The part of the global loss that this rank's rows, and its own columns, make."""
     own_rows, own_cols = layout.rows_of(layout.rank), layout.cols_of(layout.rank)
     num_rows, num_cols = sum(layout.rows), sum(layout.cols)
+    of_pairs = stats.col_positive if len(stats.col_positive) else stats.positive  # another S of late interaction
     col_lse, col_rest, col_total, col_matched = (
         x[own_cols] for x in (stats.col_lse, stats.col_rest, stats.col_total, stats.col_matched)
     )
     if labels is None:
         rows = token_cross_entropy(stats.row_lse, stats.row_rest, stats.positive, stats.row_total, num_cols, smoothing)
-        cols = token_cross_entropy(col_lse, col_rest, stats.positive, col_total, num_rows, smoothing)
+        cols = token_cross_entropy(col_lse, col_rest, of_pairs, col_total, num_rows, smoothing)
         losses = (rows + cols) / 2 if symmetric else rows
         return losses.sum() / max(num_rows, 1)
     row_counts, col_counts = label_counts(*labels), label_counts(labels[1], labels[0])
@@ -135,10 +151,11 @@ class _TokenColumns:
 
     def blocks(self, tokens: Tensor, scale: Tensor) -> Iterator[tuple[slice, TokenProblem]]:
         row_labels, col_labels = self.labels or (None, None)
-        for cols, (b,) in self.shards.blocks():
+        for cols, (b, *masks) in self.shards.blocks():
+            b_mask = masks[0].bool() if masks else None
             place = None if self.positives is None else in_block(self.positives, cols, len(b))
             of_cols = None if col_labels is None else col_labels[cols]
-            yield cols, TokenProblem(tokens, b, scale, place, row_labels, of_cols, self.mask, None, self.with_totals)
+            yield cols, TokenProblem(tokens, b, scale, place, row_labels, of_cols, self.mask, b_mask, self.with_totals)
 
 
 class _TokenStats(torch.autograd.Function):

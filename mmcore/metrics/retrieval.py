@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmcore.ops import require
+from mmcore.ops import maxsim, require
 
 RelevanceRows = Callable[[int, int], Tensor]
 
@@ -167,6 +167,23 @@ def recall_of_scores(
         require(op, fits, "{} must be {} without NaN, got {}", name, list(shape), list(scores.shape))
         out |= _recalls(f"{name}_", *counts_of(scores, rows(0, len(scores))), shape[1], ks)
     return out
+
+
+def late_scores(image: Tensor, text: Tensor, *, chunk_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Late interaction (arXiv 2111.07783) of tokens [I, P, E] and [N, T, E], floating point, zeros where padded: each
+    image's mean over its tokens of the nearest of the text's, [I, N], and the same of each text, [N, I]."""
+    op, masks = "late_scores", [x.ne(0).any(2) for x in (image, text)]
+    fits = image.ndim == text.ndim == 3 and image.shape[2] == text.shape[2]
+    require(op, fits, "text must be [N, T, E] beside {}, got {}", list(image.shape), list(text.shape))
+    ways = ((image, masks[0], text, masks[1]), (text, masks[1], image, masks[0]))
+    found = []
+    for query, of_query, other, of_other in ways:
+        parts = [
+            maxsim(q, other, q_mask=mask, d_mask=of_other) / mask.sum(1).clamp(min=1)[:, None]
+            for q, mask in zip(query.split(chunk_size), of_query.split(chunk_size), strict=True)
+        ]
+        found.append(torch.cat(parts))
+    return found[0], found[1]
 
 
 def _recalls(name: str, above: Tensor, num_right: Tensor, num_candidates: int, ks: tuple[int, ...]) -> dict[str, float]:

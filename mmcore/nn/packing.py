@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class Packing:
         1."""
         require("Packing", min(lengths, default=1) >= 1, "lengths must be at least 1, got {}", list(lengths))
         length, each = max(lengths, default=0), torch.tensor(lengths, dtype=torch.int64)
-        places = (torch.arange(length) < each[:, None]).flatten().nonzero()[:, 0]
+        # by numpy, so that a plan's fake tensors have its size
+        places = torch.tensor(np.flatnonzero(np.arange(length) < np.array(lengths, dtype=np.int64)[:, None]))
         made = places, each, each.cumsum(0) - each
         places, each, starts = (x.to(device, non_blocking=True) for x in made)
         return cls(places, each, starts, len(lengths), length)

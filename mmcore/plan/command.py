@@ -7,6 +7,7 @@ import torch
 import tyro
 from rich.console import Console
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmcore.data import LoaderSpec
@@ -63,6 +64,8 @@ def _counted(name: str, arguments: list[str]) -> tuple[MicroBatchPlan, Job]:
 
     def build(_: int, num_samples: int, setting: Setting) -> Built:
         model = recipe.build(assets).train()
+        for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+            norm.eval()  # which in training refuses one sample
         batch = tree_map(fake, batches[num_samples - 1])
 
         def forward() -> list[Tensor]:

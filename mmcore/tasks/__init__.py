@@ -23,6 +23,7 @@ TASKS = {
     "vqa": "speaks",
     "conversation": "converses",
     "reconstruction": "reconstructs",
+    "projection": "projects",
 }
 """Each task, and the capability that it asks for."""
 

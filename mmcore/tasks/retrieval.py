@@ -57,7 +57,7 @@ def report(subject: Subject, options: Any) -> list[Path]:
 def _recall(held_out: HeldOut) -> dict[str, float]:
     if held_out.image.ndim == 2:
         return retrieval_recall(held_out.image, held_out.text, held_out.relevance)
-    return recall_of_scores(held_out.similarity, held_out.similarity.T, held_out.relevance)
+    return recall_of_scores(*held_out.scores, held_out.relevance)
 
 
 def reranked(subject: Subject, top_k: int) -> tuple[Tensor, Tensor]:
@@ -85,4 +85,4 @@ def _draw(subject: Subject, path: Path) -> None:
     rows = [held_out.captions.index(query) for query in queries]
     relevant = torch.cat([held_out.relevance.images_of_texts(row, row + 1) for row in rows])
     images = [subject.val.raw_image(i) for i in held_out.index.tolist()]
-    plot_retrieval(queries, held_out.similarity.T[rows], relevant, images, path)
+    plot_retrieval(queries, held_out.scores[1][rows], relevant, images, path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmcore.data import DataConfig, EvalSet, PairData
 from mmcore.data.config import EmojiStyle
 from mmcore.data.opening import open_held_out
-from mmcore.metrics.retrieval import Relevance, relevance_of
+from mmcore.metrics.retrieval import Relevance, late_scores, relevance_of
 from mmcore.runs import SavedRun
 from mmcore.tasks.ranks import ALONE, Ranks
 
@@ -74,15 +74,24 @@ class HeldOut:
     owner: Tensor  # [N] the image of each caption, in [0, I)
     relevance: Relevance  # which caption is right for which image
     image: Tensor  # [I, E] unit-norm, or [I, Q, E] of which the nearest counts
-    text: Tensor  # [N, E] unit-norm
+    text: Tensor  # [N, E] unit-norm, or tokens [N, T, E] for late interaction, 0 where padded
     states: Tensor | None  # [I, ...] what matching starts from; None where the model matches nothing
 
     @cached_property
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """Of images and captions as each image has them, [I, N], and as each caption has them, [N, I]."""
+        if self.text.ndim == 3:
+            return late_scores(self.image, self.text)
+        if self.image.ndim == 2:
+            similarity = self.image @ self.text.T
+        else:
+            similarity = torch.stack([(row @ self.text.T).amax(0) for row in self.image])
+        return similarity, similarity.T
+
+    @property
     def similarity(self) -> Tensor:
         """[I, N] of images and captions."""
-        if self.image.ndim == 2:
-            return self.image @ self.text.T
-        return torch.stack([(row @ self.text.T).amax(0) for row in self.image])
+        return self.scores[0]
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Subject:
 
     @torch.no_grad()
     def texts(self, captions: list[str]) -> Tensor:
-        """Unit vectors, float32 [N, E] on the CPU; each of the distinct captions is embedded once."""
+        """Unit vectors, float32 [N, E] or [N, T, E] on the CPU; each of the distinct captions is embedded once."""
         text, distinct = self.recipe.embeds(self.assets, self.model, self.device).text, list(dict.fromkeys(captions))
 
         def embedded(part: range) -> Tensor:

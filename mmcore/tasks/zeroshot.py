@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mmcore.metrics.retrieval import late_scores
 from mmcore.metrics.zeroshot import top_k_accuracy, zero_shot_weights
 from mmcore.tasks.subject import Options, Subject, nothing
 
@@ -21,14 +22,21 @@ def accuracy(subject: Subject) -> dict[int, float]:
     if data.class_names is None or data.templates is None or subject.val.labels is None:
         return {}
     index, image, _ = subject.pictures
-    num_prompts = len(data.class_names) * len(data.templates)
-    weights = zero_shot_weights(subject.texts, list, data.class_names, data.templates, batch_size=num_prompts)
     labels = torch.tensor(subject.val.labels)[index]
-    ks = tuple(k for k in (1, 5) if k < len(weights))
+    prompts = [template.replace("{}", name) for name in data.class_names for template in data.templates]
+    if subject.texts(prompts[:1]).ndim == 3:  # by late interaction, the mean over the prompts of a class
+        scores = late_scores(image, subject.texts(prompts))[0].unflatten(1, (len(data.class_names), -1)).mean(2)
+        return top_k_accuracy(scores, torch.eye(scores.shape[1]), labels, ks=_ks(scores.shape[1]))
+    weights = zero_shot_weights(subject.texts, list, data.class_names, data.templates, batch_size=len(prompts))
+    ks = _ks(len(weights))
     if image.ndim == 2:
         return top_k_accuracy(image, weights, labels, ks=ks)
     nearest = torch.stack([(row @ weights.T).amax(0) for row in image])
     return top_k_accuracy(nearest, torch.eye(len(weights)), labels, ks=ks)
+
+
+def _ks(num_classes: int) -> tuple[int, ...]:
+    return tuple(k for k in (1, 5) if k < num_classes)
 
 
 def follow(subject: Subject) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """A step in micro-batches: losses that are means over samples or tokens, and losses of the whole batch (GradCache)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
+
+from mmcore.losses.cached import CachedStep, Run
 
 
 def plain_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
@@ -38,45 +39,18 @@ def _on_device(numbers: Sequence[float | Tensor], device: torch.device) -> Tenso
     return made.pin_memory().to(device, non_blocking=True) if is_upload else made.to(device)
 
 
-@contextmanager
-def without_tracking(module: nn.Module) -> Iterator[None]:
-    """Leaves the running statistics of BatchNorms as they are, for a forward that is run again."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
 def cached_backward(recipe: Any, model: Any, parts: Sequence[Any], step: Any) -> dict[str, Tensor]:
-    """The loss of all samples of a step and its gradient, holding the activations of one micro-batch at a time.
+    """The loss of all samples of a step and its gradient, holding the activations of one micro-batch at a time, as
+    `mmcore.losses.cached_contrastive_step`: the gradient is that of the whole batch, not the mean over micro-batches.
+    Otherwise as `plain_backward`."""
+    losses: dict[str, Tensor] = {}
 
-    The features of all micro-batches are computed without gradient, the loss and their gradients once over the whole
-    batch, and then each micro-batch is run again with its share of them (arXiv:2101.06983). The gradient is that of
-    the whole batch, not the mean over micro-batches. Otherwise as `plain_backward`.
-    """
-    if len(parts) == 1:
-        losses = recipe.objective(recipe.features(model, model.place(parts[0])), parts, step)
-        model.backward(losses["loss"])
-        return {name: x.detach() for name, x in losses.items()}
-    with torch.no_grad(), without_tracking(model.module):
-        outputs = list(zip(*(recipe.features(model, model.place(part)) for part in parts), strict=True))
-    is_rows = [x[0].ndim > 1 for x in outputs]
-    leaves = [torch.cat(x) if rows else x[0] for x, rows in zip(outputs, is_rows, strict=True)]
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    losses = recipe.objective(tuple(leaves), parts, step)
-    gradients = torch.autograd.grad(losses["loss"], leaves)
-    # a number of the model takes an equal share in each
-    shares = [
-        g.split([len(x) for x in of]) if rows else [g / len(parts)] * len(parts)
-        for g, of, rows in zip(gradients, outputs, is_rows, strict=True)
-    ]
-    with model.accumulate():
-        for i, part in enumerate(parts):
-            products = zip(recipe.features(model, model.place(part)), shares, strict=True)
-            surrogate = torch.stack([(x * share[i]).sum() for x, share in products]).sum()
-            model.backward(surrogate, last=i == len(parts) - 1)
+    def objective(*features: Tensor) -> Tensor:
+        losses.update(recipe.objective(features, parts, step))
+        return losses["loss"]
+
+    runs = [Run(lambda part=part: recipe.features(model, model.place(part))) for part in parts]
+    cached = CachedStep([runs], objective, [model.module])
+    with nullcontext() if cached.is_whole else model.accumulate():
+        cached.backward(lambda loss, is_last: model.backward(loss, last=is_last))
     return {name: x.detach() for name, x in losses.items()}

@@ -38,6 +38,8 @@ class Case:
             taken["exclude"] = torch.where(exclude < 0, -1, exclude - (cols.start or 0))
         if "mask" in self.tensors:
             taken["mask"] = batch["mask"][rows]
+        if "b mask" in self.tensors:
+            taken["b_mask"] = batch["b mask"][cols]
         return taken
 
 
@@ -62,6 +64,13 @@ TOKEN_CASES = {
     "masked, smoothed": Case(("mask",), {"label_smoothing": 0.2}),
 }
 
+LATE_CASES = {
+    "plain": Case(),
+    "labels, masked, smoothed": Case(("labels", "mask", "b mask"), {"label_smoothing": 0.2}),
+    "masked": Case(("mask", "b mask")),
+    "masked, rows alone": Case(("b mask",), {"symmetric": False}),
+}
+
 
 def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """A global batch of unit-norm features; of the labels some have no partner, others several."""
@@ -78,6 +87,9 @@ def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     found["exclude"] = torch.tensor([1, 0, 1, *[-1] * 6, 10, 11, 9])
     found["tokens"] = F.normalize(torch.randn(NUM, 4, DIM, generator=generator, dtype=dtype), dim=2)
     found["mask"] = torch.rand(NUM, 4, generator=generator) < 0.7
+    found["texts"] = F.normalize(torch.randn(NUM, 3, DIM, generator=generator, dtype=dtype), dim=2)
+    found["b mask"] = torch.rand(NUM, 3, generator=generator) < 0.7
+    found["b mask"][2] = False  # a text of padding alone
     return found
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcore.losses import global_token_contrastive_loss
 from mmkernels import contrastive_loss_ref, sigmoid_loss_ref, token_contrastive_loss_ref
 from tests.distributed import cases, derivatives, worker_losses
 from tests.distributed.launch import run_ranks
@@ -35,15 +34,16 @@ def on_one_process(
     batch: dict[str, Tensor],
     first: str = "a",
     scales: tuple[float, ...] = (cases.SCALE,),
+    second: str = "b",
 ) -> list[Tensor]:
     """Three times the reference's loss of the whole batch, and its gradients of all features and scales."""
-    leaves = [batch[first].clone(), batch["b"].clone()]
+    leaves = [batch[first].clone(), batch[second].clone()]
     leaves += [torch.full((1,), value, dtype=leaves[0].dtype) for value in scales]
     for x in leaves:
         x.requires_grad_()
     arguments = case.arguments(batch, WHOLE, WHOLE)
-    if "mask" in arguments:
-        arguments["masks"] = (arguments.pop("mask"), None)
+    if "mask" in arguments or "b_mask" in arguments:
+        arguments["masks"] = arguments.pop("mask", None), arguments.pop("b_mask", None)
     value = 3 * loss(*leaves, **arguments)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
@@ -64,13 +64,14 @@ LOSSES = {
     "variants": (cases.CASES, contrastive_loss_ref, "a", (cases.SCALE,)),
     "sigmoid": (cases.SIGMOID_CASES, sigmoid_loss_ref, "a", (cases.SCALE, cases.BIAS)),
     "token": (cases.TOKEN_CASES, token_contrastive_loss_ref, "tokens", (cases.SCALE,)),
+    "late": (cases.LATE_CASES, token_contrastive_loss_ref, "tokens", (cases.SCALE,), "texts"),
 }
 
 
 @functools.cache
 def truth_of(key: str, case: str) -> list[Tensor]:
-    named, reference, first, scales = LOSSES[key]
-    return on_one_process(reference, named[case], cases.batch(), first, scales)
+    named, reference, *leaves = LOSSES[key]
+    return on_one_process(reference, named[case], cases.batch(), *leaves)
 
 
 @pytest.mark.parametrize("key", LOSSES)
@@ -105,7 +106,7 @@ def by_triton(tmp_path_factory):
     return run_ranks("worker_losses", 2, tmp_path_factory.mktemp("triton"), interpret=True, kernels=True)
 
 
-@pytest.mark.parametrize("key", LOSSES)
+@pytest.mark.parametrize("key", ["variants", "sigmoid", "token"])
 def test_the_kernels_are_within_the_contract_of_the_reference(by_triton, key):
     check_float32(by_triton, key, *LOSSES[key])
 
@@ -212,10 +213,19 @@ def test_transformers_dual_encoders_have_the_loss_and_the_gradients_of_the_globa
             assert difference.abs().max() <= 1e-10 * gradient.abs().max() + 1e-14, parameter
 
 
-def test_the_token_loss_refuses_tokens_on_both_sides():
-    tokens = torch.ones(3, 2, 4)
-    with pytest.raises(ValueError, match=r"^global_token_contrastive_loss: b must be \[n, D\], got shape \[3, 2, 4\]$"):
-        global_token_contrastive_loss(tokens, tokens, 1.0)
+@pytest.mark.parametrize("exchange", cases.EXCHANGES)
+def test_late_interaction_takes_texts_as_long_as_each_rank_pads_them(results, exchange):
+    batch, first = cases.batch(), cases.LAYOUTS[len(results)]["even"][0]
+    tokens, mask = batch["tokens"].requires_grad_(), batch["b mask"]
+    mask[:first, 2] = False
+    loss = token_contrastive_loss_ref(tokens, batch["texts"], cases.SCALE, masks=(None, mask))
+    (grad,) = torch.autograd.grad(loss, tokens)
+    found = [result["ragged"][exchange] for result in results]
+    assert all(abs(x["loss"] - loss.item()) < 1e-10 for x in found)
+    assert (torch.cat([tensor(x["grad"]) for x in found]) / len(results) - grad).abs().max() < 1e-10
+    lengths = (2, *[3] * (len(results) - 1))
+    start = "global_token_contrastive_loss: b_mask must be given where ranks differ in T, got None"
+    assert all(x["unmasked"] == f"{start} and T = {lengths}" for x in found)
 
 
 @pytest.mark.parametrize("results", [2], indirect=True)

@@ -39,7 +39,7 @@ class TwoTower(nn.Module):
         self.to(dtype)
 
     def forward(
-        self, images: Tensor, tokens: Tensor, of_captions: list[int] | None = None
+        self, images: Tensor, tokens: Tensor, of_captions: list[int] | None = None, kept: None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert of_captions in (None, lengths(tokens))
         image = F.normalize(self.image(images), dim=-1)

@@ -28,12 +28,13 @@ def run(
     case: cases.Case,
     limit: int,
     dtype: torch.dtype = torch.float64,
+    second: str = "b",
 ) -> dict[str, Any]:
     """Three times a loss of this rank's rows of the batch, and the gradients of all its features and scales."""
     batch, rank = cases.batch(dtype), dist.get_rank()
     rows = cases.extent(counts, rank)
     cols = cases.extent(counts[::-1], rank) if "labels" in case.tensors else rows
-    leaves = [batch[first][rows].clone(), batch["b"][cols].clone()]
+    leaves = [batch[first][rows].clone(), batch[second][cols].clone()]
     leaves += [torch.full((1,), value, dtype=dtype) for value in scales]
     for x in leaves:
         x.requires_grad_()
@@ -46,6 +47,19 @@ def run(
 contrastive = partial(run, global_contrastive_loss, "a", (cases.SCALE,))
 sigmoid = partial(run, global_sigmoid_loss, "a", (cases.SCALE, cases.BIAS))
 token = partial(run, global_token_contrastive_loss, "tokens", (cases.SCALE,))
+late = partial(token, second="texts")
+
+
+def ragged(limit: int) -> dict[str, Any]:
+    """Late interaction where the first rank pads its texts to fewer tokens."""
+    batch, rank = cases.batch(), dist.get_rank()
+    rows = cases.extent(cases.LAYOUTS[dist.get_world_size()]["even"], rank)
+    tokens, longest = batch["tokens"][rows].clone().requires_grad_(), 2 if rank == 0 else 3
+    texts, mask = batch["texts"][rows, :longest], batch["b mask"][rows, :longest]
+    loss = global_token_contrastive_loss(tokens, texts, cases.SCALE, b_mask=mask, gather_limit_bytes=limit)
+    (grad,) = torch.autograd.grad(loss, tokens)
+    unmasked = message(lambda: global_token_contrastive_loss(tokens, texts, 1.0, gather_limit_bytes=limit))
+    return {"loss": loss.item(), "grad": grad.tolist(), "unmasked": unmasked}
 
 
 def variants(
@@ -188,6 +202,7 @@ def main(folder: Path, kernels: bool = False) -> dict[str, Any]:
         "variants": variants(contrastive, cases.CASES),
         "float32": variants(contrastive, cases.CASES, ["plain", "everything"], ["one empty"], torch.float32),
         "sigmoid": variants(sigmoid, cases.SIGMOID_CASES), "token": variants(token, cases.TOKEN_CASES),
+        "late": variants(late, cases.LATE_CASES), "ragged": {x: ragged(y) for x, y in cases.EXCHANGES.items()},
         "drop-in": drop_in.compared(), "misplaced": message(drop_in.misplaced), "refusals": refusals(),
         "dual encoders": {name: dual_encoder(name) for name in DUAL_ENCODERS}, "largest": largest_tensors(),
         "special": special(), "derivatives": derivatives.cells() if dist.get_world_size() == 2 else {},

@@ -138,7 +138,8 @@ def _text_tower(config: TowersConfig) -> Any:
     return TextTower(config.text, config.embed_dim)
 
 
-def _unit_norm(x: Tensor) -> Tensor:
+def unit_norm(x: Tensor) -> Tensor:
+    """Rows of norm 1, float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
@@ -172,8 +173,12 @@ class CLIP(nn.Module):
             images: [B, 3, S, S], see `ViT`, or what `only_features` made of them before, [B, D]; B may be 0.
             kept: int64 [B, K], the patches that are read; None = all.
         """
+        return unit_norm(self.embed_image(images, kept))
+
+    def embed_image(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """`encode_image` before the norm."""
         features = images if images.ndim == 2 else self.visual.features(images, kept)
-        return _unit_norm(features if self.visual.proj is None else self.visual.proj(features))
+        return features if self.visual.proj is None else self.visual.proj(features)
 
     def encode_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Unit-norm caption embeddings [B, E], float32.
@@ -187,7 +192,7 @@ class CLIP(nn.Module):
             ValueError: another shape or dtype; lengths out of range, or short of an end token (on a GPU, an index out
                 of range).
         """
-        return _unit_norm(self.text(tokens, lengths))
+        return unit_norm(self.text(tokens, lengths))
 
     def forward(
         self,

@@ -90,7 +90,7 @@ class Clip(TwoTowers):
         assets = self._assets(data)
         if self.activation_checkpointing:
             with torch.device("meta"):
-                type(self).kind(assets.shape).set_activation_checkpointing(True)  # which some towers cannot
+                self.make(assets.shape).set_activation_checkpointing(True)  # which some towers cannot
         locked = locked_names(self, assets.shape)
         frozen = {n: x for n, x in self.initial(assets, None).items() if locked and n.startswith(locked)}
         return replace(assets, frozen=frozen)
@@ -156,8 +156,12 @@ class Clip(TwoTowers):
         shape = CLIPConfig(**vars(shape)) if isinstance(shape.vision, VisionConfig) else shape
         return PairAssets(shape, load_tokenizer(folder / "tokenizer"), frozen=frozen)
 
+    def make(self, shape: TowersConfig) -> CLIP:
+        """The model with new weights."""
+        return type(self).kind(shape)
+
     def build(self, assets: PairAssets) -> CLIP:
-        model = type(self).kind(assets.shape)
+        model = self.make(assets.shape)
         model.set_activation_checkpointing(self.activation_checkpointing)
         load_weights(model, assets.frozen, is_whole=False)
         for name, p in model.named_parameters():
@@ -206,7 +210,9 @@ class Clip(TwoTowers):
         return {"loss": global_contrastive_loss(image, text, scale)}
 
     def export(self, assets: PairAssets, model: CLIP, folder: Path, format: Format) -> None:
-        save_clip(model, folder, format=format)
+        only = self.training_only
+        state = {n: x for n, x in model.state_dict().items() if not only or not n.startswith(only)}
+        save_clip(model, folder, format=format, state_dict=state)
         assets.tokenizer.save(folder)
         if format == "open_clip" and assets.tokenizer.vocab_size != CLIPConfig().text.vocab_size:
             file = folder / OPEN_CLIP_SETTINGS.what  # open_clip reads a tokenizer beside it only where one is named

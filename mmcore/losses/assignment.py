@@ -1,0 +1,58 @@
+"""How two sides of a batch assign its pairs to clusters (xCLIP, arXiv:2210.09304), over all ranks."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmcore.losses.matching import global_ratio
+from mmcore.losses.ranks import world_size_of
+from mmcore.nn.batch_norm import all_sum
+from mmcore.ops import require
+
+OP = "global_assignment_losses"
+
+
+class AssignmentLosses(NamedTuple):
+    """Of the global batch, each in nats, the means of both sides, differentiable."""
+
+    agreement: Tensor  # cross-entropies of each side's assignment and the other's
+    entropy: Tensor  # of each assignment: small where they are sharp
+    entropy_of_mean: Tensor  # of the mean assignment, at most log K: large where all clusters are used
+
+
+def global_assignment_losses(a: Tensor, b: Tensor, *, group: dist.ProcessGroup | None = None) -> AssignmentLosses:
+    """With p_i and q_i the softmaxes of rows of `a` and `b`: mean_i (H(p_i, q_i) + H(q_i, p_i)) / 2,
+    mean_i (H(p_i) + H(q_i)) / 2 and (H(mean_i p_i) + H(mean_i q_i)) / 2, over the rows of all ranks.
+
+    Every rank gets the same values, and gradients whose *mean* over ranks is that of one process. Nothing is taken for
+    a constant: without the third, subtracted, all rows fall into one cluster.
+
+    Args:
+        a: logits `[m, K]` of this rank's rows, float32, float16, bfloat16 or float64; m may differ among ranks.
+        b: logits of their partners, the same shape.
+        group: the data-parallel process group; None = the default one, or one process where none is set up.
+
+    Returns:
+        Three scalars, float32 (float64 for float64).
+
+    Raises:
+        ValueError: other shapes.
+
+    Paper: arXiv:2210.09304.
+    """
+    fits = a.ndim == 2 and a.shape == b.shape and a.shape[1] >= 1
+    require(OP, fits, "b must be [m, K] as a, got {} beside {}", list(b.shape), list(a.shape))
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    logs = [x.log_softmax(1, dtype=dtype) for x in (a, b)]
+    shares, count = [x.exp() for x in logs], torch.tensor(len(a), device=a.device)
+    both = ((shares[0], logs[1]), (shares[1], logs[0]))
+    agreement = global_ratio(-torch.stack([(p * log).sum() for p, log in both]).sum() / 2, count, group)
+    own = [(p * log).sum() for p, log in zip(shares, logs, strict=True)]
+    entropy = global_ratio(-torch.stack(own).sum() / 2, count, group)
+    sums = torch.cat([torch.stack([p.sum(0) for p in shares]).flatten(), count.to(dtype)[None]])
+    if world_size_of(group) > 1:
+        sums = all_sum(sums, group)
+    mean = sums[:-1].view(2, -1) / sums[-1].clamp(min=1)
+    return AssignmentLosses(agreement, entropy, torch.special.entr(mean).sum() / 2)

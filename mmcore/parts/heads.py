@@ -1,0 +1,33 @@
+"""Projection heads of self-supervision, with BatchNorm over the batches of all ranks."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.distributed as dist
+from torch import nn
+
+from mmcore.nn import BatchNorm, Linear
+from mmcore.ops import require
+
+
+def projection_head(sizes: Sequence[int], *, ends_normalised: bool = False) -> nn.Sequential:
+    """`layer1`, `bn1`, `relu1`, ..., of widths `sizes`, two or more; behind the last layer nothing, or its BatchNorm.
+    The names are SLIP's; MoCo v3, SimSiam and DeCLIP have the same layers."""
+    fits = len(sizes) >= 2 and min(sizes) >= 1
+    require("projection_head", fits, "sizes must be two or more widths, got {}", list(sizes))
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, (width, following) in enumerate(pairwise(sizes), 1):
+        layers[f"layer{i}"] = Linear(width, following)
+        is_last = i == len(sizes) - 1
+        if not is_last or ends_normalised:
+            layers[f"bn{i}"] = BatchNorm(following)
+        if not is_last:
+            layers[f"relu{i}"] = nn.ReLU()
+    return nn.Sequential(layers)
+
+
+def check_batch(op: str, batch_size: int) -> None:
+    """Raises a ValueError where a BatchNorm over all ranks would have one row alone."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    require(op, batch_size * ranks >= 2, "--batch-size must be at least 2, which BatchNorm needs, got {}", batch_size)

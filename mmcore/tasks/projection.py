@@ -1,0 +1,50 @@
+"""Whether what a head makes of held-out images has collapsed: to one vector, or into few of its outputs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmcore.figures import shown
+from mmcore.tasks.subject import BATCH_SIZE, Subject, nothing
+
+DEVIATION, USED, UNUSED = "deviation of projections", "outputs used", "outputs unused"
+
+
+@torch.no_grad()
+def figures(subject: Subject) -> dict[str, float]:
+    """The standard deviation of unit-norm projections [N, D] times sqrt(D), the mean over D: 0 where all are one
+    vector, 1 where they are spread evenly; the share of the D outputs that are the largest of some image, and that of
+    the others."""
+    images = subject.pairs.held_out_images()
+    if images is None:
+        return {}
+    projects = subject.recipe.projects(subject.assets, subject.model, subject.device)
+
+    def projected(good: list[Image.Image], positions: list[int]) -> Tensor:
+        pixels = subject.assets.preprocess(good).to(subject.device)
+        return projects(pixels).float().cpu()[: len(positions)]
+
+    found = torch.cat(subject.ranks.over(images, BATCH_SIZE, projected))
+    width = found.shape[1]
+    deviation = F.normalize(found, dim=1).std(0, correction=0).mean().item() * width**0.5
+    used = len(found.argmax(1).unique()) / width
+    return {DEVIATION: deviation, USED: used, UNUSED: 1 - used}
+
+
+def follow(subject: Subject) -> dict[str, float]:
+    """While a run trains."""
+    return figures(subject)
+
+
+def report(subject: Subject, options: Any) -> list[Path]:
+    """Prints both."""
+    found = figures(subject)
+    if not found:
+        return nothing(options, f"{subject.pairs.name} has no held-out images: give --val-data or --val-fraction")
+    for name in (DEVIATION, USED):
+        print(f"{name} (held-out): {shown(name, found[name])}")
+    return []
