@@ -71,8 +71,7 @@ class Attention(nn.Module):
                 `is_causal` it narrows the causal one, and must be intervals (`masks.key_padding` among them). A
                 token that sees nothing gets `out`'s bias.
             cache: of what came before, to which `x` is added.
-            packing: where `x` [1, N, D] is packed; for causal attention without mask and cache, in which no token
-                sees the padding behind it.
+            packing: of the rows that `x` [1, N, D] holds; for causal attention without mask and cache.
         """
         check_tokens("Attention", "x", x, self.qkv.in_features)
         qkv = self.qkv(x)
@@ -80,17 +79,17 @@ class Attention(nn.Module):
             got = self.is_causal, mask is not None, cache is not None
             sentence = "packing must come to a causal one without mask and cache, got is_causal={}, mask {}, cache {}"
             require("Attention", got == (True, False, False), sentence, *got)
-            qkv = packing.pad(qkv)
+            mask = packing.mask
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, T, H, K]
         if cache is not None:
             k, v = cache.extended(KeyValues(k, v))
-        if self.is_causal:
+        if self.is_causal and packing is None:
             causal = masks.causal(q.shape[1], k.shape[1], device=q.device)
             if isinstance(mask, masks.Dense):
                 raise ValueError("Attention: mask must be intervals where is_causal, got a dense one")
             mask = causal if mask is None else causal & mask
         y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0).flatten(2)
-        return self.out(y if packing is None else packing.pack(y))
+        return self.out(y)
 
 
 def check_tokens(op: str, name: str, x: Tensor, width: int) -> None:

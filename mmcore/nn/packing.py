@@ -1,4 +1,4 @@
-"""Rows of different lengths laid end to end: what stands between tokens is computed for them alone."""
+"""Rows of different lengths laid end to end: nothing is computed of what stands behind them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcore.ops import require
+from mmcore.ops import masks, require
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`; make one with `Packing.of`."""
+    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`, and whom each sees: its own row's, up to
+    itself. Make one with `Packing.of`."""
 
     places: Tensor  # int64 [N], of each token among the B * T
     lengths: Tensor  # int64 [B], of each row
     starts: Tensor  # int64 [B], of each row among the N
     num_rows: int  # B
     length: int  # T, of the longest row
+    mask: masks.Intervals  # [1, N], N keys
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> "Packing":
@@ -28,15 +30,12 @@ class Packing:
         length, each = max(lengths, default=0), torch.tensor(lengths, dtype=torch.int64)
         # by numpy, so that a plan's fake tensors have its size
         places = torch.tensor(np.flatnonzero(np.arange(length) < np.array(lengths, dtype=np.int64)[:, None]))
-        made = places, each, each.cumsum(0) - each
-        places, each, starts = (x.to(device, non_blocking=True) for x in made)
-        return cls(places, each, starts, len(lengths), length)
+        starts, place = each.cumsum(0) - each, torch.arange(1, len(places) + 1, dtype=torch.int32)[None]
+        made = places, each, starts, starts.int().repeat_interleave(each, output_size=len(places))[None], place
+        places, each, starts, lo, hi = (x.to(device, non_blocking=True) for x in made)
+        mask = masks.Intervals(len(places), lo, hi, is_ordered=True)
+        return cls(places, each, starts, len(lengths), length, mask)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [1, N, ...]."""
         return x.flatten(0, 1).index_select(0, self.places)[None]
-
-    def pad(self, x: Tensor) -> Tensor:
-        """[1, N, ...] to [B, T, ...], zero where no token is."""
-        padded = x.new_zeros(self.num_rows * self.length, *x.shape[2:])
-        return padded.index_copy(0, self.places, x[0]).unflatten(0, (self.num_rows, self.length))

@@ -148,11 +148,11 @@ class Bare:
     device = torch.device("cpu")
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+        self.module = model
 
     def __call__(self, *inputs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return self.model(*inputs)
+            return self.module(*inputs)
 
     def place(self, batch: Any) -> Any:
         return batch
