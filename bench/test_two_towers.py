@@ -101,7 +101,7 @@ def clip_like(system: str, config: CLIPConfig, size: int) -> Pair:
 
     def their_loss() -> Tensor:
         features = _their_features(theirs, images, tokens, kept)
-        return _labelled(*features, labels) if system == "unicl" else _contrast(*features)
+        return _labelled(*features, labels=labels) if system == "unicl" else _contrast(*features)
 
     return Pair(ours.to(DEVICE), our_loss, theirs.to(DEVICE), their_loss)
 

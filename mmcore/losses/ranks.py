@@ -70,6 +70,7 @@ def agree(
     where the ranks differ in what must be the same.
     """
     checked = error = None
+    told: dict[str, Any]
     try:
         checked, header = check()
         told = {"rows": header.num_rows, "cols": header.num_cols, "length": header.length}

@@ -71,7 +71,8 @@ def test_assignments_of_all_ranks_have_the_losses_and_the_gradient_of_one_proces
 
     agreement, entropy = (cross(p, q) + cross(q, p)) / 2, (cross(p, p) + cross(q, q)) / 2
     expected = [agreement, entropy, (cross(p.mean(0), p.mean(0)) + cross(q.mean(0), q.mean(0))) / 2]
-    grads = torch.autograd.grad(sum(w * x for w, x in zip(cached.WEIGHTS, expected, strict=True)), [a, b])  # pyright: ignore[reportArgumentType]
+    total: Any = sum(w * x for w, x in zip(cached.WEIGHTS, expected, strict=True))
+    grads = torch.autograd.grad(total, [a, b])
     found = [result["assignment"] for result in results]
     for of_rank in found:
         assert all(abs(x - y.item()) < 1e-12 for x, y in zip(of_rank["losses"], expected, strict=True))

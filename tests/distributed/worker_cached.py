@@ -47,7 +47,7 @@ def wrapped(wrap: Callable[[nn.Module], Any], names: list[str], backward: Any = 
             encoders, inputs, loss = cached.cases(outer, model.logit_scale, rows())[name]
             options = {"chunk_size": CHUNK, "modules": [outer], "backward": backward}
             value = cached_contrastive_step(encoders, inputs, loss=loss, **options)
-        results[name] = {"loss": value.item(), "gradients": gradients(model)}
+            results[name] = {"loss": value.item(), "gradients": gradients(model)}
     return results
 
 
@@ -84,7 +84,8 @@ def assignment() -> dict[str, Any]:
     """The three losses of this rank's rows, and the gradient of a weighted sum of them."""
     leaves = [x[rows()].requires_grad_() for x in cached.logits()]
     losses = global_assignment_losses(*leaves)
-    grads = torch.autograd.grad(sum(w * x for w, x in zip(cached.WEIGHTS, losses, strict=True)), leaves)  # pyright: ignore[reportArgumentType]
+    total: Any = sum(w * x for w, x in zip(cached.WEIGHTS, losses, strict=True))
+    grads = torch.autograd.grad(total, leaves)
     return {"losses": [x.item() for x in losses], "grads": [x.tolist() for x in grads]}
 
 

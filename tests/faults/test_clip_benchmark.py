@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from mmcore.data import DataConfig, open_data
 from mmcore.data.opening import open_held_out
-from mmcore.recipe import VisionAssets
 from mmcore.systems.clip.recipe import Clip
 from mmcore.tasks import zeroshot
 from mmcore.tasks.subject import Subject
+from mmcore.two_towers import PairAssets
 from tests.torchvision_stub import torchvision_or_skip
 
 
@@ -33,7 +33,7 @@ def test_clip_benchmark_finds_on_an_export_what_eval_zeroshot_finds(tmp_path: Pa
     torch.manual_seed(0)
     recipe = Clip(tokenizer="captions")
     assets: Any = recipe.assets(data)
-    assert isinstance(assets, VisionAssets)
+    assert isinstance(assets, PairAssets)
     model = recipe.build(assets).eval()
     recipe.export(assets, model, tmp_path / "export", "open_clip")
     ours = zeroshot.accuracy(

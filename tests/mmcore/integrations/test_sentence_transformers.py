@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from mmcore.integrations.sentence_transformers import GlobalRankingLoss
 
@@ -88,6 +88,7 @@ def test_mistakes_are_sentences_and_the_config_is_what_a_card_shows() -> None:
         loss([columns()[0], columns(rows=6)[0]])
     with pytest.raises(ValueError, match="must be padded, got sentences that are flattened"):
         loss([{"cu_seq_lens_q": torch.zeros(2)}] * 2)
+    arguments: dict[str, Any]
     for arguments, said in (({"scale": 0}, "scale"), ({"mini_batch_size": 0}, "mini_batch_size")):
         with pytest.raises(ValueError, match=f"{said} must be"):
             GlobalRankingLoss(Encoder(), **arguments)
@@ -97,9 +98,10 @@ def test_it_is_their_cached_loss_on_their_model(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers", reason=REASON)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a photo of the number zero one two three".split()]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16}
+    sizes |= {"vocab_size": len(words), "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     parts = library.sentence_transformer.modules
     model = library.SentenceTransformer(modules=[parts.Transformer(str(tmp_path / "bert")), parts.Pooling(16)])
     texts = [["zero one", "two", "three two"], ["a zero", "the two", "a number three"]]

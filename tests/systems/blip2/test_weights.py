@@ -42,10 +42,11 @@ def test_a_folder_of_transformers_loads_and_what_it_lacks_starts_anew(tmp_path: 
 class TestTowers:
     def test_of_a_clip_without_its_last_layer(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
-        clip = CLIP(CLIP_CONFIGS["tiny"]).eval()
+        config = CLIP_CONFIGS["tiny"]
+        clip = CLIP(config).eval()
         save_clip(clip, tmp_path / "clip")
         tower = load_tower(tmp_path / "clip")
-        assert tower.config.num_layers == clip.config.vision.num_layers - 1
+        assert tower.config.num_layers == config.vision.num_layers - 1
         vit = ViT(tower.config).eval()
         vit.load_state_dict(tower.state)
         seen = []

@@ -45,8 +45,9 @@ def test_an_image_tower_of_a_folder_gives_the_features_that_it_has_there(kind: s
     theirs = moved(model(config(**sizes, **SQUARE)))
     theirs.save_pretrained(tmp_path / "x")
     found = load_pooled(tmp_path / "x")
-    assert isinstance(found.config, ForeignVision) != is_ours
-    tower: Any = ForeignImageTower(found.config, None) if not is_ours else ImageTower(found.config, None, found.pool)
+    shape: Any = found.config
+    assert isinstance(shape, ForeignVision) != is_ours
+    tower: Any = ForeignImageTower(shape, None) if not is_ours else ImageTower(shape, None, found.pool)
     tower.load_state_dict(found.state)
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     theirs = theirs.double()

@@ -117,11 +117,12 @@ def test_open_clip_file_has_the_names_and_shapes_of_open_clip():
 
 
 def test_a_trainer_checkpoint_of_open_clip_loads_given_its_configuration(tmp_path: Path):
-    ours, file = randomized(small_config()), tmp_path / "epoch_3.pt"
+    config, file = small_config(), tmp_path / "epoch_3.pt"
+    ours = randomized(config)
     state = {f"module.{name}": tensor for name, tensor in OPEN_CLIP.write(ours.state_dict()).items()}
     torch.save({"epoch": 3, "name": "run", "state_dict": state}, file)
     refuses(r"open_clip_config\.json must lie beside", load_clip, file)
-    assert_loaded(load_clip(file, config=ours.config), ours)
+    assert_loaded(load_clip(file, config=config), ours)
 
 
 def test_weights_of_another_resolution_are_interpolated_and_run(tmp_path: Path):
@@ -151,7 +152,8 @@ def test_legacy_eos_position_buffers_and_half_precision_of_transformers_files_lo
     save_file({n: t.half() for n, t in load_file(file).items()} | buffers, file)
     loaded = load_clip(file)
     assert_loaded(loaded, ours)
-    assert loaded.config.text.eos_token_id is None
+    text = loaded.config.text
+    assert isinstance(text, TextConfig) and text.eos_token_id is None
 
 
 def test_other_weights_can_be_saved_in_the_place_of_the_models(tmp_path: Path):

@@ -62,7 +62,7 @@ def test_a_step_reads_few_tokens_and_the_last_ones_all(recipe: Any, few: int) ->
 
 def test_patches_are_drawn_evenly_and_as_many_of_each_image() -> None:
     recipe = Flip(mask_ratio=0.75)
-    data = recipe.open_data()
+    data: Any = recipe.open_data()
     assets, rng = recipe.assets(data), np.random.default_rng(0)
     kept = torch.stack([recipe.sample(assets, data.source.record(0), rng)[1] for _ in range(2000)])
     assert kept.shape == (2000, 4) and all(len(row.unique()) == 4 for row in kept)

@@ -29,8 +29,8 @@ def published(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
 def test_simclrs_loss_is_slips_with_its_gradient() -> None:
     torch.manual_seed(0)
-    views = [F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2)]
-    ours, theirs = nt_xent(*views, 0.1), published(*views, 0.1)
+    first, second = (F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2))
+    ours, theirs, views = nt_xent(first, second, 0.1), published(first, second, 0.1), [first, second]
     assert abs(ours - theirs) < 1e-12
     for x, y in zip(torch.autograd.grad(ours, views), torch.autograd.grad(theirs, views), strict=True):
         assert (x - y).abs().max() < 1e-12
@@ -47,7 +47,7 @@ def test_the_loss_is_clips_and_simclrs_and_the_heads_names_are_slips() -> None:
     losses = recipe.objective(features, [], Step(0, 1, 0))
     logits, own = model.logit_scale.exp() * features[0] @ features[1].T, torch.arange(5)
     contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    torch.testing.assert_close(losses["loss"], contrast + 0.5 * published(*features[2:4], 0.1))
+    torch.testing.assert_close(losses["loss"], contrast + 0.5 * published(features[2], features[3], 0.1))
     losses["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
     expected = ["layer1", "bn1", "layer2", "bn2", "layer3"]
@@ -59,7 +59,8 @@ def test_the_two_views_of_an_image_are_drawn_apart() -> None:
     data = open_data(DataConfig(), seed=0)
     assets: Any = type("Assets", (), {"preprocess": Preprocess(16)})
     assert data.val is not None
-    record = data.val.source.record(data.val.indices[0])
+    source: Any = data.val.source
+    record = source.record(data.val.indices[0])
     views = Slip().views(assets, record, np.random.default_rng(0))
     assert views.shape == (2, 3, 16, 16) and not torch.equal(views[0], views[1])
     assert torch.equal(views, Slip().views(assets, record, np.random.default_rng(0)))

@@ -16,9 +16,10 @@ def test_labels_are_positives_of_their_class_and_pairs_of_nothing_else() -> None
     data = Unicl(label_classes=4).open_data()
     source: Any = data.source
     count = len(source.of_pairs)
+    assert data.class_names is not None
     labels = [source.label(i, source.all_captions(i)[0]) for i in range(len(source))]
     assert len(source) == data.num_train == 1438
-    assert sorted(set(labels[count:])) == [0, 1, 2, 3] and min(labels[:count]) >= len(data.class_names or ())
+    assert sorted(set(labels[count:])) == [0, 1, 2, 3] and min(labels[:count]) >= len(data.class_names)
     assert len(set(labels[:count])) == count
     assert source.all_captions(count)[0] == f"a scan of the digit {data.class_names[labels[count]]}"
     captions = {source.all_captions(i)[0] for i in range(count)}
@@ -44,7 +45,7 @@ def test_the_loss_is_the_published_one() -> None:
     assert 24 < same.sum() < 24 * 24
     logits = 3.0 * image @ text.T
     sides = ((x.log_softmax(1) * y).sum(1) / y.sum(1) for x, y in ((logits, same), (logits.T, same.T)))
-    expected = -sum(x.mean() for x in sides) / 2
+    expected: Any = -sum(x.mean() for x in sides) / 2
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     for x, y in zip(*(torch.autograd.grad(z, (image, text)) for z in (found, expected)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
