@@ -12,8 +12,8 @@ from mmcore.ops import masks, require
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`, and whom each sees: its own row's, up to
-    itself. Make one with `Packing.of`."""
+    """Where the tokens of rows `[1, N, D]` stand among padded ones `[B, T, D]`, and which each sees: those of its row,
+    up to itself. Make one with `Packing.of`."""
 
     places: Tensor  # int64 [N], of each token among the B * T
     lengths: Tensor  # int64 [B], of each row

@@ -53,7 +53,7 @@ def main() -> None:
             shutil.rmtree(checkpoint.step_folder(one / f"{name}-resumed/checkpoints", STEPS))
             trained(name, flags, one / f"{name}-resumed", "--resume", "latest")
             continue
-        for zero in arguments["stages"]:
+        for zero in arguments["stages"][name]:
             result[f"{name} {zero}"] = trained(name, flags, folder / f"{name}-{zero}", "--zero", zero)
     finish(folder, result)
 
