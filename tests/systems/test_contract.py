@@ -50,7 +50,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 @pytest.fixture(scope="module")
 def together(alone: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Losses of two ranks under each stage."""
-    folder, options = tmp_path_factory.mktemp("two"), {"names": NAMES, "stages": {name: stages_of(name) for name in NAMES}}
+    folder = tmp_path_factory.mktemp("two")
+    options = {"names": NAMES, "stages": {name: stages_of(name) for name in NAMES}}
     results = run_ranks("worker_contract", 2, folder, package="tests.systems", one=str(alone[0]), **options)
     return results[0]
 
