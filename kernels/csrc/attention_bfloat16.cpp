@@ -6,7 +6,6 @@
 namespace mmkernels {
 namespace {
 
-constexpr int ROWS = 6;
 typedef uint32_t Pair;
 
 INLINE __m512i pairs_of(Vec first, Vec second) {
@@ -15,57 +14,19 @@ INLINE __m512i pairs_of(Vec first, Vec second) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// c [R, V vectors] (add: +=) a b: a's pair (r, k) at r a_row + k a_k, b's row of pairs k at k b_stride.
-template <int R, int V>
-INLINE void multiply_rows(const Pair* a, int64_t a_row, int64_t a_k, const Pair* b, int64_t b_stride, int64_t pairs,
-                          float* c, int64_t c_stride, bool add) {
-  __m512 sums[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + v * W) : _mm512_setzero_ps();
-  for (int64_t k = 0; k < pairs; ++k) {
-    __m512i row[V];
-    for (int v = 0; v < V; ++v) row[v] = _mm512_loadu_si512(b + k * b_stride + v * W);
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      __builtin_memcpy(&pair, a + r * a_row + k * a_k, sizeof(pair));
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, (__m512bh)row[v]);
-    }
+struct Pairs {
+  typedef Pair Entry;
+  typedef __m512i Row;
+  static INLINE Row row(const Pair* b) { return _mm512_loadu_si512(b); }
+  static INLINE __m512bh spread(const Pair* a) {
+    int32_t pair;  // of two bfloat16, which is what lies there
+    __builtin_memcpy(&pair, a, sizeof(pair));
+    return (__m512bh)_mm512_set1_epi32(pair);
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * c_stride + v * W, sums[r][v]);
-}
+  static INLINE Vec add(Vec sum, __m512bh x, Row row) { return _mm512_dpbf16_ps(sum, x, (__m512bh)row); }
+};
 
-template <int R, int V>
-INLINE void multiply_rest(const Pair* a, int64_t a_row, int64_t a_k, const Pair* b, int64_t b_stride, int64_t rows,
-                          int64_t pairs, float* c, int64_t c_stride, bool add) {
-  if constexpr (R > 0) {
-    if (rows == R) return multiply_rows<R, V>(a, a_row, a_k, b, b_stride, pairs, c, c_stride, add);
-    multiply_rest<R - 1, V>(a, a_row, a_k, b, b_stride, rows, pairs, c, c_stride, add);
-  }
-}
-
-template <int V>
-void multiply_panel(const Pair* a, int64_t a_row, int64_t a_k, const Pair* b, int64_t b_stride, int64_t rows,
-                    int64_t pairs, float* c, int64_t c_stride, bool add) {
-  int64_t i = 0;
-  for (; i + ROWS <= rows; i += ROWS)
-    multiply_rows<ROWS, V>(a + i * a_row, a_row, a_k, b, b_stride, pairs, c + i * c_stride, c_stride, add);
-  multiply_rest<ROWS - 1, V>(a + i * a_row, a_row, a_k, b, b_stride, rows - i, pairs, c + i * c_stride, c_stride, add);
-}
-
-// c [rows, cols] (add: +=) a b, cols a multiple of W.
-void multiply(const Pair* a, int64_t a_row, int64_t a_k, const Pair* b, int64_t b_stride, int64_t rows, int64_t cols,
-              int64_t pairs, float* c, int64_t c_stride, bool add) {
-  for (int64_t j = 0; j < cols; j += LANE_VECTORS * W) {
-    const int64_t vectors = (cols - j) / W;
-    const auto run = vectors >= 4   ? multiply_panel<4>
-                     : vectors == 3 ? multiply_panel<3>
-                     : vectors == 2 ? multiply_panel<2>
-                                    : multiply_panel<1>;
-    run(a, a_row, a_k, b + j, b_stride, rows, pairs, c + j, c_stride, add);
-  }
-}
+constexpr auto multiply = &multiply_by<Pairs>;
 
 // Rows of bfloat16 in pairs of depth, by lanes: [depth / 2, lanes], zeros behind the rows.
 void by_lanes(const BFloat* from, int64_t stride, int64_t rows, int64_t lanes, int64_t depth, Pair* to) {

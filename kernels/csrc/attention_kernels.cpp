@@ -4,57 +4,15 @@
 namespace mmkernels {
 namespace {
 
-// Rows of a product that stay in registers: with a vector a row and lane, and those of the other operand.
-constexpr int ROWS = W == 16 ? 6 : W == 8 ? 2 : 4;
-// c [R, V vectors] (add: +=) a b: a's entry (r, k) at r a_row + k a_k, b's row k at k b_stride.
-template <int R, int V>
-INLINE void multiply_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_stride, int64_t depth,
-                          float* c, int64_t c_stride, bool add) {
-  Vec sums[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = add ? load(c + r * c_stride + v * W, All{}) : Vec{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[V];
-    for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * W, All{});
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(a[r * a_row + k * a_k]);
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(x, row[v], sums[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(c + r * c_stride + v * W, sums[r][v], All{});
-}
+struct Singles {
+  typedef float Entry;
+  typedef Vec Row;
+  static INLINE Row row(const float* b) { return load(b, All{}); }
+  static INLINE Vec spread(const float* a) { return splat(*a); }
+  static INLINE Vec add(Vec sum, Vec x, Row row) { return fma(x, row, sum); }
+};
 
-template <int R, int V>
-INLINE void multiply_rest(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_stride, int64_t rows,
-                          int64_t depth, float* c, int64_t c_stride, bool add) {
-  if constexpr (R > 0) {
-    if (rows == R) return multiply_rows<R, V>(a, a_row, a_k, b, b_stride, depth, c, c_stride, add);
-    multiply_rest<R - 1, V>(a, a_row, a_k, b, b_stride, rows, depth, c, c_stride, add);
-  }
-}
-
-template <int V>
-void multiply_panel(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_stride, int64_t rows,
-                    int64_t depth, float* c, int64_t c_stride, bool add) {
-  int64_t i = 0;
-  for (; i + ROWS <= rows; i += ROWS)
-    multiply_rows<ROWS, V>(a + i * a_row, a_row, a_k, b, b_stride, depth, c + i * c_stride, c_stride, add);
-  multiply_rest<ROWS - 1, V>(a + i * a_row, a_row, a_k, b, b_stride, rows - i, depth, c + i * c_stride, c_stride, add);
-}
-
-// c [rows, cols] (add: +=) a b, cols a multiple of W.
-void multiply(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_stride, int64_t rows, int64_t cols,
-              int64_t depth, float* c, int64_t c_stride, bool add) {
-  for (int64_t j = 0; j < cols; j += LANE_VECTORS * W) {
-    const int64_t vectors = (cols - j) / W;
-    const auto run = vectors >= 4   ? multiply_panel<4>
-                     : vectors == 3 ? multiply_panel<3>
-                     : vectors == 2 ? multiply_panel<2>
-                                    : multiply_panel<1>;
-    run(a, a_row, a_k, b + j, b_stride, rows, depth, c + j, c_stride, add);
-  }
-}
+constexpr auto multiply = &multiply_by<Singles>;
 
 // [rows, width] as [depth, lanes], zeros behind the rows.
 void transpose(const float* from, int64_t width, int64_t rows, int64_t lanes, int64_t depth, float* to) {

@@ -34,6 +34,60 @@ void widen(const T* from, int64_t stride, int64_t rows, int64_t depth, float fac
     });
 }
 
+// Rows of a product that stay in registers: with a vector a row and lane, and those of the other operand.
+constexpr int ROWS = W == 16 ? 6 : W == 8 ? 2 : 4;
+
+// c [R, V vectors] (add: +=) a b: a's entry (r, k) at r a_row + k a_k, b's row k at k b_stride. `P` says what an entry is.
+template <class P, int R, int V, class T = typename P::Entry>
+INLINE void multiply_rows(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t depth, float* c,
+                          int64_t c_stride, bool add) {
+  Vec sums[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = add ? load(c + r * c_stride + v * W, All{}) : Vec{};
+  for (int64_t k = 0; k < depth; ++k) {
+    typename P::Row row[V];
+    for (int v = 0; v < V; ++v) row[v] = P::row(b + k * b_stride + v * W);
+    for (int r = 0; r < R; ++r) {
+      const auto x = P::spread(a + r * a_row + k * a_k);
+      for (int v = 0; v < V; ++v) sums[r][v] = P::add(sums[r][v], x, row[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(c + r * c_stride + v * W, sums[r][v], All{});
+}
+
+template <class P, int R, int V, class T = typename P::Entry>
+INLINE void multiply_rest(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t rows, int64_t depth,
+                          float* c, int64_t c_stride, bool add) {
+  if constexpr (R > 0) {
+    if (rows == R) return multiply_rows<P, R, V>(a, a_row, a_k, b, b_stride, depth, c, c_stride, add);
+    multiply_rest<P, R - 1, V>(a, a_row, a_k, b, b_stride, rows, depth, c, c_stride, add);
+  }
+}
+
+template <class P, int V, class T = typename P::Entry>
+void multiply_panel(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t rows, int64_t depth,
+                    float* c, int64_t c_stride, bool add) {
+  int64_t i = 0;
+  for (; i + ROWS <= rows; i += ROWS)
+    multiply_rows<P, ROWS, V>(a + i * a_row, a_row, a_k, b, b_stride, depth, c + i * c_stride, c_stride, add);
+  multiply_rest<P, ROWS - 1, V>(a + i * a_row, a_row, a_k, b, b_stride, rows - i, depth, c + i * c_stride, c_stride, add);
+}
+
+// c [rows, cols] (add: +=) a b, cols a multiple of W.
+template <class P, class T = typename P::Entry>
+void multiply_by(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_stride, int64_t rows, int64_t cols,
+                 int64_t depth, float* c, int64_t c_stride, bool add) {
+  for (int64_t j = 0; j < cols; j += LANE_VECTORS * W) {
+    const int64_t vectors = (cols - j) / W;
+    const auto run = vectors >= 4   ? multiply_panel<P, 4>
+                     : vectors == 3 ? multiply_panel<P, 3>
+                     : vectors == 2 ? multiply_panel<P, 2>
+                                    : multiply_panel<P, 1>;
+    run(a, a_row, a_k, b + j, b_stride, rows, depth, c + j, c_stride, add);
+  }
+}
+
 INLINE int32_t smaller(int32_t x, int32_t y) { return x < y ? x : y; }
 INLINE int32_t greater(int32_t x, int32_t y) { return x > y ? x : y; }
 
