@@ -22,6 +22,7 @@ __attribute__((weak)) void brgemm(int64_t m, int64_t n, int64_t k, int64_t a_str
                                   int64_t c_stride, bool add, const c10::BFloat16* a, const c10::BFloat16* b, float* c,
                                   bool is_packed);
 __attribute__((weak)) void brgemm_release(bool is_packed);
+__attribute__((weak)) bool could_pack(c10::ScalarType dtype);
 }  // namespace at::native::cpublas
 #endif
 
@@ -47,7 +48,10 @@ Operand from(Operand x, int64_t row, int64_t k) {
 
 #ifdef MMKERNELS_X86
 bool has_amx() {
-  return has_avx512_bf16() && at::native::cpublas::brgemm && at::native::cpublas::brgemm_release && __builtin_cpu_supports("amx-bf16");
+  using namespace at::native::cpublas;
+  // oneDNN asks the system for AMX's registers; whether it has them it says itself
+  return has_avx512_bf16() && brgemm && brgemm_release && could_pack && __builtin_cpu_supports("amx-bf16") &&
+         could_pack(ScalarType::BFloat16);
 }
 
 void multiply_by_amx(const Panel& work) {
