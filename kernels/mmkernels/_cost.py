@@ -30,10 +30,10 @@ def contrastive_cost(num_rows: int, num_cols: int, width: int, element_size: int
     return forward, Cost(3 * forward.flops, 2 * (features + stats), 2 * logits)
 
 
-# What a composition is predicted by: per microsecond bytes that a GPU copies and operations of its products in float32
+# What a composition is predicted by: per nanosecond bytes that a GPU copies and operations of its products in float32
 # without tensor cores, of an H200; and the host's microseconds for a launch, which a fake driver does not make.
-COPIED_PER_US = 4_000_000
-FLOPS_PER_US = 53_000_000
+COPIED_PER_NS = 4_000
+FLOPS_PER_NS = 53_000
 LAUNCH_US = 3
 
 
@@ -67,5 +67,5 @@ class Composition:
             return False
         saved_us = self.kernels_host_us - self.host_us + LAUNCH_US * (self.kernels_launches - self.launches)
         moved, multiplied = self.bytes_per_logit * num_logits, 2 * self.products * width * num_logits
-        # in integers: a compiled graph guards on them
-        return moved * FLOPS_PER_US + multiplied * COPIED_PER_US < saved_us * COPIED_PER_US * FLOPS_PER_US
+        # in integers, which a compiled graph guards on
+        return moved * FLOPS_PER_NS + multiplied * COPIED_PER_NS < 1000 * saved_us * COPIED_PER_NS * FLOPS_PER_NS

@@ -39,7 +39,7 @@ def form_of(
     num_cols = len(b) + (0 if negatives is None else len(negatives))
     if may_compose(a):
         composition = OF_PAIRS if is_of_pairs else OF_VARIANTS
-        return "eager" if composition.is_faster(len(a) * num_cols, a.shape[1]) else None
+        return "eager" if len(b) and composition.is_faster(len(a) * num_cols, a.shape[1]) else None
     # a compiled graph cannot raise
     if not logits_are_kept(a, num_cols) or (normalized and is_compiling()):
         return None
