@@ -19,7 +19,8 @@ from mmkernels.token_contrastive.reference import token_contrastive_loss_ref
 EAGER_PRODUCTS = 1 << 18
 # Up to 16 MiB of them, where one native pass finds the best, the loss and the gradient.
 STORED_PRODUCTS = 1 << 22
-# The reference on a GPU, of products of tokens: its dearest options beside those that cost least by the kernels.
+# The reference on a GPU, of products of tokens with features `[N, D]`: with labels, beside the kernels without options.
+# Late interaction saves more of the host's time; the bytes are its, with masks.
 ON_GPU = Composition(
     most_logits=1 << 22, host_us=300, launches=71, bytes_per_logit=100, products=3,
     kernels_host_us=700, kernels_launches=67,
