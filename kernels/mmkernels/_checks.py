@@ -38,6 +38,13 @@ def check_index(op: str, name: str, x: Tensor, size: int, of_name: str, of: Tens
     check_beside(op, name, x, of_name, of)
 
 
+def in_range(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """An index whose values are not read, for ops of torch that stop the device at a wrong one: brought into 0 to
+    `size - 1`, and 1 where it was there before, else NaN, to be multiplied with."""
+    safe = index.clamp(0, max(size - 1, 0))
+    return safe, torch.where(safe == index, 1.0, torch.nan)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that products and sums of `dtype` are accumulated in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -28,3 +28,44 @@ def contrastive_cost(num_rows: int, num_cols: int, width: int, element_size: int
     stats = 4 * (2 * num_rows + num_cols)
     forward = Cost(2 * logits * width, features + stats, 2 * logits)
     return forward, Cost(3 * forward.flops, 2 * (features + stats), 2 * logits)
+
+
+# What a composition is predicted by: per nanosecond bytes that a GPU copies and operations of its products in float32
+# without tensor cores, of an H200; and the host's microseconds for a launch, which a fake driver does not make.
+COPIED_PER_NS = 4_000
+FLOPS_PER_NS = 53_000
+LAUNCH_US = 3
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A loss as torch's ops on float32 features that store every logit, beside its kernels: what forward and backward
+    ask on a GPU. The host's times are of tests/kernels/fake_driver.py, without launches.
+
+    Attributes:
+        most_logits: so many at most are stored.
+        host_us: the host's time.
+        launches: kernels of torch that it runs.
+        bytes_per_logit: read and written.
+        products: of `[M, D]` and `[N, D]` features.
+        kernels_host_us: the host's time where our kernels serve.
+        kernels_launches: those, and what of torch runs beside them.
+    """
+
+    most_logits: int
+    host_us: int
+    launches: int
+    bytes_per_logit: int
+    products: int
+    kernels_host_us: int
+    kernels_launches: int
+
+    def is_faster(self, num_logits: int, width: int) -> bool:
+        """Whether the host is later with the kernels than with the composition and the device with what the composition
+        moves and multiplies, one after the other: a pure function of shape, without a wait."""
+        if not 0 < num_logits <= self.most_logits:
+            return False
+        saved_us = self.kernels_host_us - self.host_us + LAUNCH_US * (self.kernels_launches - self.launches)
+        moved, multiplied = self.bytes_per_logit * num_logits, 2 * self.products * width * num_logits
+        # in integers, which a compiled graph guards on
+        return moved * FLOPS_PER_NS + multiplied * COPIED_PER_NS < 1000 * saved_us * COPIED_PER_NS * FLOPS_PER_NS

@@ -31,6 +31,11 @@ def runs_triton(x: torch.Tensor) -> bool:
     return HAS_TRITON and x.dtype != torch.float64 and (x.is_cuda or INTERPRETED)
 
 
+def may_compose(x: torch.Tensor) -> bool:
+    """Whether torch's own ops may take the place of kernels on a GPU, which the interpreter is there to run."""
+    return x.is_cuda and not INTERPRETED
+
+
 def is_capturing(x: torch.Tensor) -> bool:
     """Whether a CUDA graph is captured of what is launched on `x`."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

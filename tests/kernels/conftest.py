@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from mmkernels import _tile, native
+from mmkernels._cost import Composition
 from mmkernels._device import INTERPRETED
 from mmkernels.attention import blockwise as attention_blockwise
 from mmkernels.attention import op as attention_op
 from mmkernels.attention import pieces
-from mmkernels.contrastive import blockwise, kernel, launches, op, problem
+from mmkernels.contrastive import blockwise, eager, kernel, launches, op, problem
 from mmkernels.distill import blockwise as distill_blockwise
 from mmkernels.distill import eager as distill_eager
 from mmkernels.distill import kernel as distill_kernel
@@ -26,6 +27,11 @@ from mmkernels.token_contrastive import blockwise as token_blockwise
 from mmkernels.token_contrastive import eager as token_eager
 from mmkernels.token_contrastive import kernel as token_kernel
 
+# by module: what lets torch's ops take the place of kernels on a GPU
+NEVER = Composition(0, 0, 0, 0, 0, 0, 0)
+COMPOSED = {
+    eager: {"OF_PAIRS": NEVER, "OF_VARIANTS": NEVER}, sigmoid_eager: {"ON_GPU": NEVER}, token_eager: {"ON_GPU": NEVER},
+}  # fmt: skip
 # by module: what makes small shapes cross tiles, chunks, splits and programs, as large ones do
 SMALL = {
     attention_blockwise: {"TILE_ROWS": 8, "TILE_COLS": 16, "TILE_WEIGHTS": 512, "MASKED_ROWS": 16},
@@ -46,8 +52,16 @@ SMALL = {
 
 
 @pytest.fixture
-def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+def streamed(kernels_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, values in SMALL.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU no composition of torch's ops, at any shape."""
+    for module, values in COMPOSED.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
 

@@ -20,7 +20,7 @@ from bench.spec import OpSpec, Shape
 from mmkernels import masks
 from tests.kernels.losses import LOSSES, on_cuda
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels_alone")]
 
 WORDS, SQUARE = {"T": 2500, "D": 512, "V": 32001}, {"B": 1031, "D": 512}
 REAL: list[tuple[OpSpec, Shape, str]] = [

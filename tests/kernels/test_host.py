@@ -1,5 +1,6 @@
 """What the host does on a GPU, by the fake driver: launches that CUDA takes, few compiles, calls and waits."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -8,18 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels as mk
+from bench.contract import check
+from bench.ops import specs
+from bench.spec import OpSpec
 from mmkernels._launch import MOST_PROGRAMS
 from mmkernels.linear_cross_entropy import kernel
 from mmkernels.linear_cross_entropy import op as cross_entropy
-from tests.kernels.fake_driver import FAKED, FakeGpu, Recorded, without_data
+from tests.kernels.fake_driver import FAKED, FakeGpu, Recorded, host_times, without_data
+from tests.kernels.losses import LOSSES
 
 pytestmark = pytest.mark.skipif(not FAKED, reason="needs triton's driver, not its interpreter")
 
 Call = Callable[[], Any]
 grad = torch.autograd.grad
+kernels_alone = pytest.mark.usefixtures("kernels_alone")
 DTYPE = torch.bfloat16
 D = 64
 
@@ -146,6 +153,7 @@ def recorded(gpu: FakeGpu, call: Call, **options: Any) -> Recorded:
     return found
 
 
+@kernels_alone
 @pytest.mark.parametrize("name", OPS)
 def test_kernels_run_on_the_device_of_the_tensors_and_its_current_stream(name: str, gpu: FakeGpu) -> None:
     gpu.streams = {0: 11, 1: 23}
@@ -153,6 +161,7 @@ def test_kernels_run_on_the_device_of_the_tensors_and_its_current_stream(name: s
     assert found.launches and {(x.device, x.stream) for x in found.launches} == {(1, 23)} and gpu.current == 0
 
 
+@kernels_alone
 @pytest.mark.parametrize("name", OPS)
 def test_nothing_waits_for_the_device(name: str, gpu: FakeGpu) -> None:
     recorded(gpu, OPS[name](70, "cpu"))
@@ -178,6 +187,7 @@ EXTREME = {
 }
 
 
+@kernels_alone
 @pytest.mark.parametrize("name", [*WITHOUT_DATA, *EXTREME])
 def test_no_grid_is_larger_than_cuda_launches(name: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "Awaited", lambda kept: lambda: 1 << 17)
@@ -197,6 +207,7 @@ MOST_KEYS = {
 }  # fmt: skip
 
 
+@kernels_alone
 @pytest.mark.parametrize("name", OPS)
 def test_batches_of_changing_sizes_compile_few_kernels(name: str, gpu: FakeGpu) -> None:
     generator, found = random.Random(0), set()
@@ -216,6 +227,7 @@ MOST_CALLS = {
 }  # fmt: skip
 
 
+@kernels_alone
 @pytest.mark.parametrize("name", MOST_CALLS)
 def test_so_many_calls_at_most(name: str, gpu: FakeGpu) -> None:
     found = recorded(gpu, OPS[name](64, "cpu"), may_wait=True)
@@ -226,6 +238,7 @@ def test_so_many_calls_at_most(name: str, gpu: FakeGpu) -> None:
 MOST_OF_ALL = {"contrastive": 40, "sigmoid": 25}
 
 
+@kernels_alone
 @pytest.mark.parametrize("rows", [64, 1100])
 @pytest.mark.parametrize("name", MOST_OF_ALL)
 def test_a_loss_makes_so_many_calls_and_launches_at_most(name: str, rows: int, gpu: FakeGpu) -> None:
@@ -246,7 +259,126 @@ def test_attention_makes_six_calls_more_than_it_has_kernels(call: Call, gpu: Fak
     assert found.launches and found.num_kernels <= len(found.launches) + 6, found.aten - found.views
 
 
+@kernels_alone
 def test_late_interaction_of_bfloat16_is_summed_in_float32(gpu: FakeGpu) -> None:
     q, d = leaf(6, 5, D), leaf(6, 7, D)
     loss = mk.token_contrastive_loss(q, d, 10.0)
     assert loss.dtype == torch.float32 and all(x.isfinite().all() for x in grad(loss, (q, d)))
+
+
+def eager_contrastive(n: int) -> Call:
+    a, b, scale = leaf(n, D), leaf(n, D), number(10.0, "cpu")
+
+    def call() -> tuple[Tensor, ...]:
+        logits, targets = scale * (a @ b.T), torch.arange(n)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        return grad(loss, (a, b, scale))
+
+    return call
+
+
+def eager_sigmoid(n: int) -> Call:
+    """As open_clip writes it."""
+    a, b, scale, bias = leaf(n, D), leaf(n, D), number(10.0, "cpu"), number(-10.0, "cpu")
+
+    def call() -> tuple[Tensor, ...]:
+        signs = 2 * torch.eye(n) - torch.ones(n)
+        return grad(-F.logsigmoid(signs * (scale * (a @ b.T) + bias)).sum() / n, (a, b, scale, bias))
+
+    return call
+
+
+def eager_tokens(n: int) -> Call:
+    q, b, scale = leaf(n, 32, D), leaf(n, D), number(10.0, "cpu")
+
+    def call() -> tuple[Tensor, ...]:
+        logits, targets = scale * (q @ b.T).amax(1), torch.arange(n)
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        return grad(loss, (q, b, scale))
+
+    return call
+
+
+# by loss: as anybody writes it, and of the composition of it that is taken at few logits ATen calls, views too
+COMPOSITIONS: dict[str, tuple[Callable[[int], Call], int]] = {
+    "contrastive": (eager_contrastive, 44), "sigmoid": (eager_sigmoid, 36), "token contrastive": (eager_tokens, 62),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_of_few_logits_a_loss_takes_at_most_half_again_of_eagers_host_time(name: str, gpu: FakeGpu) -> None:
+    eager, most_calls = COMPOSITIONS[name]
+    rows = 8 if name == "token contrastive" else 32
+    ours = OPS[name](rows, "cpu")
+    found = recorded(gpu, ours)
+    assert not found.launches and found.num_calls <= most_calls, found.aten
+    times = host_times({"ours": ours, "eager": eager(rows)})
+    assert times["ours"] <= 1.5 * times["eager"], times
+
+
+# the largest batch of 64 wide features that is composed
+BORDERS = {
+    "contrastive": 1024, "contrastive of labels": 1024, "contrastive with a momentum teacher": 639, "sigmoid": 724,
+    "token contrastive": 362,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_the_rule_takes_torchs_ops_up_to_its_border_and_the_kernels_beyond(name: str, gpu: FakeGpu) -> None:
+    for rows, is_composed in ((1, True), (BORDERS[name], True), (BORDERS[name] + 1, False)):
+        with without_data(gpu), gpu.record() as found:
+            OPS[name](rows, "meta")()
+        assert bool(found.launches) != is_composed, (rows, found.aten)
+
+
+@pytest.mark.parametrize(("width", "is_composed"), [(768, True), (4096, False)])
+def test_the_rule_counts_the_products_of_wide_features(
+    width: int, is_composed: bool, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "D", width)
+    with without_data(gpu), gpu.record() as found:
+        contrastive(1000, "meta")()
+    assert bool(found.launches) != is_composed
+
+
+COMPOSED_SPECS = [
+    x for x in specs() if x.name.split("[")[0] in ("contrastive_loss", "sigmoid_loss", "token_contrastive_loss")
+]
+
+
+@pytest.mark.parametrize("spec", COMPOSED_SPECS, ids=lambda spec: spec.name)
+def test_a_composition_obeys_the_contract(spec: OpSpec, gpu: FakeGpu) -> None:
+    first = len(gpu.launches)
+    for dtype in (*spec.dtypes, torch.float64):
+        check(spec, spec.shapes[-1], spec.cases[-1], dtype)
+    assert len(gpu.launches) == first
+
+
+COMPOSED_LOSSES = ("contrastive", "sigmoid", "token_contrastive")
+
+
+@pytest.mark.parametrize("name", COMPOSED_LOSSES)
+def test_a_composition_has_the_derivatives_of_torch_func(name: str, gpu: FakeGpu) -> None:
+    a, *others = LOSSES[name].inputs(9)
+    found = torch.func.grad(LOSSES[name].fn)(a, *others)
+    torch.testing.assert_close(found, grad(LOSSES[name].fn(a, *others), a)[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["contrastive", "token_contrastive"])
+def test_a_composition_marks_a_positive_that_is_no_column(name: str, reduction: str, gpu: FakeGpu) -> None:
+    inputs = LOSSES[name].inputs(5)
+    for wrong in (-1, 5):
+        positives = torch.arange(5)
+        positives[3] = wrong
+        with gpu.record() as found:
+            loss = LOSSES[name].fn(*inputs, positives=positives, reduction=reduction)
+        expected = [False] * 3 + [True, False] if reduction == "none" else True
+        assert loss.isnan().tolist() == expected and not found.launches
+
+
+def test_a_composition_marks_a_wrong_claim_of_unit_norm(gpu: FakeGpu) -> None:
+    a, b = (F.normalize(torch.randn(5, D), dim=1) for _ in range(2))
+    with gpu.record() as found:
+        right, wrong = (mk.contrastive_loss(x, b, 10.0, normalized=True) for x in (a, 2 * a))
+    assert math.isfinite(right) and math.isnan(wrong) and not found.launches

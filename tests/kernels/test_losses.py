@@ -21,6 +21,7 @@ from bench.ops.statistics import STATS
 from bench.ops.token_contrastive import LOSS as TOKENS
 from bench.spec import OpSpec, Shape
 from mmkernels._device import INTERPRETED
+from mmkernels.contrastive import eager as contrastive_eager
 from mmkernels.contrastive import op as contrastive_op
 from mmkernels.contrastive.blockwise import TILE
 from mmkernels.linear_cross_entropy import blockwise as cross_entropy
@@ -43,10 +44,11 @@ each_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the kernels at any shape")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("spec", [x for x in SPECS if x.name.startswith(FAMILIES)], ids=lambda spec: spec.name)
-def test_the_eager_form_of_small_shapes_obeys_the_contract(spec: OpSpec) -> None:
+def test_the_eager_form_of_small_shapes_obeys_the_contract(spec: OpSpec, device: str) -> None:
     for case, dtype in itertools.product(spec.cases, (*spec.dtypes, torch.float64)):
-        check(spec, spec.shapes[-1], case, dtype)
+        check(spec, spec.shapes[-1], case, dtype, device)
 
 
 @each_loss
@@ -60,6 +62,23 @@ def test_other_batch_sizes_compile_without_a_break(name: str, either_form: str) 
     for size in (loss.rows - 7, loss.rows, loss.rows + 24):
         inputs = loss.inputs(size)
         torch.testing.assert_close(compiled(*inputs), loss.fn(*inputs), rtol=rtol, atol=0)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of a rule that the interpreter does not go by")
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("contrastive", contrastive_eager), ("sigmoid", sigmoid_eager), ("token_contrastive", token_eager)],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_graph_of_other_batch_sizes_goes_by_the_rule_of_a_gpu(
+    name: str, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "may_compose", lambda x: True)
+    torch._dynamo.reset()
+    compiled = torch.compile(LOSSES[name].fn, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (7, 11):
+        inputs = LOSSES[name].inputs(size)
+        torch.testing.assert_close(compiled(*inputs), LOSSES[name].fn(*inputs))
 
 
 @each_loss

@@ -1,4 +1,4 @@
-"""Small shapes on a CPU, every logit stored: three products, where four would recompute them."""
+"""Small shapes, every logit stored: three products, where four would recompute them. On a GPU the fewest calls."""
 
 from typing import Any
 
@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mmkernels._autograd import is_transforming
+from mmkernels._checks import in_range
+from mmkernels._cost import Composition
+from mmkernels._device import may_compose
 from mmkernels._gemm import factor, matmul, matmul_nt
 from mmkernels._numerics import widen
 from mmkernels._tile import info_nce_tile
@@ -15,12 +18,28 @@ from mmkernels.contrastive.reference import contrastive_loss_ref
 
 # Of fewer logits on a CPU, calls are what the variants cost, and the reference has the fewest.
 EAGER_LOGITS = 512 * 1024
+# The reference on a GPU: of hard targets on the diagonal, and of every other variant, the one that costs most there
+# beside the one that costs least by statistics.
+OF_PAIRS = Composition(
+    most_logits=1 << 20, host_us=155, launches=29, bytes_per_logit=120, products=3,
+    kernels_host_us=460, kernels_launches=13,
+)  # fmt: skip
+OF_VARIANTS = Composition(
+    most_logits=1 << 20, host_us=530, launches=90, bytes_per_logit=400, products=4,
+    kernels_host_us=800, kernels_launches=84,
+)  # fmt: skip
 
 
-def form_of(a: Tensor, b: Tensor, negatives: Tensor | None, normalized: bool, is_plain: bool) -> str | None:
+def form_of(
+    a: Tensor, b: Tensor, negatives: Tensor | None, *, normalized: bool, is_plain: bool, is_of_pairs: bool
+) -> str | None:
     """Which form stores the whole matrix of logits: "stored" is `StoredLoss`, "eager" `contrastive_loss_eager`; None
-    where the statistics serve."""
+    where the statistics serve, or kernels. `is_plain`: without any option, `is_of_pairs`: of hard targets on the
+    diagonal. A pure function of shapes, dtype and device type."""
     num_cols = len(b) + (0 if negatives is None else len(negatives))
+    if may_compose(a):
+        composition = OF_PAIRS if is_of_pairs else OF_VARIANTS
+        return "eager" if len(b) and composition.is_faster(len(a) * num_cols, a.shape[1]) else None
     # a compiled graph cannot raise
     if not logits_are_kept(a, num_cols) or (normalized and is_compiling()):
         return None
@@ -34,19 +53,27 @@ def contrastive_loss_eager(
     b: Tensor,
     scale: Tensor,
     *,
+    positives: Tensor | None,
     negatives: Tensor | None,
     teacher: tuple[Tensor, Tensor] | None,
     **options: Any,
 ) -> Tensor:
     """The reference on widened features; `options` are the other arguments of `contrastive_loss`."""
-    return contrastive_loss_ref(
+    is_right = None
+    if positives is not None and a.is_cuda:
+        positives, is_right = in_range(positives, len(b))
+    loss = contrastive_loss_ref(
         widen(a),
         widen(b),
         scale,
+        positives=positives,
         negatives=None if negatives is None else widen(negatives),
         teacher=None if teacher is None else (widen(teacher[0]), widen(teacher[1])),
         **options,
     )
+    if is_right is None:
+        return loss
+    return loss * (is_right if loss.ndim else is_right.mean())
 
 
 class StoredLoss(torch.autograd.Function):

@@ -84,15 +84,23 @@ def contrastive_loss(
     a, b, scale, teacher, negatives = checked_inputs(a, b, logit_scale, positives, labels, negatives, teacher, options)
     if exclude is not None:
         check_unseen(a, exclude, positives, labels, options)
-    is_plain = options in PLAIN and positives is labels is negatives is exclude is None
-    form = eager.form_of(a, b, negatives, normalized, is_plain)
+    is_of_pairs = positives is labels is negatives is exclude is None
+    form = eager.form_of(
+        a,
+        b,
+        negatives,
+        normalized=normalized,
+        is_plain=options in PLAIN and is_of_pairs,
+        is_of_pairs=options.has_hard_targets and is_of_pairs,
+    )
     if form is not None:
-        if normalized and not is_transforming():  # there rows may have no values yet
-            broken_claim(Problem(a, b, scale, None, *(teacher or (None, None)), symmetric))
+        broken = None
+        if normalized and (a.is_cuda or not is_transforming()):  # there rows may have no values yet
+            broken = broken_claim(Problem(a, b, scale, None, *(teacher or (None, None)), symmetric))
         with torch.autocast(a.device.type, enabled=False):
             if form == "stored":
                 return eager.StoredLoss.apply(a, b, scale)  # pyright: ignore[reportReturnType]
-            return eager.contrastive_loss_eager(
+            loss = eager.contrastive_loss_eager(
                 a,
                 b,
                 scale,
@@ -103,7 +111,7 @@ def contrastive_loss(
                 teacher=teacher,
                 **asdict(options),
             )
-    is_of_pairs = positives is labels is negatives is exclude is None
+            return loss if broken is None else loss * torch.where(broken, torch.nan, 1.0)
     is_fused = options.has_hard_targets and is_of_pairs and pair_losses_are_fused(a)
     if is_fused and not is_transforming():
         reverse_only("contrastive_loss", "mmkernels.contrastive_loss_ref", a=a, b=b, logit_scale=scale)

@@ -1,4 +1,4 @@
-"""Small shapes on a CPU, every logit stored: the reference on widened features, or one pass over the tile."""
+"""Small shapes, every logit stored: the reference on widened features, on a CPU or one pass over the tile."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,8 @@ from torch.compiler import is_compiling
 
 from mmkernels import native
 from mmkernels._autograd import is_transforming
-from mmkernels._device import runs_triton
+from mmkernels._cost import Composition
+from mmkernels._device import may_compose, runs_triton
 from mmkernels._gemm import factor, low_like, matmul, matmul_nt
 from mmkernels._numerics import widen
 from mmkernels._tile import sigmoid_tile
@@ -16,10 +17,17 @@ from mmkernels.sigmoid.reference import sigmoid_loss_ref
 EAGER_LOGITS = 1 << 15
 # Up to 4 MiB of them one pass over the tile is all of it.
 STORED_LOGITS = 1024 * 1024 + 1
+# The reference on a GPU.
+ON_GPU = Composition(
+    most_logits=1 << 19, host_us=115, launches=26, bytes_per_logit=120, products=3,
+    kernels_host_us=300, kernels_launches=9,
+)  # fmt: skip
 
 
 def is_faster(a: Tensor, b: Tensor) -> bool:
-    """A pure function of shape."""
+    """A pure function of shapes and device type."""
+    if may_compose(a):
+        return ON_GPU.is_faster(a.shape[0] * b.shape[0], a.shape[1])
     return _fits(a, b, EAGER_LOGITS)
 
 

@@ -1,4 +1,4 @@
-"""Small shapes on a CPU, every product of tokens stored: the reference on widened features, or one native pass."""
+"""Small shapes, every product of tokens stored: the reference on widened features, on a CPU or one native pass."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from torch.compiler import is_compiling
 
 from mmkernels import native
 from mmkernels._autograd import is_transforming
-from mmkernels._device import runs_triton
+from mmkernels._checks import in_range
+from mmkernels._cost import Composition
+from mmkernels._device import may_compose, runs_triton
 from mmkernels._gemm import factor, low_like, matmul, matmul_nt
 from mmkernels._numerics import widen
 from mmkernels.token_contrastive.reference import token_contrastive_loss_ref
@@ -17,10 +19,18 @@ from mmkernels.token_contrastive.reference import token_contrastive_loss_ref
 EAGER_PRODUCTS = 1 << 18
 # Up to 16 MiB of them, where one native pass finds the best, the loss and the gradient.
 STORED_PRODUCTS = 1 << 22
+# The reference on a GPU, of products of tokens with features `[N, D]`: with labels, beside the kernels without options.
+# Late interaction saves more of the host's time; the bytes are its, with masks.
+ON_GPU = Composition(
+    most_logits=1 << 22, host_us=300, launches=71, bytes_per_logit=100, products=3,
+    kernels_host_us=700, kernels_launches=67,
+)  # fmt: skip
 
 
 def is_faster(tokens: Tensor, b: Tensor) -> bool:
-    """A pure function of shape."""
+    """A pure function of shapes and device type."""
+    if may_compose(tokens):
+        return ON_GPU.is_faster(_num_products(tokens, b), tokens.shape[2])
     return _fits(tokens, b, EAGER_PRODUCTS)
 
 
@@ -35,13 +45,24 @@ def is_stored(tokens: Tensor, b: Tensor, positives: Tensor | None) -> bool:
 
 
 def _fits(tokens: Tensor, b: Tensor, most: int) -> bool:
-    num_products = tokens.shape[0] * tokens.shape[1] * b[..., 0].numel()
-    return not (tokens.is_cuda or runs_triton(tokens)) and 0 < num_products < most
+    return not (tokens.is_cuda or runs_triton(tokens)) and 0 < _num_products(tokens, b) < most
 
 
-def token_contrastive_loss_eager(tokens: Tensor, b: Tensor, scale: Tensor, **options: Any) -> Tensor:
-    """`options` are the arguments of `token_contrastive_loss`."""
-    return token_contrastive_loss_ref(widen(tokens), widen(b), scale, **options)
+def _num_products(tokens: Tensor, b: Tensor) -> int:
+    return tokens.shape[0] * tokens.shape[1] * b[..., 0].numel()
+
+
+def token_contrastive_loss_eager(
+    tokens: Tensor, b: Tensor, scale: Tensor, *, positives: Tensor | None, **options: Any
+) -> Tensor:
+    """`options` are the other arguments of `token_contrastive_loss`."""
+    is_right = None
+    if positives is not None and tokens.is_cuda:
+        positives, is_right = in_range(positives, len(b))
+    loss = token_contrastive_loss_ref(widen(tokens), widen(b), scale, positives=positives, **options)
+    if is_right is None:
+        return loss
+    return loss * (is_right if loss.ndim else is_right.mean())
 
 
 class StoredTokens(torch.autograd.Function):
