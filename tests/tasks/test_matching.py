@@ -40,7 +40,7 @@ def subject(recipe: Numbers, similarity: Tensor | None = None, labels: list[int]
     relevance, zeros = relevance_of(captions, numbers, num_images=NUM), torch.zeros(NUM, 1)
     held_out = HeldOut(numbers, captions, numbers, relevance, zeros, zeros, numbers.view(-1, 1, 1).float())
     if similarity is not None:
-        vars(held_out)["similarity"] = similarity
+        vars(held_out)["scores"] = similarity, similarity.T
     val = SimpleNamespace(labels=labels, labels_match=labels is not None)
     found = Subject(recipe, None, None, SimpleNamespace(val=val), CPU)
     vars(found)["held_out"] = held_out
