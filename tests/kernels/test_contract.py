@@ -23,7 +23,7 @@ MULTI_TENSOR = [spec for module in (adamw, ema, ewc, norm, packnet) for spec in 
 
 # the interpreter takes milliseconds a tile; check draws more where the bound is missed by little
 SEEDS = range(2) if INTERPRETED else range(8)
-EXAMPLES = 4 if INTERPRETED else 20
+EXAMPLES = 3 if INTERPRETED else 20
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 each_device = pytest.mark.parametrize("device", DEVICES)
