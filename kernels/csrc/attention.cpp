@@ -165,8 +165,7 @@ void attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const std:
                    double keep_scale, double scale, const Tensor& out, const Tensor& lse) {
   const Call call(q, k, v, ends, keys, bias, slopes, seed, threshold, keep_scale, scale);
   const Rows to(out, "out", call.batches, call.rows, call.heads, call.depth);
-  const bool is_wide = out.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(is_wide || out.scalar_type() == q.scalar_type(), "out must be of the dtype of q, or float32");
+  STD_TORCH_CHECK(out.scalar_type() == q.scalar_type(), "out must be of the dtype of q");
   int64_t lse_batch, lse_head;
   float* of_rows = vector_of(lse, "lse", call, &lse_batch, &lse_head);
   const int64_t blocks = call.blocks();
@@ -178,7 +177,7 @@ void attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const std:
       const int64_t first = task % blocks * kernels.lanes;
       const Matrix rows = to.of(b, h);
       kernels.forward({call.head(b, h, first, std::min(kernels.lanes, call.rows - first)),
-                       {const_cast<void*>(rows.data), rows.stride}, is_wide,
+                       {const_cast<void*>(rows.data), rows.stride},
                        of_rows + b * lse_batch + h * lse_head + first},
                       scratch.data);
     }

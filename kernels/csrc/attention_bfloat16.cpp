@@ -79,7 +79,6 @@ int64_t forward_bytes(int64_t depth) {
   return own > other ? own : other;
 }
 
-template <class Out>
 INLINE void forward_block(const HeadForward& work, char* memory) {
   const Head& head = work.head;
   const int64_t depth = head.depth, width = padded(depth), lanes = padded(head.rows);
@@ -107,7 +106,7 @@ INLINE void forward_block(const HeadForward& work, char* memory) {
     by_rows(v + first * head.v.stride, head.v.stride, count, (count + 1) / 2, depth, values);
     multiply(values, 1, width, weights, lanes, depth, lanes, (count + 1) / 2, out, lanes, true);
   });
-  finish_rows<Out>(work, online, out, lanes, row);
+  finish_rows<BFloat>(work, online, out, lanes, row);
 }
 
 int64_t backward_bytes(int64_t depth) {
@@ -169,7 +168,7 @@ INLINE bool has_pairs(const Head& head, const Matrix& rows) {
 
 void forward(const HeadForward& work, char* scratch) {
   if (!has_pairs(work.head, work.head.q)) return attention_avx512.forward(work, scratch);
-  work.out_float32 ? forward_block<float>(work, scratch) : forward_block<BFloat>(work, scratch);
+  forward_block(work, scratch);
 }
 
 void backward(const HeadBackward& work, char* scratch) {

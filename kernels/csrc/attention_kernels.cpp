@@ -39,7 +39,7 @@ int64_t forward_bytes(int64_t depth) {
   return 4 * (LANES_OF_BLOCK * (3 * width + 2 * TILE_KEYS) + 2 * TILE_KEYS * width) + 1024;
 }
 
-template <class T, class Out>
+template <class T>
 INLINE void forward_block(const HeadForward& work, char* memory) {
   const Head& head = work.head;
   const int64_t depth = head.depth, width = padded(depth), lanes = padded(head.rows);
@@ -66,7 +66,7 @@ INLINE void forward_block(const HeadForward& work, char* memory) {
     const float* values = keys_of<T>(head.v, first, count, depth, v_copy, &stride);
     multiply(values, 1, stride, logits, lanes, depth, lanes, count, out, lanes, true);
   });
-  finish_rows<Out>(work, online, out, lanes, q);
+  finish_rows<T>(work, online, out, lanes, q);
 }
 
 int64_t backward_bytes(int64_t depth) {
@@ -114,11 +114,9 @@ INLINE void backward_block(const HeadBackward& work, char* memory) {
 
 void forward(const HeadForward& work, char* scratch) {
   switch (work.head.kind) {
-    case Kind::float32: return forward_block<float, float>(work, scratch);
-    case Kind::bfloat16:
-      return work.out_float32 ? forward_block<BFloat, float>(work, scratch) : forward_block<BFloat, BFloat>(work, scratch);
-    case Kind::float16:
-      return work.out_float32 ? forward_block<Half, float>(work, scratch) : forward_block<Half, Half>(work, scratch);
+    case Kind::float32: return forward_block<float>(work, scratch);
+    case Kind::bfloat16: return forward_block<BFloat>(work, scratch);
+    case Kind::float16: return forward_block<Half>(work, scratch);
   }
 }
 

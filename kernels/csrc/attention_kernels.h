@@ -55,8 +55,7 @@ struct Head {
 
 struct HeadForward {
   Head head;
-  Result out;  // of the kind, or float32
-  bool out_float32;
+  Result out;  // of the kind
   float* lse;
 };
 

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ def chosen(dtype: str) -> Choice:
     key = f"{_processor()}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {'/'.join(has)}"
     path = _cache()
     found = _read(path).get(dtype, {}).get(key)
-    if found is not None and set(found) <= set(has):
+    if found and has[0] in found and set(found) <= set(has):
         return Choice(_fastest(has, found), f"measured before, in {path}", found)
     ms = _measured(dtype, has)
     _write(path, dtype, key, ms)
@@ -137,14 +138,15 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkernels/products.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mmkernels/products.json"
 
 
 def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or one that another process was cut off in
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or a damaged one
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, dtype: str, key: str, ms: dict[str, float]) -> None:
@@ -152,12 +154,10 @@ def _write(path: Path, dtype: str, key: str, ms: dict[str, float]) -> None:
     known = _read(path)
     known.setdefault(dtype, {})[key] = ms
     part = path.with_suffix(f".{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(known, indent=1))
         part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
 
 
 CHOICES: dict[str, Choice] = {}

@@ -16,9 +16,9 @@ MIN_PRODUCT = 2**23
 class Linear(nn.Linear):
     """`x W^T + b`, torch.nn.Linear's in all but the speed of float32 on a CPU.
 
-    There, if the processor is not Intel's, the three products of a training step are oneDNN's: torch sends them to MKL,
-    which on AMD's runs at half of oneDNN's rate. Elsewhere, and under autocast, torch.compile, torch.func or
-    forward-mode AD, it is torch.nn.Linear.
+    There, where that is the faster library on this machine (`python -m bench facts`), the three products of a training
+    step are oneDNN's: torch sends them to MKL, which may run at half of its rate. Elsewhere, and under autocast,
+    torch.compile, torch.func or forward-mode AD, it is torch.nn.Linear.
     """
 
     def forward(self, input: Tensor) -> Tensor:

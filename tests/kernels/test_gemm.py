@@ -94,9 +94,11 @@ class TestWhichWayIsTaken:
         self, two_ways: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(_products, "_measured", lambda dtype, has: dict.fromkeys(has, 1.0))
-        two_ways.parent.mkdir()
-        two_ways.write_text('{"float32": ')
         assert _products.chosen("float32").why == "measured now"
+        [key] = json.loads(two_ways.read_text())["float32"]
+        for damaged in ('{"float32": ', "[]", json.dumps({"float32": {key: {}}})):
+            two_ways.write_text(damaged)
+            assert _products.chosen("float32").why == "measured now"
         assert json.loads(two_ways.read_text())["float32"]
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
         assert _products.chosen("float32").why == "measured now"

@@ -1,6 +1,6 @@
 """Attention on a CPU by the native step: one call, which walks the tiles that some query of a block sees.
 
-Masks, slopes and dropout are made a tile at a time in registers; float32 throughout, whatever the operands' dtype.
+Masks, slopes and dropout are made a tile at a time. Sums are float32 whatever the operands' dtype.
 """
 
 from collections.abc import Sequence

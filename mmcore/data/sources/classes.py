@@ -11,14 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from PIL import Image
-
 from mmcore.data.config import DataConfig
 from mmcore.data.pair_data import PairData
-from mmcore.data.sources.base import EvalSet, PairSource, stable_hash
-from mmcore.data.sources.files import check_disjoint, read_image_file
+from mmcore.data.sources.base import EvalSet, stable_hash
+from mmcore.data.sources.files import ImageFiles, check_disjoint
 from mmcore.data.sources.split import split_stratified
-from mmcore.data.transforms.images import decode_rgb
 from mmcore.ops import require
 
 OPENAI = "openai"
@@ -38,22 +35,12 @@ _NUM_IMAGENET = 1000
 
 
 @dataclass(frozen=True, repr=False)
-class ClassFolder(PairSource):
+class ClassFolder(ImageFiles):
     """Images of classes; those of one class are positives of each other."""
 
-    paths: list[str]
     classes: list[int]
     names: list[str]  # of the classes
     templates: list[str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def sample_id(self, i: int) -> str:
-        return self.paths[i]
-
-    def raw_image(self, i: int, least: int | None = None) -> Image.Image:
-        return decode_rgb(read_image_file(self.paths[i]), least)
 
     def image_id(self, i: int) -> int:
         return stable_hash(self.paths[i])

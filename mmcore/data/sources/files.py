@@ -16,13 +16,11 @@ from mmcore.ops import require
 Files = TypeVar("Files", bound="FilePairs")
 
 
-@dataclass(frozen=True)
-class FilePairs(PairSource):
-    """Image files with a text each, a caption or a question; samples of one image have the same identity."""
+@dataclass(frozen=True, repr=False)
+class ImageFiles(PairSource):
+    """Image files, each a sample."""
 
     paths: list[str]
-    identities: list[str]
-    texts: list[str]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -32,6 +30,14 @@ class FilePairs(PairSource):
 
     def raw_image(self, i: int, least: int | None = None) -> Image.Image:
         return decode_rgb(read_image_file(self.paths[i]), least)
+
+
+@dataclass(frozen=True)
+class FilePairs(ImageFiles):
+    """Image files with a text each, a caption or a question; samples of one image have the same identity."""
+
+    identities: list[str]
+    texts: list[str]
 
     def image_id(self, i: int) -> int:
         return stable_hash(self.identities[i])
