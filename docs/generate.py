@@ -50,9 +50,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mmcore.metrics": (),
     "mmcore.recipe": (
         *("Recipe", "OnPairs", "OnLanguageModel", "Contrastive"),
-        *("Assets", "VisionAssets", "Step", "Embeds", "Proof", "Claim"),
+        *("Assets", "VisionAssets", "Step", "Embeds", "Represents", "Proof", "Claim"),
     ),
     "mmcore.two_towers": ("TwoTowers", "PairAssets"),
+    "mmcore.image_recipe": ("ImageRecipe",),
     "mmcore.systems": ("Entry", "entries", "recipe_entry", "find_systems"),
     "mmcore.runs": ("Trained", "SavedRun", "read_run", "find_run", "load_weights"),
     "mmcore.tasks.reconstruction": ("Reconstructs",),

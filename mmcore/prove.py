@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import tyro
 from PIL import Image
@@ -110,6 +111,10 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
     values, controls = follow(subject), {}
     if any(c.control == "others" for c in proof.claims):
         controls["others"] = follow(replace(subject, data=with_other_images(subject.data), own=subject.data))
+    if any(c.control == "untrained" for c in proof.claims):
+        torch.manual_seed(subject.recipe.run.seed)
+        fresh = subject.recipe.in_use(subject.recipe.build(subject.assets)).to(subject.device)
+        controls["untrained"] = follow(replace(subject, model=fresh))
     if without is not None:
         controls["without"] = follow(subject_of(read_run(without)))
     found = []

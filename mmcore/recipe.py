@@ -110,6 +110,21 @@ class Embeds:
     text: Callable[[list[str]], Tensor]
 
 
+@dataclass(frozen=True)
+class Represents:
+    """Images as vectors that a classifier reads, one kind or several.
+
+    Args:
+        preprocess: what it wants of an image.
+        names: of each kind, such as "class token".
+        compute: uint8 [B, 3, S, S] to [B, D] of each kind.
+    """
+
+    preprocess: Preprocess
+    names: tuple[str, ...]
+    compute: Callable[[Tensor], Sequence[Tensor]]
+
+
 Matches = Callable[[Tensor, Tensor, list[str]], Tensor]
 """States of images (see `Embeds`) [N, ...], which of them each text is compared with, int64 [R], and R texts to scores
 [R], above 0 where they belong together."""
@@ -129,6 +144,7 @@ class Recipe(ABC):
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
     - `projects(assets, model, device) -> Callable[[Tensor], Tensor]`: images to what a head makes of them; projection.
+    - `represents(assets, model, device) -> Represents`: images to vectors; features.
     - `reconstructs(assets, model, device) -> Reconstructs`: images from some of their patches; reconstruction.
     - `export(assets, model, folder, format)`: `mmcore export`.
     - `image_tower(assets, model) -> Tower`: what `--vision RUN` of other recipes starts from.
@@ -142,6 +158,8 @@ class Recipe(ABC):
     """What it is measured by, the first of which the progress bar shows; names of modules in mmcore.tasks."""
     accumulates: ClassVar[bool] = True
     """Whether a step may come in micro-batches, --accum."""
+    stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    """ZeRO stages that it trains under; stage 3 cuts up weights, which a momentum teacher has to follow whole."""
     training_only: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of weights that nothing but training needs, which an export leaves out."""
     formats: ClassVar[tuple[str, ...]] = ()
@@ -334,14 +352,15 @@ class Claim:
         value: its name among those that the recipe's tasks follow, such as "zero-shot top-1".
         floor: that it has to reach, at most 1.
         ceiling: that the control has to stay below; None = the floor.
-        control: "others", the same model shown the images of other records; "without", the last of `Proof.without`.
+        control: "others", the same model shown the images of other records; "without", the last of `Proof.without`;
+            "untrained", the model as it was before the first step.
     """
 
     figure: str
     value: str
     floor: float
     ceiling: float | None = None
-    control: Literal["others", "without"] = "others"
+    control: Literal["others", "without", "untrained"] = "others"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.opening import open_held_out
 from mmcore.ops import require
-from mmcore.recipe import Contrastive, Embeds, OnPairs, Runner, VisionAssets
+from mmcore.recipe import Contrastive, Embeds, OnPairs, Represents, Runner, VisionAssets
 from mmcore.settings import flag, free, once
 
 
@@ -118,6 +118,9 @@ class TwoTowers(OnPairs, Contrastive):
             return model(None, assets.tokenizer(captions).to(device))[1]
 
         return Embeds(assets.preprocess, image, lambda features: features, text)
+
+    def represents(self, assets: PairAssets, model: Runner, device: torch.device) -> Represents:
+        return Represents(assets.preprocess, ("embedding",), lambda images: (model(images, None)[0],))
 
     def image_tower(self, assets: PairAssets, model: Any) -> Any:
         return model.image_tower()

@@ -8,10 +8,10 @@ from mmcore.ops import require
 from mmcore.settings import free
 
 SourceKind = Literal[
-    "digits", "stamps", "emoji", "shards", "csv", "json", "chats", "classes", "records", "parquet", "hf"
+    "digits", "scattered", "stamps", "emoji", "shards", "csv", "json", "chats", "classes", "records", "parquet", "hf"
 ]
 EmojiStyle = Literal["openmoji", "noto", "symbola"]
-BUILT_IN = ("digits", "stamps", "emoji")
+BUILT_IN = ("digits", "scattered", "stamps", "emoji")
 """Sources that no file is named for."""
 
 
@@ -20,14 +20,15 @@ _FILES: tuple[SourceKind, ...] = ("csv", "json", "chats", "classes", "records", 
 _KEYED: tuple[SourceKind, ...] = ("records", "parquet", "hf")
 _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
     "val_data": ("shards", *_FILES),
-    "val_fraction": ("digits", "stamps", *_FILES),
+    "val_fraction": ("digits", "scattered", "stamps", *_FILES),
     **dict.fromkeys(("class_names", "templates"), ("classes",)),
     **dict.fromkeys(("annotations", "val_annotations"), ("json",)),
     "image_root": ("json", "chats", *_KEYED),
     "language": ("stamps", "emoji"),
     "stamps_dir": ("stamps",),
     **dict.fromkeys(("style", "languages_apart"), ("emoji",)),
-    "shuffle_pictures": ("digits", "stamps", "emoji", *_FILES),
+    "inverted": ("scattered",),
+    "shuffle_pictures": ("digits", "scattered", "stamps", "emoji", *_FILES),
     **dict.fromkeys(("csv_separator", "csv_img_key", "csv_caption_key"), ("csv", "records")),
     "image_key": _KEYED,
     "caption_keys": ("shards", *_KEYED),
@@ -42,13 +43,14 @@ class DataConfig:
     """Which images to train on, with captions, questions or conversations."""
 
     data: str = "digits"
-    """'digits' (scikit-learn's scanned digits), 'stamps' (Debian's Tux Paint stamps), 'emoji' (drawn by a font, with
-    names in many languages), webdataset shards such as 'shards/{000..009}.tar', a table such as 'pairs.csv', a JSON
-    file (captions as LAVIS or COCO write them, questions as LAVIS or VQAv2 do, conversations as LLaVA does, these also
-    in JSONL), Parquet files, a data set of Hugging Face on disk, a folder with a folder of images for each class, as
-    ImageNet has them, or a mix of conversations in YAML (datasets: json_path, sampling_strategy). What a recipe reads
-    is made of any of them: captions are answers to what an image shows, answers are captions, and the other way
-    around. a::b trains on several sources of captions as one."""
+    """'digits' (scikit-learn's scanned digits), 'scattered' (these at random places, in noise), 'stamps' (Debian's Tux
+    Paint stamps), 'emoji' (drawn by a font, with names in many languages), webdataset shards such as
+    'shards/{000..009}.tar', a table such as 'pairs.csv', a JSON file (captions as LAVIS or COCO write them, questions
+    as LAVIS or VQAv2 do, conversations as LLaVA does, these also in JSONL), Parquet files, a data set of Hugging Face
+    on disk, a folder with a folder of images for each class, as ImageNet has them, or a mix of conversations in YAML
+    (datasets: json_path, sampling_strategy). What a recipe reads is made of any of them: captions are answers to what
+    an image shows, answers are captions, and the other way around. a::b trains on several sources of captions as
+    one."""
     val_data: str | None = None
     """Held-out shards, table, file or folder, of the same kind as --data; none: a share of --val-fraction is split off
     where the source is finite. Of a mix a::b of any kind; none: nothing is held out."""
@@ -59,6 +61,8 @@ class DataConfig:
     languages_apart: bool = False
     """Each training picture of 'emoji' has its names in one of the languages alone, so that what a model knows of one
     language in another it has from pictures; held-out ones have them in all."""
+    inverted: bool = False
+    """Of 'scattered': on grounds of any grey, the ink lighter or darker than it, so that pixels say still less."""
     shuffle_pictures: bool = False
     """A control: each training caption is shown with the picture of another record."""
     style: EmojiStyle = "openmoji"

@@ -30,6 +30,7 @@ from mmcore.data.sources.emoji import Emoji, open_emoji
 from mmcore.data.sources.files import FilePairs, check_disjoint
 from mmcore.data.sources.keyed import KeyedPairs, file_paths, read_files, split_keyed
 from mmcore.data.sources.mixed import SEPARATOR, Mixed, parse_weights
+from mmcore.data.sources.scattered import open_scattered
 from mmcore.data.sources.shard_index import IndexedPairs, open_index
 from mmcore.data.sources.shards import check_other_shards, keys_of_shards, open_held_out_shards, open_shards
 from mmcore.data.sources.split import split_linked
@@ -76,7 +77,7 @@ def source_kind(data: str) -> SourceKind:
         return "chats" if _holds_conversations(Path(data).expanduser()) else "json"
     if data and Path(data).expanduser().is_dir():
         return "hf" if is_hf(data) else "classes"
-    known = "'digits', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar'"
+    known = "'digits', 'scattered', 'stamps', 'emoji', tar shards such as 'shards/{000..009}.tar'"
     files = "a .csv, .tsv, .json, .jsonl, .parquet or .yaml file, or a folder of classes"
     raise ValueError(f"data: data must be {known}, or {files}, got {data!r}{did_you_mean(name, BUILT_IN)}")
 
@@ -203,7 +204,7 @@ def open_held_out(config: DataConfig) -> PairData:
     run holds out or, of a style that draws no combinations, every drawing. Raises ValueError as `open_data`, and for
     'digits' or 'stamps', which a run splits itself."""
     kind = _kind(config)
-    if kind in ("digits", "stamps"):
+    if kind in ("digits", "scattered", "stamps"):
         raise ValueError(f"--data must be a file or shards, of which all is held out, or emoji, got {config.data!r}")
     if kind == "shards":
         val = open_held_out_shards(config)
@@ -246,7 +247,10 @@ def _pairs(kind: SourceKind, config: DataConfig, seed: int) -> PairData:
     if kind == "shards":
         shards, val = open_shards(config)
         return PairData(name, shards.num_samples, shards, val, limit)
-    train, held_out = open_digits(config.val_fraction, seed)
+    if kind == "scattered":
+        train, held_out = open_scattered(config.val_fraction, seed, inverted=config.inverted)
+    else:
+        train, held_out = open_digits(config.val_fraction, seed)
     data = PairData(name, len(train), train, None, limit, DIGIT_NAMES, DIGIT_TEMPLATES)
     data = replace(data, questions=digit_questions(train))
     if held_out is None:
@@ -305,8 +309,7 @@ def _derived(config: DataConfig, seed: int, captions_only: bool) -> ChatData:
     for source, questions, is_held_out in ((data.source, data.questions, False), (held_out, data.val_questions, True)):
         if source is None:
             sides.append(None)
-        elif config.data == "digits":
-            assert isinstance(source, Digits)
+        elif isinstance(source, Digits):
             sides.append(derived_chats.digit_conversations(source, **options))
         elif config.data == "emoji":
             sides.append(derived_chats.emoji_conversations(source, questions, **options))

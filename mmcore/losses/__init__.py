@@ -7,6 +7,7 @@ from mmcore.losses.drop_in import BackpropType, ClipLoss, ContrastiveLossWithTem
 from mmcore.losses.matching import Negatives, fetch_rows, global_ratio, hard_negatives, matching_loss, pair_labels
 from mmcore.losses.sigmoid import global_sigmoid_loss
 from mmcore.losses.token import global_token_contrastive_loss
+from mmcore.losses.views import nt_xent_loss
 
 __all__ = [
     "AssignmentLosses",
@@ -24,5 +25,6 @@ __all__ = [
     "global_token_contrastive_loss",
     "hard_negatives",
     "matching_loss",
+    "nt_xent_loss",
     "pair_labels",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcore.nn.attention import Attention, check_tokens
+from mmcore.nn.attention import Attention, check_dropout, check_tokens
 from mmcore.nn.linear import MLP
 from mmcore.nn.packing import Packing
 from mmcore.ops import masks, require
@@ -15,22 +15,49 @@ Pool = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x))."""
+    """x + attention(LN(x)), then x + MLP(LN(x)); what is added is scaled and dropped where there are such options.
+
+    Args:
+        layer_scale: what the learned scales of each channel start from (LayerScale, arXiv:2103.17239); None = none.
+        drop_path: share of the samples that training leaves a residual out of, the others' grows by as much
+            (stochastic depth, arXiv:1603.09382), from 0, below 1.
+    """
 
     def __init__(
-        self, width: int, num_heads: int, mlp_dim: int, *, is_causal: bool, activation: str, norm_eps: float
+        self,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        is_causal: bool,
+        activation: str,
+        norm_eps: float,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        check_dropout("Block", drop_path)
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, is_causal=is_causal)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, mlp_dim, activation=activation)
+        scales = [None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale)) for _ in range(2)]
+        self.scale1, self.scale2 = scales
 
     def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
         """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone."""
-        x = x + self.attn(self.norm1(x), packing=packing)
+        x = x + self._residual(self.attn(self.norm1(x), packing=packing), self.scale1)
         x = x if pool is None else pool(x)
-        return x + self.mlp(self.norm2(x))
+        return x + self._residual(self.mlp(self.norm2(x)), self.scale2)
+
+    def _residual(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """What is added of `x` [B, ...]."""
+        x = x if scale is None else x * scale
+        if not self.training or self.drop_path == 0:
+            return x
+        kept = torch.rand(len(x), device=x.device) >= self.drop_path
+        return x * (kept.to(x.dtype) / (1 - self.drop_path)).view(-1, *[1] * (x.ndim - 1))
 
     @torch.no_grad()
     def init_weights(self, num_layers: int) -> None:
@@ -44,7 +71,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of pre-LN blocks, bidirectional or causal, with optional activation checkpointing."""
+    """A stack of pre-LN blocks, bidirectional or causal, with optional activation checkpointing.
+
+    `layer_scale` and `drop_path` are of `Block`, the latter rising from 0 in the first block to what is given in the
+    last; with `drop_path_uniform` it is the same in all.
+    """
 
     def __init__(
         self,
@@ -56,11 +87,15 @@ class Transformer(nn.Module):
         is_causal: bool,
         activation: str = "gelu",
         norm_eps: float = 1e-5,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        drop_path_uniform: bool = False,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = False
-        options = {"is_causal": is_causal, "activation": activation, "norm_eps": norm_eps}
-        blocks = [Block(width, num_heads, mlp_dim, **options) for _ in range(num_layers)]
+        shares = [1.0 if drop_path_uniform else i / max(1, num_layers - 1) for i in range(num_layers)]
+        options = {"is_causal": is_causal, "activation": activation, "norm_eps": norm_eps, "layer_scale": layer_scale}
+        blocks = [Block(width, num_heads, mlp_dim, **options, drop_path=drop_path * share) for share in shares]
         for block in blocks:
             block.init_weights(num_layers)
         self.blocks = nn.ModuleList(blocks)

@@ -36,7 +36,7 @@ class ImageTower(ViT):
         if self.pool == "class":
             return super().forward(images, kept, pool=lambda x: x[:, 0])
         states = super().forward(images, kept)
-        return self.head(states) if self.pool == "head" else states[:, self.config.has_class_token :].mean(1)
+        return self.head(states) if self.pool == "head" else states[:, self.config.num_prefix :].mean(1)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[B, 3, S, S] to [B, E]."""

@@ -35,8 +35,10 @@ class VisionConfig:
     """Shape of an image tower: square images of `image_size` pixels, patches of `patch_size` pixels.
 
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
-    SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos").
-    The last four are of `Preprocess`.
+    SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos");
+    DINOv2's has registers (arXiv:2309.16588), which stand between class token and patches and have no positions, and a
+    layer scale. A mask token stands for patches that are not shown. `layer_scale` and `drop_path` are of
+    `mmcore.nn.Transformer`. The last four are of `Preprocess`.
     """
 
     image_size: int = 224
@@ -52,6 +54,11 @@ class VisionConfig:
     has_class_token: bool = True
     positions: Literal["learned", "sincos"] = "learned"
     has_final_norm: bool = False
+    num_registers: int = 0
+    has_mask_token: bool = False
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    drop_path_uniform: bool = False
     has_margin: bool = False  # pixels that fill no patch, right and below, are not read (SigLIP's 384 in 14s)
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
@@ -66,6 +73,7 @@ class VisionConfig:
         require(owner, fits, "image_size must be a multiple of patch_size {}, got {}", patch, size)
         kinds = ("learned", "sincos")
         require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
+        require(owner, self.num_registers >= 0, "num_registers must be at least 0, got {}", self.num_registers)
         for name in ("image_mean", "image_std"):  # a run's config.json holds lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -84,9 +92,14 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def num_prefix(self) -> int:
+        """The class token and registers, which stand before the patches."""
+        return self.has_class_token + self.num_registers
+
+    @property
     def num_tokens(self) -> int:
-        """Patches and the class token."""
-        return self.num_patches + self.has_class_token
+        """Patches, the class token and registers."""
+        return self.num_patches + self.num_prefix
 
 
 siglip_vision = partial(
@@ -134,32 +147,40 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.has_patch_bias)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5) if config.has_class_token else None
         if config.positions == "learned":
-            self.position_embedding = nn.Parameter(torch.randn(config.num_tokens, width) * width**-0.5)
+            num_places = config.num_patches + config.has_class_token
+            self.position_embedding = nn.Parameter(torch.randn(num_places, width) * width**-0.5)
         else:
             fixed = sincos_positions(width, config.num_patches, num_prefix=config.has_class_token)
             self.position_embedding = nn.Buffer(fixed)
+        registers = torch.randn(config.num_registers, width) * 1e-6
+        self.registers = nn.Parameter(registers) if config.num_registers else None
+        self.mask_token = nn.Parameter(torch.zeros(width)) if config.has_mask_token else None
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()
         options = {"is_causal": False, "activation": config.activation, "norm_eps": config.norm_eps}
+        options |= {name: getattr(config, name) for name in ("layer_scale", "drop_path", "drop_path_uniform")}
         self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
         self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
 
-    def forward(self, images: Tensor, kept: Tensor | None = None, *, pool: Pool | None = None) -> Tensor:
-        """The states of the class token and of the patches.
+    def forward(
+        self, images: Tensor, kept: Tensor | None = None, *, masked: Tensor | None = None, pool: Pool | None = None
+    ) -> Tensor:
+        """The states of the class token, of the registers and of the patches.
 
         Args:
             images: [B, 3, S, S], S the configured image size or, with `has_any_size`, another multiple of the patches',
                 whose positions are interpolated; uint8, or floating point where they are normalised already; B may be
                 0.
             kept: int64 [B, K], the patches that are read, in the order of their states; None = all P. The class token
-                always is.
+                and the registers always are.
+            masked: bool [B, P], the patches that the mask token stands for, of all P; None = none.
             pool: takes of the last layer's states `[B, 1 + P, D]` those that are wanted.
 
         Returns:
-            [B, 1 + P, D], [B, 1 + K, D], without the 1 where there is no class token, or what `pool` returns.
+            [B, 1 + P, D], [B, 1 + K, D], the 1 being `config.num_prefix`, or what `pool` returns.
         """
-        return self.norm_post(self.transformer(self.embed(images, kept), pool=pool))
+        return self.norm_post(self.transformer(self.embed(images, kept, masked), pool=pool))
 
-    def embed(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def embed(self, images: Tensor, kept: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """What the transformer reads, of shapes as in `forward`."""
         size, patch = self.image_size, self.config.patch_size
         if self.has_any_size and images.ndim == 4 and images.shape[-1] >= patch and images.shape[-1] % patch == 0:
@@ -171,6 +192,13 @@ class ViT(nn.Module):
         require("ViT", images.is_floating_point(), "images must be uint8 or floating point, got {}", images.dtype)
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype))  # [B, D, S / P, S / P]
         x = x.flatten(2).transpose(1, 2)  # [B, P, D]
+        if masked is not None:
+            require("ViT", self.mask_token is not None, "masked must be None: the tower has no mask token, got a mask")
+            assert self.mask_token is not None
+            fits = masked.dtype == torch.bool and masked.shape == x.shape[:2]
+            got = f"{masked.dtype} {list(masked.shape)}"
+            require("ViT", fits, "masked must be bool {}, got {}", list(x.shape[:2]), got)
+            x = torch.where(masked[:, :, None], self.mask_token.to(x.dtype), x)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self._positions(size).to(self.patch_embed.weight.dtype)  # a buffer stays float32 under bf16 weights
@@ -181,6 +209,10 @@ class ViT(nn.Module):
             if self.class_embedding is not None:
                 kept = F.pad(kept + 1, (1, 0))  # the class token is row 0
             x = gather(x, kept)
+        if self.registers is not None:
+            first = int(self.config.has_class_token)
+            registers = self.registers.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([x[:, :first], registers, x[:, first:]], 1)
         return self.norm_pre(x)
 
     def _positions(self, size: int) -> Tensor:

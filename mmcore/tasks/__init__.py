@@ -24,6 +24,7 @@ TASKS = {
     "conversation": "converses",
     "reconstruction": "reconstructs",
     "projection": "projects",
+    "features": "represents",
 }
 """Each task, and the capability that it asks for."""
 

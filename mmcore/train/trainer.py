@@ -115,7 +115,12 @@ def _prepare(name: str, recipe: Recipe, data: Any, world_size: int) -> Start:
     if recipe.run.accum != 1 and not recipe.accumulates:
         raise ValueError(f"--accum must be 1 with {name}, got {recipe.run.accum}: give each rank a larger batch")
     start = open_run(name, recipe.run)
-    check_config(deepspeed_config(recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size)[0])
+    config, _ = deepspeed_config(recipe.engine, recipe.optim, batch_size=recipe.per_rank, world_size=world_size)
+    check_config(config)
+    stage, stages = config["zero_optimization"]["stage"], recipe.stages
+    if stage not in stages:
+        what = f"--zero must be from {stages[0]} to {stages[-1]} with {name}, got {stage}"
+        raise ValueError(f"{what}: its momentum teacher follows whole weights, which stage 3 cuts up")
     if start.checkpoint is not None:
         saved = json.loads((start.folder / "config.json").read_text())
         check_resumed(saved["settings"], recipe)

@@ -19,7 +19,7 @@ NAN = float("nan")
     *(({"data": near}, f"got '{near}'; did you mean '{name}'")
       for near, name in {"digit": "digits", "Digits": "digits", "stamp": "stamps", "stmaps": "stamps",
                          "emojis": "emoji"}.items()),
-    ({"data": "laion"}, r"data must be 'digits', 'stamps', 'emoji', tar shards .*, got 'laion'$"),
+    ({"data": "laion"}, r"data must be 'digits', 'scattered', 'stamps', 'emoji', tar shards .*, got 'laion'$"),
     *(({"data": data, name: value}, rf"{name}=.* has no effect on '{data}'")
       for data, name, value in (
           ("digits", "val_data", "x.csv"), ("digits", "language", "zh_CN"), ("digits", "num_samples", 5),

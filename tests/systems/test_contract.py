@@ -30,9 +30,11 @@ STAGES = [0, 1, 2, 3]
 
 
 def stages_of(name: str) -> list[int]:
-    """Of CLIP under other data and losses the first and the last: its engine is CLIP's."""
-    is_clips = name != "clip" and issubclass(entries("RECIPES")[name].load(), Clip)
-    return [STAGES[0], STAGES[-1]] if is_clips else STAGES
+    """Of CLIP under other data and losses the first and the last: its engine is CLIP's. Of recipes with a momentum
+    teacher those that they have."""
+    kind = entries("RECIPES")[name].load()
+    is_clips = name != "clip" and issubclass(kind, Clip)
+    return [STAGES[0], STAGES[-1]] if is_clips else list(kind.stages)
 
 
 DRAWN = ("blip2-stage1", "blip2-stage2")

@@ -17,6 +17,7 @@ from tests.distributed.launch import finish
 from tests.systems.toy import Toy
 
 STEPS, BATCH = 4, 32
+LEFT_OUT = ("--epochs", "--batch-size")
 SMALL = f"--steps {STEPS} --log-every 1 --save-every 2 --eval-every 100 --keep 9 --ema 0.9 --lr 3e-3 --warmup 0"
 
 
@@ -25,8 +26,9 @@ def flags_of(name: str, known: dict[str, Path]) -> list[str]:
     proof = entries("PROOFS")[name].load()
     earlier = [str(known.get(recipe, "")) for recipe, _ in proof.runs[:-1]]
     words = proof.runs[-1][1].format(*earlier).split()
-    kept = [(a, b) for a, b in zip(words[::2], words[1::2], strict=True) if a not in SMALL and a != "--epochs"]
-    return [word for pair in kept for word in pair if "--batch-size" not in pair]
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    flags = [words[i:j] for i, j in zip(starts, [*starts[1:], len(words)], strict=True)]
+    return [x for words in flags if words[0] not in SMALL.split() and words[0] not in LEFT_OUT for x in words]
 
 
 def trained(name: str, flags: list[str], out: Path, *more: object) -> dict[str, Any]:

@@ -212,7 +212,7 @@ class Llava(nn.Module):
     def features(self, images: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """What the language model reads of one or more images, [N, D]; arguments as of `loss`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
-            states = self.visual(images)[:, int(self.config.vision.has_class_token) :]
+            states = self.visual(images)[:, self.config.vision.num_prefix :]
         projected = self.projector(states)
         if self.image_newline is None:
             require("Llava", image_sizes is None, "image_sizes must be None without tiles, got {}", "some")

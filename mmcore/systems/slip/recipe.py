@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmcore.data import PairData
 from mmcore.data.collate import PairSample
-from mmcore.losses import global_contrastive_loss
+from mmcore.losses import global_contrastive_loss, nt_xent_loss
 from mmcore.ops import require
 from mmcore.recipe import Claim, Proof, Runner, Step
 from mmcore.systems.clip.recipe import Clip, ClipBatch
@@ -79,16 +79,8 @@ class Slip(WithViews):
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
         image, text, first, second, scale = features
         contrast = global_contrastive_loss(image, text, scale)
-        simclr = nt_xent(first, second, self.ssl_temperature)
+        simclr = nt_xent_loss(first, second, self.ssl_temperature)
         return {"loss": contrast + self.ssl_scale * simclr, "contrast": contrast, "simclr": simclr}
-
-
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """SimCLR's loss (arXiv 2002.05709) of unit-norm projections of two views [B, D], over all ranks: each picks its
-    partner among all others, itself left out."""
-    rows, partners = torch.cat([first, second]), torch.cat([second, first])
-    own = torch.arange(len(rows), device=rows.device).roll(len(first))  # where a row is among the partners
-    return global_contrastive_loss(rows, partners, 1 / temperature, symmetric=False, exclude=own)
 
 
 PROOF = Proof(

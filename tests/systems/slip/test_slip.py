@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.data import DataConfig, Preprocess, open_data
+from mmcore.losses import nt_xent_loss
 from mmcore.recipe import Step
 from mmcore.systems.clip.recipe import ClipBatch
 from mmcore.systems.slip.model import SLIP
-from mmcore.systems.slip.recipe import Slip, SlipBatch, nt_xent
+from mmcore.systems.slip.recipe import Slip, SlipBatch
 from mmcore.train.config import RunConfig
 from tests.systems.clip.test_weights import small_config
 
@@ -30,7 +31,7 @@ def published(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def test_simclrs_loss_is_slips_with_its_gradient() -> None:
     torch.manual_seed(0)
     first, second = (F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2))
-    ours, theirs, views = nt_xent(first, second, 0.1), published(first, second, 0.1), [first, second]
+    ours, theirs, views = nt_xent_loss(first, second, 0.1), published(first, second, 0.1), [first, second]
     assert abs(ours - theirs) < 1e-12
     for x, y in zip(torch.autograd.grad(ours, views), torch.autograd.grad(theirs, views), strict=True):
         assert (x - y).abs().max() < 1e-12
