@@ -34,7 +34,8 @@ class SimCLRModel(nn.Module):
         super().__init__()
         self.config = config
         self.visual = ViT(config.vision)
-        self.projector = projection_head((config.vision.width, config.hidden, config.hidden, config.width))
+        sizes = config.vision.width, config.hidden, config.width
+        self.projector = projection_head(sizes, ends_normalised=True)
 
     def forward(self, images: Tensor, *, only_states: bool = False) -> Any:
         """Views [B, V, 3, S, S] to unit-norm projections, one [B, W] a view, float32 or wider; `only_states`: images

@@ -72,12 +72,18 @@ PROOF = Proof(
     [
         (
             "simclr",
-            "--data scattered --inverted --views source --batch-size 256 --steps 90 --temperature 0.2 "
-            "--optimizer adamw --lr 2e-3 --weight-decay 0.05 --warmup-share 0.1",
+            "--data scattered --views source --batch-size 256 --steps 150 --temperature 0.2 "
+            "--optimizer adamw --lr 2e-3 --weight-decay 0.05 --warmup 10",
         )
     ],
     [
-        Claim("k-NN accuracy of the tower (held-out)", figure("k-NN accuracy", PATCH_MEAN), 0.5, control="untrained"),
+        Claim(
+            "k-NN accuracy of frozen features (held-out)",
+            figure("k-NN accuracy", PATCH_MEAN),
+            floor=0.58,
+            ceiling=0.52,
+            control="untrained",
+        ),
         Claim("deviation of projections (held-out)", DEVIATION, 0.5, 1.1),  # other images deviate as much
     ],
 )
