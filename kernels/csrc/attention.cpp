@@ -184,6 +184,16 @@ void attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const std:
   });
 }
 
+// Whether a row of a block may see any of some keys.
+bool may_see(const Head& head, int64_t first, int64_t last) {
+  const auto* ends = head.mask.ends;
+  if (!ends[0]) return true;
+  for (int64_t n = 0; n < 4 && ends[n]; n += 2)
+    for (int64_t row = head.first_row; row < head.first_row + head.rows; ++row)
+      if (std::max<int64_t>(ends[n][row], first) < std::min<int64_t>(ends[n + 1][row], last)) return true;
+  return false;
+}
+
 float entry(const char* data, Kind kind, int64_t i) {
   if (kind == Kind::float32) return reinterpret_cast<const float*>(data)[i];
   uint16_t bits = reinterpret_cast<const uint16_t*>(data)[i];
@@ -214,7 +224,10 @@ void attention_cpu_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const 
   const int64_t chunk = ((call.keys + most - 1) / most + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
   const int64_t chunks = std::max<int64_t>(1, (call.keys + chunk - 1) / std::max<int64_t>(chunk, 1));
   const int64_t of_head = call.rows * depth, of_chunk = call.batches * call.heads * of_head;
+  // of row blocks that see nothing of a chunk it is never touched, and takes no memory
   std::unique_ptr<float[]> partial(chunks > 1 ? new float[chunks * of_chunk] : nullptr);
+  const int64_t blocks = call.blocks();
+  std::vector<char> is_there(partial ? chunks * call.batches * call.heads * blocks : 0);
   const int64_t width = (depth + kernels.depth_multiple - 1) / kernels.depth_multiple * kernels.depth_multiple;
   const auto write = [&](const Matrix& to, int64_t first, const float* rows, int64_t stride, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
@@ -235,8 +248,15 @@ void attention_cpu_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const 
       for (int64_t h = key_head * call.groups; h < (key_head + 1) * call.groups; ++h)
         for (int64_t first = 0; first < call.rows; first += kernels.lanes) {
           const int64_t count = std::min(kernels.lanes, call.rows - first);
+          const Head head = call.head(b, h, first, count);
+          if (!may_see(head, from, last)) {
+            std::fill_n(q_sums, count * depth, 0.0f);
+            if (!partial) write(to_q.of(b, h), first, q_sums, depth, count);
+            continue;
+          }
+          if (partial) is_there[((c * call.batches + b) * call.heads + h) * blocks + first / kernels.lanes] = 1;
           float* dq_rows = partial ? partial.get() + c * of_chunk + (b * call.heads + h) * of_head + first * depth : q_sums;
-          kernels.backward({call.head(b, h, first, count), upstream.of(b, h),
+          kernels.backward({head, upstream.of(b, h),
                             of_rows + b * lse_batch + h * lse_head + first,
                             taken + b * delta_batch + h * delta_head + first, from, last, dq_rows, k_sums, v_sums},
                            scratch.data);
@@ -252,9 +272,11 @@ void attention_cpu_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const 
     for (int64_t i = begin; i < end; ++i)
       for (int64_t r = 0; r < call.rows; ++r) {
         const float* part = partial.get() + i * of_head + r * depth;
-        std::copy_n(part, depth, sums.data());
-        for (int64_t c = 1; c < chunks; ++c)
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t c = 0; c < chunks; ++c) {
+          if (!is_there[(c * call.batches * call.heads + i) * blocks + r / kernels.lanes]) continue;
           for (int64_t d = 0; d < depth; ++d) sums[d] += part[c * of_chunk + d];
+        }
         write(to_q.of(i / call.heads, i % call.heads), r, sums.data(), depth, 1);
       }
   });

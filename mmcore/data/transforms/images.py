@@ -192,7 +192,8 @@ def training_view(load: Callable[[int], Image.Image], preprocess: Preprocess, rn
 
 def to_pixels(image: Image.Image) -> Tensor:
     """Pixels of an RGB image: uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    # band by band: a copy by torch would wake its threads for each image, which then spin
+    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
 
 
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
