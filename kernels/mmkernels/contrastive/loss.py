@@ -260,6 +260,8 @@ def linear_means(
     a: Tensor, b: Tensor, scale: Tensor, match: Match, options: Options, negatives: Tensor | None = None
 ) -> LinearMeans:
     """The means that labels and smoothing need."""
+    if match.labels is None and options.label_smoothing == 0:
+        return LinearMeans(None, None, None)
     a, b = a.to(accumulator(a.dtype)), b.to(accumulator(b.dtype))
     scale = scale.reshape(()).to(a.dtype)
     of_positives = row = col = None

@@ -249,7 +249,7 @@ def _contrastive_bwd(
         found, contiguous = ContrastiveStats(*stats), [d.contiguous() for d in grads]
         if exclude is not None:
             found, contiguous = of_seen(found, contiguous)
-        results = path.contrastive_bwd(problem, found, contiguous, needs)
+        results = list(path.contrastive_bwd(problem, found, contiguous, needs))
     return _in_place_of(results, (a, b, scale))
 
 
@@ -302,7 +302,7 @@ def _contrastive_pairs_bwd(
     a: Tensor, b: Tensor, scale: Tensor, symmetric: bool, kept: Tensor, d_losses: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(a.device.type, enabled=False):
-        results = kernel.pair_losses_bwd(a, b, scale, symmetric, kept, d_losses.contiguous(), needs)
+        results = list(kernel.pair_losses_bwd(a, b, scale, symmetric, kept, d_losses.contiguous(), needs))
     return _in_place_of(results, (a, b, scale))
 
 
@@ -331,16 +331,16 @@ contrastive_pairs.register_autograd(_backward_pairs, setup_context=_setup_pairs)
 _contrastive_pairs_bwd.register_autograd(has_no_derivative("contrastive_loss", "mmkernels.contrastive_loss_ref"))
 
 
-def _in_place_of(results: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in the dtypes and shapes of the inputs; empty where there is none."""
-    return tuple(
-        like.new_empty(0)
-        if dx is None
-        else dx.to(like.dtype)
-        if dx.shape == like.shape
-        else dx.to(like.dtype).view_as(like)
-        for dx, like in zip(results, inputs)
-    )  # pyright: ignore[reportReturnType]
+def _in_place_of(results: list[Tensor | None], inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the dtypes and shapes of the inputs, empty where there is none; `results` is emptied, so that what
+    has been narrowed is freed before the next."""
+    return tuple(_like(results.pop(0), like) for like in inputs)  # pyright: ignore[reportReturnType]
+
+
+def _like(dx: Tensor | None, like: Tensor) -> Tensor:
+    if dx is None:
+        return like.new_empty(0)
+    return dx.to(like.dtype) if dx.shape == like.shape else dx.to(like.dtype).view_as(like)
 
 
 def broken_claim(problem: Problem) -> Tensor | None:
