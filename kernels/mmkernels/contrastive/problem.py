@@ -11,7 +11,7 @@ from mmkernels._checks import accumulator
 # On a GPU tiles leave sums of each of their rows and columns, of so many logits at a time: all would grow with the
 # square.
 MAX_LOGITS = 1 << 32
-# Rows whose positives are gathered at a time: some MiB, and on a GPU, which would wait for launches, four times as many.
+# Rows whose positives are gathered at a time: some MiB; on a GPU, which would wait for launches, four times as many.
 POSITIVES_CHUNK = 1024
 
 
