@@ -18,8 +18,8 @@ MODES = ("forward", "backward", "both")
 # Seconds of a case's rounds: at most BUDGET_S, and less in a run of many cases, whose rounds all together take half of
 # SESSION_S (what each takes besides, to begin, for its memory and its error, is more than that).
 BUDGET_S = {"cpu": 1.5, "cuda": 0.3}
-SESSION_S = {"cpu": 300.0, "cuda": 300.0}
-WARM_UP_S = 0.2
+SESSION_S = {"cpu": 180.0, "cuda": 300.0}
+WARM_UP_S = 0.1
 # of a call whose memory is measured once, and that is warm after one
 LONG_S = 0.25
 # of bare products; a forward or a backward of more is timed with the other alone, on a CPU
@@ -27,7 +27,7 @@ APART_S = 0.03
 # of bare products of an op, on a CPU: a case of more is left out, so that a slow one's run takes minutes too
 MOST_S = 1.0
 # of bare products, on a CPU; of more the error is not computed: float64 would take longer than all the rounds
-EXACT_S = 0.5
+EXACT_S = 0.2
 
 
 # Cases that the device's memory did not hold, by group and contender, with their parameters: the JSON has them beside
@@ -135,7 +135,7 @@ def _time(benchmark: Any, device: torch.device, case: Case) -> None:
         call_began = time.perf_counter()
         timed()
         seconds, calls = time.perf_counter() - call_began, calls + 1
-    rounds = max(3 if seconds > 1 else 5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
+    rounds = max(3 if seconds > LONG_S else 5, min(50, int(BUDGET_S[device.type] / (seconds + 1e-6))))
     benchmark.pedantic(timed, rounds=rounds, iterations=1)
     if not benchmark.enabled:
         return
