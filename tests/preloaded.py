@@ -1,5 +1,6 @@
 """What a process of `tests.processes` has imported when it begins."""
 
+import gc
 from importlib import import_module
 
 MODULES = (
@@ -24,3 +25,5 @@ MODULES = (
 )
 for name in MODULES:
     import_module(name)
+
+gc.freeze()  # DeepSpeed collects garbage for each engine, and looks at all that there is

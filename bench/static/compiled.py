@@ -84,7 +84,10 @@ def _cuobjdump(compiled: Any, option: str) -> str:
 
 
 def warnings(compiled: Any, arch: int) -> str:
-    """What ptxas says of products that it has to wait for, as of C7515, one after the other."""
+    """What ptxas says of products that it has to wait for, as of C7515, one after the other; of those alone that run
+    beside other work."""
+    if not re.search("wgmma|tcgen05", compiled.asm["ptx"]):
+        return ""
     name = TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,7 @@ def special() -> dict[str, Any]:
 def by_kernels() -> dict[str, Any]:
     """On the Triton kernels, which an interpreter runs: float32, uneven ranks."""
     assert runs_triton(torch.empty(1))
+    import_module("tests.kernels.interpreter").patch_language_once()
     few: dict[str, Any] = {"layouts": ["uneven"], "dtype": torch.float32}
     return {
         "variants": variants(contrastive, cases.CASES, ["everything", "normalized"], **few),

@@ -1,5 +1,7 @@
 """Small tiles for small tests, and a skip, with its reason, of what needs a CUDA device."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -26,6 +28,9 @@ from mmkernels.sigmoid import kernel as sigmoid_kernel
 from mmkernels.token_contrastive import blockwise as token_blockwise
 from mmkernels.token_contrastive import eager as token_eager
 from mmkernels.token_contrastive import kernel as token_kernel
+
+if INTERPRETED:
+    import_module("tests.kernels.interpreter").patch_language_once()
 
 # by module: what lets torch's ops take the place of kernels on a GPU
 NEVER = Composition(0, 0, 0, 0, 0, 0, 0)

@@ -51,7 +51,7 @@ def test_a_row_of_the_launch_table_fits_its_architecture(case: Case, row: tuple[
 @pytest.mark.skipif(triton.__version__.startswith("3.6"), reason="this is triton 3.6")
 def test_the_launch_tables_fit_under_the_oldest_triton_that_is_promised() -> None:
     places = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
-    chosen = "fits_its_architecture or by_16_bytes"
+    chosen = "(fits_its_architecture and not fp16) or by_16_bytes"  # fp16 takes bf16's registers and shared memory
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": places}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

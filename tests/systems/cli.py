@@ -1,4 +1,4 @@
-"""The `mmcore` command in processes of its own, and the small parts that runs start from."""
+"""The `mmcore` command in processes of its own and in this one, and the small parts that runs start from."""
 
 import json
 import subprocess
@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from mmcore.errors import complain
+from mmcore.launch import parse
 from mmcore.parts.language import tiny_language_model, tiny_tokenizer
 from mmcore.systems.clip.model import CLIP
 from mmcore.systems.clip.shapes import CLIP_CONFIGS
 from mmcore.systems.clip.weights import save_clip
+from mmcore.train.trainer import _prepare
 from tests.distributed.launch import environment
 from tests.processes import ROOT, TIMEOUT_S, run_main
 
@@ -27,6 +30,15 @@ def run(*arguments: object, launcher: list[str] | None = None, code: int = 0) ->
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
+
+
+def begin(name: str, *arguments: str) -> None:
+    """What rank 0 of `mmcore train` does before anything is written, in this process; a mistake ends it with 2."""
+    try:
+        recipe = parse(name, list(arguments), f"mmcore train {name}")
+        _prepare(name, recipe, recipe.open_data(), 1)
+    except (ValueError, OSError) as error:
+        raise SystemExit(complain(error, 2)) from error
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -11,51 +11,69 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mmcore import checkpoint
+from mmcore.cli import main
 from mmcore.data import LoaderSpec
 from mmcore.launch import parse
 from mmcore.plan import command
 from mmcore.plan.job import PlanConfig
+from mmcore.recipe import Contrastive, OnLanguageModel, Recipe
 from mmcore.runs import read_run
 from mmcore.settings import as_yaml, flat, with_yaml
 from mmcore.systems import entries
-from mmcore.systems.clip.recipe import Clip
 from mmcore.weights.files import read_json
-from tests.distributed.launch import environment, run_ranks
-from tests.processes import run_main
+from tests.distributed.launch import run_ranks
+from tests.shared import once
+from tests.systems.cli import begin
 from tests.systems.worker_contract import STEPS, flags_of
 
 # what others start from first
 NAMES = sorted(entries("RECIPES"), key=lambda name: len(entries("PROOFS")[name].load().runs))
-STAGES = [0, 1, 2, 3]
-
-
-def stages_of(name: str) -> list[int]:
-    """Of CLIP under other data and losses the first and the last: its engine is CLIP's. Of recipes with a momentum
-    teacher those that they have."""
-    kind = entries("RECIPES")[name].load()
-    is_clips = name != "clip" and issubclass(kind, Clip)
-    return [STAGES[0], STAGES[-1]] if is_clips else list(kind.stages)
-
 
 DRAWN = ("blip2-stage1", "blip2-stage2")
 """Each rank draws negatives or dropout of its own: only the loss before the first update is like one process's."""
 
 
+def kind_of(name: str) -> type[Recipe]:
+    return entries("RECIPES")[name].load()
+
+
+def mechanism_of(name: str) -> tuple[Any, ...]:
+    """What an engine meets in a recipe: a loss of all micro-batches or of each, what goes along with the model, frozen
+    parts of an earlier run, a language model that learns or not, and the stages that there are."""
+    kind, builds_on_runs = kind_of(name), len(entries("PROOFS")[name].load().runs) > 1
+    hooks = kind.companions is not Recipe.companions, kind.after_step is not Recipe.after_step
+    language = kind.learns_language if issubclass(kind, OnLanguageModel) else None
+    return issubclass(kind, Contrastive), *hooks, builds_on_runs, language, kind.stages
+
+
+def stages_of(name: str) -> list[int]:
+    """All that it has of the first recipe of a mechanism; of the others, which `alone` trains under stage 1, the last,
+    which cuts up the most, and of DRAWN the first too, which that is compared with."""
+    stages, of_first = kind_of(name).stages, next(x for x in NAMES if mechanism_of(x) == mechanism_of(name))
+    if name == of_first:
+        return list(stages)
+    return [stages[0], stages[-1]] if name in DRAWN else [stages[-1]]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Each recipe's run of one process, with one that was stopped half-way and resumed beside it."""
-    folder = tmp_path_factory.mktemp("one")
-    [result] = run_ranks("worker_contract", 1, folder, package="tests.systems", names=NAMES, one=str(folder))
-    return folder, result
+
+    def make(folder: Path) -> Any:
+        return run_ranks("worker_contract", 1, folder, package="tests.systems", names=NAMES, one=str(folder))[0]
+
+    return once(tmp_path_factory, "contract-alone", make)
 
 
 @pytest.fixture(scope="module")
 def together(alone: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Losses of two ranks under each stage."""
-    folder = tmp_path_factory.mktemp("two")
-    options = {"names": NAMES, "stages": {name: stages_of(name) for name in NAMES}}
-    results = run_ranks("worker_contract", 2, folder, package="tests.systems", one=str(alone[0]), **options)
-    return results[0]
+    """Losses of two ranks under each of a recipe's stages."""
+    options = {"names": NAMES, "stages": {name: stages_of(name) for name in NAMES}, "one": str(alone[0])}
+
+    def make(folder: Path) -> Any:
+        return run_ranks("worker_contract", 2, folder, package="tests.systems", **options)[0]
+
+    return once(tmp_path_factory, "contract-together", make)[1]
 
 
 def recipe_of(name: str, folder: Path) -> Any:
@@ -82,10 +100,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(alone: tuple[Path, Any], name
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_under_every_stage_train_as_one_process(
+def test_two_ranks_under_zero_train_as_one_process(
     alone: tuple[Path, dict[str, Any]], together: dict[str, Any], name: str
 ) -> None:
-    first = together[f"{name} {STAGES[0]}"]
+    first = together[f"{name} {stages_of(name)[0]}"]
     for zero in stages_of(name):
         for step, loss in alone[1][name].items():
             found = together[f"{name} {zero}"][step]
@@ -138,21 +156,25 @@ def test_the_plan_is_of_the_flags_that_all_plans_have(name: str, capsys: pytest.
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help_explains_every_flag_and_a_mistake_is_one_sentence(name: str) -> None:
-    [helped] = run_main("mmcore", ["train", name, "--help"], env=[environment()])
-    known = entries("RECIPES")[name].load()()
-    assert all(f"--{flag}" in helped.stdout for flag in flat(known)), helped.stdout
+def test_help_explains_every_flag_and_a_mistake_is_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here no process is started: that such an error ends one with 2 is in clip/test_cli.py."""
+    with pytest.raises(SystemExit) as ended:
+        main(["train", name, "--help"])
+    helped = capsys.readouterr().out
+    assert not ended.value.code and all(f"--{flag}" in helped for flag in flat(kind_of(name)())), helped
     for flags, sentence in (
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--data", "nowhere.json"], "nowhere.json"),
     ):
-        [wrong] = run_main("mmcore", ["train", name, *flags], env=[environment()])
-        assert wrong.returncode == 2 and sentence in wrong.stderr and "Traceback" not in wrong.stderr, wrong
+        with pytest.raises(SystemExit) as ended:
+            begin(name, *flags)
+        wrong = capsys.readouterr().err
+        assert ended.value.code == 2 and sentence in wrong and "Traceback" not in wrong, wrong
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_come_back_from_the_file_that_a_run_keeps(alone: tuple[Path, Any], name: str) -> None:
-    kept, kind = alone[0] / name / "settings.yaml", entries("RECIPES")[name].load()
+    kept, kind = alone[0] / name / "settings.yaml", kind_of(name)
     recipe = with_yaml(kind(), kept)
     assert as_yaml(recipe) == kept.read_text() and recipe.run.steps == STEPS
     assert len(flat(recipe)) > len(fields(kind))

@@ -1,6 +1,6 @@
 """Mistakes in all recipes and verbs: one sentence each, and nothing is left behind.
 
-That such an error ends the process with 2 is in the contract; here no process is started.
+That such an error ends the process with 2 is in clip/test_cli.py; here no process is started.
 """
 
 import re
@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from mmcore.cli import main
-from mmcore.errors import complain
-from mmcore.launch import parse
 from mmcore.systems.llava.weights import save_llava
-from mmcore.train.trainer import _prepare
 from tests.systems.blip2.fixtures import write_start
+from tests.systems.cli import begin
 from tests.systems.llava.fixtures import llava, tokenizer, write_given, write_run
 
 
@@ -107,7 +105,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
     "eval": [
         ("zeroshot missing", "missing"),
         ("reconstruction OF_CLIP", "reconstruction asks for a model that reconstructs, which a run of clip does not"),
-        ("speed missing", "the task must be one of zeroshot, retrieval, .*, projection, got 'speed'"),
+        ("speed missing", "the task must be one of zeroshot, retrieval, .*, got 'speed'"),
     ],
     "chat": [
         ("missing", "RUN must be a run of a model that converses, .* got missing, which is no folder"),
@@ -137,15 +135,6 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
 }  # fmt: skip
 
 
-def train(name: str, arguments: list[str]) -> None:
-    """What rank 0 does before anything is written."""
-    try:
-        recipe = parse(name, arguments, name)
-        _prepare(name, recipe, recipe.open_data(), 1)
-    except (ValueError, OSError) as error:
-        raise SystemExit(complain(error, 2)) from error
-
-
 @pytest.mark.parametrize(
     ("verb", "arguments", "sentence"), [(verb, *row) for verb, rows in MISTAKES.items() for row in rows]
 )
@@ -153,7 +142,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(verb, arguments, 
     words = [str(places.get(word, word)) for word in arguments.split()]
     with pytest.raises(SystemExit) as stopped:
         if verb.startswith("train "):
-            train(verb.split()[1], ["--out", str(tmp_path / "run"), *words])
+            begin(verb.split()[1], "--out", str(tmp_path / "run"), *words)
         else:
             main([*verb.split(), *words])
     out, err = capsys.readouterr()

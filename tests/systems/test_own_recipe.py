@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -25,28 +25,47 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mmcore(site: Path, *arguments: object, code: int = 0) -> Any:
+# processes of their own, since this one has looked for systems already; what trains ends one
+PROGRAM = """
+import json, sys
+from mmcore.cli import main
+
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+    print(END, end="", flush=True)
+"""
+END = "\x1e"
+
+
+def mmcore(site: Path, *commands: Sequence[object]) -> tuple[list[str], list[str]]:
+    """What each of the commands prints, and lines of errors, with exit codes below them."""
     env = environment()
     env["PYTHONPATH"] = os.pathsep.join([str(site), env["PYTHONPATH"]])
-    command = [sys.executable, "-m", "mmcore", *map(str, arguments)]
-    done = subprocess.run(command, cwd=site, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code and "Traceback" not in done.stderr, f"{done.stdout}\n{done.stderr[-3000:]}"
-    return done
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    program = PROGRAM.replace("END", repr(END), 1)
+    started = [sys.executable, "-c", program, words]
+    done = subprocess.run(started, cwd=site, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout.removesuffix(END).split(END), done.stderr.splitlines()
 
 
 def test_a_package_of_ones_own_trains_is_measured_exported_planned_and_proved(installed: Path, tmp_path: Path) -> None:
-    assert "own  " in mmcore(installed, "train", "--help").stdout
     flags = ["--steps", 6, "--batch-size", 64, "--width", 32, "--lr", "1e-3"]
-    printed = mmcore(installed, "train", "own", *flags, "--out", tmp_path / "run").stdout
+    train = ["train", "own", *flags, "--out", tmp_path / "run"]
+    (listed, printed), _ = mmcore(installed, ["train", "--help"], train)
+    assert "own  " in listed
     assert "zero-shot accuracy (held-out): " in printed and "text to image: R@1" in printed
-    measured = mmcore(installed, "eval", "zeroshot", tmp_path / "run").stdout
+    evaluate, export = ["eval", "zeroshot", tmp_path / "run"], ["export", tmp_path / "run", "--out", tmp_path / "out"]
+    plan = ["plan", "own", "--global-batch", 64, "--gpus", 2, "--width", 32, "--json"]
+    prove = ["prove", "own", "--json", tmp_path / "proof.json", "--out", tmp_path / "proof"]
+    (measured, _, planned, proved), _ = mmcore(installed, evaluate, export, plan, prove)
     assert measured in printed
-    mmcore(installed, "export", tmp_path / "run", "--out", tmp_path / "out")
-    assert load_file(tmp_path / "out/model.safetensors")["logit_scale"].shape == (1,)
-    planned = mmcore(installed, "plan", "own", "--global-batch", 64, "--gpus", 2, "--width", 32, "--json").stdout
-    weights = load_file(tmp_path / "out/model.safetensors").values()
-    assert json.loads(planned)["parameters"]["trained"] == sum(x.numel() for x in weights)
-    proved = mmcore(installed, "prove", "own", "--json", tmp_path / "proof.json", "--out", tmp_path / "proof").stdout
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert weights["logit_scale"].shape == (1,)
+    assert json.loads(planned)["parameters"]["trained"] == sum(x.numel() for x in weights.values())
     assert proved.startswith("own: zero-shot accuracy (held-out) ")
     assert (tmp_path / "proof" / "own" / "0-own" / "retrieval.png").is_file()
     [figure] = json.loads((tmp_path / "proof.json").read_text())
@@ -66,16 +85,16 @@ def package(site: Path, name: str, init: str) -> None:
 def test_a_system_that_fails_is_named_and_the_others_work(tmp_path: Path) -> None:
     package(tmp_path, "torn", "import nothing_of_this_name")
     package(tmp_path, "hollow", 'RECIPES = {"hollow": "recipe:Hollow"}')
-    listed = mmcore(tmp_path, "train", "--help").stdout
+    (listed, *_), (hollow, code, clap, again) = mmcore(tmp_path, *(["train", x] for x in ("--help", "hollow", "clap")))
     assert "torn cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name'" in listed
     assert "clip " in listed
-    wrong = mmcore(tmp_path, "train", "hollow", code=2).stderr
-    assert wrong.startswith("mmcore: 'hollow' of hollow cannot be imported: ") and wrong.count("\n") == 1
-    wrong = mmcore(tmp_path, "train", "clap", code=2).stderr
-    assert "got 'clap'; did you mean 'clip'" in wrong and "torn cannot be imported" in wrong
+    assert hollow.startswith("mmcore: 'hollow' of hollow cannot be imported: ")
+    assert "got 'clap'; did you mean 'clip'" in clap and "torn cannot be imported" in clap
+    assert code == again == "2"
 
 
 def test_a_name_that_two_packages_claim_is_an_error(tmp_path: Path) -> None:
     package(tmp_path, "other", 'RECIPES = {"clip": "recipe:Clip"}')
-    wrong = mmcore(tmp_path, "train", "clip", code=2).stderr
-    assert wrong == "mmcore: the name 'clip' must be of one system, but mmcore.systems.clip and other claim it\n"
+    assert mmcore(tmp_path, ["train", "clip"])[1] == [
+        "mmcore: the name 'clip' must be of one system, but mmcore.systems.clip and other claim it", "2"
+    ]  # fmt: skip

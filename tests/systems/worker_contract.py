@@ -11,13 +11,14 @@ import torch.distributed as dist
 from mmcore import checkpoint
 from mmcore.launch import parse
 from mmcore.systems import entries
+from mmcore.tasks import features
 from mmcore.train.engine import init_distributed
 from mmcore.train.trainer import train
 from tests.distributed.launch import finish
 from tests.systems.toy import Toy
 
 STEPS, BATCH = 4, 32
-LEFT_OUT = ("--epochs", "--batch-size")
+LEFT_OUT = ("--epochs", "--batch-size", "--llm-steps")
 SMALL = f"--steps {STEPS} --log-every 1 --save-every 2 --eval-every 100 --keep 9 --ema 0.9 --lr 3e-3 --warmup 0"
 
 
@@ -34,8 +35,8 @@ def flags_of(name: str, known: dict[str, Path]) -> list[str]:
 def trained(name: str, flags: list[str], out: Path, *more: object) -> dict[str, Any]:
     size = BATCH // dist.get_world_size()
     words = [*flags, *SMALL.split(), "--batch-size", str(size), "--out", str(out), *map(str, more)]
-    if "--llm" in flags:
-        words += ["--llm-steps", "20"] if "--llm-steps" not in flags else []
+    if "--llm" in flags and flags[flags.index("--llm") + 1] == "tiny":
+        words += ["--llm-steps", "20"]
     train(name, Toy() if name == "toy" else parse(name, words, name), is_quiet=True)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return {str(r["step"]): r["loss"] for r in map(json.loads, lines)}
@@ -47,6 +48,7 @@ def main() -> None:
     _, world_size = init_distributed()
     one = Path(arguments["one"])
     known, result = {name: one / name for name in arguments["names"]}, {}
+    features.FOLLOWED = 256  # a probe of all training images takes longer than the steps
     for name in arguments["names"]:
         flags = flags_of(name, known)
         if world_size == 1:
@@ -55,6 +57,8 @@ def main() -> None:
             shutil.rmtree(checkpoint.step_folder(one / f"{name}-resumed/checkpoints", STEPS))
             trained(name, flags, one / f"{name}-resumed", "--resume", "latest")
             continue
+        if "--llm" in flags:  # the one that was trained there
+            flags[flags.index("--llm") + 1] = str(one / name / "language_model")
         for zero in arguments["stages"][name]:
             result[f"{name} {zero}"] = trained(name, flags, folder / f"{name}-{zero}", "--zero", zero)
     finish(folder, result)
