@@ -72,6 +72,6 @@ def report(subject: Subject, options: Any) -> list[Path]:
     if subject.pairs.val is None:
         return nothing(options, f"{subject.pairs.name} has no held-out pairs: give --val-data or --val-fraction")
     path = subject.folder / "alignment.png"
-    title = f"{subject.pairs.name}: the patch that each word takes, held-out images"
+    title = f"{subject.pairs.name}, held-out: the patch that each word takes; grey: it is nearest to the whole image"
     plot_alignments(*zip(*alignments(subject), strict=True), path=path, title=title)
     return [path]
