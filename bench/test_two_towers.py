@@ -175,7 +175,7 @@ def _image_states(model: Any, images: Tensor) -> Tensor:
 def filip(config: CLIPConfig, size: int) -> Pair:
     """FILIP: every token against every token of every pair."""
     torch.manual_seed(0)
-    ours = FILIP(config).train()
+    ours = FILIP(config)
     theirs = _theirs(config, ours.state_dict())
     images, tokens, lengths = batch(size, config, DEVICE)
     words = torch.arange(tokens.shape[1], device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
@@ -199,7 +199,7 @@ def filip(config: CLIPConfig, size: int) -> Pair:
 def slip(config: CLIPConfig, size: int, hidden: int) -> Pair:
     """SLIP: three passes of the image tower, of a crop and of two views."""
     torch.manual_seed(0)
-    ours = SLIP(config, hidden, 256).train()
+    ours = SLIP(config, hidden, 256)
     clips = {n: x for n, x in ours.state_dict().items() if not n.startswith("image_mlp.")}
     theirs: Any = nn.ModuleDict({"clip": _theirs(config, clips), "mlp": _head(ours.image_mlp)})
     images, tokens, lengths = batch(size, config, DEVICE)
@@ -224,7 +224,7 @@ def slip(config: CLIPConfig, size: int, hidden: int) -> Pair:
 def declip(config: CLIPConfig, size: int, width: int, bank_size: int) -> Pair:
     """DeCLIP: two views times two captions, the nearest of a bank, SimSiam, masked words."""
     torch.manual_seed(0)
-    ours = DeCLIP(config, width, width // 2).train()
+    ours = DeCLIP(config, width, width // 2)
     heads, own = ("projector.", "predictor.", "words.", "text.mask_embedding"), torch.arange(size, device=DEVICE)
     clips = {n: x for n, x in ours.state_dict().items() if not n.startswith(heads)}
     words = nn.Linear(config.text.width, config.text.vocab_size)
@@ -266,7 +266,7 @@ def declip(config: CLIPConfig, size: int, width: int, bank_size: int) -> Pair:
 def xclip(config: CLIPConfig, size: int, clusters: int, hidden: int) -> Pair:
     """xCLIP: assignments of both sides to clusters."""
     torch.manual_seed(0)
-    ours = XCLIP(config, clusters, hidden).train()
+    ours = XCLIP(config, clusters, hidden)
     clips = {n: x for n, x in ours.state_dict().items() if not n.startswith(("image_head.", "text_head."))}
     parts = {"clip": _theirs(config, clips), "image": _head(ours.image_head), "text": _head(ours.text_head)}
     theirs: Any = nn.ModuleDict(parts)
