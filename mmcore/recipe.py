@@ -140,6 +140,7 @@ class Recipe(ABC):
 
     A capability is a method that tasks and commands look for, and that a subclass may have:
     - `embeds(assets, model, device) -> Embeds`: images and texts to unit vectors; zeroshot, retrieval.
+    - `aligns(assets, model, device) -> Aligns`: patches and words to unit vectors; alignment.
     - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.

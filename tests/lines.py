@@ -12,7 +12,7 @@ LIMITS = {
     "filip": 140,
     "xclip": 150,
     "declip": 290,
-    "slip": 220,
+    "slip": 280,
 }
 """Own lines of a system at most."""
 

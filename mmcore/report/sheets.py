@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from mmcore.ops import require
@@ -98,6 +99,56 @@ def plot_reconstructions(
         cell.set_title(name, fontsize=9, color=FAINT)
     figure.suptitle(wrap(title, 60, 3), fontsize=10, color=INK, fontweight="bold", parse_math=False)
     save(figure, path)
+
+
+def plot_alignments(
+    images: Sequence[Any],
+    words: Sequence[Sequence[str]],
+    cosines: Sequence[Any],
+    is_whole: Sequence[Any],
+    *,
+    path: str | Path,
+    title: str,
+) -> None:
+    """Draw each image as of `plot_captions` in a row, and again for each word of its caption under that word's cosines
+    with the patches, the nearest patch framed, as one PNG.
+
+    Args:
+        images: [N].
+        words: [N] lists of W.
+        cosines: [N] of [W, side, side].
+        is_whole: [N] of [W]: words to which the image as a whole is nearer than any patch, drawn fainter and unframed.
+    """
+    lengths = [len(x) for x in (images, words, cosines, is_whole)]
+    what = "images, words, cosines, is_whole must be as many, not 0, got {}"
+    require("plot_alignments", lengths == [max(1, len(images))] * 4, what, lengths)
+    families, most = families_for([word for row in words for word in row]), max(map(len, words))
+    figure = Figure(figsize=(1.15 * (most + 1), 0.6 + 1.4 * len(images)), facecolor="white", layout="constrained")
+    axes = figure.subplots(len(images), most + 1, squeeze=False)
+    for row, image, caption, maps, whole in zip(axes, images, words, cosines, is_whole, strict=True):
+        for cell in row:
+            cell.axis("off")
+        draw_image(row[0], image, None)
+        for cell, word, near, is_faint in zip(row[1:], caption, maps, whole, strict=False):
+            _draw_map(cell, np.asarray(image), np.asarray(near), faint=bool(is_faint))
+            said = escape_undrawable(word, families)[0]
+            style = {"fontsize": 9, "color": FAINT if is_faint else INK, "family": families, "parse_math": False}
+            cell.set_title(wrap(said, 12, 2), pad=3, **style)
+    figure.suptitle(wrap(title, 80, 3), fontsize=11, color=INK, fontweight="bold", parse_math=False)
+    save(figure, path)
+
+
+def _draw_map(axes: Any, image: np.ndarray, near: np.ndarray, *, faint: bool) -> None:
+    """An image under a map of its patches, the largest of which is framed unless it is `faint`."""
+    draw_image(axes, image, None)
+    height, width = image.shape[:2]
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axes.imshow(near, cmap="viridis", alpha=0.25 if faint else 0.6, extent=place, interpolation="nearest")
+    if not faint:
+        y, x = np.unravel_index(near.argmax(), near.shape)
+        patch = height / near.shape[0], width / near.shape[1]
+        corner = (x * patch[1] - 0.5, y * patch[0] - 0.5)
+        axes.add_patch(Rectangle(corner, patch[1], patch[0], fill=False, ec=WRONG, lw=2.2, clip_on=False))
 
 
 class _Line(NamedTuple):

@@ -18,6 +18,7 @@ TASKS = {
     "zeroshot": "embeds",
     "retrieval": "embeds",
     "crosslingual": "embeds",
+    "alignment": "aligns",
     "matching": "matches",
     "caption": "speaks",
     "vqa": "speaks",

@@ -4,17 +4,20 @@ import json
 import os
 import struct
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from mmcore.checkpoint import Stored, write_json
 from mmcore.ops import require
@@ -26,6 +29,10 @@ SHARD_BYTES = 5_000_000_000
 # what torch's unpickler raises on damaged input
 _UNPICKLER = (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 _UNPICKLER += (AssertionError, struct.error)
+# as numpy 1 and 2 write a number
+_NUMBER = np.float64(0).__reduce__()[0]
+_ARGUMENTS: list[Any] = [Namespace, np.dtype, type(np.dtype(np.float64))]
+_ARGUMENTS += [(_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 def read_json(op: str, file: Path) -> dict[str, Any]:
@@ -47,12 +54,14 @@ def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{op}: {file} must be a whole safetensors file, got: {error}") from error
 
 
-def read_pickle(op: str, file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, on the CPU, those of "state_dict" where it has that; no other object is made. A
-    ValueError where it is missing, damaged, or of something else."""
+def read_pickle(op: str, file: Path, *, has_arguments: bool = False) -> dict[str, Tensor]:
+    """The tensors of a torch file, on the CPU, those of "state_dict" where it has that; no other object is made, but
+    where it `has_arguments`: what argparse keeps of a command line, and numbers of numpy. A ValueError where it is
+    missing, damaged, or of something else."""
     require(op, file.is_file(), "file must exist, got {}", file)
     try:
-        raw = torch.load(file, map_location="cpu", weights_only=True)
+        with safe_globals(_ARGUMENTS if has_arguments else []):
+            raw = torch.load(file, map_location="cpu", weights_only=True)
     except _UNPICKLER as error:
         why = f"{type(error).__name__}: {error}".split(". ")[0]
         raise ValueError(f"{op}: {file} must be a whole pickle of tensors and nothing else, got {why}") from error

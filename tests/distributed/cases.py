@@ -50,6 +50,7 @@ CASES = {
     "teacher": Case(("teacher",), {"alpha": 0.4}),
     "teacher and negatives": Case(("teacher", "negatives"), {"alpha": 0.4}),
     "exclude": Case(("exclude", "teacher", "negatives"), {"alpha": 0.4}),
+    "exclude, rows alone": Case(("exclude",), {"symmetric": False}),
     "everything": Case(("labels", "teacher", "negatives"), EVERYTHING),
     "everything, rows alone": Case(("labels", "teacher", "negatives"), EVERYTHING | {"symmetric": False}),
     "normalized": Case(("labels", "negatives"), {"normalized": True}),

@@ -119,7 +119,7 @@ def test_blocks_of_which_no_logit_survives_the_shift_add_nothing(by_triton, exch
         assert abs(result["apart"][exchange] - expected) < 1e-5 * expected
 
 
-SAME = ["D", "dtype", "labels", "negatives", "teacher", "symmetric", "label_smoothing", "gather_limit_bytes"]
+SAME = ["D", "dtype", "labels", "exclude", "negatives", "teacher", "symmetric", "label_smoothing", "gather_limit_bytes"]
 
 
 @pytest.mark.parametrize("name", [*SAME, "requires_grad"])
@@ -139,6 +139,7 @@ def test_ranks_in_different_losses_get_an_error_each(results):
 
 @pytest.mark.parametrize(("name", "complaint"), [
     ("b", "contrastive: b must have the shape of a, [2, 6], got [1, 6]"),
+    ("exclude", "contrastive: exclude must not be the row's positive, got column 0 for row 0"),
     ("labels", "contrastive: labels[1] must be int64 [2], got torch.int32 [2]"),
     ("claim", "contrastive: a must have rows of unit norm, as normalized=True claims"),
     ("scale", "contrastive: logit_scale must be finite, got nan"),

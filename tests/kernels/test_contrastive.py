@@ -151,6 +151,59 @@ def test_positives_pick_a_column_for_each_row(symmetric: bool, smoothing: float)
     agree((upstream * loss).sum(), (upstream * gold).sum(), a, b, scale)
 
 
+@pytest.fixture(params=["eager", "kept", "streamed"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way in which a CPU may compute a small batch."""
+    if request.param != "eager":
+        monkeypatch.setattr(eager, "EAGER_LOGITS", 0)
+    if request.param == "streamed":
+        monkeypatch.setattr(op, "STORED_LOGITS", 0)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_a_column_that_no_row_sees_is_as_if_it_were_not_there(symmetric: bool, has_teacher: bool) -> None:
+    a, b, scale = leaves(7, 9)
+    seen = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
+    exclude, ta, tb = torch.full((7,), 4), unit(7, 24, seed=3).double(), unit(9, 24, seed=4).double()
+    taught, fewer = ({"teacher": (ta, x), "alpha": 0.4} if has_teacher else {} for x in (tb, tb[seen]))
+    options = {"positives": seen[:7], "exclude": exclude, "symmetric": symmetric}
+    gold = contrastive_loss_ref(a, b[seen], scale, symmetric=symmetric, positives=torch.arange(7), **fewer)
+    agree(contrastive_loss(a, b, scale, **options, **taught), gold, a, b, scale)
+    (db,) = torch.autograd.grad(contrastive_loss(a, b, scale, **options, **taught), b)
+    assert (db[4] == 0).all() and db[seen].all()
+
+
+@pytest.mark.usefixtures("form")
+def test_what_sees_nothing_has_a_sum_of_nothing_and_no_gradient() -> None:
+    """Column 4, and then a row of one column: -inf, and no expectation; whatever gradient comes in."""
+    a, b, scale = leaves(7, 9)
+    seen = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
+    teacher = unit(7, 24, seed=3).double(), unit(9, 24, seed=4).double()
+    found = contrastive_stats(a, b, scale, positives=seen[:7], exclude=torch.full((7,), 4), teacher=teacher)[:5]
+    fewer = teacher[0], teacher[1][seen]
+    gold = contrastive_stats_ref(a, b[seen], scale, positives=torch.arange(7), teacher=fewer)
+    assert found[1][4] == -torch.inf and found[4][4].isnan()
+    found = [found[0], found[1][seen], found[2], found[3], found[4][seen]]
+    agree(sum((x.sum() for x in found), start=torch.zeros(())), sum(x.sum() for x in gold), a, b, scale)
+    for at_a, at_b, exclude in ((a, b, torch.full((7,), 4)), (a[:2], b[:1], torch.tensor([-1, 0]))):
+        stats = contrastive_stats(at_a, at_b, scale, exclude=exclude)[:2]
+        da, db, dscale = torch.autograd.grad(stats, (a, b, scale), [torch.ones_like(x) for x in stats])
+        assert all(x.isfinite().all() for x in (da, db, dscale))
+        if len(at_b) == 1:
+            assert stats[0].isinf().tolist() == [False, True] and (da[1] == 0).all() and da[0].all()
+        else:
+            assert (db[4] == 0).all() and db[seen].all()
+
+
+@pytest.mark.usefixtures("form")
+def test_a_column_that_is_not_there_is_no_exclusion() -> None:
+    a, b, scale = leaves(7, 7)
+    exclude = torch.tensor([-1, 7, 2**40, -(2**40), -1, 7, -2])
+    agree(contrastive_loss(a, b, scale, exclude=exclude), contrastive_loss_ref(a, b, scale), a, b, scale)
+
+
 def test_constants_get_no_gradient() -> None:
     a, b, queue, ta, tb = (unit(40, 24, seed=i).requires_grad_() for i in range(5))
     contrastive_loss(a, b, 9.0, negatives=queue, teacher=(ta, tb), alpha=0.5).backward()

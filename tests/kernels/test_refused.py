@@ -86,6 +86,20 @@ CONTRASTIVE_LOSS: Rows = [
      "teacher[1] must be torch.float32 [3, 4] like the student's, got torch.float32 [2, 4]"),
     (dict(label_smoothing=-0.1), "label_smoothing must be from 0 to 1, got -0.1"),
     (dict(reduction="batchmean"), "reduction must be one of ..., got batchmean"),
+    (dict(exclude=-I, label_smoothing=0.1), "label_smoothing must be 0 with exclude, got 0.1"),
+    (dict(exclude=I - 1, symmetric=False, label_smoothing=0.1), "label_smoothing must be 0 with exclude, got 0.1"),
+    (dict(exclude=2 - I), "exclude must not be the row's positive, got column 1 for row 1"),
+    (dict(exclude=2 - I, symmetric=False), "exclude must not be the row's positive, got column 1 for row 1"),
+    (dict(exclude=I - 1, labels=(I // 2, I // 2)), "exclude must not be the row's positive, got column 0 for row 1"),
+]
+EXCLUDE: Rows = [
+    (dict(exclude=I.int()), "exclude must be int64 [3], got torch.int32 [3]"),
+    (dict(exclude=I[:2]), "exclude must be int64 [3], got torch.int64 [2]"),
+    (dict(exclude=I[None]), "exclude must be int64 [3], got torch.int64 [1, 3]"),
+    (dict(exclude=I.to("meta")), "exclude must be on the device of a, cpu, got meta"),
+]
+CONTRASTIVE_STATS: Rows = [
+    (dict(exclude=I, positives=2 - I), "exclude must not be the row's positive, got column 1 for row 1"),
 ]
 SIGMOID: Rows = [
     (dict(b=A[None]), "b must be [N, 4], as wide as a, got shape [1, 3, 4]"),
@@ -299,9 +313,9 @@ MOMENTS = listed("params", "grads", "exp_avgs", "exp_avg_sqs", lr=0.1, step=1)
 QKV = listed(q=ones(2, 9, 4, 16), k=ones(2, 20, 2, 16), v=ones(2, 20, 2, 16))
 OPS: list[tuple[Callable[..., Any], str, dict[str, Any], Rows]] = [
     (mk.attention, "attention", QKV, ATTENTION),
-    (mk.contrastive_loss, "contrastive", PAIR, FEATURES + CONTRASTIVE + CONTRASTIVE_LOSS),
-    (mk.contrastive_lse, "contrastive", PAIR, FEATURES + CONTRASTIVE),
-    (mk.contrastive_stats, "contrastive", PAIR, FEATURES + CONTRASTIVE),
+    (mk.contrastive_loss, "contrastive", PAIR, FEATURES + CONTRASTIVE + EXCLUDE + CONTRASTIVE_LOSS),
+    (mk.contrastive_lse, "contrastive", PAIR, FEATURES + CONTRASTIVE + EXCLUDE),
+    (mk.contrastive_stats, "contrastive", PAIR, FEATURES + CONTRASTIVE + EXCLUDE + CONTRASTIVE_STATS),
     (mk.sigmoid_loss, "sigmoid_loss", PAIR | {"logit_bias": 0.0}, FEATURES + SIGMOID),
     (mk.token_contrastive_loss, "token_contrastive", TOKEN_PAIR, TOKENS),
     (mk.token_contrastive_stats, "token_contrastive", TOKEN_PAIR, TOKEN_STATS),

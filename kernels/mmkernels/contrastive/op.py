@@ -68,7 +68,8 @@ def contrastive_stats(
 
     Returns:
         The fields `[M]` and `[N]` in float32, accumulated in float32 (float64 for float64). Of no rows,
-        `col_lse` is -inf; of no columns, `row_lse` is; likewise where all are excluded.
+        `col_lse` is -inf; of no columns, `row_lse` is; likewise where all are excluded. An expectation of nothing is no
+        number.
 
     Raises:
         ValueError: a wrong shape, dtype, device, index or scale.

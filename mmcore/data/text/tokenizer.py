@@ -78,6 +78,11 @@ class Tokenizer:
             tokens[row, : len(ids)] = torch.tensor(ids)
         return tokens
 
+    def pieces(self, caption: str) -> list[str]:
+        """Of each token of a caption, without start and end, what it stands for there; a part of a letter as that."""
+        found = self._bpe.encode(caption, add_special_tokens=False).offsets[: self.context_length - 2]
+        return [caption[start:end] for start, end in found]
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, as transformers does."""
         folder = Path(folder)

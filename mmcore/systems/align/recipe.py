@@ -120,6 +120,6 @@ class Align(Clip):
 
 
 PROOF = Proof(
-    [("align", "--data digits --model tiny --batch-size 128 --epochs 15 --lr 3e-3 --layer-decay 0.5 --ema 0.98")],
+    [("align", "--data digits --model tiny --batch-size 128 --epochs 15 --lr 3e-3 --layer-decay 0.3 --ema 0.98")],
     [Claim("zero-shot accuracy (held-out)", "zero-shot top-1", 0.85)],
 )

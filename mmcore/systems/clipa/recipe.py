@@ -7,8 +7,8 @@ from mmcore.recipe import Claim, Proof
 from mmcore.systems.flip.recipe import FewerTokens
 from mmcore.train.optim import OptimConfig
 
-# 8e-6 for 256 pairs, in proportion to the batch of 16,384
-_published = partial(OptimConfig, lr=5.12e-4, beta2=0.95, eps=1e-8, weight_decay=0.2)
+# 8e-6 for 256 pairs, in proportion to the batch of 32,768
+_published = partial(OptimConfig, lr=1.024e-3, beta2=0.95, eps=1e-8, weight_decay=0.2)
 
 
 @dataclass(frozen=True)

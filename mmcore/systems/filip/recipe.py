@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmcore.data import PairData
 from mmcore.losses import global_token_contrastive_loss
 from mmcore.ops import require
-from mmcore.recipe import Claim, Proof, Step
+from mmcore.recipe import Claim, Proof, Runner, Step
 from mmcore.systems.clip.model import CLIPConfig
 from mmcore.systems.clip.recipe import Clip
 from mmcore.systems.filip.model import FILIP
+from mmcore.tasks.alignment import Aligns
 from mmcore.two_towers import PairAssets
 
 
@@ -25,6 +27,7 @@ class Filip(Clip):
     (DeCLIP's version has 16); None = all that are not padding."""
 
     kind = FILIP
+    tasks = (*Clip.tasks, "alignment")
 
     def assets(self, data: PairData) -> PairAssets:
         least = self.top_tokens is None or self.top_tokens >= 1
@@ -43,6 +46,14 @@ class Filip(Clip):
         rows = global_token_contrastive_loss(image, best_text, scale, symmetric=False, b_mask=best_words)
         cols = global_token_contrastive_loss(text, best_image, scale, symmetric=False, mask=words)
         return {"loss": (rows + cols) / 2}
+
+    def aligns(self, assets: PairAssets, model: Runner, device: torch.device) -> Aligns:
+        def words(caption: str) -> tuple[list[str], Tensor]:
+            pieces = assets.tokenizer.pieces(caption)
+            return pieces, model(None, assets.tokenizer([caption]).to(device))[1][0, 1 : len(pieces) + 1]
+
+        num_whole = assets.shape.vision.num_prefix
+        return Aligns(assets.preprocess, num_whole, lambda images: model(images, None)[0], words)
 
 
 def top_tokens(image: Tensor, text: Tensor, words: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from mmcore.train.optim import OptimConfig
 from mmcore.two_towers import PairAssets
 
 # 4e-6 for 256 pairs, in proportion to the batch of 65,536
-_published = partial(OptimConfig, lr=1e-3, beta2=0.95, eps=1e-8, weight_decay=0.2)
+_published = partial(OptimConfig, lr=1.024e-3, beta2=0.95, eps=1e-8, weight_decay=0.2)
 
 
 @dataclass(frozen=True)

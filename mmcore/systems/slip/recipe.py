@@ -1,8 +1,9 @@
 """SLIP's recipe: CLIP's loss of pairs, and SimCLR's of two views of each image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,12 @@ from mmcore.data.collate import PairSample
 from mmcore.losses import global_contrastive_loss, nt_xent_loss
 from mmcore.ops import require
 from mmcore.recipe import Claim, Proof, Runner, Step
+from mmcore.settings import once
+from mmcore.systems.clip.model import CLIP
 from mmcore.systems.clip.recipe import Clip, ClipBatch
 from mmcore.systems.clip.views import WithViews
 from mmcore.systems.slip.model import SLIP
+from mmcore.systems.slip.weights import is_published, load_slip
 from mmcore.tasks.projection import DEVIATION
 from mmcore.train.optim import OptimConfig
 from mmcore.two_towers import PairAssets
@@ -43,6 +47,8 @@ class Slip(WithViews):
     """Train SLIP (arXiv 2112.12750) on image-caption pairs: CLIP, and SimCLR of two views of each image."""
 
     optim: OptimConfig = field(default_factory=_published)
+    init: Path | None = field(default=None, metadata=once)
+    """Weights to start from: as those of clip, or a published file of SLIP (slip_base_100ep.pt, or its CLIP's)."""
     ssl_scale: float = 1.0
     """Weight of SimCLR's loss."""
     ssl_temperature: float = 0.1
@@ -64,6 +70,22 @@ class Slip(WithViews):
 
     def make(self, shape: Any) -> SLIP:
         return SLIP(shape, self.ssl_hidden, self.ssl_width)
+
+    def _start(self) -> CLIP:
+        assert self.init is not None
+        if not (self.init.is_file() and is_published(self.init)):
+            return super()._start()
+        require("slip", self.model is None, "--model must be left out with SLIP's own file, got {}", self.model)
+        return load_slip(self.init)
+
+    def initial(self, assets: PairAssets, model: CLIP | None) -> Mapping[str, Tensor]:
+        found = super().initial(assets, model)
+        if "image_mlp.layer1.weight" in found:
+            sizes = tuple(len(found[f"image_mlp.layer{i}.weight"]) for i in (1, 3))
+            given = self.ssl_hidden, self.ssl_width
+            what = "--ssl-hidden and --ssl-width must be {}, as {} has them, got {}"
+            require("slip", sizes == given, what, sizes, self.init, given)
+        return found
 
     def sample(self, assets: PairAssets, record: Any, rng: np.random.Generator) -> SlipSample:  # pyright: ignore[reportIncompatibleMethodOverride]
         pair = super().sample(assets, record, rng)

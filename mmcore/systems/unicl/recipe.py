@@ -18,6 +18,7 @@ from mmcore.systems.clip.recipe import Clip, ClipBatch
 from mmcore.train.optim import OptimConfig
 from mmcore.two_towers import PairAssets
 
+# AdamW's as the repository has them; the rate for pairs is in no published code
 _published = partial(OptimConfig, lr=1e-3, beta2=0.999, eps=1e-8, weight_decay=0.1)
 
 

@@ -26,6 +26,7 @@ class XClip(Clip):
     """Clusters that images and captions are assigned to."""
     head_width: int = 4096
     """Width of the hidden layer of the heads that assign them."""
+    # recalled from the paper: there is no code
     sharpness: float = 0.5
     """Weight of the entropy of each assignment, which is made small."""
     smoothness: float = 1.5
