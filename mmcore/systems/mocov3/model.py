@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mmcore.losses import global_contrastive_loss
 from mmcore.parts.heads import projection_head
-from mmcore.parts.vit import VisionConfig
+from mmcore.parts.vit import Tower, VisionConfig
 from mmcore.systems.vit.two_views import TwoViewConfig, TwoViewModel
+from mmcore.systems.vit.weights import as_published
 
 PATCHES = ("visual.patch_embed.weight", "visual.patch_embed.bias")
 """Weights that stay as they are drawn."""
@@ -34,6 +35,10 @@ class MoCoV3Model(TwoViewModel):
         nn.init.normal_(visual.class_embedding, std=1e-6)
         for name in PATCHES:
             self.get_parameter(name).requires_grad_(False)
+
+    def image_tower(self) -> Tower:
+        """The tower, whose positions are a table like another to those who read it."""
+        return Tower(as_published(self.config.vision), self.visual.state_dict())
 
 
 def random_patches(vision: VisionConfig, seed: int) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from mmcore.systems.mocov3.model import PATCHES, MoCoV3Model, contrast, random_p
 from mmcore.systems.mocov3.weights import load_mocov3
 from mmcore.systems.vit.shapes import shapes
 from mmcore.systems.vit.two_views import Taught, TwoViewConfig
-from mmcore.systems.vit.weights import as_published
 from mmcore.tasks.features import figure
 from mmcore.tasks.projection import DEVIATION
 from mmcore.train.config import RunConfig
@@ -82,7 +81,7 @@ class MoCoV3(Taught):
         return {"loss": contrast(first, keys[1], self.temperature) + contrast(second, keys[0], self.temperature)}
 
     def image_tower(self, assets: VisionAssets, model: MoCoV3Model) -> Tower:
-        return Tower(as_published(assets.shape.vision), model.visual.state_dict())
+        return model.image_tower()
 
 
 PROOF = Proof(

@@ -143,7 +143,7 @@ def test_a_published_file_loads_with_outputs_loss_and_every_gradient_of_the_orig
 def test_what_was_read_is_exported_with_its_positions(tmp_path: Path) -> None:
     theirs, file = published(tmp_path)
     ours = load_mocov3(file, num_heads=HEADS)
-    save_vit(MoCoV3().image_tower(type("Assets", (), {"shape": ours.config}), ours), tmp_path / "out")  # pyright: ignore[reportArgumentType]
+    save_vit(ours.image_tower(), tmp_path / "out")
     exported, images = ViTModel.from_pretrained(tmp_path / "out", attn_implementation="eager"), views()[:, 0]
     expected = theirs.base_encoder.states(images).float()
     torch.testing.assert_close(exported(images.float()).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
