@@ -28,11 +28,16 @@ def moved(model: Any) -> Any:
     return model.double().train()
 
 
-def small(kind: type[TwoViewModel], projector: tuple[int, ...], predictor: tuple[int, ...] = (), **options: Any) -> Any:
+def small(
+    kind: type[TwoViewModel],
+    projector: tuple[int, ...],
+    predictor: tuple[int, ...] = (),
+    config: Any = TwoViewConfig,
+    **options: Any,
+) -> Any:
     """A model with a tower of two layers, patches of 4 of 8 pixels."""
     torch.manual_seed(0)
-    vision = vit_vision(8, 4, WIDTH, 2, 4, 32, **options)
-    return moved(kind(TwoViewConfig(vision, projector, predictor)))
+    return moved(kind(config(vit_vision(8, 4, WIDTH, 2, 4, 32, **options), projector, predictor)))
 
 
 def views() -> Tensor:

@@ -1,6 +1,8 @@
 """BYOL: an image tower, a projector and a predictor of the same layers (arXiv 2006.07733)."""
 
-from functools import partial
+from collections.abc import Sequence
+
+from torch import nn
 
 from mmcore.parts.heads import projection_head
 from mmcore.systems.vit.two_views import TwoViewModel
@@ -9,4 +11,7 @@ from mmcore.systems.vit.two_views import TwoViewModel
 class BYOLModel(TwoViewModel):
     """The tower, `visual`, of which the mean of the patches is read, and the heads, `projector` and `predictor`."""
 
-    head = predicting_head = staticmethod(partial(projection_head, bias=False))
+    def head(self, sizes: Sequence[int]) -> nn.Module:
+        return projection_head(sizes, bias=False)
+
+    predicting_head = head

@@ -54,8 +54,8 @@ PROOF = Proof(
     [
         (
             "byol",
-            "--data scattered --views source --batch-size 128 --steps 300 --teacher-momentum 0.98 --optimizer adamw "
-            "--lr 2e-3 --weight-decay 0.05 --warmup 10",
+            "--data scattered --views source --batch-size 256 --steps 200 --teacher-momentum 0.98 --optimizer adamw "
+            "--lr 3e-3 --weight-decay 0.05 --warmup 10",
         )
     ],
     [

@@ -1,20 +1,32 @@
-"""MoCo: an image tower and a projection without BatchNorm (arXiv 1911.05722, 2003.04297)."""
+"""MoCo: an image tower and a projection (arXiv 1911.05722, 2003.04297)."""
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcore.ops import contrastive_lse
 from mmcore.parts.heads import projection_head
-from mmcore.systems.vit.two_views import TwoViewModel
+from mmcore.systems.vit.two_views import TwoViewConfig, TwoViewModel
+
+
+@dataclass(frozen=True)
+class MoCoConfig(TwoViewConfig):
+    """Shape of the tower and the head, which may have a BatchNorm behind its hidden layer."""
+
+    head_norm: bool = False
 
 
 class MoCoModel(TwoViewModel):
     """The tower, `visual`, and the head, `projector`, of one layer in version 1, of two in version 2."""
 
-    head = staticmethod(partial(projection_head, normalised=False))
+    config: Any
+
+    def head(self, sizes: Sequence[int]) -> nn.Module:
+        return projection_head(sizes, normalised=self.config.head_norm)
 
 
 def queue_losses(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:

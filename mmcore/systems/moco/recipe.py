@@ -17,9 +17,9 @@ from mmcore.losses import global_ratio
 from mmcore.nn import FeatureQueue
 from mmcore.ops import require
 from mmcore.recipe import Claim, Proof, Runner, Step, VisionAssets
-from mmcore.systems.moco.model import MoCoModel, queue_losses, random_keys
+from mmcore.systems.moco.model import MoCoConfig, MoCoModel, queue_losses, random_keys
 from mmcore.systems.vit.shapes import shapes
-from mmcore.systems.vit.two_views import Taught, TwoViewConfig
+from mmcore.systems.vit.two_views import Taught
 from mmcore.tasks.features import figure
 from mmcore.tasks.projection import DEVIATION
 from mmcore.train.config import RunConfig
@@ -28,8 +28,8 @@ from mmcore.train.optim import OptimConfig
 _published = partial(OptimConfig, optimizer="sgd", lr=0.03, weight_decay=1e-4, warmup=0)
 
 
-def _shape(vision: Any, is_tiny: bool) -> TwoViewConfig:
-    return TwoViewConfig(vision, (vision.width, 64 if is_tiny else 128))
+def _shape(vision: Any, is_tiny: bool) -> MoCoConfig:
+    return MoCoConfig(vision, (256, 64) if is_tiny else (vision.width, 128))
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class MoCo(Taught):
     """Temperature of the similarities; None = 0.2 of version 2, 0.07 of version 1."""
     queue_size: int = 65_536
     """Keys that are kept."""
+    head_norm: bool = False
+    """A BatchNorm over all ranks behind the head's hidden layer, with which a tower that has none learns faster; the
+    published head has none, but its tower, a ResNet, is full of them."""
 
     shapes = shapes(_shape, "ViT-S-16", "ViT-B-16", "ViT-L-16")
     kind = MoCoModel
@@ -58,10 +61,14 @@ class MoCo(Taught):
 
     def assets(self, data: PairData) -> VisionAssets:
         require("moco", self.queue_size >= 1, "--queue-size must be at least 1, got {}", self.queue_size)
+        has_effect = self.version == 2 or not self.head_norm
+        require(
+            "moco", has_effect, "--head-norm has no effect with --version 1, which has no hidden layer, got {}", True
+        )
         return super().assets(data)
 
-    def shape(self) -> TwoViewConfig:
-        found = super().shape()
+    def shape(self) -> MoCoConfig:
+        found = replace(super().shape(), head_norm=self.head_norm)
         return found if self.version == 2 else replace(found, projector=found.projector[-1:])
 
     def companions(self, model: Any) -> Mapping[str, nn.Module]:
@@ -87,15 +94,15 @@ PROOF = Proof(
         (
             "moco",
             "--data scattered --views source --batch-size 128 --steps 300 --queue-size 1024 --teacher-momentum 0.9 "
-            "--optimizer adamw --lr 2e-3 --weight-decay 0.05 --warmup 10",
+            "--head-norm --optimizer adamw --lr 2e-3 --weight-decay 0.05 --warmup 10",
         )
     ],
     [
         Claim(
-            "k-NN accuracy of frozen features (held-out)",
-            figure("k-NN accuracy", PATCH_MEAN),
-            floor=0.56,
-            ceiling=0.52,
+            "linear probe accuracy of frozen features (held-out)",
+            figure("linear probe accuracy", PATCH_MEAN),
+            floor=0.53,
+            ceiling=0.5,
             control="untrained",
         ),
         Claim("deviation of projections (held-out)", DEVIATION, 0.5, 1.1),  # other images deviate as much

@@ -1,7 +1,7 @@
 """MoCo v3: a ViT with patches that do not learn, a projector and a predictor (arXiv 2104.02057)."""
 
 import math
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ class MoCoV3Model(TwoViewModel):
     """The tower, `visual`, read at its class token, and the heads, `projector` and `predictor`."""
 
     pool = "class"
-    head = predicting_head = staticmethod(partial(projection_head, bias=False, ends_normalised=True, ends_affine=False))
+
+    def head(self, sizes: Sequence[int]) -> nn.Module:
+        return projection_head(sizes, bias=False, ends_normalised=True, ends_affine=False)
+
+    predicting_head = head
 
     def __init__(self, config: TwoViewConfig) -> None:
         super().__init__(config)

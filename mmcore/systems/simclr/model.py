@@ -1,6 +1,8 @@
 """SimCLR: an image tower, and a projection that its loss reads (arXiv 2002.05709)."""
 
-from functools import partial
+from collections.abc import Sequence
+
+from torch import nn
 
 from mmcore.parts.heads import projection_head
 from mmcore.systems.vit.two_views import TwoViewModel
@@ -10,4 +12,6 @@ class SimCLRModel(TwoViewModel):
     """The tower, `visual`, of which the mean of the patches is read, and the head, `projector`."""
 
     has_joint_statistics = True
-    head = staticmethod(partial(projection_head, bias=False, ends_normalised=True))
+
+    def head(self, sizes: Sequence[int]) -> nn.Module:
+        return projection_head(sizes, bias=False, ends_normalised=True)

@@ -1,8 +1,7 @@
 """What SimCLR, MoCo, MoCo v3, SimSiam and BYOL have in common: heads on a tower, two views of each image, a teacher."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,7 +17,6 @@ from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.recipe import Runner, Step, VisionAssets
 from mmcore.systems.vit.weights import save_vit
 from mmcore.train import schedules
-from mmcore.train.config import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,6 @@ class TwoViewModel(nn.Module):
     """Whether the heads read the class token or the mean of the patches."""
     has_joint_statistics: ClassVar[bool] = False
     """Whether the BatchNorms of the heads see all views as one batch, or each view apart."""
-    head: ClassVar[Callable[[Sequence[int]], nn.Module]] = staticmethod(projection_head)
-    """Makes `projector`."""
-    predicting_head: ClassVar[Callable[[Sequence[int]], nn.Module]] = staticmethod(projection_head)
-    """Makes `predictor`."""
 
     def __init__(self, config: TwoViewConfig) -> None:
         super().__init__()
@@ -54,6 +48,14 @@ class TwoViewModel(nn.Module):
         self.projector = self.head((config.vision.width, *config.projector))
         sizes = config.projector[-1], *config.predictor
         self.predictor = self.predicting_head(sizes) if config.predictor else None
+
+    def head(self, sizes: Sequence[int]) -> nn.Module:
+        """Makes `projector`."""
+        return projection_head(sizes)
+
+    def predicting_head(self, sizes: Sequence[int]) -> nn.Module:
+        """Makes `predictor`."""
+        return projection_head(sizes)
 
     def forward(self, images: Tensor, *, only_states: bool = False, only_projections: bool = False) -> Any:
         """Views [B, V, 3, S, S] to predictions, where there is a predictor, and projections, one [B, W] a view and
@@ -75,8 +77,6 @@ class TwoViewModel(nn.Module):
 @dataclass(frozen=True)
 class TwoViews(ImageRecipe):
     """Mixin: trains a `TwoViewModel` on as many views of each image as are published."""
-
-    engine: EngineConfig = field(default_factory=partial(EngineConfig, grad_clip=0.0))
 
     pool = "mean"
     tasks = ("features", "projection")

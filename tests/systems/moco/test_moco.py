@@ -1,5 +1,6 @@
 """MoCo's 1 + K logits against the published formula and lightly's, in float64; its queue, its teacher, its versions."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mmcore.data.transforms import views as published
 from mmcore.nn import FeatureQueue, MomentumEncoder
-from mmcore.systems.moco.model import MoCoModel, queue_losses, random_keys
+from mmcore.systems.moco.model import MoCoConfig, MoCoModel, queue_losses, random_keys
 from mmcore.systems.moco.recipe import MoCo
 from tests.systems.two_views import (
     NARROW,
@@ -35,12 +36,14 @@ def written_out(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(NUM, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("peer", ["formulas", "lightly"])
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("version", "peer", "head_norm"), [
+    (1, "formulas", False), (2, "formulas", False), (2, "formulas", True), (1, "lightly", False), (2, "lightly", False),
+])  # fmt: skip
 def test_the_loss_and_every_gradient_are_the_originals_and_the_batchs_other_keys_count_for_nothing(
-    peer: str, version: int
+    version: Any, peer: str, head_norm: bool
 ) -> None:
-    model: Any = small(MoCoModel, (WIDTH, NARROW)[2 - version :])
+    config = partial(MoCoConfig, head_norm=head_norm)
+    model: Any = small(MoCoModel, (WIDTH, NARROW)[2 - version :], config=config)
     teacher = MomentumEncoder(model, 0.5)
     moved(model)
     queue, images = FeatureQueue(K, NARROW).double(), views()
@@ -57,7 +60,7 @@ def test_the_loss_and_every_gradient_are_the_originals_and_the_batchs_other_keys
         expected = theirs(queries, keys)
     else:
         expected = written_out(F.normalize(queries, dim=1), F.normalize(keys, dim=1), known)
-    ours = MoCo(version=version, temperature=0.2).loss(model, images, step(teacher=teacher, queue=queue))  # pyright: ignore[reportArgumentType]
+    ours = MoCo(version=version, temperature=0.2).loss(model, images, step(teacher=teacher, queue=queue))
     agree(model, ours["loss"], expected, but=("visual.class_embedding",))
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     # read before the batch's keys entered, which lie in it now
@@ -65,7 +68,7 @@ def test_the_loss_and_every_gradient_are_the_originals_and_the_batchs_other_keys
 
 
 def test_a_queue_takes_batches_of_any_size_and_begins_with_unit_vectors_that_all_ranks_share() -> None:
-    recipe, model = MoCo(queue_size=5), small(MoCoModel, (WIDTH, NARROW)).float()
+    recipe, model = MoCo(queue_size=5), small(MoCoModel, (WIDTH, NARROW), config=MoCoConfig).float()
     found: Any = recipe.companions(engine(model))
     queue, images = found["queue"], views().float()
     torch.testing.assert_close(queue.filled.norm(dim=1), torch.ones(5))
@@ -77,7 +80,7 @@ def test_a_queue_takes_batches_of_any_size_and_begins_with_unit_vectors_that_all
 
 
 def test_the_teacher_moves_by_its_momentum_and_no_further() -> None:
-    recipe, model = MoCo(teacher_momentum=0.9), small(MoCoModel, (WIDTH, NARROW)).float()
+    recipe, model = MoCo(teacher_momentum=0.9), small(MoCoModel, (WIDTH, NARROW), config=MoCoConfig).float()
     teacher: Any = recipe.companions(engine(model))["teacher"]
     before = {name: x.clone() for name, x in teacher.teacher.named_parameters()}
     moved(model).float()
@@ -95,6 +98,7 @@ def test_the_versions_differ_in_head_views_and_temperature() -> None:
 
 
 @pytest.mark.parametrize(("flags", "said"), [
+    ({"version": 1, "head_norm": True}, "moco: --head-norm has no effect with --version 1"),
     ({"queue_size": 0}, "moco: --queue-size must be at least 1, got 0"),
     ({"teacher_momentum": 1.5}, "moco: --teacher-momentum must be from 0 to 1, got 1.5"),
     ({"temperature": -1.0}, "moco: --temperature must be above 0, got -1.0"),
