@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmcore.data import LoaderSpec, PairData, Preprocess, TrainLoader
 from mmcore.data.transforms.views import View, seen
+from mmcore.figures import DEVIATION
 from mmcore.ops import require
 from mmcore.parts.image_tower import ImagePool, PooledTower
 from mmcore.parts.vit import Tower
@@ -56,6 +57,7 @@ class ImageRecipe(OnPairs):
     pool: ClassVar[ImagePool] = "class"
     """How other recipes read the tower as one vector."""
     tasks = ("features",)
+    least: ClassVar[Mapping[str, float]] = {DEVIATION: 0.05}
     formats = ("hf",)
 
     @property

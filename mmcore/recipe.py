@@ -157,6 +157,8 @@ class Recipe(ABC):
 
     tasks: ClassVar[tuple[str, ...]] = ()
     """What it is measured by, the first of which the progress bar shows; names of modules in mmcore.tasks."""
+    least: ClassVar[Mapping[str, float]] = {}
+    """Figures of these tasks by their names; a run that is below one after its warm-up has collapsed, and stops."""
     accumulates: ClassVar[bool] = True
     """Whether a step may come in micro-batches, --accum."""
     stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)

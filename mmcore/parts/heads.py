@@ -11,17 +11,33 @@ from mmcore.nn import BatchNorm, Linear
 from mmcore.ops import require
 
 
-def projection_head(sizes: Sequence[int], *, ends_normalised: bool = False) -> nn.Sequential:
-    """`layer1`, `bn1`, `relu1`, ..., of widths `sizes`, two or more; behind the last layer nothing, or its BatchNorm.
-    The names are SLIP's; MoCo v3, SimSiam and DeCLIP have the same layers."""
+def projection_head(
+    sizes: Sequence[int],
+    *,
+    normalised: bool = True,
+    ends_normalised: bool = False,
+    ends_affine: bool = True,
+    bias: bool = True,
+) -> nn.Sequential:
+    """`layer1`, `bn1`, `relu1`, ..., of widths `sizes`, two or more. The names are SLIP's; MoCo v3, SimSiam, BYOL and
+    DeCLIP have the same layers.
+
+    Args:
+        sizes: the input's width, then that of each layer.
+        normalised: whether a BatchNorm is behind each layer but the last (MoCo's head has none).
+        ends_normalised: whether one is behind the last layer.
+        ends_affine: whether that one has a weight and a bias.
+        bias: whether layers that a BatchNorm follows have a bias, which it takes out again.
+    """
     fits = len(sizes) >= 2 and min(sizes) >= 1
     require("projection_head", fits, "sizes must be two or more widths, got {}", list(sizes))
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, (width, following) in enumerate(pairwise(sizes), 1):
-        layers[f"layer{i}"] = Linear(width, following)
         is_last = i == len(sizes) - 1
-        if not is_last or ends_normalised:
-            layers[f"bn{i}"] = BatchNorm(following)
+        has_norm = ends_normalised if is_last else normalised
+        layers[f"layer{i}"] = Linear(width, following, bias=bias or not has_norm)
+        if has_norm:
+            layers[f"bn{i}"] = BatchNorm(following, affine=ends_affine or not is_last)
         if not is_last:
             layers[f"relu{i}"] = nn.ReLU()
     return nn.Sequential(layers)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmcore.figures import shown
+from mmcore.figures import DEVIATION, shown
 from mmcore.tasks.subject import BATCH_SIZE, Subject, nothing
 
-DEVIATION, USED, UNUSED = "deviation of projections", "outputs used", "outputs unused"
+USED, UNUSED = "outputs used", "outputs unused"
 
 
 @torch.no_grad()

@@ -205,9 +205,14 @@ def _num_shared(name: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def warmup_steps(optim: OptimConfig, total: int) -> int:
+    """Steps of warm-up in a run of `total`."""
+    return min(optim.warmup, max(1, int(total * optim.warmup_share)))
+
+
 def lr_schedule(optim: OptimConfig, total: int) -> Schedule:
     """The learning rate of a run of `total` steps: linear from `warmup_lr` to `lr`, then as `schedule` says."""
-    warmup = min(optim.warmup, max(1, int(total * optim.warmup_share)))
+    warmup = warmup_steps(optim, total)
     left = total - warmup
     match optim.schedule:
         case "cosine":

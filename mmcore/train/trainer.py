@@ -26,12 +26,14 @@ from mmcore.tasks.ranks import Ranks
 from mmcore.train import state
 from mmcore.train.deepspeed_json import auto_precision, deepspeed_config
 from mmcore.train.engine import Engine, check_config, init_distributed, partitioner
-from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, weight_decay_schedule
+from mmcore.train.optim import lr_schedule, make_optimizer, param_groups, warmup_steps, weight_decay_schedule
 from mmcore.train.run import Metrics, Start, open_run, peak_memory
 
 T = TypeVar("T")
 At = tuple[int, list[str]]
 """A step, counted from 1, and its records on this rank."""
+MIN_STEPS = 50
+"""Steps before a run can be said to have collapsed: the running statistics of BatchNorm forget where they began."""
 MAX_UNREAD = 100
 """Steps after which the losses are read, to see whether they are finite, however seldom they are logged."""
 
@@ -62,7 +64,7 @@ def train(name: str, recipe: Recipe, *, is_quiet: bool = False) -> Path:
 
     Raises:
         ValueError: something in the settings, the data or the run's folder is wrong.
-        FloatingPointError: a loss or the gradient stopped being finite.
+        FloatingPointError: a loss or the gradient stopped being finite, or the model has collapsed.
     """
     rank, world_size = init_distributed()
     data = recipe.open_data()
@@ -179,6 +181,10 @@ def _engine(recipe: Recipe, start: Start, model: nn.Module, world_size: int) -> 
     return engine
 
 
+class Collapsed(FloatingPointError):
+    """What a model makes of images is the same for all."""
+
+
 @dataclass
 class Loop:
     """A run under way: steps, logs, evaluations and checkpoints."""
@@ -197,17 +203,21 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._lr = lr_schedule(self.recipe.optim, self.total)
+        self._warmup = warmup_steps(self.recipe.optim, self.total)
         self._weight_decay = weight_decay_schedule(self.recipe.optim, self.total)
 
     def __call__(self, first: int) -> None:
-        """Steps `first` to the last; a FloatingPointError says where a loss or the gradient stopped being finite."""
+        """Steps `first` to the last; a FloatingPointError says where a loss or the gradient stopped being finite, or
+        what shows that the model has collapsed."""
         try:
             self._run(first)
         except FloatingPointError as error:
             step, records = self._at
-            look = f"--lr (now {self.recipe.optim.lr}), --warmup, --grad-clip, and at the records"
-            said = f"step {step}: {error}; the run stops and saves nothing more. Look at {look}"
-            raise FloatingPointError(f"{said} {', '.join(records[:3])}...") from None
+            look = f"--grad-clip, and at the records {', '.join(records[:3])}..."
+            if isinstance(error, Collapsed):
+                look = "--batch-size, and at what keeps images apart: negatives, a stop-gradient, a teacher's momentum"
+            said = f"step {step}: {error}; the run stops and saves nothing more"
+            raise type(error)(f"{said}. Look at --lr (now {self.recipe.optim.lr}), --warmup, {look}") from None
 
     def _run(self, first: int) -> None:
         run, began, seen = self.recipe.run, time.perf_counter(), 0
@@ -242,6 +252,7 @@ class Loop:
                 record = {**values, "samples_per_s": round(rate, 1), "epoch": batch.epoch, **measured}
                 self.metrics.log(done, record, note=note)
                 began, seen = time.perf_counter(), 0
+            self._check(new, done)
             if saves:
                 self._save(done)
                 began, seen = time.perf_counter(), 0
@@ -253,6 +264,14 @@ class Loop:
         norm = self.engine.step(self._lr(number), weight_decay=self._weight_decay(number), step=number)
         self.recipe.after_step(self.engine, step)
         return {**losses, "gradient norm": norm}
+
+    def _check(self, measured: dict[str, float], done: int) -> None:
+        """Raises Collapsed where a figure is below what the recipe says is the least, after the warm-up."""
+        least = self.recipe.least if done > max(self._warmup, MIN_STEPS) else {}
+        for name in least.keys() & measured.keys():
+            if measured[name] < least[name]:
+                found = f"{measured[name]:.3f}, below {least[name]:g}"
+                raise Collapsed(f"the {name} (held-out) is {found}: of all images nearly the same is made")
 
     def _read(self) -> dict[str, float]:
         """The latest step's numbers; the device is waited for once for all steps that were not read yet. Raises

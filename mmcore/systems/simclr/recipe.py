@@ -1,40 +1,37 @@
 """SimCLR's recipe."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.data import PairData
 from mmcore.data.transforms import views
-from mmcore.image_recipe import PATCH_MEAN, ImageRecipe
+from mmcore.image_recipe import PATCH_MEAN
 from mmcore.losses import nt_xent_loss
-from mmcore.ops import require
-from mmcore.parts.heads import check_batch
-from mmcore.recipe import Claim, Proof, Runner, Step, VisionAssets
-from mmcore.systems.simclr.model import SimCLRConfig, SimCLRModel
+from mmcore.recipe import Claim, Proof, Runner, Step
+from mmcore.systems.simclr.model import SimCLRModel
 from mmcore.systems.vit.shapes import shapes
-from mmcore.systems.vit.weights import save_vit
+from mmcore.systems.vit.two_views import TwoViewConfig, TwoViews
 from mmcore.tasks.features import figure
 from mmcore.tasks.projection import DEVIATION
+from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig
 
 # lr 0.3 a 256 of the batch of 4,096; LARS
 _published = partial(OptimConfig, optimizer="lars", lr=4.8, weight_decay=1e-6, warmup=3_130)
 
 
-def _shape(vision: Any, is_tiny: bool) -> SimCLRConfig:
-    return SimCLRConfig(vision, 256, 64) if is_tiny else SimCLRConfig(vision)
+def _shape(vision: Any, is_tiny: bool) -> TwoViewConfig:
+    return TwoViewConfig(vision, (256, 64) if is_tiny else (2048, 128))
 
 
 @dataclass(frozen=True)
-class SimCLR(ImageRecipe):
+class SimCLR(TwoViews):
     """Train SimCLR (arXiv 2002.05709) on the images of any source: two views of each pick each other."""
 
+    run: RunConfig = field(default_factory=partial(RunConfig, epochs=1000))
     optim: OptimConfig = field(default_factory=_published)
     temperature: float = 0.1
     """Temperature of the similarities."""
@@ -42,30 +39,10 @@ class SimCLR(ImageRecipe):
     shapes = shapes(_shape, "ViT-S-16", "ViT-B-16", "ViT-L-16")
     kind = SimCLRModel
     published_views = views.SIMCLR
-    pool = "mean"
-    tasks = ("features", "projection")
-    training_only = ("projector.",)
-    accumulates = False  # the statistics of BatchNorm are of the whole batch
-
-    def assets(self, data: PairData) -> VisionAssets:
-        check_batch("simclr", self.run.batch_size)
-        require("simclr", self.temperature > 0, "--temperature must be above 0, got {}", self.temperature)
-        return super().assets(data)
-
-    def sample(self, assets: VisionAssets, record: Any, rng: np.random.Generator) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.all_views(record, assets.preprocess, rng)
-
-    def collate(self, assets: VisionAssets, samples: list[Tensor]) -> Tensor:
-        return torch.stack(samples)
 
     def loss(self, model: Runner, batch: Tensor, step: Step) -> dict[str, Tensor]:
-        return {"loss": nt_xent_loss(*model(batch), self.temperature)}
-
-    def projects(self, assets: VisionAssets, model: Runner, device: torch.device) -> Callable[[Tensor], Tensor]:
-        return lambda images: model(images[:, None])[0]
-
-    def export(self, assets: VisionAssets, model: SimCLRModel, folder: Any, format: str) -> None:
-        save_vit(self.image_tower(assets, model), folder)
+        first, second = (F.normalize(x, dim=1) for x in model(batch))
+        return {"loss": nt_xent_loss(first, second, self.temperature)}
 
 
 PROOF = Proof(
