@@ -25,6 +25,7 @@ TASKS = {
     "reconstruction": "reconstructs",
     "projection": "projects",
     "features": "represents",
+    "agreement": "agrees",
 }
 """Each task, and the capability that it asks for."""
 

@@ -28,4 +28,4 @@ class ViTModel(nn.Module):
 
     def image_tower(self) -> Tower:
         """The tower."""
-        return Tower(self.config.vision, self.visual.state_dict())
+        return Tower(self.config.vision, self.visual.state_dict()).bare
