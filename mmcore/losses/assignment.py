@@ -63,11 +63,12 @@ def global_assignment_losses(a: Tensor, b: Tensor, *, group: dist.ProcessGroup |
 def sinkhorn_knopp(
     logits: Tensor, temperature: float, *, num_iterations: int = 3, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Shares of clusters of each row, of sum 1, such that over the rows of all ranks each cluster has nearly the same
-    share: exp(logits / temperature), divided by the sums of clusters and then of rows, `num_iterations` times.
+    """Logarithms of shares of clusters, of sum 1 in each row, such that over the rows of all ranks each cluster has
+    nearly the same share: exp(logits / temperature), divided by the sums of clusters and then of rows, `num_iterations`
+    times.
 
-    In place of a softmax of the teacher's logits (SwAV, arXiv:2006.09882; DINOv2, arXiv:2304.07193). Its logarithm is
-    what `mmkernels.distillation_loss` takes, at a temperature of 1.
+    In place of a softmax of the teacher's logits (SwAV, arXiv:2006.09882; DINOv2, arXiv:2304.07193): what is returned
+    is what `mmkernels.distillation_loss` takes as the teacher's, at a temperature of 1.
 
     Args:
         logits: `[m, K]` of this rank's rows, floating point; m may differ by rank, and be 0.
@@ -86,15 +87,19 @@ def sinkhorn_knopp(
     require(op, temperature > 0, "temperature must be above 0, got {}", temperature)
     require(op, num_iterations >= 1, "num_iterations must be at least 1, got {}", num_iterations)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    for _ in range(num_iterations):
+        x = x - _log_sum_of_columns(x, group)
+        x = x - x.logsumexp(1, keepdim=True)
+    return x
+
+
+def _log_sum_of_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[K]: the logarithm of the sum over all ranks' rows of exp(x), x [m, K]; anything where there are none."""
     is_alone = world_size_of(group) == 1
-    largest = x.amax() if len(x) else x.new_full((), -torch.inf)
+    largest = x.amax(0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
     if not is_alone:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    shares, least = (x - largest).exp(), torch.finfo(x.dtype).tiny
-    for _ in range(num_iterations):
-        of_clusters = shares.sum(0)
-        if not is_alone:
-            dist.all_reduce(of_clusters, group=group)
-        shares = shares / of_clusters.clamp_min(least)
-        shares = shares / shares.sum(1, keepdim=True).clamp_min(least)
-    return shares
+    sums = (x - largest).exp().sum(0)
+    if not is_alone:
+        dist.all_reduce(sums, group=group)
+    return largest + sums.log()

@@ -29,7 +29,6 @@ from mmcore.train.schedules import cosine, linear
 
 NUM_LARGE = 2
 _PUBLISHED_SIDE = 224
-_LEAST_SHARE = 1e-30  # of a prototype, whose logarithm is finite
 
 # lr 5e-4 a 256 of the batch of 1,024; 10 epochs of warm-up
 published_optim = partial(
@@ -84,7 +83,9 @@ class SelfDistillation(ImageRecipe):
     teacher_temperature_warmup: int = 37_530
     """Steps in which it goes from the one to the other, along a line."""
     teacher_momentum: float = 0.996
-    """Momentum of the teacher's weights at the first step; it goes to 1 along a cosine."""
+    """Momentum of the teacher's weights at the first step."""
+    teacher_momentum_end: float = 1.0
+    """Momentum of the teacher's weights at the end of the run, along a cosine."""
     centre_momentum: float = 0.9
     """Momentum of the centre that is taken off the teacher's outputs."""
     freeze_last_layer: int = 1_251
@@ -122,7 +123,7 @@ class SelfDistillation(ImageRecipe):
         for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
             value = getattr(self, name)
             require(self.name, value > 0, "--{} must be above 0, got {}", name.replace("_", "-"), value)
-        for name in ("teacher_momentum", "centre_momentum"):
+        for name in ("teacher_momentum", "teacher_momentum_end", "centre_momentum"):
             value = getattr(self, name)
             require(self.name, 0 <= value <= 1, "--{} must be in [0, 1], got {}", name.replace("_", "-"), value)
         for name in ("freeze_last_layer", "teacher_temperature_warmup", "local_crops"):
@@ -207,7 +208,7 @@ class SelfDistillation(ImageRecipe):
         start, end = self.teacher_temperature_start, self.teacher_temperature
         temperature = linear(start, end, self.teacher_temperature_warmup)(step.number)
         if self.centres == "sinkhorn-knopp":
-            return Targets(sinkhorn_knopp(logits, temperature).clamp_min(_LEAST_SHARE).log(), 1.0, None)
+            return Targets(sinkhorn_knopp(logits, temperature), 1.0, None)
         centre = step.companions.get(name)
         return Targets(logits, temperature, centre.mean if isinstance(centre, Centre) else None)
 
@@ -225,7 +226,7 @@ class SelfDistillation(ImageRecipe):
     def after_step(self, model: Any, step: Step) -> None:
         teacher = step.companions["teacher"]
         assert isinstance(teacher, MomentumEncoder)
-        teacher.ema.decay = cosine(self.teacher_momentum, 1.0, step.total)(step.number)
+        teacher.ema.decay = cosine(self.teacher_momentum, self.teacher_momentum_end, step.total)(step.number)
         teacher.update()
         for name in ("centre", "patch_centre"):
             centre = step.companions.get(name)

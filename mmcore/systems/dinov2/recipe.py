@@ -59,7 +59,7 @@ class Dinov2(MaskedDistillation):
     registers: int = 0
     """Registers of the tower (arXiv 2309.16588); 4 in the published towers that have them."""
     teacher_momentum: float = 0.992
-    """Momentum of the teacher's weights at the first step; it goes to 1 along a cosine."""
+    """Momentum of the teacher's weights at the first step."""
     freeze_last_layer: int = 1_250
     """Steps at the beginning in which the last layer of a head stays as it is (an epoch, as published)."""
     gram_weight: float | None = None
