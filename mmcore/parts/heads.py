@@ -110,5 +110,5 @@ class Centre(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(sums)
         count = sums[-1]
-        share = torch.where(count > 0, 1 - self.momentum, 0.0)
+        share = (count > 0).to(count.dtype) * (1 - self.momentum)
         self.mean.lerp_(sums[:-1] / count.clamp_min(1), share)
