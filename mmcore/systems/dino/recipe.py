@@ -267,7 +267,7 @@ class Dino(SelfDistillation):
 
 _FLAGS = (
     "--data scattered --views source --local-crops 0 --batch-size 128 --steps {steps} --lr 1e-3 --min-lr 1e-5 "
-    "--warmup 10 --teacher-momentum 0.98 --freeze-last-layer 0 --weight-decay-end 0.04 "
+    "--warmup 60 --teacher-momentum 0.98 --freeze-last-layer 0 --weight-decay-end 0.04 "
 )
 FLAGS = _FLAGS.format(steps=600) + "--teacher-temperature 0.04"
 """Of proofs of iBOT and DINOv2 too."""
