@@ -52,7 +52,9 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., K]."""
-        return F.linear(x, self.v * (self.g / self.v.norm(dim=1, keepdim=True)))
+        wide = torch.promote_types(self.v.dtype, torch.float32)
+        scale = self.g / self.v.norm(dim=1, keepdim=True, dtype=wide)
+        return F.linear(x, (self.v * scale).to(x.dtype))
 
 
 class PrototypeHead(nn.Module):

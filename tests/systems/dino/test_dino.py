@@ -122,6 +122,9 @@ def test_the_head_is_the_published_one_and_can_be_copied(learns_norm: bool) -> N
     x = logits(B, 6)
     for head in (ours, copy.deepcopy(ours)):
         torch.testing.assert_close(head(x), last(F.normalize(head.mlp(x), dim=1)), rtol=1e-12, atol=1e-12)
+    low = copy.deepcopy(ours).bfloat16()
+    low.last_layer.g.data = low.last_layer.g.data.float()  # buffers stay under weights in bf16
+    assert low(x.bfloat16()).dtype == torch.bfloat16
     names = {"last_layer.v", *(["last_layer.g"] if learns_norm else [])}
     assert {n for n, _ in ours.named_parameters() if n.startswith("last")} == names
 
