@@ -92,7 +92,7 @@ class Published(nn.Module):
             renamed = {n.replace(old, new): x for n, x in renamed.items()}
         self.tower.load_state_dict(renamed)
         self.mlp = copy.deepcopy(head.mlp)
-        self.last = nn.utils.parametrizations.weight_norm(
+        self.last: Any = nn.utils.parametrizations.weight_norm(
             nn.Linear(head.last_layer.v.shape[1], len(head.last_layer.v), bias=False)
         )
         self.last.load_state_dict(
