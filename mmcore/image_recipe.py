@@ -115,7 +115,7 @@ class ImageRecipe(OnPairs):
         return Represents(assets.preprocess, names, compute)
 
     def image_tower(self, assets: VisionAssets, model: Any) -> Tower:
-        return Tower(assets.shape.vision, model.visual.state_dict())
+        return Tower(assets.shape.vision, model.visual.state_dict()).bare
 
     def pooled_tower(self, assets: VisionAssets, model: Any) -> PooledTower:
         tower = self.image_tower(assets, model)

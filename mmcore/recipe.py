@@ -144,6 +144,7 @@ class Recipe(ABC):
     - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
+    - `agrees(assets, model, device) -> Agrees`: patches, masked and seen, to prototypes; agreement.
     - `projects(assets, model, device) -> Callable[[Tensor], Tensor]`: images to what a head makes of them; projection.
     - `represents(assets, model, device) -> Represents`: images to vectors; features.
     - `reconstructs(assets, model, device) -> Reconstructs`: images from some of their patches; reconstruction.
@@ -165,6 +166,9 @@ class Recipe(ABC):
     """ZeRO stages that it trains under; stage 3 cuts up weights, which a momentum teacher has to follow whole."""
     training_only: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of weights that nothing but training needs, which an export leaves out."""
+    measured: ClassVar[Literal["weight", "teacher"]] = "weight"
+    """What a finished run is measured and exported by where it kept no average: its weights, or those of the companion
+    "teacher", a `MomentumEncoder`."""
     formats: ClassVar[tuple[str, ...]] = ()
     """Of `export`, the first of them the default; none = there is no export."""
 

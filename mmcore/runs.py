@@ -16,8 +16,9 @@ from mmcore.systems import recipe_entry
 FROZEN = "frozen.safetensors"
 """What a run does not train, written once into its folder."""
 
-WeightsKey = Literal["auto", "ema", "weight"]
-WEIGHTS = {"ema": "the averaged weights (EMA)", "weight": "the weights"}
+WeightsKey = Literal["auto", "ema", "teacher", "weight"]
+TEACHER = "companion.teacher"
+WEIGHTS = {"ema": "the averaged weights (EMA)", TEACHER: "the teacher's weights", "weight": "the weights"}
 """What a checkpoint's tensors are, by the key that they are stored under."""
 
 
@@ -27,7 +28,7 @@ class SavedRun:
 
     folder: Path  # the run's
     checkpoint: Path
-    key: str  # "ema" or "weight", under which the chosen weights are stored
+    key: str  # of `WEIGHTS`, under which the chosen weights are stored
     recipe: str
     saved: dict[str, Any]  # the run's config.json
 
@@ -40,8 +41,8 @@ class SavedRun:
 def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
     """Finds and verifies a checkpoint of a run's folder, or the one given; a ValueError of none, or of a damaged one.
 
-    `weights` are "ema" for the averaged ones, "weight" for the trained ones, "auto" for the former where the run kept
-    them.
+    `weights` are "ema" for the averaged ones, "teacher" for those of a momentum teacher, "weight" for the trained ones,
+    "auto" for the first where the run kept them, else as `Recipe.measured` has it.
     """
     if not where.exists():
         raise ValueError(f"RUN must be a run's folder or one of its checkpoints, got {where}, which does not exist")
@@ -49,8 +50,10 @@ def find_run(where: Path, weights: WeightsKey = "auto") -> SavedRun:
     checkpoint.verify(found)
     folder = found.parents[1]
     saved = json.loads((folder / "config.json").read_text())
-    key = ("ema" if any(found.glob("ema-*.safetensors")) else "weight") if weights == "auto" else weights
-    return SavedRun(folder, found, key, saved["recipe"], saved)
+    if weights == "auto":
+        has_average = any(found.glob("ema-*.safetensors"))
+        weights = "ema" if has_average else recipe_entry(saved["recipe"]).load().measured
+    return SavedRun(folder, found, TEACHER if weights == "teacher" else weights, saved["recipe"], saved)
 
 
 def is_run(where: Path) -> bool:

@@ -1,4 +1,5 @@
-"""How two sides of a batch assign its pairs to clusters (xCLIP, arXiv:2210.09304), over all ranks."""
+"""How the rows of a batch are assigned to clusters, over all ranks: evenly (Sinkhorn-Knopp), or as two sides agree on
+it (xCLIP, arXiv:2210.09304)."""
 
 from typing import NamedTuple
 
@@ -56,3 +57,49 @@ def global_assignment_losses(a: Tensor, b: Tensor, *, group: dist.ProcessGroup |
         sums = all_sum(sums, group)
     mean = sums[:-1].view(2, -1) / sums[-1].clamp(min=1)
     return AssignmentLosses(agreement, entropy, torch.special.entr(mean).sum() / 2)
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: Tensor, temperature: float, *, num_iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Logarithms of shares of clusters, of sum 1 in each row, such that over the rows of all ranks each cluster has
+    nearly the same share: exp(logits / temperature), divided by the sums of clusters and then of rows, `num_iterations`
+    times.
+
+    In place of a softmax of the teacher's logits (SwAV, arXiv:2006.09882; DINOv2, arXiv:2304.07193): what is returned
+    is what `mmkernels.distillation_loss` takes as the teacher's, at a temperature of 1.
+
+    Args:
+        logits: `[m, K]` of this rank's rows, floating point; m may differ by rank, and be 0.
+        temperature: above 0.
+        num_iterations: 1 or more.
+        group: the data-parallel process group; None = the default one, or one process where none is set up.
+
+    Returns:
+        `[m, K]`, float32 (float64 for float64), a constant.
+
+    Raises:
+        ValueError: another shape, temperature or number.
+    """
+    op = "sinkhorn_knopp"
+    require(op, logits.ndim == 2 and logits.shape[1] >= 1, "logits must be [m, K], got {}", list(logits.shape))
+    require(op, temperature > 0, "temperature must be above 0, got {}", temperature)
+    require(op, num_iterations >= 1, "num_iterations must be at least 1, got {}", num_iterations)
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    for _ in range(num_iterations):
+        x = x - _log_sum_of_columns(x, group)
+        x = x - x.logsumexp(1, keepdim=True)
+    return x
+
+
+def _log_sum_of_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[K]: the logarithm of the sum over all ranks' rows of exp(x), x [m, K]; anything where there are none."""
+    is_alone = world_size_of(group) == 1
+    largest = x.amax(0) if len(x) else x.new_full(x.shape[1:], -torch.inf)
+    if not is_alone:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    sums = (x - largest).exp().sum(0)
+    if not is_alone:
+        dist.all_reduce(sums, group=group)
+    return largest + sums.log()

@@ -4,7 +4,7 @@ mask or size that does not fit, or an argument that is missing or unexpected, ra
 from mmcore.nn.attention import Attention, KeyValueCache, KeyValues
 from mmcore.nn.batch_norm import BatchNorm
 from mmcore.nn.cross import CrossAttention, GatedCrossAttentionBlock, shared_keys_values
-from mmcore.nn.linear import ACTIVATIONS, MLP, Linear, quick_gelu, quicken
+from mmcore.nn.linear import ACTIVATIONS, MLP, Linear, SwiGLU, quick_gelu, quicken
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.packing import Packing
 from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler, PoolingHead
@@ -33,6 +33,7 @@ __all__ = [
     "PoolingHead",
     "PostNormBlock",
     "QFormerBlock",
+    "SwiGLU",
     "Transformer",
     "interpolate_positions",
     "quick_gelu",

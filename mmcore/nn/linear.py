@@ -84,3 +84,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), a and b the halves of w12(x), `mlp_dim` wide each (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.w12 = Linear(width, 2 * mlp_dim)
+        self.w3 = Linear(mlp_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(a) * b)

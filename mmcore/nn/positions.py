@@ -33,13 +33,17 @@ def sincos_positions(width: int, num_patches: int, *, num_prefix: int = 1) -> Te
     return F.pad(grid, (0, 0, num_prefix, 0)).to(torch.get_default_dtype())
 
 
-def interpolate_positions(positions: Tensor, num_patches: int, *, num_prefix: int = 1) -> Tensor:
-    """Resample learned position embeddings of a square grid to another square grid (bicubic, antialiased).
+def interpolate_positions(
+    positions: Tensor, num_patches: int, *, num_prefix: int = 1, antialias: bool = True
+) -> Tensor:
+    """Resample learned position embeddings of a square grid to another square grid (bicubic).
 
     Args:
         positions: [num_prefix + P, D], any float dtype; the prefix rows (class token) are copied.
         num_patches: P of the new grid, a square number.
         num_prefix: rows that belong to no patch, >= 0.
+        antialias: whether a smaller grid averages over more than its nearest places, as CLIP's fine-tunings do; DINO
+            and DINOv2 do not.
 
     Returns:
         [num_prefix + num_patches, D] in the dtype of `positions`, computed in float32; `positions` itself
@@ -56,6 +60,6 @@ def interpolate_positions(positions: Tensor, num_patches: int, *, num_prefix: in
     if num_patches < 1 or new_side**2 != num_patches:
         raise ValueError(f"interpolate_positions: num_patches must be a square number, got {num_patches}")
     grid = positions[num_prefix:].float().reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
-    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=True, align_corners=False)
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=antialias, align_corners=False)
     grid = grid.permute(0, 2, 3, 1).reshape(num_patches, -1)  # [P, D]
     return torch.cat([positions[:num_prefix], grid.to(positions.dtype)])

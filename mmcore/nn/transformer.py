@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmcore.nn.attention import Attention, check_dropout, check_tokens
-from mmcore.nn.linear import MLP
+from mmcore.nn.linear import MLP, SwiGLU
 from mmcore.nn.packing import Packing
 from mmcore.ops import masks, require
 
@@ -21,6 +21,7 @@ class Block(nn.Module):
         layer_scale: what the learned scales of each channel start from (LayerScale, arXiv:2103.17239); None = none.
         drop_path: share of the samples that training leaves a residual out of, the others' grows by as much
             (stochastic depth, arXiv:1603.09382), from 0, below 1.
+        has_swiglu: the feed-forward is a `SwiGLU`, which needs no activation.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Block(nn.Module):
         norm_eps: float,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        has_swiglu: bool = False,
     ) -> None:
         super().__init__()
         check_dropout("Block", drop_path)
@@ -41,7 +43,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, is_causal=is_causal)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, mlp_dim, activation=activation)
+        self.mlp = SwiGLU(width, mlp_dim) if has_swiglu else MLP(width, mlp_dim, activation=activation)
         scales = [None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale)) for _ in range(2)]
         self.scale1, self.scale2 = scales
 
@@ -63,8 +65,9 @@ class Block(nn.Module):
     def init_weights(self, num_layers: int) -> None:
         """CLIP's scheme: residual outputs shrink by sqrt(2 * num_layers); biases 0 (arXiv 2103.00020)."""
         width = self.attn.qkv.in_features
-        attn, mlp, shrunk = self.attn, self.mlp, (2 * num_layers * width) ** -0.5
-        stds = {attn.qkv: width**-0.5, attn.out: shrunk, mlp.fc1: (2 * width) ** -0.5, mlp.fc2: shrunk}
+        attn, shrunk = self.attn, (2 * num_layers * width) ** -0.5
+        first, last = self.mlp.children()
+        stds = {attn.qkv: width**-0.5, attn.out: shrunk, first: (2 * width) ** -0.5, last: shrunk}
         for layer, std in stds.items():
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -73,8 +76,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of pre-LN blocks, bidirectional or causal, with optional activation checkpointing.
 
-    `layer_scale` and `drop_path` are of `Block`, the latter rising from 0 in the first block to what is given in the
-    last; with `drop_path_uniform` it is the same in all.
+    `layer_scale`, `has_swiglu` and `drop_path` are of `Block`, the last rising from 0 in the first block to what is
+    given in the last; with `drop_path_uniform` it is the same in all.
     """
 
     def __init__(
@@ -90,11 +93,13 @@ class Transformer(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         drop_path_uniform: bool = False,
+        has_swiglu: bool = False,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = False
         shares = [1.0 if drop_path_uniform else i / max(1, num_layers - 1) for i in range(num_layers)]
         options = {"is_causal": is_causal, "activation": activation, "norm_eps": norm_eps, "layer_scale": layer_scale}
+        options["has_swiglu"] = has_swiglu
         blocks = [Block(width, num_heads, mlp_dim, **options, drop_path=drop_path * share) for share in shares]
         for block in blocks:
             block.init_weights(num_layers)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmcore.parts import vit_names
 from mmcore.parts.foreign import TIMM, load_foreign_vision, load_timm
 from mmcore.parts.image_tower import ImagePool, ImageTower, PooledTower
+from mmcore.parts.published_vit import WEIGHTS_FILES, load_published
 from mmcore.parts.vit import Tower, VisionConfig, mae_vision, siglip_vision
 from mmcore.runs import is_run, read_run
 from mmcore.systems import entries
@@ -22,7 +23,8 @@ from mmcore.weights.settings import Key, Settings
 
 def load_tower(path: Path) -> Tower:
     """Reads an image tower: of a run of a recipe whose model has one; of a folder of transformers of a system that is
-    known here (safetensors), such as CLIP or BLIP-2; or of a folder or file of open_clip with a CLIP.
+    known here (safetensors), such as CLIP or BLIP-2; of a file of DINO, iBOT or DINOv2 as published; or of a folder or
+    file of open_clip with a CLIP.
 
     Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches. A ValueError
     of anything else.
@@ -35,9 +37,13 @@ class _Read(NamedTuple):
     """A tower that is read without the rest of its model."""
 
     tower: Tower
+    pool: ImagePool = "mean"
 
     def image_tower(self) -> Tower:
         return self.tower
+
+    def pooled_tower(self) -> PooledTower:
+        return PooledTower(self.tower.config, self.pool, self.tower.state)
 
 
 def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
@@ -47,6 +53,9 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
         owner: Any = trained.recipe
         inputs, kind = (trained.assets, trained.model), trained.run.recipe
     else:
+        published = load_published(path) if path.is_file() and path.suffix in WEIGHTS_FILES else None
+        if published is not None:
+            return _Read(published, "class"), ()
         config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
         kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
         if kind in towers:
@@ -95,6 +104,7 @@ def load_pooled(where: str | Path) -> PooledTower:
       the mean of its patches, which is what its decoder reads;
     - of a folder of transformers (safetensors) or open_clip: CLIP, SigLIP, ViT and others that a ViT of ours is, on our
       attention; another vision model of transformers as it is there;
+    - of a file of DINO, iBOT or DINOv2 as published, at its class token;
     - `timm:NAME`, as it is in timm, of random weights, or `timm:NAME@FILE.safetensors`.
 
     A ValueError of anything else.

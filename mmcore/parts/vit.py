@@ -1,6 +1,6 @@
 """A vision transformer: images to the states of their patches (arXiv:2010.11929)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -37,8 +37,9 @@ class VisionConfig:
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos");
     DINOv2's has registers (arXiv:2309.16588), which stand between class token and patches and have no positions, and a
-    layer scale. A mask token stands for patches that are not shown. `layer_scale` and `drop_path` are of
-    `mmcore.nn.Transformer`. The last four are of `Preprocess`.
+    layer scale. A mask token stands for patches that are not shown. `layer_scale`, `drop_path` and `has_swiglu` are of
+    `mmcore.nn.Transformer`, `antialias` is of `mmcore.nn.interpolate_positions`, for images of other sizes. The last
+    four are of `Preprocess`.
     """
 
     image_size: int = 224
@@ -59,6 +60,8 @@ class VisionConfig:
     layer_scale: float | None = None
     drop_path: float = 0.0
     drop_path_uniform: bool = False
+    has_swiglu: bool = False
+    antialias: bool = True
     has_margin: bool = False  # pixels that fill no patch, right and below, are not read (SigLIP's 384 in 14s)
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
@@ -134,6 +137,12 @@ class Tower(NamedTuple):
     config: VisionConfig
     state: dict[str, Tensor]
 
+    @property
+    def bare(self) -> "Tower":
+        """Without what its own training alone needs: a mask token, and residuals that are left out."""
+        config = replace(self.config, has_mask_token=False, drop_path=0.0, drop_path_uniform=False)
+        return Tower(config, {name: x for name, x in self.state.items() if name != "mask_token"})
+
 
 class ViT(nn.Module):
     """A pre-LN transformer over patches, and a class token before them where the configuration has one."""
@@ -157,7 +166,9 @@ class ViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width)) if config.has_mask_token else None
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()
         options = {"is_causal": False, "activation": config.activation, "norm_eps": config.norm_eps}
-        options |= {name: getattr(config, name) for name in ("layer_scale", "drop_path", "drop_path_uniform")}
+        options |= {
+            name: getattr(config, name) for name in ("layer_scale", "drop_path", "drop_path_uniform", "has_swiglu")
+        }
         self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
         self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
 
@@ -220,5 +231,6 @@ class ViT(nn.Module):
             return self.position_embedding
         num, num_prefix = (size // self.config.patch_size) ** 2, int(self.config.has_class_token)
         if self.config.positions == "learned":
-            return interpolate_positions(self.position_embedding, num, num_prefix=num_prefix)
+            options = {"num_prefix": num_prefix, "antialias": self.config.antialias}
+            return interpolate_positions(self.position_embedding, num, **options)
         return sincos_positions(self.config.width, num, num_prefix=num_prefix).to(self.position_embedding.device)

@@ -26,6 +26,7 @@ TASKS = {
     "reconstruction": "reconstructs",
     "projection": "projects",
     "features": "represents",
+    "agreement": "agrees",
 }
 """Each task, and the capability that it asks for."""
 

@@ -19,7 +19,8 @@ class EvalConfig:
     run: Annotated[Path, tyro.conf.Positional]
     """A run's folder (its newest checkpoint is used), or one checkpoint of it."""
     weights: WeightsKey = "auto"
-    """ema = the averaged weights, weight = the trained ones, auto = ema where the run kept one."""
+    """ema = the averaged weights, teacher = a momentum teacher's, weight = the trained ones, auto = ema where the run
+    kept one, else the teacher's of a system that is measured by it."""
 
 
 def listing() -> str:

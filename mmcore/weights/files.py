@@ -5,7 +5,7 @@ import os
 import struct
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -54,18 +54,19 @@ def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{op}: {file} must be a whole safetensors file, got: {error}") from error
 
 
-def read_pickle(op: str, file: Path, *, has_arguments: bool = False) -> dict[str, Tensor]:
-    """The tensors of a torch file, on the CPU, those of "state_dict" where it has that; no other object is made, but
-    where it `has_arguments`: what argparse keeps of a command line, and numbers of numpy. A ValueError where it is
-    missing, damaged, or of something else."""
+def read_pickle(op: str, file: Path, *, parts: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
+    """The tensors of a torch file, on the CPU, those of the first of `parts` that it has; no other object is made than
+    what argparse keeps of a command line, and numbers of numpy, which checkpoints of trainings hold. A ValueError where
+    it is missing, damaged, or of something else."""
     require(op, file.is_file(), "file must exist, got {}", file)
     try:
-        with safe_globals(_ARGUMENTS if has_arguments else []):
+        with safe_globals(_ARGUMENTS):
             raw = torch.load(file, map_location="cpu", weights_only=True)
     except _UNPICKLER as error:
         why = f"{type(error).__name__}: {error}".split(". ")[0]
         raise ValueError(f"{op}: {file} must be a whole pickle of tensors and nothing else, got {why}") from error
-    raw = raw["state_dict"] if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict) else raw
+    if isinstance(raw, dict):
+        raw = next((raw[part] for part in parts if isinstance(raw.get(part), dict)), raw)
     is_state = isinstance(raw, dict) and all(isinstance(x, Tensor) for x in raw.values())
     require(op, is_state, "{} must hold tensors by name, got {}", file, type(raw).__name__)
     return raw

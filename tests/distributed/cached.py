@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.losses import global_contrastive_loss, global_sigmoid_loss, global_token_contrastive_loss
+from mmcore.losses import (
+    global_contrastive_loss,
+    global_sigmoid_loss,
+    global_token_contrastive_loss,
+    gram_loss,
+    koleo_loss,
+    patch_distillation_loss,
+    sinkhorn_knopp,
+    view_distillation_loss,
+)
 
 NUM = 11
 WEIGHTS = (1.0, 0.5, -1.5)
 SHARES = {1: (11,), 2: (7, 4), 3: (5, 2, 4)}  # rows of each rank
+WITH_NONE = {2: (0, 11), 3: (6, 0, 5)}
 
 
 class Encoder(nn.Module):
@@ -55,6 +65,22 @@ def logits() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     a, b = torch.randn(2, NUM, 7, generator=generator, dtype=torch.float64)
     return a, b
+
+
+def distilled(rows: slice) -> dict[str, tuple[Tensor, Tensor]]:
+    """The losses of self-distillation of these rows of the logits, and their gradients."""
+    student, teacher = (x[rows] for x in logits())
+    student.requires_grad_()
+    shares = 1 / (1 + torch.arange(NUM, dtype=torch.float64)[rows] % 3)
+    even = sinkhorn_knopp(teacher, 0.1)
+    losses = {
+        "views": view_distillation_loss([student, student.flip(1)], [teacher, 2 * teacher], 0.1, 0.05),
+        "patches": patch_distillation_loss(student, teacher, shares, len(student), 0.1, 0.05),
+        "even": patch_distillation_loss(student, even, shares, len(student), 0.1, 1.0),
+        "apart": koleo_loss(student),
+        "anchored": gram_loss(student[:, :6].unflatten(1, (3, 2)), teacher[:, 1:].unflatten(1, (3, 2))),
+    }
+    return {name: (x.detach(), torch.autograd.grad(x, student)[0]) for name, x in losses.items()}
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,6 +81,17 @@ def test_assignments_of_all_ranks_have_the_losses_and_the_gradient_of_one_proces
         assert (whole - grad).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("layout", [0, 1])
+def test_self_distillation_of_all_ranks_is_that_of_one_process_with_a_rank_without_rows_too(results, layout) -> None:
+    found = [result["distilled"][layout] for result in results]
+    for name, (expected, grad) in cached.distilled(slice(None)).items():
+        assert all(abs(of_rank[name][0] - expected.item()) < 1e-12 for of_rank in found), name
+        parts = [torch.tensor(of_rank[name][1], dtype=torch.float64).view(-1, 7) for of_rank in found]
+        assert (torch.cat(parts) / len(found) - grad).abs().max() < 1e-11, name
+    mean = 0.1 * cached.logits()[1].mean(0)
+    assert all((torch.tensor(x["centre"], dtype=torch.float64) - mean).abs().max() < 1e-15 for x in found)
+
+
 def test_a_mistake_of_one_rank_is_an_error_on_all(results) -> None:
     *others, odd = (result["refused"] for result in results)
     said = "cached_contrastive_step: inputs[0] must have as many rows in all of its parts, got [11, 10]"

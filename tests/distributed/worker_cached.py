@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmcore.integrations.sentence_transformers import GlobalRankingLoss
 from mmcore.losses import cached_contrastive_step, global_assignment_losses
+from mmcore.parts.heads import Centre
 from mmcore.train.engine import init_distributed
 from tests.distributed import cached
 from tests.distributed.cases import extent
@@ -89,6 +90,15 @@ def assignment() -> dict[str, Any]:
     return {"losses": [x.item() for x in losses], "grads": [x.tolist() for x in grads]}
 
 
+def distilled(counts: dict[int, tuple[int, ...]]) -> dict[str, Any]:
+    """The losses of self-distillation of this rank's rows, and a centre of them."""
+    own, centre = extent(counts[dist.get_world_size()], dist.get_rank()), Centre(7).double()
+    centre.add(cached.logits()[1][own])
+    centre.update()
+    found: dict[str, Any] = {n: (x.item(), grad.tolist()) for n, (x, grad) in cached.distilled(own).items()}
+    return {**found, "centre": centre.mean.tolist()}
+
+
 def refused() -> str:
     """What each rank is told where the last is given inputs that do not fit."""
     model, odd = cached.Encoder(), dist.get_rank() == dist.get_world_size() - 1
@@ -110,6 +120,7 @@ def main(folder: Path) -> dict[str, Any]:
         "fsdp2": wrapped(lambda model: fully_shard(model, mesh=mesh), ["pairs", "pairs by name"]),
         "ranking": ranking(),
         "assignment": assignment(),
+        "distilled": [distilled(counts) for counts in (cached.SHARES, cached.WITH_NONE)],
         "refused": refused(),
     }
     if dist.get_world_size() == 2:

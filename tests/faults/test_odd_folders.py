@@ -72,7 +72,7 @@ def test_a_setting_of_another_type_is_refused_by_its_name(tmp_path: Path, format
         refuses(f"must hold an object as {name}", load_clip, tmp_path / "x")
 
 
-@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model", "dinov2"])
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model", "convnext"])
 def test_a_tower_of_another_kind_is_refused_with_those_that_are_read(tmp_path: Path, kind: str) -> None:
     write_json(tmp_path / "config.json", {"model_type": kind})
     refuses(

@@ -72,7 +72,7 @@ def load_slip(path: str | Path, *, config: CLIPConfig | None = None) -> CLIP:
 
 
 def _read(op: str, file: Path) -> dict[str, Tensor]:
-    return LAYOUT.renamed(read_pickle(op, file, has_arguments=True))
+    return LAYOUT.renamed(read_pickle(op, file))
 
 
 def _shape(op: str, state: Mapping[str, Tensor]) -> CLIPConfig:

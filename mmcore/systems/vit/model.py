@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mmcore.parts.image_tower import PooledTower
 from mmcore.parts.vit import Tower, VisionConfig, ViT
 
 
@@ -27,5 +28,10 @@ class ViTModel(nn.Module):
         return self.visual(images)
 
     def image_tower(self) -> Tower:
-        """The tower."""
-        return Tower(self.config.vision, self.visual.state_dict())
+        """The tower, without a mask token."""
+        return Tower(self.config.vision, self.visual.state_dict()).bare
+
+    def pooled_tower(self) -> PooledTower:
+        """The tower, read at its class token."""
+        tower = self.image_tower()
+        return PooledTower(tower.config, "class", tower.state)

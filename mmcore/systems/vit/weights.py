@@ -30,9 +30,10 @@ load_vit = FOLDER.load
 
 
 def as_published(vision: VisionConfig) -> VisionConfig:
-    """The shape that is left of a tower when it is trained: fixed positions are a table like another, and there is no
-    mask token and no drop path."""
-    return replace(vision, positions="learned", has_mask_token=False, drop_path=0.0, drop_path_uniform=False)
+    """The shape that is left of a tower when it is trained: fixed positions are a table like another, which the library
+    resamples as it does, and there is no mask token and no drop path."""
+    options = {"has_mask_token": False, "drop_path": 0.0, "drop_path_uniform": False, "antialias": False}
+    return replace(vision, positions="learned", **options)
 
 
 def save_vit(tower: Tower, folder: Path | str) -> None:

@@ -10,6 +10,8 @@ from transformers import (
     BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
     Dinov2Config,
     Dinov2Model,
     DistilBertConfig,
@@ -34,14 +36,16 @@ KINDS: dict[str, Any] = {
     "vit, a classifier": (ViTConfig, ViTForImageClassification, None, True),
     "clip": (CLIPVisionConfig, CLIPVisionModel, lambda x: x.pooler_output, True),
     "siglip": (SiglipVisionConfig, SiglipVisionModel, lambda x: x.pooler_output, True),
-    "dinov2": (Dinov2Config, Dinov2Model, lambda x: x.pooler_output, False),
+    "dinov2": (Dinov2Config, Dinov2Model, lambda x: x.pooler_output, True),
+    "convnext": (ConvNextConfig, ConvNextModel, lambda x: x.pooler_output, False),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_tower_of_a_folder_gives_the_features_that_it_has_there(kind: str, tmp_path: Path) -> None:
     config, model, read, is_ours = KINDS[kind]
-    sizes = {n: x for n, x in BLOCK.items() if not (kind == "dinov2" and n == "intermediate_size")}
+    sizes: dict[str, Any] = {n: x for n, x in BLOCK.items() if not (kind == "dinov2" and n == "intermediate_size")}
+    sizes = {"depths": [1, 1], "hidden_sizes": [8, 24], "num_stages": 2} if kind == "convnext" else sizes
     theirs = moved(model(config(**sizes, **SQUARE)))
     theirs.save_pretrained(tmp_path / "x")
     found = load_pooled(tmp_path / "x")
