@@ -48,15 +48,16 @@ def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(op: str, file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, on the CPU, those of "state_dict" where it has that; no other object is made. A
-    ValueError where it is missing, damaged, or of something else."""
+    """The tensors of a torch file, on the CPU, those of "state_dict" or "model" where it has one; no other object is
+    made. A ValueError where it is missing, damaged, or of something else."""
     require(op, file.is_file(), "file must exist, got {}", file)
     try:
         raw = torch.load(file, map_location="cpu", weights_only=True)
     except _UNPICKLER as error:
         why = f"{type(error).__name__}: {error}".split(". ")[0]
         raise ValueError(f"{op}: {file} must be a whole pickle of tensors and nothing else, got {why}") from error
-    raw = raw["state_dict"] if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict) else raw
+    for key in ("state_dict", "model"):
+        raw = raw[key] if isinstance(raw, dict) and isinstance(raw.get(key), dict) else raw
     is_state = isinstance(raw, dict) and all(isinstance(x, Tensor) for x in raw.values())
     require(op, is_state, "{} must hold tensors by name, got {}", file, type(raw).__name__)
     return raw
