@@ -18,6 +18,7 @@ from mmcore.losses import global_ratio
 from mmcore.nn import MomentumEncoder
 from mmcore.ops import require
 from mmcore.parts.pixels import PixelTargets
+from mmcore.parts.vit import Tower
 from mmcore.recipe import Claim, Proof, Runner, Step
 from mmcore.runs import is_run
 from mmcore.settings import flag, once
@@ -119,6 +120,12 @@ class MimRecipe(Sourced):
     def pixels(self, assets: MimAssets) -> PixelTargets:
         """As they are."""
         return PixelTargets(assets.shape.vision, norm=False)
+
+    def image_tower(self, assets: MimAssets, model: Mim) -> Tower:
+        """Without what masking alone needs."""
+        tower = super().image_tower(assets, model)
+        config = replace(tower.config, has_mask_token=False, drop_path=0.0)
+        return Tower(config, {name: x for name, x in tower.state.items() if name != "mask_token"})
 
     def export(self, assets: MimAssets, model: Mim, folder: Path, format: str) -> None:
         kind = "data2vec-vision" if self.row.target == "states" else "beit"
@@ -303,7 +310,7 @@ class Data2Vec(MimRecipe):
         return Reconstructs(assets.preprocess, partial(_drawn, assets.shape), target, model, None, self.row.score)
 
 
-_DIGITS = "--data digits --views source --batch-size 128 --weight-decay 0.05 --warmup 20"
+_DIGITS = "--data digits --views source --batch-size 64 --weight-decay 0.05 --warmup 20"
 SIMMIM = Proof(
     [("simmim", f"{_DIGITS} --steps 500 --lr 3e-3 --schedule cosine --milestones None --grad-clip 1")],
     [Claim("R^2 of masked patches (held-out)", "R^2 of masked patches", 0.5, ceiling=0.0)],

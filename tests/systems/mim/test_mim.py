@@ -291,7 +291,11 @@ def test_data2vecs_teacher_averages_normalised_last_states_and_follows() -> None
     model.visual(images, states=states)
     last = [(x - x.mean(2, keepdim=True)) / (x.var(2, correction=0, keepdim=True) + 1e-5).sqrt() for x in states[-2:]]
     torch.testing.assert_close(model(images, teaches=True), ((last[0] + last[1]) / 2)[:, 1:])
-    recipe = parse("data2vec", ["--teacher-momentum-start", "0.5", "--teacher-momentum", "0.9", "--teacher-momentum-steps", "4"], "data2vec")
+    recipe = parse(
+        "data2vec",
+        ["--teacher-momentum-start", "0.5", "--teacher-momentum", "0.9", "--teacher-momentum-steps", "4"],
+        "data2vec",
+    )
 
     class Engine:
         deepspeed = model
