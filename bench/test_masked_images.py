@@ -1,5 +1,5 @@
-"""A training step of MAE and of BEiT beside transformers' eager models of the same weights, images and masks, and torch's
-fused AdamW."""
+"""A training step of MAE and of BEiT beside transformers' eager models of the same weights, images and masks, with
+AdamW as torch fuses it."""
 
 import gc
 import tempfile
@@ -132,4 +132,7 @@ def test_steps_agree(system: str) -> None:
     for name in CONTENDERS:
         step, _ = contender(system, name, is_tiny=True, size=3)
         losses.append([step().item() for _ in range(2)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][1]
+    # Adam's first step goes by signs, also of gradients that are rounding alone
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5) and losses[0][1] == pytest.approx(
+        losses[1][1], rel=2e-3
+    )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.ops import masks, require
+from mmcore.ops import require
 
 _OTHERS = 3
 """Rows of a table behind those of distances: class token to all, all to class token, class token to itself."""
@@ -42,9 +42,10 @@ class RelativePositions(nn.Module):
         self.side = side
         self.table = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + _OTHERS, num_heads))
 
-    def forward(self, side: int | None = None) -> masks.Dense:
+    def forward(self, side: int | None = None) -> Tensor:
         """What is added to the logits of a class token and `side`^2 patches: [1, H, T, T]. Of another grid than the
-        own, the table of distances is interpolated, bilinearly as transformers does."""
+        own, the table of distances is interpolated, bilinearly as transformers does. For `mmkernels.masks.Dense`; a
+        tensor, since ZeRO-3 gathers the table again for the gradient of such alone."""
         side = self.side if side is None else side
         table = self.table
         if side != self.side:
@@ -52,4 +53,4 @@ class RelativePositions(nn.Module):
             grid = table[:-_OTHERS].T.reshape(1, -1, width, width)  # [1, H, distances, distances]
             grid = F.interpolate(grid, size=(wanted, wanted), mode="bilinear")
             table = torch.cat([grid.flatten(2)[0].T, table[-_OTHERS:]])
-        return masks.Dense(table[relative_places(side, table.device)].permute(2, 0, 1)[None])
+        return table[relative_places(side, table.device)].permute(2, 0, 1)[None]

@@ -59,7 +59,7 @@ class Block(nn.Module):
         """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone; `bias`,
         [1, H, T, T], is added to the logits."""
         if self.relative is not None:
-            bias = self.relative(math.isqrt(x.shape[1] - 1)).values
+            bias = self.relative(math.isqrt(x.shape[1] - 1))
         mask = None if bias is None else masks.Dense(bias)
         x = x + self._residual(self.attn(self.norm1(x), mask, packing=packing), self.scale1)
         x = x if pool is None else pool(x)

@@ -201,7 +201,7 @@ class ViT(nn.Module):
             [B, 1 + P, D], [B, 1 + K, D], the 1 being `config.num_prefix`, or what `pool` returns.
         """
         x = self.embed(images, kept, masked)
-        bias = None if self.relative is None else self.relative(images.shape[-1] // self.config.patch_size).values
+        bias = None if self.relative is None else self.relative(images.shape[-1] // self.config.patch_size)
         return self.norm_post(self.transformer(x, pool=pool, bias=bias, states=states))
 
     def embed(self, images: Tensor, kept: Tensor | None = None, masked: Tensor | None = None) -> Tensor:

@@ -146,7 +146,7 @@ class Mim(nn.Module):
         ends = [found]
         if self.class_branch is not None:
             x = torch.cat([states[-1][:, :1], states[self.config.class_from - 1][:, 1:]], 1)
-            bias = None if self.visual.relative is None else self.visual.relative().values
+            bias = None if self.visual.relative is None else self.visual.relative()
             ends.append(self.visual.norm_post(self.class_branch(x, bias=bias)))
         predicted = [self.head(x[:, 1:].flatten(0, 1)[places]) for x in ends]
         if self.targets is None:
