@@ -74,7 +74,7 @@ class ImageRecipe(OnPairs):
         for flag, value in (("flip", self.view_flip), ("scale", self.view_scale)):
             is_share = value is None or (0 <= value <= 1 and (flag == "flip" or value > 0))
             require(self.name, is_share, "--view-{} must be in [0, 1], a scale above 0, got {}", flag, value)
-            has_effect = value is None or self.views == "published"
+            has_effect = value is None or self.views != "source"
             require(self.name, has_effect, "--view-{} has no effect with --views source, got {}", flag, value)
         return VisionAssets(self.shape())
 
@@ -97,7 +97,7 @@ class ImageRecipe(OnPairs):
             published = replace(published, flip=self.view_flip)
         if self.view_scale is not None:
             published = replace(published, scale=(self.view_scale, max(self.view_scale, published.scale[1])))
-        return seen(record, preprocess, rng, published if self.views == "published" else None)
+        return seen(record, preprocess, rng, None if self.views == "source" else published)
 
     def all_views(self, record: Any, preprocess: Preprocess, rng: np.random.Generator) -> Tensor:
         """uint8 [V, 3, S, S], each drawn apart; of the model's size."""

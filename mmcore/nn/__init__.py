@@ -11,6 +11,7 @@ from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler, PoolingHead
 from mmcore.nn.positions import interpolate_positions, sincos_positions
 from mmcore.nn.post_norm import PostNormBlock
 from mmcore.nn.qformer import QFormerBlock
+from mmcore.nn.relative import RelativePositions
 from mmcore.nn.transformer import Block, MultiwayBlock, Transformer
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "PoolingHead",
     "PostNormBlock",
     "QFormerBlock",
+    "RelativePositions",
     "SwiGLU",
     "Transformer",
     "interpolate_positions",

@@ -1,6 +1,6 @@
 """Self-attention, and what every attention module checks."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from mmcore.nn.linear import Linear
 from mmcore.nn.packing import Packing
 from mmcore.ops import attention, masks, require
+
+QKVBias = Literal["all", "q and v"]
+"""Which of queries, keys and values have a bias; that of keys changes no softmax, and BEiT leaves it out."""
 
 
 class KeyValues(NamedTuple):
@@ -45,15 +48,22 @@ class Attention(nn.Module):
         width: D, a multiple of `num_heads`.
         is_causal: each token sees itself and those before it.
         dropout: share of the attention weights that training drops, from 0, below 1.
+        qkv_bias: which projections have one; of "q and v" they are `q_bias` and `v_bias`.
     """
 
-    def __init__(self, width: int, num_heads: int, *, is_causal: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, num_heads: int, *, is_causal: bool = False, dropout: float = 0.0, qkv_bias: QKVBias = "all"
+    ) -> None:
         super().__init__()
         divides = num_heads >= 1 and width % num_heads == 0
         require("Attention", divides, "num_heads must divide width {}, got {}", width, num_heads)
         check_dropout("Attention", dropout)
         self.num_heads, self.is_causal, self.dropout = num_heads, is_causal, dropout
-        self.qkv = Linear(width, 3 * width)
+        known = get_args(QKVBias)
+        require("Attention", qkv_bias in known, "qkv_bias must be one of {}, got {!r}", known, qkv_bias)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias == "all")
+        biases = [nn.Parameter(torch.zeros(width)) if qkv_bias == "q and v" else None for _ in range(2)]
+        self.q_bias, self.v_bias = biases
         self.out = Linear(width, width)
 
     def forward(
@@ -75,6 +85,9 @@ class Attention(nn.Module):
         """
         check_tokens("Attention", "x", x, self.qkv.in_features)
         qkv = self.qkv(x)
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            qkv = qkv + bias.to(qkv.dtype)
         if packing is not None:
             got = self.is_causal, mask is not None, cache is not None
             sentence = "packing must come to a causal one without mask and cache, got is_causal={}, mask {}, cache {}"

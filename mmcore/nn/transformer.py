@@ -1,14 +1,16 @@
 """Pre-LN transformer blocks: as CLIP's two towers stack them, and with a feed-forward for each modality."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcore.nn.attention import Attention, check_dropout, check_tokens
+from mmcore.nn.attention import Attention, QKVBias, check_dropout, check_tokens
 from mmcore.nn.linear import MLP, SwiGLU
 from mmcore.nn.packing import Packing
+from mmcore.nn.relative import RelativePositions
 from mmcore.ops import masks, require
 
 Pool = Callable[[Tensor], Tensor]
@@ -22,6 +24,9 @@ class Block(nn.Module):
         drop_path: share of the samples that training leaves a residual out of, the others' grows by as much
             (stochastic depth, arXiv:1603.09382), from 0, below 1.
         has_swiglu: the feed-forward is a `SwiGLU`, which needs no activation.
+        qkv_bias: see `Attention`.
+        relative_side: the side of the grid of patches behind a class token that the layer has `RelativePositions` of
+            its own for; None = none.
     """
 
     def __init__(
@@ -36,20 +41,29 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         has_swiglu: bool = False,
+        qkv_bias: QKVBias = "all",
+        relative_side: int | None = None,
     ) -> None:
         super().__init__()
         check_dropout("Block", drop_path)
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, num_heads, is_causal=is_causal)
+        self.attn = Attention(width, num_heads, is_causal=is_causal, qkv_bias=qkv_bias)
+        self.relative = None if relative_side is None else RelativePositions(relative_side, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = SwiGLU(width, mlp_dim) if has_swiglu else MLP(width, mlp_dim, activation=activation)
         scales = [None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale)) for _ in range(2)]
         self.scale1, self.scale2 = scales
 
-    def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone."""
-        x = x + self._residual(self.attn(self.norm1(x), packing=packing), self.scale1)
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone; `bias`,
+        [1, H, T, T], is added to the logits."""
+        if self.relative is not None:
+            bias = self.relative(math.isqrt(x.shape[1] - 1))
+        mask = None if bias is None else masks.Dense(bias)
+        x = x + self._residual(self.attn(self.norm1(x), mask, packing=packing), self.scale1)
         x = x if pool is None else pool(x)
         return x + self._residual(self.mlp(self.norm2(x)), self.scale2)
 
@@ -70,14 +84,15 @@ class Block(nn.Module):
         stds = {attn.qkv: width**-0.5, attn.out: shrunk, first: (2 * width) ** -0.5, last: shrunk}
         for layer, std in stds.items():
             nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class Transformer(nn.Module):
     """A stack of pre-LN blocks, bidirectional or causal, with optional activation checkpointing.
 
-    `layer_scale`, `has_swiglu` and `drop_path` are of `Block`, the last rising from 0 in the first block to what is
-    given in the last; with `drop_path_uniform` it is the same in all.
+    `layer_scale` and what follows are of `Block`; `drop_path` rises from 0 in the first block to what is given in the
+    last; with `drop_path_uniform` it is the same in all.
     """
 
     def __init__(
@@ -94,24 +109,37 @@ class Transformer(nn.Module):
         drop_path: float = 0.0,
         drop_path_uniform: bool = False,
         has_swiglu: bool = False,
+        qkv_bias: QKVBias = "all",
+        relative_side: int | None = None,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = False
         shares = [1.0 if drop_path_uniform else i / max(1, num_layers - 1) for i in range(num_layers)]
         options = {"is_causal": is_causal, "activation": activation, "norm_eps": norm_eps, "layer_scale": layer_scale}
         options["has_swiglu"] = has_swiglu
+        options |= {"qkv_bias": qkv_bias, "relative_side": relative_side}
         blocks = [Block(width, num_heads, mlp_dim, **options, drop_path=drop_path * share) for share in shares]
         for block in blocks:
             block.init_weights(num_layers)
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` see `Attention`."""
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        pool: Pool | None = None,
+        bias: Tensor | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` see `Attention`, for `bias`
+        `Block`. `states` gets what each block makes, one after the other."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            inputs = x, packing, pool if i == last else None
+            inputs = x, packing, pool if i == last else None, bias
             x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            if states is not None:
+                states.append(x)
         return x
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmcore.data import normalized
-from mmcore.data.transforms.masks import gather, hidden, restore
+from mmcore.data.transforms.masks import hidden
 from mmcore.parts.vit import VisionConfig
 
 _EPS = 1e-6  # of the variance of a patch
@@ -47,16 +47,20 @@ class PixelTargets:
         return (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True) + _EPS).sqrt() if self.norm else x
 
     def draw(self, predicted: Tensor, images: Tensor, kept: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S]: of uint8 images the patches `kept` [B, K], and the others as predicted, [B, P, C].
+        """uint8 [B, 3, S, S]: of uint8 images the patches `kept` (see `hidden`), others as predicted, [B, P, C].
 
         Mean and variance that the target leaves out are those of the kept patches: a masked one's own would show what
         nothing predicted.
         """
-        visible, predicted = gather(PixelTargets(self.vision, norm=False)(images), kept), predicted.float()
+        x, predicted = PixelTargets(self.vision, norm=False)(images), predicted.float()
+        masked = hidden(kept, x.shape[1])
         if self.norm:
-            mean, spread = visible.mean((1, 2)), (visible.var(2).mean(1) + _EPS).sqrt()
-            predicted = predicted * spread[:, None, None] + mean[:, None, None]
-        x = unpatchify(restore(visible, kept, predicted, predicted.shape[1]), self.vision.patch_size)
+            seen = (~masked).float()
+            seen = (seen / seen.sum(1, keepdim=True).clamp(min=1))[:, :, None]  # [B, P, 1], of sum 1
+            mean = (x.mean(2, keepdim=True) * seen).sum(1, keepdim=True)
+            spread = ((x.var(2, keepdim=True) * seen).sum(1, keepdim=True) + _EPS).sqrt()
+            predicted = predicted * spread + mean
+        x = unpatchify(torch.where(masked[:, :, None], predicted, x), self.vision.patch_size)
         numbers = (self.vision.image_mean, self.vision.image_std)
         mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in numbers)
         return ((x * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -23,8 +23,8 @@ from mmcore.weights.settings import Key, Settings
 
 def load_tower(path: Path) -> Tower:
     """Reads an image tower: of a run of a recipe whose model has one; of a folder of transformers of a system that is
-    known here (safetensors), such as CLIP or BLIP-2; of a file of DINO, iBOT or DINOv2 as published; or of a folder or
-    file of open_clip with a CLIP.
+    known here (safetensors), such as CLIP or BLIP-2; of a file as its authors published it, such as of MAE, BEiT, DINO,
+    iBOT or DINOv2; or of a folder or file of open_clip with a CLIP.
 
     Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches. A ValueError
     of anything else.
@@ -52,10 +52,9 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
         trained = read_run(path)
         owner: Any = trained.recipe
         inputs, kind = (trained.assets, trained.model), trained.run.recipe
+    elif (published := _published(path)) is not None:
+        return published, ()
     else:
-        published = load_published(path) if path.is_file() and path.suffix in WEIGHTS_FILES else None
-        if published is not None:
-            return _Read(published, "class"), ()
         config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
         kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
         if kind in towers:
@@ -67,6 +66,18 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
     if not hasattr(owner, "image_tower"):
         raise ValueError(f"--vision must be of a model with an image tower, got {path}, which is of {kind}")
     return owner, inputs
+
+
+def _published(path: Path) -> _Read | None:
+    """Of a file as published, read by the first system that knows it, or else by timm's names."""
+    if not path.is_file():
+        return None
+    found = (entry.load()(path) for entry in entries("FILES").values())
+    tower = next((tower for tower in found if tower is not None), None)
+    if tower is not None:
+        return _Read(tower)
+    tower = load_published(path) if path.suffix in WEIGHTS_FILES else None
+    return None if tower is None else _Read(tower, "class")
 
 
 def visual_state(tower: Tower) -> dict[str, Tensor]:

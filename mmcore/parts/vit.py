@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mmcore.data.transforms.images import IMAGE_MEAN, IMAGE_STD, Fit, Interpolation, Preprocess, normalized
 from mmcore.data.transforms.masks import gather
-from mmcore.nn import ACTIVATIONS, Transformer, interpolate_positions, sincos_positions
+from mmcore.nn import ACTIVATIONS, RelativePositions, Transformer, interpolate_positions, sincos_positions
+from mmcore.nn.attention import QKVBias
 from mmcore.nn.transformer import Pool
 from mmcore.ops import require
 
@@ -37,9 +38,10 @@ class VisionConfig:
     The defaults of the options are CLIP's. EVA's tower has a patch bias in place of the norm before the layers.
     SigLIP's has a final norm besides, and no class token; MAE's has the final norm, and fixed positions ("sincos");
     DINOv2's has registers (arXiv:2309.16588), which stand between class token and patches and have no positions, and a
-    layer scale. A mask token stands for patches that are not shown. `layer_scale`, `drop_path` and `has_swiglu` are of
-    `mmcore.nn.Transformer`, `antialias` is of `mmcore.nn.interpolate_positions`, for images of other sizes. The last
-    four are of `Preprocess`.
+    layer scale. A mask token stands for patches that are not shown. BEiT's has no positions ("none"), but
+    `mmcore.nn.RelativePositions`, one table for all layers or one each, and no bias of keys. `layer_scale`, `drop_path`
+    and `has_swiglu` are of `mmcore.nn.Transformer`, `antialias` is of `mmcore.nn.interpolate_positions`, for images of
+    other sizes. The last four are of `Preprocess`.
     """
 
     image_size: int = 224
@@ -53,7 +55,7 @@ class VisionConfig:
     has_norm_pre: bool = True
     has_patch_bias: bool = False
     has_class_token: bool = True
-    positions: Literal["learned", "sincos"] = "learned"
+    positions: Literal["learned", "sincos", "none"] = "learned"
     has_final_norm: bool = False
     num_registers: int = 0
     has_mask_token: bool = False
@@ -62,6 +64,8 @@ class VisionConfig:
     drop_path_uniform: bool = False
     has_swiglu: bool = False
     antialias: bool = True
+    qkv_bias: QKVBias = "all"
+    relative_positions: Literal["none", "shared", "layers"] = "none"
     has_margin: bool = False  # pixels that fill no patch, right and below, are not read (SigLIP's 384 in 14s)
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
@@ -74,8 +78,13 @@ class VisionConfig:
         check_tower(owner, self.width, self.num_heads, self.activation, **sizes)
         fits = size % patch == 0 or (self.has_margin and size > patch)
         require(owner, fits, "image_size must be a multiple of patch_size {}, got {}", patch, size)
-        kinds = ("learned", "sincos")
-        require(owner, self.positions in kinds, "positions must be one of {}, got {!r}", kinds, self.positions)
+        kinds = {"positions": ("learned", "sincos", "none"), "relative_positions": ("none", "shared", "layers")}
+        for name, known in {**kinds, "qkv_bias": get_args(QKVBias)}.items():
+            value = getattr(self, name)
+            require(owner, value in known, "{} must be one of {}, got {!r}", name, known, value)
+        has_grid = self.relative_positions == "none" or (self.has_class_token and not self.num_registers)
+        what = "relative_positions must be of a class token and patches alone, got {!r}"
+        require(owner, has_grid, what, self.relative_positions)
         require(owner, self.num_registers >= 0, "num_registers must be at least 0, got {}", self.num_registers)
         for name in ("image_mean", "image_std"):  # a run's config.json holds lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -158,6 +167,8 @@ class ViT(nn.Module):
         if config.positions == "learned":
             num_places = config.num_patches + config.has_class_token
             self.position_embedding = nn.Parameter(torch.randn(num_places, width) * width**-0.5)
+        elif config.positions == "none":
+            self.position_embedding = None
         else:
             fixed = sincos_positions(width, config.num_patches, num_prefix=config.has_class_token)
             self.position_embedding = nn.Buffer(fixed)
@@ -166,14 +177,22 @@ class ViT(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width)) if config.has_mask_token else None
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()
         options = {"is_causal": False, "activation": config.activation, "norm_eps": config.norm_eps}
-        options |= {
-            name: getattr(config, name) for name in ("layer_scale", "drop_path", "drop_path_uniform", "has_swiglu")
-        }
+        of_blocks = ("layer_scale", "drop_path", "drop_path_uniform", "qkv_bias", "has_swiglu")
+        options |= {name: getattr(config, name) for name in of_blocks}
+        side = config.image_size // config.patch_size
+        self.relative = RelativePositions(side, config.num_heads) if config.relative_positions == "shared" else None
+        options["relative_side"] = side if config.relative_positions == "layers" else None
         self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
         self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
 
     def forward(
-        self, images: Tensor, kept: Tensor | None = None, *, masked: Tensor | None = None, pool: Pool | None = None
+        self,
+        images: Tensor,
+        kept: Tensor | None = None,
+        *,
+        masked: Tensor | None = None,
+        pool: Pool | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """The states of the class token, of the registers and of the patches.
 
@@ -185,11 +204,14 @@ class ViT(nn.Module):
                 and the registers always are.
             masked: bool [B, P], the patches that the mask token stands for, of all P; None = none.
             pool: takes of the last layer's states `[B, 1 + P, D]` those that are wanted.
+            states: gets what each layer makes, before the final norm.
 
         Returns:
             [B, 1 + P, D], [B, 1 + K, D], the 1 being `config.num_prefix`, or what `pool` returns.
         """
-        return self.norm_post(self.transformer(self.embed(images, kept, masked), pool=pool))
+        x = self.embed(images, kept, masked)
+        bias = None if self.relative is None else self.relative(images.shape[-1] // self.config.patch_size)
+        return self.norm_post(self.transformer(x, pool=pool, bias=bias, states=states))
 
     def embed(self, images: Tensor, kept: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """What the transformer reads, of shapes as in `forward`."""
@@ -212,8 +234,12 @@ class ViT(nn.Module):
             x = torch.where(masked[:, :, None], self.mask_token.to(x.dtype), x)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self._positions(size).to(self.patch_embed.weight.dtype)  # a buffer stays float32 under bf16 weights
+        if self.position_embedding is not None:
+            # a buffer stays float32 under bf16 weights
+            x = x + self._positions(self.position_embedding, size).to(self.patch_embed.weight.dtype)
         if kept is not None:
+            is_whole = self.config.relative_positions == "none"
+            require("ViT", is_whole, "kept must be None with {} positions, got some", "relative")
             fits = kept.ndim == 2 and len(kept) == len(x) and kept.shape[1] > 0 and kept.dtype == torch.int64
             got = f"{kept.dtype} {list(kept.shape)}"
             require("ViT", fits, "kept must be int64 [{}, K] of at least one patch an image, got {}", len(x), got)
@@ -226,11 +252,10 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :first], registers, x[:, first:]], 1)
         return self.norm_pre(x)
 
-    def _positions(self, size: int) -> Tensor:
+    def _positions(self, own: Tensor, size: int) -> Tensor:
         if size == self.image_size:
-            return self.position_embedding
+            return own
         num, num_prefix = (size // self.config.patch_size) ** 2, int(self.config.has_class_token)
         if self.config.positions == "learned":
-            options = {"num_prefix": num_prefix, "antialias": self.config.antialias}
-            return interpolate_positions(self.position_embedding, num, **options)
-        return sincos_positions(self.config.width, num, num_prefix=num_prefix).to(self.position_embedding.device)
+            return interpolate_positions(own, num, num_prefix=num_prefix, antialias=self.config.antialias)
+        return sincos_positions(self.config.width, num, num_prefix=num_prefix).to(own.device)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmcore.figures import DEVIATION, shown
+from mmcore.figures import DEVIATION as DEVIATION
+from mmcore.figures import shown
 from mmcore.tasks.subject import BATCH_SIZE, Subject, nothing
 
 USED, UNUSED = "outputs used", "outputs unused"
@@ -29,7 +30,8 @@ def figures(subject: Subject) -> dict[str, float]:
 
     def projected(good: list[Image.Image], positions: list[int]) -> Tensor:
         pixels = subject.assets.preprocess(good).to(subject.device)
-        return projects(pixels).float().cpu()[: len(positions)]
+        rows = projects(pixels).float().cpu()  # one an image, or as many of each
+        return rows[: len(positions) * (len(rows) // len(pixels))]
 
     found = torch.cat(subject.ranks.over(images, BATCH_SIZE, projected))
     width = found.shape[1]

@@ -54,7 +54,7 @@ def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{op}: {file} must be a whole safetensors file, got: {error}") from error
 
 
-def read_pickle(op: str, file: Path, *, parts: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
+def read_pickle(op: str, file: Path, *, parts: Sequence[str] = ("state_dict", "model")) -> dict[str, Tensor]:
     """The tensors of a torch file, on the CPU, those of the first of `parts` that it has; no other object is made than
     what argparse keeps of a command line, and numbers of numpy, which checkpoints of trainings hold. A ValueError where
     it is missing, damaged, or of something else."""

@@ -24,7 +24,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_IMAGE_PIXELS = 64_000_000
 """Larger images are refused as decompression bombs, before a pixel is decoded."""
 
-Interpolation = Literal["bicubic", "bilinear"]
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 Fit = Literal["crop", "squash", "pad"]
 # The other formats of Pillow are rarely met in training data, and some of them start external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")

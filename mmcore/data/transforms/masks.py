@@ -85,5 +85,7 @@ def restore(x: Tensor, kept: Tensor, filler: Tensor, num: int) -> Tensor:
 
 
 def hidden(kept: Tensor, num: int) -> Tensor:
-    """bool [B, num]: the patches that `kept` [B, K] does not name."""
+    """bool [B, num]: the patches that `kept`, int64 [B, K], does not name; of bool, that itself."""
+    if kept.dtype == torch.bool:
+        return kept
     return torch.ones(len(kept), num, dtype=torch.bool, device=kept.device).scatter(1, kept, False)

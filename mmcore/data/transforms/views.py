@@ -1,19 +1,20 @@
 """Augmented views of an image for self-supervision, with Pillow alone: numbers in a dataclass, tuples of them a recipe.
 
 The numbers are those of the published code of SimCLR (arXiv:2002.05709), MoCo (1911.05722, 2003.04297), BYOL
-(2006.07733), DINO (2104.14294), iBOT (2111.07832), DINOv2 (2304.07193), MAE (2111.06377) and SimMIM (2111.09886).
+(2006.07733), DINO (2104.14294), iBOT (2111.07832), DINOv2 (2304.07193), MAE (2111.06377), SimMIM (2111.09886),
+MaskFeat (2112.09133) and BEiT (2106.08254).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from mmcore.data.transforms.images import Preprocess, random_resized_crop, to_pixels
+from mmcore.data.transforms.images import Interpolation, Preprocess, random_resized_crop, to_pixels
 from mmcore.ops import require
 
 Change = Callable[[Image.Image], Image.Image]
@@ -36,7 +37,7 @@ class View:
 
     size: int = 224
     scale: tuple[float, float] = (0.08, 1.0)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     jitter_p: float = 0.0
@@ -126,3 +127,5 @@ IBOT = multi_crop((0.32, 1.0), (0.05, 0.32), 10)
 DINOV2 = multi_crop((0.32, 1.0), (0.05, 0.32), 8, size=98)
 MAE = (View(scale=(0.2, 1.0)),)
 SIMMIM = (View(size=192, scale=(0.67, 1.0), interpolation="bilinear"),)
+MASKFEAT = (View(scale=(0.5, 1.0)),)
+BEIT = (View(jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=1.0),)

@@ -1,6 +1,7 @@
 """MAE: an encoder that reads some patches of an image, and a decoder that predicts the others (arXiv 2111.06377)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class MAE(nn.Module):
         """The encoder."""
         return Tower(self.config.vision, self.visual.state_dict())
 
-    def forward(self, images: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, kept: Tensor | None = None, *, only_states: bool = False) -> Any:
         """Predicts all patches from some.
 
         Args:
@@ -73,8 +74,11 @@ class MAE(nn.Module):
             kept: int64 [B, K], the patches that are visible.
 
         Returns:
-            Predictions and targets, [B, P, C] each, as `mmcore.parts.pixels.patchify` orders pixels.
+            Predictions and targets, [B, P, C] each, as `mmcore.parts.pixels.patchify` orders pixels; with
+            `only_states` what the encoder makes of whole images, [B, 1 + P, D].
         """
+        if kept is None or only_states:
+            return self.visual(images)
         return self.decoder(self.visual(images, kept), kept), self.config.targets(images)
 
 

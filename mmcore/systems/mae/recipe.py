@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from mmcore.data import LoaderSpec, PairData, TrainLoader
-from mmcore.data.transforms import views
+from mmcore.data import PairData
+from mmcore.data.transforms.views import MAE as MAE_VIEWS
+from mmcore.image_recipe import ImageRecipe
 from mmcore.losses import global_ratio
-from mmcore.ops import require
 from mmcore.parts.pixels import masked_error
-from mmcore.parts.vit import Tower
-from mmcore.recipe import Claim, OnPairs, Proof, Runner, Step, VisionAssets
-from mmcore.settings import free, from_json
+from mmcore.recipe import Claim, Proof, Runner, Step, VisionAssets
+from mmcore.settings import once
 from mmcore.systems.mae.model import MAE, MAEConfig
 from mmcore.systems.mae.shapes import MAE_CONFIGS
-from mmcore.systems.mae.weights import save_mae
+from mmcore.systems.mae.weights import read_published, save_mae
 from mmcore.tasks.reconstruction import Reconstructs
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig
@@ -30,7 +29,7 @@ _PUBLISHED = partial(OptimConfig, lr=1.5e-4, beta2=0.95, eps=1e-8, weight_decay=
 
 
 @dataclass(frozen=True)
-class Mae(OnPairs):
+class Mae(ImageRecipe):
     """Train a masked autoencoder (arXiv 2111.06377) on the images of any source; captions are not needed."""
 
     run: RunConfig = field(default_factory=partial(RunConfig, epochs=800))
@@ -39,41 +38,42 @@ class Mae(OnPairs):
     """tiny, ViT-B-16, ViT-L-16, ViT-H-14."""
     mask_ratio: float = 0.75
     """Share of the patches that the encoder does not see."""
+    init: Path | None = field(default=None, metadata=once)
+    """A file of MAE as published, to start from; of one without a decoder that is new."""
     norm_pix: bool | None = None
     """Predict the pixels of a patch with its mean and variance taken out; None = as --model has it: the published ones
     do, tiny does not."""
-    views: Literal["mae", "source"] = "mae"
+    views: Literal["mae", "source"] = "mae"  # pyright: ignore[reportIncompatibleVariableOverride]
     """mae = a crop of at least a fifth of the area, flipped or not, as published; source = the view that its source
     trains on, of scanned digits a small shift and zoom."""
-    activation_checkpointing: bool = field(default=False, metadata=free)
-    """Recompute activations in the backward: less memory, about a third more time."""
 
+    shapes = MAE_CONFIGS
+    kind = MAE
+    published_views = MAE_VIEWS
+    pool = "mean"
     tasks = ("reconstruction",)
-    formats = ("hf",)
 
-    def loader(self, data: PairData, assets: VisionAssets, spec: LoaderSpec) -> TrainLoader:
-        return data.image_loader(spec, self.reader(assets))
-
-    def assets(self, data: PairData) -> VisionAssets:
-        require(
-            "mae", self.model in MAE_CONFIGS, "--model must be one of {}, got {!r}", ", ".join(MAE_CONFIGS), self.model
-        )
+    def shape(self) -> MAEConfig:
         shape = MAE_CONFIGS[self.model]
         norm_pix = shape.norm_pix if self.norm_pix is None else self.norm_pix
-        return VisionAssets(replace(shape, mask_ratio=self.mask_ratio, norm_pix=norm_pix))
+        return replace(shape, mask_ratio=self.mask_ratio, norm_pix=norm_pix)
 
-    def load_assets(self, folder: Path, saved: Mapping[str, Any], frozen: Any, purpose: Any) -> VisionAssets:
-        return VisionAssets(from_json(MAEConfig, saved))
+    def assets(self, data: PairData) -> VisionAssets:
+        assets = super().assets(data)
+        if self.init is not None:
+            read_published("mae", self.init, MAE(assets.shape))
+        return assets
+
+    def initial(self, assets: VisionAssets, model: MAE) -> Mapping[str, Tensor]:
+        return {} if self.init is None else read_published("mae", self.init, model)
 
     def build(self, assets: VisionAssets) -> MAE:
-        model = MAE(assets.shape)
-        for part in (model.visual, model.decoder):
-            part.transformer.activation_checkpointing = self.activation_checkpointing
+        model = super().build(assets)
+        model.decoder.transformer.activation_checkpointing = self.activation_checkpointing
         return model
 
     def sample(self, assets: VisionAssets, record: Any, rng: np.random.Generator) -> Any:
-        view = views.MAE[0] if self.views == "mae" else None
-        return views.seen(record, assets.preprocess, rng, view), assets.shape.mask(rng)
+        return self.view(record, assets.preprocess, rng, 0), assets.shape.mask(rng)
 
     def collate(self, assets: VisionAssets, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         return tuple(default_collate(samples))
@@ -86,10 +86,7 @@ class Mae(OnPairs):
         mask, targets = assets.shape.mask, assets.shape.targets
         return Reconstructs(assets.preprocess, mask, targets, lambda *seen: model(*seen)[0], targets.draw)
 
-    def image_tower(self, assets: VisionAssets, model: MAE) -> Tower:
-        return model.image_tower()
-
-    def export(self, assets: VisionAssets, model: MAE, folder: Path, format: str) -> None:
+    def export(self, assets: VisionAssets, model: MAE, folder: Any, format: str) -> None:
         save_mae(model, folder)
 
 

@@ -14,7 +14,7 @@ from mmcore.weights.settings import Settings
 
 LAYOUT = Layout(
     {f"visual.{name}": theirs for name, theirs in VIT_TOWER.items()},
-    unread=("pooler", "classifier", "embeddings.mask_token", "embeddings.position_ids"),
+    unread=("pooler", "classifier", "decoder", "embeddings.mask_token", "embeddings.position_ids"),
     older=(("vit.", ""),),
 )
 SETTINGS = Settings(

@@ -16,6 +16,7 @@ from mmcore.parts.towers import load_tower
 from mmcore.systems.mae.model import MAE
 from mmcore.systems.mae.shapes import MAE_CONFIGS
 from mmcore.systems.mae.weights import LAYOUT, load_mae, save_mae
+from mmcore.systems.mae.weights import PUBLISHED as PUBLISHED_LAYOUT
 from mmcore.weights.files import read_folder
 from tests.mmcore.data_fixtures import write_vqa
 
@@ -150,3 +151,37 @@ def test_images_of_questions_alone_are_trained_on_and_measured_once(tmp_path: Pa
     held_out = data.held_out_images()
     identities = {data.val_questions.image_id(i) for i in range(len(data.val_questions))}
     assert held_out is not None and len(held_out) == len(identities)
+
+
+# what MAE's class MaskedAutoencoderViT holds beside its blocks, and of a block
+PUBLISHED = (
+    "cls_token pos_embed patch_embed.proj.weight patch_embed.proj.bias norm.weight norm.bias mask_token "
+    "decoder_embed.weight decoder_embed.bias decoder_pos_embed decoder_norm.weight decoder_norm.bias "
+    "decoder_pred.weight decoder_pred.bias"
+).split()
+BLOCK = [f"{part}.{x}" for part in "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2".split() for x in ("weight", "bias")]
+
+
+def test_published_files_start_a_run_and_are_a_tower(tmp_path: Path):
+    torch.manual_seed(0)
+    recipe = parse("mae", [], "mae")
+    model = recipe.build(recipe.assets(None))
+    state = PUBLISHED_LAYOUT.write(model.state_dict())
+    names = [*PUBLISHED, *(f"blocks.{i}.{n}" for i in range(3) for n in BLOCK)]
+    assert state.keys() == {*names, *(f"decoder_blocks.{i}.{n}" for i in range(2) for n in BLOCK)}
+    encoder = {n: x for n, x in state.items() if "decoder" not in n and n != "mask_token"}
+    torch.save({"model": state}, tmp_path / "whole.pth")
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    for file, starts in (("whole.pth", ""), ("encoder.pth", "visual.")):
+        start = parse("mae", ["--init", str(tmp_path / file)], "mae")
+        assets = start.assets(None)
+        found = start.initial(assets, start.build(assets))
+        assert found.keys() == {n for n in model.state_dict() if n.startswith(starts)}
+        assert all(torch.equal(x, model.state_dict()[n]) for n, x in found.items())
+        tower = load_tower(tmp_path / file)
+        assert tower.config.image_size == 16 and tower.config.positions == "sincos"
+        assert all(torch.equal(x, model.visual.state_dict()[n]) for n, x in tower.state.items())
+    state["cls_token"] = torch.zeros(1, 1, 32)
+    torch.save({"model": state}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="a file of MAE's code must hold cls_token of shape"):
+        parse("mae", ["--init", str(tmp_path / "other.pth")], "mae").assets(None)
