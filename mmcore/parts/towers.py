@@ -11,6 +11,7 @@ from torch import Tensor
 from mmcore.parts import vit_names
 from mmcore.parts.foreign import TIMM, load_foreign_vision, load_timm
 from mmcore.parts.image_tower import ImagePool, ImageTower, PooledTower
+from mmcore.parts.timm_vit import is_timm, load_timm_vit
 from mmcore.parts.vit import Tower, VisionConfig, mae_vision, siglip_vision
 from mmcore.runs import is_run, read_run
 from mmcore.systems import entries
@@ -22,7 +23,8 @@ from mmcore.weights.settings import Key, Settings
 
 def load_tower(path: Path) -> Tower:
     """Reads an image tower: of a run of a recipe whose model has one; of a folder of transformers of a system that is
-    known here (safetensors), such as CLIP or BLIP-2; or of a folder or file of open_clip with a CLIP.
+    known here (safetensors), such as CLIP or BLIP-2; of a folder or file of open_clip with a CLIP; or of a folder or
+    file of timm with a ViT.
 
     Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches. A ValueError
     of anything else.
@@ -46,6 +48,9 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
         trained = read_run(path)
         owner: Any = trained.recipe
         inputs, kind = (trained.assets, trained.model), trained.run.recipe
+    elif is_timm(path):
+        given = load_timm_vit(path)
+        return _Read(Tower(given.config, given.state)), ()
     else:
         config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
         kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
@@ -95,6 +100,7 @@ def load_pooled(where: str | Path) -> PooledTower:
       the mean of its patches, which is what its decoder reads;
     - of a folder of transformers (safetensors) or open_clip: CLIP, SigLIP, ViT and others that a ViT of ours is, on our
       attention; another vision model of transformers as it is there;
+    - of a folder or file of timm with a ViT (`load_timm_vit`);
     - `timm:NAME`, as it is in timm, of random weights, or `timm:NAME@FILE.safetensors`.
 
     A ValueError of anything else.
@@ -103,6 +109,8 @@ def load_pooled(where: str | Path) -> PooledTower:
         config, state = load_timm(str(where))
         return PooledTower(config, "class", state)
     path = Path(where)
+    if is_timm(path):
+        return load_timm_vit(path)
     kind, config = "", path / "config.json"
     if not is_run(path) and config.is_file() and not (path / "open_clip_config.json").is_file():
         kind = str(read_json("load_vision", config).get("model_type"))

@@ -25,6 +25,7 @@ TASKS = {
     "reconstruction": "reconstructs",
     "projection": "projects",
     "features": "represents",
+    "classification": "classifies",
 }
 """Each task, and the capability that it asks for."""
 

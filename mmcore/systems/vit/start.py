@@ -1,0 +1,41 @@
+"""What a classifier's tower starts from: a shape, or another run's or folder's tower at the size that is asked for."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from mmcore.nn import interpolate_positions
+from mmcore.ops import require
+from mmcore.parts.image_tower import PooledTower
+from mmcore.parts.towers import load_pooled
+from mmcore.parts.vit import VisionConfig
+from mmcore.systems.vit.weights import as_published
+
+
+def given_tower(where: str, image_size: int | None, drop_path: float) -> PooledTower:
+    """A tower to be fine-tuned: its positions are learned, whatever they were, and carried over to `image_size` (None =
+    its own), there is no mask token; a ValueError where it is no ViT of ours."""
+    given = load_pooled(where)
+    what = "--vision must be a ViT that runs on our attention, got {}"
+    require("vit", isinstance(given.config, VisionConfig), what, given.config.summary)
+    assert isinstance(given.config, VisionConfig)
+    config = resized(replace(as_published(given.config), has_final_norm=True, drop_path=drop_path), image_size)
+    state = {name: x for name, x in given.state.items() if name != "mask_token"}
+    prefix = int(config.has_class_token)
+    positions = interpolate_positions(state["position_embedding"], config.num_patches, num_prefix=prefix)
+    return PooledTower(config, given.pool, state | {"position_embedding": positions})
+
+
+def resized(vision: VisionConfig, image_size: int | None) -> VisionConfig:
+    """For images of another size, or its own; a ValueError where that is no multiple of the patches'."""
+    if image_size is None:
+        return vision
+    patch = vision.patch_size
+    fits = image_size >= patch and image_size % patch == 0
+    require("vit", fits, "--image-size must be a multiple of the patches' {} pixels, got {}", patch, image_size)
+    return replace(vision, image_size=image_size, has_margin=False)
+
+
+def named_for(given: PooledTower, pool: str) -> dict[str, Tensor]:
+    """A tower's weights by their names in a classifier that reads it so: SigLIP's head is of that pool alone."""
+    return {f"visual.{name}": x for name, x in given.state.items() if pool == "head" or not name.startswith("head.")}
