@@ -150,6 +150,7 @@ def timm_settings(vision: VisionConfig, pool: ImagePool, classes: tuple[str, ...
         "pre_norm": vision.has_norm_pre,
         "init_values": vision.layer_scale,
         "act_layer": vision.activation,
+        "global_pool": pools[pool],
         "fc_norm": pool == "fc_norm",
         "weight_init": "skip",
     }
