@@ -66,13 +66,13 @@ def runs_of(name: str) -> list[tuple[str, list[str]]]:
 
 def measured(name: str, root: Path) -> dict[str, Any]:
     """Trains a tower and returns its row: what it learned from, how it is read, the accuracies of each kind of feature,
-    and the seconds of training."""
-    train, folders, began = import_module("mmcore.train.trainer").train, [], time.perf_counter()
+    and the seconds of a processor that training took."""
+    train, folders, began = import_module("mmcore.train.trainer").train, [], time.process_time()
     for i, (recipe, words) in enumerate(runs_of(name)):
         words = [*(word.format(*folders) for word in words), "--out", str(root / f"{i}-{recipe}")]
         with redirect_stderr(StringIO()):
             folders.append(train(recipe, parse(recipe, words, f"bench towers {recipe}"), is_quiet=True))
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     trained: Any = read_run(folders[-1])
     found = features.follow(subject_of(trained))
     names = trained.recipe.represents(trained.assets, trained.model, torch.device("cpu")).names
@@ -80,7 +80,8 @@ def measured(name: str, root: Path) -> dict[str, Any]:
     figures = {of: {kind: round(found[features.figure(what, of)], 4) for kind, what in kinds.items()} for of in names}
     read, recipe = names[0], trained.recipe
     if len(names) > 1:
-        is_class = recipe.pooled_tower(trained.assets, trained.model).pool == "class"
+        pooled = getattr(recipe, "pooled_tower", None)
+        is_class = pooled is not None and pooled(trained.assets, trained.model).pool == "class"
         read = CLASS_TOKEN if is_class else PATCH_MEAN
     source = (
         "captions" if hasattr(recipe, "embeds") else "classes" if hasattr(recipe, "classifies") else "pictures alone"

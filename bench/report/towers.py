@@ -28,7 +28,7 @@ def markdown(document: dict[str, Any]) -> str:
             of = row["figures"][read]
             cells = f"| {name} | {row['learned from']} | {read} | {100 * of['k-NN']:.1f} | {100 * of['probe']:.1f} |"
             rows.append((_ORDER.index(row["learned from"]), of["probe"], f"{cells} {row['seconds']:.0f} |"))
-    head = "| tower | learned from | read at | k-NN % | linear probe % | seconds |\n|---|---|---|---:|---:|---:|"
+    head = "| tower | learned from | read at | k-NN % | linear probe % | CPU seconds |\n|---|---|---|---:|---:|---:|"
     what = f"`--data {document['data']}`, {document['images']:,} images each, CPU, threads: {document['threads']}"
     lines = [f"{what}, torch {document['torch']}, {document['date']}", "", head]
     return "\n".join([*lines, *(line for *_, line in sorted(rows))])

@@ -51,7 +51,8 @@ class ViTClassifier(nn.Module):
         self.visual = ImageTower(config.vision, None, config.pool)
         self.head = Linear(config.vision.width, len(config.classes))
         self.is_locked = False
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        # the deviation of the first logits is that of ViT-B's published 0.02 at any width
+        nn.init.normal_(self.head.weight, std=0.02 * (768 / config.vision.width) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> "ViTClassifier":

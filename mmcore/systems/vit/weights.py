@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mmcore.ops import require
 from mmcore.parts.timm_vit import timm_settings, tower_rows
 from mmcore.parts.vit import Tower, VisionConfig
 from mmcore.parts.vit_names import VIT_SETTINGS, VIT_TOWER
@@ -92,6 +93,8 @@ def save_classifier(model: ViTClassifier, folder: Path | str, format: str) -> No
         layout = timm_layout(config)
         save_folder("save_timm", folder, settings, layout.write(model.state_dict()))
         return
+    what = "pool must be 'class', the class token, which transformers' ViTForImageClassification reads, got {!r}: "
+    require("save_vit", config.pool == "class", what + "--format timm has it", config.pool)
     with torch.device("meta"):
         plain = ViTClassifier(config)
     plain.load_state_dict(model.state_dict(), assign=True)
