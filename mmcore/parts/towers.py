@@ -49,8 +49,9 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
         owner: Any = trained.recipe
         inputs, kind = (trained.assets, trained.model), trained.run.recipe
     elif is_timm(path):
-        given = load_timm_vit(path)
-        return _Read(Tower(given.config, given.state)), ()
+        config, _, state = load_timm_vit(path)
+        assert isinstance(config, VisionConfig)
+        return _Read(Tower(config, state)), ()
     else:
         config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
         kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""

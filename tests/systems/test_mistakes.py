@@ -107,7 +107,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
     "eval": [
         ("zeroshot missing", "missing"),
         ("reconstruction OF_CLIP", "reconstruction asks for a model that reconstructs, which a run of clip does not"),
-        ("speed missing", "the task must be one of zeroshot, retrieval, .*, projection, got 'speed'"),
+        ("speed missing", "the task must be one of zeroshot, retrieval, .* got 'speed'"),
     ],
     "chat": [
         ("missing", "RUN must be a run of a model that converses, .* got missing, which is no folder"),

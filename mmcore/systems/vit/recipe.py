@@ -95,7 +95,7 @@ class Vit(ImageRecipe):
         super().assets(data)
         self._check()
         given = None if self.vision is None else given_tower(self.vision, self.image_size, self._drop_path)
-        vision = self._own_vision() if given is None else given.config
+        vision: Any = self._own_vision() if given is None else given.config
         pool = self.pooling or ("class" if given is None else given.pool)
         shape = ClassifierConfig(vision, checked_classes(data), pool)
         with torch.device("meta"):
@@ -213,7 +213,8 @@ def checked_classes(data: PairData) -> tuple[str, ...]:
     require(
         "vit", len(seen) > 1, "--data must have images of two or more classes, got {} in {!r}", len(seen), data.name
     )
-    alone = sorted(set((data.val and data.val.labels) or ()) - seen)
+    held_out = () if data.val is None or data.val.labels is None else data.val.labels
+    alone = sorted(set(held_out) - seen)
     what = "held-out images must be of classes that are trained on, got {} of {!r} alone"
     require("vit", not alone, what, len(alone), *(names[i] for i in alone[:1]))
     return tuple(names)
