@@ -2,7 +2,6 @@
 ours."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,11 @@ def tower_rows(pool: ImagePool) -> dict[str, Any]:
 
 # heads of the published sizes, by width: those of 64 channels, and the ones that are not
 _HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16}
+# of a `VisionConfig`, what a file of timm's tells or does not need to; all else is as its VisionTransformer has it
+_HELD = (
+    *("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_dim", "activation", "has_norm_pre"),
+    *("has_class_token", "layer_scale", "image_mean", "image_std", "interpolation", "fit"),
+)
 _POOLS: Mapping[str, ImagePool] = {"token": "class", "avg": "mean"}
 _UNREAD = ("head", "head_dist", "fc_norm", "norm")
 _INCEPTION = (0.5, 0.5, 0.5)
@@ -119,6 +123,7 @@ def _shape(state: Mapping[str, Tensor], settings: Mapping[str, Any], file: Path)
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in state else None,
         image_mean=mean,
         image_std=std,
+        fit="squash" if pictures.get("crop_mode") == "squash" else "crop",
         interpolation="bilinear" if pictures.get("interpolation") == "bilinear" else "bicubic",
     )
     pool: ImagePool = _POOLS.get(settings.get("global_pool") or "", "class" if has_class else "mean")
@@ -132,11 +137,12 @@ def _activation(told: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def timm_settings(vision: VisionConfig, pool: ImagePool, classes: tuple[str, ...]) -> dict[str, Any]:
     """What timm's config.json holds of a classifier; a ValueError of a tower that its VisionTransformer cannot be."""
-    plain = replace(vision, norm_eps=1e-6, num_registers=0, has_mask_token=False, positions="learned")
-    plain = replace(plain, has_final_norm=True, has_patch_bias=not vision.has_norm_pre, has_margin=False)
+    held = {name: getattr(vision, name) for name in _HELD}
+    plain = VisionConfig(**held, norm_eps=1e-6, has_patch_bias=not vision.has_norm_pre, has_final_norm=True)
     for name in vars(plain):
         ours, theirs = getattr(vision, name), getattr(plain, name)
         require("save_timm", ours == theirs, "{} must be {!r} to be written for timm, got {!r}", name, theirs, ours)
+    require("save_timm", vision.fit != "pad", "fit must be crop or squash to be written for timm, got {!r}", vision.fit)
     pools = {"class": "token", "mean": "avg", "fc_norm": "avg"}
     require("save_timm", pool in pools, "pool must be one of {} to be written for timm, got {!r}", list(pools), pool)
     arguments = {
@@ -160,6 +166,7 @@ def timm_settings(vision: VisionConfig, pool: ImagePool, classes: tuple[str, ...
         "std": list(vision.image_std),
         "interpolation": vision.interpolation,
         "crop_pct": 1.0,
+        "crop_mode": "squash" if vision.fit == "squash" else "center",
         "num_classes": len(classes),
         "first_conv": "patch_embed.proj",
         "classifier": "head",

@@ -1,6 +1,7 @@
 """What a classifier's tower starts from: a shape, or another run's or folder's tower at the size that is asked for."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -9,7 +10,6 @@ from mmcore.ops import require
 from mmcore.parts.image_tower import PooledTower
 from mmcore.parts.towers import load_pooled
 from mmcore.parts.vit import VisionConfig
-from mmcore.systems.vit.weights import as_published
 
 
 def given_tower(where: str, image_size: int | None, drop_path: float) -> PooledTower:
@@ -19,11 +19,15 @@ def given_tower(where: str, image_size: int | None, drop_path: float) -> PooledT
     what = "--vision must be a ViT that runs on our attention, got {}"
     require("vit", isinstance(given.config, VisionConfig), what, given.config.summary)
     assert isinstance(given.config, VisionConfig)
-    config = resized(replace(as_published(given.config), has_final_norm=True, drop_path=drop_path), image_size)
-    state = {name: x for name, x in given.state.items() if name != "mask_token"}
-    prefix = int(config.has_class_token)
-    positions = interpolate_positions(state["position_embedding"], config.num_patches, num_prefix=prefix)
-    return PooledTower(config, given.pool, state | {"position_embedding": positions})
+    options: dict[str, Any] = {"has_final_norm": True, "has_mask_token": False, "drop_path": drop_path}
+    if given.config.positions == "sincos":
+        options["positions"] = "learned"
+    config = resized(replace(given.config, **options, drop_path_uniform=False), image_size)
+    state, name = {n: x for n, x in given.state.items() if n != "mask_token"}, "position_embedding"
+    if name in state:
+        prefix = int(config.has_class_token)
+        state[name] = interpolate_positions(state[name], config.num_patches, num_prefix=prefix)
+    return PooledTower(config, given.pool, state)
 
 
 def resized(vision: VisionConfig, image_size: int | None) -> VisionConfig:

@@ -118,7 +118,7 @@ def test_a_classifier_goes_to_timm_and_comes_back(pool: ImagePool, tmp_path: Pat
 
 
 def test_towers_are_read_from_files_with_timms_names(tmp_path: Path) -> None:
-    ours = moved(ViTClassifier(ClassifierConfig(VisionConfig(**VISION), NAMES, "fc_norm")))
+    ours = moved(ViTClassifier(ClassifierConfig(VisionConfig(**VISION, fit="squash"), NAMES, "fc_norm")))
     save_classifier(ours, tmp_path / "x", "timm")
     state = {name: x.clone() for name, x in read_folder("test", tmp_path / "x").items()}
     bare = tmp_path / "bare/vit.pth"
