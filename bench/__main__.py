@@ -2,7 +2,8 @@
 
 Without a FILE: of every machine's folder under `bench/results`; a FILE may be a folder, whose JSON is meant. `python -m
 bench tables PAGE ...` writes the tables of Markdown pages anew from the JSON that they name. `python -m bench static`
-says what the kernels compile to, `python -m bench facts` how this machine multiplies and which peers it has.
+says what the kernels compile to, `python -m bench towers [NAME ...]` trains image towers and compares them, `python -m
+bench facts` says how this machine multiplies and which peers it has.
 """
 
 import sys
@@ -39,8 +40,15 @@ def main(arguments: list[str]) -> int:
         return import_module("bench.static.__main__").main(arguments[1:])
     if arguments == ["facts"]:
         return import_module("bench.facts").main()
+    if arguments[:1] == ["towers"]:
+        try:
+            return import_module("bench.towers").main(arguments[1:])
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
     if arguments[:1] not in (["report"], ["tables"]) or arguments == ["tables"]:
-        print("usage: python -m bench report [FILE ...] | tables PAGE ... | static [--json] | facts", file=sys.stderr)
+        verbs = "report [FILE ...] | tables PAGE ... | static [--json] | towers [NAME ...] | facts"
+        print(f"usage: python -m bench {verbs}", file=sys.stderr)
         return 2
     paths = [Path(a) for a in arguments[1:]]
     try:

@@ -50,7 +50,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mmcore.metrics": (),
     "mmcore.recipe": (
         *("Recipe", "OnPairs", "OnLanguageModel", "Contrastive"),
-        *("Assets", "VisionAssets", "Step", "Embeds", "Represents", "Proof", "Claim"),
+        *("Assets", "VisionAssets", "Step", "Embeds", "Represents", "Classifies", "Proof", "Claim"),
     ),
     "mmcore.two_towers": ("TwoTowers", "PairAssets"),
     "mmcore.image_recipe": ("ImageRecipe",),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from mmcore.data.transforms.views import View, seen
 from mmcore.figures import DEVIATION
 from mmcore.ops import require
 from mmcore.parts.image_tower import ImagePool, PooledTower
-from mmcore.parts.vit import Tower
+from mmcore.parts.vit import Tower, VisionConfig
 from mmcore.recipe import OnPairs, Represents, Runner, VisionAssets
 from mmcore.settings import free, from_json
 
@@ -25,6 +26,18 @@ def states_of(model: Any, images: Tensor) -> Tensor:
     """[B, prefix + P, D]: what the image tower makes of whole images, by the model's own forward, which an engine
     wraps."""
     return model(images, only_states=True)
+
+
+def of_states(config: VisionConfig, states: Callable[[Tensor], Tensor]) -> Represents:
+    """The class token, where there is one, and the mean of the patches, of what a tower makes of images."""
+    names = (CLASS_TOKEN, PATCH_MEAN) if config.has_class_token else (PATCH_MEAN,)
+
+    def compute(images: Tensor) -> list[Tensor]:
+        found = states(images)
+        mean = found[:, config.num_prefix :].mean(1)
+        return [found[:, 0], mean] if config.has_class_token else [mean]
+
+    return Represents(config.preprocess, names, compute)
 
 
 @dataclass(frozen=True)
@@ -104,15 +117,7 @@ class ImageRecipe(OnPairs):
         return torch.stack([self.view(record, preprocess, rng, i) for i in range(len(self.published_views))])
 
     def represents(self, assets: VisionAssets, model: Runner, device: torch.device) -> Represents:
-        config = assets.shape.vision
-        names = (CLASS_TOKEN, PATCH_MEAN) if config.has_class_token else (PATCH_MEAN,)
-
-        def compute(images: Tensor) -> list[Tensor]:
-            states = states_of(model, images)
-            mean = states[:, config.num_prefix :].mean(1)
-            return [states[:, 0], mean] if config.has_class_token else [mean]
-
-        return Represents(assets.preprocess, names, compute)
+        return of_states(assets.shape.vision, partial(states_of, model))
 
     def image_tower(self, assets: VisionAssets, model: Any) -> Tower:
         return Tower(assets.shape.vision, model.visual.state_dict()).bare

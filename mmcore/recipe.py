@@ -92,6 +92,11 @@ class Step:
         """Random numbers of this step and rank, on the CPU."""
         return torch.Generator().manual_seed(self.seed)
 
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """Random numbers of this step and rank, numpy's, for what is decided on the host."""
+        return np.random.default_rng(self.seed)
+
 
 @dataclass(frozen=True)
 class Embeds:
@@ -125,6 +130,21 @@ class Represents:
     compute: Callable[[Tensor], Sequence[Tensor]]
 
 
+@dataclass(frozen=True)
+class Classifies:
+    """Images as one of some classes.
+
+    Args:
+        preprocess: what it wants of an image.
+        classes: their names, in the order of the logits.
+        logits: uint8 [B, 3, S, S] to [B, C].
+    """
+
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    logits: Callable[[Tensor], Tensor]
+
+
 Matches = Callable[[Tensor, Tensor, list[str]], Tensor]
 """States of images (see `Embeds`) [N, ...], which of them each text is compared with, int64 [R], and R texts to scores
 [R], above 0 where they belong together."""
@@ -147,6 +167,7 @@ class Recipe(ABC):
     - `agrees(assets, model, device) -> Agrees`: patches, masked and seen, to prototypes; agreement.
     - `projects(assets, model, device) -> Callable[[Tensor], Tensor]`: images to what a head makes of them; projection.
     - `represents(assets, model, device) -> Represents`: images to vectors; features.
+    - `classifies(assets, model, device) -> Classifies`: images to logits of classes; classification.
     - `reconstructs(assets, model, device) -> Reconstructs`: images from some of their patches; reconstruction.
     - `export(assets, model, folder, format)`: `mmcore export`.
     - `image_tower(assets, model) -> Tower`: what `--vision RUN` of other recipes starts from.

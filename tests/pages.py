@@ -79,7 +79,7 @@ def check_command(words: list[str]) -> None:
     elif name == "make":
         assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in rest), rest
     elif name == "python" and rest[0] == "-m":
-        assert rest[1] == "bench" and rest[2] in ("report", "tables"), rest
+        assert rest[1] == "bench" and rest[2] in ("report", "tables", "towers"), rest
     elif name in ("python", "pytest", "torchrun", "deepspeed"):
         files = [x for x in rest if x.endswith((".py", "/"))]
         assert files and all((ROOT / file).exists() for file in files), rest

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command
+from bench import towers
 from bench.report.page import page, write
 from bench.report.pages import fill
 from bench.report.summary import figure, rivals
@@ -90,3 +91,39 @@ def test_a_summary_sets_ours_against_the_best_other_at_each_ops_largest_case(doc
     axes = figure([summed]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["2.50x, compile", "1.50x, eager"]
     assert "At a glance" not in page("none", [document | {"benchmarks": []}], {})
+
+
+def test_towers_stand_by_what_they_learned_from_and_how_well(tmp_path: Path) -> None:
+    def row(source: str, read: str | None, **probes: float) -> dict[str, Any]:
+        figures = {name.replace("_", " "): {"k-NN": 0.5, "probe": x} for name, x in probes.items()}
+        return {"learned from": source, "read": read, "figures": figures, "seconds": 9.6}
+
+    rows = {
+        "vit": row("classes", "class token", class_token=0.9, mean=0.2),
+        "better": row("pictures alone", "mean", class_token=0.1, mean=0.7),
+        "worse": row("pictures alone", "mean", class_token=0.9, mean=0.6),
+        "untrained": row("nothing", None, class_token=0.4, mean=0.3),
+    }
+    document = {"rows": rows, "images": 1000, "data": "scattered", "threads": 1, "torch": "2", "date": "2026"}
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    (tmp_path / "page.md").write_text("<!-- towers: x.json -->\n<!-- end -->\n")
+    fill(tmp_path / "page.md")
+    lines = [line.split(" | ")[::4] for line in (tmp_path / "page.md").read_text().splitlines() if line[:2] == "| "]
+    assert lines[1:] == [
+        ["| untrained", "30.0"], ["| untrained", "40.0"], ["| worse", "60.0"], ["| better", "70.0"], ["| vit", "90.0"],
+    ]  # fmt: skip
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="FILE must be what `bench towers` writes, got "):
+        fill(tmp_path / "page.md")
+
+
+def test_a_tower_is_trained_by_the_settings_of_its_proof_for_as_many_images_as_the_others() -> None:
+    flags = "--data digits --inverted --views source --batch-size 64 --epochs 9 --lr 1e-3"
+    words = towers.flags_of(flags, is_last=True)
+    assert words[:6] == ["--views", "source", "--batch-size", "64", "--lr", "1e-3"]
+    assert (
+        words[-2:] == ["--steps", str(towers.IMAGES // 64)] and words.count("--data") == 1 and "--epochs" not in words
+    )
+    assert "--epochs" in towers.flags_of(flags, is_last=False)
+    assert {"clip", "simclr", "vit", "blip2-stage1"} <= set(towers.known()) and "llava-stage2" not in towers.known()
+    assert command.main(["towers", "vitt"]) == 2

@@ -70,6 +70,10 @@ class PairData:
         options = {"console": console, "transient": True, "disable": not console.is_terminal}
         return [caption for captions in track(found, "captions", min(most, total), **options) for caption in captions]
 
+    def classes(self) -> list[int] | None:
+        """The class of each training sample, an index into `class_names`; None where there are no classes."""
+        return None if self.class_names is None else getattr(self.source, "classes", None)
+
     def train_loader(self, spec: LoaderSpec, reader: Reader) -> TrainLoader:
         """Endless batches for one rank of what `reader` (picklable if `spec.workers` > 0) makes of records; raises
         ValueError for a batch larger than the data, more streams than shards, or a source of questions alone."""

@@ -9,12 +9,14 @@ from mmcore.ops import require
 from mmcore.parts.foreign import ForeignVision, projection
 from mmcore.parts.vit import VisionConfig, ViT
 
-ImagePool = Literal["class", "mean", "head"]
+ImagePool = Literal["class", "mean", "fc_norm", "head"]
+"""The class token; the mean of the patches; their mean before the norm, which is of the mean then (timm's `fc_norm`);
+SigLIP's head. All are behind the final norm."""
 
 
 class ImageTower(ViT):
-    """A ViT that is read at its class token, as the mean of its patches, or by SigLIP's head, and a projection: images
-    to embeddings [B, E], not yet normalised. Every one has a norm of what is read.
+    """A ViT that is read as one vector an image (see `ImagePool`), and a projection: images to embeddings [B, E], not
+    yet normalised. Every one has a norm of what is read.
 
     Args:
         embed_dim: E; None = there is no projection, and E is the tower's width.
@@ -35,8 +37,15 @@ class ImageTower(ViT):
         """[B, 3, S, S] to [B, D]; see `ViT`."""
         if self.pool == "class":
             return super().forward(images, kept, pool=lambda x: x[:, 0])
-        states = super().forward(images, kept)
+        if self.pool == "fc_norm":
+            states = self.transformer(self.embed(images, kept))
+            return self.norm_post(states[:, self.config.num_prefix :].mean(1))
+        states = self.states(images, kept)
         return self.head(states) if self.pool == "head" else states[:, self.config.num_prefix :].mean(1)
+
+    def states(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S] to those of all tokens, behind the final norm; see `ViT`."""
+        return super().forward(images, kept)
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[B, 3, S, S] to [B, E]."""

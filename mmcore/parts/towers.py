@@ -12,6 +12,7 @@ from mmcore.parts import vit_names
 from mmcore.parts.foreign import TIMM, load_foreign_vision, load_timm
 from mmcore.parts.image_tower import ImagePool, ImageTower, PooledTower
 from mmcore.parts.published_vit import WEIGHTS_FILES, load_published
+from mmcore.parts.timm_vit import is_timm, load_timm_vit
 from mmcore.parts.vit import Tower, VisionConfig, mae_vision, siglip_vision
 from mmcore.runs import is_run, read_run
 from mmcore.systems import entries
@@ -24,7 +25,7 @@ from mmcore.weights.settings import Key, Settings
 def load_tower(path: Path) -> Tower:
     """Reads an image tower: of a run of a recipe whose model has one; of a folder of transformers of a system that is
     known here (safetensors), such as CLIP or BLIP-2; of a file as its authors published it, such as of MAE, BEiT, DINO,
-    iBOT or DINOv2; or of a folder or file of open_clip with a CLIP.
+    iBOT or DINOv2; of a folder or file of timm with a ViT; or of a folder or file of open_clip with a CLIP.
 
     Of a CLIP the last layer is left out, as LAVIS and LLaVA do: nothing trained what it makes of patches. A ValueError
     of anything else.
@@ -37,13 +38,9 @@ class _Read(NamedTuple):
     """A tower that is read without the rest of its model."""
 
     tower: Tower
-    pool: ImagePool = "mean"
 
     def image_tower(self) -> Tower:
         return self.tower
-
-    def pooled_tower(self) -> PooledTower:
-        return PooledTower(self.tower.config, self.pool, self.tower.state)
 
 
 def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
@@ -52,8 +49,9 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
         trained = read_run(path)
         owner: Any = trained.recipe
         inputs, kind = (trained.assets, trained.model), trained.run.recipe
-    elif (published := _published(path)) is not None:
-        return published, ()
+    elif (found := _of_file(path)) is not None:
+        assert isinstance(found.config, VisionConfig)
+        return _Read(Tower(found.config, found.state)), ()
     else:
         config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
         kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
@@ -68,16 +66,18 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
     return owner, inputs
 
 
-def _published(path: Path) -> _Read | None:
-    """Of a file as published, read by the first system that knows it, or else by timm's names."""
-    if not path.is_file():
-        return None
-    found = (entry.load()(path) for entry in entries("FILES").values())
-    tower = next((tower for tower in found if tower is not None), None)
-    if tower is not None:
-        return _Read(tower)
-    tower = load_published(path) if path.suffix in WEIGHTS_FILES else None
-    return None if tower is None else _Read(tower, "class")
+def _of_file(path: Path) -> PooledTower | None:
+    """Of a file of weights alone, or a folder of timm's: read by the first system that knows it, as timm's, or as those
+    that are published by timm's names; None of others."""
+    if path.is_file():
+        found = (entry.load()(path) for entry in entries("FILES").values())
+        tower = next((tower for tower in found if tower is not None), None)
+        if tower is not None:
+            return PooledTower(tower.config, "mean", tower.state)
+    if is_timm(path):
+        return load_timm_vit(path)
+    tower = load_published(path) if path.is_file() and path.suffix in WEIGHTS_FILES else None
+    return None if tower is None else PooledTower(tower.config, "class", tower.state)
 
 
 def visual_state(tower: Tower) -> dict[str, Tensor]:
@@ -116,6 +116,7 @@ def load_pooled(where: str | Path) -> PooledTower:
     - of a folder of transformers (safetensors) or open_clip: CLIP, SigLIP, ViT and others that a ViT of ours is, on our
       attention; another vision model of transformers as it is there;
     - of a file of DINO, iBOT or DINOv2 as published, at its class token;
+    - of a folder or file of timm with a ViT (`load_timm_vit`);
     - `timm:NAME`, as it is in timm, of random weights, or `timm:NAME@FILE.safetensors`.
 
     A ValueError of anything else.
@@ -124,6 +125,8 @@ def load_pooled(where: str | Path) -> PooledTower:
         config, state = load_timm(str(where))
         return PooledTower(config, "class", state)
     path = Path(where)
+    if (found := _of_file(path)) is not None:
+        return found
     kind, config = "", path / "config.json"
     if not is_run(path) and config.is_file() and not (path / "open_clip_config.json").is_file():
         kind = str(read_json("load_vision", config).get("model_type"))

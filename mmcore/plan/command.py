@@ -1,6 +1,7 @@
 """`mmcore plan RECIPE`: what a run will take, before a GPU is asked for."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _counted(name: str, arguments: list[str]) -> tuple[MicroBatchPlan, Job]:
         return torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
 
     def build(_: int, num_samples: int, setting: Setting) -> Built:
-        model = recipe.build(assets).train()
+        model = recipe.build(replace(assets, frozen=tree_map(fake, dict(assets.frozen)))).train()
         for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
             norm.eval()  # which in training refuses one sample
         batch = tree_map(fake, batches[num_samples - 1])

@@ -27,6 +27,7 @@ TASKS = {
     "projection": "projects",
     "features": "represents",
     "agreement": "agrees",
+    "classification": "classifies",
 }
 """Each task, and the capability that it asks for."""
 

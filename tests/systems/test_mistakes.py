@@ -125,7 +125,7 @@ MISTAKES: dict[str, list[tuple[str, str]]] = {
     "plan": [
         ("siglip --global-batch 64 --gpus 1 --gpu h200 --activation-checkpointing", "must be left out for siglip"),
         ("", "must be followed by one of"),
-        ("vit", "got vit"),
+        ("vitt", "got vitt"),
         ("clip --global-batch 100 --gpus 8", "multiple of --gpus times --accum, 8, got 100"),
         ("clip --global-batch 8 --gpus 8 --model ViT-L14", "did you mean 'ViT-L-14'?"),
         ("clip --global-batch 8 --gpus 8 --zero 0 --precision bf16", "got --zero 0"),

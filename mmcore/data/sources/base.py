@@ -89,6 +89,11 @@ class OtherPictures(PairSource):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def classes(self) -> list[int] | None:
+        """Of the captions, where the source has classes."""
+        return getattr(self.source, "classes", None)
+
     def sample_id(self, i: int) -> str:
         return f"{self.source.sample_id(i)} (picture of {self.source.sample_id(self.other[i])})"
 

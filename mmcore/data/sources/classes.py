@@ -14,7 +14,7 @@ from typing import Any
 from mmcore.data.config import DataConfig
 from mmcore.data.pair_data import PairData
 from mmcore.data.sources.base import EvalSet, stable_hash
-from mmcore.data.sources.files import ImageFiles, check_disjoint
+from mmcore.data.sources.files import ImageFiles, check_disjoint, real_paths
 from mmcore.data.sources.split import split_stratified
 from mmcore.ops import require
 
@@ -84,6 +84,20 @@ def open_classes(config: DataConfig, seed: int) -> PairData:
             return data
         images, val = images.take(train), images.take(held_out)
     return replace(data, num_train=len(images), source=images, val=val.held_out(config.max_broken))
+
+
+def open_labelled(train: str, test: str) -> tuple[ClassFolder, ClassFolder]:
+    """Images of two folders, which have a folder for each class; those of the second are among the first's, and counted
+    alike. Raises ValueError for no such folders, no images, an unknown class, or an image that is in both."""
+    known, other = Path(train).expanduser(), Path(test).expanduser()
+    folders = _folders(known)
+    unknown = sorted(set(_folders(other)) - set(folders))
+    require("data", not unknown, "{!r} must have classes of {!r} alone, got the folder {}", test, train, *unknown[:1])
+    sides = [_images(at, folders, folders, [TEMPLATE], "data") for at in (known, other)]
+    shared = set(real_paths(sides[0].paths)) & set(real_paths(sides[1].paths))
+    what = "{!r} and {!r} must share no images, got {} in both, the first is {}"
+    require("data", not shared, what, train, test, len(shared), min(shared, default=""))
+    return sides[0], sides[1]
 
 
 def _folders(folder: Path) -> list[str]:

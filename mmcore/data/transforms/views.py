@@ -125,6 +125,7 @@ def multi_crop(large: tuple[float, float], small: tuple[float, float], number: i
 DINO = multi_crop((0.4, 1.0), (0.05, 0.4), 8)
 IBOT = multi_crop((0.32, 1.0), (0.05, 0.32), 10)
 DINOV2 = multi_crop((0.32, 1.0), (0.05, 0.32), 8, size=98)
+CLASSIFIED = (View(),)  # before RandAugment, which takes the place of jitter in DeiT (arXiv:2012.12877)
 MAE = (View(scale=(0.2, 1.0)),)
 SIMMIM = (View(size=192, scale=(0.67, 1.0), interpolation="bilinear"),)
 MASKFEAT = (View(scale=(0.5, 1.0)),)

@@ -16,13 +16,26 @@ from mmcore.data import LoaderSpec, PairData, Preprocess, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.text.prompts import Prompted, PromptTokens, Task, prompt_texts
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from mmcore.image_recipe import of_states
 from mmcore.parts import language_folder
 from mmcore.parts.language_weights import beside_language, end_at
 from mmcore.parts.probe import check_head
 from mmcore.parts.tiny_lm import texts_by_picture
 from mmcore.parts.towers import load_tower, visual_state
 from mmcore.parts.vit import Tower, VisionConfig
-from mmcore.recipe import Assets, Claim, Embeds, Matches, OnLanguageModel, OnPairs, Proof, Purpose, Runner, Step
+from mmcore.recipe import (
+    Assets,
+    Claim,
+    Embeds,
+    Matches,
+    OnLanguageModel,
+    OnPairs,
+    Proof,
+    Purpose,
+    Represents,
+    Runner,
+    Step,
+)
 from mmcore.runs import find_run, is_run, load_weights, read_frozen, read_run
 from mmcore.settings import free, from_json
 from mmcore.systems.blip2.lm import BLIP2LM
@@ -149,6 +162,9 @@ class Blip2Stage1(OnPairs):
             return model("encode_text", *self._texts(assets, captions, device))
 
         return Embeds(assets.preprocess, partial(model, "tower"), partial(model, "encode_image"), text)
+
+    def represents(self, assets: Stage1Assets, model: Runner, device: torch.device) -> Represents:
+        return of_states(assets.shape.vision, partial(model, "tower"))
 
     def matches(self, assets: Stage1Assets, model: Runner, device: torch.device) -> Matches:
         def scores(states: Tensor, index: Tensor, captions: list[str]) -> Tensor:

@@ -3,4 +3,4 @@
 RECIPES = {"clip": "recipe:Clip"}
 FOLDERS = {"clip": "weights:load_folder"}
 PLANS = {"clip": "plan:ClipPlan"}
-PROOFS = {"clip": "recipe:PROOF", "emoji": "recipe:EMOJI"}
+PROOFS = {"clip": "recipe:PROOF", "emoji": "recipe:EMOJI", "clip-from-tower": "recipe:FROM_TOWER"}

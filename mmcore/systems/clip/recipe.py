@@ -253,3 +253,18 @@ EMOJI = Proof(
     ],
     without=[("clip", f"{_APART} --shuffle-pictures")],
 )
+
+# few steps, in which a tower that learned from pictures alone has to learn the captions' words and no more
+_FEW = "--data scattered --batch-size 128 --steps 80 --lr 1e-3 --warmup 8"
+FROM_TOWER = Proof(
+    [
+        (
+            "simclr",
+            "--data scattered --views source --batch-size 256 --steps 150 --temperature 0.2 "
+            "--optimizer adamw --lr 2e-3 --weight-decay 0.05 --warmup 10",
+        ),
+        ("clip", f"--vision {{0}} {_FEW}"),
+    ],
+    [Claim("zero-shot accuracy (held-out)", "zero-shot top-1", 0.55, ceiling=0.4, control="without")],
+    without=[("clip", f"--model tiny {_FEW}")],
+)
