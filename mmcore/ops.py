@@ -1,6 +1,15 @@
 """The operations that models are written on; each comes from `mmkernels`, nothing else does."""
 
-from mmkernels import adamw_update_, attention, contrastive_loss, ema_update_, linear_cross_entropy, masks, maxsim
+from mmkernels import (
+    adamw_update_,
+    attention,
+    contrastive_loss,
+    distillation_loss,
+    ema_update_,
+    linear_cross_entropy,
+    masks,
+    maxsim,
+)
 from mmkernels.pieces import CALLS_ONEDNN, PRODUCTS, accumulator, is_transforming, matmul_nt, require, untransformed
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     "adamw_update_",
     "attention",
     "contrastive_loss",
+    "distillation_loss",
     "ema_update_",
     "is_transforming",
     "linear_cross_entropy",

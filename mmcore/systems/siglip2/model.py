@@ -17,6 +17,7 @@ from mmcore.parts.decoding import beam_search, decode, in_step, nucleus
 from mmcore.parts.vit import VisionConfig
 from mmcore.systems.siglip.model import SigLIP, SigLIPConfig, VisionTower
 from mmcore.systems.siglip2.decoder import Decoder
+from mmcore.systems.siglip2.distiller import Distiller, Targets, Views
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Siglip2Config(SigLIPConfig):
     Args:
         max_patches: of an image that is measured, at most.
         decoder_layers: of the captioning decoder; 0 = there is none.
+        num_prototypes: of self-distillation; 0 = there is none.
     """
 
     max_patches: int = 256
     decoder_layers: int = 0
+    num_prototypes: int = 0
 
     @property
     def preprocess(self) -> NaflexPreprocess:
@@ -55,16 +58,21 @@ class NaflexTower(VisionTower):
         patch = config.patch_size
         self.patch_embed = PatchEmbedding(3, config.width, patch, stride=patch, bias=config.has_patch_bias)
 
-    def forward(self, images: Patches) -> tuple[Tensor, Tensor, Packing]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, images: Patches, masked: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Packing]:
         """Embeddings [B, D]; the states of all patches, [1, N, D]; where those of each image are. Nothing is padded: an
-        image's patches see each other."""
+        image's patches see each other. Of `masked` ones, bool [N], the tower sees `mask_token` [D]."""
         rows, patch = images.rows, self.config.patch_size
         wanted = [sum(images.counts), 3, patch, patch]
         require("SigLIP2", list(rows.shape) == wanted, "images must be {}, got {}", wanted, list(rows.shape))
         if rows.dtype == torch.uint8:
             rows = normalized(rows, self.config.image_mean, self.config.image_std)
         dtype = self.patch_embed.weight.dtype
-        x = self.patch_embed(rows.to(dtype)) + resized_positions(self.position_embedding, images.grids).to(dtype)
+        x = self.patch_embed(rows.to(dtype))
+        if masked is not None and mask_token is not None:
+            x = torch.where(masked[:, None], mask_token.to(x.dtype), x)
+        x = x + resized_positions(self.position_embedding, images.grids).to(dtype)
         packing = Packing.of(images.counts, x.device, is_causal=False)
         states = self.norm_post(self.transformer(x[None], packing))
         return self.head(states, packing), states, packing
@@ -80,6 +88,8 @@ class SigLIP2(SigLIP):
         super().__init__(config)
         layers = config.decoder_layers
         self.decoder = Decoder(config.text, config.vision.width, layers) if layers else None
+        num = config.num_prototypes
+        self.distiller = Distiller(config.vision.width, num) if num else None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -88,16 +98,23 @@ class SigLIP2(SigLIP):
         lengths: Sequence[int] | None = None,
         parallel: Sequence[bool] | None = None,
         *,
+        views: Views | None = None,
+        targets: Targets | None = None,
         generate: Mapping[str, Any] | None = None,
     ) -> Any:
         """Embed images and captions; pass None for a side that is not there.
 
         Returns:
             as of `SigLIP`; with `lengths` and `parallel`, see `Decoder`, a row's loss of its caption [B, 1] behind the
-            embeddings; with `generate`, the arguments of `describe`, captions of the images alone.
+            embeddings; with `views` and `targets` behind that `Distiller.losses`. With `views` alone the `Targets` of a
+            teacher, and with `generate`, the arguments of `describe`, captions of the images.
         """
+        if views is not None and targets is None:
+            assert self.distiller is not None
+            return self.distiller.targets(self.visual, views)
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
-        image, words, losses = None, None, ()
+        image, words = None, None
+        losses: tuple[Tensor, ...] = ()
         if images is not None:
             pooled, states, packing = self.visual(images)
             if generate is not None:
@@ -106,6 +123,9 @@ class SigLIP2(SigLIP):
             if lengths is not None:
                 assert self.decoder is not None
                 losses = (self.decoder(states, packing, tokens, lengths, parallel),)
+        if views is not None and targets is not None:
+            assert self.distiller is not None
+            losses += self.distiller.losses(self.visual, views, targets)
         if tokens is not None:
             words = F.normalize(self.text(tokens).to(wide), dim=-1)
         return image, words, *losses, self.logit_scale.to(wide).exp(), self.logit_bias.to(wide)

@@ -16,6 +16,8 @@ from mmcore.weights.layout import Theirs
 from mmcore.weights.pictures import FILE
 from mmcore.weights.settings import Key
 
+TRAINING_ONLY = ("decoder.", "distiller.")
+
 
 def _as_rows(x: Tensor) -> Tensor:
     """Weights [D, 3, P, P] for patches as rows of (row, column, colour)."""
@@ -63,10 +65,10 @@ def load_siglip2(folder: Path | str) -> SigLIP2:
 
 
 def save_siglip2(model: SigLIP2, folder: Path | str) -> None:
-    """Writes a new folder that transformers' Siglip2Model and its image processor load, without the decoder, which they
-    have not; errors as of `ModelFolder.save`."""
+    """Writes a new folder that transformers' Siglip2Model and its image processor load, without what they
+    have not, `TRAINING_ONLY`; errors as of `ModelFolder.save`."""
     op, config = "save_siglip2", model.config
-    state = {n: x for n, x in model.state_dict().items() if not n.startswith("decoder.")}
+    state = {n: x for n, x in model.state_dict().items() if not n.startswith(TRAINING_ONLY)}
     preprocess = config.preprocess
     processor: dict[str, Any] = {
         "image_processor_type": "Siglip2ImageProcessor",

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mmcore.recipe import Step
 from mmcore.runs import read_run
 from mmcore.systems.siglip.weights import load_siglip
 from mmcore.systems.siglip2.decoder import Decoder
+from mmcore.systems.siglip2.distiller import Targets, Views
 from mmcore.systems.siglip2.model import SigLIP2
 from mmcore.systems.siglip2.recipe import Siglip2, Siglip2Batch, within
 from mmcore.systems.siglip2.shapes import siglip2_config
@@ -269,3 +271,42 @@ def test_a_run_captions_exports_and_is_refused_wrong_flags(tmp_path: Path) -> No
             recipe.assets(data)
     with pytest.raises(ValueError, match=r"images must be \[6, 3, 4, 4\], got \[5, 3, 4, 4\]"):
         trained.model(Patches(torch.zeros(5, 3, 4, 4), [(2, 3)]), None)
+
+
+def test_small_views_and_masked_patches_are_compared_with_a_teachers_as_by_the_formula() -> None:
+    torch.manual_seed(0)
+    model = SigLIP2(replace(siglip2_config("tiny"), num_prototypes=7)).double()
+    for p in model.distiller.parameters() if model.distiller else ():
+        torch.nn.init.normal_(p)
+    rng, size = np.random.default_rng(0), 3
+    record = SimpleNamespace(load=lambda least: pictures()[0])
+    views = Views.joined([Views.drawn(record, model.config.preprocess, 4, 0.5, rng) for _ in range(size)])
+    assert views.large.grids == [(4, 4)] * size and views.small.grids == [(2, 2)] * (8 * size)
+    assert views.masked.view(size, -1).sum(1).tolist() == [8] * size
+    part = views.part(slice(1, 3), size)
+    assert torch.equal(part.large.rows, views.large.rows[16:]) and part.masked.tolist() == views.masked[16:].tolist()
+    assert torch.equal(part.small.rows, views.small.rows.view(8, size, 4, 3, 4, 4)[:, 1:].flatten(0, 2))
+
+    centres = torch.randn(2, 7, dtype=torch.float64)
+    targets = Targets(*(x.detach() for x in model(None, None, views=views)[:2]), *centres)
+    _, _, small, patches, *_ = model(None, None, views=views, targets=targets)
+
+    def states_of(images: Patches, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pooled, states, _ = model.visual(images, masked, model.distiller.mask_token)
+        return pooled, states[0]
+
+    heads: Any = model.distiller
+    pooled, states = states_of(views.large)
+    shares = [
+        ((x - c) / 0.04).softmax(1).detach() for x, c in zip((heads.head(pooled), heads.patch_head(states)), centres)
+    ]
+    seen = heads.head(states_of(views.small)[0]).unflatten(0, (8, size))
+    wanted = torch.stack([-(shares[0] * (x / 0.1).log_softmax(1)).sum(1) for x in seen]).mean(0)
+    told = heads.patch_head(states_of(views.large, views.masked)[1])
+    each = -(shares[1] * (told / 0.1).log_softmax(1)).sum(1)
+    of_patches = torch.stack([x[m].mean() for x, m in zip(each.chunk(size), views.masked.chunk(size))])
+    learned = [p for n, p in model.named_parameters() if n.startswith(("visual.", "distiller."))]
+    for found, expected in ((small, wanted), (patches, of_patches)):
+        torch.testing.assert_close(found[:, 0], expected)
+        gradients = [torch.autograd.grad(x.sum(), learned, allow_unused=True) for x in (found, expected)]
+        torch.testing.assert_close(*gradients)
