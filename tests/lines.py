@@ -8,6 +8,7 @@ LIMITS = {
     "blip2": 1700,
     "llava": 2900,
     "siglip": 240,
+    "siglip2": 850,
     "mae": 260,
     "filip": 140,
     "xclip": 150,
