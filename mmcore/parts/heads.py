@@ -52,7 +52,8 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., K]."""
-        return F.linear(x, self.v * (self.g / self.v.norm(dim=1, keepdim=True)))
+        weight = self.v * (self.g / self.v.norm(dim=1, keepdim=True))
+        return F.linear(x, weight.to(self.v.dtype))  # a buffer stays float32 under bf16 weights
 
 
 class PrototypeHead(nn.Module):
@@ -110,5 +111,5 @@ class Centre(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(sums)
         count = sums[-1]
-        share = torch.where(count > 0, 1 - self.momentum, 0.0)
+        share = (count > 0).to(count.dtype) * (1 - self.momentum)
         self.mean.lerp_(sums[:-1] / count.clamp_min(1), share)

@@ -46,8 +46,8 @@ class Siglip(TwoTowers):
     formats = ("hf",)
 
     def assets(self, data: PairData) -> PairAssets:
-        is_one = self.init is None or self.model is None
-        require("siglip", is_one, "--model must be left out with --init, got {}", self.model)
+        op, is_one = type(self).__name__.lower(), self.init is None or self.model is None
+        require(op, is_one, "--model must be left out with --init, got {}", self.model)
         shape = self.shape(self.model or "tiny") if self.init is None else self.start(self.init).config
         length, most = shape.text.context_length, shape.text.vocab_size
         captions = partial(data.captions, self.tokenizer_samples, self.run.seed)
@@ -57,7 +57,7 @@ class Siglip(TwoTowers):
         if self.init is None:
             most = tokenizer.vocab_size
         fits = tokenizer.vocab_size <= most
-        require("siglip", fits, "--tokenizer must have at most {} tokens, got {}", most, tokenizer.vocab_size)
+        require(op, fits, "--tokenizer must have at most {} tokens, got {}", most, tokenizer.vocab_size)
         folder = self.tokenizer or self.init
         origin = f"of {folder}" if folder else "learned from captions"
         return PairAssets(replace(shape, text=replace(shape.text, vocab_size=most)), tokenizer, origin, self.init)

@@ -21,12 +21,19 @@ _SMALL = 96 / 224  # side of a small view over a large one's
 
 
 class Views(NamedTuple):
-    """Augmented views: a large one of each of B images, `NUM_SMALL` small ones view by view, and which patches of the
-    large ones the student does not see, bool [N], as many of each."""
+    """Augmented views: a large one of each of B images, `NUM_SMALL` small ones view by view, and which patches of
+    each large one the student does not see, int64 [B, M]."""
 
     large: Patches
     small: Patches
     masked: Tensor
+
+    @property
+    def places(self) -> Tensor:
+        """Of the masked patches among those of all large ones, int64 [B M]."""
+        size = len(self.masked)
+        first = torch.arange(size, device=self.masked.device) * (len(self.large.rows) // size)
+        return (first[:, None] + self.masked).flatten()
 
     @classmethod
     def drawn(
@@ -43,8 +50,8 @@ class Views(NamedTuple):
             cut(view(image, rng), (cells, cells), patch, preprocess.resample)
             for view, cells in zip(views, sides, strict=True)
         )
-        masked = rng.permutation(side**2) < side**2 // 2
-        return cls(large, Patches.joined(small), torch.from_numpy(masked))
+        masked = torch.from_numpy(np.sort(rng.permutation(side**2)[: side**2 // 2]))
+        return cls(large, Patches.joined(small), masked[None])
 
     @classmethod
     def joined(cls, samples: Sequence["Views"]) -> "Views":
@@ -56,8 +63,7 @@ class Views(NamedTuple):
     def part(self, images: slice, size: int) -> "Views":
         """Those of some of `size` images, which follow each other."""
         small = [self.small.part(slice(i + images.start, i + images.stop)) for i in range(0, NUM_SMALL * size, size)]
-        masked = self.masked.view(size, -1)[images].flatten()
-        return Views(self.large.part(images), Patches.joined(small), masked)
+        return Views(self.large.part(images), Patches.joined(small), self.masked[images])
 
 
 class Targets(NamedTuple):
@@ -82,7 +88,7 @@ class Distiller(nn.Module):
     def targets(self, tower: Any, views: Views) -> Targets:
         """As a teacher."""
         pooled, states, _ = tower(views.large)
-        return Targets(self.head(pooled), self.patch_head(states[0][views.masked]))
+        return Targets(self.head(pooled), self.patch_head(states[0].index_select(0, views.places)))
 
     def losses(self, tower: Any, views: Views, targets: Targets) -> tuple[Tensor, Tensor]:
         """Of small views, and of masked patches: the mean over those of an image, [B, 1] each."""
@@ -92,7 +98,7 @@ class Distiller(nn.Module):
         of_views = [
             distillation_loss(x, targets.image, *temperatures, targets.centre, reduction="none") for x in small.unbind()
         ]
-        states = tower(views.large, views.masked, self.mask_token)[1][0]
-        told = self.patch_head(states[views.masked])
+        states = tower(views.large, views.places, self.mask_token)[1][0]
+        told = self.patch_head(states.index_select(0, views.places))
         of_patches = distillation_loss(told, targets.patches, *temperatures, targets.patch_centre, reduction="none")
         return torch.stack(of_views, 1).mean(1, keepdim=True), of_patches.view(size, -1).mean(1, keepdim=True)

@@ -62,7 +62,7 @@ class NaflexTower(VisionTower):
         self, images: Patches, masked: Tensor | None = None, mask_token: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Packing]:
         """Embeddings [B, D]; the states of all patches, [1, N, D]; where those of each image are. Nothing is padded: an
-        image's patches see each other. Of `masked` ones, bool [N], the tower sees `mask_token` [D]."""
+        image's patches see each other. In place of `masked` ones, int64 [M] of N, the tower sees `mask_token` [D]."""
         rows, patch = images.rows, self.config.patch_size
         wanted = [sum(images.counts), 3, patch, patch]
         require("SigLIP2", list(rows.shape) == wanted, "images must be {}, got {}", wanted, list(rows.shape))
@@ -71,7 +71,7 @@ class NaflexTower(VisionTower):
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(rows.to(dtype))
         if masked is not None and mask_token is not None:
-            x = torch.where(masked[:, None], mask_token.to(x.dtype), x)
+            x = x.index_copy(0, masked, mask_token.to(x.dtype).expand(len(masked), -1))
         x = x + resized_positions(self.position_embedding, images.grids).to(dtype)
         packing = Packing.of(images.counts, x.device, is_causal=False)
         states = self.norm_post(self.transformer(x[None], packing))
