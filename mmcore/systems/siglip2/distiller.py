@@ -20,6 +20,16 @@ _HIDDEN, _BOTTLENECK = 2048, 256
 _SMALL = 96 / 224  # side of a small view over a large one's
 
 
+def small_side(side: int) -> int:
+    """Patches a side of a small view beside a large one's."""
+    return max(1, round(_SMALL * side))
+
+
+def num_patches(side: int) -> int:
+    """Of all views of an image."""
+    return side**2 + NUM_SMALL * small_side(side) ** 2
+
+
 class Views(NamedTuple):
     """Augmented views: a large one of each of B images, `NUM_SMALL` small ones view by view, and which patches of
     each large one the student does not see, int64 [B, M]."""
@@ -27,6 +37,11 @@ class Views(NamedTuple):
     large: Patches
     small: Patches
     masked: Tensor
+
+    @property
+    def num_patches(self) -> int:
+        """Of all views of an image."""
+        return (len(self.large.rows) + len(self.small.rows)) // len(self.masked)
 
     @property
     def places(self) -> Tensor:
@@ -40,7 +55,7 @@ class Views(NamedTuple):
         cls, record: Any, preprocess: NaflexPreprocess, side: int, flip: float, rng: np.random.Generator
     ) -> "Views":
         """DINO's views of an image, the large one of `side` patches a side; half of its patches are masked."""
-        patch, sides = preprocess.patch_size, [side] + [max(1, round(_SMALL * side))] * NUM_SMALL
+        patch, sides = preprocess.patch_size, [side] + [small_side(side)] * NUM_SMALL
         views = [
             replace(kind, size=cells * patch, interpolation=preprocess.interpolation, flip=flip)
             for kind, cells in zip([DINO[0]] + [DINO[-1]] * NUM_SMALL, sides, strict=True)

@@ -21,10 +21,10 @@ from mmcore.losses import global_ratio, global_sigmoid_loss
 from mmcore.nn import MomentumEncoder
 from mmcore.ops import require
 from mmcore.parts.heads import Centre
-from mmcore.recipe import Claim, Embeds, Proof, Runner, Step
+from mmcore.recipe import Claim, Proof, Runner, Step
 from mmcore.settings import once
 from mmcore.systems.siglip.recipe import Siglip
-from mmcore.systems.siglip2.distiller import Targets, Views
+from mmcore.systems.siglip2.distiller import Targets, Views, num_patches
 from mmcore.systems.siglip2.model import SigLIP2, Siglip2Config
 from mmcore.systems.siglip2.shapes import siglip2_config
 from mmcore.systems.siglip2.weights import TRAINING_ONLY, load_siglip2, save_siglip2
@@ -59,7 +59,8 @@ class Siglip2Batch(NamedTuple):
     teach: Callable[[Views], Targets] | None = None
 
     def part(self, rows: slice) -> "Siglip2Batch":
-        lengths, parallel = (None if x is None else x[rows] for x in (self.lengths, self.parallel))
+        lengths = None if self.lengths is None else self.lengths[rows]
+        parallel = None if self.parallel is None else self.parallel[rows]
         views = None if self.views is None else self.views.part(rows, len(self.tokens))
         return Siglip2Batch(self.images.part(rows), self.tokens[rows], lengths, parallel, views, self.teach)
 
@@ -68,7 +69,7 @@ class NaflexAssets(PairAssets):
     """`PairAssets` of a model of images of any shape."""
 
     @property
-    def preprocess(self) -> NaflexPreprocess:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def preprocess(self) -> NaflexPreprocess:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.shape.preprocess
 
 
@@ -133,8 +134,9 @@ class Siglip2(Siglip):
         found = super().assets(data)
         shape: Any = found.shape
         most = shape.max_patches if sizes is None else max(sizes)
-        what = "--token-budget must hold the {} patches of an image, got {}"
-        require("siglip2", budget is None or budget >= most, what, most, budget)
+        seen = most + (0 if self.distill_from is None else num_patches(math.isqrt(shape.vision.num_patches)))
+        what = "--token-budget must hold the {} patches of an image and its views, got {}"
+        require("siglip2", budget is None or budget >= seen, what, seen, budget)
         layers = max(1, shape.text.num_layers // 2) if self.captioning else 0
         num = 0 if self.distill_from is None else self.num_prototypes
         shape = replace(shape, max_patches=most, decoder_layers=layers, num_prototypes=num)
@@ -210,15 +212,17 @@ class Siglip2(Siglip):
         return {"teacher": MomentumEncoder(model.deepspeed, decay), **centres}
 
     def after_step(self, model: Any, step: Step) -> None:
-        start, found = self.distill_from, step.companions
+        start: Any = self.distill_from
+        found: Any = step.companions
         if start is not None and step.number + 1 >= start:
-            found["teacher"].update()  # pyright: ignore[reportCallIssue]
+            found["teacher"].update()
         if start is not None and step.number >= start:
             for name in ("centre", "patch_centre"):
-                found[name].update()  # pyright: ignore[reportCallIssue]
+                found[name].update()
 
     def _taught(self, model: Any, step: Step, views: Views) -> Targets:
-        teacher, *centres = (step.companions[name] for name in ("teacher", "centre", "patch_centre"))
+        found: Any = step.companions
+        teacher, *centres = (found[name] for name in ("teacher", "centre", "patch_centre"))
         is_low = model.precision == "amp_bf16"  # a companion is outside of the engine and of its autocast
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=is_low):
             image, patches, *_ = teacher(None, None, views=views)
@@ -234,7 +238,9 @@ class Siglip2(Siglip):
             parts = [x._replace(views=x.views if is_due else None, teach=teach) for x in parts]
         if self.token_budget is not None:
             [whole] = parts
-            parts = [whole.part(rows) for rows in within(whole.images.counts, self.token_budget, model.device)]
+            more = 0 if whole.views is None else whole.views.num_patches
+            counts = [count + more for count in whole.images.counts]
+            parts = [whole.part(rows) for rows in within(counts, self.token_budget, model.device)]
         return super().backward(model, parts, step)
 
     def features(self, model: Runner, batch: Siglip2Batch) -> tuple[Tensor, ...]:
@@ -275,11 +281,7 @@ class Siglip2(Siglip):
 
         return say
 
-    def embeds(self, assets: NaflexAssets, model: Runner, device: torch.device) -> Embeds:
-        found = super().embeds(assets, model, device)
-        return replace(found, preprocess=assets.preprocess)
-
-    def export(self, assets: PairAssets, model: SigLIP2, folder: Path, format: str) -> None:
+    def export(self, assets: PairAssets, model: Any, folder: Path, format: str) -> None:
         save_siglip2(model, folder)
         assets.tokenizer.save(folder)
 

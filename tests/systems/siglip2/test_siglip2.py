@@ -22,7 +22,7 @@ from mmcore.recipe import Step
 from mmcore.runs import read_run
 from mmcore.systems.siglip.weights import load_siglip
 from mmcore.systems.siglip2.decoder import Decoder
-from mmcore.systems.siglip2.distiller import Targets, Views
+from mmcore.systems.siglip2.distiller import Targets, Views, num_patches
 from mmcore.systems.siglip2.model import SigLIP2
 from mmcore.systems.siglip2.recipe import Siglip2, Siglip2Batch, within
 from mmcore.systems.siglip2.shapes import siglip2_config
@@ -263,7 +263,7 @@ def test_a_run_captions_exports_and_is_refused_wrong_flags(tmp_path: Path) -> No
         (Siglip2(parallel=2), r"--parallel must be in \[0, 1\], got 2"),
         (Siglip2(caption_weight=0), "--caption-weight must be above 0, or --no-captioning be given, got 0"),
         (Siglip2(captioning=False, parallel=0.1), "--parallel has no effect with --no-captioning, got 0.1"),
-        (Siglip2(token_budget=15), "--token-budget must hold the 16 patches of an image, got 15"),
+        (Siglip2(token_budget=15), "--token-budget must hold the 16 patches of an image and its views, got 15"),
         (Siglip2(token_budget=99, run=RunConfig(accum=2)), "--accum must be left out with --token-budget, got 2"),
         (Siglip2(model="B-32"), r"name must be one of tiny, B-16, .*, got 'B-32'"),
     ):
@@ -282,7 +282,7 @@ def test_small_views_and_masked_patches_are_compared_with_a_teachers_as_by_the_f
     record = SimpleNamespace(load=lambda least: pictures()[0])
     views = Views.joined([Views.drawn(record, model.config.preprocess, 4, 0.5, rng) for _ in range(size)])
     assert views.large.grids == [(4, 4)] * size and views.small.grids == [(2, 2)] * (8 * size)
-    assert views.masked.shape == (size, 8)
+    assert views.masked.shape == (size, 8) and views.num_patches == num_patches(4) == 16 + 8 * 4
     masked = torch.zeros(size, 16, dtype=torch.bool).scatter(1, views.masked, True)
     part = views.part(slice(1, 3), size)
     assert torch.equal(part.large.rows, views.large.rows[16:]) and torch.equal(part.masked, views.masked[1:])
