@@ -310,7 +310,7 @@ PROOF = Proof(
         (
             "siglip2",
             "--data digits --model tiny --max-patches 9 16 24 --view-scale 0.6 --batch-size 32 --lr 5e-4 "
-            "--epochs 20 --ema 0.98",
+            "--epochs 16 --ema 0.98",
         )
     ],
     [
