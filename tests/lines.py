@@ -10,6 +10,7 @@ LIMITS = {
     "siglip": 240,
     "mae": 330,
     "mim": 1900,
+    "siglip2": 850,
     "filip": 140,
     "xclip": 150,
     "declip": 290,

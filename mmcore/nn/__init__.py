@@ -8,7 +8,7 @@ from mmcore.nn.linear import ACTIVATIONS, MLP, Linear, SwiGLU, quick_gelu, quick
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
 from mmcore.nn.packing import Packing
 from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler, PoolingHead
-from mmcore.nn.positions import interpolate_positions, sincos_positions
+from mmcore.nn.positions import interpolate_positions, resized_positions, sincos_positions
 from mmcore.nn.post_norm import PostNormBlock
 from mmcore.nn.qformer import QFormerBlock
 from mmcore.nn.relative import RelativePositions
@@ -40,6 +40,7 @@ __all__ = [
     "interpolate_positions",
     "quick_gelu",
     "quicken",
+    "resized_positions",
     "shared_keys_values",
     "sincos_positions",
 ]

@@ -81,7 +81,7 @@ class Attention(nn.Module):
                 `is_causal` it narrows the causal one, and must be intervals (`masks.key_padding` among them). A
                 token that sees nothing gets `out`'s bias.
             cache: of what came before, to which `x` is added.
-            packing: of the rows that `x` [1, N, D] holds; for causal attention without mask and cache.
+            packing: of the rows that `x` [1, N, D] holds, causal as the attention is; without mask and cache.
         """
         check_tokens("Attention", "x", x, self.qkv.in_features)
         qkv = self.qkv(x)
@@ -89,9 +89,9 @@ class Attention(nn.Module):
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             qkv = qkv + bias.to(qkv.dtype)
         if packing is not None:
-            got = self.is_causal, mask is not None, cache is not None
-            sentence = "packing must come to a causal one without mask and cache, got is_causal={}, mask {}, cache {}"
-            require("Attention", got == (True, False, False), sentence, *got)
+            got = packing.is_causal, mask is not None, cache is not None
+            sentence = "packing must have is_causal={} and come without mask and cache, got {}, mask {}, cache {}"
+            require("Attention", got == (self.is_causal, False, False), sentence, self.is_causal, *got)
             mask = packing.mask
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # each [B, T, H, K]
         if cache is not None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from mmcore.nn.attention import check_tokens
 from mmcore.nn.cross import CrossAttention
 from mmcore.nn.linear import MLP
+from mmcore.nn.packing import Packing
 from mmcore.ops import masks, require
 
 
@@ -46,9 +47,13 @@ class PoolingHead(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, mlp_dim, activation=activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] to [B, D]."""
-        y = self.attn(self.probe[None, None], x)[:, 0]
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """[B, L, D] to [B, D], or [1, N, D] of the rows that `packing` says."""
+        if packing is None:
+            y = self.attn(self.probe[None, None], x)[:, 0]
+        else:
+            rows = packing.num_rows
+            y = self.attn(self.probe.expand(1, rows, -1), x, packing.seen_by([1] * rows))[0]
         return y + self.mlp(self.norm(y))
 
 

@@ -1,6 +1,7 @@
 """Position embeddings of a grid of patches: fixed ones, and learned ones carried over to another grid."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,3 +64,28 @@ def interpolate_positions(
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=antialias, align_corners=False)
     grid = grid.permute(0, 2, 3, 1).reshape(num_patches, -1)  # [P, D]
     return torch.cat([positions[:num_prefix], grid.to(positions.dtype)])
+
+
+def resized_positions(positions: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Learned position embeddings of a square grid at those of images of any shape (bilinear, antialiased), one image
+    after the other.
+
+    Args:
+        positions: [P, D] of a square grid, any float dtype.
+        grids: rows and columns of patches of each image, each at least 1.
+
+    Returns:
+        [N, D] in the dtype of `positions`, computed in float32; each distinct grid once.
+
+    Reference: SigLIP 2's NaFlex (arXiv 2502.14786).
+    """
+    op, side = "resized_positions", math.isqrt(len(positions))
+    if side < 1 or side**2 != len(positions):
+        raise ValueError(f"{op}: positions must hold a square grid of patches, got {len(positions)}")
+    if not all(min(grid) >= 1 for grid in grids):
+        raise ValueError(f"{op}: grids must be of at least one row and column, got {list(grids)}")
+    # [1, D, side, side]; with the channels last torch 2.13 interpolates to a single column wrongly
+    square = positions.float().T.contiguous().view(1, -1, side, side)
+    options = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    found = {grid: F.interpolate(square, size=grid, **options)[0].flatten(1).T for grid in set(grids)}  # each [h w, D]
+    return torch.cat([found[grid] for grid in grids]).to(positions.dtype) if grids else positions[:0]

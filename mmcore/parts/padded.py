@@ -3,6 +3,7 @@
 import re
 import string
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,6 +52,10 @@ class PaddedTokenizer:
         texts = [x.lower() if self._lower else x for x in captions]
         rows = [self._tokenizer(x, padding="max_length", truncation=True).input_ids for x in texts]
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.context_length)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids up to the first that pads, without special tokens."""
+        return self._tokenizer.decode(list(takewhile(lambda i: i != self.pad_token_id, ids)), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""

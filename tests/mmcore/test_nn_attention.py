@@ -155,7 +155,7 @@ def test_bad_input_is_a_value_error_that_names_it() -> None:
     refuses(r"CrossAttention: states must be \[B, L, 20\], got shape \[3, 7, 32\]", cross, x, x)
     refuses("q must have a batch of 1 or 3 like k, got 2", CrossAttention(D, H), x[:2], x)
     refuses("mask must be of Lk = 7 keys, got 11", attention, x, masks.causal(T, LK))
-    message = "packing must come to a causal one without mask and cache, got is_causal=False, mask False, cache False"
+    message = "packing must have is_causal=False and come without mask and cache, got True, mask False, cache False"
     refuses(message, attention, x[:1], packing=Packing.of([3, 4]))
     refuses(r"lengths must be at least 1, got \[3, 0\]", Packing.of, [3, 0])
     causal, dense = Attention(D, H, is_causal=True), masks.dense(torch.eye(T).bool())

@@ -164,6 +164,11 @@ def random_resized_crop(
     scale: tuple[float, float] = CROP_SCALE,
 ) -> Image.Image:
     """A crop of a share of the area drawn from `scale`, aspect 3/4 to 4/3, to `size` pixels."""
+    return random_crop(image, rng, scale).resize((size, size), resample)
+
+
+def random_crop(image: Image.Image, rng: np.random.Generator, scale: tuple[float, float]) -> Image.Image:
+    """That crop as it is."""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -179,8 +184,7 @@ def random_resized_crop(
         crop_w = max(1, min(width, round(height * ratio)))
         crop_h = max(1, min(height, round(width / ratio)))
         left, top = (width - crop_w) // 2, (height - crop_h) // 2
-    crop = image.crop((left, top, left + crop_w, top + crop_h))
-    return crop.resize((size, size), resample)
+    return image.crop((left, top, left + crop_w, top + crop_h))
 
 
 def training_view(load: Callable[[int], Image.Image], preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:

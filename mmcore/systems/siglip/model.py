@@ -53,10 +53,12 @@ class SigLIP(nn.Module):
     """Unit-norm embeddings, the logit scale (a log, from ln 10) and the logit bias (from -10), both [1] as in
     transformers: nearly all pairs are negatives, which the first steps would otherwise be spent on learning."""
 
+    tower: type[VisionTower] = VisionTower
+
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision)
+        self.visual = self.tower(config.vision)
         self.text = TextTower(config.text, config.vision.width, is_causal=False, bias=True)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))

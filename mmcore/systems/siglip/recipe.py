@@ -1,10 +1,10 @@
 """SigLIP's recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -38,12 +38,17 @@ class Siglip(TwoTowers):
     """Weights and shape to start from: a folder of transformers with SigLIP or SigLIP 2 (safetensors)."""
 
     kind = SigLIP
+    config: ClassVar[type[SigLIPConfig]] = SigLIPConfig
+    shape: ClassVar[Callable[[str], Any]] = staticmethod(siglip_config)
+    """By a name."""
+    start: ClassVar[Callable[[Path], Any]] = staticmethod(load_siglip)
+    """What --init names."""
     formats = ("hf",)
 
     def assets(self, data: PairData) -> PairAssets:
-        is_one = self.init is None or self.model is None
-        require("siglip", is_one, "--model must be left out with --init, got {}", self.model)
-        shape = siglip_config(self.model or "tiny") if self.init is None else load_siglip(self.init).config
+        op, is_one = type(self).__name__.lower(), self.init is None or self.model is None
+        require(op, is_one, "--model must be left out with --init, got {}", self.model)
+        shape = self.shape(self.model or "tiny") if self.init is None else self.start(self.init).config
         length, most = shape.text.context_length, shape.text.vocab_size
         captions = partial(data.captions, self.tokenizer_samples, self.run.seed)
         tokenizer = padded_tokenizer(self.tokenizer or self.init, captions, most, length)
@@ -52,7 +57,7 @@ class Siglip(TwoTowers):
         if self.init is None:
             most = tokenizer.vocab_size
         fits = tokenizer.vocab_size <= most
-        require("siglip", fits, "--tokenizer must have at most {} tokens, got {}", most, tokenizer.vocab_size)
+        require(op, fits, "--tokenizer must have at most {} tokens, got {}", most, tokenizer.vocab_size)
         folder = self.tokenizer or self.init
         origin = f"of {folder}" if folder else "learned from captions"
         return PairAssets(replace(shape, text=replace(shape.text, vocab_size=most)), tokenizer, origin, self.init)
@@ -60,11 +65,11 @@ class Siglip(TwoTowers):
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Any
     ) -> PairAssets:
-        shape = from_json(SigLIPConfig, saved)
+        shape = from_json(self.config, saved)
         return PairAssets(shape, load_padded_tokenizer(folder / "tokenizer", shape.text.context_length))
 
     def initial(self, assets: PairAssets, model: SigLIP) -> Mapping[str, Tensor]:
-        return {} if self.init is None else load_siglip(self.init).state_dict()
+        return {} if self.init is None else self.start(self.init).state_dict()
 
     def objective(self, features: tuple[Tensor, ...], parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
         return {"loss": global_sigmoid_loss(*features)}

@@ -5,12 +5,7 @@ from mmcore.parts.vit import siglip_vision
 from mmcore.systems.siglip.model import SigLIPConfig, text_config
 
 # width, layers, heads and width of the MLP, of both towers
-_TOWERS = {
-    "tiny": (128, 3, 4, 512),
-    "B": (768, 12, 12, 3072),
-    "L": (1024, 24, 16, 4096),
-    "So400m": (1152, 27, 16, 4304),
-}
+TOWERS = {"tiny": (128, 3, 4, 512), "B": (768, 12, 12, 3072), "L": (1024, 24, 16, 4096), "So400m": (1152, 27, 16, 4304)}
 _PUBLISHED = ("B-16-224", "B-16-256", "B-16-384", "B-16-512", "L-16-256", "L-16-384", "L-16-512")
 NAMES = ("tiny", *_PUBLISHED, "So400m-14-224", "So400m-14-384", "So400m-16-256", "So400m-16-384", "So400m-16-512")
 
@@ -21,5 +16,5 @@ def siglip_config(name: str) -> SigLIPConfig:
     kind, *sizes = name.split("-")
     patch, pixels = map(int, sizes or (4, 16))
     words, length = (32000, 64) if sizes else (1024, 16)
-    vision = siglip_vision(pixels, patch, *_TOWERS[kind], has_margin=pixels % patch > 0)
-    return SigLIPConfig(vision, text_config(words, length, *_TOWERS[kind]))
+    vision = siglip_vision(pixels, patch, *TOWERS[kind], has_margin=pixels % patch > 0)
+    return SigLIPConfig(vision, text_config(words, length, *TOWERS[kind]))
