@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mmcore.data import DataConfig, LoaderSpec, PairData, Preprocess, Reader, TrainLoader, open_data
 from mmcore.data.collate import PairSample, pair_sample
+from mmcore.proof import Claim as Claim
+from mmcore.proof import Proof as Proof
 from mmcore.settings import free
 from mmcore.train.accumulate import cached_backward, plain_backward
 from mmcore.train.config import EngineConfig, Precision, RunConfig
@@ -369,38 +371,3 @@ class Contrastive(Recipe):
 
     def backward(self, model: Any, parts: Sequence[Any], step: Step) -> dict[str, Tensor]:
         return cached_backward(self, model, parts, step)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A figure that a proof shows.
-
-    Args:
-        figure: for the reader, such as "zero-shot accuracy (held-out)".
-        value: its name among those that the recipe's tasks follow, such as "zero-shot top-1".
-        floor: that it has to reach, at most 1.
-        ceiling: that the control has to stay below; None = the floor.
-        control: "others", the same model shown the images of other records; "without", the last of `Proof.without`;
-            "untrained", the model as it was before the first step.
-    """
-
-    figure: str
-    value: str
-    floor: float
-    ceiling: float | None = None
-    control: Literal["others", "without", "untrained"] = "others"
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How a recipe is proved.
-
-    Args:
-        runs: name and flags of each run, the last of which is measured; "{0}" in a flag is the folder of the first.
-        claims: what it shows, beside a control.
-        without: as `runs`, what is trained without the method, or without what it needs.
-    """
-
-    runs: Sequence[tuple[str, str]]
-    claims: Sequence[Claim]
-    without: Sequence[tuple[str, str]] = ()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmcore.nn import interpolate_positions
 from mmcore.parts.vit import Tower, VisionConfig, ViT
-from mmcore.weights.files import read_pickle, read_safetensors
+from mmcore.weights.files import PARTS, read_pickle, read_safetensors
 from mmcore.weights.layout import Layout, leading, under
 
 _OP = "load_published"
@@ -34,7 +34,6 @@ TIMM_TOWER = {
 }
 """Of DINOv2's code, and of DINO's, iBOT's and timm's as far as they have these parts, for a `ViT`."""
 LAYOUT = Layout(TIMM_TOWER, unread=("head", "fc"), what="a published file")
-_PARTS = ("teacher", "student", "state_dict", "model")
 WEIGHTS_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _SIDE = 224
 _HEAD_WIDTH = 64
@@ -48,7 +47,7 @@ def read_published(file: Path, part: str | None = None) -> dict[str, Tensor] | N
         file: of a tower, or a checkpoint of a training, of which it is the teacher.
         part: "student" for that of a checkpoint.
     """
-    parts = _PARTS if part is None else (part,)
+    parts = PARTS if part is None else (part,)
     is_safe = file.suffix == ".safetensors"
     found = read_safetensors(_OP, file) if is_safe else read_pickle(_OP, file, parts=parts)
     named = {_plain(name): x for name, x in found.items()}

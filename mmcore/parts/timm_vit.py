@@ -145,6 +145,7 @@ def _activation(told: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def timm_settings(vision: VisionConfig, pool: ImagePool, classes: tuple[str, ...]) -> dict[str, Any]:
     """What timm's config.json holds of a classifier; a ValueError of a tower that its VisionTransformer cannot be."""
     held = {name: getattr(vision, name) for name in _HELD}
+    held["antialias"] = vision.antialias  # of other sizes, which no file tells
     plain = VisionConfig(**held, norm_eps=1e-6, has_patch_bias=not vision.has_norm_pre, has_final_norm=True)
     for name in vars(plain):
         ours, theirs = getattr(vision, name), getattr(plain, name)

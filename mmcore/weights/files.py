@@ -34,6 +34,9 @@ _NUMBER = np.float64(0).__reduce__()[0]
 _ARGUMENTS: list[Any] = [Namespace, np.dtype, type(np.dtype(np.float64))]
 _ARGUMENTS += [(_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
+PARTS = ("teacher", "student", "state_dict", "model")
+"""What checkpoints of trainings have weights under, the first that is there being read."""
+
 
 def read_json(op: str, file: Path) -> dict[str, Any]:
     """A JSON object; a ValueError where the file is missing or holds anything else."""
@@ -54,7 +57,7 @@ def read_safetensors(op: str, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{op}: {file} must be a whole safetensors file, got: {error}") from error
 
 
-def read_pickle(op: str, file: Path, *, parts: Sequence[str] = ("state_dict", "model")) -> dict[str, Tensor]:
+def read_pickle(op: str, file: Path, *, parts: Sequence[str] = PARTS) -> dict[str, Tensor]:
     """The tensors of a torch file, on the CPU, those of the first of `parts` that it has; no other object is made than
     what argparse keeps of a command line, and numbers of numpy, which checkpoints of trainings hold. A ValueError where
     it is missing, damaged, or of something else."""

@@ -80,7 +80,7 @@ def test_kept_patches_that_fit_no_image_are_refused(kept: Tensor, got: str):
 
 
 def test_impossible_positions_are_refused():
-    with pytest.raises(ValueError, match=r"positions must be one of \('learned', 'sincos'\), got 'rope'"):
+    with pytest.raises(ValueError, match=r"positions must be one of \('learned', 'sincos', 'none'\), got 'rope'"):
         tower(positions="rope")
     with pytest.raises(ValueError, match="width must be a multiple of 4, got 6"):
         sincos_positions(6, 4)
