@@ -69,7 +69,7 @@ class Eager(nn.Module):
         with TemporaryDirectory() as folder:
             save_vit(Tower(ours.config.vision, ours.visual.state_dict()), f"{folder}/vit")
             self.tower: Any = ViTModel.from_pretrained(f"{folder}/vit", add_pooling_layer=False)
-        heads = (copy.deepcopy(head) for head in (ours.projector, ours.predictor) if head is not None)
+        heads = [head for head in (ours.projector, ours.predictor) if head is not None]
         self.heads = nn.ModuleList(nn.Sequential(*map(_torchs, head)) for head in heads)
         self.pool = ours.pool
 
@@ -117,7 +117,8 @@ def their_step(system: str, size: int, side: int) -> Callable[[], Tensor]:
 
     def loss_of() -> Tensor:
         if system == "simclr":
-            return _nt_xent(*model(images.transpose(0, 1).flatten(0, 1))[0].chunk(2), temperature)
+            first, second = model(images.transpose(0, 1).flatten(0, 1))[0].chunk(2)
+            return _nt_xent(first, second, temperature)
         queries = [model(images[:, i])[1] for i in range(2)]
         with torch.no_grad():
             keys = [momentum(images[:, i])[0] for i in range(2)]

@@ -11,7 +11,7 @@ from mmcore.systems.vit.two_views import TwoViewModel
 class BYOLModel(TwoViewModel):
     """The tower, `visual`, of which the mean of the patches is read, and the heads, `projector` and `predictor`."""
 
-    def head(self, sizes: Sequence[int]) -> nn.Module:
+    def head(self, sizes: Sequence[int]) -> nn.Sequential:
         return projection_head(sizes, bias=False)
 
     predicting_head = head

@@ -25,7 +25,7 @@ class MoCoModel(TwoViewModel):
 
     config: Any
 
-    def head(self, sizes: Sequence[int]) -> nn.Module:
+    def head(self, sizes: Sequence[int]) -> nn.Sequential:
         return projection_head(sizes, normalised=self.config.head_norm)
 
 

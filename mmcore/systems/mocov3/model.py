@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class MoCoV3Model(TwoViewModel):
 
     pool = "class"
 
-    def head(self, sizes: Sequence[int]) -> nn.Module:
+    def head(self, sizes: Sequence[int]) -> nn.Sequential:
         return projection_head(sizes, bias=False, ends_normalised=True, ends_affine=False)
 
     predicting_head = head
@@ -31,7 +32,8 @@ class MoCoV3Model(TwoViewModel):
         visual = self.visual
         # a patch's row before its column
         visual.position_embedding.copy_(torch.cat(visual.position_embedding.chunk(2, 1)[::-1], 1))
-        for block in visual.transformer.blocks:
+        blocks: Any = visual.transformer.blocks
+        for block in blocks:
             for layer in (x for x in block.modules() if isinstance(x, nn.Linear)):
                 for part in layer.weight.chunk(3) if layer is block.attn.qkv else (layer.weight,):
                     nn.init.xavier_uniform_(part.data)

@@ -13,5 +13,5 @@ class SimCLRModel(TwoViewModel):
 
     has_joint_statistics = True
 
-    def head(self, sizes: Sequence[int]) -> nn.Module:
+    def head(self, sizes: Sequence[int]) -> nn.Sequential:
         return projection_head(sizes, bias=False, ends_normalised=True)

@@ -11,8 +11,8 @@ from mmcore.systems.vit.two_views import TwoViewModel
 class SimSiamModel(TwoViewModel):
     """The tower, `visual`, of which the mean of the patches is read, and the heads, `projector` and `predictor`."""
 
-    def head(self, sizes: Sequence[int]) -> nn.Module:
+    def head(self, sizes: Sequence[int]) -> nn.Sequential:
         return projection_head(sizes, bias=False, ends_normalised=True, ends_affine=False)
 
-    def predicting_head(self, sizes: Sequence[int]) -> nn.Module:
+    def predicting_head(self, sizes: Sequence[int]) -> nn.Sequential:
         return projection_head(sizes, bias=False)

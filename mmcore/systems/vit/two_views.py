@@ -49,11 +49,11 @@ class TwoViewModel(nn.Module):
         sizes = config.projector[-1], *config.predictor
         self.predictor = self.predicting_head(sizes) if config.predictor else None
 
-    def head(self, sizes: Sequence[int]) -> nn.Module:
+    def head(self, sizes: Sequence[int]) -> nn.Sequential:
         """Makes `projector`."""
         return projection_head(sizes)
 
-    def predicting_head(self, sizes: Sequence[int]) -> nn.Module:
+    def predicting_head(self, sizes: Sequence[int]) -> nn.Sequential:
         """Makes `predictor`."""
         return projection_head(sizes)
 

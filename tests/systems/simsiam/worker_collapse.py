@@ -14,7 +14,7 @@ from mmcore.train.trainer import train
 from tests.distributed.launch import serve
 
 
-def plain_head(self: SimSiamModel, sizes: Sequence[int]) -> nn.Module:
+def plain_head(self: SimSiamModel, sizes: Sequence[int]) -> nn.Sequential:
     return projection_head(sizes, bias=False)
 
 
