@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,16 +14,16 @@ _OTHERS = 3
 
 
 @lru_cache(maxsize=16)
-def relative_places(side: int, device: torch.device) -> Tensor:
+def relative_places(side: int) -> np.ndarray:
     """Which row of a table each pair of tokens takes, int64 [T, T], T = 1 + side^2, the class token first: rows are
     ordered by the distance of rows of patches, then of columns, query less key."""
-    rows, columns = (x.flatten() for x in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    rows, columns = (x.reshape(-1) for x in np.indices((side, side)))
     width = 2 * side - 1
     down, right = (x[:, None] - x[None, :] + side - 1 for x in (rows, columns))
-    places = torch.empty(1 + side**2, 1 + side**2, dtype=torch.int64)
+    places = np.empty((1 + side**2, 1 + side**2), dtype=np.int64)
     places[1:, 1:] = down * width + right
     places[0, :], places[:, 0], places[0, 0] = width**2, width**2 + 1, width**2 + 2
-    return places.to(device)
+    return places
 
 
 class RelativePositions(nn.Module):
@@ -53,4 +54,4 @@ class RelativePositions(nn.Module):
             grid = table[:-_OTHERS].T.reshape(1, -1, width, width)  # [1, H, distances, distances]
             grid = F.interpolate(grid, size=(wanted, wanted), mode="bilinear")
             table = torch.cat([grid.flatten(2)[0].T, table[-_OTHERS:]])
-        return table[relative_places(side, table.device)].permute(2, 0, 1)[None]
+        return table[torch.from_numpy(relative_places(side)).to(table.device)].permute(2, 0, 1)[None]

@@ -1,5 +1,6 @@
 """A tower that sees an image with patches masked, and a linear head that predicts something of those."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -72,6 +73,13 @@ class MimConfig:
         return self.vision.image_size // self.vision.patch_size
 
 
+def draw_weights(x: Tensor, std: float) -> None:
+    """Normal numbers of deviation `std`, cut off at one deviation. torch's own draws again until none is outside, which
+    a plan cannot count."""
+    within = math.erf(2**-0.5)
+    x.uniform_(-within, within).erfinv_().mul_(2**0.5 * std)
+
+
 class Mim(nn.Module):
     """The tower, `visual`, the `head`, and BEiT v2's second branch, `class_branch`, where there is one."""
 
@@ -100,7 +108,7 @@ class Mim(nn.Module):
             drawn.append(visual.position_embedding)
         drawn += [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         for x in drawn:
-            nn.init.trunc_normal_(x, std=config.init_std, a=-config.init_std, b=config.init_std)
+            draw_weights(x, config.init_std)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)

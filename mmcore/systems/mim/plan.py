@@ -35,10 +35,14 @@ class _Plan(MicroBatchPlan):
         with torch.device("meta"):
             learned, frozen, small = numbers(type(self).kind(shape))
         size = shape.vision.image_size
-        piece = Piece("model", 1, partial(self._built, shape), (1, 1))
+        side = size // shape.vision.patch_size
+        # counted here: on fake tensors no number is known
+        is_masked = self.kind is Mim
+        masked = int(shape.mask.draw(side, np.random.default_rng(0)).sum()) if is_masked else 0
+        piece = Piece("model", 1, partial(self._built, shape, masked), (1, 1))
         return Job(f"{self.name} {self.model}", (piece,), learned, 3 * size**2, frozen=frozen, small=small)
 
-    def _built(self, shape: Any, _: int, num_samples: int, setting: Setting) -> Built:
+    def _built(self, shape: Any, count: int, _: int, num_samples: int, setting: Setting) -> Built:
         model = type(self).kind(shape)
         if self.kind is not Mim:
             model.eval()  # a codebook that learns looks at numbers
@@ -48,7 +52,6 @@ class _Plan(MicroBatchPlan):
         def forward() -> list[Tensor]:
             if self.kind is not Mim:
                 return list(model(images)[:2])
-            count = int(shape.mask.draw(side, np.random.default_rng(0)).sum())
             masked = torch.empty(num_samples, side**2, dtype=torch.bool)
             return model(images, masked, torch.empty(num_samples * count, dtype=torch.int64))[0]
 

@@ -15,6 +15,7 @@ from mmcore.ops import require
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.runs import read_run
 from mmcore.settings import from_json
+from mmcore.systems.mim.model import draw_weights
 
 _ROUNDS = 10
 _ROWS_A_CODE = 64
@@ -183,7 +184,7 @@ class VqKdModel(VqKdTokens):
         tokens += [self.decoder_token, self.decoder_positions]
         layers = [m for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         for x in [*tokens, *(layer.weight for layer in layers)]:
-            nn.init.trunc_normal_(x, std=0.02, a=-0.02, b=0.02)
+            draw_weights(x, 0.02)
         for layer in layers:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
