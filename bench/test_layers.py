@@ -73,8 +73,8 @@ def block(rows: int) -> Layer:
         768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
     theirs.self_attn = torchs_attention(ours.attn)
-    copy_rows(ours.mlp.fc1, theirs.linear1)
-    copy_rows(ours.mlp.fc2, theirs.linear2)
+    copy_rows(ours.mlp.fc1, theirs.linear1)  # pyright: ignore[reportArgumentType]
+    copy_rows(ours.mlp.fc2, theirs.linear2)  # pyright: ignore[reportArgumentType]
     contenders = {"mmcore": Contender(ours, plain), "eager": Contender(theirs, plain)}
     return Layer((torch.randn(rows, 197, 768),), contenders)
 

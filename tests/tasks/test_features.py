@@ -92,7 +92,7 @@ def test_what_cannot_be_measured_is_told_in_a_sentence(options: dict[str, Any], 
     }
     one_class = opened(places["ONE"])
     assert features.follow(subject(one_class)) == {} and features.report(subject(one_class), None) == []
-    given = Options(**{n: str(places.get(x, x)) if isinstance(x, str) else x for n, x in options.items()})
+    given = Options(**{n: str(places.get(x, x)) if isinstance(x, str) else x for n, x in options.items()})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=sentence):
         features.report(subject(one_class), given)
 

@@ -61,4 +61,4 @@ def open_scattered(val_fraction: float, seed: int, *, inverted: bool) -> tuple[S
     """Training scans and held-out scans as of `open_digits`, scattered."""
     train, held_out = (side and Scattered(**vars(side), inverted=inverted) for side in open_digits(val_fraction, seed))
     assert train is not None
-    return train, held_out
+    return train, held_out  # pyright: ignore[reportReturnType]

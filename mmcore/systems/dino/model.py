@@ -72,7 +72,7 @@ class DINOModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.visual.position_embedding, std=std)
+        nn.init.trunc_normal_(self.visual.position_embedding, std=std)  # pyright: ignore[reportArgumentType]
         assert self.visual.class_embedding is not None
         if self.config.vision.layer_scale is None:
             nn.init.trunc_normal_(self.visual.class_embedding, std=std)

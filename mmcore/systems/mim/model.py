@@ -116,8 +116,8 @@ class Mim(nn.Module):
         if self.class_branch is not None:
             blocks += enumerate(self.class_branch.blocks, config.class_from + 1)
         for depth, block in blocks:
-            for layer in (block.attn.out, block.mlp.fc2):
-                layer.weight.div_((2 * depth) ** 0.5)
+            for layer in (block.attn.out, block.mlp.fc2):  # pyright: ignore[reportAttributeAccessIssue]
+                layer.weight.div_((2 * depth) ** 0.5)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
     def forward(
         self,

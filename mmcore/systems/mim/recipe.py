@@ -86,7 +86,7 @@ class MimRecipe(Sourced):
     def weight(self, batch: tuple[Tensor, ...]) -> float:
         return len(batch[2])
 
-    def build(self, assets: MimAssets) -> Mim:
+    def build(self, assets: MimAssets) -> Mim:  # pyright: ignore[reportIncompatibleMethodOverride]
         model = super().build(assets)
         if model.class_branch is not None:
             model.class_branch.activation_checkpointing = self.activation_checkpointing
@@ -121,7 +121,7 @@ class MimRecipe(Sourced):
         """As they are."""
         return PixelTargets(assets.shape.vision, norm=False)
 
-    def image_tower(self, assets: MimAssets, model: Mim) -> Tower:
+    def image_tower(self, assets: MimAssets, model: Mim) -> Tower:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Without what masking alone needs."""
         tower = super().image_tower(assets, model)
         config = replace(tower.config, has_mask_token=False, drop_path=0.0)

@@ -69,7 +69,7 @@ def _module(source: Mapping[str, Any], state: Mapping[str, Tensor], shape: Any) 
     if kind == "teacher":
         return teacher_of(source["shape"], dict(state))
     if kind == "vqkd":
-        return tokenizer_of(source["shape"], state)
+        return tokenizer_of(source["shape"], state)  # pyright: ignore[reportArgumentType]
     if kind == "kmeans":
         return PatchTokens(state["centres"], shape.vision.preprocess)
     module = DallETokens(source["settings"], shape.side)

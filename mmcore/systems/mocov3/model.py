@@ -31,7 +31,7 @@ class MoCoV3Model(TwoViewModel):
         super().__init__(config)
         visual = self.visual
         # a patch's row before its column
-        visual.position_embedding.copy_(torch.cat(visual.position_embedding.chunk(2, 1)[::-1], 1))
+        visual.position_embedding.copy_(torch.cat(visual.position_embedding.chunk(2, 1)[::-1], 1))  # pyright: ignore[reportOptionalMemberAccess]
         blocks: Any = visual.transformer.blocks
         for block in blocks:
             for layer in (x for x in block.modules() if isinstance(x, nn.Linear)):

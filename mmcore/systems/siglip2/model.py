@@ -72,7 +72,7 @@ class NaflexTower(VisionTower):
         x = self.patch_embed(rows.to(dtype))
         if masked is not None and mask_token is not None:
             x = x.index_copy(0, masked, mask_token.to(x.dtype).expand(len(masked), -1))
-        x = x + resized_positions(self.position_embedding, images.grids).to(dtype)
+        x = x + resized_positions(self.position_embedding, images.grids).to(dtype)  # pyright: ignore[reportArgumentType]
         packing = Packing.of(images.counts, x.device, is_causal=False)
         states = self.norm_post(self.transformer(x[None], packing))
         return self.head(states, packing), states, packing

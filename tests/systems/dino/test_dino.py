@@ -109,7 +109,7 @@ def test_sinkhorn_is_its_formula_and_bears_large_logits_and_no_rows() -> None:
 def test_gram_anchoring_is_its_formula() -> None:
     student, teacher = logits(3, 4, 5).requires_grad_(), logits(3, 4, 6, seed=1)
     grams = [y @ y.transpose(1, 2) for y in (F.normalize(x, dim=2) for x in (student, teacher))]
-    assert abs(gram_loss(student, teacher) - F.mse_loss(*grams)) < 1e-12
+    assert abs(gram_loss(student, teacher) - F.mse_loss(*grams)) < 1e-12  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("learns_norm", [False, True])
@@ -182,9 +182,9 @@ def test_residuals_are_dropped_of_the_student_alone() -> None:
     rows = model(views).large.flatten(0, 1)
     assert not torch.equal(rows, rows[:1].expand_as(rows))
     step = Step(5, 10, 0, held)
-    held["centre"].add(rows)
+    held["centre"].add(rows)  # pyright: ignore[reportCallIssue]
     Dino().after_step(Engine, step)
-    assert held["teacher"].ema.decay == pytest.approx(1 - 0.002)  # half-way from 0.996 to 1
+    assert held["teacher"].ema.decay == pytest.approx(1 - 0.002)  # half-way from 0.996 to 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 SIZES: dict[str, Any] = {
@@ -215,7 +215,10 @@ def test_a_tower_is_transformers_vit_through_files_both_ways_at_other_sizes_too(
         expected.square().sum().backward()
         ours(x).square().sum().backward()
     torch.testing.assert_close(
-        ours.visual.position_embedding.grad, theirs.embeddings.position_embeddings.grad[0], rtol=1e-5, atol=1e-5
+        ours.visual.position_embedding.grad,
+        theirs.embeddings.position_embeddings.grad[0],
+        rtol=1e-5,
+        atol=1e-5,  # pyright: ignore[reportOptionalSubscript]
     )
     save_vit(ours.image_tower(), tmp_path / "ours")
     again = ViTModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False)
@@ -235,7 +238,7 @@ def test_checkpoints_as_published_are_read_by_their_teacher_and_with_their_head(
     head.mlp = nn.Sequential(nn.Linear(64, 12), nn.GELU(), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 4))
     with pytest.warns(FutureWarning):
         head.last_layer = nn.utils.weight_norm(nn.Linear(4, K, bias=False))
-    head.last_layer.weight_g.data.fill_(1)
+    head.last_layer.weight_g.data.fill_(1)  # pyright: ignore[reportCallIssue]
     wrapped = {f"backbone.{n}": x for n, x in state.items()} | {f"head.{n}": x for n, x in head.state_dict().items()}
     whole = {
         "teacher": OrderedDict(wrapped),
@@ -253,7 +256,7 @@ def test_checkpoints_as_published_are_read_by_their_teacher_and_with_their_head(
     x = torch.randn(3, 64)
     torch.testing.assert_close(model.head(x), head.last_layer(F.normalize(head.mlp(x), dim=1)))
     student = load_dino(tmp_path / "full.pth", "student")
-    assert student.config.learns_norm and torch.equal(student.visual.norm_post.bias, model.visual.norm_post.bias + 1)
+    assert student.config.learns_norm and torch.equal(student.visual.norm_post.bias, model.visual.norm_post.bias + 1)  # pyright: ignore[reportArgumentType, reportOperatorIssue]
     pooled = load_pooled(tmp_path / "tower.pth")
     shape: Any = pooled.config
     read = ImageTower(shape, None, pooled.pool)

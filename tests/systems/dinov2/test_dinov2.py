@@ -111,7 +111,7 @@ def test_a_published_folder_shows_a_crop_of_what_its_positions_are_for(tmp_path:
     (tmp_path / "theirs/preprocessor_config.json").write_text(json.dumps(processor))
     found = load_tower(tmp_path / "theirs")
     assert found.config.image_size == 8 and found.config.image_mean == (0.4, 0.4, 0.4)
-    expected = interpolate_positions(whole, 4, antialias=False)
+    expected = interpolate_positions(whole, 4, antialias=False)  # pyright: ignore[reportArgumentType]
     assert torch.equal(found.state["position_embedding"], expected)
 
 

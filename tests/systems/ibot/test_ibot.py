@@ -92,4 +92,4 @@ def test_a_published_file_with_its_own_name_of_the_mask_token_is_read(tmp_path: 
     torch.save({"state_dict": {f"module.backbone.{n}": x for n, x in state.items()}}, tmp_path / "ibot.pth")
     found = load_tower(tmp_path / "ibot.pth")
     assert "mask_token" not in found.state and not found.config.has_mask_token
-    assert torch.equal(found.state["position_embedding"], tower.position_embedding)
+    assert torch.equal(found.state["position_embedding"], tower.position_embedding)  # pyright: ignore[reportArgumentType]

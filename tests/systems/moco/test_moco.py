@@ -52,8 +52,8 @@ def test_the_loss_and_every_gradient_are_the_originals_and_the_batchs_other_keys
     head = torchs(model.projector)
     if peer == "lightly" and version == 2:
         head = shared(lightly("MoCoProjectionHead")(WIDTH, WIDTH, NARROW), model.projector)
-    read, other = model.visual(images[:, 0])[:, 1:].mean(1), teacher.teacher.visual(images[:, 1])[:, 1:].mean(1)
-    queries, keys = head(read), teacher.teacher.projector(other).detach()
+    read, other = model.visual(images[:, 0])[:, 1:].mean(1), teacher.teacher.visual(images[:, 1])[:, 1:].mean(1)  # pyright: ignore[reportCallIssue]
+    queries, keys = head(read), teacher.teacher.projector(other).detach()  # pyright: ignore[reportCallIssue]
     if peer == "lightly":
         theirs = lightly("NTXentLoss")(0.2, (K, NARROW))
         theirs.memory_bank.bank, theirs.memory_bank.bank_ptr = known.clone(), torch.zeros(1, dtype=torch.int64)

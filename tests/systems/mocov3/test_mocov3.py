@@ -133,7 +133,7 @@ def test_a_published_file_loads_with_outputs_loss_and_every_gradient_of_the_orig
     loss.backward()
     expected.backward()
     learned = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    grads = LAYOUT.write({name: learned.get(name, 0 * x) for name, x in own.items()})
+    grads = LAYOUT.write({name: learned.get(name, 0 * x) for name, x in own.items()})  # pyright: ignore[reportArgumentType]
     for name, p in theirs.named_parameters():
         if p.grad is not None and "patch_embed" not in name:
             assert (p.grad - grads[name]).abs().max() < 1e-9, name
@@ -182,9 +182,9 @@ def test_patches_stay_to_the_bit_without_moments_and_decay_and_begin_as_publishe
     bound = math.sqrt(6 / (3 * 4 * 4 + 64))
     assert 0.95 * bound < before[0].abs().max() <= bound and not before[1].any()
     torch.testing.assert_close(recipe.build(assets).visual.patch_embed.weight, before[0])  # whatever the seed is now
-    qkv = MoCoV3Model(assets.shape).visual.transformer.blocks[0].attn.qkv.weight
+    qkv = MoCoV3Model(assets.shape).visual.transformer.blocks[0].attn.qkv.weight  # pyright: ignore[reportAttributeAccessIssue]
     bound = math.sqrt(6 / (64 + 64))  # of a square: not of (D, 3 D)
-    assert 0.95 * bound < qkv.abs().max() <= bound
+    assert 0.95 * bound < qkv.abs().max() <= bound  # pyright: ignore[reportCallIssue]
     assert [shape.vision.num_heads for shape in MoCoV3.shapes.values()] == [4, 12, 12]
 
 

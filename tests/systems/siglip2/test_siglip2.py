@@ -101,7 +101,7 @@ def test_outputs_loss_and_every_gradient_equal_transformers_on_images_of_all_asp
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     loss.backward()
     expected.loss.backward()
-    gradients = LAYOUT.read("test", {n: p.grad for n, p in theirs.named_parameters()}, ours.state_dict())
+    gradients = LAYOUT.read("test", {n: p.grad for n, p in theirs.named_parameters()}, ours.state_dict())  # pyright: ignore[reportArgumentType]
     assert gradients.keys() == dict(ours.named_parameters()).keys()
     for name, p in ours.named_parameters():
         close = 1e-6 if name == "visual.position_embedding" else 1e-9  # which both resize in float32
@@ -293,7 +293,7 @@ def test_small_views_and_masked_patches_are_compared_with_a_teachers_as_by_the_f
     _, _, small, patches, *_ = model(None, None, views=views, targets=targets)
 
     def states_of(images: Patches, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pooled, states, _ = model.visual(images, masked, model.distiller.mask_token)
+        pooled, states, _ = model.visual(images, masked, model.distiller.mask_token)  # pyright: ignore[reportOptionalMemberAccess]
         return pooled, states[0]
 
     heads: Any = model.distiller

@@ -88,7 +88,7 @@ class Published(nn.Module):
             x.add_(3 if name.endswith("tracked") else torch.rand_like(x))
 
     def embeddings(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        x = self.ln_final(self.transformer.resblocks(self.token_embedding(tokens) + self.positional_embedding))
+        x = self.ln_final(self.transformer.resblocks(self.token_embedding(tokens) + self.positional_embedding))  # pyright: ignore[reportCallIssue]
         text = x[torch.arange(len(tokens)), tokens.argmax(1)] @ self.text_projection
         return (*(nn.functional.normalize(y, dim=1) for y in (self.visual(images) @ self.image_projection, text)),)
 
@@ -121,7 +121,7 @@ def test_a_published_file_loads_and_its_names_are_ours_one_to_one(published: tup
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
     if isinstance(ours, SLIP):
         torch.testing.assert_close(ours(images, only_projection=True), theirs.image_mlp(theirs.visual(images)))
-        assert ours.image_mlp.bn1.num_batches_tracked == 3
+        assert ours.image_mlp.bn1.num_batches_tracked == 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_training_starts_from_a_published_file(published: tuple[Published, Path]) -> None:

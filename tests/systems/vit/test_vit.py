@@ -209,14 +209,14 @@ def test_a_teachers_logits_are_learned_at_their_share() -> None:
 def test_augmentations_change_what_they_say_and_an_erased_rectangle_is_noise() -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (21, 17, 3), dtype=np.uint8))
-    assert np.array_equal(changed(image, "rotate", 0), image) and np.array_equal(changed(image, "solarize", 0), image)
-    assert np.array_equal(changed(image, "invert", 3), 255 - np.asarray(image))
+    assert np.array_equal(changed(image, "rotate", 0), image) and np.array_equal(changed(image, "solarize", 0), image)  # pyright: ignore[reportArgumentType]
+    assert np.array_equal(changed(image, "invert", 3), 255 - np.asarray(image))  # pyright: ignore[reportArgumentType]
     right = np.asarray(changed(image, "translate_x", 10, sign=-1))  # by 7.65 pixels
     assert (right[:, :6] == (124, 116, 104)).all() and not (right[:, 9:] == (124, 116, 104)).all(1).any()
     seen = {np.asarray(rand_augment(image, 9, np.random.default_rng(i))).tobytes() for i in range(40)}
     assert 10 < len(seen) < 40  # one in four is left as it is
     again = [rand_augment(image, 9, np.random.default_rng(5)) for _ in range(2)]
-    assert np.array_equal(*again) and again[0].size == (17, 21)
+    assert np.array_equal(*again) and again[0].size == (17, 21)  # pyright: ignore[reportArgumentType]
     pixels = torch.zeros(3, 40, 40, dtype=torch.uint8)
     shares = []
     for i in range(100):
