@@ -72,7 +72,7 @@ def test_a_queue_takes_batches_of_any_size_and_begins_with_unit_vectors_that_all
     found: Any = recipe.companions(engine(model))
     queue, images = found["queue"], views().float()
     torch.testing.assert_close(queue.filled.norm(dim=1), torch.ones(5))
-    assert torch.equal(queue.filled, recipe.companions(engine(model))["queue"].filled)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    assert torch.equal(queue.filled, recipe.companions(engine(model))["queue"].filled)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
     for size in (NUM, 4, 1):  # more than it holds, no divisor of it, the last of an epoch
         assert recipe.loss(model, images[:size], step(**found))["loss"].isfinite()
     keys = F.normalize(torch.cat(found["teacher"](images[:4, 1:], only_projections=True)), dim=1)
