@@ -20,11 +20,11 @@ AGREEMENT = "agreement on masked patches"
 
 @dataclass(frozen=True)
 class Agrees:
-    """Prototypes of patches, with some of them masked or none."""
+    """Logits of patches over prototypes, with some of them masked or none."""
 
     preprocess: Preprocess
     mask: Callable[[np.random.Generator], Tensor]  # to the patches of one image that are masked, bool [P]
-    prototypes: Callable[..., Tensor]  # uint8 [B, 3, S, S] and, of masked ones, bool [B, P], to int64 [B, P]
+    logits: Callable[..., Tensor]  # uint8 [B, 3, S, S] and, of masked ones, bool [B, P], to [B, P, K]
 
 
 def follow(subject: Subject) -> dict[str, float]:
@@ -47,18 +47,26 @@ def report(subject: Subject, options: Any) -> list[Path]:
 def agreement(subject: Subject) -> float:
     """(share of masked patches whose prototype is that of the same patch seen - m) / (1 - m), m the share of seen
     patches of the most frequent prototype: 0 is what can be had without an image, 1 all of them. NaN where all patches
-    are of one."""
+    are of one. As in training, the prototype of a seen patch is the largest of its logits less their mean, here over
+    all held-out images."""
     able: Agrees = subject.recipe.agrees(subject.assets, subject.model, subject.device)
     shown_images = subject.pairs.held_out_images()
     other = None if subject.own is None else subject.recipe.pictures(subject.own).held_out_images()
     assert shown_images is not None
 
+    def sums(pictures: list[Image.Image], positions: list[int]) -> tuple[Tensor, int]:
+        found = able.logits(able.preprocess(pictures).to(subject.device))[: len(positions)].flatten(0, 1)
+        return found.sum(0, dtype=torch.float64).cpu(), len(found)
+
+    totals, counts = zip(*subject.ranks.over(shown_images, BATCH_SIZE, sums), strict=True)
+    centre = (torch.stack(totals).sum(0) / sum(counts)).float().to(subject.device)
+
     def of(pictures: list[Image.Image], positions: list[int]) -> tuple[Tensor, Tensor]:
         images = able.preprocess(pictures)
         masked = torch.stack([able.mask(np.random.default_rng([0, i])) for i in positions or [0]])
         own = images if other is None else able.preprocess([other.raw_image(i) for i in positions or [0]])
-        told = able.prototypes(images.to(subject.device), masked.to(subject.device)).cpu()
-        seen = able.prototypes(own.to(subject.device)).cpu()
+        told = able.logits(images.to(subject.device), masked.to(subject.device)).argmax(2).cpu()
+        seen = (able.logits(own.to(subject.device)).float() - centre).argmax(2).cpu()
         masked[len(positions) :] = False
         return told[masked], seen[masked]
 

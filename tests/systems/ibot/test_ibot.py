@@ -17,6 +17,8 @@ from mmcore.parts.vit import ViT
 from mmcore.recipe import Step
 from mmcore.systems.ibot.recipe import Ibot
 from mmcore.systems.vit.shapes import vit_vision
+from mmcore.tasks.agreement import Agrees, agreement
+from mmcore.tasks.subject import Subject
 from mmcore.weights.layout import Layout
 from tests.torchvision_stub import torchvision_or_skip
 
@@ -93,3 +95,23 @@ def test_a_published_file_with_its_own_name_of_the_mask_token_is_read(tmp_path: 
     found = load_tower(tmp_path / "ibot.pth")
     assert "mask_token" not in found.state and not found.config.has_mask_token
     assert torch.equal(found.state["position_embedding"], tower.position_embedding)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_agreement_is_one_where_masked_patches_are_known_and_at_most_zero_where_they_are_not(is_told: bool) -> None:
+    recipe, assets, _, _ = made()
+
+    def logits(images: Tensor, masked: Tensor | None = None) -> Tensor:
+        bright = images.float().mean(1).unfold(1, 4, 4).unfold(2, 4, 4).mean((3, 4)).flatten(1)  # [B, P]
+        kinds = torch.bucketize(bright, torch.tensor([40.0, 90.0]))
+        return torch.eye(3)[kinds if masked is None or is_told else torch.ones_like(kinds)]
+
+    class Knows:
+        pictures = staticmethod(recipe.pictures)
+
+        @staticmethod
+        def agrees(*_: Any) -> Agrees:
+            return Agrees(assets.preprocess, lambda rng: recipe.mask(assets, rng), logits)
+
+    value = agreement(Subject(Knows, assets, None, recipe.open_data(), torch.device("cpu")))
+    assert value == pytest.approx(1) if is_told else value <= 0
