@@ -26,7 +26,7 @@ from mmcore.systems.vit.two_views import TwoViewModel, TwoViews
 from mmcore.systems.vit.weights import save_vit
 
 RECIPES: dict[str, TwoViews] = {"simclr": SimCLR(model="ViT-S-16"), "mocov3": MoCoV3(model="ViT-S-16")}
-SIZE, SIDE = (64, 224) if DEVICE.type == "cuda" else (4, 96)
+SIZE, SIDE = (64, 224) if DEVICE.type == "cuda" else (4, 64)
 MOMENTUM, CONTENDERS = 0.99, ("mmcore", "transformers, AdamW(fused)")
 
 

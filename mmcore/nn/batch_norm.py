@@ -25,15 +25,22 @@ class BatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C] or [B, C, ...] to the same shape and dtype."""
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-        if is_alone or not self.training:
+        held = self.running_mean
+        # torch's takes statistics wider than the input only beside weights as wide as they
+        is_torchs = held is None or held.dtype in (input.dtype, None if self.weight is None else self.weight.dtype)
+        if is_torchs and (is_alone or not self.training):
             return super().forward(input)
         wide, axes = _wide(input), [0, *range(2, input.ndim)]
-        count = wide.new_full((1,), input.numel() / max(1, input.shape[1]))
-        sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
-        total, squares, count = all_sum(sums).split([self.num_features, self.num_features, 1])
-        mean = total / count
-        var = (squares / count - mean * mean).clamp_min(0)
-        self._track(mean.detach(), (var * count / (count - 1).clamp_min(1)).detach())
+        if self.training:
+            count = wide.new_full((1,), input.numel() / max(1, input.shape[1]))
+            sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
+            sums = sums if is_alone else all_sum(sums)
+            total, squares, count = sums.split([self.num_features, self.num_features, 1])
+            mean = total / count
+            var = (squares / count - mean * mean).clamp_min(0)
+            self._track(mean.detach(), (var * count / (count - 1).clamp_min(1)).detach())
+        else:
+            mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
         shape = [1, -1, *[1] * (input.ndim - 2)]
         y = (wide - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
         if self.affine:

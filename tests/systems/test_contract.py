@@ -31,8 +31,6 @@ NAMES = sorted(entries("RECIPES"), key=lambda name: len(entries("PROOFS")[name].
 
 DRAWN = ("blip2-stage1", "blip2-stage2")
 """Each rank draws negatives or dropout of its own: only the loss before the first update is like one process's."""
-RISING = ("moco",)
-"""A queue of random vectors fills with keys, which are harder to tell apart."""
 
 
 def kind_of(name: str) -> type[Recipe]:
@@ -86,7 +84,7 @@ def recipe_of(name: str, folder: Path) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_falls(alone: tuple[Path, dict[str, Any]], name: str) -> None:
     losses = [alone[1][name][str(step)] for step in range(1, STEPS + 1)]
-    assert (losses[-1] < losses[0]) != (name in RISING), losses
+    assert losses[-1] < losses[0], losses
 
 
 @pytest.mark.parametrize("name", NAMES)

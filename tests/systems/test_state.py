@@ -68,5 +68,11 @@ def test_batch_norm_of_one_process_is_torchs() -> None:
     torch.testing.assert_close(ours(x), theirs(x))
     assert torch.equal(ours.running_var, theirs.running_var)  # pyright: ignore[reportArgumentType]
     assert ours.bfloat16().running_mean.dtype == torch.float32  # pyright: ignore[reportOptionalMemberAccess]
+    for affine in (False, True):  # weights, and no statistics, in bfloat16
+        narrow = BatchNorm(3, affine=affine).bfloat16()
+        for expected in (theirs(x), F.batch_norm(x, ours.running_mean, ours.running_var)):
+            torch.testing.assert_close(narrow(x.bfloat16()).float(), expected, atol=0.05, rtol=0.05)
+            narrow.load_state_dict(ours.state_dict(), strict=False)
+            narrow.eval()
     torch.testing.assert_close(BatchNorm(3).eval()(x), F.batch_norm(x, torch.zeros(3), torch.ones(3)))
     refuses(r"BatchNorm: input must be \[B, 3, ...\], got \[5, 4\]", ours, torch.zeros(5, 4))

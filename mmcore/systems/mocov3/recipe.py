@@ -15,6 +15,7 @@ from mmcore.image_recipe import CLASS_TOKEN
 from mmcore.ops import require
 from mmcore.parts.vit import Tower
 from mmcore.recipe import Claim, Proof, Runner, Step, VisionAssets
+from mmcore.runs import load_weights
 from mmcore.settings import free
 from mmcore.systems.mocov3.model import PATCHES, MoCoV3Model, contrast, random_patches
 from mmcore.systems.mocov3.weights import load_mocov3
@@ -68,8 +69,7 @@ class MoCoV3(Taught):
 
     def build(self, assets: VisionAssets) -> MoCoV3Model:
         model = super().build(assets)
-        for name, x in assets.frozen.items():
-            model.get_parameter(name).data.copy_(x)
+        load_weights(model, assets.frozen, is_whole=False)
         return model
 
     def initial(self, assets: VisionAssets, model: MoCoV3Model) -> Mapping[str, Tensor]:
