@@ -53,7 +53,7 @@ class VqKd(WithTeacher):
         require("vqkd", self.num_tokens >= 2, "--num-tokens must be at least 2, got {}", self.num_tokens)
         return replace(shape, num_tokens=self.num_tokens)
 
-    def build(self, assets: MimAssets) -> VqKdModel:
+    def build(self, assets: MimAssets) -> VqKdModel:  # pyright: ignore[reportIncompatibleMethodOverride]
         model = super().build(assets)
         model.decoder.activation_checkpointing = self.activation_checkpointing
         model.targets = partial(_taught, assets)
