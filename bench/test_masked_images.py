@@ -92,7 +92,8 @@ def contender(system: str, name: str, *, is_tiny: bool = False, size: int = SIZE
 
         def ours() -> Tensor:
             if system == "MAE":
-                total, number = masked_error(*model(data.images, kept), kept)  # pyright: ignore[reportCallIssue]
+                predicted, target = model(data.images, kept)
+                total, number = masked_error(predicted, target, kept)
                 return total / number
             return LOSSES["cross-entropy"](model(data.images, data.masked, places)[0][0], tokens).mean()
 

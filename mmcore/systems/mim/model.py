@@ -112,7 +112,7 @@ class Mim(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        blocks = list(enumerate(visual.transformer.blocks, 1))
+        blocks: list[tuple[int, Any]] = list(enumerate(visual.transformer.blocks, 1))
         if self.class_branch is not None:
             blocks += enumerate(self.class_branch.blocks, config.class_from + 1)
         for depth, block in blocks:

@@ -310,9 +310,9 @@ class Data2Vec(MimRecipe):
         return Reconstructs(assets.preprocess, partial(_drawn, assets.shape), target, model, None, self.row.score)
 
 
-_DIGITS = "--data digits --views source --batch-size 64 --weight-decay 0.05 --warmup 20"
+_DIGITS = "--data digits --views source --batch-size 128 --weight-decay 0.05 --warmup 20"
 SIMMIM = Proof(
-    [("simmim", f"{_DIGITS} --steps 500 --lr 3e-3 --schedule cosine --milestones None --grad-clip 1")],
+    [("simmim", f"{_DIGITS} --steps 600 --lr 3e-3 --schedule cosine --milestones None --grad-clip 1")],
     [Claim("R^2 of masked patches (held-out)", "R^2 of masked patches", 0.5, ceiling=0.0)],
 )
 MASKFEAT = Proof(
@@ -323,7 +323,7 @@ _tokens = [
     Claim("accuracy of masked tokens (held-out)", ACCURACY, 0.6, ceiling=0.25),
     Claim("accuracy above each place's most frequent token (held-out)", OVER_FREQUENT, 0.35, ceiling=0.0),
 ]
-BEIT = Proof([("beit", f"{_DIGITS} --steps 400 --lr 3e-3")], _tokens)
+BEIT = Proof([("beit", f"{_DIGITS} --steps 600 --lr 3e-3")], _tokens)
 _CLIP = ("clip", "--data digits --model tiny --lr 1e-3 --epochs 30")
 _features = [Claim("cosine above each place's mean feature (held-out)", OVER_MEAN, 0.1, ceiling=0.0)]
 MVP = Proof([_CLIP, ("mvp", f"{_DIGITS} --teacher {{0}} --steps 400 --lr 3e-3")], _features)
@@ -332,7 +332,7 @@ BEIT2 = Proof(
     [
         _CLIP,
         ("vqkd", f"{_DIGITS} --teacher {{0}} --steps 200 --lr 2e-3"),
-        ("beit2", f"{_DIGITS} --tokenizer {{1}} --steps 400 --lr 3e-3"),
+        ("beit2", f"{_DIGITS} --tokenizer {{1}} --steps 600 --lr 3e-3"),
     ],
     [Claim("accuracy above each place's most frequent token (held-out)", OVER_FREQUENT, 0.1, ceiling=0.0)],
 )

@@ -23,8 +23,10 @@ _WIDE = 0.1
 
 
 def _tiny(outputs: int, mask: MaskConfig, **options: Any) -> MimConfig:
-    """BEiT's tower, without the layer scale that thousands of steps need."""
-    return MimConfig(_tower("tiny", **_BEIT), outputs, mask, init_std=_WIDE, **options)
+    """BEiT's tower with learned positions besides, which its code has as an option, and without the layer scale: for
+    hundreds of steps."""
+    vision = replace(_tower("tiny", **_BEIT), positions="learned")
+    return MimConfig(vision, outputs, mask, init_std=_WIDE, **options)
 
 
 def _cells(pixels: int, patch: int) -> MaskConfig:

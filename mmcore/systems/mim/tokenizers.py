@@ -92,7 +92,8 @@ def load_dalle(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind = settings.get("model_type")
     what = "--tokenizer must be a run of vqkd or a folder of a flava_image_codebook, got {}, which is of {!r}"
     require("mim", kind == "flava_image_codebook", what, folder, kind)
-    model = FlavaImageCodebook.from_pretrained(folder, **LOCAL)  # pyright: ignore[reportArgumentType]
+    theirs: Any = FlavaImageCodebook
+    model = theirs.from_pretrained(folder, **LOCAL)
     names = ("num_groups", "input_channels", "num_blocks_per_group", "hidden_size", "vocab_size")
     kept = {name: getattr(model.config, name) for name in names}
     return kept, {f"codebook.{name}": x for name, x in model.state_dict().items()}

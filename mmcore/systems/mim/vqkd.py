@@ -1,5 +1,6 @@
 """VQ-KD, BEiT v2's tokenizer: patches to codes, from which a teacher's features are decoded (arXiv:2208.06366)."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def load_tokenizer(op: str, run: Path, side: int) -> tuple[dict[str, Any], dict[
     return asdict(config), state
 
 
-def tokenizer_of(saved: Any, state: dict[str, Tensor]) -> VqKdTokens:
+def tokenizer_of(saved: Any, state: Mapping[str, Tensor]) -> VqKdTokens:
     """The module of `load_tokenizer`'s shape, as JSON holds it, and weights; in evaluation mode, without gradients."""
     with torch.device("meta"):
         tokens = VqKdTokens(from_json(VqKdConfig, saved))

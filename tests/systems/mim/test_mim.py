@@ -164,9 +164,9 @@ def test_a_bias_of_a_pair_of_patches_is_that_of_their_distance() -> None:
     assert relative(5).shape == (1, 2, 26, 26)
 
 
-# what unilm's classes VisionTransformerForMaskedImageModeling(CLS) hold with a shared table, a block and a class layer
+# what unilm's class VisionTransformerForMaskedImageModelingCLS holds with both kinds of positions; a block of it
 PUBLISHED = (
-    "cls_token mask_token rel_pos_bias.relative_position_bias_table rel_pos_bias.relative_position_index "
+    "cls_token mask_token pos_embed rel_pos_bias.relative_position_bias_table rel_pos_bias.relative_position_index "
     "patch_embed.proj.weight patch_embed.proj.bias norm.weight norm.bias lm_head.weight lm_head.bias"
 ).split()
 PUBLISHED_BLOCK = (
