@@ -216,9 +216,9 @@ def test_a_tower_is_transformers_vit_through_files_both_ways_at_other_sizes_too(
         ours(x).square().sum().backward()
     torch.testing.assert_close(
         ours.visual.position_embedding.grad,
-        theirs.embeddings.position_embeddings.grad[0],
+        theirs.embeddings.position_embeddings.grad[0],  # pyright: ignore[reportOptionalSubscript]
         rtol=1e-5,
-        atol=1e-5,  # pyright: ignore[reportOptionalSubscript]
+        atol=1e-5,
     )
     save_vit(ours.image_tower(), tmp_path / "ours")
     again = ViTModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False)
