@@ -67,6 +67,18 @@ def torchs_mlp(ours: MLP) -> nn.Sequential:
     return theirs
 
 
+class Gated(nn.Module):
+    """SwiGLU of three layers, as Llama's."""
+
+    def __init__(self, width: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.gate, self.value = nn.Linear(width, mlp_dim), nn.Linear(width, mlp_dim)
+        self.out = nn.Linear(mlp_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.gate(x)) * self.value(x))
+
+
 class Flamingos(nn.Module):
     """OpenFlamingo's GatedCrossAttentionBlock: all weights stored, and a dense mask of what a token sees."""
 

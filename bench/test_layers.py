@@ -18,7 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.case import Case, dtype_id, time_case
 from bench.harness import DTYPE
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
-from bench.peer_layers import Flamingos, Head, Multiway, Pooler, copy_rows, torchs_attention, torchs_cross_attention
+from bench.peer_layers import (
+    Flamingos,
+    Gated,
+    Head,
+    Multiway,
+    Pooler,
+    copy_rows,
+    torchs_attention,
+    torchs_cross_attention,
+)
 from bench.peers import load, missing
 from mmcore.nn import (
     Attention,
@@ -31,6 +40,7 @@ from mmcore.nn import (
     PoolingHead,
     PostNormBlock,
     QFormerBlock,
+    SwiGLU,
     shared_keys_values,
 )
 from mmkernels import masks
@@ -231,6 +241,15 @@ def qformer(rows: int) -> Layer:
     return Layer((torch.randn(rows, queries + length, 768), torch.randn(rows, patches, 1408)), contenders)
 
 
+def swiglu(rows: int) -> Layer:
+    """DINOv2 g/14's."""
+    ours, theirs = SwiGLU(1536, 4096), Gated(1536, 4096)
+    copy_rows(ours.w12, theirs.gate, theirs.value)
+    copy_rows(ours.w3, theirs.out)
+    contenders = {"mmcore": Contender(ours, plain), "eager": Contender(theirs, plain)}
+    return Layer((torch.randn(rows, 257, 1536),), contenders)
+
+
 def multiway(rows: int) -> Layer:
     """BEiT-3's base, of an image and a text."""
     ours, sizes = MultiwayBlock(768, 12, 3072), (197, 64)
@@ -252,6 +271,7 @@ LAYERS: Mapping[str, tuple[Callable[[int], Layer], int, int]] = {
     "PoolingHead": (head, 4, 128),
     "PostNormBlock": (post_norm, 4, 256),
     "QFormerBlock": (qformer, 2, 100),
+    "SwiGLU": (swiglu, 1, 128),
     "shared_keys_values": (keys_values, 1, 100),
 }
 

@@ -17,7 +17,8 @@ HIDDEN = ("deepspeed", "tyro", "webdataset")
 # no tensor goes in: a constant of H numbers
 NO_TENSOR = ("alibi_slopes",)
 # Linear, and a sum of two; a stack of Block, which the step of CLIP has
-IN_OTHERS = ("BatchNorm", "MLP", "Transformer")  # of one process, BatchNorm is torch's
+# of one process, BatchNorm is torch's; relative positions are in BEiT's step
+IN_OTHERS = ("BatchNorm", "MLP", "RelativePositions", "Transformer")
 HIDE = f"""
 from importlib.machinery import PathFinder
 

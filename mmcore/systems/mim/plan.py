@@ -1,65 +1,92 @@
 """Masked image modelling as a plan sees it: what learns. What the targets come from is not counted."""
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from mmcore.nn import Transformer
 from mmcore.ops import require
 from mmcore.plan.demand import Built
-from mmcore.plan.job import Job, MicroBatchPlan, Piece, Setting, numbers
+from mmcore.plan.job import Job, Lever, Piece, PlanConfig, Setting, numbers
 from mmcore.systems.mim import shapes
-from mmcore.systems.mim.model import Mim
+from mmcore.systems.mim.model import MaskConfig, Mim
 from mmcore.systems.mim.vqkd import VqKdModel
 
 
 @dataclass(frozen=True)
-class _Plan(MicroBatchPlan):
+class _Plan(PlanConfig):
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward."""
     model: str = "tiny"
     """A shape by its name, as --model of mmcore train."""
 
     name: ClassVar[str]
     shapes: ClassVar[Any]
-    kind: ClassVar[Any] = Mim
+    levers: ClassVar[tuple[Lever, ...]] = ("activation_checkpointing", "zero")
 
     def job(self) -> Job:
         known = ", ".join(self.shapes)
         require("plan", self.model in self.shapes, "--model must be one of {}, got {!r}", known, self.model)
-        # counted whole, a model does not tell what one layer computes again
-        is_plain = not self.activation_checkpointing
-        require("plan", is_plain, "--activation-checkpointing must be left out for {}, got it", self.name)
         shape = self.shapes[self.model]
         with torch.device("meta"):
-            learned, frozen, small = numbers(type(self).kind(shape))
-        size = shape.vision.image_size
-        side = size // shape.vision.patch_size
-        # counted here: on fake tensors no number is known
-        is_masked = self.kind is Mim
-        masked = int(shape.mask.draw(side, np.random.default_rng(0)).sum()) if is_masked else 0
-        piece = Piece("model", 1, partial(self._built, shape, masked), (1, 1))
-        return Job(f"{self.name} {self.model}", (piece,), learned, 3 * size**2, frozen=frozen, small=small)
+            learned, frozen, small = numbers(self._model(shape))
+        piece = Piece("model", shape.vision.num_layers, partial(self._built, shape), (1, 2))
+        size = 3 * shape.vision.image_size**2
+        return Job(f"{self.name} {self.model}", (piece,), learned, size, frozen=frozen, small=small, levers=self.levers)
 
-    def _built(self, shape: Any, count: int, _: int, num_samples: int, setting: Setting) -> Built:
-        model = type(self).kind(shape)
-        if self.kind is not Mim:
-            model.eval()  # a codebook that learns looks at numbers
-        size, side = shape.vision.image_size, shape.vision.image_size // shape.vision.patch_size
-        images = torch.empty(num_samples, 3, size, size, dtype=torch.uint8)
+    def _model(self, shape: Any) -> Any:
+        raise NotImplementedError
 
-        def forward() -> list[Tensor]:
-            if self.kind is not Mim:
-                return list(model(images)[:2])
-            masked = torch.empty(num_samples, side**2, dtype=torch.bool)
-            return model(images, masked, torch.empty(num_samples * count, dtype=torch.int64))[0]
+    def _forward(self, model: Any, shape: Any, images: Tensor) -> list[Tensor]:
+        raise NotImplementedError
 
-        return Built(model.parameters(), forward)
+    def _built(self, shape: Any, num_layers: int, num_samples: int, setting: Setting) -> Built:
+        model = self._model(_shallow(shape, num_layers))
+        for part in (x for x in model.modules() if isinstance(x, Transformer)):
+            part.activation_checkpointing = setting.activation_checkpointing
+        images = torch.empty(num_samples, 3, *[shape.vision.image_size] * 2, dtype=torch.uint8)
+        return Built(model.parameters(), lambda: self._forward(model, shape, images))
+
+
+def _shallow(shape: Any, num_layers: int) -> Any:
+    """With so many layers in the tower, of which later parts read no more than there are."""
+    changes: dict[str, Any] = {"vision": replace(shape.vision, num_layers=num_layers)}
+    for name in ("class_from", "average_top"):
+        if hasattr(shape, name):
+            changes[name] = min(getattr(shape, name), num_layers)
+    return replace(shape, **changes)
 
 
 @dataclass(frozen=True)
-class SimMimPlan(_Plan):
+class _MimPlan(_Plan):
+    accum: int = 1
+    """Micro-batches a step."""
+
+    levers = ("accum", "activation_checkpointing", "zero")
+
+    def _model(self, shape: Any) -> Any:
+        return Mim(shape)
+
+    def _forward(self, model: Any, shape: Any, images: Tensor) -> list[Tensor]:
+        side = shape.vision.image_size // shape.vision.patch_size
+        masked = torch.empty(len(images), side**2, dtype=torch.bool)
+        return model(images, masked, torch.empty(len(images) * _num_masked(shape.mask, side), dtype=torch.int64))[0]
+
+
+@cache
+def _num_masked(mask: MaskConfig, side: int) -> int:
+    """Of an image; on fake tensors no number is known."""
+    with unset_fake_temporarily():
+        return int(mask.draw(side, np.random.default_rng(0)).sum())
+
+
+@dataclass(frozen=True)
+class SimMimPlan(_MimPlan):
     """Plan a run of mmcore train simmim."""
 
     name = "SimMIM"
@@ -67,7 +94,7 @@ class SimMimPlan(_Plan):
 
 
 @dataclass(frozen=True)
-class MaskFeatPlan(_Plan):
+class MaskFeatPlan(_MimPlan):
     """Plan a run of mmcore train maskfeat."""
 
     name = "MaskFeat"
@@ -75,7 +102,7 @@ class MaskFeatPlan(_Plan):
 
 
 @dataclass(frozen=True)
-class BeitPlan(_Plan):
+class BeitPlan(_MimPlan):
     """Plan a run of mmcore train beit."""
 
     name = "BEiT"
@@ -83,7 +110,7 @@ class BeitPlan(_Plan):
 
 
 @dataclass(frozen=True)
-class Beit2Plan(_Plan):
+class Beit2Plan(_MimPlan):
     """Plan a run of mmcore train beit2."""
 
     name = "BEiT v2"
@@ -91,7 +118,7 @@ class Beit2Plan(_Plan):
 
 
 @dataclass(frozen=True)
-class MvpPlan(_Plan):
+class MvpPlan(_MimPlan):
     """Plan a run of mmcore train mvp."""
 
     name = "MVP"
@@ -99,7 +126,7 @@ class MvpPlan(_Plan):
 
 
 @dataclass(frozen=True)
-class EvaPlan(_Plan):
+class EvaPlan(_MimPlan):
     """Plan a run of mmcore train eva."""
 
     name = "EVA"
@@ -107,7 +134,7 @@ class EvaPlan(_Plan):
 
 
 @dataclass(frozen=True)
-class Data2VecPlan(_Plan):
+class Data2VecPlan(_MimPlan):
     """Plan a run of mmcore train data2vec."""
 
     name = "data2vec"
@@ -120,4 +147,9 @@ class VqKdPlan(_Plan):
 
     name = "VQ-KD"
     shapes = shapes.VQKD
-    kind = VqKdModel
+
+    def _model(self, shape: Any) -> Any:
+        return VqKdModel(shape).eval()  # a codebook that learns looks at numbers
+
+    def _forward(self, model: Any, shape: Any, images: Tensor) -> list[Tensor]:
+        return list(model(images)[:2])
