@@ -9,6 +9,8 @@ from torch import Tensor
 from mmcore.ops import require
 
 _BINS = 9
+VALUES_OF_CELL = 3 * _BINS
+"""Of all colours."""
 
 
 def hog(images: Tensor, patch: int, cell: int) -> Tensor:
