@@ -41,10 +41,6 @@ class Options:
     temperature: float = 0.07
     """Of their votes."""
 
-    def held_out(self) -> Any:
-        """See `mmcore.tasks.subject.Options`."""
-        return None
-
 
 def figure(kind: str, name: str) -> str:
     """What a figure is called of features by a name."""

@@ -26,15 +26,16 @@ class MaskConfig:
     cell: int = 1
     min_block: int = 16
 
-    def draw(self, side: int, rng: np.random.Generator) -> Tensor:
-        """bool [side * side], True where a patch is masked; errors as of `coarse_mask` and `block_mask`."""
-        grid = side, side
+    def grid(self, side: int, rng: np.random.Generator) -> np.ndarray:
+        """bool [side, side], True where a patch is masked; errors as of `coarse_mask` and `block_mask`."""
         if self.kind == "cells":
-            mask = coarse_mask(grid, self.cell, self.ratio, rng)
-        else:
-            count = int(side**2 * self.ratio)
-            mask = block_mask(grid, count, min(self.min_block, max(1, count)), 0.3, rng)
-        return torch.from_numpy(mask.reshape(-1))
+            return coarse_mask((side, side), self.cell, self.ratio, rng)
+        count = int(side**2 * self.ratio)
+        return block_mask((side, side), count, min(self.min_block, max(1, count)), 0.3, rng)
+
+    def draw(self, side: int, rng: np.random.Generator) -> Tensor:
+        """The same, bool [side * side]."""
+        return torch.from_numpy(self.grid(side, rng).reshape(-1))
 
 
 @dataclass(frozen=True)

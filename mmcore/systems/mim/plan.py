@@ -1,20 +1,19 @@
 """Masked image modelling as a plan sees it: what learns. What the targets come from is not counted."""
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mmcore.nn import Transformer
 from mmcore.ops import require
 from mmcore.plan.demand import Built
 from mmcore.plan.job import Job, Lever, Piece, PlanConfig, Setting, numbers
 from mmcore.systems.mim import shapes
-from mmcore.systems.mim.model import MaskConfig, Mim
+from mmcore.systems.mim.model import Mim
 from mmcore.systems.mim.vqkd import VqKdModel
 
 
@@ -75,14 +74,8 @@ class _MimPlan(_Plan):
     def _forward(self, model: Any, shape: Any, images: Tensor) -> list[Tensor]:
         side = shape.vision.image_size // shape.vision.patch_size
         masked = torch.empty(len(images), side**2, dtype=torch.bool)
-        return model(images, masked, torch.empty(len(images) * _num_masked(shape.mask, side), dtype=torch.int64))[0]
-
-
-@cache
-def _num_masked(mask: MaskConfig, side: int) -> int:
-    """Of an image; on fake tensors no number is known."""
-    with unset_fake_temporarily():
-        return int(mask.draw(side, np.random.default_rng(0)).sum())
+        count = int(shape.mask.grid(side, np.random.default_rng(0)).sum()) * len(images)
+        return model(images, masked, torch.empty(count, dtype=torch.int64))[0]
 
 
 @dataclass(frozen=True)

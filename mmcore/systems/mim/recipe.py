@@ -18,7 +18,6 @@ from mmcore.losses import global_ratio
 from mmcore.nn import MomentumEncoder
 from mmcore.ops import require
 from mmcore.parts.pixels import PixelTargets
-from mmcore.parts.vit import Tower
 from mmcore.recipe import Claim, Proof, Runner, Step
 from mmcore.runs import is_run
 from mmcore.settings import flag, once
@@ -120,12 +119,6 @@ class MimRecipe(Sourced):
     def pixels(self, assets: MimAssets) -> PixelTargets:
         """As they are."""
         return PixelTargets(assets.shape.vision, norm=False)
-
-    def image_tower(self, assets: MimAssets, model: Mim) -> Tower:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Without what masking alone needs."""
-        tower = super().image_tower(assets, model)
-        config = replace(tower.config, has_mask_token=False, drop_path=0.0)
-        return Tower(config, {name: x for name, x in tower.state.items() if name != "mask_token"})
 
     def export(self, assets: MimAssets, model: Mim, folder: Path, format: str) -> None:
         kind = "data2vec-vision" if self.row.target == "states" else "beit"
