@@ -10,31 +10,22 @@ from torch import Tensor
 
 from mmcore.nn import interpolate_positions
 from mmcore.parts.vit import Tower, VisionConfig, ViT
-from mmcore.weights.files import PARTS, read_pickle, read_safetensors
+from mmcore.parts.vit_names import TIMM_BLOCK
+from mmcore.weights.files import PARTS, read_weights
 from mmcore.weights.layout import Layout, leading, under
 
 _OP = "load_published"
-_BLOCK = {
-    "norm1": "norm1",
-    "attn.qkv": "attn.qkv",
-    "attn.out": "attn.proj",
-    "scale1": "ls1.gamma",
-    "norm2": "norm2",
-    "mlp": "mlp",
-    "scale2": "ls2.gamma",
-}
 TIMM_TOWER = {
     "class_embedding": leading("cls_token", 2),
     "position_embedding": leading("pos_embed", 1),
     "registers": leading("register_tokens", 1),
     "mask_token": leading("mask_token", 1),
     "patch_embed": "patch_embed.proj",
-    **under("transformer.blocks.{i}", "blocks.{i}", _BLOCK),
+    **under("transformer.blocks.{i}", "blocks.{i}", TIMM_BLOCK),
     "norm_post": "norm",
 }
 """Of DINOv2's code, and of DINO's, iBOT's and timm's as far as they have these parts, for a `ViT`."""
 LAYOUT = Layout(TIMM_TOWER, unread=("head", "fc"), what="a published file")
-WEIGHTS_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _SIDE = 224
 _HEAD_WIDTH = 64
 
@@ -48,9 +39,11 @@ def read_published(file: Path, part: str | None = None) -> dict[str, Tensor] | N
         part: "student" for that of a checkpoint.
     """
     parts = PARTS if part is None else (part,)
-    is_safe = file.suffix == ".safetensors"
-    found = read_safetensors(_OP, file) if is_safe else read_pickle(_OP, file, parts=parts)
-    named = {_plain(name): x for name, x in found.items()}
+    return _by_timms_names(read_weights(_OP, file, parts=parts))
+
+
+def _by_timms_names(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    named = {_plain(name): x for name, x in state.items()}
     return named if "cls_token" in named and "patch_embed.proj.weight" in named else None
 
 
@@ -86,13 +79,13 @@ def published_config(state: Mapping[str, Tensor]) -> VisionConfig:
     )
 
 
-def load_published(file: Path) -> Tower | None:
-    """The image tower of a published file of DINO, iBOT or DINOv2, without a mask token; None where it is of others.
+def published_vit(weights: Mapping[str, Tensor]) -> Tower | None:
+    """The image tower of what a published file of DINO, iBOT or DINOv2 holds, without a mask token; None of others.
 
     One with positions for more than 224 pixels, as DINOv2's for 518, is of 224, its positions resampled as its authors
-    do. A ValueError of a damaged file, and of missing or unknown names.
+    do. A ValueError of missing or unknown names.
     """
-    state = read_published(file)
+    state = _by_timms_names(weights)
     if state is None:
         return None
     config = published_config(state)

@@ -11,20 +11,11 @@ from torch import Tensor
 from mmcore.ops import require
 from mmcore.parts.image_tower import ImagePool, ImageTower, PooledTower
 from mmcore.parts.vit import VisionConfig
-from mmcore.weights.files import read_json, read_pickle, read_safetensors
+from mmcore.parts.vit_names import TIMM_BLOCK
+from mmcore.weights.files import read_json, read_weights
 from mmcore.weights.layout import Layout, leading, under
 
 OP = "load_timm"
-_BLOCK = {
-    "norm1": "norm1",
-    "attn.qkv": "attn.qkv",
-    "attn.out": "attn.proj",
-    "scale1": "ls1.gamma",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "scale2": "ls2.gamma",
-}
 
 
 def tower_rows(pool: ImagePool) -> dict[str, Any]:
@@ -34,7 +25,7 @@ def tower_rows(pool: ImagePool) -> dict[str, Any]:
         "patch_embed": "patch_embed.proj",
         "position_embedding": leading("pos_embed", 1),
         "norm_pre": "norm_pre",
-        **under("transformer.blocks.{i}", "blocks.{i}", _BLOCK),
+        **under("transformer.blocks.{i}", "blocks.{i}", TIMM_BLOCK),
         "norm_post": "fc_norm" if pool == "fc_norm" else "norm",
     }
 
@@ -51,14 +42,11 @@ _UNREAD = ("head", "head_dist", "fc_norm", "norm")
 _INCEPTION = (0.5, 0.5, 0.5)
 
 
-def is_timm(path: Path) -> bool:
-    """Whether a path is a folder of timm's, or a file of weights by timm's names of a ViT: with a config.json of timm's
-    beside it, a head, or no class token. A bare tower with one is DINO's, iBOT's or DINOv2's."""
-    if path.is_dir():
-        return _is_told(path) and _weights_of(path) is not None
-    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin") or not path.is_file():
-        return False
-    state = _state(path)
+def is_timm(path: Path, state: Mapping[str, Tensor] | None = None) -> bool:
+    """Whether a path is a folder of timm's, or a file, which holds `state`, of a ViT by timm's names: with a
+    config.json of timm's beside it, a head, or no class token. A bare tower with one is DINO's, iBOT's or DINOv2's."""
+    if state is None:
+        return path.is_dir() and _is_told(path) and _weights_of(path) is not None
     is_vit = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys()
     has_end = "cls_token" not in state or not {"head.weight", "fc_norm.weight"}.isdisjoint(state)
     return is_vit and (has_end or _is_told(path.parent))
@@ -69,15 +57,16 @@ def _is_told(folder: Path) -> bool:
     return file.is_file() and "architecture" in read_json(OP, file)
 
 
-def load_timm_vit(path: Path) -> PooledTower:
-    """Reads a file of timm's weights of a ViT (safetensors, or a torch file read weights-only), or a folder with one;
-    its shape is that of the weights. A config.json of timm's beside it tells how many heads it has, how it is read and
-    what it wants of a picture; without one it is the published size of its width, read at its class token or else the
-    mean of its patches, of pictures of mean and deviation 0.5. A ValueError of other weights."""
-    file = _weights_of(path) if path.is_dir() else path
+def load_timm_vit(path: Path, state: Mapping[str, Tensor] | None = None) -> PooledTower:
+    """Reads a folder of timm's with a ViT, or takes the weights `state` of a file; its shape is that of the weights. A
+    config.json of timm's beside them tells how many heads it has, how it is read and what it wants of a picture;
+    without one it is the published size of its width, read at its class token or else the mean of its patches, of
+    pictures of mean and deviation 0.5. A ValueError of other weights."""
+    file = _weights_of(path) if state is None else path
     require(OP, file is not None, "folder must hold a file of weights beside config.json, got {}", path)
     assert file is not None
-    state, beside = _state(file), file.parent / "config.json"
+    state = read_weights(OP, file) if state is None else state
+    beside = file.parent / "config.json"
     raw = read_json(OP, beside) if beside.is_file() else {}
     settings = raw if "architecture" in raw else {}
     config, pool = _shape(state, settings, file)
@@ -91,12 +80,6 @@ def load_timm_vit(path: Path) -> PooledTower:
 def _weights_of(folder: Path) -> Path | None:
     names = "model.safetensors", "pytorch_model.bin"
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _state(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return read_safetensors(OP, file)
-    return read_pickle(OP, file)
 
 
 def _shape(state: Mapping[str, Tensor], settings: Mapping[str, Any], file: Path) -> tuple[VisionConfig, ImagePool]:

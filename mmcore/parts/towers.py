@@ -11,15 +11,17 @@ from torch import Tensor
 from mmcore.parts import vit_names
 from mmcore.parts.foreign import TIMM, load_foreign_vision, load_timm
 from mmcore.parts.image_tower import ImagePool, ImageTower, PooledTower
-from mmcore.parts.published_vit import WEIGHTS_FILES, load_published
+from mmcore.parts.published_vit import published_vit
 from mmcore.parts.timm_vit import is_timm, load_timm_vit
 from mmcore.parts.vit import Tower, VisionConfig, mae_vision, siglip_vision
 from mmcore.runs import is_run, read_run
 from mmcore.systems import entries
-from mmcore.weights.files import read_folder, read_json
+from mmcore.weights.files import read_folder, read_json, read_weights
 from mmcore.weights.layout import Layout, Rows
 from mmcore.weights.pictures import with_pictures
 from mmcore.weights.settings import Key, Settings
+
+_WEIGHTS_FILES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 
 
 def load_tower(path: Path) -> Tower:
@@ -67,16 +69,19 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _of_file(path: Path) -> PooledTower | None:
-    """Of a file of weights alone, or a folder of timm's: read by the first system that knows it, as timm's, or as those
-    that are published by timm's names; None of others."""
-    if path.is_file():
-        found = (entry.load()(path) for entry in entries("FILES").values())
-        tower = next((tower for tower in found if tower is not None), None)
-        if tower is not None:
-            return PooledTower(tower.config, "mean", tower.state)
+    """Of a file of weights alone, or a folder of timm's: read once, and taken by the first system that knows it, as
+    timm's, or as those that are published by timm's names; None of others."""
     if is_timm(path):
         return load_timm_vit(path)
-    tower = load_published(path) if path.is_file() and path.suffix in WEIGHTS_FILES else None
+    if not path.is_file() or path.suffix not in _WEIGHTS_FILES:
+        return None
+    state = read_weights("load_tower", path)
+    towers = (entry.load()(state) for entry in entries("FILES").values())
+    if (tower := next((tower for tower in towers if tower is not None), None)) is not None:
+        return PooledTower(tower.config, "mean", tower.state)
+    if is_timm(path, state):
+        return load_timm_vit(path, state)
+    tower = published_vit(state)
     return None if tower is None else PooledTower(tower.config, "class", tower.state)
 
 

@@ -63,6 +63,16 @@ CLIP_BLOCK_SETTINGS = transformers_keys(
 )
 CLIP_TOWER_SETTINGS = transformers_keys(image_size=224, patch_size=32) | CLIP_BLOCK_SETTINGS
 """CLIPVisionConfig's, for a `VisionConfig`."""
+TIMM_BLOCK = {
+    "norm1": "norm1",
+    "attn.qkv": "attn.qkv",
+    "attn.out": "attn.proj",
+    "scale1": "ls1.gamma",
+    "norm2": "norm2",
+    "mlp": "mlp",
+    "scale2": "ls2.gamma",
+}
+"""A layer of timm's vision transformers, of DINO's, iBOT's and DINOv2's."""
 VIT_BLOCK = {
     "norm1": "layernorm_before",
     "attn.qkv": "attention.attention.{query,key,value}",

@@ -75,6 +75,11 @@ def read_pickle(op: str, file: Path, *, parts: Sequence[str] = PARTS) -> dict[st
     return raw
 
 
+def read_weights(op: str, file: Path, *, parts: Sequence[str] = PARTS) -> dict[str, Tensor]:
+    """The tensors of a file, .safetensors or torch's; `parts` and errors as of `read_pickle`."""
+    return read_safetensors(op, file) if file.suffix == ".safetensors" else read_pickle(op, file, parts=parts)
+
+
 def read_folder(op: str, folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder's *.safetensors, on the CPU: of those that an index names, of model.safetensors, or of
     all; a ValueError where there are none."""

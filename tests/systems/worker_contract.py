@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from bench.towers import grouped
 from mmcore import checkpoint
 from mmcore.launch import parse
 from mmcore.systems import entries
@@ -26,9 +27,7 @@ def flags_of(name: str, known: dict[str, Path]) -> list[str]:
     """Those of the recipe's proof, small, from the runs that are there."""
     proof = entries("PROOFS")[name].load()
     earlier = [str(known.get(recipe, "")) for recipe, _ in proof.runs[:-1]]
-    words = proof.runs[-1][1].format(*earlier).split()
-    starts = [i for i, word in enumerate(words) if word.startswith("--")]
-    flags = [words[i:j] for i, j in zip(starts, [*starts[1:], len(words)], strict=True)]
+    flags = grouped(proof.runs[-1][1].format(*earlier))
     return [x for words in flags if words[0] not in SMALL.split() and words[0] not in LEFT_OUT for x in words]
 
 

@@ -2,5 +2,5 @@
 
 RECIPES = {"mae": "recipe:Mae"}
 FOLDERS = {"vit_mae": "weights:load_mae"}
-FILES = {"mae": "weights:load_published_encoder"}
+FILES = {"mae": "weights:published_encoder"}
 PROOFS = {"mae": "recipe:PROOF"}

@@ -1,6 +1,7 @@
 """MAE's weights and settings as transformers' ViTMAEForPreTraining has them in its files."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from mmcore.nn import sincos_positions
 from mmcore.parts.vit import Tower, ViT, mae_vision
 from mmcore.parts.vit_names import VIT_BLOCK, VIT_SETTINGS, VIT_TOWER
 from mmcore.systems.mae.model import MAE, MAEConfig
-from mmcore.weights.files import read_pickle, read_safetensors
+from mmcore.weights.files import read_weights
 from mmcore.weights.folder import ModelFolder
 from mmcore.weights.layout import Layout, leading, under
 from mmcore.weights.settings import Key, Settings
@@ -72,15 +73,14 @@ _HEADS = {768: 12, 1024: 16, 1280: 16}
 def read_published(op: str, file: Path, model: MAE) -> dict[str, Tensor]:
     """The weights of a published file by their names in a model, of a file without a decoder those of the encoder; a
     ValueError of another model's."""
-    state, wanted = _file(op, file), model.state_dict()
+    state, wanted = read_weights(op, file), model.state_dict()
     if "decoder_embed.weight" not in state:
         wanted = {name: x for name, x in wanted.items() if name.startswith("visual.")}
     return PUBLISHED.read(op, state, wanted)
 
 
-def load_published_encoder(file: Path) -> Tower | None:
-    """The encoder of a published file, known by its decoder or by its fixed positions; None of others."""
-    state = _file("load_tower", file)
+def published_encoder(state: Mapping[str, Tensor]) -> Tower | None:
+    """The encoder of what a published file holds, known by its decoder or by its fixed positions; None of others."""
     positions = state.get("pos_embed")
     if positions is None or "blocks.0.attn.qkv.weight" not in state or "patch_embed.proj.weight" not in state:
         return None
@@ -98,7 +98,3 @@ def load_published_encoder(file: Path) -> Tower | None:
     unread = sorted({name.split(".")[0] for name in state if name.startswith(("decoder_", "mask_token", "head"))})
     found = PUBLISHED.read("load_tower", state, wanted, unread=unread)
     return Tower(vision, {name.removeprefix("visual."): x for name, x in found.items()})
-
-
-def _file(op: str, file: Path) -> dict[str, Tensor]:
-    return read_safetensors(op, file) if file.suffix == ".safetensors" else read_pickle(op, file)

@@ -12,7 +12,7 @@ RECIPES = {
     "vqkd": "tokenizer_recipe:VqKd",
 }
 FOLDERS = {"beit": "weights:load_beit", "data2vec-vision": "weights:load_data2vec"}
-FILES = {"beit": "weights:load_published_tower"}
+FILES = {"beit": "weights:published_tower"}
 PLANS = {
     "simmim": "plan:SimMimPlan",
     "maskfeat": "plan:MaskFeatPlan",

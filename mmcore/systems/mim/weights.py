@@ -20,7 +20,7 @@ from mmcore.systems.mim.model import Mim, MimConfig
 from mmcore.systems.vit.shapes import vit_vision
 from mmcore.systems.vit.weights import SETTINGS as VIT_SETTINGS_OF_FOLDER
 from mmcore.systems.vit.weights import save_vit
-from mmcore.weights.files import read_json, read_pickle, read_safetensors
+from mmcore.weights.files import read_json, read_weights
 from mmcore.weights.folder import ModelFolder
 from mmcore.weights.layout import Layout, Theirs, leading, under
 from mmcore.weights.settings import Key, Settings
@@ -268,13 +268,9 @@ PUBLISHED_SIMMIM = _Layout({**_published, **_PIXELS}, older=(("encoder.", ""),),
 
 def read_published(op: str, file: Path, model: Mim) -> dict[str, Tensor]:
     """The weights of a published file by their names in a model; a ValueError of another model's."""
-    state = _file(op, file)
+    state = read_weights(op, file)
     layout = PUBLISHED_SIMMIM if "decoder.0.weight" in state else PUBLISHED
     return layout.read(op, state, model.state_dict())
-
-
-def _file(op: str, file: Path) -> dict[str, Tensor]:
-    return read_safetensors(op, file) if file.suffix == ".safetensors" else read_pickle(op, file)
 
 
 def read_start(op: str, path: Path, model: Mim) -> dict[str, Tensor]:
@@ -299,11 +295,11 @@ def read_start(op: str, path: Path, model: Mim) -> dict[str, Tensor]:
     return found
 
 
-def load_published_tower(file: Path) -> Tower | None:
-    """The tower of a published file of BEiT, BEiT v2, EVA or SimMIM, whose heads are 64 wide but for EVA's; None of
-    others."""
+def published_tower(state: Mapping[str, Tensor]) -> Tower | None:
+    """The tower of what a published file holds of BEiT, BEiT v2, EVA or SimMIM, whose heads are 64 wide but for EVA's;
+    None of others."""
     op = "load_tower"
-    state = {name.removeprefix("encoder."): x for name, x in _file(op, file).items()}
+    state = {name.removeprefix("encoder."): x for name, x in state.items()}
     if "blocks.0.attn.q_bias" not in state or "cls_token" not in state:
         return None
     patch, width = state["patch_embed.proj.weight"].shape[-1], state["cls_token"].shape[-1]
@@ -311,7 +307,7 @@ def load_published_tower(file: Path) -> Tower | None:
     is_shared, positions = "rel_pos_bias.relative_position_bias_table" in state, state.get("pos_embed")
     side = (math.isqrt(len(table) - 3) + 1) // 2 if table is not None else None
     side = math.isqrt(positions.shape[1] - 1) if positions is not None else side
-    require(op, side is not None, "{} must hold positions of patches, got none", file)
+    require(op, side is not None, "a published file must hold positions of patches, got {}", None)
     assert side is not None
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     heads = table.shape[1] if table is not None else _EVA_HEADS.get(width, max(1, width // 64))

@@ -134,7 +134,7 @@ def test_towers_are_read_from_files_with_timms_names(tmp_path: Path) -> None:
         assert all(torch.equal(x, ours.visual.state_dict()[n]) for n, x in found.state.items())
         assert torch.equal(load_tower(where).state["norm_post.bias"], ours.visual.norm_post.bias)
     torch.save({"blocks.0.attn.qkv.weight": torch.zeros(2)}, tmp_path / "less.pth")
-    assert not is_timm(tmp_path / "less.pth") and not is_timm(tmp_path)
+    assert not is_timm(tmp_path / "less.pth", torch.load(tmp_path / "less.pth")) and not is_timm(tmp_path)
 
 
 def test_a_tower_of_another_size_has_its_positions_interpolated_and_a_locked_one_stays(monkeypatch: Any) -> None:
