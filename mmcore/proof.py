@@ -15,14 +15,14 @@ class Claim:
         floor: that it has to reach, at most 1.
         ceiling: that the control has to stay below; None = the floor.
         control: "others", the same model shown the images of other records; "without", the last of `Proof.without`;
-            "untrained", the model as it was before the first step.
+            "untrained", the model as it was before the first step; None of a figure that all of these would reach too.
     """
 
     figure: str
     value: str
     floor: float
     ceiling: float | None = None
-    control: Literal["others", "without", "untrained"] = "others"
+    control: Literal["others", "without", "untrained"] | None = "others"
 
 
 @dataclass(frozen=True)

@@ -51,18 +51,18 @@ class Found:
     proof: str
     figure: str
     value: float
-    control: float
+    control: float | None
     floor: float
     ceiling: float
 
     @property
     def holds(self) -> bool:
         """Whether it reaches its floor, and its control stays below its ceiling."""
-        return self.value >= self.floor and self.control < self.ceiling
+        return self.value >= self.floor and (self.control is None or self.control < self.ceiling)
 
     @property
     def line(self) -> str:
-        value, control = (shown(self.figure, x) for x in (self.value, self.control))
+        value, control = ("none" if x is None else shown(self.figure, x) for x in (self.value, self.control))
         return f"{self.proof}: {self.figure} {value}; control {control}; floor {shown(self.figure, self.floor, 0)}"
 
     @property
@@ -120,7 +120,8 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
     found = []
     for c in proof.claims:
         ceiling = c.floor if c.ceiling is None else c.ceiling
-        found.append(Found(name, c.figure, values[c.value], controls[c.control][c.value], c.floor, ceiling))
+        control = None if c.control is None else controls[c.control][c.value]
+        found.append(Found(name, c.figure, values[c.value], control, c.floor, ceiling))
     for figure in found:
         print(figure.line)
     if draws:
