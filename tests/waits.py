@@ -3,6 +3,8 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ class Waits(TorchFunctionMode):
 
     def __init__(self, package: str = "mmcore", counts_uploads: bool = False) -> None:
         super().__init__()
-        self.folder, self.uploads = f"/{package}/", UPLOADS if counts_uploads else set()
+        # not by the name alone: the folder of a clone may have it too
+        self.folder = f"{Path(str(import_module(package).__file__)).parent}/"
+        self.package, self.uploads = package, UPLOADS if counts_uploads else set()
         self.lines: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -31,6 +35,6 @@ class Waits(TorchFunctionMode):
             while "/torch/" in frame.f_code.co_filename:
                 frame = frame.f_back
             file = frame.f_code.co_filename
-            if self.folder in file and not file.endswith(ON_HOST):
-                self.lines[f"{self.folder[1:]}{file.split(self.folder)[-1]}:{frame.f_lineno}"] += 1
+            if file.startswith(self.folder) and not file.endswith(ON_HOST):
+                self.lines[f"{self.package}/{file.removeprefix(self.folder)}:{frame.f_lineno}"] += 1
         return func(*args, **(kwargs or {}))
