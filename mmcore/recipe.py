@@ -164,6 +164,7 @@ class Recipe(ABC):
     - `embeds(assets, model, device) -> Embeds`: images and texts to unit vectors; zeroshot, retrieval.
     - `aligns(assets, model, device) -> Aligns`: patches and words to unit vectors; alignment.
     - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
+    - `completes(assets, model, device) -> Completes`: images and texts around a missing word to that word; cloze.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
     - `agrees(assets, model, device) -> Agrees`: patches, masked and seen, to prototypes; agreement.

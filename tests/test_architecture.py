@@ -22,8 +22,8 @@ ALLOWED: dict[str, str] = {
     "mmcore.prove": "launch recipe runs systems tasks data",
     "mmcore.export": "runs systems",
     "mmcore.launch": "systems",
-    "mmcore.systems": "recipe two_towers image_recipe runs parts weights metrics report data tasks train plan nn "
-    "losses launch integrations",
+    "mmcore.systems": "recipe two_towers image_recipe fusion_recipe runs parts weights metrics report data tasks train "
+    "plan nn losses launch integrations",
     "mmcore.plan": "recipe systems launch parts data nn losses mmkernels",
     "mmcore.train.__main__": "launch",
     "mmcore.train": "recipe runs tasks systems data nn ema optim",
@@ -32,6 +32,7 @@ ALLOWED: dict[str, str] = {
     "mmcore.runs": "recipe systems",
     "mmcore.two_towers": "recipe data",
     "mmcore.image_recipe": "recipe data parts",
+    "mmcore.fusion_recipe": "recipe image_recipe data parts tasks runs train weights",
     "mmcore.proof": "",
     "mmcore.recipe": "proof data train.accumulate train.config train.optim train.deepspeed_json",
     "mmcore.train.deepspeed_json": "train.config train.optim",
@@ -40,7 +41,7 @@ ALLOWED: dict[str, str] = {
     "mmcore.train.config": "",
     "mmcore.train.accumulate": "losses",
     "mmcore.report": "data",
-    "mmcore.parts": "weights data nn systems",
+    "mmcore.parts": "weights data nn losses metrics systems",
     "mmcore.weights": "data",
     "mmcore.metrics": "",
     "mmcore.data": "",

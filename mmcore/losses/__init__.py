@@ -4,7 +4,17 @@ from mmcore.losses.assignment import AssignmentLosses, global_assignment_losses,
 from mmcore.losses.cached import cached_contrastive_step
 from mmcore.losses.contrastive import global_contrastive_loss
 from mmcore.losses.drop_in import BackpropType, ClipLoss, ContrastiveLossWithTemperature, SigLipLoss
-from mmcore.losses.matching import Negatives, fetch_rows, global_ratio, hard_negatives, matching_loss, pair_labels
+from mmcore.losses.matching import (
+    MatchingRows,
+    Negatives,
+    fetch_rows,
+    global_ratio,
+    hard_negatives,
+    matching_loss,
+    matching_rows,
+    pair_labels,
+    trimmed,
+)
 from mmcore.losses.self_distillation import gram_loss, koleo_loss, patch_distillation_loss, view_distillation_loss
 from mmcore.losses.sigmoid import global_sigmoid_loss
 from mmcore.losses.token import global_token_contrastive_loss
@@ -15,6 +25,7 @@ __all__ = [
     "BackpropType",
     "ClipLoss",
     "ContrastiveLossWithTemperature",
+    "MatchingRows",
     "Negatives",
     "SigLipLoss",
     "cached_contrastive_step",
@@ -28,9 +39,11 @@ __all__ = [
     "hard_negatives",
     "koleo_loss",
     "matching_loss",
+    "matching_rows",
     "nt_xent_loss",
     "pair_labels",
     "patch_distillation_loss",
     "sinkhorn_knopp",
+    "trimmed",
     "view_distillation_loss",
 ]

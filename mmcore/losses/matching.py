@@ -1,5 +1,6 @@
 """Image-text matching: pairs that are hard to tell from right ones, drawn from the batches of all ranks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,55 @@ def global_ratio(total: Tensor, count: Tensor, group: Group = None) -> Tensor:
     counted = counted.clone()
     dist.all_reduce(counted, group=group)
     return global_mean(total / counted.clamp(min=1), group)
+
+
+class MatchingRows(NamedTuple):
+    """Right pairs of this rank, then each text with a wrong image, then each image with a wrong text; R in all."""
+
+    more: Tensor  # states [M, ...] of other ranks' images, without a gradient
+    image_index: Tensor  # int64 [R], the image of each pair among this rank's m and the M
+    texts: tuple[Tensor, ...]  # each [R, ...]
+    is_match: Tensor  # bool [R]
+
+
+def matching_rows(negatives: Negatives, states: Tensor, texts: Sequence[Tensor], group: Group = None) -> MatchingRows:
+    """Right and wrong pairs for `matching_loss`; a rank fetches the images and texts that others have. Pairs without a
+    negative are left out of the wrong ones.
+
+    Args:
+        negatives: of `hard_negatives`.
+        states: `[m, ...]` of this rank's images.
+        texts: tensors `[m, ...]` of this rank's texts, such as tokens and lengths, each rank's of one padding.
+        group: the data-parallel process group.
+    """
+    own = torch.arange(len(states), device=states.device)
+    # -1 where no negative was found
+    of_text, of_image = own[negatives.images >= 0], own[negatives.texts >= 0]
+    more, wrong = _images_to_fetch(states, negatives.images[of_text], group)
+    fetched = [fetch_rows(x, negatives.texts[of_image], group) for x in texts]
+    rows = tuple(torch.cat([x, x[of_text], y]) for x, y in zip(texts, fetched, strict=True))
+    index = torch.cat([own, wrong, of_image])
+    return MatchingRows(more, index, rows, torch.arange(len(index), device=index.device) < len(own))
+
+
+def _images_to_fetch(states: Tensor, numbers: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """States of the images that other ranks have, and where each image stands in this rank's and those."""
+    counts = row_counts(len(states), states.device, group)
+    first = first_row(counts, group)
+    is_own = (numbers >= first) & (numbers < first + len(states))
+    foreign, place = numbers[~is_own].unique(return_inverse=True)
+    index = numbers - first
+    index[~is_own] = len(states) + place
+    return fetch_rows(states, foreign, group), index
+
+
+def trimmed(tokens: Tensor, num_text: Tensor, group: Group = None) -> Tensor:
+    """int64 `[m, T]`, of which the first `num_text` `[m]` of each row count, without what is padding in every row of
+    every rank."""
+    longest = num_text.max() if len(num_text) else num_text.new_zeros(())
+    if world_size_of(group) > 1:
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    return tokens[:, : int(longest)]
 
 
 def matching_loss(logits: Tensor, is_match: Tensor, group: Group = None) -> Tensor:

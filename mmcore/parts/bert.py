@@ -1,14 +1,15 @@
-"""BERT's encoder as a text tower: captions to the state of their [CLS] token (arXiv:1810.04805), and its files."""
+"""BERT's encoder (arXiv:1810.04805) as a text tower, and with an image to read as ALBEF's and BLIP's; its files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcore.nn import Linear, PostNormBlock
+from mmcore.nn import KeyValueCache, KeyValues, Linear, PostNormBlock
 from mmcore.ops import masks, require
 from mmcore.parts.vit import check_tower, tower_summary
 from mmcore.weights.files import read_folder, read_json
@@ -20,7 +21,12 @@ _STD = 0.02  # of new weights of BERT-base
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Shape of the encoder, which has `num_positions` places; a caption has at most `context_length` tokens."""
+    """Shape of the encoder, which has `num_positions` places; a caption has at most `context_length` tokens.
+
+    With `image_width` the layers from `first_cross` on may read the states of an image, of that width: ALBEF's from the
+    middle on, BLIP's from the first. `dropout` and `attention_dropout` are of `mmcore.nn.PostNormBlock`, the former of
+    the embeddings too.
+    """
 
     vocab_size: int = 30522
     context_length: int = 64
@@ -33,6 +39,10 @@ class BertConfig:
     pad_token_id: int = 0
     num_types: int = 2
     num_positions: int = 512
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    image_width: int | None = None
+    first_cross: int = 0
 
     def __post_init__(self) -> None:
         sizes = {"vocab_size": self.vocab_size, "context_length": self.context_length}
@@ -40,6 +50,9 @@ class BertConfig:
         check_tower("BertConfig", self.width, self.num_heads, self.activation, **sizes)
         fits, most = self.context_length <= self.num_positions, self.num_positions
         require("BertConfig", fits, "context_length must be at most {}, got {}", most, self.context_length)
+        fits = 0 <= self.first_cross < self.num_layers
+        require("BertConfig", fits, "first_cross must be in [0, {}), got {}", self.num_layers, self.first_cross)
+        require("BertConfig", 0 <= self.dropout < 1, "dropout must be from 0, below 1, got {}", self.dropout)
 
     @property
     def summary(self) -> str:
@@ -48,8 +61,7 @@ class BertConfig:
 
 
 class BertEncoder(nn.Module):
-    """Embeddings of words, places and the first type, and post-LN layers in which a token sees all that is no
-    padding; without dropout."""
+    """Embeddings of words, places and the first type, and post-LN layers."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -59,9 +71,12 @@ class BertEncoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.randn(config.num_positions, width) * _STD)
         self.type_embedding = nn.Parameter(torch.randn(config.num_types, width) * _STD)
         self.norm = nn.LayerNorm(width, eps=eps)
-        options = {"activation": config.activation, "norm_eps": eps}
+        self.dropout = nn.Dropout(config.dropout)
+        options = {"activation": config.activation, "norm_eps": eps, "dropout": config.dropout}
+        options["attention_dropout"] = config.attention_dropout
+        image_widths = [config.image_width if i >= config.first_cross else None for i in range(config.num_layers)]
         self.blocks = nn.ModuleList(
-            PostNormBlock(width, config.num_heads, config.mlp_dim, **options) for _ in range(config.num_layers)
+            PostNormBlock(width, config.num_heads, config.mlp_dim, image_width=x, **options) for x in image_widths
         )
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -71,19 +86,55 @@ class BertEncoder(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.word_embedding.weight[config.pad_token_id].detach())
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [B, T], padded on the right or nowhere, to the states [B, D] of the first token of each."""
-        fits = tokens.ndim == 2 and 1 <= tokens.shape[1] <= len(self.position_embedding)
-        what = "tokens must be [B, T] with 1 <= T <= {}, got {}"
-        require("BertEncoder", fits, what, len(self.position_embedding), list(tokens.shape))
-        length, recompute = tokens.shape[1], self.activation_checkpointing and torch.is_grad_enabled()
-        mask = masks.key_padding(tokens != self.config.pad_token_id, length)
-        x = self.norm(self.word_embedding(tokens) + self.position_embedding[:length] + self.type_embedding[0])
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            inputs = x, mask, _first if i == last else None
-            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+    def forward(
+        self,
+        x: Tensor,
+        mask: masks.Mask | None = None,
+        image: Tensor | Sequence[KeyValues] | None = None,
+        *,
+        layers: slice = slice(None),
+        pool: Callable[[Tensor], Tensor] | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+        first_place: int = 0,
+    ) -> Tensor:
+        """What layers make of tokens or of states.
+
+        Args:
+            x: int64 [B, T], or states [B, T, D] of the layers before.
+            mask: for T queries and T keys, such as `mmkernels.masks.lengths` of the texts; None = all see all.
+            image: [B, P, D_image], or `image_keys_values` of it for these layers; None = text alone.
+            layers: which ones; all by default.
+            pool: takes of the last layer's states, [B, T, D], those that are wanted, of three dimensions where there
+                is an image.
+            caches: one a layer, of the text that came before.
+            first_place: of the first token in its text.
+
+        Returns:
+            [B, T, D], or what `pool` makes of it.
+        """
+        if not x.is_floating_point():
+            x = self._embedded(x, first_place)
+        chosen: Any = self.blocks[layers]
+        recompute, last = self.activation_checkpointing and torch.is_grad_enabled(), len(chosen) - 1
+        given = iter(image) if image is not None and not isinstance(image, Tensor) else None
+        for i, block in enumerate(chosen):
+            read = None if block.cross is None else image if given is None else next(given)
+            options = {"image": read, "cache": None if caches is None else caches[i]}
+            inputs = x, mask, pool if i == last else None
+            x = checkpoint(block, *inputs, use_reentrant=False, **options) if recompute else block(*inputs, **options)
         return x
+
+    def _embedded(self, tokens: Tensor, first_place: int) -> Tensor:
+        most = len(self.position_embedding) - first_place
+        fits = tokens.ndim == 2 and 1 <= tokens.shape[1] <= most
+        require("BertEncoder", fits, "tokens must be [B, T] with 1 <= T <= {}, got {}", most, list(tokens.shape))
+        places = self.position_embedding[first_place : first_place + tokens.shape[1]]
+        return self.dropout(self.norm(self.word_embedding(tokens) + places + self.type_embedding[0]))
+
+    def image_keys_values(self, image: Tensor, *, layers: slice = slice(None)) -> list[KeyValues]:
+        """Those of [B, P, D_image] in each of the layers that reads it, for as many passes as need them."""
+        chosen: Any = self.blocks[layers]
+        return [block.cross.keys_values(image) for block in chosen if block.cross is not None]
 
 
 def _first(x: Tensor) -> Tensor:
@@ -91,7 +142,8 @@ def _first(x: Tensor) -> Tensor:
 
 
 class BertTower(nn.Module):
-    """A BERT encoder, its [CLS] state and a projection: captions [B, T] to embeddings [B, E], not yet normalised."""
+    """A BERT encoder, its [CLS] state and a projection: captions [B, T], padded on the right or nowhere, to embeddings
+    [B, E], not yet normalised."""
 
     def __init__(self, config: BertConfig, embed_dim: int, *, bias: bool) -> None:
         super().__init__()
@@ -105,7 +157,8 @@ class BertTower(nn.Module):
         """`lengths` are of the captions, the longest of which is all that is computed; None = all T tokens are."""
         if lengths is not None and len(lengths):
             tokens = tokens[:, : max(lengths)]
-        return self.proj(self.transformer(tokens))
+        mask = masks.key_padding(tokens != self.transformer.config.pad_token_id, tokens.shape[1])
+        return self.proj(self.transformer(tokens, mask, pool=_first))
 
 
 LAYER = {
@@ -117,6 +170,13 @@ LAYER = {
     "mlp_norm.norm": "output.LayerNorm",
 }
 """A layer of BertModel's, for a `PostNormBlock`."""
+CROSS = {
+    "cross.q": "crossattention.self.query",
+    "cross.kv": "crossattention.self.{key,value}",
+    "cross.out": "crossattention.output.dense",
+    "cross_norm.norm": "crossattention.output.LayerNorm",
+}
+"""What a layer that reads an image has besides, as ALBEF, BLIP and BertModel with cross-attention name it."""
 ENCODER = {
     "word_embedding": "embeddings.word_embeddings",
     "position_embedding": "embeddings.position_embeddings.weight",

@@ -20,6 +20,7 @@ TASKS = {
     "crosslingual": "embeds",
     "alignment": "aligns",
     "matching": "matches",
+    "cloze": "completes",
     "caption": "speaks",
     "vqa": "speaks",
     "conversation": "converses",

@@ -68,6 +68,10 @@ class PairSource(ABC):
         """That the caption answers; None where captions stand alone."""
         return None
 
+    def answers(self, i: int) -> tuple[str, ...]:
+        """That people gave to the question, repeats included; none where captions stand alone."""
+        return ()
+
     def label(self, i: int, caption: str) -> int:
         """Pairs of equal labels are positives of each other."""
         return stable_hash(caption)
@@ -112,6 +116,9 @@ class OtherPictures(PairSource):
     def question(self, i: int) -> str | None:
         return self.source.question(i)
 
+    def answers(self, i: int) -> tuple[str, ...]:
+        return self.source.answers(i)
+
     def label(self, i: int, caption: str) -> int:
         return self.source.label(i, caption)
 
@@ -143,6 +150,10 @@ class Pair:
     @property
     def question(self) -> str | None:
         return self.source.question(self.index)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return self.source.answers(self.index)
 
     def caption(self, rng: np.random.Generator) -> str:
         return self.source.caption(self.index, rng)

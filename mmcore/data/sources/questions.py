@@ -73,6 +73,9 @@ class QuestionSet(Measured, PairSource):
     def question(self, i: int) -> str:
         return self.questions[i].text
 
+    def answers(self, i: int) -> tuple[str, ...]:
+        return self.questions[i].answers
+
     def caption(self, i: int, rng: np.random.Generator) -> str:
         """An answer to question `i`, as likely as the share of the annotators who gave it."""
         answers = [a for a in self.questions[i].answers if a.strip()]

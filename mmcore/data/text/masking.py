@@ -17,6 +17,8 @@ def mask_tokens(
     mask_id: int,
     num_words: int,
     replace: tuple[float, float] = (0.8, 0.1),
+    is_inner: Tensor | None = None,
+    at_least_one: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Some of a text's tokens hidden, to be told from the others (BERT, arXiv 1810.04805).
 
@@ -27,6 +29,8 @@ def mask_tokens(
         mask_id: what stands in the place of a hidden one.
         num_words: a random word is an id below it.
         replace: shares of the hidden that become `mask_id` and a random word; the rest stays as it is.
+        is_inner: bool [T], which go on with the word of the one before: words are then drawn and hidden whole.
+        at_least_one: where none is drawn, one is, if any may be.
 
     Returns:
         The tokens, and the labels [T]: what was there, -100 where nothing is hidden.
@@ -39,7 +43,12 @@ def mask_tokens(
     drawn = torch.from_numpy(rng.random(len(tokens)))
     kind = torch.from_numpy(rng.random(len(tokens)))
     random = torch.from_numpy(rng.integers(0, num_words, len(tokens)))
+    if is_inner is not None:  # an inner piece is drawn as the first of its word
+        first = torch.arange(len(tokens)).masked_fill(is_inner, 0).cummax(0).values
+        drawn = drawn[first]
     is_hidden = is_word & (drawn < rate)
+    if at_least_one and is_word.any() and not is_hidden.any():
+        is_hidden = is_word & (drawn == drawn.masked_fill(~is_word, 2).min())
     masked, other = kind < replace[0], (kind >= replace[0]) & (kind < sum(replace))
     found = tokens.masked_fill(is_hidden & masked, mask_id)
     return torch.where(is_hidden & other, random, found), tokens.masked_fill(~is_hidden, IGNORED)

@@ -1,5 +1,5 @@
-"""BERT's WordPiece, which BLIP-2's Q-Former reads: BERT's own vocabulary where it is given, else one learned from
-captions."""
+"""BERT's WordPiece, which fusion encoders and Q-Formers read: BERT's own vocabulary where it is given, else one
+learned from captions."""
 
 import json
 from collections.abc import Sequence
@@ -43,7 +43,11 @@ class WordPiece:
         self.words = (*words, DECODER_TOKEN)
         self.vocab_size = len(self.words)
         self.pad_token_id, self.cls_token_id, self.sep_token_id = (ids[w] for w in ("[PAD]", "[CLS]", "[SEP]"))
+        self.mask_token_id = ids.get("[MASK]")  # None = a vocabulary without one
         self.decoder_token_id = len(words)
+        special = torch.tensor([word in SPECIAL for word in self.words])
+        self._is_inner = torch.tensor([word.startswith(_PREFIX) for word in self.words])
+        self._is_word = ~special & (torch.arange(len(self.words)) < len(words))
         self._model = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
         self._model.normalizer, self._model.pre_tokenizer = _normalizer(), pre_tokenizers.BertPreTokenizer()
         self._decoder = decoders.WordPiece(prefix=_PREFIX, cleanup=True)
@@ -72,6 +76,14 @@ class WordPiece:
         """As a call, every text padded to `length`, so that the texts of all ranks are of one."""
         tokens, num_text = self(texts, length)
         return Texts(F.pad(tokens, (0, length - tokens.shape[1]), value=self.pad_token_id), num_text)
+
+    def is_word(self, tokens: Tensor) -> Tensor:
+        """Where int64 ids stand for a word or a piece of one, no special token: bool of their shape."""
+        return self._is_word[tokens]
+
+    def is_inner(self, tokens: Tensor) -> Tensor:
+        """Where int64 ids go on with the word of the one before, "##ing": bool of their shape."""
+        return self._is_inner[tokens]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids up to the first [SEP], without special tokens."""

@@ -14,8 +14,9 @@ from mmcore.labels import IGNORED
 from mmcore.nn import KeyValues, Linear
 from mmcore.ops import accumulator, masks, require
 from mmcore.parts.decoding import beam_search, check_decoding, decode, nucleus
+from mmcore.parts.text_head import TextHead
 from mmcore.parts.vit import VisionConfig, ViT
-from mmcore.systems.blip2.qformer import QFormer, QFormerConfig, TextHead
+from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class BLIP2(nn.Module):
         self.vision_proj = Linear(width, config.embed_dim)
         self.text_proj = Linear(width, config.embed_dim)
         self.itm_head = Linear(width, 2)
-        self.text_head = TextHead(config.qformer, self.qformer.text.word)
+        self.text_head = TextHead(self.qformer.text.word, norm_eps=config.qformer.norm_eps)
         # a divisor, neither a log nor clamped
         self.temperature = nn.Parameter(torch.full((1,), config.init_temperature))
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.nn import KeyValueCache, KeyValues, Linear, QFormerBlock
-from mmcore.ops import linear_cross_entropy, masks, require
+from mmcore.nn import KeyValueCache, KeyValues, QFormerBlock
+from mmcore.ops import masks, require
 
 
 @dataclass(frozen=True)
@@ -57,27 +56,6 @@ class TextEmbedding(nn.Module):
     def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
         """int64 [B, T] and [T] to [B, T, D]."""
         return self.word(tokens) + self.position(places)
-
-
-class TextHead(nn.Module):
-    """BERT's language-model head, tied to the tokens' embedding: LN(gelu(W x)) E^T + b."""
-
-    def __init__(self, config: QFormerConfig, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.transform = Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        # the same parameter as the embedding's: ZeRO-3 gathers it for either
-        self.weight = embedding.weight
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, x: Tensor, labels: Tensor | None = None, *, label_smoothing: float = 0.0) -> Tensor:
-        """[..., D] to logits [..., V]; with int64 labels [...], -100 where there is none, to the sum of the
-        cross-entropies."""
-        x = self.norm(F.gelu(self.transform(x)))
-        if labels is None:
-            return F.linear(x, self.weight, self.bias)
-        operands = x.flatten(0, -2), self.weight, labels.flatten()
-        return linear_cross_entropy(*operands, bias=self.bias, label_smoothing=label_smoothing, reduction="sum")
 
 
 class QFormer(nn.Module):

@@ -23,6 +23,7 @@ from transformers import (
     ViTModel,
 )
 
+from mmcore.ops import masks
 from mmcore.parts.bert import LAYOUT, BertEncoder, read_bert
 from mmcore.parts.foreign import ForeignImageTower, ForeignVision, load_foreign_text
 from mmcore.parts.image_tower import ImageTower
@@ -72,7 +73,7 @@ def test_bert_equals_transformers_in_states_and_every_gradient(tmp_path: Path) -
     ours.load_state_dict(state)
     tokens, weights = captions(), torch.randn(7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     expected = theirs(input_ids=tokens, attention_mask=(tokens > 0).long()).last_hidden_state[:, 0]
-    found = ours(tokens)
+    found = ours(tokens, masks.key_padding(tokens > 0, tokens.shape[1]))[:, 0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
