@@ -46,7 +46,7 @@ ALLOWED: dict[str, str] = {
     "mmcore.metrics": "",
     "mmcore.data": "",
     "mmcore.integrations.lmms_eval": "data tasks systems runs",
-    "mmcore.integrations": "losses",
+    "mmcore.integrations": "losses nn",
     "mmcore.losses": "nn mmkernels",
     "mmcore.nn": "ema",
     "mmcore.optim": "ema",
