@@ -46,10 +46,11 @@ class LazyLogits(Tensor):
 
     def made(self) -> Tensor:
         """The logits, computed once."""
-        if self.value is None:
+        value = self.value
+        if value is None:
             value = self.head(self.states, now=True)
-            self.value = value.float() if self.is_wide else value
-        return self.value
+            self.value = value = value.float() if self.is_wide else value
+        return value
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
