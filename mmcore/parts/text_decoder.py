@@ -58,10 +58,12 @@ class TextDecoder:
         is_learned = (place >= num_prompt) & (place < num_text[:, None])
         return tokens.masked_fill(~is_learned, IGNORED)[:, 1:]
 
-    def of_each(self, tokens: Tensor, num_text: Tensor) -> Tensor:
+    def of_each(self, tokens: Tensor, num_text: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """The cross-entropy of each text behind its first token, summed over its tokens: [B]."""
         labels = self._labels(tokens, num_text, 1)
-        return self.head(self.states(tokens, num_text)[:, :-1], labels, reduction="none").view(labels.shape).sum(1)
+        states = self.states(tokens, num_text)[:, :-1]
+        each = self.head(states, labels, label_smoothing=label_smoothing, reduction="none")
+        return each.view(labels.shape).sum(1)
 
     def of_rows(self, rows: Tensor) -> "TextDecoder":
         """That reads what these rows, int64 [R], do."""
@@ -78,6 +80,7 @@ class TextDecoder:
         top_p: float | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
         eos_token_id: int,
     ) -> Tensor:
         """Texts: the likeliest token at each step, by beam search, or drawn from the nucleus; a ValueError of an option
@@ -88,6 +91,8 @@ class TextDecoder:
             max_length: most tokens of a text, its start included.
             min_length: fewest of them, the end not counted.
             num_beams, top_p, temperature, generator: see `mmcore.parts.decoding`.
+            uniform: [B, N] in [0, 1), what each text is drawn by from the nucleus, a column a token, whatever texts are
+                beside it; in place of a generator.
             eos_token_id: what ends a text.
 
         Returns:
@@ -119,6 +124,12 @@ class TextDecoder:
         pick = partial(torch.argmax, dim=1)
         if top_p is not None:
             pick = partial(nucleus, top_p=top_p, temperature=temperature, generator=generator)
+        if uniform is not None:
+            fits = top_p is not None and generator is None and uniform.shape[1] >= max_length - first
+            what = "uniform must be [B, N] of {} tokens or more, with top_p and without a generator, got {}"
+            require(op, fits, what, max_length - first, list(uniform.shape))
+            drawn, columns = pick, iter(uniform.unbind(1))
+            pick = lambda logits: drawn(logits, uniform=next(columns))  # noqa: E731
         return decode(step, start[:, -1], pick, **ends)
 
     def rank(self, answers: Tensor, num_text: Tensor, top_k: int) -> Tensor:

@@ -115,6 +115,11 @@ class Aligned(MatchesPairs, Resizes):
     """Steps over which it rises from 0; None = as published, those of the first epochs."""
     positives: Literal["pair", "image"] = "pair"
     """What contrast pulls together: a text and its own image, or image = all texts of an image, for retrieval."""
+    temperature_lr: float = 1.0
+    """What --lr is multiplied by for the temperature, a divisor of 0.07 at first that large steps spoil."""
+    queue_after: int = 0
+    """Steps for which contrast is with the batch alone, while the queues fill: what an untrained model makes moves so
+    fast that it tells old rows by their age. 0 as published, where both towers come pretrained."""
     random_queue: bool = False
     """Begin with random unit vectors in the queues, as published; off = with nothing."""
 
@@ -124,11 +129,14 @@ class Aligned(MatchesPairs, Resizes):
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        return (Rule("temperature", clamp=TEMPERATURES),)
+        return (Rule("temperature", lr_scale=self.temperature_lr, clamp=TEMPERATURES),)
 
     def assets(self, data: PairData) -> FusionAssets:
         for name, value in (("teacher-momentum", self.teacher_momentum), ("alpha", self.alpha)):
             require(self.name, 0 <= value <= 1, "--{} must be from 0 to 1, got {}", name, value)
+        rate = self.temperature_lr
+        require(self.name, rate >= 0, "--temperature-lr must be at least 0, got {}", rate)
+        require(self.name, self.queue_after >= 0, "--queue-after must be at least 0, got {}", self.queue_after)
         require(self.name, self.queue_size >= 1, "--queue-size must be at least 1, got {}", self.queue_size)
         steps = self.alpha_steps
         require(self.name, steps is None or steps >= 1, "--alpha-steps must be at least 1, got {}", steps)
@@ -168,6 +176,8 @@ class Aligned(MatchesPairs, Resizes):
         """The mean of both sides' losses; what the momentum model made joins the queues."""
         queues = [step.companions.get(name) for name in ("images", "texts", "ids")]
         held = [queue.filled if isinstance(queue, FeatureQueue) else None for queue in queues]
+        if step.number < self.queue_after:
+            held = [None if known is None else known[:0] for known in held]
         images, texts = (x[:0] if known is None else known for x, known in zip((momentum.image, momentum.text), held))
         ids = None if held[2] is None else (batch.image_ids, held[2][:, 0])
         options: Any = {"alpha": self.share(step), "ids": ids}

@@ -83,27 +83,14 @@ class SaysAnswers(Resizes):
         found = super().sample(assets, record, rng)
         return found._replace(answers=tuple(a for a in found.answers if a.strip()))
 
-    def spoken(self, assets: FusionAssets, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens [A, T] of answers, as a decoder reads them, all of one length, and how many count [A]."""
-        tokens, num_text = assets.wordpiece.padded(answers, self.max_answer)
-        return self.begun(assets, tokens), num_text
-
-    def begun(self, assets: FusionAssets, tokens: Tensor) -> Tensor:
-        """Tokens of answers with the first that a decoder wants."""
-        return tokens
-
-    def asked(self, assets: FusionAssets, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T] of questions, as an encoder reads them, and how many count [B]."""
-        return assets.wordpiece.padded(questions, self.max_text)
-
     def collate(self, assets: FusionAssets, samples: list[FusionSample]) -> AskedBatch:
         batch = collate_pairs([x.pair for x in samples])
         assert batch.questions is not None
         counts = [Counter(x.answers or (x.pair.caption,)) for x in samples]
         owner = [i for i, people in enumerate(counts) for _ in people]
         weights = [count / people.total() for people in counts for count in people.values()]
-        answers = self.spoken(assets, [answer for people in counts for answer in people])
-        asked = self.asked(assets, batch.questions)
+        answers = assets.wordpiece.padded([answer for people in counts for answer in people], self.max_answer)
+        asked = assets.wordpiece.padded(batch.questions, self.max_text)
         return AskedBatch(batch.images, *asked, torch.tensor(owner), *answers, torch.tensor(weights))
 
     def loss(self, model: Runner, batch: AskedBatch, step: Step) -> dict[str, Tensor]:
@@ -118,11 +105,11 @@ class SaysAnswers(Resizes):
         is_ranked, words = self.rank is not None, assets.wordpiece
         what = "--decode has no effect on answers that are ranked, got {}"
         require(self.name, not is_ranked or decoding.decode == "greedy", what, decoding.decode)
-        known = [x.to(device) for x in self.spoken(assets, assets.answers)] if is_ranked else []
+        known = [x.to(device) for x in assets.wordpiece.padded(assets.answers, self.max_answer)] if is_ranked else []
         options = {"max_length": self.max_answer, "eos_token_id": words.sep_token_id, **decoding.options()}
 
         def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-            asked = [x.to(device) for x in self.asked(assets, prompts)]
+            asked = [x.to(device) for x in assets.wordpiece.padded(prompts, self.max_text)]
             read = assets.preprocess(images).to(device), *asked
             if self.rank is not None:
                 best = model("rank", *read, *known, min(self.rank, len(assets.answers)))

@@ -113,8 +113,8 @@ PROOF = Proof(
     [
         (
             "albef",
-            "--data digits --wrong-captions 0.4 --model tiny --queue-size 256 --random-queue --epochs 20 --batch-size 64 "
-            "--lr 1e-3 --ema 0.99",
+            "--data digits --wrong-captions 0.4 --model tiny --queue-size 256 --queue-after 220 --alpha-steps 440 "
+            "--teacher-momentum 0.95 --epochs 20 --batch-size 64 --lr 1e-3 --ema 0.99",
         )
     ],
     [

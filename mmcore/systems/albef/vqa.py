@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmcore.data.text.wordpiece import WordPiece
@@ -23,7 +24,40 @@ from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig
 
 
-class ALBEFVQA(nn.Module):
+class AnswersInWords(nn.Module):
+    """Mixin of a model whose `reader` gives what writes answers; `answer_smoothing` is of the labels of their words."""
+
+    answer_smoothing = 0.0
+
+    def reader(self, images: Tensor, tokens: Tensor, num_text: Tensor) -> TextDecoder:
+        """What answers are written by, of images [B, 3, S, S], or their states, and questions int64 [B, T]."""
+        raise NotImplementedError
+
+    def first_token(self, tokens: Tensor) -> Tensor:
+        """What answers to questions [B, T] begin with, [B, 1]."""
+        return tokens[:, :1]
+
+    def answers(
+        self, images: Tensor, tokens: Tensor, num_text: Tensor, owner: Tensor, answers: Tensor, num_answer: Tensor
+    ) -> Tensor:
+        """The losses [R] of answers int64 [R, T'] to the questions `owner` [R], each summed over its tokens."""
+        begun = torch.cat([self.first_token(tokens)[:1].expand(len(answers), 1), answers[:, 1:]], 1)
+        writer = self.reader(images, tokens, num_text).of_rows(owner)
+        return writer.of_each(begun, num_answer, label_smoothing=self.answer_smoothing)
+
+    def say(self, images: Tensor, tokens: Tensor, num_text: Tensor, **options: Any) -> Tensor:
+        """Answers, int64 [B, T'], see `TextDecoder.generate`."""
+        return self.reader(images, tokens, num_text).generate(self.first_token(tokens), **options)
+
+    def rank(
+        self, images: Tensor, tokens: Tensor, num_text: Tensor, answers: Tensor, num_answer: Tensor, top_k: int
+    ) -> Tensor:
+        """The number of the likeliest answer to each question, see `TextDecoder.rank`."""
+        begun = torch.cat([self.first_token(tokens)[:1].expand(len(answers), 1), answers[:, 1:]], 1)
+        return self.reader(images, tokens, num_text).rank(begun, num_answer, top_k)
+
+
+class ALBEFVQA(AnswersInWords):
     """`visual` and `text`, which read image and question, and `decoder`, which reads what they made of both; it has as
     many layers as read images in `text`."""
 
@@ -41,28 +75,10 @@ class ALBEFVQA(nn.Module):
         return getattr(self, task)(*inputs, **options)
 
     def reader(self, images: Tensor, tokens: Tensor, num_text: Tensor) -> TextDecoder:
-        """What answers are written by, of images [B, 3, S, S], or their states, and questions int64 [B, T]."""
         length = tokens.shape[1]
         read = self.visual(images) if images.ndim == 4 else images
         states = self.text(tokens, masks.lengths(num_text, length, length), read)
         return TextDecoder(self.decoder, self.decoder_head, self.decoder.image_keys_values(states), num_text)
-
-    def answers(
-        self, images: Tensor, tokens: Tensor, num_text: Tensor, owner: Tensor, answers: Tensor, num_answer: Tensor
-    ) -> Tensor:
-        """The losses [R] of answers int64 [R, T'] to the questions `owner` [R], each summed over its tokens."""
-        return self.reader(images, tokens, num_text).of_rows(owner).of_each(answers, num_answer)
-
-    def say(self, images: Tensor, tokens: Tensor, num_text: Tensor, **options: Any) -> Tensor:
-        """Answers, int64 [B, T'], see `TextDecoder.generate`."""
-        start = tokens[:, :1]  # [CLS]
-        return self.reader(images, tokens, num_text).generate(start, **options)
-
-    def rank(
-        self, images: Tensor, tokens: Tensor, num_text: Tensor, answers: Tensor, num_answer: Tensor, top_k: int
-    ) -> Tensor:
-        """The number of the likeliest answer to each question, see `TextDecoder.rank`."""
-        return self.reader(images, tokens, num_text).rank(answers, num_answer, top_k)
 
 
 @dataclass(frozen=True)
