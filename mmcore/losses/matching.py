@@ -180,7 +180,8 @@ def trimmed(tokens: Tensor, num_text: Tensor, group: Group = None) -> Tensor:
 
 def matching_loss(logits: Tensor, is_match: Tensor, group: Group = None) -> Tensor:
     """The cross-entropy of no and yes, `logits` `[R, 2]` and bool `[R]`, averaged over the pairs of all ranks."""
-    total = F.cross_entropy(logits.float(), is_match.long(), reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(wide, is_match.long(), reduction="sum")
     return global_ratio(total, torch.tensor(len(logits), device=logits.device), group)
 
 
