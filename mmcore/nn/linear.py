@@ -72,18 +72,23 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1(x)))."""
+    """fc2(activation(fc1(x))), or with `inner_norm`, an epsilon, fc2(LN(activation(fc1(x)))) (Sub-LN,
+    arXiv:2210.06423)."""
 
-    def __init__(self, width: int, mlp_dim: int, *, activation: str = "gelu", bias: bool = True) -> None:
+    def __init__(
+        self, width: int, mlp_dim: int, *, activation: str = "gelu", bias: bool = True, inner_norm: float | None = None
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"MLP: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
         self.fc1 = Linear(width, mlp_dim, bias=bias)
         self.fc2 = Linear(mlp_dim, width, bias=bias)
         self.activation = ACTIVATIONS[activation]
+        self.inner_norm = None if inner_norm is None else nn.LayerNorm(mlp_dim, eps=inner_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        x = self.activation(self.fc1(x))
+        return self.fc2(x if self.inner_norm is None else self.inner_norm(x))
 
 
 class SwiGLU(nn.Module):

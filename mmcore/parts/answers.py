@@ -106,5 +106,6 @@ class AnswerHead(nn.Module):
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of logits [B, A] with scores [B, A] in [0, 1], summed over the answers, averaged over the
     questions of all ranks; a question without a known answer counts as one (arXiv:1707.07998)."""
-    total = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.binary_cross_entropy_with_logits(wide, targets.to(wide.dtype), reduction="sum")
     return global_ratio(total, torch.tensor(len(logits), device=logits.device))
