@@ -78,7 +78,7 @@ def test_the_answers_loss_is_the_originals() -> None:
     head, targets = AnswerHead(8, 5).double(), torch.rand(3, 5, dtype=torch.float64)
     targets[1] = 0  # a question without a known answer is still a row
     logits = head(torch.randn(3, 8, dtype=torch.float64))
-    expected = F.binary_cross_entropy_with_logits(logits.float(), targets.float()) * 5
+    expected = F.binary_cross_entropy_with_logits(logits, targets) * 5
     torch.testing.assert_close(answer_loss(logits, targets), expected)
 
 
