@@ -135,7 +135,7 @@ def judged(source: PairSource, records: range, judges: Judges, config: CapFiltCo
             except BrokenRecord as error:
                 broken.append((source.sample_id(i), error.reason))
         tally.add(len(part), broken)
-        tally.check()
+        tally.check(final=False)
         if not images:
             continue
         written = judges.caption(images, [name for _, name in good])
