@@ -106,7 +106,8 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
     alike, of which the first measures."""
     if proof.measured is not None:
         values, controls = proof.measured(root, _trained)
-        return [] if dist.get_rank() else _compared(name, proof, values, controls)
+        is_other = dist.is_initialized() and dist.get_rank() > 0
+        return [] if is_other else _compared(name, proof, values, controls)
     last = _trained(proof.runs, root)
     without = _trained(proof.without, root / "without") if proof.without else None
     if dist.get_rank():

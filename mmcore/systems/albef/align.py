@@ -84,6 +84,12 @@ class Resizes(FusionRecipe):
         )
         return replace(shape, vision=replace(shape.vision, image_size=size))
 
+    def assets(self, data: PairData) -> FusionAssets:
+        found = super().assets(data)
+        most = found.shape.text.num_positions
+        require(self.name, self.max_text <= most, "--max-text must be at most {}, got {}", most, self.max_text)
+        return found
+
     def initial(self, assets: FusionAssets, model: Any) -> Mapping[str, Tensor]:
         if self.start is None:
             return {}

@@ -162,6 +162,7 @@ def test_answers_are_the_published_ones_by_a_decoder_of_the_fused_layers() -> No
     assert torch.equal(asking.decoder.blocks[1].cross.q.weight, model.text.blocks[3].cross.q.weight)  # pyright: ignore
     moved_by_noise(asking, 4)
     batch, owner = a_batch(), torch.tensor([0, 0, 1, 2, 3, 4])
+    batch.tokens[:, 0] = 1  # [CLS], with which answers begin too
     num_answer = torch.tensor([3, 4, 3, 5, 3, 3])
     answers = torch.randint(5, VOCAB, (6, 5)).masked_fill(torch.arange(5) >= num_answer[:, None], 0)
     answers[:, 0] = 1
