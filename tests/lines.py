@@ -15,7 +15,7 @@ LIMITS = {
     "xclip": 150,
     "declip": 290,
     "slip": 280,
-    "albef": 1100,
+    "albef": 1150,
 }
 """Own lines of a system at most."""
 

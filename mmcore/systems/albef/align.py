@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmcore.data import PairData
 from mmcore.fusion_recipe import FusionAssets, FusionBatch, FusionRecipe, MatchesPairs
+from mmcore.labels import IGNORED
 from mmcore.losses import Negatives, global_contrastive_loss, hard_negatives
 from mmcore.nn import FeatureQueue, KeyValues, MomentumEncoder, interpolate_positions
 from mmcore.ops import require
@@ -146,8 +147,6 @@ class Aligned(MatchesPairs, Resizes):
         require(self.name, self.queue_size >= 1, "--queue-size must be at least 1, got {}", self.queue_size)
         steps = self.alpha_steps
         require(self.name, steps is None or steps >= 1, "--alpha-steps must be at least 1, got {}", steps)
-        has_effect = self.positives == "pair" or not self.random_queue
-        require(self.name, has_effect, "--random-queue must be left out with --positives {}: it has no ids", "image")
         return super().assets(data)
 
     def companions(self, model: Any) -> Mapping[str, nn.Module]:
@@ -158,6 +157,8 @@ class Aligned(MatchesPairs, Resizes):
                 queue.enqueue(random_keys(size, width, 2 * self.run.seed + seed))
         if self.positives == "image":
             queues["ids"] = FeatureQueue(size, 1, dtype=torch.int64)
+            if self.random_queue:  # of no image
+                queues["ids"].enqueue(torch.full((size, 1), IGNORED))
         queues = {name: queue.to(model.device) for name, queue in queues.items()}
         return {"teacher": MomentumEncoder(model.deepspeed, self.teacher_momentum), **queues}
 

@@ -256,5 +256,7 @@ _MATCHING = Claim("ITM accuracy (held-out)", "ITM accuracy", 0.85)
 PROOF = Proof([("blip", f"{_START} --epochs 24")], [_CAPTIONS, _MATCHING])
 _BEGIN = ("blip", f"{_START} --epochs 16")
 PROOF_CAPTION = Proof([_BEGIN, ("blip-caption", _FROM)], [_CAPTIONS])
-PROOF_RETRIEVAL = Proof([_BEGIN, ("blip-retrieval", f"{_FROM} --queue-size 256 --teacher-momentum 0.95")], [_MATCHING])
+PROOF_RETRIEVAL = Proof(
+    [_BEGIN, ("blip-retrieval", f"{_FROM} --queue-size 256 --random-queue --teacher-momentum 0.95")], [_MATCHING]
+)
 PROOF_VQA = Proof([_BEGIN, ("blip-vqa", _FROM)], [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.80)])

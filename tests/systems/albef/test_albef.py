@@ -204,7 +204,7 @@ def test_answers_are_the_published_ones_by_a_decoder_of_the_fused_layers() -> No
 @pytest.mark.parametrize(("flags", "said"), [
     ({"alpha": 1.5}, "--alpha must be from 0 to 1, got 1.5"), ({"queue_size": 0}, "--queue-size must be at least 1"),
     ({"teacher_momentum": -1.0}, "--teacher-momentum must be from 0"), ({"alpha_steps": 0}, "--alpha-steps must be at"),
-    ({"positives": "image", "random_queue": True}, "--random-queue must be left out"),
+    ({"queue_after": -1}, "--queue-after must be at least"), ({"temperature_lr": -1.0}, "--temperature-lr must be at"),
 ])  # fmt: skip
 def test_flags_that_mean_nothing_are_refused(flags: dict[str, Any], said: str) -> None:
     refuses(said, replace(Albef(), **flags).assets, None)
