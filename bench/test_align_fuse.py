@@ -182,10 +182,11 @@ def blip(dropout: float) -> Pair:
     recipe = Blip(alpha=ALPHA, alpha_steps=1)
     data, known = batch(SIZE, config.vision.image_size), companions(ours, recipe.queue_size, config.embed_dim)
     settings, state = BlipConfig(**SETTINGS.write("bench", config)), written(ours)
-    encoder: Any = BlipForImageTextRetrieval(settings).to(DEVICE).train()
-    decoder: Any = BlipForConditionalGeneration(settings).to(DEVICE).train()
+    encoder: Any = BlipForImageTextRetrieval(settings)
+    decoder: Any = BlipForConditionalGeneration(settings)
     for model in (encoder, decoder):
         model.load_state_dict({n: state[n] for n in model.state_dict()})
+        model.to(DEVICE).train()
     taught = copy.deepcopy(encoder)
     own, of_encoder = decoder.text_decoder.bert, encoder.text_encoder
     own.embeddings = of_encoder.embeddings

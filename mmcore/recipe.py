@@ -166,6 +166,7 @@ class Recipe(ABC):
     - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
     - `completes(assets, model, device) -> Completes`: images and texts around a missing word to that word; cloze.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
+    - `samples(assets, model, device, top_p, seed)`: images and numbers to captions drawn by these; `mmcore capfilt`.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
     - `agrees(assets, model, device) -> Agrees`: patches, masked and seen, to prototypes; agreement.
     - `projects(assets, model, device) -> Callable[[Tensor], Tensor]`: images to what a head makes of them; projection.

@@ -53,7 +53,8 @@ def one_sided(
         alpha: from 0 to 1.
         ids: int64 `[B]` of the rows, `[Q]` of the queue: equal ones are right too. None = a row's own alone.
     """
-    scale, options = 1 / temperature, {"symmetric": False}
+    scale = 1 / temperature
+    options: dict[str, Any] = {"symmetric": False}
     if ids is None:
         if alpha > 0:
             options |= {"teacher": (momentum, others), "alpha": alpha}

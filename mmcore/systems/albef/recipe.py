@@ -73,7 +73,7 @@ class Albef(Aligned, CompletesTexts):
         if self.mask_ends:
             is_word = is_word | (tokens == words.sep_token_id)
         assert words.mask_token_id is not None
-        options = {"mask_id": words.mask_token_id, "num_words": words.vocab_size - 1}
+        options: dict[str, Any] = {"mask_id": words.mask_token_id, "num_words": words.vocab_size - 1}
         return mask_tokens(tokens, is_word, self.mask_rate, np.random.default_rng(seed), **options)
 
     def loss(self, model: Runner, batch: FusionBatch, step: Step) -> dict[str, Tensor]:
