@@ -114,7 +114,7 @@ def test_activations_can_be_recomputed(taken: list[int]) -> None:
 def test_gradients_arrive_in_one_order_whichever_library_multiplies(
     taken: list[int], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under ZeRO-1 and 2 ranks reduce them as they come: one whose batch is small must not differ from the others."""
+    """Under ZeRO-2 ranks reduce them as they come: one whose batch is small must not differ from the others."""
 
     def order(least: int) -> list[str]:
         monkeypatch.setattr(module, "MIN_PRODUCT", least)
