@@ -259,7 +259,11 @@ PROOF = Proof(
     [
         _BEIT,
         _TEXT,
-        ("vlmo", "--data digits --from {1} --max-text 16 --steps 450 --batch-size 64 --lr 1e-3 --warmup 20 --ema 0.99"),
+        (
+            "vlmo",
+            "--data digits --from {1} --max-text 16 --steps 1350 --batch-size 32 --lr 1.5e-3 --warmup 20 --ema 0.99 "
+            "--eval-every 450",
+        ),
     ],
     [
         Claim("zero-shot accuracy (held-out)", "zero-shot top-1", 0.85),
