@@ -17,9 +17,9 @@ from mmcore.data.text.masking import mask_tokens
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mmcore.errors import did_you_mean
 from mmcore.ops import require
-from mmcore.parts.answers import AnswerVocabulary
+from mmcore.parts.answers import AnswerVocabulary, answer_loss
 from mmcore.parts.vit import Tower
-from mmcore.recipe import Matches, OnPairs, Runner, VisionAssets
+from mmcore.recipe import Matches, OnPairs, Runner, Step, VisionAssets
 from mmcore.runs import is_run, read_run
 from mmcore.settings import free, from_json
 from mmcore.tasks.cloze import Completes
@@ -55,7 +55,7 @@ class FusionSample(NamedTuple):
 class FusionBatch(NamedTuple):
     """Pairs of one rank, their texts padded to one length on all ranks."""
 
-    images: Tensor  # uint8 [B, 3, S, S]
+    images: Any  # uint8 [B, 3, S, S], or as `FusionRecipe.joined` makes them
     tokens: Tensor  # int64 [B, T], [CLS], text, [SEP]
     num_text: Tensor  # int64 [B], how many are no padding
     masked: Tensor  # int64 [B, T], with some hidden
@@ -96,6 +96,8 @@ class FusionRecipe(OnPairs):
     """Share of the words that are hidden; 0 = none."""
     whole_words: ClassVar[bool] = False
     """Whether the pieces of a word are hidden together."""
+    hides_some: ClassVar[bool] = False
+    """Whether at least one word of each text is hidden."""
     accumulates = False
 
     @property
@@ -185,11 +187,19 @@ class FusionRecipe(OnPairs):
         return FusionSample(pair, int(rng.integers(2**62)), record.answers)
 
     def collate(self, assets: FusionAssets, samples: list[FusionSample]) -> Any:
-        batch = collate_pairs([x.pair for x in samples])
+        batch = collate_pairs([x.pair for x in samples], stack=self.joined)
         tokens, num_text = assets.wordpiece.padded(batch.captions, self.max_text)
         hidden = [self.hidden(assets, row, x.seed) for row, x in zip(tokens, samples, strict=True)]
         masked, labels = (torch.stack(x) for x in zip(*hidden, strict=True))
         return FusionBatch(batch.images, tokens, num_text, masked, labels, batch.image_ids, batch.labels)
+
+    def view(self, assets: Any, image: Image.Image, rng: np.random.Generator) -> Any:
+        """What is trained on of an image that no source has a view of."""
+        return assets.preprocess([image])[0]
+
+    def joined(self, images: list[Any]) -> Any:
+        """Images of samples as those of a batch."""
+        return torch.stack(images)
 
     def hidden(self, assets: FusionAssets, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Tokens [T] of a text with some hidden, and what was there."""
@@ -198,6 +208,7 @@ class FusionRecipe(OnPairs):
         words, rng = assets.wordpiece, np.random.default_rng(seed)
         inner = words.is_inner(tokens) if self.whole_words else None
         options = {"mask_id": words.mask_token_id, "num_words": words.vocab_size - 1, "is_inner": inner}
+        options["at_least_one"] = self.hides_some
         return mask_tokens(tokens, words.is_word(tokens), self.mask_rate, rng, **options)
 
     # capabilities
@@ -255,9 +266,9 @@ class CompletesTexts(FusionRecipe):
 class AnswerBatch(NamedTuple):
     """Questions about images."""
 
-    images: Tensor  # uint8 [B, 3, S, S]
+    images: Any  # uint8 [B, 3, S, S], or as `FusionRecipe.joined` makes them
     tokens: Tensor  # int64 [B, T]
-    num_text: Tensor  # int64 [B]
+    num_text: Any  # int64 [B], or a list, which no device has to be waited for
     targets: Tensor  # float32 [B, A], see `AnswerVocabulary.targets`
 
 
@@ -298,11 +309,15 @@ class AnswersQuestions(FusionRecipe):
         return replace(found, shape=replace(found.shape, num_answers=len(known)), answers=known.answers)
 
     def collate(self, assets: FusionAssets, samples: list[FusionSample]) -> AnswerBatch:
-        batch = collate_pairs([x.pair for x in samples])
+        batch = collate_pairs([x.pair for x in samples], stack=self.joined)
         assert batch.questions is not None
         targets = AnswerVocabulary(assets.answers).targets([x.answers for x in samples])
         tokens, num_text = assets.wordpiece.padded(batch.questions, self.max_text)
         return AnswerBatch(batch.images, tokens, num_text, targets)
+
+    def loss(self, model: Runner, batch: AnswerBatch, step: Step) -> dict[str, Tensor]:
+        logits = model("answer", batch.images, batch.tokens, batch.num_text)
+        return {"loss": answer_loss(logits, batch.targets)}
 
     def speaks(self, assets: FusionAssets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
         is_greedy = decoding.decode == "greedy"

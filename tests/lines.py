@@ -15,6 +15,8 @@ LIMITS = {
     "xclip": 150,
     "declip": 290,
     "slip": 280,
+    "albef": 1150,
+    "vlmo": 1050,
 }
 """Own lines of a system at most."""
 

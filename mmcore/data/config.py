@@ -28,7 +28,7 @@ _ONLY_FOR: dict[str, tuple[SourceKind, ...]] = {
     "stamps_dir": ("stamps",),
     **dict.fromkeys(("style", "languages_apart"), ("emoji",)),
     "inverted": ("scattered",),
-    "shuffle_pictures": ("digits", "scattered", "stamps", "emoji", *_FILES),
+    **dict.fromkeys(("wrong_captions", "shuffle_pictures"), ("digits", "scattered", "stamps", "emoji", *_FILES)),
     **dict.fromkeys(("csv_separator", "csv_img_key", "csv_caption_key"), ("csv", "records")),
     "image_key": _KEYED,
     "caption_keys": ("shards", *_KEYED),
@@ -63,6 +63,9 @@ class DataConfig:
     language in another it has from pictures; held-out ones have them in all."""
     inverted: bool = False
     """Of 'scattered': on grounds of any grey, the ink lighter or darker than it, so that pixels say still less."""
+    wrong_captions: float = 0.0
+    """Noise: so large a share of the training captions is another record's, of classes one of another class; the same
+    ones for a seed."""
     shuffle_pictures: bool = False
     """A control: each training caption is shown with the picture of another record."""
     style: EmojiStyle = "openmoji"
@@ -118,6 +121,7 @@ class DataConfig:
         """Of the settings of a mix, those that one of its sources has."""
         others = {name: _DEFAULTS[name] for name, kinds in _ONLY_FOR.items() if kind not in kinds}
         others |= {"data_weights": None, "with_replacement": False, "num_samples": None, "shuffle_pictures": False}
+        others |= {"wrong_captions": 0.0}
         return replace(self, **others)
 
     def check(self, *of: SourceKind) -> None:
@@ -125,6 +129,8 @@ class DataConfig:
         one or several."""
         require("data", 0 <= self.val_fraction < 1, "val_fraction must be in [0, 1), got {}", self.val_fraction)
         require("data", 0 <= self.max_broken <= 1, "max_broken must be in [0, 1], got {}", self.max_broken)
+        wrong = self.wrong_captions
+        require("data", 0 <= wrong <= 1, "wrong_captions must be in [0, 1], got {}", wrong)
         for name, least in (("num_samples", 1), ("workers", 0)):
             value = getattr(self, name)
             require("data", value is None or value >= least, "{} must be at least {}, got {}", name, least, value)

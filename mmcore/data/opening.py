@@ -117,13 +117,21 @@ def open_data(config: DataConfig, *, seed: int) -> PairData:
         require("data", is_random, what, config.data)
         weights = parse_weights(config.data_weights, len(parts))
         data = replace(data, num_train=config.num_samples or data.num_train, drawn=True, weights=weights)
-    if config.shuffle_pictures:
-        what = "shuffle_pictures must be of captions in random access, got {!r}"
-        require("data", isinstance(data.source, PairSource), what, config.data)
+    if config.shuffle_pictures or config.wrong_captions:
+        name = "shuffle_pictures" if config.shuffle_pictures else "wrong_captions"
+        what = "{} must be of captions in random access, got {!r}"
+        require("data", isinstance(data.source, PairSource), what, name, config.data)
+        both = config.shuffle_pictures and config.wrong_captions
+        require("data", not both, "wrong_captions must be 0 with shuffle_pictures, got {}", config.wrong_captions)
         assert isinstance(data.source, PairSource)
         order = np.random.default_rng([seed, 0x07E4]).permutation(len(data.source))
-        others = np.empty_like(order)
-        others[order] = np.roll(order, 1)  # one circle through all of them: none has its own
+        others, by = np.arange(len(order)), 1
+        if not config.shuffle_pictures:
+            order, classes = order[: round(config.wrong_captions * len(order))], data.classes()
+            if classes is not None and len(order):  # one class after the other, and on by the largest
+                of = np.array(classes)[order]
+                order, by = order[np.argsort(of, kind="stable")], int(np.bincount(of).max())
+        others[order] = np.roll(order, by)  # circles through all of them: none has its own
         data = replace(data, source=OtherPictures(data.source, others.tolist()))
     what = "{!r} must have at least 2 training pairs, got {}"
     require("data", data.num_train >= 2, what, config.data, data.num_train)
@@ -186,7 +194,7 @@ def open_chats(config: DataConfig, *, seed: int, captions_only: bool = False) ->
         captions_only: derived ones ask nothing but what is shown, as stage 1 of LLaVA has it.
     """
     kind = _checked(config, seed)
-    for name in ("with_replacement", "shuffle_pictures"):
+    for name in ("with_replacement", "shuffle_pictures", "wrong_captions"):
         value = getattr(config, name)
         require("data", not value, "{}={} has no effect on conversations, leave it out", name, value)
     if kind == "chats":

@@ -1,7 +1,7 @@
 """Image-text matching: pairs that are hard to tell from right ones, drawn from the batches of all ranks."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ def hard_negatives(
     image_ids: Tensor,
     text_ids: Tensor,
     generator: torch.Generator,
+    momentum: tuple[Tensor, Tensor] | None = None,
+    least: float = 0.0,
     group: Group = None,
 ) -> Negatives:
     """Draws a wrong image for each text and a wrong text for each image, with the probability that the softmax over
@@ -44,18 +46,28 @@ def hard_negatives(
         logit_scale: the multiplier itself.
         image_ids, text_ids: int64 `[m]`, equal for equal images or texts.
         generator: of the draws, on the CPU; of a seed of its own on each rank.
+        momentum: features `[m, D]` of the same images and texts by a momentum encoder: images are then compared with
+            its texts, and texts with its images (ALBEF, BLIP).
+        least: what is added to each probability before the draw, at least 0; BLIP's is 1e-4.
         group: the data-parallel process group.
     """
     op, size = "hard_negatives", len(tokens)
+    require(op, least >= 0, "least must be at least 0, got {}", least)
     for name, x in (("image_ids", image_ids), ("text_ids", text_ids)):
         fits = x.dtype == torch.int64 and list(x.shape) == [size]
         require(op, fits, "{} must be int64 [{}], got {} {}", name, size, x.dtype, list(x.shape))
     counts = row_counts(size, tokens.device, group)
     all_b, all_images, all_texts = (gather_rows(x, counts, group) for x in (b, image_ids, text_ids))
-    own = _similarities(tokens, all_b) * logit_scale  # [m, N]
     is_right = (image_ids[:, None] == all_images) | (text_ids[:, None] == all_texts)
-    first = first_row(counts, group)
-    of_texts = gather_rows(own, counts, group)[:, first : first + size].T  # [m, N]
+    if momentum is None:
+        own = _similarities(tokens, all_b) * logit_scale  # [m, N]
+        first = first_row(counts, group)
+        of_texts = gather_rows(own, counts, group)[:, first : first + size].T  # [m, N]
+    else:
+        images_m, texts_m = (gather_rows(x, counts, group) for x in momentum)
+        own = _similarities(tokens, texts_m) * logit_scale
+        of_texts = _similarities(b[:, None], images_m) * logit_scale
+    of_texts, own = (x if least == 0 else (x.softmax(1) + least).log() for x in (of_texts, own))
     return Negatives(_drawn(of_texts, is_right, generator), _drawn(own, is_right, generator))
 
 
@@ -88,20 +100,28 @@ def first_row(counts: tuple[int, ...], group: Group) -> int:
     return sum(counts[: dist.get_rank(group)]) if len(counts) > 1 else 0
 
 
-@torch.no_grad()
 def fetch_rows(x: Tensor, index: Tensor, group: Group = None) -> Tensor:
-    """Rows of the global batch by number, from the ranks that have them; each travels to those alone that asked for it.
+    """Rows of the global batch by number, from the ranks that have them; each travels to those alone that asked for it,
+    and so does its gradient, back. Every rank makes the same calls, and their backwards.
 
     Args:
         x: `[m, ...]`, this rank's rows.
         index: int64 `[R]`; R and m may differ by rank.
 
     Returns:
-        `[R, ...]`, without a gradient.
+        `[R, ...]`.
     """
     if world_size_of(group) == 1:
         return x[index]
-    counts = row_counts(len(x), x.device, group)
+    with torch.no_grad():
+        asked, order, sizes = _requests(len(x), index, group)
+    return _Exchanged.apply(x[asked], sizes, group)[order]  # pyright: ignore[reportIndexIssue]
+
+
+def _requests(size: int, index: Tensor, group: Group) -> tuple[Tensor, Tensor, tuple[list[int], list[int]]]:
+    """Which of this rank's `size` rows the others ask for, in the order of the ranks; where what comes back for
+    `index` belongs; how many rows go to each rank and come from it."""
+    counts = row_counts(size, index.device, group)
     starts = torch.tensor(counts, device=index.device).cumsum(0) - torch.tensor(counts, device=index.device)
     owner = torch.bucketize(index, starts, right=True) - 1
     # ranks without rows begin where their successors do, and own nothing
@@ -112,10 +132,26 @@ def fetch_rows(x: Tensor, index: Tensor, group: Group = None) -> Tensor:
     sizes = asked.tolist(), wanted.tolist()
     rows = index.new_empty(sum(sizes[0]))
     dist.all_to_all_single(rows, (index - starts[owner])[order], *sizes, group=group)
-    sent = x[rows].contiguous()
-    found = sent.new_empty(len(index), *x.shape[1:])
-    dist.all_to_all_single(found, sent, sizes[1], sizes[0], group=group)
-    return found[order.argsort()]
+    return rows, order.argsort(), sizes
+
+
+class _Exchanged(torch.autograd.Function):
+    """Rows sent to the ranks and received from them; gradients take the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[list[int], list[int]], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _exchange(x, *sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _exchange(grad, *reversed(ctx.sizes), ctx.group), None, None
+
+
+def _exchange(x: Tensor, to: list[int], of: list[int], group: Group) -> Tensor:
+    found = x.new_empty(sum(of), *x.shape[1:])
+    dist.all_to_all_single(found, x.contiguous(), of, to, group=group)
+    return found
 
 
 def global_ratio(total: Tensor, count: Tensor, group: Group = None) -> Tensor:
@@ -132,7 +168,7 @@ def global_ratio(total: Tensor, count: Tensor, group: Group = None) -> Tensor:
 class MatchingRows(NamedTuple):
     """Right pairs of this rank, then each text with a wrong image, then each image with a wrong text; R in all."""
 
-    more: Tensor  # states [M, ...] of other ranks' images, without a gradient
+    more: Tensor  # states [M, ...] of other ranks' images
     image_index: Tensor  # int64 [R], the image of each pair among this rank's m and the M
     texts: tuple[Tensor, ...]  # each [R, ...]
     is_match: Tensor  # bool [R]

@@ -77,15 +77,15 @@ class MomentumEncoder(nn.Module):
 
 class FeatureQueue(nn.Module):
     """The last N = `num_features` features [N, D = `dim`] that were enqueued, for
-    `mmkernels.contrastive_loss(..., negatives=)`."""
+    `mmkernels.contrastive_loss(..., negatives=)`; of another `dtype`, such as int64, what belongs to them."""
 
     copied_buffers = ("features",)  # by `EMA`, since an average of rows is nobody's feature
 
-    def __init__(self, num_features: int, dim: int) -> None:
+    def __init__(self, num_features: int, dim: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         for name, size in (("num_features", num_features), ("dim", dim)):
             require("FeatureQueue", size >= 1, "{} must be at least 1, got {}", name, size)
-        self.features = nn.Buffer(torch.zeros(num_features, dim))
+        self.features = nn.Buffer(torch.zeros(num_features, dim, dtype=dtype))
         self.num_enqueued = 0
 
     @property

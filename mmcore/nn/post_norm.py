@@ -17,6 +17,8 @@ class PostNormBlock(nn.Module):
 
     Args:
         image_width: D of the states of an image that it may read; None = it has no such attention.
+        has_decoder: a second self-attention with its norm, for texts that are generated, which share all else (BLIP,
+            arXiv:2201.12086).
         dropout: of what is added to the residual, in training.
         attention_dropout: share of the attention weights that training drops, from 0, below 1.
     """
@@ -28,6 +30,7 @@ class PostNormBlock(nn.Module):
         mlp_dim: int,
         *,
         image_width: int | None = None,
+        has_decoder: bool = False,
         activation: str = "gelu",
         norm_eps: float = 1e-12,
         dropout: float = 0.0,
@@ -40,6 +43,8 @@ class PostNormBlock(nn.Module):
 
         self.attn = Attention(width, num_heads, dropout=attention_dropout)
         self.attn_norm = add_norm()
+        self.decoder_attn = Attention(width, num_heads, dropout=attention_dropout) if has_decoder else None
+        self.decoder_attn_norm = add_norm() if has_decoder else None
         self.cross = None
         if image_width is not None:
             self.cross = CrossAttention(width, num_heads, key_width=image_width, dropout=attention_dropout)
@@ -56,6 +61,7 @@ class PostNormBlock(nn.Module):
         image: Tensor | KeyValues | None = None,
         image_mask: masks.Mask | None = None,
         cache: KeyValueCache | None = None,
+        decodes: bool = False,
     ) -> Tensor:
         """[B, T, D] to [B, T, D], or to what `pool` takes of it: what follows the attention is computed for that alone.
 
@@ -66,8 +72,12 @@ class PostNormBlock(nn.Module):
             image: [B, P, D_image] or `self.cross.keys_values` of it; None = text alone, in any layer.
             image_mask: for T queries, or those that `pool` takes, and P keys.
             cache: of the text that came before.
+            decodes: by the second self-attention, of a block that has one.
         """
-        x = self.attn_norm(x, self.attn(x, mask, cache))
+        attn, norm = (self.decoder_attn, self.decoder_attn_norm) if decodes else (self.attn, self.attn_norm)
+        if attn is None or norm is None:
+            raise ValueError("PostNormBlock: decodes must be False without has_decoder, got True")
+        x = norm(x, attn(x, mask, cache))
         x = x if pool is None else pool(x)
         if image is not None:
             if self.cross is None:

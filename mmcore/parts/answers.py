@@ -33,7 +33,7 @@ class AnswerVocabulary:
         self._place = {answer: i for i, answer in enumerate(self.answers)}
         op, size = "AnswerVocabulary", len(self.answers)
         require(op, size >= 1, "answers must hold at least one, got none")
-        require(op, len(self._place) == size, "answers must hold each once, got {} of {}", size, len(self._place))
+        require(op, len(self._place) == size, "answers must hold each once, got {} kinds of {}", len(self._place), size)
 
     def __len__(self) -> int:
         return len(self.answers)

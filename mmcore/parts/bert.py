@@ -24,8 +24,9 @@ class BertConfig:
     """Shape of the encoder, which has `num_positions` places; a caption has at most `context_length` tokens.
 
     With `image_width` the layers from `first_cross` on may read the states of an image, of that width: ALBEF's from the
-    middle on, BLIP's from the first. `dropout` and `attention_dropout` are of `mmcore.nn.PostNormBlock`, the former of
-    the embeddings too.
+    middle on, BLIP's from the first. With `has_decoder` each layer has a second self-attention, BLIP's; with no types
+    none is added to the words. `dropout` and `attention_dropout` are of `mmcore.nn.PostNormBlock`, the former of the
+    embeddings too.
     """
 
     vocab_size: int = 30522
@@ -43,13 +44,15 @@ class BertConfig:
     attention_dropout: float = 0.0
     image_width: int | None = None
     first_cross: int = 0
+    has_decoder: bool = False
 
     def __post_init__(self) -> None:
         sizes = {"vocab_size": self.vocab_size, "context_length": self.context_length}
-        sizes |= {"num_layers": self.num_layers, "mlp_dim": self.mlp_dim, "num_types": self.num_types}
+        sizes |= {"num_layers": self.num_layers, "mlp_dim": self.mlp_dim}
         check_tower("BertConfig", self.width, self.num_heads, self.activation, **sizes)
         fits, most = self.context_length <= self.num_positions, self.num_positions
         require("BertConfig", fits, "context_length must be at most {}, got {}", most, self.context_length)
+        require("BertConfig", self.num_types >= 0, "num_types must be at least 0, got {}", self.num_types)
         fits = 0 <= self.first_cross < self.num_layers
         require("BertConfig", fits, "first_cross must be in [0, {}), got {}", self.num_layers, self.first_cross)
         require("BertConfig", 0 <= self.dropout < 1, "dropout must be from 0, below 1, got {}", self.dropout)
@@ -69,11 +72,12 @@ class BertEncoder(nn.Module):
         width, eps = config.width, config.norm_eps
         self.word_embedding = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.position_embedding = nn.Parameter(torch.randn(config.num_positions, width) * _STD)
-        self.type_embedding = nn.Parameter(torch.randn(config.num_types, width) * _STD)
+        types = torch.randn(config.num_types, width) * _STD
+        self.type_embedding = nn.Parameter(types) if config.num_types else None
         self.norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(config.dropout)
         options = {"activation": config.activation, "norm_eps": eps, "dropout": config.dropout}
-        options["attention_dropout"] = config.attention_dropout
+        options |= {"attention_dropout": config.attention_dropout, "has_decoder": config.has_decoder}
         image_widths = [config.image_width if i >= config.first_cross else None for i in range(config.num_layers)]
         self.blocks = nn.ModuleList(
             PostNormBlock(width, config.num_heads, config.mlp_dim, image_width=x, **options) for x in image_widths
@@ -96,6 +100,8 @@ class BertEncoder(nn.Module):
         pool: Callable[[Tensor], Tensor] | None = None,
         caches: Sequence[KeyValueCache] | None = None,
         first_place: int = 0,
+        image_mask: masks.Mask | None = None,
+        decodes: bool = False,
     ) -> Tensor:
         """What layers make of tokens or of states.
 
@@ -108,6 +114,8 @@ class BertEncoder(nn.Module):
                 is an image.
             caches: one a layer, of the text that came before.
             first_place: of the first token in its text.
+            image_mask: for the T tokens, or those that `pool` takes, and the P states of `image`; None = all see all.
+            decodes: by the second self-attention of each layer.
 
         Returns:
             [B, T, D], or what `pool` makes of it.
@@ -119,7 +127,8 @@ class BertEncoder(nn.Module):
         given = iter(image) if image is not None and not isinstance(image, Tensor) else None
         for i, block in enumerate(chosen):
             read = None if block.cross is None else image if given is None else next(given)
-            options = {"image": read, "cache": None if caches is None else caches[i]}
+            options = {"image": read, "cache": None if caches is None else caches[i], "decodes": decodes}
+            options["image_mask"] = None if read is None else image_mask
             inputs = x, mask, pool if i == last else None
             x = checkpoint(block, *inputs, use_reentrant=False, **options) if recompute else block(*inputs, **options)
         return x
@@ -129,7 +138,8 @@ class BertEncoder(nn.Module):
         fits = tokens.ndim == 2 and 1 <= tokens.shape[1] <= most
         require("BertEncoder", fits, "tokens must be [B, T] with 1 <= T <= {}, got {}", most, list(tokens.shape))
         places = self.position_embedding[first_place : first_place + tokens.shape[1]]
-        return self.dropout(self.norm(self.word_embedding(tokens) + places + self.type_embedding[0]))
+        x = self.word_embedding(tokens) + places
+        return self.dropout(self.norm(x if self.type_embedding is None else x + self.type_embedding[0]))
 
     def image_keys_values(self, image: Tensor, *, layers: slice = slice(None)) -> list[KeyValues]:
         """Those of [B, P, D_image] in each of the layers that reads it, for as many passes as need them."""

@@ -52,14 +52,26 @@ def decode(
 
 
 def nucleus(
-    logits: Tensor, *, top_p: float, temperature: float = 1.0, generator: torch.Generator | None = None
+    logits: Tensor,
+    *,
+    top_p: float,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
 ) -> Tensor:
     """Tokens, int64 [B], drawn by softmax(logits / temperature) of [B, V] from the fewest likely ones that reach
-    `top_p` in (0, 1] (arXiv:1904.09751); the generator is on the device of the logits."""
+    `top_p` in (0, 1] (arXiv:1904.09751); the generator is on the device of the logits. `uniform` [B] in [0, 1) are the
+    random numbers, one a row, in its place."""
     scaled = logits.to(accumulator(logits.dtype)) / temperature
     probabilities, tokens = scaled.softmax(1).sort(1, descending=True)
     before = probabilities.cumsum(1) - probabilities
-    drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)
+    kept = probabilities.masked_fill(before >= top_p, 0)
+    if uniform is None:
+        drawn = torch.multinomial(kept, 1, generator=generator)
+    else:
+        sums = kept.cumsum(1)
+        drawn = torch.searchsorted(sums, uniform.to(sums)[:, None] * sums[:, -1:], right=True)
+        drawn = drawn.minimum((kept > 0).sum(1, keepdim=True) - 1)
     return tokens.gather(1, drawn)[:, 0]
 
 

@@ -1,5 +1,7 @@
 """BERT's head: states to words, tied to their embedding."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,14 +22,22 @@ class TextHead(nn.Module):
         self.weight = embedding.weight
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, *, label_smoothing: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
         """[..., D] to logits [..., V]; with int64 labels [...], -100 where there is none, to the sum of the
-        cross-entropies."""
+        cross-entropies, or with "none" to each of them, [N] of all rows."""
         x = self.norm(F.gelu(self.transform(x)))
         if labels is None:
             return F.linear(x, self.weight, self.bias)
         operands = x.flatten(0, -2), self.weight, labels.flatten()
-        return linear_cross_entropy(*operands, bias=self.bias, label_smoothing=label_smoothing, reduction="sum")
+        options = {"label_smoothing": label_smoothing, "reduction": reduction}
+        return linear_cross_entropy(*operands, bias=self.bias, **options)
 
 
 HEAD = {"transform": "transform.dense", "norm": "transform.LayerNorm", "bias": "bias"}
