@@ -18,6 +18,7 @@ LIMITS = {
     "albef": 1150,
     "vlmo": 1050,
     "vlm": 1050,
+    "beit3": 1050,
 }
 """Own lines of a system at most."""
 

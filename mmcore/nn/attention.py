@@ -33,6 +33,11 @@ class KeyValueCache:
         self.held = new
         return new
 
+    def drop(self, count: int) -> None:
+        """Forgets the last so many tokens."""
+        if self.held is not None:
+            self.held = KeyValues(*(x[:, : x.shape[1] - count] for x in self.held))
+
     def select(self, rows: Tensor) -> None:
         """Row r is from now on what row `rows[r]` was: int64 [R], of which some may be equal."""
         if self.held is not None:

@@ -1,7 +1,7 @@
 """Pre-LN transformer blocks, as CLIP's two towers stack them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn

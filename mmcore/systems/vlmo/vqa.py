@@ -5,12 +5,13 @@ from functools import partial
 
 from torch import Tensor
 
-from mmcore.fusion_recipe import AnswerBatch, AnswersQuestions
+from mmcore.data import PairData
+from mmcore.fusion_recipe import AnswerBatch, AnswersQuestions, FusionAssets
 from mmcore.losses import trimmed
 from mmcore.ops import require
 from mmcore.parts.answers import answer_loss
 from mmcore.recipe import Claim, Proof, Runner, Step
-from mmcore.systems.vlmo.recipe import PUBLISHED, OnVlmo
+from mmcore.systems.vlmo.recipe import BEIT, PAIRS, PUBLISHED, OnVlmo
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig, Rule
 
@@ -28,7 +29,7 @@ class VlmoVqa(AnswersQuestions, OnVlmo):
     def rules(self) -> tuple[Rule, ...]:
         return (Rule("answer_head.", lr_scale=self.head_lr_scale), *super().rules)
 
-    def assets(self, data):
+    def assets(self, data: PairData) -> FusionAssets:
         require(self.name, self.head_lr_scale > 0, "--head-lr-scale must be above 0, got {}", self.head_lr_scale)
         return super().assets(data)
 
@@ -37,16 +38,6 @@ class VlmoVqa(AnswersQuestions, OnVlmo):
         return {"loss": answer_loss(logits, batch.targets)}
 
 
-_BEIT = ("beit", "--data digits --view-scale 1 --view-flip 0 --batch-size 128 --steps 300 --lr 3e-3 --warmup 20")
-_PAIRS = ("vlmo", "--data digits --vision {0} --max-text 16 --steps 250 --batch-size 64 --lr 1e-3 --warmup 20")
-PROOF = Proof(
-    [
-        _BEIT,
-        _PAIRS,
-        (
-            "vlmo-vqa",
-            "--data digits --from {1} --max-text 16 --epochs 8 --batch-size 64 --lr 5e-4 --head-lr-scale 2 --ema 0.99",
-        ),
-    ],
-    [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.80)],
-)
+_START = f"--data digits --vision {{0}} {PAIRS}"
+_TUNE = "--data digits --from {1} --max-text 16 --epochs 10 --batch-size 64 --lr 1e-3 --head-lr-scale 2 --ema 0.99"
+PROOF = Proof([BEIT, ("vlmo", _START), ("vlmo-vqa", _TUNE)], [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.80)])
