@@ -127,7 +127,7 @@ class FusionRecipe(OnPairs):
         return cls.__module__.rpartition(".")[0]
 
     def assets(self, data: PairData) -> FusionAssets:
-        shape, wordpiece = None, None
+        shape, wordpiece, origin = None, None, ""
         if self.start is not None:
             shape, wordpiece, _ = self.read_start(self.start)
             origin = f"of {self.start}"
@@ -182,7 +182,7 @@ class FusionRecipe(OnPairs):
 
     # batches
 
-    def sample(self, assets: FusionAssets, record: Any, rng: np.random.Generator) -> FusionSample:
+    def sample(self, assets: FusionAssets, record: Any, rng: np.random.Generator) -> FusionSample:  # pyright: ignore[reportIncompatibleMethodOverride]
         pair = pair_sample(record, rng, assets.preprocess)
         return FusionSample(pair, int(rng.integers(2**62)), record.answers)
 
