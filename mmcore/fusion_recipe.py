@@ -1,5 +1,6 @@
 """What recipes of models that read an image and a text together have in common: ViLT, LXMERT, ALBEF, BLIP."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,8 +103,8 @@ class FusionRecipe(OnPairs):
 
     @property
     def name(self) -> str:
-        """For messages."""
-        return type(self).__name__.lower()
+        """For messages, as on the command line."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
 
     # assets
 
