@@ -22,8 +22,8 @@ class LxmertVqa(OnLxmert, AnswersQuestions):
         return replace(found, shape=replace(found.shape, **ends))
 
 
-_TUNE = ("lxmert-vqa", f"{FLAGS} --from {{0}} --epochs 6 --lr 1e-3 --ema 0.98")
-_CAPTIONS = ("lxmert", f"{FLAGS} --from {{1}} --epochs 60 --lr 1.5e-3 --ema 0.99")
+_TUNE = ("lxmert-vqa", f"{FLAGS} --from {{0}} --epochs 6 --schedule const-cooldown --ema 0.98")
+_CAPTIONS = ("lxmert", f"{FLAGS} --from {{1}} --epochs 60 --schedule cosine --ema 0.99")
 PROOF = Proof([READING, _TUNE], [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.75)])
 MATCHING = Proof(
     [READING, _TUNE, _CAPTIONS],
