@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcore.data.text.masking import mask_tokens
-from mmcore.data.text.wordpiece import WordPiece, load_wordpiece
+from mmcore.data.text.wordpiece import WordPiece
 from mmcore.fusion_recipe import CompletesTexts, FusionAssets, FusionBatch
 from mmcore.losses import global_ratio, matching_loss, matching_rows, trimmed
 from mmcore.ops import accumulator, distillation_loss
 from mmcore.recipe import Claim, Proof, Runner, Step
-from mmcore.systems.albef.align import Aligned, Pairs
+from mmcore.systems.albef.align import Aligned, Pairs, words_of
 from mmcore.systems.albef.model import ALBEF, ALBEFConfig
 from mmcore.systems.albef.shapes import ALBEF_CONFIGS
 from mmcore.systems.albef.weights import is_albef, load_albef, save_albef
@@ -39,7 +39,7 @@ def read_start(path: Path) -> tuple[Any, WordPiece | None, dict[str, Tensor]] | 
     if not is_albef(path):
         return None
     model = load_albef(path)
-    return model.config, load_wordpiece(path) if path.is_dir() else None, dict(model.state_dict())
+    return model.config, words_of(path), dict(model.state_dict())
 
 
 @dataclass(frozen=True)

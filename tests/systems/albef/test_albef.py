@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,6 +200,22 @@ def test_answers_are_the_published_ones_by_a_decoder_of_the_fused_layers() -> No
     best = asking.decoder_head(states)[:, :-1].argmax(-1)
     ended = (said == 2).cumsum(1) - (said == 2).int() > 0
     assert torch.equal(best.masked_fill(ended, 0), said)
+
+
+def test_what_a_run_starts_from_must_fit_and_other_images_have_their_positions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ALBEF(CONFIG)
+    save_albef(model, tmp_path / "out")
+    recipe: Any = Albef(start=tmp_path / "out", image_size=16)
+    refuses("--tokenizer must be given", recipe.assets, None)
+    wide = replace(CONFIG, vision=replace(CONFIG.vision, image_size=16))
+    found = recipe.initial(SimpleNamespace(shape=wide), ALBEF(wide))
+    assert found["visual.position_embedding"].shape == (17, 16) and "text.word_embedding.weight" in found
+    torch.testing.assert_close(found["visual.position_embedding"][0], model.visual.position_embedding[0])  # pyright: ignore
+    other = replace(wide, text=replace(wide.text, vocab_size=VOCAB + 1))
+    refuses(
+        "--from must have weights of this model's shapes", recipe.initial, SimpleNamespace(shape=other), ALBEF(other)
+    )
 
 
 @pytest.mark.parametrize(("flags", "said"), [
