@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmcore.data import DataConfig, open_data
+from mmcore.data.sources.digits import DIGIT_NAMES
 from mmcore.fusion_recipe import FusionBatch
 from mmcore.losses import hard_negatives
 from mmcore.nn import FeatureQueue, MomentumEncoder
@@ -17,7 +19,7 @@ from mmcore.recipe import Step
 from mmcore.systems.albef.model import ALBEF, ALBEFConfig
 from mmcore.systems.albef.recipe import Albef
 from mmcore.systems.albef.shapes import salesforce_vision
-from mmcore.systems.albef.vqa import ALBEFVQA, with_decoder
+from mmcore.systems.albef.vqa import ALBEFVQA, AlbefVqa, with_decoder
 from mmcore.systems.albef.weights import LAYOUT, published_state, read_published, save_albef
 from tests.refusals import refuses
 from tests.systems.albef import transcript
@@ -200,6 +202,11 @@ def test_answers_are_the_published_ones_by_a_decoder_of_the_fused_layers() -> No
     best = asking.decoder_head(states)[:, :-1].argmax(-1)
     ended = (said == 2).cumsum(1) - (said == 2).int() > 0
     assert torch.equal(best.masked_fill(ended, 0), said)
+
+
+def test_answers_that_are_ranked_are_words_as_they_were_learned() -> None:
+    found = AlbefVqa().assets(open_data(DataConfig(), seed=0))
+    assert set(found.answers) == {*DIGIT_NAMES, "even", "odd"}
 
 
 def test_what_a_run_starts_from_must_fit_and_other_images_have_their_positions(tmp_path: Path) -> None:
