@@ -62,7 +62,8 @@ def open_clip(start: CoCa, size: int) -> Callable[[], Tensor]:
     loss = library.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
 
     def loss_of(images: Tensor, tokens: Tensor) -> Tensor:
-        return sum(loss(**model(images, tokens)))
+        contrast, caption = loss(**model(images, tokens))
+        return contrast + caption
 
     step = eager_step(model, loss_of, DEVICE, fused=True)
     return functools.partial(step, *batch(size, start.config, DEVICE))

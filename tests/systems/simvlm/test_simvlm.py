@@ -161,11 +161,12 @@ def test_texts_without_images_come_with_every_batch_and_count_by_their_words(one
     of_texts, num_texts = model("loss", None, *batch.alone)
     torch.testing.assert_close(losses["loss"], (total + of_texts) / (count + num_texts))
     assert recipe.weight(batch) == count + num_texts
-    for flags, sentence in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"text_data": tmp_path / "no"}, "--text-data must be a file with a text a line"),
         ({"text_share": 0.5}, "--text-share has no effect without --text-data, got 0.5"),
         ({"text_data": file, "text_share": 0.0}, r"--text-share must be in \(0, 1\], got 0.0"),
-    ):
+    )
+    for flags, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
             Simvlm(**flags).assets(data)
 
