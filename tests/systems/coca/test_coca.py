@@ -128,6 +128,8 @@ def test_the_class_token_does_not_see_itself_behind_a_short_caption_unless_the_m
             ours.text.position_embedding.copy_(places)
     # of whatever length the rows are, the class token stands at the end of the context
     torch.testing.assert_close(ours.encode_text(TOKENS[:1, :4]), ours.encode_text(TOKENS[:1]))
+    with pytest.raises(ValueError, match="lengths must reach each caption's end token, got 3 for caption 0"):
+        ours.encode_text(TOKENS[:2], [3, LENGTH])
 
 
 def test_texts_are_those_that_open_clips_logits_choose(theirs: Any, tmp_path: Path) -> None:
