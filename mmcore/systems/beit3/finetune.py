@@ -34,10 +34,6 @@ class Beit3Retrieval(OnBeit3):
     tasks = ("zeroshot", "retrieval")
     ends_in = "retrieval"
 
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        return (Rule("logit_scale", weight_decay=0.0),)
-
     def loss(self, model: Runner, batch: FusionBatch, step: Step) -> dict[str, Tensor]:
         tokens = trimmed(batch.tokens, batch.num_text)
         image, text, scale = model("pairs", batch.images, tokens, batch.num_text)
