@@ -13,6 +13,7 @@ USAGE = """usage: mmcore VERB ...
   mmcore export RUN --out FOLDER   write a run's weights for transformers or open_clip
   mmcore plan RECIPE [options]     memory, FLOP, transfers and time of a run, before it is started
   mmcore prove RECIPE|all|--list   train the tiny recipe and compare it with what cannot know
+  mmcore capfilt [options]         write captions for pictures, and keep those that match
 """
 
 
@@ -23,6 +24,7 @@ VERBS = {
     "export": "mmcore.export",
     "plan": "mmcore.plan.command",
     "prove": "mmcore.prove",
+    "capfilt": "mmcore.capfilt",
 }
 """The modules whose `main` they are."""
 

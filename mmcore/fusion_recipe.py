@@ -1,5 +1,6 @@
 """What recipes of models that read an image and a text together have in common: ViLT, LXMERT, ALBEF, BLIP."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,8 +103,8 @@ class FusionRecipe(OnPairs):
 
     @property
     def name(self) -> str:
-        """For messages."""
-        return type(self).__name__.lower()
+        """For messages, as on the command line."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
 
     # assets
 
@@ -127,7 +128,7 @@ class FusionRecipe(OnPairs):
         return cls.__module__.rpartition(".")[0]
 
     def assets(self, data: PairData) -> FusionAssets:
-        shape, wordpiece = None, None
+        shape, wordpiece, origin = None, None, ""
         if self.start is not None:
             shape, wordpiece, _ = self.read_start(self.start)
             origin = f"of {self.start}"
@@ -182,7 +183,7 @@ class FusionRecipe(OnPairs):
 
     # batches
 
-    def sample(self, assets: FusionAssets, record: Any, rng: np.random.Generator) -> FusionSample:
+    def sample(self, assets: FusionAssets, record: Any, rng: np.random.Generator) -> FusionSample:  # pyright: ignore[reportIncompatibleMethodOverride]
         pair = pair_sample(record, rng, assets.preprocess)
         return FusionSample(pair, int(rng.integers(2**62)), record.answers)
 

@@ -1,8 +1,12 @@
 """What a recipe says of how it is proved: runs, and figures with floors and controls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+Figures = Mapping[str, float]
+Controls = Mapping[str, Figures]
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,13 @@ class Proof:
         runs: name and flags of each run, the last of which is measured; "{0}" in a flag is the folder of the first.
         claims: what it shows, beside a control.
         without: as `runs`, what is trained without the method, or without what it needs.
+        measured: of a proof that is more than runs: a folder and what trains `runs` in one to figures by their names,
+            and those of controls.
     """
 
     runs: Sequence[tuple[str, str]]
     claims: Sequence[Claim]
     without: Sequence[tuple[str, str]] = ()
+    measured: Callable[[Path, Callable[[Sequence[tuple[str, str]], Path], Path]], tuple[Figures, Controls]] | None = (
+        None
+    )

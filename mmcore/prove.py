@@ -23,6 +23,7 @@ from mmcore.data.sources.statements import StatementData
 from mmcore.errors import complain, did_you_mean
 from mmcore.figures import is_share, shown
 from mmcore.launch import leave, parse
+from mmcore.proof import Controls, Figures
 from mmcore.recipe import Proof
 from mmcore.runs import read_run
 from mmcore.systems import entries
@@ -104,6 +105,10 @@ def main(arguments: list[str]) -> None:
 def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[Found]:
     """Trains, measures and prints a line a figure and, where it `draws`, the sheets of held-out records; every rank
     alike, of which the first measures."""
+    if proof.measured is not None:
+        values, controls = proof.measured(root, _trained)
+        is_other = dist.is_initialized() and dist.get_rank() > 0
+        return [] if is_other else _compared(name, proof, values, controls)
     last = _trained(proof.runs, root)
     without = _trained(proof.without, root / "without") if proof.without else None
     if dist.get_rank():
@@ -118,6 +123,17 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
         controls["untrained"] = follow(replace(subject, model=fresh))
     if without is not None:
         controls["without"] = follow(subject_of(read_run(without)))
+    found = _compared(name, proof, values, controls)
+    if draws:
+        with redirect_stdout(StringIO()):
+            files = [file for name in subject.recipe.tasks for file in task(name).report(subject, None)]
+        print("  pictures:", ", ".join(str(file) for file in files if file.suffix == ".png"))
+    sys.stdout.flush()
+    return found
+
+
+def _compared(name: str, proof: Proof, values: Figures, controls: Controls) -> list[Found]:
+    """Prints a line a claim."""
     found = []
     for c in proof.claims:
         ceiling = c.floor if c.ceiling is None else c.ceiling
@@ -125,10 +141,6 @@ def prove(name: str, proof: Proof, root: Path, *, draws: bool = False) -> list[F
         found.append(Found(name, c.figure, values[c.value], control, c.floor, ceiling))
     for figure in found:
         print(figure.line)
-    if draws:
-        with redirect_stdout(StringIO()):
-            files = [file for name in subject.recipe.tasks for file in task(name).report(subject, None)]
-        print("  pictures:", ", ".join(str(file) for file in files if file.suffix == ".png"))
     sys.stdout.flush()
     return found
 

@@ -169,6 +169,7 @@ class Recipe(ABC):
     - `completes(assets, model, device) -> Completes`: images and texts around a missing word to that word; cloze.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
     - `judges(assets, model, device) -> Judges`: two images and a sentence to whether it is true; reasoning.
+    - `samples(assets, model, device, top_p, seed)`: images and numbers to captions drawn by these; `mmcore capfilt`.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
     - `agrees(assets, model, device) -> Agrees`: patches, masked and seen, to prototypes; agreement.
     - `projects(assets, model, device) -> Callable[[Tensor], Tensor]`: images to what a head makes of them; projection.

@@ -17,6 +17,7 @@ LIMITS = {
     "slip": 280,
     "albef": 1150,
     "vlmo": 1050,
+    "vlm": 1050,
     "beit3": 1050,
 }
 """Own lines of a system at most."""

@@ -145,7 +145,8 @@ class _Exchanged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _exchange(grad, *reversed(ctx.sizes), ctx.group), None, None
+        to, of = ctx.sizes
+        return _exchange(grad, of, to, ctx.group), None, None
 
 
 def _exchange(x: Tensor, to: list[int], of: list[int], group: Group) -> Tensor:

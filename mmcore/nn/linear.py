@@ -26,7 +26,9 @@ class Linear(nn.Linear):
         is_small = input.numel() * self.out_features < MIN_PRODUCT
         if torch.compiler.is_compiling() or is_small or not _is_plain_float32(input, self.weight):
             return super().forward(input)
-        return _Product.apply(input, self.weight, self.bias)
+        # by its transpose, as torch has it: the gradients of bias and weight then come in one order on either path, by
+        # which ranks whose batches differ in size agree on what they reduce together
+        return _Product.apply(input, self.weight.T, self.bias)
 
 
 def quicken(module: nn.Module) -> None:
@@ -48,7 +50,8 @@ def _is_plain_float32(x: Tensor, weight: Tensor) -> bool:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
+        weight = transposed.T
         ctx.save_for_backward(x, weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -58,7 +61,7 @@ class _Product(torch.autograd.Function):
         rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
         product = F.linear if torch.is_grad_enabled() else matmul_nt  # create_graph asks for what has a derivative
         dx = product(dy_rows, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = product(dy_rows.T, rows.T) if ctx.needs_input_grad[1] else None
+        dw = product(dy_rows.T, rows.T).T if ctx.needs_input_grad[1] else None
         db = dy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dw, db
 

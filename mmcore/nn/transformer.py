@@ -1,13 +1,13 @@
 """Pre-LN transformer blocks, as CLIP's two towers stack them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcore.nn.attention import Attention, QKVBias, check_dropout
+from mmcore.nn.attention import Attention, KeyValueCache, QKVBias, check_dropout
 from mmcore.nn.linear import MLP, SwiGLU
 from mmcore.nn.packing import Packing
 from mmcore.nn.relative import RelativePositions
@@ -65,15 +65,21 @@ class Block(nn.Module):
         self.scale1, self.scale2 = scales
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        pool: Pool | None = None,
+        bias: Tensor | None = None,
+        mask: masks.Mask | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone; `bias`,
-        [1, H, T, T], is added to the logits."""
+        [1, H, T, T], is added to the logits, and stands in place of `mask`. For `mask` and `cache` see `Attention`."""
         if self.relative is not None:
             bias = self.relative(math.isqrt(x.shape[1] - 1))
-        mask = None if bias is None else masks.Dense(bias)
+        mask = mask if bias is None else masks.Dense(bias)
         dropped = self.drop_path if self.training else 0.0
-        x = x + residual(self.attn(self.norm1(x), mask, packing=packing), self.scale1, dropped)
+        x = x + residual(self.attn(self.norm1(x), mask, cache, packing), self.scale1, dropped)
         x = x if pool is None else pool(x)
         return x + residual(self.mlp(self.norm2(x)), self.scale2, dropped)
 
@@ -132,13 +138,16 @@ class Transformer(nn.Module):
         pool: Pool | None = None,
         bias: Tensor | None = None,
         states: list[Tensor] | None = None,
+        mask: masks.Mask | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` see `Attention`, for `bias`
-        `Block`. `states` gets what each block makes, one after the other."""
+        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` and `mask` see `Attention`, for
+        `bias` `Block`. `states` gets what each block makes, one after the other; `caches` hold what came before, one a
+        block."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            inputs = x, packing, pool if i == last else None, bias
+            inputs = x, packing, pool if i == last else None, bias, mask, None if caches is None else caches[i]
             x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             if states is not None:
                 states.append(x)

@@ -41,8 +41,13 @@ def every_score(subject: Subject) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(subject: Subject, seed: int = 0) -> float:
-    """The share of pairs told right from wrong: each caption with its image, and with one drawn from those that it is
-    wrong for. Half is chance."""
+    """The share of pairs told right from wrong, see `figures`."""
+    return figures(subject, seed)["ITM accuracy"]
+
+
+def figures(subject: Subject, seed: int = 0) -> dict[str, float]:
+    """Of each caption with its image, and with one drawn from those that it is wrong for: the share of pairs told right
+    from wrong by the sign of their score, and that of captions whose own image has the higher one. Half is chance."""
     held_out, val = subject.held_out, subject.val
     generator = torch.Generator().manual_seed(seed)
     text = torch.arange(len(held_out.captions))
@@ -55,16 +60,20 @@ def accuracy(subject: Subject, seed: int = 0) -> float:
     drawn = torch.multinomial(wrong[has_wrong].double(), 1, generator=generator)[:, 0]
     of_right = scores(subject, held_out.owner, text)
     of_wrong = scores(subject, drawn, text[has_wrong])
-    return torch.cat([of_right > 0, of_wrong < 0]).double().mean().item()
+    told = torch.cat([of_right > 0, of_wrong < 0])
+    order = of_right[has_wrong] > of_wrong
+    return {name: x.double().mean().item() for name, x in (("ITM accuracy", told), ("ITM order", order))}
 
 
 def follow(subject: Subject) -> dict[str, float]:
     """While a run trains."""
-    return {} if subject.pairs.val is None else {"ITM accuracy": accuracy(subject)}
+    return {} if subject.pairs.val is None else figures(subject)
 
 
 def report(subject: Subject, options: Any) -> list[Path]:
     """Prints the accuracy."""
     if options is not None or subject.pairs.val is not None:
-        print(f"ITM accuracy (held-out): {100 * accuracy(subject):.1f} %")
+        found = figures(subject)
+        above = f"the caption's own image above another's: {100 * found['ITM order']:.1f} %"
+        print(f"ITM accuracy (held-out): {100 * found['ITM accuracy']:.1f} %; {above}")
     return []

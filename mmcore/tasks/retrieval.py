@@ -70,7 +70,6 @@ def _recall(subject: Subject, both: tuple[Tensor, Tensor] | None) -> dict[str, f
     held_out = subject.held_out
     if both is not None:
         return recall_of_scores(*both, held_out.relevance)
-    assert held_out.image is not None and held_out.text is not None
     return retrieval_recall(held_out.image, held_out.text, held_out.relevance)
 
 

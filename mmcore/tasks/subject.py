@@ -84,14 +84,13 @@ class HeldOut:
     captions: list[str]  # the N of these images
     owner: Tensor  # [N] the image of each caption, in [0, I)
     relevance: Relevance  # which caption is right for which image
-    image: Tensor | None  # [I, E] unit-norm, or [I, Q, E] of which the nearest counts; None = the model embeds nothing
-    text: Tensor | None  # [N, E] unit-norm, or tokens [N, T, E] for late interaction, 0 where padded
+    image: Any  # Tensor [I, E] unit-norm, or [I, Q, E] of which the nearest counts; None = the model embeds nothing
+    text: Any  # Tensor [N, E] unit-norm, or tokens [N, T, E] for late interaction, 0 where padded
     states: Any  # [I, ...], or patches: what matching starts from; None where the model matches nothing
 
     @cached_property
     def scores(self) -> tuple[Tensor, Tensor]:
         """Of images and captions as each image has them, [I, N], and as each caption has them, [N, I]."""
-        assert self.image is not None and self.text is not None
         if self.text.ndim == 3:
             return late_scores(self.image, self.text)
         if self.image.ndim == 2:
@@ -151,7 +150,7 @@ class Subject:
 
     @cached_property
     @torch.no_grad()
-    def pictures(self) -> tuple[Tensor, Tensor | None, Any]:
+    def pictures(self) -> tuple[Tensor, Any, Any]:
         """Runs the model over the held-out images alone: `index`, `image` and `states` of a `HeldOut`. A model that
         embeds nothing matches images as its assets' `preprocess` makes them. Errors as of `held_out`."""
         keeps, embeds = hasattr(self.recipe, "matches"), None

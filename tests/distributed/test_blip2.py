@@ -23,6 +23,13 @@ class TestOnRanks:
         for result in results[num_ranks]:
             assert result["fetched"] == result["uneven"] == result["wanted"] and result["nothing"] == [0, 5]
 
+    def test_gradients_of_rows_go_back_to_the_ranks_that_have_them(self, results: Results, num_ranks: int) -> None:
+        expected = [0.0] * 8
+        for rank in range(num_ranks):
+            for row, share in list(zip([7, 0, 3, 3, 6, 1], range(1, 7), strict=True))[rank:]:
+                expected[row] += share
+        assert [x for result in results[num_ranks] for x in result["gradient"]] == expected
+
     def test_pairs_that_share_an_image_or_a_text_have_one_label(self, results: Results, num_ranks: int) -> None:
         labels = [x for result in results[num_ranks] for x in result["labels"]]
         assert labels == results[1][0]["labels"]

@@ -81,7 +81,12 @@ def main(folder: Path) -> dict[str, Any]:
     # ranks of different sizes, the first without any
     uneven = [0, *([1] * (world_size - 2)), SIZE - world_size + 2] if world_size > 1 else [SIZE]
     first = sum(uneven[:rank])
+    learned = table[rows].float().requires_grad_()
+    shares = torch.arange(1.0, 7.0)[rank:, None]
+    torch.cat([fetch_rows(learned, wanted) * shares, fetch_rows(learned, wanted[:0])]).sum().backward()
+    assert learned.grad is not None
     return {
+        "gradient": learned.grad[:, 0].tolist(),
         "fetched": fetch_rows(table[rows], wanted).tolist(),
         "uneven": fetch_rows(table[first : first + uneven[rank]], wanted).tolist(),
         "nothing": list(fetch_rows(table[rows], wanted[:0]).shape),

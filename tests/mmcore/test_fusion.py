@@ -69,7 +69,7 @@ def test_answers_come_from_a_file_as_they_stand(tmp_path: Path) -> None:
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(ValueError, match=said):
             AnswerVocabulary.of_file(tmp_path / "b.json")
-    with pytest.raises(ValueError, match="answers must hold each once, got 1 kinds of 2"):
+    with pytest.raises(ValueError, match="answers must hold each once, got 2 of 1"):
         AnswerVocabulary(["yes", "yes"])
 
 

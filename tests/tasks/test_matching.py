@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmcore.metrics.retrieval import recall_of_scores, relevance_of, retrieval_recall
-from mmcore.tasks.matching import accuracy, scores
+from mmcore.tasks.matching import accuracy, figures, scores
 from mmcore.tasks.retrieval import reranked
 from mmcore.tasks.subject import HeldOut, Subject
 
@@ -55,9 +55,10 @@ def test_scores_are_those_of_the_pairs_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize("num_wrong", [0, 30, NUM])
 def test_accuracy_counts_right_and_wrong_pairs_alike(num_wrong: int) -> None:
-    found = accuracy(subject(Numbers(num_wrong)))
+    found = figures(subject(Numbers(num_wrong)))
     # the wrong image of a caption is drawn from all others
-    assert found == pytest.approx(1 - num_wrong / NUM, abs=0.04)
+    assert found["ITM accuracy"] == pytest.approx(1 - num_wrong / NUM, abs=0.04)
+    assert (found["ITM order"] == 1) == (num_wrong == 0) and found["ITM order"] >= found["ITM accuracy"] - 0.04
 
 
 def test_a_pair_of_the_same_class_is_no_wrong_pair() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmcore.data import PairData
 from mmcore.fusion_recipe import FusionAssets, FusionBatch, FusionRecipe, MatchesPairs
+from mmcore.labels import IGNORED
 from mmcore.losses import Negatives, global_contrastive_loss, hard_negatives
 from mmcore.nn import FeatureQueue, KeyValues, MomentumEncoder, interpolate_positions
 from mmcore.ops import require
@@ -52,7 +53,8 @@ def one_sided(
         alpha: from 0 to 1.
         ids: int64 `[B]` of the rows, `[Q]` of the queue: equal ones are right too. None = a row's own alone.
     """
-    scale, options = 1 / temperature, {"symmetric": False}
+    scale = 1 / temperature
+    options: dict[str, Any] = {"symmetric": False}
     if ids is None:
         if alpha > 0:
             options |= {"teacher": (momentum, others), "alpha": alpha}
@@ -83,6 +85,12 @@ class Resizes(FusionRecipe):
             self.name, size >= 1 and size % patch == 0, "--image-size must be a multiple of {}, got {}", patch, size
         )
         return replace(shape, vision=replace(shape.vision, image_size=size))
+
+    def assets(self, data: PairData) -> FusionAssets:
+        found = super().assets(data)
+        most = found.shape.text.num_positions
+        require(self.name, self.max_text <= most, "--max-text must be at most {}, got {}", most, self.max_text)
+        return found
 
     def initial(self, assets: FusionAssets, model: Any) -> Mapping[str, Tensor]:
         if self.start is None:
@@ -140,8 +148,6 @@ class Aligned(MatchesPairs, Resizes):
         require(self.name, self.queue_size >= 1, "--queue-size must be at least 1, got {}", self.queue_size)
         steps = self.alpha_steps
         require(self.name, steps is None or steps >= 1, "--alpha-steps must be at least 1, got {}", steps)
-        has_effect = self.positives == "pair" or not self.random_queue
-        require(self.name, has_effect, "--random-queue must be left out with --positives {}: it has no ids", "image")
         return super().assets(data)
 
     def companions(self, model: Any) -> Mapping[str, nn.Module]:
@@ -152,6 +158,8 @@ class Aligned(MatchesPairs, Resizes):
                 queue.enqueue(random_keys(size, width, 2 * self.run.seed + seed))
         if self.positives == "image":
             queues["ids"] = FeatureQueue(size, 1, dtype=torch.int64)
+            if self.random_queue:  # of no image
+                queues["ids"].enqueue(torch.full((size, 1), IGNORED))
         queues = {name: queue.to(model.device) for name, queue in queues.items()}
         return {"teacher": MomentumEncoder(model.deepspeed, self.teacher_momentum), **queues}
 

@@ -1,7 +1,7 @@
 """ALBEF that answers questions: a decoder of its own behind the layers that read images."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.data.text.wordpiece import WordPiece
+from mmcore.fusion_recipe import FusionAssets
 from mmcore.ops import masks
 from mmcore.parts.bert import BertEncoder
 from mmcore.parts.text_decoder import TextDecoder
-from mmcore.parts.text_head import TextHead
+from mmcore.parts.text_head import HEAD, TextHead
+from mmcore.parts.timm_vit import tower_rows
 from mmcore.parts.vit import ViT
 from mmcore.recipe import Claim, Proof
+from mmcore.settings import from_json
 from mmcore.systems.albef.answers import SaysAnswers
 from mmcore.systems.albef.model import ALBEFConfig
 from mmcore.systems.albef.recipe import fitted, published, read_start
 from mmcore.systems.albef.shapes import ALBEF_CONFIGS
+from mmcore.systems.albef.weights import FUSION
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig
+from mmcore.weights.files import read_folder, read_json, save_folder
+from mmcore.weights.layout import Layout, under
+from mmcore.weights.pictures import with_pictures, write_pictures
 
 
 class AnswersInWords(nn.Module):
@@ -95,6 +102,7 @@ class AlbefVqa(SaysAnswers):
 
     shapes = ALBEF_CONFIGS
     kind = ALBEFVQA
+    formats = ("albef",)
 
     def fitted(self, shape: ALBEFConfig, wordpiece: WordPiece) -> ALBEFConfig:
         return fitted(self.sized(shape), wordpiece)
@@ -104,6 +112,10 @@ class AlbefVqa(SaysAnswers):
 
     def started(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return with_decoder(state)
+
+    def export(self, assets: FusionAssets, model: ALBEFVQA, folder: Path, format: str) -> None:
+        save_albef_vqa(model, folder)
+        assets.wordpiece.save(folder)
 
 
 def with_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,8 +138,43 @@ def with_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-_START = ("albef", "--data digits --model tiny --queue-size 256 --random-queue --epochs 10 --batch-size 64 --lr 1e-3")
+_LAYOUT = Layout(
+    {
+        **under("visual", "visual_encoder", tower_rows("class")),
+        **under("text", "text_encoder", FUSION),
+        **under("decoder", "text_decoder.bert", FUSION),
+        **under("decoder_head", "text_decoder.cls.predictions", HEAD),
+    },
+    tied={"decoder_head.weight": "decoder.word_embedding.weight"},
+    unread=("text_decoder.cls.predictions.decoder",),
+    what="a file of ALBEF's answers",
+)
+_KIND = "albef-vqa"
+
+
+def load_albef_vqa(folder: Path | str, *, dtype: torch.dtype | None = None) -> ALBEFVQA:
+    """The model in a folder that `save_albef_vqa` wrote, float32 on the CPU, whatever `dtype` is."""
+    op, folder = "load_albef_vqa", Path(folder)
+    config = from_json(ALBEFConfig, read_json(op, folder / "config.json"))
+    model = ALBEFVQA(replace(config, vision=with_pictures(op, folder, config.vision)))
+    model.load_state_dict(_LAYOUT.read(op, read_folder(op, folder), model.state_dict()))
+    return model
+
+
+def save_albef_vqa(model: ALBEFVQA, folder: Path | str) -> None:
+    """Writes a new folder whose model.safetensors has the names of the published model of answers."""
+    config, preprocess = {"model_type": _KIND, **asdict(model.config)}, model.config.vision.preprocess
+    tensors, at = _LAYOUT.write(model.state_dict()), "text_decoder.cls.predictions"
+    words = tensors["text_decoder.bert.embeddings.word_embeddings.weight"]
+    tensors |= {f"{at}.decoder.weight": words.clone(), f"{at}.decoder.bias": tensors[f"{at}.bias"].clone()}
+    save_folder("save_albef_vqa", folder, config, tensors, lambda staged: write_pictures(staged, preprocess))
+
+
+_START = (
+    "albef",
+    "--data digits --batch-size 64 --queue-size 256 --queue-after 150 --teacher-momentum 0.95 --lr 2e-3 --epochs 16",
+)
 PROOF = Proof(
-    [_START, ("albef-vqa", "--data digits --from {0} --epochs 8 --batch-size 64 --lr 5e-4 --ema 0.99")],
+    [_START, ("albef-vqa", "--data digits --from {0} --batch-size 64 --epochs 8 --lr 1e-3 --ema 0.98")],
     [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.80)],
 )

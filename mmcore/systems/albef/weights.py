@@ -86,7 +86,7 @@ def read_published(path: Path | str) -> Published:
         model = ALBEF(config)
     wanted = model.state_dict()
     model.load_state_dict(LAYOUT.read(op, state, wanted), assign=True)
-    theirs = {_own(name): x for name, x in state.items() if _own(name)}
+    theirs = {own: x for name, x in state.items() if (own := _own(name))}
     ours = {name: x for name, x in wanted.items() if not name.startswith(_STUDENTS)}
     momentum = Layout(_PARTS, tied=TIED, unread=_UNREAD, what=LAYOUT.what).read(op, theirs, ours) if theirs else {}
     queues = {name: state[f"{theirs}_queue"].T for name, theirs in _QUEUES.items() if f"{theirs}_queue" in state}

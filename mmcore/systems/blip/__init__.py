@@ -18,4 +18,5 @@ PROOFS = {
     "blip-caption": "recipe:PROOF_CAPTION",
     "blip-retrieval": "recipe:PROOF_RETRIEVAL",
     "blip-vqa": "recipe:PROOF_VQA",
+    "capfilt": "capfilt:PROOF",
 }

@@ -13,8 +13,8 @@ def blip_text(**options: Any) -> BertConfig:
     return BertConfig(num_types=0, context_length=min(64, places), **options)
 
 
-_TINY_TEXT = {"width": 128, "num_layers": 3, "num_heads": 4, "mlp_dim": 512, "num_positions": 32, "image_width": 128}
-_TINY_IDS = {"decoder_token_id": 1022, "encoder_token_id": 1023, "end_token_id": 3}
+_TINY_TEXT = {"width": 64, "num_layers": 3, "num_heads": 4, "mlp_dim": 256, "num_positions": 40, "image_width": 64}
+_TINY_IDS: dict[str, Any] = {"decoder_token_id": 1022, "encoder_token_id": 1023, "end_token_id": 3}
 _BASE = blip_text(vocab_size=30524, image_width=768)
 _LARGE = salesforce_vision(224, 16, 1024, 24, 16, 4096)
 BLIP_CONFIGS = {

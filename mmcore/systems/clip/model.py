@@ -155,7 +155,11 @@ class CLIP(nn.Module):
         self.config = config
         self.visual, self.text = _image_tower(config), _text_tower(config)
         self.locked: tuple[str, ...] = ()  # beginnings of names
-        self.logit_scale = nn.Parameter(torch.full((1,), config.init_log_logit_scale))
+        self.add_logit_scale()
+
+    def add_logit_scale(self) -> None:
+        """Of a model that makes its towers itself."""
+        self.logit_scale = nn.Parameter(torch.full((1,), self.config.init_log_logit_scale))
         self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
 
     def train(self, mode: bool = True) -> "CLIP":

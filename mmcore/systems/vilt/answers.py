@@ -26,5 +26,5 @@ class ViltVqa(OnVilt, AnswersQuestions):
         return batch._replace(num_text=batch.num_text.tolist())
 
 
-_TUNE = "--data digits --from {1} --batch-size 128 --epochs 15 --lr 5e-4 --schedule cosine --ema 0.98"
+_TUNE = "--data digits --from {1} --batch-size 64 --epochs 6 --lr 1e-3 --schedule cosine --ema 0.98"
 PROOF = Proof([TOWER, PRETRAIN, ("vilt-vqa", _TUNE)], [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.8)])

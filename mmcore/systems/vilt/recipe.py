@@ -214,7 +214,7 @@ TOWER = ("vit", f"--data digits {_VIEWS} --batch-size 128 --steps 200 --lr 2e-3 
 """A ViT that knows the pictures' classes, as the published one knows ImageNet's."""
 PRETRAIN = (
     "vilt",
-    "--data digits --model tiny --vision {0} --batch-size 64 --epochs 45 --lr 1.5e-3 --schedule const-cooldown",
+    "--data digits --model tiny --vision {0} --batch-size 64 --epochs 35 --lr 1.5e-3 --schedule const-cooldown",
 )
 PROOF = Proof(
     [TOWER, (PRETRAIN[0], f"{PRETRAIN[1]} --ema 0.99")],

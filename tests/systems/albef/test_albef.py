@@ -162,6 +162,7 @@ def test_answers_are_the_published_ones_by_a_decoder_of_the_fused_layers() -> No
     assert torch.equal(asking.decoder.blocks[1].cross.q.weight, model.text.blocks[3].cross.q.weight)  # pyright: ignore
     moved_by_noise(asking, 4)
     batch, owner = a_batch(), torch.tensor([0, 0, 1, 2, 3, 4])
+    batch.tokens[:, 0] = 1  # [CLS], with which answers begin too
     num_answer = torch.tensor([3, 4, 3, 5, 3, 3])
     answers = torch.randint(5, VOCAB, (6, 5)).masked_fill(torch.arange(5) >= num_answer[:, None], 0)
     answers[:, 0] = 1
@@ -203,7 +204,7 @@ def test_answers_are_the_published_ones_by_a_decoder_of_the_fused_layers() -> No
 @pytest.mark.parametrize(("flags", "said"), [
     ({"alpha": 1.5}, "--alpha must be from 0 to 1, got 1.5"), ({"queue_size": 0}, "--queue-size must be at least 1"),
     ({"teacher_momentum": -1.0}, "--teacher-momentum must be from 0"), ({"alpha_steps": 0}, "--alpha-steps must be at"),
-    ({"positives": "image", "random_queue": True}, "--random-queue must be left out"),
+    ({"queue_after": -1}, "--queue-after must be at least"), ({"temperature_lr": -1.0}, "--temperature-lr must be at"),
 ])  # fmt: skip
 def test_flags_that_mean_nothing_are_refused(flags: dict[str, Any], said: str) -> None:
     refuses(said, replace(Albef(), **flags).assets, None)

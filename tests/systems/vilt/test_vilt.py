@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmcore.data.transforms.any_size import AnySizePreprocess, shorter_side_grid
 from mmcore.data.transforms.naflex import Patches
 from mmcore.losses import transport_distance, transport_plan
-from mmcore.parts.answers import answer_loss
+from mmcore.parts.answers import AnswerVocabulary, answer_loss
 from mmcore.parts.vit import ViT
 from mmcore.recipe import Step
 from mmcore.systems.vilt.model import Kept, ViLT, ViltTower
@@ -348,3 +348,15 @@ def test_a_batch_of_one_and_texts_without_a_word_are_learned_from() -> None:
 def test_flags_that_mean_nothing_are_refused(recipe: Vilt, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         recipe.assets(recipe.open_data())
+
+
+def test_answers_are_said_as_most_people_wrote_them_and_compared_in_their_normal_form(tmp_path: Path) -> None:
+    people = [["Three"] * 4 + ["three"] * 5 + ["3"] * 2, ["yes"] * 9, ["rare"]]
+    known = AnswerVocabulary.of_questions(people, 9)
+    assert known.answers == ("three", "yes")
+    found = known.targets([["3"] * 2 + ["no"] * 8, ["Yes."], ["rare"] * 10])
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    (tmp_path / "answers.json").write_text('["net", "3"]')
+    assert AnswerVocabulary.of_file(tmp_path / "answers.json").targets([["three"] * 10]).tolist() == [[0.0, 1.0]]
+    with pytest.raises(ValueError, match="answers must hold each once, got 2 of 1"):
+        AnswerVocabulary(["a", "a"])
