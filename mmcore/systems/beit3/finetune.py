@@ -16,7 +16,7 @@ from mmcore.losses import global_contrastive_loss, global_ratio, trimmed
 from mmcore.ops import require
 from mmcore.parts.answers import answer_loss
 from mmcore.recipe import Claim, Embeds, Proof, Runner, Step
-from mmcore.systems.beit3.recipe import PUBLISHED, OnBeit3
+from mmcore.systems.beit3.recipe import PRETRAINED, PUBLISHED, OnBeit3
 from mmcore.tasks.speaking import Answerer, Decoding
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig, Rule
@@ -33,10 +33,6 @@ class Beit3Retrieval(OnBeit3):
 
     tasks = ("zeroshot", "retrieval")
     ends_in = "retrieval"
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        return (Rule("logit_scale", weight_decay=0.0),)
 
     def loss(self, model: Runner, batch: FusionBatch, step: Step) -> dict[str, Tensor]:
         tokens = trimmed(batch.tokens, batch.num_text)
@@ -125,18 +121,16 @@ class Beit3Vqa(AnswersQuestions, OnBeit3):
         return {"loss": answer_loss(logits, batch.targets)}
 
 
-# codes of k-means, for a start that takes no tokenizer's run
-_START = ("beit3", "--data digits --max-text 16 --batch-size 64 --steps 400 --lr 2e-3 --warmup 20")
-_FLAGS = "--data digits --from {0} --max-text 16 --batch-size 64 --warmup 20 --ema 0.99"
+_FLAGS = "--data digits --from {2} --max-text 16 --batch-size 64 --warmup 20 --ema 0.99 --lr 1e-3"
 RETRIEVAL_PROOF = Proof(
-    [_START, ("beit3-retrieval", f"{_FLAGS} --steps 200 --lr 1e-3")],
+    [*PRETRAINED, ("beit3-retrieval", f"{_FLAGS} --steps 300")],
     [Claim("zero-shot accuracy (held-out)", "zero-shot top-1", 0.85)],
 )
 CAPTION_PROOF = Proof(
-    [_START, ("beit3-caption", f"{_FLAGS} --steps 300 --lr 1e-3")],
+    [*PRETRAINED, ("beit3-caption", f"{_FLAGS} --steps 300")],
     [Claim("captions that name their class (held-out)", "class named", 0.85)],
 )
 VQA_PROOF = Proof(
-    [_START, ("beit3-vqa", f"{_FLAGS} --epochs 8 --lr 5e-4 --head-lr-scale 2")],
+    [*PRETRAINED, ("beit3-vqa", f"{_FLAGS} --epochs 10 --head-lr-scale 2")],
     [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.80)],
 )

@@ -239,17 +239,21 @@ def codes_of(assets: Beit3Assets, images: Tensor) -> Tensor:
     return assets.coder.made(images.device).indices(resized(images, assets.coder.seen.size))
 
 
-_CLIP = ("clip", "--data digits --model tiny --lr 1e-3 --epochs 30")
-_VQKD = ("vqkd", "--data digits --views source --teacher {0} --batch-size 128 --steps 200 --lr 2e-3 --warmup 20")
+PRETRAINED = (
+    ("clip", "--data digits --model tiny --lr 1e-3 --epochs 30"),
+    (
+        "vqkd",
+        "--data digits --views source --teacher {0} --batch-size 128 --steps 200 --lr 2e-3 --warmup 20 "
+        "--weight-decay 1e-4",
+    ),
+    (
+        "beit3",
+        "--data digits --codes {1} --max-text 16 --batch-size 32 --steps 3000 --lr 3e-3 --warmup 50 --ema 0.99 "
+        "--eval-every 1000",
+    ),
+)
 PROOF = Proof(
-    [
-        _CLIP,
-        _VQKD,
-        (
-            "beit3",
-            "--data digits --codes {1} --max-text 16 --batch-size 64 --steps 600 --lr 2e-3 --warmup 20 --ema 0.99",
-        ),
-    ],
+    PRETRAINED,
     [
         Claim("cloze accuracy (held-out)", "cloze accuracy", 0.80),
         Claim("accuracy above each place's most frequent code (held-out)", OVER_FREQUENT, 0.1, ceiling=0.0),

@@ -114,7 +114,7 @@ def _shape(op: str, state: Mapping[str, Tensor]) -> Beit3Config:
     start = "beit3.encoder.layers."
     num = 1 + max(int(name.removeprefix(start).partition(".")[0]) for name in state if name.startswith(start))
     side = math.isqrt(len(found["image"]) - FIRST_PLACE - 1)
-    codes, answers, head = state.get("mim_head.weight"), state.get("head.3.weight"), "pretraining"
+    codes, answers = state.get("mim_head.weight"), state.get("head.3.weight")
     known: dict[str, Head] = {"vision_head.weight": "retrieval", "head.3.weight": "answers"}
     if codes is None and "mlm_head.weight" in state:
         known["mlm_head.weight"] = "captioning"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcore.data import PairData
+from mmcore.data import PairData, Reader
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece
 from mmcore.fusion_recipe import CompletesTexts, FusionAssets, FusionBatch, FusionRecipe, MatchesPairs
 from mmcore.losses import (
@@ -63,7 +63,7 @@ class OnVlmo(FusionRecipe):
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        return (Rule("relative.", weight_decay=0.0), Rule("logit_scale", weight_decay=0.0))
+        return (Rule("relative.", weight_decay=0.0),)
 
     def fitted(self, shape: VlmoConfig, wordpiece: WordPiece) -> VlmoConfig:
         if self.vision is not None:
@@ -232,6 +232,9 @@ class VlmoText(OnVlmo, CompletesTexts):
 
     def initial(self, assets: FusionAssets, model: Any) -> Mapping[str, Tensor]:
         return {name: x for name, x in super().initial(assets, model).items() if name not in assets.frozen}
+
+    def reader(self, assets: FusionAssets) -> Reader:
+        return super().reader(replace(assets, frozen={}))  # which processes that read data do not need
 
     def sample(self, assets: FusionAssets, record: Any, rng: np.random.Generator) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return TextSample(record.caption(rng), int(rng.integers(2**62)))

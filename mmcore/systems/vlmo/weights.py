@@ -93,9 +93,18 @@ def load_vlmo(path: Path | str, *, dtype: torch.dtype | None = None) -> VLMo:
         model = VLMo(config)
     wanted = model.state_dict()
     if not is_folder:
-        there = {name for pair in LAYOUT.pairs(wanted) if all(n in state for n in pair.theirs) for name in pair.ours}
-        absent = [name for name in wanted if name not in there and not name.startswith(_LATER) and not _is_joint(name)]
-        require(op, not absent, "{} must hold every weight of the model, missing {}", LAYOUT.what, absent[:3])
+        pairs = list(LAYOUT.pairs(wanted))
+        absent = [
+            name
+            for pair in pairs
+            if not pair.ours[0].startswith(_LATER) and not _is_joint(pair.ours[0])
+            for name in pair.theirs
+            if name not in state
+        ]
+        require(
+            op, not absent, "{} must hold every weight of the model, missing {}", LAYOUT.what, ", ".join(absent[:3])
+        )
+        there = {name for pair in pairs if all(n in state for n in pair.theirs) for name in pair.ours}
         wanted = {name: x for name, x in wanted.items() if name in there}
     model.load_state_dict(LAYOUT.read(op, state, wanted, unread=unread), assign=True, strict=is_folder)
     return model

@@ -17,11 +17,13 @@ from mmcore.systems.beit3.recipe import Beit3, Beit3Batch
 from mmcore.systems.beit3.shapes import beit3_vision
 from mmcore.systems.beit3.weights import LAYOUTS, fitted_state, load_beit3, save_beit3
 from tests.refusals import refuses
-from tests.systems.beit3.published import beit3, stubbed
+from tests.systems.beit3.published import Peer, stubbed
+from tests.systems.beit3.published import encoder as published
 
 HEADS, LAYERS, VOCAB, LENGTH, CODES, WIDTH = 2, 3, 29, 8, 7, 16
 VISION = beit3_vision(12, 4, WIDTH, LAYERS, HEADS, 24, drop_path=0.0)
 CONFIG = Beit3Config(VISION, VOCAB, pad_token_id=0, num_text=10, num_codes=CODES)
+PEERS = pytest.mark.parametrize("peer", ["transcript", "torchscale"])
 SETTINGS: dict[str, Any] = {
     "img_size": 12, "patch_size": 4, "vocab_size": VOCAB, "encoder_embed_dim": WIDTH, "encoder_ffn_embed_dim": 24,
     "encoder_attention_heads": HEADS, "encoder_layers": LAYERS, "max_source_positions": 12,
@@ -51,12 +53,11 @@ def a_batch() -> Any:
     return batch, tokens, ~seen, torch.randint(CODES, (5, 9))
 
 
-def theirs_of(model: BEiT3, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """torchscale's model with a model's weights, and the heads beside it by their names, which want gradients."""
+def theirs_of(peer: Peer, model: BEiT3, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The published model with a model's weights, and the heads beside it by their names, which want gradients."""
     state = LAYOUTS[True].write(model.state_dict())
-    encoder = beit3(**SETTINGS, **settings)
     of_encoder = {name.removeprefix("beit3."): x for name, x in state.items() if name.startswith("beit3.")}
-    encoder.load_state_dict(of_encoder)
+    encoder = published(peer, of_encoder, **SETTINGS, **settings)
     return encoder, {name: x.requires_grad_() for name, x in state.items() if not name.startswith("beit3.")}
 
 
@@ -75,14 +76,15 @@ def head(x: Any, heads: dict[str, Any], name: str) -> Any:
     return F.linear(x, heads[f"{name}.weight"], heads.get(f"{name}.bias"))
 
 
+@PEERS
 @pytest.mark.parametrize("recompute", [False, True])
-def test_masked_modelling_and_every_gradient_are_those_of_the_published_model(recompute: bool) -> None:
+def test_masked_modelling_and_every_gradient_are_those_of_the_published_model(recompute: bool, peer: Peer) -> None:
     """Texts are cut to the longest of the batch here, and padded there."""
     model, (batch, _, padding, codes) = a_model(), a_batch()
     model.coder, model.activation_checkpointing = lambda _: codes, recompute
     losses = Beit3().loss(model, batch, Step(0, 1, 0))
     with stubbed():
-        encoder, heads = theirs_of(model)
+        encoder, heads = theirs_of(peer, model)
         image = encoder(visual_tokens=batch.images, vision_masked_position=batch.masked)["encoder_out"]
         text = encoder(textual_tokens=batch.alone, text_padding_position=padding)["encoder_out"]
         both = encoder(batch.beside, batch.images, padding, vision_masked_position=batch.masked)["encoder_out"]
@@ -100,13 +102,14 @@ def test_masked_modelling_and_every_gradient_are_those_of_the_published_model(re
     assert_gradients_equal(model, encoder, heads)
 
 
-def test_contrast_and_every_gradient_are_those_of_the_published_model() -> None:
+@PEERS
+def test_contrast_and_every_gradient_are_those_of_the_published_model(peer: Peer) -> None:
     model, (batch, tokens, padding, _) = a_model(head="retrieval"), a_batch()
     ids = torch.arange(5)
     given = FusionBatch(batch.images, tokens, batch.num_text, tokens, tokens, ids, ids)
     loss = Beit3Retrieval().loss(model, given, Step(0, 1, 0))["loss"]
     with stubbed():
-        encoder, heads = theirs_of(model)
+        encoder, heads = theirs_of(peer, model)
         image = encoder(visual_tokens=batch.images)["encoder_out"][:, 0]
         text = encoder(textual_tokens=tokens, text_padding_position=padding)["encoder_out"][:, 0]
         image, text = (
@@ -120,12 +123,13 @@ def test_contrast_and_every_gradient_are_those_of_the_published_model() -> None:
     assert_gradients_equal(model, encoder, heads)
 
 
-def test_answers_and_every_gradient_are_those_of_the_published_model() -> None:
+@PEERS
+def test_answers_and_every_gradient_are_those_of_the_published_model(peer: Peer) -> None:
     model, (batch, tokens, padding, _) = a_model(head="answers", num_answers=6), a_batch()
     targets = torch.tensor([0.0, 0.3, 0.6, 0.9, 1.0])[torch.randint(5, (5, 6))]
     loss = Beit3Vqa().loss(model, AnswerBatch(batch.images, tokens, batch.num_text, targets), Step(0, 1, 0))["loss"]
     with stubbed():
-        encoder, heads = theirs_of(model, normalize_output=False)
+        encoder, heads = theirs_of(peer, model, normalize_output=False)
         x = encoder(tokens, batch.images, padding)["encoder_out"][:, 0]
         x = F.layer_norm(x, (WIDTH,), heads["pooler.norm.weight"], heads["pooler.norm.bias"])
         x = head(torch.tanh(head(x, heads, "pooler.dense")), heads, "head.0")
@@ -137,14 +141,15 @@ def test_answers_and_every_gradient_are_those_of_the_published_model() -> None:
     assert_gradients_equal(model, encoder, heads)
 
 
+@PEERS
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_captions_and_every_gradient_are_those_of_the_published_model(smoothing: float) -> None:
+def test_captions_and_every_gradient_are_those_of_the_published_model(smoothing: float, peer: Peer) -> None:
     model, (batch, tokens, padding, _) = a_model(head="captioning"), a_batch()
     ids = torch.arange(5)
     given = FusionBatch(batch.images, tokens, batch.num_text, batch.beside, batch.beside_labels, ids, ids)
     loss = Beit3Caption(label_smoothing=smoothing).loss(model, given, Step(0, 1, 0))["loss"]
     with stubbed():
-        encoder, heads = theirs_of(model)
+        encoder, heads = theirs_of(peer, model)
         total = 10 + LENGTH
         seen = torch.zeros(total, total, dtype=torch.long)
         seen[:, :10] = 1

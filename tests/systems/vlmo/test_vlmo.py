@@ -212,7 +212,7 @@ def test_files_have_the_published_names_both_ways(name: str, tmp_path: Path) -> 
     torch.save(text, file)
     assert torch.equal(load_vlmo(file).state_dict()["norm.weight"], state["transformer.norm.weight"])
     torch.save({n: x for n, x in state.items() if n != "transformer.norm.bias"}, file)
-    refuses("missing \\['norm.bias'\\]", load_vlmo, file)
+    refuses("missing transformer.norm.bias", load_vlmo, file)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
