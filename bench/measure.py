@@ -22,6 +22,8 @@ from mmkernels._gemm import matmul, matmul_nt
 MIB = 2**20
 # of calls on a GPU that are timed together
 BATCH_S, MOST_CALLS = 5e-3, 200
+# of glibc's mallopt, and what the threshold grows to by itself as large blocks are freed
+M_MMAP_THRESHOLD, MOST_MMAP_THRESHOLD = -3, 32 << 20
 CLEAR_REFS = Path("/proc/self/clear_refs")
 ROOT = Path(__file__).parents[1]
 # Every block of a tensor's size goes back to the system when it is freed: what is resident is what is held.
@@ -63,13 +65,19 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, *, runs: int 
 
 def peak_resident_bytes(run: Callable[[], Any]) -> int:
     """The growth of the peak resident size, reset before the run; the allocator's free pages are given back first,
-    so that they do not hide an allocation."""
+    so that they do not hide an allocation, and large blocks are mapped one by one, so that holes between them count
+    for nothing."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    CLEAR_REFS.write_text("5")
-    before = status_bytes("VmRSS")
-    run()
-    return max(0, status_bytes("VmHWM") - before)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        CLEAR_REFS.write_text("5")
+        before = status_bytes("VmRSS")
+        run()
+        return max(0, status_bytes("VmHWM") - before)
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, MOST_MMAP_THRESHOLD)
 
 
 def paired_medians(contenders: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:

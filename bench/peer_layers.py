@@ -152,6 +152,7 @@ class Multiway(nn.Module):
     def __init__(self, ours: MultiwayBlock, sizes: Sequence[int]) -> None:
         super().__init__()
         self.sizes = list(sizes)
+        assert isinstance(ours.attn, Attention)
         self.norm, self.attn = nn.LayerNorm(768), torchs_attention(ours.attn)
         self.norms = nn.ModuleList(nn.LayerNorm(768) for _ in sizes)
         self.experts = nn.ModuleList(torchs_mlp(expert) for expert in ours.mlps)  # pyright: ignore[reportArgumentType]

@@ -25,7 +25,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mmcore.ema": (),
     "mmcore.optim": (),
     "mmcore.integrations.contrastive": ("use_global_loss",),
-    "mmcore.integrations.transformers": ("register",),
+    "mmcore.integrations.transformers": ("register", "accelerate", "restore", "Accelerated"),
     "mmcore.data": (),
     "mmcore.data.opening": ("ChatData", "open_chats", "open_held_out"),
     "mmcore.data.text.templates": ("ChatTokens",),

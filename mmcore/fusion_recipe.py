@@ -1,5 +1,6 @@
 """What recipes of models that read an image and a text together have in common: ViLT, LXMERT, ALBEF, BLIP."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +18,9 @@ from mmcore.data.text.masking import mask_tokens
 from mmcore.data.text.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mmcore.errors import did_you_mean
 from mmcore.ops import require
-from mmcore.parts.answers import AnswerVocabulary
+from mmcore.parts.answers import AnswerVocabulary, answer_loss
 from mmcore.parts.vit import Tower
-from mmcore.recipe import Matches, OnPairs, Runner, VisionAssets
+from mmcore.recipe import Matches, OnPairs, Runner, Step, VisionAssets
 from mmcore.runs import is_run, read_run
 from mmcore.settings import free, from_json
 from mmcore.tasks.cloze import Completes
@@ -55,7 +56,7 @@ class FusionSample(NamedTuple):
 class FusionBatch(NamedTuple):
     """Pairs of one rank, their texts padded to one length on all ranks."""
 
-    images: Tensor  # uint8 [B, 3, S, S]
+    images: Any  # uint8 [B, 3, S, S], or as `FusionRecipe.joined` makes them
     tokens: Tensor  # int64 [B, T], [CLS], text, [SEP]
     num_text: Tensor  # int64 [B], how many are no padding
     masked: Tensor  # int64 [B, T], with some hidden
@@ -96,12 +97,14 @@ class FusionRecipe(OnPairs):
     """Share of the words that are hidden; 0 = none."""
     whole_words: ClassVar[bool] = False
     """Whether the pieces of a word are hidden together."""
+    hides_some: ClassVar[bool] = False
+    """Whether at least one word of each text is hidden."""
     accumulates = False
 
     @property
     def name(self) -> str:
-        """For messages."""
-        return type(self).__name__.lower()
+        """For messages, as on the command line."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
 
     # assets
 
@@ -125,7 +128,7 @@ class FusionRecipe(OnPairs):
         return cls.__module__.rpartition(".")[0]
 
     def assets(self, data: PairData) -> FusionAssets:
-        shape, wordpiece = None, None
+        shape, wordpiece, origin = None, None, ""
         if self.start is not None:
             shape, wordpiece, _ = self.read_start(self.start)
             origin = f"of {self.start}"
@@ -180,16 +183,24 @@ class FusionRecipe(OnPairs):
 
     # batches
 
-    def sample(self, assets: FusionAssets, record: Any, rng: np.random.Generator) -> FusionSample:
+    def sample(self, assets: FusionAssets, record: Any, rng: np.random.Generator) -> FusionSample:  # pyright: ignore[reportIncompatibleMethodOverride]
         pair = pair_sample(record, rng, assets.preprocess)
         return FusionSample(pair, int(rng.integers(2**62)), record.answers)
 
     def collate(self, assets: FusionAssets, samples: list[FusionSample]) -> Any:
-        batch = collate_pairs([x.pair for x in samples])
+        batch = collate_pairs([x.pair for x in samples], stack=self.joined)
         tokens, num_text = assets.wordpiece.padded(batch.captions, self.max_text)
         hidden = [self.hidden(assets, row, x.seed) for row, x in zip(tokens, samples, strict=True)]
         masked, labels = (torch.stack(x) for x in zip(*hidden, strict=True))
         return FusionBatch(batch.images, tokens, num_text, masked, labels, batch.image_ids, batch.labels)
+
+    def view(self, assets: Any, image: Image.Image, rng: np.random.Generator) -> Any:
+        """What is trained on of an image that no source has a view of."""
+        return assets.preprocess([image])[0]
+
+    def joined(self, images: list[Any]) -> Any:
+        """Images of samples as those of a batch."""
+        return torch.stack(images)
 
     def hidden(self, assets: FusionAssets, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Tokens [T] of a text with some hidden, and what was there."""
@@ -198,6 +209,7 @@ class FusionRecipe(OnPairs):
         words, rng = assets.wordpiece, np.random.default_rng(seed)
         inner = words.is_inner(tokens) if self.whole_words else None
         options = {"mask_id": words.mask_token_id, "num_words": words.vocab_size - 1, "is_inner": inner}
+        options["at_least_one"] = self.hides_some
         return mask_tokens(tokens, words.is_word(tokens), self.mask_rate, rng, **options)
 
     # capabilities
@@ -255,16 +267,31 @@ class CompletesTexts(FusionRecipe):
 class AnswerBatch(NamedTuple):
     """Questions about images."""
 
-    images: Tensor  # uint8 [B, 3, S, S]
+    images: Any  # uint8 [B, 3, S, S], or as `FusionRecipe.joined` makes them
     tokens: Tensor  # int64 [B, T]
-    num_text: Tensor  # int64 [B]
+    num_text: Any  # int64 [B], or a list, which no device has to be waited for
     targets: Tensor  # float32 [B, A], see `AnswerVocabulary.targets`
 
 
 @dataclass(frozen=True)
-class AnswersQuestions(FusionRecipe):
-    """Mixin: the model is a classifier of questions about images, `model("answer", images, tokens, num_text)` to logits
-    [B, A]; its shape has `num_answers`."""
+class SaysAnswers(FusionRecipe):
+    """Mixin: the model tells answers apart, `model("answer", images, tokens, num_text)` to logits [B, A]."""
+
+    def speaks(self, assets: FusionAssets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
+        is_greedy = decoding.decode == "greedy"
+        require(self.name, is_greedy, "--decode has no effect on a classifier, got {}", decoding.decode)
+
+        def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+            pixels = assets.preprocess(images).to(device)
+            logits = model("answer", pixels, *self.padded(assets, prompts, device))
+            return [assets.answers[i] for i in logits.argmax(1).tolist()]
+
+        return say
+
+
+@dataclass(frozen=True)
+class AnswersQuestions(SaysAnswers):
+    """Mixin: the model is a classifier of questions about images; its shape has `num_answers`."""
 
     answers: Path | None = field(default=None, metadata=free)
     """The classifier's answers: a JSON list, such as LXMERT's trainval_label2ans.json, or a file with one a line; None
@@ -298,19 +325,12 @@ class AnswersQuestions(FusionRecipe):
         return replace(found, shape=replace(found.shape, num_answers=len(known)), answers=known.answers)
 
     def collate(self, assets: FusionAssets, samples: list[FusionSample]) -> AnswerBatch:
-        batch = collate_pairs([x.pair for x in samples])
+        batch = collate_pairs([x.pair for x in samples], stack=self.joined)
         assert batch.questions is not None
         targets = AnswerVocabulary(assets.answers).targets([x.answers for x in samples])
         tokens, num_text = assets.wordpiece.padded(batch.questions, self.max_text)
         return AnswerBatch(batch.images, tokens, num_text, targets)
 
-    def speaks(self, assets: FusionAssets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
-        is_greedy = decoding.decode == "greedy"
-        require(self.name, is_greedy, "--decode has no effect on a classifier, got {}", decoding.decode)
-
-        def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-            pixels = assets.preprocess(images).to(device)
-            logits = model("answer", pixels, *self.padded(assets, prompts, device))
-            return [assets.answers[i] for i in logits.argmax(1).tolist()]
-
-        return say
+    def loss(self, model: Runner, batch: AnswerBatch, step: Step) -> dict[str, Tensor]:
+        logits = model("answer", batch.images, batch.tokens, batch.num_text)
+        return {"loss": answer_loss(logits, batch.targets)}

@@ -19,6 +19,7 @@ from PIL import Image
 
 from mmcore.data import PairData
 from mmcore.data.opening import ChatData
+from mmcore.data.sources.statements import StatementData
 from mmcore.errors import complain, did_you_mean
 from mmcore.figures import is_share, shown
 from mmcore.launch import leave, parse
@@ -186,6 +187,8 @@ def with_other_images(data: Any) -> Any:
         names = sorted({name for c in data.val.conversations for name in c.images})
         other = dict(zip(names, [names[i] for i in _shuffled(len(names))], strict=True))
         return replace(data, val=replace(data.val, pictures=_OtherPictures(data.val.pictures, other)))
+    if isinstance(data, StatementData):
+        return data.with_other_images()
     assert isinstance(data, PairData)
     val, questions = data.val, data.val_questions
     if val is not None:

@@ -57,13 +57,14 @@ class Assets:
 
 @dataclass(frozen=True)
 class VisionAssets(Assets):
-    """The shape of a model, a dataclass whose `vision` is the `VisionConfig` of its image tower."""
+    """The shape of a model, a dataclass whose `vision` is the `VisionConfig` of its image tower, and which says what it
+    wants of an image where that is not what the tower does."""
 
     shape: Any
 
     @property
-    def preprocess(self) -> Preprocess:
-        return self.shape.vision.preprocess
+    def preprocess(self) -> Any:
+        return (self.shape if hasattr(self.shape, "preprocess") else self.shape.vision).preprocess
 
     def save(self, folder: Path) -> dict[str, Any]:
         return asdict(self.shape)
@@ -163,9 +164,11 @@ class Recipe(ABC):
     A capability is a method that tasks and commands look for, and that a subclass may have:
     - `embeds(assets, model, device) -> Embeds`: images and texts to unit vectors; zeroshot, retrieval.
     - `aligns(assets, model, device) -> Aligns`: patches and words to unit vectors; alignment.
-    - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked.
+    - `matches(assets, model, device) -> Matches`: pairs to scores; matching, and retrieval that is re-ranked or, where
+      nothing is embedded, by that alone, its states being what `assets.preprocess` makes of images.
     - `completes(assets, model, device) -> Completes`: images and texts around a missing word to that word; cloze.
     - `speaks(assets, model, device, decoding) -> Answerer`: images and prompts to texts; caption, vqa.
+    - `judges(assets, model, device) -> Judges`: two images and a sentence to whether it is true; reasoning.
     - `samples(assets, model, device, top_p, seed)`: images and numbers to captions drawn by these; `mmcore capfilt`.
     - `converses(assets, model, device) -> Converses`: dialogues about images; conversation, `mmcore chat`.
     - `agrees(assets, model, device) -> Agrees`: patches, masked and seen, to prototypes; agreement.

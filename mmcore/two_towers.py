@@ -1,7 +1,7 @@
 """What recipes of models that embed images and captions apart, such as CLIP's and SigLIP's, have in common."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +12,19 @@ from torch import Tensor
 from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader
 from mmcore.data.collate import PairSample, collate_pairs
 from mmcore.data.opening import open_held_out
+from mmcore.data.text.tokenizer import (
+    VOCABULARY_SIZE,
+    Tokenizer,
+    find_clip_vocabulary,
+    find_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from mmcore.ops import require
 from mmcore.recipe import Contrastive, Embeds, OnPairs, Represents, Runner, VisionAssets
 from mmcore.settings import flag, free, once
+
+CLIPS, CAPTIONS = "clip", "captions"
 
 
 @dataclass(frozen=True)
@@ -127,3 +137,47 @@ class TwoTowers(OnPairs, Contrastive):
 
     def pooled_tower(self, assets: PairAssets, model: Any) -> Any:
         return model.pooled_tower()
+
+
+@dataclass(frozen=True)
+class OnBPE(TwoTowers):
+    """Mixin: captions are tokens of CLIP's kind of BPE."""
+
+    tokenizer: str | None = field(default=None, metadata=once)
+    """CLIP's BPE files (a folder with vocab.json and merges.txt, tokenizer.json, or bpe_simple_vocab_16e6.txt.gz);
+    'clip', CLIP's own, where open_clip is installed; 'captions', one is learned from them. None = the one beside
+    --init, or clip from ViT-B-32 up, captions below."""
+
+    def choose_tokenizer(self, text: Any, data: PairData) -> tuple[Tokenizer, str]:
+        """What --tokenizer and --init say together, and where it is from; a ValueError where they contradict each
+        other."""
+        beside = None if self.init is None else find_tokenizer(self.init if self.init.is_dir() else self.init.parent)
+        is_clips = text.vocab_size == VOCABULARY_SIZE
+        chosen = self.tokenizer or beside or (CLIPS if is_clips else CAPTIONS)
+        if chosen == CAPTIONS:
+            what = "--tokenizer must be the one of the weights with --init, none lies beside {}, got {}"
+            require("clip", self.init is None, what, self.init, CAPTIONS)
+            captions = data.captions(self.tokenizer_samples, self.run.seed)
+            learned = train_tokenizer(captions, vocab_size=text.vocab_size, context_length=text.context_length)
+            return learned, f"learned from {len(captions)} captions"
+        path = find_clip_vocabulary() or (beside if is_clips else None) if chosen == CLIPS else Path(chosen)
+        what = "CLIP's vocabulary must be installed (pip install open_clip_torch), or --tokenizer be a folder with it"
+        require("clip", path is not None, "{}, or {}, to learn another one; got {}", what, CAPTIONS, "neither")
+        assert path is not None
+        tokenizer = load_tokenizer(path, context_length=text.context_length)
+        if self.init is None:
+            return tokenizer, f"of {path}"
+        if beside is not None:
+            own = load_tokenizer(beside, context_length=text.context_length)
+            check_same_tokenizer(tokenizer, own, path, self.init)
+        fits = tokenizer.vocab_size <= text.vocab_size and text.eos_token_id in (None, tokenizer.eos_token_id)
+        wanted = f"at most {text.vocab_size} tokens and the end token {text.eos_token_id}, as the weights of --init"
+        got = f"{tokenizer.vocab_size} and {tokenizer.eos_token_id}"
+        require("clip", fits, "--tokenizer must have {}, got {} in {}", wanted, got, path)
+        return tokenizer, f"of {path}"
+
+
+def fitted(text: Any, tokenizer: Tokenizer, vocab_size: int) -> Any:
+    """The shape of a text tower for a tokenizer."""
+    length, end = tokenizer.context_length, tokenizer.eos_token_id
+    return replace(text, vocab_size=vocab_size, context_length=length, eos_token_id=end)

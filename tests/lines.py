@@ -16,6 +16,9 @@ LIMITS = {
     "declip": 290,
     "slip": 280,
     "albef": 1150,
+    "vlmo": 1050,
+    "vlm": 1050,
+    "beit3": 1050,
 }
 """Own lines of a system at most."""
 

@@ -23,8 +23,8 @@ ALLOWED: dict[str, str] = {
     "mmcore.export": "runs systems",
     "mmcore.capfilt": "runs systems tasks data",
     "mmcore.launch": "systems",
-    "mmcore.systems": "recipe two_towers image_recipe fusion_recipe runs parts weights metrics report data tasks train "
-    "plan nn losses launch integrations capfilt",
+    "mmcore.systems": "recipe two_towers image_recipe fusion_recipe reasoning_recipe runs parts weights metrics report "
+    "data tasks train plan nn losses launch integrations capfilt",
     "mmcore.plan": "recipe systems launch parts data nn losses mmkernels",
     "mmcore.train.__main__": "launch",
     "mmcore.train": "recipe runs tasks systems data nn ema optim",
@@ -34,6 +34,7 @@ ALLOWED: dict[str, str] = {
     "mmcore.two_towers": "recipe data",
     "mmcore.image_recipe": "recipe data parts",
     "mmcore.fusion_recipe": "recipe image_recipe data parts tasks runs train weights",
+    "mmcore.reasoning_recipe": "fusion_recipe recipe data losses tasks",
     "mmcore.proof": "",
     "mmcore.recipe": "proof data train.accumulate train.config train.optim train.deepspeed_json",
     "mmcore.train.deepspeed_json": "train.config train.optim",
@@ -47,7 +48,7 @@ ALLOWED: dict[str, str] = {
     "mmcore.metrics": "",
     "mmcore.data": "",
     "mmcore.integrations.lmms_eval": "data tasks systems runs",
-    "mmcore.integrations": "losses",
+    "mmcore.integrations": "losses nn",
     "mmcore.losses": "nn mmkernels",
     "mmcore.nn": "ema",
     "mmcore.optim": "ema",

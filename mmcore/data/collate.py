@@ -51,8 +51,13 @@ def pair_sample(record: Any, rng: np.random.Generator, preprocess: Preprocess, *
     return PairSample(pixels, caption, record.label(caption), record.image_id, record.question)
 
 
-def collate_pairs(samples: Sequence[PairSample], tokenizer: Callable[[list[str]], Tensor] | None = None) -> Batch:
-    """Pairs, all with a question or none, as a batch; without a tokenizer the captions are left as text."""
+def collate_pairs(
+    samples: Sequence[PairSample],
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    stack: Callable[[list[Any]], Any] = torch.stack,
+) -> Batch:
+    """Pairs, all with a question or none, as a batch; without a tokenizer the captions are left as text. `stack` makes
+    those of a batch of what `samples` have as images."""
     captions = [sample.caption for sample in samples]
     tokens = torch.zeros(len(captions), 0, dtype=torch.int64)
     if tokenizer is not None:
@@ -61,7 +66,7 @@ def collate_pairs(samples: Sequence[PairSample], tokenizer: Callable[[list[str]]
         got = f"{tokens.dtype} {list(tokens.shape)}"
         require("data", fits, "tokenizer must return int64 [{}, T], got {}", len(captions), got)
     return Batch(
-        torch.stack([sample.image for sample in samples]),
+        stack([sample.image for sample in samples]),
         tokens,
         torch.tensor([sample.label for sample in samples]),
         torch.tensor([sample.image_id for sample in samples]),

@@ -220,8 +220,8 @@ def open_held_out(config: DataConfig) -> PairData:
     data = open_data(config if kind == "emoji" else replace(config, val_fraction=0.0), seed=0)
     if data.val is not None:
         return data
-    if data.source is None:
-        return replace(data, val_questions=data.questions)
+    if data.source is None:  # a file may tell itself what is to test
+        return data if data.val_questions is not None else replace(data, val_questions=data.questions)
     assert isinstance(data.source, _WHOLE)
     return replace(data, val=data.source.held_out(config.max_broken))
 

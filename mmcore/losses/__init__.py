@@ -18,6 +18,7 @@ from mmcore.losses.matching import (
 from mmcore.losses.self_distillation import gram_loss, koleo_loss, patch_distillation_loss, view_distillation_loss
 from mmcore.losses.sigmoid import global_sigmoid_loss
 from mmcore.losses.token import global_token_contrastive_loss
+from mmcore.losses.transport import transport_distance, transport_plan
 from mmcore.losses.views import nt_xent_loss
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "pair_labels",
     "patch_distillation_loss",
     "sinkhorn_knopp",
+    "transport_distance",
+    "transport_plan",
     "trimmed",
     "view_distillation_loss",
 ]

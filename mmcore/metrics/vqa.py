@@ -111,6 +111,25 @@ def exact_match(said: str, wanted: str) -> bool:
     return _form(said) == _form(wanted)
 
 
+_SAID = re.compile(r"[Aa]nswer(?: is)?\s*:?\s*\(?([A-J])(?=[).,:]|\s*$|\s+because)")
+_BEGINS = re.compile(r"\(?([A-J])(?:[).:]|$)")
+
+
+def choice_of(said: str, choices: Sequence[str]) -> int | None:
+    """Which of the choices, lettered A, B and so on, an answer names: by its text, by "the answer is B", by a letter
+    that it begins with, or else as the only one whose text it has in it; None = none of them, or several."""
+    same = [i for i, choice in enumerate(choices) if exact_match(said, choice)]
+    if len(same) == 1:
+        return same[0]
+    letter = _SAID.search(said) or _BEGINS.match(said.strip())
+    place = -1 if letter is None else ord(letter[1]) - ord("A")
+    if 0 <= place < len(choices):
+        return place
+    form = f" {_form(said)} "
+    named = [i for i, choice in enumerate(choices) if f" {_form(choice)} " in form]
+    return named[0] if len(named) == 1 else None
+
+
 def _form(text: str) -> str:
     return normalize_answer(text) or "".join(c for c in text.lower() if c.isalnum()) or text.strip()
 

@@ -6,13 +6,14 @@ from mmcore.nn.batch_norm import BatchNorm
 from mmcore.nn.cross import CrossAttention, GatedCrossAttentionBlock, shared_keys_values
 from mmcore.nn.linear import ACTIVATIONS, MLP, Linear, SwiGLU, quick_gelu, quicken
 from mmcore.nn.momentum import FeatureQueue, MomentumEncoder
+from mmcore.nn.multiway import MultiwayAttention, MultiwayBlock
 from mmcore.nn.packing import Packing
 from mmcore.nn.pooler import AttentionalPooler, PerceiverResampler, PoolingHead
 from mmcore.nn.positions import interpolate_positions, resized_positions, sincos_positions
 from mmcore.nn.post_norm import PostNormBlock
 from mmcore.nn.qformer import QFormerBlock
-from mmcore.nn.relative import RelativePositions
-from mmcore.nn.transformer import Block, MultiwayBlock, Transformer
+from mmcore.nn.relative import MultiwayPositions, RelativePositions
+from mmcore.nn.transformer import Block, Transformer
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,7 +29,9 @@ __all__ = [
     "KeyValues",
     "Linear",
     "MomentumEncoder",
+    "MultiwayAttention",
     "MultiwayBlock",
+    "MultiwayPositions",
     "Packing",
     "PerceiverResampler",
     "PoolingHead",

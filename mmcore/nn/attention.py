@@ -33,6 +33,11 @@ class KeyValueCache:
         self.held = new
         return new
 
+    def drop(self, count: int) -> None:
+        """Forgets the last so many tokens."""
+        if self.held is not None:
+            self.held = KeyValues(*(x[:, : x.shape[1] - count] for x in self.held))
+
     def select(self, rows: Tensor) -> None:
         """Row r is from now on what row `rows[r]` was: int64 [R], of which some may be equal."""
         if self.held is not None:
@@ -49,10 +54,18 @@ class Attention(nn.Module):
         is_causal: each token sees itself and those before it.
         dropout: share of the attention weights that training drops, from 0, below 1.
         qkv_bias: which projections have one; of "q and v" they are `q_bias` and `v_bias`.
+        inner_norm: epsilon of a norm before the last projection (Sub-LN, arXiv:2210.06423); None = there is none.
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, is_causal: bool = False, dropout: float = 0.0, qkv_bias: QKVBias = "all"
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+        qkv_bias: QKVBias = "all",
+        inner_norm: float | None = None,
     ) -> None:
         super().__init__()
         divides = num_heads >= 1 and width % num_heads == 0
@@ -65,6 +78,7 @@ class Attention(nn.Module):
         biases = [nn.Parameter(torch.zeros(width)) if qkv_bias == "q and v" else None for _ in range(2)]
         self.q_bias, self.v_bias = biases
         self.out = Linear(width, width)
+        self.inner_norm = None if inner_norm is None else nn.LayerNorm(width, eps=inner_norm)
 
     def forward(
         self,
@@ -102,7 +116,7 @@ class Attention(nn.Module):
                 raise ValueError("Attention: mask must be intervals where is_causal, got a dense one")
             mask = causal if mask is None else causal & mask
         y = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0).flatten(2)
-        return self.out(y)
+        return self.out(y if self.inner_norm is None else self.inner_norm(y))
 
 
 def check_tokens(op: str, name: str, x: Tensor, width: int) -> None:

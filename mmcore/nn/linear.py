@@ -26,7 +26,9 @@ class Linear(nn.Linear):
         is_small = input.numel() * self.out_features < MIN_PRODUCT
         if torch.compiler.is_compiling() or is_small or not _is_plain_float32(input, self.weight):
             return super().forward(input)
-        return _Product.apply(input, self.weight, self.bias)
+        # by its transpose, as torch has it: the gradients of bias and weight then come in one order on either path, by
+        # which ranks whose batches differ in size agree on what they reduce together
+        return _Product.apply(input, self.weight.T, self.bias)
 
 
 def quicken(module: nn.Module) -> None:
@@ -48,7 +50,8 @@ def _is_plain_float32(x: Tensor, weight: Tensor) -> bool:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
+        weight = transposed.T
         ctx.save_for_backward(x, weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -58,7 +61,7 @@ class _Product(torch.autograd.Function):
         rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
         product = F.linear if torch.is_grad_enabled() else matmul_nt  # create_graph asks for what has a derivative
         dx = product(dy_rows, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = product(dy_rows.T, rows.T) if ctx.needs_input_grad[1] else None
+        dw = product(dy_rows.T, rows.T).T if ctx.needs_input_grad[1] else None
         db = dy_rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dw, db
 
@@ -72,18 +75,23 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1(x)))."""
+    """fc2(activation(fc1(x))), or with `inner_norm`, an epsilon, fc2(LN(activation(fc1(x)))) (Sub-LN,
+    arXiv:2210.06423)."""
 
-    def __init__(self, width: int, mlp_dim: int, *, activation: str = "gelu", bias: bool = True) -> None:
+    def __init__(
+        self, width: int, mlp_dim: int, *, activation: str = "gelu", bias: bool = True, inner_norm: float | None = None
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"MLP: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
         self.fc1 = Linear(width, mlp_dim, bias=bias)
         self.fc2 = Linear(mlp_dim, width, bias=bias)
         self.activation = ACTIVATIONS[activation]
+        self.inner_norm = None if inner_norm is None else nn.LayerNorm(mlp_dim, eps=inner_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        x = self.activation(self.fc1(x))
+        return self.fc2(x if self.inner_norm is None else self.inner_norm(x))
 
 
 class SwiGLU(nn.Module):

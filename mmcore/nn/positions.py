@@ -66,18 +66,19 @@ def interpolate_positions(
     return torch.cat([positions[:num_prefix], grid.to(positions.dtype)])
 
 
-def resized_positions(positions: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+def resized_positions(positions: Tensor, grids: Sequence[tuple[int, int]], *, align_corners: bool = False) -> Tensor:
     """Learned position embeddings of a square grid at those of images of any shape (bilinear, antialiased), one image
     after the other.
 
     Args:
         positions: [P, D] of a square grid, any float dtype.
         grids: rows and columns of patches of each image, each at least 1.
+        align_corners: the places at the corners keep theirs, without antialiasing, as ViLT has it.
 
     Returns:
-        [N, D] in the dtype of `positions`, computed in float32; each distinct grid once.
+        [N, D] in the dtype of `positions`, computed in float32, at aligned corners or wider; each distinct grid once.
 
-    Reference: SigLIP 2's NaFlex (arXiv 2502.14786).
+    Reference: SigLIP 2's NaFlex (arXiv 2502.14786); ViLT (arXiv 2102.03334).
     """
     op, side = "resized_positions", math.isqrt(len(positions))
     if side < 1 or side**2 != len(positions):
@@ -85,7 +86,9 @@ def resized_positions(positions: Tensor, grids: Sequence[tuple[int, int]]) -> Te
     if not all(min(grid) >= 1 for grid in grids):
         raise ValueError(f"{op}: grids must be of at least one row and column, got {list(grids)}")
     # [1, D, side, side]; with the channels last torch 2.13 interpolates to a single column wrongly
-    square = positions.float().T.contiguous().view(1, -1, side, side)
-    options = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    # SigLIP 2's in float32 whatever it is given, as there
+    wide = positions.to(torch.promote_types(positions.dtype, torch.float32)) if align_corners else positions.float()
+    square = wide.T.contiguous().view(1, -1, side, side)
+    options = {"mode": "bilinear", "antialias": not align_corners, "align_corners": align_corners}
     found = {grid: F.interpolate(square, size=grid, **options)[0].flatten(1).T for grid in set(grids)}  # each [h w, D]
     return torch.cat([found[grid] for grid in grids]).to(positions.dtype) if grids else positions[:0]

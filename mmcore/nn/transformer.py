@@ -1,4 +1,4 @@
-"""Pre-LN transformer blocks: as CLIP's two towers stack them, and with a feed-forward for each modality."""
+"""Pre-LN transformer blocks, as CLIP's two towers stack them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,13 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmcore.nn.attention import Attention, QKVBias, check_dropout, check_tokens
+from mmcore.nn.attention import Attention, KeyValueCache, QKVBias, check_dropout
 from mmcore.nn.linear import MLP, SwiGLU
 from mmcore.nn.packing import Packing
 from mmcore.nn.relative import RelativePositions
-from mmcore.ops import masks, require
+from mmcore.ops import masks
 
 Pool = Callable[[Tensor], Tensor]
+
+
+def residual(x: Tensor, scale: Tensor | None, drop_path: float) -> Tensor:
+    """What is added of `x` [B, ...]: scaled, and left out of a share of the samples, the others' growing by as much."""
+    x = x if scale is None else x * scale
+    if drop_path == 0:
+        return x
+    kept = torch.rand(len(x), device=x.device) >= drop_path
+    return x * (kept.to(x.dtype) / (1 - drop_path)).view(-1, *[1] * (x.ndim - 1))
 
 
 class Block(nn.Module):
@@ -56,24 +65,23 @@ class Block(nn.Module):
         self.scale1, self.scale2 = scales
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, pool: Pool | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        pool: Pool | None = None,
+        bias: Tensor | None = None,
+        mask: masks.Mask | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D], or to what `pool` takes of it: the feed-forward is computed for that alone; `bias`,
-        [1, H, T, T], is added to the logits."""
+        [1, H, T, T], is added to the logits, and stands in place of `mask`. For `mask` and `cache` see `Attention`."""
         if self.relative is not None:
             bias = self.relative(math.isqrt(x.shape[1] - 1))
-        mask = None if bias is None else masks.Dense(bias)
-        x = x + self._residual(self.attn(self.norm1(x), mask, packing=packing), self.scale1)
+        mask = mask if bias is None else masks.Dense(bias)
+        dropped = self.drop_path if self.training else 0.0
+        x = x + residual(self.attn(self.norm1(x), mask, cache, packing), self.scale1, dropped)
         x = x if pool is None else pool(x)
-        return x + self._residual(self.mlp(self.norm2(x)), self.scale2)
-
-    def _residual(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """What is added of `x` [B, ...]."""
-        x = x if scale is None else x * scale
-        if not self.training or self.drop_path == 0:
-            return x
-        kept = torch.rand(len(x), device=x.device) >= self.drop_path
-        return x * (kept.to(x.dtype) / (1 - self.drop_path)).view(-1, *[1] * (x.ndim - 1))
+        return x + residual(self.mlp(self.norm2(x)), self.scale2, dropped)
 
     @torch.no_grad()
     def init_weights(self, num_layers: int) -> None:
@@ -130,47 +138,17 @@ class Transformer(nn.Module):
         pool: Pool | None = None,
         bias: Tensor | None = None,
         states: list[Tensor] | None = None,
+        mask: masks.Mask | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` see `Attention`, for `bias`
-        `Block`. `states` gets what each block makes, one after the other."""
+        """[B, T, D] to [B, T, D], or to what `pool` takes of the states; for `packing` and `mask` see `Attention`, for
+        `bias` `Block`. `states` gets what each block makes, one after the other; `caches` hold what came before, one a
+        block."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            inputs = x, packing, pool if i == last else None, bias
+            inputs = x, packing, pool if i == last else None, bias, mask, None if caches is None else caches[i]
             x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             if states is not None:
                 states.append(x)
         return x
-
-
-class MultiwayBlock(nn.Module):
-    """x + attention(LN(x)), then x + MLP_m(LN_m(x)) by the expert of each token's modality m.
-
-    As in VLMo (arXiv:2111.02358) and BEiT-3 (arXiv:2208.10442).
-
-    Args:
-        num_experts: as many as there are modalities, which may count "both at once" as one.
-    """
-
-    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, num_experts: int = 2) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, num_heads)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_experts))
-        self.mlps = nn.ModuleList(MLP(width, mlp_dim) for _ in range(num_experts))
-
-    def forward(self, x: Tensor, sizes: Sequence[int], mask: masks.Mask | None = None) -> Tensor:
-        """All tokens attend to all; each modality has its own feed-forward: [B, T, D].
-
-        Args:
-            x: [B, T, D], one modality behind the other.
-            sizes: how many tokens each has, T in all; 0 for one that is absent.
-            mask: of `mmkernels.masks`, for T queries and T keys.
-        """
-        op, num_experts = "MultiwayBlock", len(self.mlps)
-        check_tokens(op, "x", x, self.attn.qkv.in_features)
-        fits = len(sizes) == num_experts and sum(sizes) == x.shape[1]
-        require(op, fits, "sizes must be {} that add up to {}, got {}", num_experts, x.shape[1], sizes)
-        x = x + self.attn(self.norm1(x), mask)
-        parts = zip(x.split(list(sizes), 1), self.norms, self.mlps, strict=True)
-        return torch.cat([part + mlp(norm(part)) for part, norm, mlp in parts], 1)

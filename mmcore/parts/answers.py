@@ -1,7 +1,7 @@
 """Answers as classes: the vocabulary of a classifier of questions, soft targets by what people answered, head, loss."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,14 +26,17 @@ def target_score(count: int) -> float:
 
 
 class AnswerVocabulary:
-    """Answers in their normal form (`mmcore.metrics.vqa.normalize_answer`), in the order of a classifier's outputs."""
+    """Answers as they are said, in the order of a classifier's outputs; what people answered is compared with them in
+    its normal form (`mmcore.metrics.vqa.normalize_answer`), of equal ones with the first."""
 
     def __init__(self, answers: Sequence[str]) -> None:
         self.answers = tuple(answers)
-        self._place = {answer: i for i, answer in enumerate(self.answers)}
-        op, size = "AnswerVocabulary", len(self.answers)
+        self._place: dict[str, int] = {}
+        for i, answer in enumerate(self.answers):
+            self._place.setdefault(normalize_answer(answer) or answer, i)
+        op, size, distinct = "AnswerVocabulary", len(self.answers), len(set(self.answers))
         require(op, size >= 1, "answers must hold at least one, got none")
-        require(op, len(self._place) == size, "answers must hold each once, got {} of {}", size, len(self._place))
+        require(op, distinct == size, "answers must hold each once, got {} of {}", size, distinct)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -41,12 +44,16 @@ class AnswerVocabulary:
     @classmethod
     def of_questions(cls, answers: Iterable[Sequence[str]], least: int = 9) -> "AnswerVocabulary":
         """Those that are given at least `least` times over all questions, the most frequent first: 3,129 of VQAv2's
-        with 9 (arXiv 1707.07998). A ValueError where there are none."""
-        counts = Counter(form for people in answers for x in people if (form := normalize_answer(x)))
+        with 9 (arXiv 1707.07998). Each is said as most people wrote it. A ValueError where there are none."""
+        counts, written = Counter[str](), defaultdict[str, Counter[str]](Counter)
+        for x in (x for people in answers for x in people):
+            if form := normalize_answer(x):
+                counts[form] += 1
+                written[form][x.strip()] += 1
         kept = sorted((x for x, count in counts.items() if count >= least), key=lambda x: (-counts[x], x))
         what = "questions must have answers that are given {} times or more, got none among {}"
         require("AnswerVocabulary", bool(kept), what, least, len(counts))
-        return cls(kept)
+        return cls([min((-count, said) for said, count in written[x].items())[1] for x in kept])
 
     @classmethod
     def of_file(cls, path: Path) -> "AnswerVocabulary":
@@ -106,5 +113,6 @@ class AnswerHead(nn.Module):
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of logits [B, A] with scores [B, A] in [0, 1], summed over the answers, averaged over the
     questions of all ranks; a question without a known answer counts as one (arXiv:1707.07998)."""
-    total = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.binary_cross_entropy_with_logits(wide, targets.to(wide.dtype), reduction="sum")
     return global_ratio(total, torch.tensor(len(logits), device=logits.device))

@@ -1,6 +1,7 @@
 """Texts from any model of the next token: the likeliest token, tokens of the nucleus, or beam search."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,28 @@ def check_decoding(
     else:
         require(op, 0 < top_p <= 1, "top_p must be in (0, 1], got {}", top_p)
         require(op, num_beams == 1, "top_p must be None with num_beams {}, got {}", num_beams, top_p)
+
+
+def generate(
+    op: str,
+    step: Step,
+    start: Tensor,
+    *,
+    num_beams: int = 1,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    **ends: int,
+) -> Tensor:
+    """One text a row: of the likeliest token each time, by `beam_search`, or drawn from the `nucleus`; a ValueError,
+    which begins with `op`, of options that do not go together. `ends` and the rest are as of `beam_search`."""
+    check_decoding(op, num_beams=num_beams, top_p=top_p, temperature=temperature, generator=generator)
+    if num_beams > 1:
+        return beam_search(step, start, num_beams=num_beams, **ends)
+    pick = partial(torch.argmax, dim=1)
+    if top_p is not None:
+        pick = partial(nucleus, top_p=top_p, temperature=temperature, generator=generator)
+    return decode(step, start, pick, **ends)
 
 
 def decode(

@@ -36,6 +36,13 @@ def load_tower(path: Path) -> Tower:
     return owner.image_tower(*inputs)
 
 
+def _of_open_clip(folder: Path) -> str:
+    """Of open_clip's settings the part by which a system knows them as its own; "" = they are a CLIP's."""
+    file = folder / "open_clip_config.json"
+    parts = read_json("load_tower", file).get("model_cfg") if file.is_file() else None
+    return next((name for name in parts or () if name in entries("FOLDERS")), "")
+
+
 class _Read(NamedTuple):
     """A tower that is read without the rest of its model."""
 
@@ -56,7 +63,7 @@ def tower_owner(path: Path) -> tuple[Any, tuple[Any, ...]]:
         return _Read(Tower(found.config, found.state)), ()
     else:
         config, known, towers = path / "config.json", entries("FOLDERS"), entries("TOWERS")
-        kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else ""
+        kind = str(read_json("load_tower", config).get("model_type")) if config.is_file() else _of_open_clip(path)
         if kind in towers:
             return _Read(towers[kind].load()(path)), ()
         if kind not in known and config.is_file() and not (path / "open_clip_config.json").is_file():

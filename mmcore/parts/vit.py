@@ -153,8 +153,9 @@ class Tower(NamedTuple):
         return Tower(config, {name: x for name, x in self.state.items() if name != "mask_token"})
 
 
-class ViT(nn.Module):
-    """A pre-LN transformer over patches, and a class token before them where the configuration has one."""
+class PatchEmbedding(nn.Module):
+    """What a `ViT`'s transformer reads of images: patches with positions, and a class token and registers before
+    them."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -176,45 +177,13 @@ class ViT(nn.Module):
         self.registers = nn.Parameter(registers) if config.num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(width)) if config.has_mask_token else None
         self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.has_norm_pre else nn.Identity()
-        options = {"is_causal": False, "activation": config.activation, "norm_eps": config.norm_eps}
-        of_blocks = ("layer_scale", "drop_path", "drop_path_uniform", "qkv_bias", "has_swiglu")
-        options |= {name: getattr(config, name) for name in of_blocks}
-        side = config.image_size // config.patch_size
-        self.relative = RelativePositions(side, config.num_heads) if config.relative_positions == "shared" else None
-        options["relative_side"] = side if config.relative_positions == "layers" else None
-        self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
-        self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
 
-    def forward(
-        self,
-        images: Tensor,
-        kept: Tensor | None = None,
-        *,
-        masked: Tensor | None = None,
-        pool: Pool | None = None,
-        states: list[Tensor] | None = None,
-    ) -> Tensor:
-        """The states of the class token, of the registers and of the patches.
-
-        Args:
-            images: [B, 3, S, S], S the configured image size or, with `has_any_size`, another multiple of the patches',
-                whose positions are interpolated; uint8, or floating point where they are normalised already; B may be
-                0.
-            kept: int64 [B, K], the patches that are read, in the order of their states; None = all P. The class token
-                and the registers always are.
-            masked: bool [B, P], the patches that the mask token stands for, of all P; None = none.
-            pool: takes of the last layer's states `[B, 1 + P, D]` those that are wanted.
-            states: gets what each layer makes, before the final norm.
-
-        Returns:
-            [B, 1 + P, D], [B, 1 + K, D], the 1 being `config.num_prefix`, or what `pool` returns.
-        """
-        x = self.embed(images, kept, masked)
-        bias = None if self.relative is None else self.relative(images.shape[-1] // self.config.patch_size)
-        return self.norm_post(self.transformer(x, pool=pool, bias=bias, states=states))
+    def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
+        """See `embed`."""
+        return self.embed(images, masked=masked)
 
     def embed(self, images: Tensor, kept: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
-        """What the transformer reads, of shapes as in `forward`."""
+        """What the transformer reads, of shapes as in `ViT.forward`."""
         size, patch = self.image_size, self.config.patch_size
         if self.has_any_size and images.ndim == 4 and images.shape[-1] >= patch and images.shape[-1] % patch == 0:
             size = images.shape[-1]
@@ -259,3 +228,47 @@ class ViT(nn.Module):
         if self.config.positions == "learned":
             return interpolate_positions(own, num, num_prefix=num_prefix, antialias=self.config.antialias)
         return sincos_positions(self.config.width, num, num_prefix=num_prefix).to(own.device)
+
+
+class ViT(PatchEmbedding):
+    """A pre-LN transformer over patches, and a class token before them where the configuration has one."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        width = config.width
+        options = {"is_causal": False, "activation": config.activation, "norm_eps": config.norm_eps}
+        of_blocks = ("layer_scale", "drop_path", "drop_path_uniform", "qkv_bias", "has_swiglu")
+        options |= {name: getattr(config, name) for name in of_blocks}
+        side = config.image_size // config.patch_size
+        self.relative = RelativePositions(side, config.num_heads) if config.relative_positions == "shared" else None
+        options["relative_side"] = side if config.relative_positions == "layers" else None
+        self.transformer = Transformer(width, config.num_layers, config.num_heads, config.mlp_dim, **options)
+        self.norm_post = nn.LayerNorm(width, eps=config.norm_eps) if config.has_final_norm else nn.Identity()
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Tensor,
+        kept: Tensor | None = None,
+        *,
+        masked: Tensor | None = None,
+        pool: Pool | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The states of the class token, of the registers and of the patches.
+
+        Args:
+            images: [B, 3, S, S], S the configured image size or, with `has_any_size`, another multiple of the patches',
+                whose positions are interpolated; uint8, or floating point where they are normalised already; B may be
+                0.
+            kept: int64 [B, K], the patches that are read, in the order of their states; None = all P. The class token
+                and the registers always are.
+            masked: bool [B, P], the patches that the mask token stands for, of all P; None = none.
+            pool: takes of the last layer's states `[B, 1 + P, D]` those that are wanted.
+            states: gets what each layer makes, before the final norm.
+
+        Returns:
+            [B, 1 + P, D], [B, 1 + K, D], the 1 being `config.num_prefix`, or what `pool` returns.
+        """
+        x = self.embed(images, kept, masked)
+        bias = None if self.relative is None else self.relative(images.shape[-1] // self.config.patch_size)
+        return self.norm_post(self.transformer(x, pool=pool, bias=bias, states=states))

@@ -4,7 +4,7 @@ A system's `__init__` holds strings alone, so that all are listed without import
 
 ```
 RECIPES = {"siglip": "recipe:Siglip"}  # mmcore train siglip
-FOLDERS = {"siglip": "weights:load_siglip"}  # model_type of a config.json -> what loads such a folder
+FOLDERS = {"siglip": "weights:load_siglip"}  # model_type of a config.json, or a part of open_clip's -> what loads it
 FILES = {"beit": "weights:published_tower"}  # the tower of what a file as published holds, None of others
 TOWERS = {"blip-2": "weights:load_blip2_tower"}  # where a folder's tower is read without the rest
 CHATS = {"llava": "talk:model_of_folder"}  # model_type -> what makes a model of it to talk to, mmcore chat

@@ -16,13 +16,14 @@ from mmcore.tasks.subject import Subject, default_device
 
 TASKS = {
     "zeroshot": "embeds",
-    "retrieval": "embeds",
+    "retrieval": "embeds or matches",
     "crosslingual": "embeds",
     "alignment": "aligns",
     "matching": "matches",
     "cloze": "completes",
     "caption": "speaks",
     "vqa": "speaks",
+    "reasoning": "judges",
     "conversation": "converses",
     "reconstruction": "reconstructs",
     "projection": "projects",
@@ -30,7 +31,7 @@ TASKS = {
     "agreement": "agrees",
     "classification": "classifies",
 }
-"""Each task, and the capability that it asks for."""
+"""Each task, and the capability that it asks for, or which of several."""
 
 
 def task(name: str) -> Any:
@@ -40,10 +41,14 @@ def task(name: str) -> Any:
     return importlib.import_module(f"mmcore.tasks.{name}")
 
 
+def _is_able(name: str, recipe: Any) -> bool:
+    return any(hasattr(recipe, capability) for capability in TASKS[name].split(" or "))
+
+
 def check_capability(name: str, recipe: Any, said: str) -> None:
     """Raise a ValueError unless a recipe has what a task asks for; it tells what the recipe can be measured by."""
-    if not hasattr(recipe, TASKS[name]):
-        able = [other for other, capability in TASKS.items() if hasattr(recipe, capability)]
+    if not _is_able(name, recipe):
+        able = [other for other in TASKS if _is_able(other, recipe)]
         what = f"{name} asks for a model that {TASKS[name]}, which {said} does not"
         raise ValueError(f"{what}; it can be measured by {', '.join(able) or 'nothing here'}")
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcore.tasks.subject import Subject
+from mmcore.tasks.subject import Subject, taken
 
 BATCH_SIZE = 64
 
@@ -22,10 +22,22 @@ def scores(subject: Subject, image: Tensor, text: Tensor) -> Tensor:
         pairs = list(part) or [0]
         chosen, place = image[pairs].unique(return_inverse=True)
         texts = [captions[i] for i in text[pairs].tolist()]
-        found = matches(states[chosen].to(subject.device), place.to(subject.device), texts)
+        found = matches(taken(states, chosen).to(subject.device), place.to(subject.device), texts)
         return found.float().cpu()[: len(part)]
 
     return torch.cat(subject.ranks.shared(len(image), BATCH_SIZE, matched))
+
+
+def every_score(subject: Subject) -> tuple[Tensor, Tensor]:
+    """Of all held-out images and captions, [I, N] and [N, I]; equal captions are matched once."""
+    held_out = subject.held_out
+    distinct = list(dict.fromkeys(held_out.captions))
+    first = torch.tensor([held_out.captions.index(caption) for caption in distinct])
+    num = len(held_out.index)
+    found = scores(subject, torch.arange(num).repeat_interleave(len(first)), first.repeat(num)).view(num, -1)
+    place = {caption: i for i, caption in enumerate(distinct)}
+    each = found[:, [place[caption] for caption in held_out.captions]]
+    return each, each.T
 
 
 def accuracy(subject: Subject, seed: int = 0) -> float:

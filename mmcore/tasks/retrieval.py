@@ -1,4 +1,4 @@
-"""Image-text retrieval on held-out pairs, re-ranked where the model matches pairs."""
+"""Image-text retrieval on held-out pairs, re-ranked where the model matches pairs, or by matching alone."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 from mmcore.data import PairData
 from mmcore.metrics.retrieval import recall_lines, recall_of_scores, retrieval_recall
 from mmcore.report.pictures import plot_retrieval
-from mmcore.tasks.matching import scores
-from mmcore.tasks.subject import HeldOut, Options, Subject
+from mmcore.tasks.matching import every_score, scores
+from mmcore.tasks.subject import Options, Subject
 
 __all__ = ["Options", "follow", "report"]
 
@@ -25,7 +25,7 @@ def follow(subject: Subject) -> dict[str, float]:
     """R@1 both ways while a run trains."""
     if subject.pairs.val is None:
         return {}
-    recalls = _recall(subject.held_out)
+    recalls = _recall(subject, compared(subject))
     return {k.replace("_", " "): recalls[k] for k in ("image_to_text_R@1", "text_to_image_R@1")}
 
 
@@ -35,8 +35,11 @@ def report(subject: Subject, options: Any) -> list[Path]:
         return []
     subject.val  # noqa: B018 (raises where there is none)
     held_out, ranked = subject.held_out, ""
-    recalls, what = _recall(held_out), subject.pairs.val_name
-    if held_out.states is not None:
+    both, what = compared(subject), subject.pairs.val_name
+    recalls = _recall(subject, both)
+    if held_out.image is None:
+        ranked = "all pairs matched, "
+    elif held_out.states is not None:
         top_k = min(TOP_K, max(1, MAX_MATCHED // len(held_out.captions)))
         recalls = recall_of_scores(*reranked(subject, top_k), held_out.relevance)
         ranked = f"the {top_k} nearest ranked by matching, "
@@ -50,14 +53,24 @@ def report(subject: Subject, options: Any) -> list[Path]:
     if options is not None:
         return []
     path = subject.folder / "retrieval.png"
-    _draw(subject, path)
+    _draw(subject, both or held_out.scores, path)
     return [path]
 
 
-def _recall(held_out: HeldOut) -> dict[str, float]:
-    if held_out.image.ndim == 2:
-        return retrieval_recall(held_out.image, held_out.text, held_out.relevance)
-    return recall_of_scores(*held_out.scores, held_out.relevance)
+def compared(subject: Subject) -> tuple[Tensor, Tensor] | None:
+    """Scores of images and captions both ways, [I, N] and [N, I]; None where those of unit vectors, which need not all
+    be held, say as much."""
+    held_out = subject.held_out
+    if held_out.image is None:
+        return every_score(subject)
+    return None if held_out.image.ndim == 2 else held_out.scores
+
+
+def _recall(subject: Subject, both: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+    held_out = subject.held_out
+    if both is not None:
+        return recall_of_scores(*both, held_out.relevance)
+    return retrieval_recall(held_out.image, held_out.text, held_out.relevance)
 
 
 def reranked(subject: Subject, top_k: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +90,7 @@ def reranked(subject: Subject, top_k: int) -> tuple[Tensor, Tensor]:
     return ranked[0], ranked[1]
 
 
-def _draw(subject: Subject, path: Path) -> None:
+def _draw(subject: Subject, both: tuple[Tensor, Tensor], path: Path) -> None:
     """Captions, evenly drawn from the distinct ones, with the images nearest to each."""
     held_out = subject.held_out
     distinct = list(dict.fromkeys(held_out.captions))
@@ -85,4 +98,4 @@ def _draw(subject: Subject, path: Path) -> None:
     rows = [held_out.captions.index(query) for query in queries]
     relevant = torch.cat([held_out.relevance.images_of_texts(row, row + 1) for row in rows])
     images = [subject.val.raw_image(i) for i in held_out.index.tolist()]
-    plot_retrieval(queries, held_out.scores[1][rows], relevant, images, path)
+    plot_retrieval(queries, both[1][rows], relevant, images, path)

@@ -1,5 +1,6 @@
 """A model that is measured, with what tasks share of its held-out images and captions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,16 @@ def nothing(options: Any, why: str) -> list[Path]:
     return []
 
 
+def joined(parts: Sequence[Any]) -> Any:
+    """What was computed of images by parts: tensors, or what has a `joined` of its own, such as patches."""
+    return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else type(parts[0]).joined(parts)
+
+
+def taken(x: Any, images: Tensor) -> Any:
+    """Of some images by number, int64 [R]."""
+    return x[images] if isinstance(x, Tensor) else x.take(images.tolist())
+
+
 def default_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,9 +84,9 @@ class HeldOut:
     captions: list[str]  # the N of these images
     owner: Tensor  # [N] the image of each caption, in [0, I)
     relevance: Relevance  # which caption is right for which image
-    image: Tensor  # [I, E] unit-norm, or [I, Q, E] of which the nearest counts
-    text: Tensor  # [N, E] unit-norm, or tokens [N, T, E] for late interaction, 0 where padded
-    states: Tensor | None  # [I, ...] what matching starts from; None where the model matches nothing
+    image: Any  # Tensor [I, E] unit-norm, or [I, Q, E] of which the nearest counts; None = the model embeds nothing
+    text: Any  # Tensor [N, E] unit-norm, or tokens [N, T, E] for late interaction, 0 where padded
+    states: Any  # [I, ...], or patches: what matching starts from; None where the model matches nothing
 
     @cached_property
     def scores(self) -> tuple[Tensor, Tensor]:
@@ -139,20 +150,29 @@ class Subject:
 
     @cached_property
     @torch.no_grad()
-    def pictures(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Runs the model over the held-out images alone: `index`, `image` and `states` of a `HeldOut`. Errors as of
-        `held_out`."""
-        embeds, val = self.recipe.embeds(self.assets, self.model, self.device), self.val
-        keeps = hasattr(self.recipe, "matches")
+    def pictures(self) -> tuple[Tensor, Any, Any]:
+        """Runs the model over the held-out images alone: `index`, `image` and `states` of a `HeldOut`. A model that
+        embeds nothing matches images as its assets' `preprocess` makes them. Errors as of `held_out`."""
+        keeps, embeds = hasattr(self.recipe, "matches"), None
+        preprocess = getattr(self.assets, "preprocess", None)
+        if hasattr(self.recipe, "embeds"):
+            embeds = self.recipe.embeds(self.assets, self.model, self.device)
+            preprocess = embeds.preprocess
+        assert preprocess is not None
 
-        def seen(images: list[Image.Image], positions: list[int]) -> tuple[list[int], Tensor, Tensor | None]:
-            states, num = embeds.states(embeds.preprocess(images).to(self.device)), len(positions)
-            return positions, embeds.image(states).float().cpu()[:num], states.cpu()[:num] if keeps else None
+        def seen(images: list[Image.Image], positions: list[int]) -> tuple[list[int], Tensor | None, Any]:
+            states, own, image = preprocess(images), torch.arange(len(positions)), None
+            if embeds is not None:
+                states = embeds.states(states.to(self.device))
+                image = embeds.image(states).float().cpu()[own]
+            return positions, image, taken(states.to("cpu"), own) if keeps else None
 
-        index, image, states = zip(*self.ranks.over(val, BATCH_SIZE, seen), strict=True)
-        features, places = torch.cat(image), torch.tensor([i for positions in index for i in positions])
-        _check_finite("images", features)
-        return places, features, torch.cat(states) if keeps else None
+        index, image, states = zip(*self.ranks.over(self.val, BATCH_SIZE, seen), strict=True)
+        places = torch.tensor([i for positions in index for i in positions])
+        features = None if embeds is None else torch.cat(image)
+        if features is not None:
+            _check_finite("images", features)
+        return places, features, joined(states) if keeps else None
 
     @cached_property
     @torch.no_grad()
@@ -162,10 +182,11 @@ class Subject:
         (places, features, states), val = self.pictures, self.val
         owners = [(row, caption) for row, i in enumerate(places.tolist()) for caption in val.captions[i]]
         captions = [caption for _, caption in owners]
-        text = self.texts(captions)
-        _check_finite("captions", text)
+        text = None if features is None else self.texts(captions)
+        if text is not None:
+            _check_finite("captions", text)
         owner = torch.tensor([row for row, _ in owners])
-        relevance = relevance_of(captions, owner, num_images=len(features))
+        relevance = relevance_of(captions, owner, num_images=len(places))
         return HeldOut(places, captions, owner, relevance, features, text, states)
 
 

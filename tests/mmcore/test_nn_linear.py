@@ -108,3 +108,22 @@ def test_activations_can_be_recomputed(taken: list[int]) -> None:
     ours(ours(x)[:, :19]).sum().backward()
     torch.testing.assert_close(found, x.grad)
     assert len(taken) > 4
+
+
+@pytest.mark.parametrize("shape", [(67, 19), (3, 5, 19)])
+def test_gradients_arrive_in_one_order_whichever_library_multiplies(
+    taken: list[int], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-2 ranks reduce them as they come: one whose batch is small must not differ from the others."""
+
+    def order(least: int) -> list[str]:
+        monkeypatch.setattr(module, "MIN_PRODUCT", least)
+        first, ours = nn.LayerNorm(19), layer()
+        came: list[str] = []
+        for name, p in (*first.named_parameters(prefix="norm"), *ours.named_parameters()):
+            p.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+        F.gelu(ours(first(torch.randn(shape)))).sum().backward()
+        return came
+
+    found = order(1)
+    assert len(taken) == 1 and found == order(2**40)

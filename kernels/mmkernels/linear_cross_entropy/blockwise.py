@@ -35,6 +35,11 @@ def tile_shape(num_rows: int, vocab: int, element_size: int) -> tuple[int, int]:
     return min(max(fitting, MIN_ROWS), ROWS, max(num_rows, 1)), min(vocab, COLS)
 
 
+def is_one_chunk(num_rows: int, vocab: int, element_size: int) -> bool:
+    """Whether all rows are of one chunk."""
+    return num_rows <= tile_shape(num_rows, vocab, element_size)[0]
+
+
 def linear_cross_entropy_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -48,7 +53,8 @@ def linear_cross_entropy_fwd(
 
     `terms` are the label smoothing and the weight of the z-loss. The smoothing's part of the gradients, alike
     in every column, is the caller's. An ignored row's `coef` and `hidden` are 0; of a target outside the vocabulary
-    all is NaN.
+    all is NaN. The weight's gradient may be of the operands' dtype where `is_one_chunk`: each of its tiles is then
+    complete, and rounded, before the next.
     """
     targets, ignore_index, coef, _ = of_rows
     dh, dw, db = grads
@@ -77,12 +83,25 @@ def linear_cross_entropy_fwd(
             grad = low_like(grad, h)
             if dh_part is not None:
                 add_matmul(dh_part, grad, factor(weight[of_cols]))
-            if dw is not None:  # the first chunk's part is written: adding to zeros would fill [V, D] once more
+            if dw is not None and dw.dtype != coef.dtype:
+                dw[of_cols] = _rounded(grad, h, of_part - c, target_coef)
+            elif dw is not None:  # the first chunk's part is written: adding to zeros would fill [V, D] once more
                 add_matmul(dw[of_cols], grad.T, h, add=r > 0)
             if db is not None:
                 db[of_cols] = db[of_cols] + tile.sum(0) if r else tile.sum(0)
-        add_targets((dh_part, dw, db), h, weight, of_part, target_coef)
+        wide = None if dw is None or dw.dtype != coef.dtype else dw
+        add_targets((dh_part, wide, db), h, weight, of_part, target_coef)
     return loss.masked_fill_(~kept, 0).masked_fill_(outside, torch.nan)
+
+
+def _rounded(grad: Tensor, h: Tensor, at: Tensor, target_coef: Tensor) -> Tensor:
+    """dL/dweight of a tile's columns, [C, D] in float32, to be rounded once: with that of the targets `at` its
+    columns."""
+    part = torch.empty(grad.shape[1], h.shape[1])
+    add_matmul(part, grad.T, h, add=False)
+    here = ((at >= 0) & (at < len(part))).nonzero()[:, 0]
+    _add_rows(part, at[here], widen(h[here]) * target_coef[here, None])
+    return part
 
 
 def row_loss(stats: Stats, mean_logit: Tensor | None, terms: Sequence[float]) -> Tensor:

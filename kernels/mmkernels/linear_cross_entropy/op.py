@@ -10,6 +10,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_ke
 from mmkernels._autograd import has_no_derivative, reverse_only
 from mmkernels._checks import accumulator, autocast_operands, check_beside, check_dtype, check_index, require
 from mmkernels._device import Awaited, Kernels, is_capturing, runs_triton
+from mmkernels._gemm import is_low
 from mmkernels._numerics import widen
 from mmkernels.linear_cross_entropy import blockwise, eager
 
@@ -103,7 +104,9 @@ def _linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     coef = hidden.new_ones(len(hidden), dtype=accumulator(hidden.dtype))
     loss, *grads = _run(hidden, weight, bias, targets, coef, ignore_index, terms, needs)
-    filled = (coef.new_empty(0) if dx is None else dx for dx in grads)
+    # bfloat16 has float32's range: a loss scale loses nothing by coming after the rounding, and half is kept
+    kept = hidden.dtype if is_low(hidden) else coef.dtype
+    filled = (coef.new_empty(0, dtype=kept) if dx is None else dx.to(kept) for dx in grads)
     return loss.sum() if total else loss, *filled  # pyright: ignore[reportReturnType]
 
 
@@ -121,7 +124,8 @@ def _(
     dtype = accumulator(hidden.dtype)
     loss = hidden.new_empty(() if total else hidden.shape[:1], dtype=dtype)
     shapes = (x.shape if x is not None and needed else (0,) for x, needed in zip((hidden, weight, bias), needs))
-    return loss, *(hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # pyright: ignore[reportReturnType]
+    kept = hidden.dtype if is_low(hidden) else dtype
+    return loss, *(hidden.new_empty(shape, dtype=kept) for shape in shapes)  # pyright: ignore[reportReturnType]
 
 
 @torch.library.custom_op("mmkernels::linear_cross_entropy_bwd", mutates_args=())
@@ -186,6 +190,8 @@ def _scaled(dx: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if dx.is_cuda and dx.dtype != dtype and type(dx) is Tensor:
         return torch.mul(dx, factor, out=torch.empty_like(dx, dtype=dtype))
     may_write = type(dx) is Tensor and not graph_is_kept()
+    if may_write and not dx.is_cuda and factor == 1:
+        return dx.to(dtype)
     return (dx.mul_(factor) if may_write else dx * factor).to(dtype)
 
 
@@ -258,6 +264,9 @@ def _run_rows(
     dh, dw, db = (
         new(x.shape) if x is not None and needed else None for x, needed in zip((hidden, weight, bias), needs)
     )
+    if dw is not None and path is blockwise and is_low(hidden) and len(hidden) and not smoothing:
+        one_chunk = blockwise.is_one_chunk(len(hidden), len(weight), coef.element_size())
+        dw = torch.empty(weight.shape, dtype=weight.dtype) if one_chunk else dw
     grads = dh, dw, db
     if not smoothing:
         return path.linear_cross_entropy_fwd(hidden, weight, bias, rows, None, terms, grads), dh, dw, db

@@ -24,17 +24,20 @@ Texts = FilePairs | QuestionSet
 
 
 def open_json(config: DataConfig, seed: int) -> PairData:
-    """Captions or questions of `config.data`: LAVIS's, COCO's or VQAv2's JSON, told apart by its content; `seed` is
-    that of the split. Raises ValueError for a missing file, an unknown format, no image found, too many broken records,
-    or an image in both training and held-out data."""
+    """Captions or questions of `config.data`: LAVIS's, COCO's, VQAv2's or ScienceQA's JSON, told apart by its content;
+    `seed` is that of the split, unless the file itself tells what is to train on and to test. Raises ValueError for a
+    missing file, an unknown format, no image found, too many broken records, or an image in both training and held-out
+    data."""
     is_used = config.val_annotations is None or config.val_data is not None
     what = "val_annotations={!r} has no effect without val_data, leave it out"
     require("data", is_used, what, config.val_annotations)
-    train, broken = _read(config.data, "data", config.annotations, config)
+    train, broken, split = _read(config.data, "data", config.annotations, config)
     if config.val_data is not None:
-        val, broken_val = _read(config.val_data, "val_data", config.val_annotations, config)
+        val, broken_val, _ = _read(config.val_data, "val_data", config.val_annotations, config)
         _check_sides(train, val, config)
         broken = broken + broken_val
+    elif {"train", "test"} <= {*split}:
+        train, val = (_take(train, [i for i, x in enumerate(split) if x == side]) for side in ("train", "test"))
     else:
         # The same question is asked about many images, so that images alone tell the sides apart.
         texts = train.texts if isinstance(train, FilePairs) else range(len(train))
@@ -69,13 +72,17 @@ def _check_sides(train: Texts, val: Texts, config: DataConfig) -> None:
     check_disjoint(_files(train).paths, _files(val).paths)
 
 
-def _read(path: str, argument: str, answers_path: str | None, config: DataConfig) -> tuple[Texts, Counter[str]]:
+def _read(
+    path: str, argument: str, answers_path: str | None, config: DataConfig
+) -> tuple[Texts, Counter[str], list[str]]:
+    """What a file holds, what of it is broken, and the split that it puts each text into, "" for none."""
     file = read_json(path, argument)
     answers = _read_answers(file, answers_path, "val_annotations" if argument == "val_data" else "annotations")
     tally = BrokenTally(config.max_broken, file.what)
-    images: list[str | int] = []
+    images: list[str | int | None] = []
     image_ids: list[str | None] = []
     texts: list[str | Question] = []
+    splits: list[str] = []
     undigested, parse = records(file, answers)
     kind = "caption" if file.format.endswith("captions") else "question"
     for number, entry in enumerate(undigested):
@@ -84,6 +91,7 @@ def _read(path: str, argument: str, answers_path: str | None, config: DataConfig
             images.append(record.image)
             image_ids.append(record.image_id)
             texts.append(record.text)
+            splits.append(record.split)
     tally.check(final=True)
     require("data", bool(images), "{} must hold at least one {}, got none", file.what, kind)
     paths = _find_images(images, file, config.image_root)
@@ -91,12 +99,13 @@ def _read(path: str, argument: str, answers_path: str | None, config: DataConfig
     for where, name, image_id in zip(paths, images, image_ids, strict=True):
         # Not the path: ranks may have the images in different places.
         identities.setdefault(where, image_id or str(name))
+    own = [image_id if name is None else None for name, image_id in zip(images, image_ids, strict=True)]
     questions = [text for text in texts if isinstance(text, Question)]
     captions = [text.text if isinstance(text, Question) else text for text in texts]
-    files = FilePairs(paths, [identities[where] for where in paths], captions)
+    files = FilePairs(paths, [x or identities[where] for where, x in zip(paths, own, strict=True)], captions)
     if kind == "caption":
-        return files, tally.counts
-    return QuestionSet(path, files, questions, derived=False, max_broken=config.max_broken), tally.counts
+        return files, tally.counts, splits
+    return QuestionSet(path, files, questions, derived=False, max_broken=config.max_broken), tally.counts, splits
 
 
 def _read_answers(file: JsonFile, path: str | None, argument: str) -> JsonFile | None:
@@ -116,9 +125,9 @@ def _read_answers(file: JsonFile, path: str | None, argument: str) -> JsonFile |
     return answers
 
 
-def _find_images(images: list[str | int], file: JsonFile, image_root: str | None) -> list[str]:
-    """Path of each image, by name or by number: in `image_root`, which by default is the folder of the JSON file, or
-    else in a folder right below it."""
+def _find_images(images: list[str | int | None], file: JsonFile, image_root: str | None) -> list[str]:
+    """Path of each image, by name or by number, "" of None: in `image_root`, which by default is the folder of the JSON
+    file, or else in a folder right below it."""
     root = Path(file.path).parent if image_root is None else Path(image_root).expanduser()
     require("data", root.is_dir(), "image_root must be an existing folder, got {!r}", str(root))
     below = sorted(path for path in root.iterdir() if path.is_dir())
@@ -130,11 +139,12 @@ def _find_images(images: list[str | int], file: JsonFile, image_root: str | None
         # A name that does not exist counts as a missing file where it is read.
         return [named.get(image) or str(root / f"{image}.jpg") for image in images if isinstance(image, int)]
     names = [image for image in images if isinstance(image, str)]
+    if not names:
+        return [""] * len(images)
     probed = some_of(names)
     for folder in (root, *below):
         if any((folder / name).is_file() for name in probed):
-            path_of = {name: str(folder / name) for name in names}
-            return [path_of[name] for name in names]
+            return [str(folder / name) if isinstance(name, str) else "" for name in images]
     what = f"image_root must be the folder of the images of {file.what}, but none of {len(probed)} tried exists"
     raise ValueError(f"data: {what}, the first is {root / probed[0]}")
 

@@ -13,10 +13,13 @@ from mmcore.data.sources.base import parse_image_id
 from mmcore.data.sources.questions import Question
 from mmcore.ops import require
 
-JsonFormat = Literal["LAVIS captions", "LAVIS questions", "COCO captions", "VQAv2 questions", "VQAv2 annotations"]
+JsonFormat = Literal[
+    "LAVIS captions", "LAVIS questions", "COCO captions", "VQAv2 questions", "VQAv2 annotations", "ScienceQA questions"
+]
 
 # the keys of the first records of its parts, or of the file where it is a list itself
 _FORMATS: dict[JsonFormat, dict[str, set[str]]] = {
+    "ScienceQA questions": {"": {"question", "choices", "answer"}},
     "LAVIS questions": {"": {"image", "question", "answer"}},
     "LAVIS captions": {"": {"image", "caption"}},
     "VQAv2 questions": {"questions": {"question", "image_id", "question_id"}},
@@ -25,8 +28,12 @@ _FORMATS: dict[JsonFormat, dict[str, set[str]]] = {
 }
 _KNOWN = frozenset(
     "images annotations questions id file_name image image_id caption question question_id answer answers "
-    "question_type answer_type".split()
+    "question_type answer_type question_types choices hint subject grade split".split()
 )
+# of OK-VQA, whose annotations name its categories so
+_CATEGORIES = frozenset("one two three four five six seven eight nine ten other".split())
+LETTERS = "ABCDEFGHIJ"
+"""Of the choices of a question, in their order."""
 _NUM_PROBED = 100
 _NUM_SHOWN = 8
 _MAX_DIGITS = 18
@@ -46,7 +53,12 @@ class _Shrink:
         self.num_seen = 0
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> Any:
-        kept = {key: self._share(value) for key, value in pairs if key in _KNOWN}
+        # the questions of ScienceQA are by their numbers
+        kept = {
+            key: self._share(value)
+            for key, value in pairs
+            if key in _KNOWN or key in _CATEGORIES or (isinstance(value, dict) and key.isdecimal())
+        }
         if self.num_seen < _NUM_PROBED:
             self.num_seen += 1
             self.dropped.update(dict.fromkeys(key for key, _ in pairs if key not in _KNOWN))
@@ -82,9 +94,12 @@ class JsonFile:
 class Record:
     """A caption or a question with its image."""
 
-    image: str | int  # name of the image's file, or its number where the format gives no name
+    image: (
+        str | int | None
+    )  # name of the image's file, or its number where the format gives no name; None = there is none
     image_id: str | None  # the image's identity, or None where the file gives none
     text: str | Question  # the caption, or the question with its answers
+    split: str = ""  # that its file puts it into
 
 
 def read_json(path: str, argument: str) -> JsonFile:
@@ -100,13 +115,17 @@ def read_json(path: str, argument: str) -> JsonFile:
     found = _recognise(content)
     if found is None:
         known = "LAVIS's captions [{image, caption}] or questions [{image, question, answer}], COCO's captions "
-        known += "{images, annotations} or VQAv2's questions {questions}"
+        known += (
+            "{images, annotations}, VQAv2's questions {questions} or ScienceQA's {number: {question, choices, answer}}"
+        )
         raise ValueError(f"data: {argument}={path!r} must hold {known}, got {_describe(content, [*shrink.dropped])}")
     return JsonFile(path, argument, found, content)
 
 
 def _recognise(content: Any) -> JsonFormat | None:
     parts = content if isinstance(content, dict) else {"": content}
+    if parts and all(name.isdecimal() for name in parts):
+        parts = {"": list(parts.values())}
     for format, wanted in _FORMATS.items():
         if all(keys <= _keys(parts.get(part)) for part, keys in wanted.items()):
             return format
@@ -147,9 +166,13 @@ def records(file: JsonFile, answers: JsonFile | None) -> tuple[Iterable[Any], Ca
         return _single_captions(content), partial(_lavis, True)
     if file.format == "LAVIS questions":
         return content, partial(_lavis, False)
+    if file.format == "ScienceQA questions":
+        named = content.items() if isinstance(content, dict) else enumerate(content)
+        return named, _science_question
     assert answers is not None
     by_question = {a["question_id"]: a for a in answers.content["annotations"] if _has_id(a, "question_id")}
-    return content["questions"], partial(_vqa_question, by_question)
+    types = answers.content.get("question_types")
+    return content["questions"], partial(_vqa_question, by_question, types if isinstance(types, dict) else {})
 
 
 def _single_captions(content: list[Any]) -> Iterator[Any]:
@@ -179,7 +202,7 @@ def _coco_caption(names: dict[str, Any], number: int, record: Any) -> Record:
     return Record(_text({"file_name": names[image_id]}, "file_name"), image_id, _text(entries, "caption"))
 
 
-def _vqa_question(answers: dict[Any, dict[str, Any]], number: int, record: Any) -> Record:
+def _vqa_question(answers: dict[Any, dict[str, Any]], names: dict[str, Any], number: int, record: Any) -> Record:
     entries = _entries(record)
     image_id = parse_image_id(entries.get("image_id"))
     if image_id is None or not image_id.isdecimal() or len(image_id) > _MAX_DIGITS:
@@ -188,8 +211,45 @@ def _vqa_question(answers: dict[Any, dict[str, Any]], number: int, record: Any) 
     BrokenRecord.unless(is_answered, "question without annotation")
     annotation = answers[entries["question_id"]]
     types = (v if isinstance(v := annotation.get(k), str) else None for k in ("question_type", "answer_type"))
+    kind, answer_type = types
+    name = names.get(kind or "")  # OK-VQA's category, whose answers are all of one type
     text, given = _text(entries, "question"), _answers(annotation.get("answers"))
-    return Record(int(image_id), image_id, Question(entries["question_id"], text, given, *types))
+    question = Question(entries["question_id"], text, given, kind, name if isinstance(name, str) else answer_type)
+    return Record(int(image_id), image_id, question)
+
+
+def _science_question(number: int, named: tuple[str | int, Any]) -> Record:
+    """Of ScienceQA's problems.json, whose images lie in a folder of the split and the number."""
+    name, record = named
+    entries = _entries(record)
+    choices, right, image = (entries.get(key) for key in ("choices", "answer", "image"))
+    are_texts = isinstance(choices, list) and all(isinstance(x, str) and x.strip() and is_unicode(x) for x in choices)
+    BrokenRecord.unless(are_texts and 2 <= len(choices or ()) <= len(LETTERS), "choices are not 2 to 10 texts")
+    assert isinstance(choices, list)
+    is_place = isinstance(right, int) and not isinstance(right, bool) and 0 <= right < len(choices)
+    BrokenRecord.unless(is_place, "answer is not the number of a choice")
+    assert isinstance(right, int)
+    BrokenRecord.unless(image is None or isinstance(image, str), "image is not text")
+    hint, subject, grade, split = ((x if isinstance(x := entries.get(k), str) else "") for k in _OF_SCIENCE)
+    text = _text(entries, "question") + (f"\nContext: {hint.strip()}" if hint.strip() else "")
+    listed = " ".join(f"({letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
+    level = re.fullmatch(r"grade(\d+)", grade)
+    groups = ["image" if image else "text context" if hint.strip() else "no context"]
+    groups += [] if level is None else ["grades 1-6" if int(level[1]) <= 6 else "grades 7-12"]
+    question = Question(
+        entries["question_id"] if _has_id(entries, "question_id") else name,
+        f"{text}\nOptions: {listed}",
+        (LETTERS[right],),
+        answer_type=subject or None,
+        choices=tuple(x.strip() for x in choices),
+        groups=tuple(groups),
+        has_image=bool(image),
+    )
+    place = f"{split}/{name}/{image}" if isinstance(named[0], str) and split else image
+    return Record(place or None, None if image else f"no image {name}", question, split)
+
+
+_OF_SCIENCE = ("hint", "subject", "grade", "split")
 
 
 def _entries(record: Any) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class Mixed(PairSource):
         source, at = self._of(i)
         return source.caption(at, rng)
 
+    def answers(self, i: int) -> tuple[str, ...]:
+        source, at = self._of(i)
+        return source.answers(at)
+
     def question(self, i: int) -> str | None:
         source, at = self._of(i)
         return source.question(at)

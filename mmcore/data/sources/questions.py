@@ -10,6 +10,8 @@ from torch import Tensor
 from mmcore.data.sources.base import Measured, PairSource
 from mmcore.data.transforms.images import Preprocess
 
+NO_IMAGE = Image.new("RGB", (32, 32), (127, 127, 127))
+"""This very image stands for that of a question without one; a model that takes texts alone is given none."""
 NUM_ANNOTATORS = 10
 """Answers to a question in VQAv2; a derived question has as many equal ones, so that VQA's accuracy is 0 or 1."""
 
@@ -23,7 +25,10 @@ class Question:
         text: the question.
         answers: one from each annotator, repeats included, which is what VQA's accuracy counts.
         question_type: its first words, by which VQA's accuracy is broken down, or None.
-        answer_type: 'yes/no', 'number' or 'other', or None.
+        answer_type: what accuracies are told apart by, such as 'yes/no', 'number' and 'other', or a subject; or None.
+        choices: what the answer is one of, in the order of the letters A, B and so on; none = it is free.
+        groups: further kinds that it belongs to, whose accuracy is told.
+        has_image: whether it is about one.
     """
 
     question_id: int | str
@@ -31,6 +36,9 @@ class Question:
     answers: tuple[str, ...]
     question_type: str | None = None
     answer_type: str | None = None
+    choices: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    has_image: bool = True
 
 
 @dataclass(repr=False)
@@ -65,7 +73,7 @@ class QuestionSet(Measured, PairSource):
         return f"{self.source.sample_id(i)}, question {self.questions[i].question_id}"
 
     def raw_image(self, i: int, least: int | None = None) -> Image.Image:
-        return self.source.raw_image(i, least)
+        return self.source.raw_image(i, least) if self.questions[i].has_image else NO_IMAGE
 
     def image_id(self, i: int) -> int:
         return self.source.image_id(i)
@@ -86,7 +94,9 @@ class QuestionSet(Measured, PairSource):
         return list(dict.fromkeys(a for a in self.questions[i].answers if a.strip()))
 
     def augment(self, i: int, preprocess: Preprocess, rng: np.random.Generator) -> Image.Image:
-        return self.source.augment(i, preprocess, rng)
+        if self.questions[i].has_image:
+            return self.source.augment(i, preprocess, rng)
+        return super().augment(i, preprocess, rng)
 
     def batches(self, batch_size: int, preprocess: Preprocess) -> Iterator[tuple[Tensor, list[Question]]]:
         """As `raw_batches`, the images uint8 [B, 3, S, S]."""

@@ -162,9 +162,12 @@ class OwnTemplate:
         _require(text.count(IMAGE) == num_images, what, num_images, IMAGE, text.count(IMAGE))
         return text
 
+    def _content(self, text: str) -> Any:
+        """What a message holds."""
+        return [{"type": "text", "text": text}] if self._takes_lists else text
+
     def _render(self, turns: Sequence[Turn], **options: Any) -> Any:
-        texts = [[{"type": "text", "text": turn.text}] if self._takes_lists else turn.text for turn in turns]
-        messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts)]
+        messages = [{"role": turn.role, "content": self._content(turn.text)} for turn in turns]
         template = _ON_ONE_DAY + self.tokenizer.get_chat_template()
         options |= self.tokenizer.special_tokens_map
         try:

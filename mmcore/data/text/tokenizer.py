@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from mmcore.ops import require
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
 DEFAULT_CONTEXT_LENGTH = 77
+VOCABULARY_SIZE = 49408
+"""Of CLIP's own."""
 
 _END_OF_WORD = "</w>"
+_SPACE = "\u0120"  # its byte, as a byte-level vocabulary writes it
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # OpenAI's file holds more merges than its vocabulary of 49,408 uses
-_OPENAI_MERGES = 49408 - 512 - 2
+_OPENAI_MERGES = VOCABULARY_SIZE - 512 - 2
 _OPENAI_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _OPENAI_MODELS = ("base-patch32", "base-patch16", "large-patch14", "large-patch14-336")
 _FILES = ("tokenizer.json", "vocab.json", _OPENAI_FILE)
@@ -82,6 +86,15 @@ class Tokenizer:
         """Of each token of a caption, without start and end, what it stands for there; a part of a letter as that."""
         found = self._bpe.encode(caption, add_special_tokens=False).offsets[: self.context_length - 2]
         return [caption[start:end] for start, end in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids up to the first start or end token, a space behind each word; bytes that are no UTF-8 become
+        U+FFFD."""
+        words = []
+        for i in takewhile(lambda i: i not in (self.sot_token_id, self.eos_token_id), ids):
+            word = self._bpe.id_to_token(i) or ""  # a model may have more ids
+            words.append(f"{word.removesuffix(_END_OF_WORD)}{_SPACE}" if word.endswith(_END_OF_WORD) else word)
+        return self._bpe.decoder.decode(words).strip()
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, as transformers does."""

@@ -57,6 +57,12 @@ class Patches(NamedTuple):
     def joined(cls, parts: Sequence["Patches"]) -> "Patches":
         return cls(torch.cat([part.rows for part in parts]), [grid for part in parts for grid in part.grids])
 
+    def take(self, images: Sequence[int]) -> "Patches":
+        """Those of some images, in any order."""
+        parts = self.rows.split(self.counts)
+        rows = [parts[i] for i in images] or [self.rows[:0]]
+        return Patches(torch.cat(rows), [self.grids[i] for i in images])
+
     def part(self, images: slice) -> "Patches":
         """Those of some images, which follow each other."""
         first = sum(self.counts[: images.start])

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from mmcore.labels import IGNORED
 from mmcore.nn import KeyValues, Linear
 from mmcore.ops import accumulator, masks, require
-from mmcore.parts.decoding import beam_search, check_decoding, decode, nucleus
+from mmcore.parts.decoding import generate
 from mmcore.parts.text_head import TextHead
 from mmcore.parts.vit import VisionConfig, ViT
 from mmcore.systems.blip2.qformer import QFormer, QFormerConfig
@@ -180,7 +179,6 @@ class BLIP2(nn.Module):
             int64 [B, T], T <= max_length, without `decoder_token_id`, padded with `pad_token_id` after the end.
         """
         op, shape, most = "BLIP2.generate", self.config.qformer, self.config.qformer.max_text
-        check_decoding(op, num_beams=num_beams, top_p=top_p, temperature=temperature, generator=generator)
         require(op, 1 <= max_length <= most, "max_length must be in [1, {}], got {}", most, max_length)
         is_id = 0 <= eos_token_id < shape.vocab_size
         require(op, is_id, "eos_token_id must be in [0, {}), got {}", shape.vocab_size, eos_token_id)
@@ -195,13 +193,10 @@ class BLIP2(nn.Module):
             return self.text_head(self.qformer(tokens=tokens[:, None], places=place, caches=caches)[:, 0])
 
         start = torch.full((len(images),), self.config.decoder_token_id, device=images.device)
-        ends = {"max_length": max_length, "eos_token_id": eos_token_id, "pad_token_id": shape.pad_token_id}
-        if num_beams > 1:
-            return beam_search(step, start, num_beams=num_beams, **ends)
-        pick = partial(torch.argmax, dim=1)
-        if top_p is not None:
-            pick = partial(nucleus, top_p=top_p, temperature=temperature, generator=generator)
-        return decode(step, start, pick, **ends)
+        ends: dict[str, Any] = {"max_length": max_length, "eos_token_id": eos_token_id}
+        ends["pad_token_id"] = shape.pad_token_id
+        options = {"num_beams": num_beams, "top_p": top_p, "temperature": temperature, "generator": generator}
+        return generate(op, step, start, **ends, **options)
 
     def states(self, images: Tensor) -> Tensor:
         """What the Q-Former reads of [B, 3, S, S] pixels or [B, P, D] states of the tower: [B, P, D]."""

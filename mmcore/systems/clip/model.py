@@ -95,7 +95,7 @@ class TextTower(text.TextTower):
         if lengths is None and tokens.is_cpu and not torch.compiler.is_compiling():
             lengths = (ends + 1).tolist()
         positions = self.position_embedding[: tokens.shape[1]]
-        if lengths is None or _check_lengths(tokens, ends, lengths) == tokens.numel():
+        if lengths is None or check_lengths(tokens, ends, lengths) == tokens.numel():
             rows = torch.arange(len(tokens), device=tokens.device)
             x = self.token_embedding(tokens) + positions  # [B, T, D]
             x = self.transformer(x, pool=lambda x: x[rows, ends])
@@ -110,8 +110,8 @@ class TextTower(text.TextTower):
         return self.proj(self.norm_final(x))
 
 
-def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
-    """Their sum."""
+def check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
+    """Their sum; a ValueError unless they reach the end tokens, which are at `ends`."""
     rows, most = tokens.shape
     fits = len(lengths) == rows and all(1 <= length <= most for length in lengths)
     what = "lengths must be {} from 1 to {}, one a caption, got {}"
@@ -155,7 +155,11 @@ class CLIP(nn.Module):
         self.config = config
         self.visual, self.text = _image_tower(config), _text_tower(config)
         self.locked: tuple[str, ...] = ()  # beginnings of names
-        self.logit_scale = nn.Parameter(torch.full((1,), config.init_log_logit_scale))
+        self.add_logit_scale()
+
+    def add_logit_scale(self) -> None:
+        """Of a model that makes its towers itself."""
+        self.logit_scale = nn.Parameter(torch.full((1,), self.config.init_log_logit_scale))
         self.register_load_state_dict_pre_hook(_accept_0d_logit_scale)
 
     def train(self, mode: bool = True) -> "CLIP":

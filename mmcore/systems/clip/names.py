@@ -22,7 +22,7 @@ HF = Layout(
     },
     unread=POSITION_IDS,
 )
-_BLOCK = {
+OPEN_CLIP_BLOCK = {
     "norm1": "ln_1",
     "attn.qkv.weight": "attn.in_proj_weight",
     "attn.qkv.bias": "attn.in_proj_bias",
@@ -38,12 +38,12 @@ OPEN_CLIP = Layout(
         "visual.patch_embed": "visual.conv1",
         "visual.position_embedding": "visual.positional_embedding",
         "visual.norm_pre": "visual.ln_pre",
-        **under("visual.transformer.blocks.{i}", "visual.transformer.resblocks.{i}", _BLOCK),
+        **under("visual.transformer.blocks.{i}", "visual.transformer.resblocks.{i}", OPEN_CLIP_BLOCK),
         "visual.norm_post": "visual.ln_post",
         "visual.proj.weight": transposed("visual.proj"),
         "text.token_embedding": "token_embedding",
         "text.position_embedding": "positional_embedding",
-        **under("text.transformer.blocks.{i}", "transformer.resblocks.{i}", _BLOCK),
+        **under("text.transformer.blocks.{i}", "transformer.resblocks.{i}", OPEN_CLIP_BLOCK),
         "text.norm_final": "ln_final",
         "text.proj.weight": transposed("text_projection"),
     },

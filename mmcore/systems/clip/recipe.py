@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmcore.data import PairData
 from mmcore.data.collate import collate_pairs
-from mmcore.data.text.tokenizer import Tokenizer, find_clip_vocabulary, find_tokenizer, load_tokenizer, train_tokenizer
+from mmcore.data.text.tokenizer import VOCABULARY_SIZE, Tokenizer, load_tokenizer
 from mmcore.losses import global_contrastive_loss
 from mmcore.ops import require
 from mmcore.parts.padded import load_folder_tokenizer
@@ -26,7 +26,7 @@ from mmcore.systems.clip.names import OPEN_CLIP_SETTINGS
 from mmcore.systems.clip.shapes import clip_config
 from mmcore.systems.clip.weights import Format, has_settings, load_clip, save_clip
 from mmcore.train.optim import Rule
-from mmcore.two_towers import PairAssets, TwoTowers, check_same_tokenizer
+from mmcore.two_towers import OnBPE, PairAssets, fitted
 from mmcore.weights.files import write_json
 from mmcore.weights.pictures import RULES
 
@@ -42,22 +42,17 @@ class ClipBatch(NamedTuple):
     labels: Tensor | None = None
 
 
-CLIPS, CAPTIONS = "clip", "captions"
 # of a text tower, what comes with the weights and their tokenizer
 _OF_TOKENS = ("vocab_size", "context_length", "eos_token_id")
 
 
 @dataclass(frozen=True)
-class Clip(TwoTowers):
+class Clip(OnBPE):
     """Train CLIP (arXiv 2103.00020) on image-caption pairs, with the contrastive loss of the global batch."""
 
     model: str | None = field(default=None, metadata=once)
     """tiny, small, ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336; with -quickgelu for OpenAI's weights; None = that of
     --init, or tiny."""
-    tokenizer: str | None = field(default=None, metadata=once)
-    """CLIP's BPE files (a folder with vocab.json and merges.txt, tokenizer.json, or bpe_simple_vocab_16e6.txt.gz);
-    'clip', CLIP's own, where open_clip is installed; 'captions', one is learned from them. None = the one beside
-    --init, or clip from ViT-B-32 up, captions below."""
     init: Path | None = field(default=None, metadata=once)
     """Weights to start from: a file or folder of transformers or open_clip (safetensors, or .pt read weights-only)."""
     vision: str | None = field(default=None, metadata=once)
@@ -109,42 +104,14 @@ class Clip(TwoTowers):
                 require("clip", self.tokenizer is None, what, self.tokenizer)
                 return PairAssets(shape, text.tokenizer, f"of {self.text}")
             assert isinstance(shape.text, TextConfig)
-            tokenizer, origin = self._tokenizer(shape.text, data)
-            fitted = _fitted(shape.text, tokenizer, tokenizer.vocab_size)
-            return PairAssets(replace(shape, text=fitted), tokenizer, origin)
+            tokenizer, origin = self.choose_tokenizer(shape.text, data)
+            of_tokens = fitted(shape.text, tokenizer, tokenizer.vocab_size)
+            return PairAssets(replace(shape, text=of_tokens), tokenizer, origin)
         shape = clip_config(self.model or "tiny") if self.init is None else self._start().config
         assert isinstance(shape.text, TextConfig)
-        tokenizer, origin = self._tokenizer(shape.text, data)
+        tokenizer, origin = self.choose_tokenizer(shape.text, data)
         size = tokenizer.vocab_size if self.init is None else shape.text.vocab_size
-        return PairAssets(replace(shape, text=_fitted(shape.text, tokenizer, size)), tokenizer, origin, self.init)
-
-    def _tokenizer(self, text: TextConfig, data: PairData) -> tuple[Tokenizer, str]:
-        """What --tokenizer and --init say together, and where it is from; a ValueError where they contradict each
-        other."""
-        beside = None if self.init is None else find_tokenizer(self.init if self.init.is_dir() else self.init.parent)
-        is_clips = text.vocab_size == CLIPConfig().text.vocab_size
-        chosen = self.tokenizer or beside or (CLIPS if is_clips else CAPTIONS)
-        if chosen == CAPTIONS:
-            what = "--tokenizer must be the one of the weights with --init, none lies beside {}, got {}"
-            require("clip", self.init is None, what, self.init, CAPTIONS)
-            captions = data.captions(self.tokenizer_samples, self.run.seed)
-            learned = train_tokenizer(captions, vocab_size=text.vocab_size, context_length=text.context_length)
-            return learned, f"learned from {len(captions)} captions"
-        path = find_clip_vocabulary() or (beside if is_clips else None) if chosen == CLIPS else Path(chosen)
-        what = "CLIP's vocabulary must be installed (pip install open_clip_torch), or --tokenizer be a folder with it"
-        require("clip", path is not None, "{}, or {}, to learn another one; got {}", what, CAPTIONS, "neither")
-        assert path is not None
-        tokenizer = load_tokenizer(path, context_length=text.context_length)
-        if self.init is None:
-            return tokenizer, f"of {path}"
-        if beside is not None:
-            own = load_tokenizer(beside, context_length=text.context_length)
-            check_same_tokenizer(tokenizer, own, path, self.init)
-        fits = tokenizer.vocab_size <= text.vocab_size and text.eos_token_id in (None, tokenizer.eos_token_id)
-        wanted = f"at most {text.vocab_size} tokens and the end token {text.eos_token_id}, as the weights of --init"
-        got = f"{tokenizer.vocab_size} and {tokenizer.eos_token_id}"
-        require("clip", fits, "--tokenizer must have {}, got {} in {}", wanted, got, path)
-        return tokenizer, f"of {path}"
+        return PairAssets(replace(shape, text=fitted(shape.text, tokenizer, size)), tokenizer, origin, self.init)
 
     def load_assets(
         self, folder: Path, saved: Mapping[str, Any], frozen: Mapping[str, Tensor], purpose: Any
@@ -214,16 +181,17 @@ class Clip(TwoTowers):
         state = {n: x for n, x in model.state_dict().items() if not only or not n.startswith(only)}
         save_clip(model, folder, format=format, state_dict=state)
         assets.tokenizer.save(folder)
-        if format == "open_clip" and assets.tokenizer.vocab_size != CLIPConfig().text.vocab_size:
-            file = folder / OPEN_CLIP_SETTINGS.what  # open_clip reads a tokenizer beside it only where one is named
-            config = json.loads(file.read_text())
-            config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "."
-            write_json(file, config)
+        if format == "open_clip":
+            name_tokenizer(folder, assets.tokenizer)
 
 
-def _fitted(text: TextConfig, tokenizer: Tokenizer, vocab_size: int) -> TextConfig:
-    length, end = tokenizer.context_length, tokenizer.eos_token_id
-    return replace(text, vocab_size=vocab_size, context_length=length, eos_token_id=end)
+def name_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Tells open_clip in its settings of the tokenizer beside them, where it is not CLIP's own."""
+    if tokenizer.vocab_size != VOCABULARY_SIZE:
+        file = folder / OPEN_CLIP_SETTINGS.what
+        config = json.loads(file.read_text())
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "."
+        write_json(file, config)
 
 
 @torch.no_grad()

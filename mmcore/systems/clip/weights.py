@@ -44,7 +44,7 @@ def load_clip(path: str | Path, *, config: CLIPConfig | None = None, image_size:
         ValueError: no weights or no configuration found, missing or unknown names, wrong shapes, a file that
             is damaged or that holds pickled code.
     """
-    op, file = "load_clip", _find_weights(Path(path))
+    op, file = "load_clip", find_weights(Path(path))
     readers = {".safetensors": read_safetensors, ".json": lambda op, file: read_folder(op, file.parent)}
     tensors = readers.get(file.suffix, read_pickle)(op, file)
     ours = ["visual.class_embedding"]
@@ -132,7 +132,8 @@ def _as_clip(op: str, config: TowersConfig, state: Mapping[str, Tensor]) -> tupl
     return CLIPConfig(config.embed_dim, vision, text, config.init_log_logit_scale, config.image_pool), state
 
 
-def _find_weights(path: Path) -> Path:
+def find_weights(path: Path) -> Path:
+    """The file of weights of a folder, or the file itself; a ValueError where there is none."""
     known = (".safetensors", ".bin", ".pt", ".pth")
     is_known = not path.is_file() or path.suffix in known
     require("load_clip", is_known, "path must end in {}, {}, {} or {}, got {}", *known, path.name)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
+from mmcore.data.sources.questions import NO_IMAGE
 from mmcore.data.text.templates import AUTO, ChatTokens
 from mmcore.parts.language import load_language_tokenizer
 from mmcore.systems.llava.dialogue import Dialogue, Sampling
@@ -77,7 +78,7 @@ class Talks:
                 except BrokenRecord as error:
                     broken.append((chats.sample_id(i), error.reason))
             # the model runs on every rank
-            read = asked or self._asked(_about("blank", "?"), 0, [Image.new("RGB", (32, 32))])
+            read = asked or self._asked(_about("blank", "?", True), 0, [Image.new("RGB", (32, 32))])
             inputs = generate_inputs([p for _, p in read], self.tokens.pad_token_id, self.config, self.device)
             ids = self.model("generate", *inputs, **settings).cpu()
             return [r._replace(said=self.tokens.text(row)) for (r, _), row in zip(asked, ids)], broken
@@ -105,16 +106,18 @@ class Talks:
 
         def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
             names = [str(i) for i in range(len(images))]
-            asked = [_about(name, prompt) for name, prompt in zip(names, prompts, strict=True)]
+            has_image = [image is not NO_IMAGE for image in images]
+            asked = [_about(*x) for x in zip(names, prompts, has_image, strict=True)]
             chats = ConversationSet("the held-out pictures", _Given(zip(names, images)), asked, False)
             return [reply.said for reply in self.replies(chats, **options)]
 
         return say
 
 
-def _about(image: str, prompt: str) -> Conversation:
-    """What is asked about an image, still without an answer."""
-    return Conversation(image, (image,), (Turn("user", f"{IMAGE}\n{prompt}"), Turn("assistant", "")))
+def _about(name: str, prompt: str, has_image: bool) -> Conversation:
+    """What is asked about an image, or without one, still without an answer."""
+    asked = Turn("user", f"{IMAGE}\n{prompt}" if has_image else prompt)
+    return Conversation(name, (name,) if has_image else (), (asked, Turn("assistant", "")))
 
 
 class _Given(dict[str, Image.Image]):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
 from transformers.models.t5.modeling_t5 import eager_attention_forward as t5_attention_forward
 
-from mmcore.integrations import transformers as integration
+from mmcore.integrations import attention_interface as integration
 from mmkernels import masks
 from tests.mmcore.integrations import models
 from tests.mmcore.integrations.models import LLAMA, Case, padded, scrambled, words

@@ -27,6 +27,7 @@ from mmcore.tasks import conversation, subject_of
 from mmcore.tasks.conversation import answers_recur
 from mmcore.tasks.speaking import Options
 from tests.mmcore.data_fixtures import image_bytes, write_vqa
+from tests.mmcore.test_data_exams import problems
 from tests.systems.cli import losses, run
 from tests.systems.llava.fixtures import write_given
 
@@ -157,6 +158,8 @@ def test_questions_and_captions_of_a_file_are_answered_in_other_words_and_ways(s
     given = ["--data", questions, "--annotations", annotations]
     main(["eval", "vqa", folder, *given, "--decode", "nucleus", "--prompt", "tell me: {}"])
     assert "VQA accuracy (held-out), nucleus, 8 questions: " in capsys.readouterr().out
+    main(["eval", "vqa", folder, "--data", problems(tmp_path), "--prompt", "{}\nAnswer with the option's letter."])
+    assert "VQA accuracy (held-out), greedy, 3 questions: " in capsys.readouterr().out
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(image_bytes(0, kind="PNG"))
     records = [{"image": f"{i}.png", "caption": ["a dog", "it"], "image_id": f"0{7 + i}"} for i in range(2)]

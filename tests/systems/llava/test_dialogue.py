@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcore.data.sources.conversations import IMAGE, Conversation, ConversationSet, Turn
+from mmcore.data.sources.questions import NO_IMAGE
 from mmcore.data.text.templates import ChatTokens
 from mmcore.labels import IMAGE_TOKEN
 from mmcore.systems.llava.dialogue import Dialogue
@@ -154,3 +155,12 @@ def test_a_question_that_cannot_be_read_is_an_error_and_changes_nothing(question
     assert (dialogue.turns, dialogue.images) == before
     dialogue.reset()
     assert "".join(dialogue.ask("what?", [image(1)])) == first
+
+
+def test_a_question_without_an_image_is_asked_without_one() -> None:
+    model, tokens = llava(), chat_tokens()
+    talks = Talks(model, tokens, model.config, CPU)
+    say = talks.answerer(max_new_tokens=6)
+    talk = Conversation("talk", (), (Turn("user", "what?"), Turn("assistant", "")))
+    alone = talks.replies(ConversationSet("none", Painted(), [talk], False), max_new_tokens=6)[0].said
+    assert say([image(1), NO_IMAGE], ["what?"] * 2)[1] == say([NO_IMAGE], ["what?"])[0] == alone
