@@ -53,7 +53,7 @@ def measured(
     """Figures, and those of all web captions, of as many kept by chance, and of the model that was trained on all."""
     web, clean, digits = write_digits(root / "data")
     tuned = [
-        ("blip-retrieval", f"--queue-size 256 --queue-after 1000 --teacher-momentum 0.9 --epochs 84 {_TUNE}"),
+        ("blip-retrieval", f"--queue-size 256 --queue-after 1000 --teacher-momentum 0.9 --epochs 100 {_TUNE}"),
         ("blip-caption", f"--min-caption 0 --epochs 20 {_TUNE}"),
     ]
     runs = [
