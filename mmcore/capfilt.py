@@ -199,6 +199,10 @@ def capfilt(config: CapFiltConfig) -> Iterator[str]:
     if suffix != "tar" and all(file.is_file() for file in files):
         whole = config.out / f"pairs.{suffix}"
         rows = {(x["image_id"], x["caption"]): x for file in files for x in _read_rows(file, config.data)}
+        if not rows:
+            raise ValueError(
+                f"--filter must match some captions with --least {config.least}, got none: {config.filter}"
+            )
         _write_rows(whole, list(rows.values()), config.data)
         yield f"{whole}: {len(rows)} pairs"
 

@@ -274,9 +274,24 @@ class AnswerBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AnswersQuestions(FusionRecipe):
-    """Mixin: the model is a classifier of questions about images, `model("answer", images, tokens, num_text)` to logits
-    [B, A]; its shape has `num_answers`."""
+class SaysAnswers(FusionRecipe):
+    """Mixin: the model tells answers apart, `model("answer", images, tokens, num_text)` to logits [B, A]."""
+
+    def speaks(self, assets: FusionAssets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
+        is_greedy = decoding.decode == "greedy"
+        require(self.name, is_greedy, "--decode has no effect on a classifier, got {}", decoding.decode)
+
+        def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
+            pixels = assets.preprocess(images).to(device)
+            logits = model("answer", pixels, *self.padded(assets, prompts, device))
+            return [assets.answers[i] for i in logits.argmax(1).tolist()]
+
+        return say
+
+
+@dataclass(frozen=True)
+class AnswersQuestions(SaysAnswers):
+    """Mixin: the model is a classifier of questions about images; its shape has `num_answers`."""
 
     answers: Path | None = field(default=None, metadata=free)
     """The classifier's answers: a JSON list, such as LXMERT's trainval_label2ans.json, or a file with one a line; None
@@ -319,14 +334,3 @@ class AnswersQuestions(FusionRecipe):
     def loss(self, model: Runner, batch: AnswerBatch, step: Step) -> dict[str, Tensor]:
         logits = model("answer", batch.images, batch.tokens, batch.num_text)
         return {"loss": answer_loss(logits, batch.targets)}
-
-    def speaks(self, assets: FusionAssets, model: Runner, device: torch.device, decoding: Decoding) -> Answerer:
-        is_greedy = decoding.decode == "greedy"
-        require(self.name, is_greedy, "--decode has no effect on a classifier, got {}", decoding.decode)
-
-        def say(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-            pixels = assets.preprocess(images).to(device)
-            logits = model("answer", pixels, *self.padded(assets, prompts, device))
-            return [assets.answers[i] for i in logits.argmax(1).tolist()]
-
-        return say

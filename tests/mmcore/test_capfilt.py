@@ -84,6 +84,8 @@ def test_json_is_kept_by_scores_and_goes_on_where_it_stopped(tmp_path: Path, see
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("")
     refuses("--out must be a new folder", lambda: list(capfilt.capfilt(config(file, tmp_path / "full"))))
+    high = config(file, tmp_path / "high", least=0.9)
+    refuses("--filter must match some captions with --least 0.9, got none", lambda: list(capfilt.capfilt(high)))
     refuses("--top-p must be a share, got 0", lambda: config(file, tmp_path / "none", top_p=0.0))
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmcore.data import DataConfig
 from mmcore.data.opening import open_data
 from mmcore.metrics import knn_accuracy, linear_probe_accuracy
+from mmcore.nn.transformer import residual
 from mmcore.parts.vit import VisionConfig, ViT
 
 
@@ -103,6 +104,6 @@ def test_registers_layer_scale_mask_token_and_drop_path_are_as_defined() -> None
     block = model.train().transformer.blocks[-1]  # it leaves out half of the samples, the first one none
     assert [b.drop_path for b in model.transformer.blocks] == [0.0, 0.5]  # pyright: ignore[reportAttributeAccessIssue]
     x = torch.randn(4000, 2, 8, dtype=torch.float64)
-    added = block._residual(torch.ones_like(x), None)  # pyright: ignore[reportCallIssue]
+    added = residual(torch.ones_like(x), None, 0.5)
     assert set(added.unique().tolist()) == {0.0, 2.0} and added.mean().item() == pytest.approx(1, abs=0.05)
     assert (added == added[:, :1, :1]).all()

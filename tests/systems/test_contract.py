@@ -29,7 +29,7 @@ from tests.systems.worker_contract import STEPS, flags_of
 # what others start from first
 NAMES = sorted(entries("RECIPES"), key=lambda name: len(entries("PROOFS")[name].load().runs))
 
-DRAWN = ("albef", "blip", "blip-retrieval", "blip2-stage1", "blip2-stage2", "vilt")
+DRAWN = ("albef", "blip", "blip-retrieval", "blip2-stage1", "blip2-stage2", "lxmert", "vilt")
 """Each rank draws negatives or dropout of its own: only the loss before the first update is like one process's."""
 
 

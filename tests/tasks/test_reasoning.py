@@ -121,3 +121,7 @@ def test_a_model_of_two_images_is_trained_and_measured(tmp_path: Path, capsys: p
         reasoning.Options(image_root="x")
     with pytest.raises(ValueError, match="data must be NLVR2's JSON"):
         open_held_out_statements("scattered", None)
+    with pytest.raises(ValueError, match="--data must be a file, of which all is held out, got 'digits'"):
+        open_held_out_statements("digits", None)
+    with pytest.raises(ValueError, match=r"annotations='a\.json' has no effect on sentences about images"):
+        open_statements(DataConfig(str(file), annotations="a.json"), seed=0)

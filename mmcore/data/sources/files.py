@@ -13,6 +13,8 @@ from mmcore.data.sources.base import EvalSet, PairSource, by_image, stable_hash
 from mmcore.data.transforms.images import decode_rgb
 from mmcore.ops import require
 
+FILE = "file"
+"""Where a picture that was read from a file has its name, in its `info`."""
 Files = TypeVar("Files", bound="FilePairs")
 
 
@@ -29,7 +31,9 @@ class ImageFiles(PairSource):
         return self.paths[i]
 
     def raw_image(self, i: int, least: int | None = None) -> Image.Image:
-        return decode_rgb(read_image_file(self.paths[i]), least)
+        image = decode_rgb(read_image_file(self.paths[i]), least)
+        image.info[FILE] = self.paths[i]
+        return image
 
 
 @dataclass(frozen=True)

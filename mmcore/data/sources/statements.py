@@ -139,6 +139,9 @@ def open_statements(config: DataConfig, *, seed: int) -> StatementData:
     what = "data must be NLVR2's JSON, an object a line, LAVIS's list of them, or 'digits', got {!r}{}"
     require("data", is_file, what, name, did_you_mean(name, ("digits",)))
     config.check("json")
+    for setting in ("annotations", "val_annotations"):
+        value = getattr(config, setting)
+        require("data", value is None, "{}={!r} has no effect on sentences about images, leave it out", setting, value)
     found, val = read_statements(name, config, "data"), None
     if config.val_data is not None:
         val = read_statements(config.val_data, config, "val_data")
@@ -154,7 +157,9 @@ def open_statements(config: DataConfig, *, seed: int) -> StatementData:
 
 
 def open_held_out_statements(name: str, image_root: str | None) -> StatementData:
-    """Those of a file, all of them held out; errors as of `open_statements`."""
+    """Those of a file, all of them held out; errors as of `open_statements`, and for 'digits', which a run splits
+    itself."""
+    require("data", name != "digits", "--data must be a file, of which all is held out, got {!r}", name)
     data = open_statements(DataConfig(name, image_root=image_root, val_fraction=0.0), seed=0)
     return replace(data, val=data.train)
 

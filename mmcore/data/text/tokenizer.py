@@ -92,7 +92,7 @@ class Tokenizer:
         U+FFFD."""
         words = []
         for i in takewhile(lambda i: i not in (self.sot_token_id, self.eos_token_id), ids):
-            word = self._bpe.id_to_token(i)
+            word = self._bpe.id_to_token(i) or ""  # a model may have more ids
             words.append(f"{word.removesuffix(_END_OF_WORD)}{_SPACE}" if word.endswith(_END_OF_WORD) else word)
         return self._bpe.decoder.decode(words).strip()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmcore.data import PairData
+from mmcore.data.text.wordpiece import WordPiece, load_wordpiece
 from mmcore.fusion_recipe import FusionAssets, FusionBatch, FusionRecipe, MatchesPairs
 from mmcore.labels import IGNORED
 from mmcore.losses import Negatives, global_contrastive_loss, hard_negatives
@@ -98,7 +100,11 @@ class Resizes(FusionRecipe):
         ours, state = model.state_dict(), self.started(self.read_start(self.start)[2])
         name, count = "visual.position_embedding", assets.shape.vision.num_patches
         state[name] = interpolate_positions(state[name], count, num_prefix=1, antialias=False)
-        return {name: x for name, x in state.items() if name in ours and x.shape == ours[name].shape}
+        found = {name: x for name, x in state.items() if name in ours}
+        differ = [n for n, x in found.items() if x.shape != getattr(ours[n], "ds_shape", ours[n].shape)]
+        what = "--from must have weights of this model's shapes and words, got others of {}"
+        require(self.name, not differ, what, differ[:3])
+        return found
 
     def started(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of --from by the names of this recipe's model."""
@@ -211,10 +217,7 @@ class Aligned(MatchesPairs, Resizes):
         return Embeds(assets.preprocess, lambda x: model("states", x), lambda x: model("embed_image", x), text)
 
 
-def moved(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """A state with some beginnings of names in the place of others, the first that fits."""
-    found = {}
-    for name, x in state.items():
-        old = next((begin for begin in names if name.startswith(begin)), "")
-        found[names.get(old, "") + name.removeprefix(old)] = x
-    return found
+def words_of(path: Path) -> WordPiece | None:
+    """The vocabulary in a folder, if there is one."""
+    is_there = any((path / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
+    return load_wordpiece(path) if is_there else None

@@ -72,12 +72,11 @@ class SaysAnswers(Resizes):
         found = super().assets(data)
         if self.rank is None:
             return found
-        known = (
-            AnswerVocabulary.of_questions([q.answers for q in data.questions.questions], 1)
-            if self.answers is None
-            else AnswerVocabulary.of_file(self.answers)
-        )
-        return replace(found, answers=known.answers)
+        if self.answers is not None:
+            return replace(found, answers=AnswerVocabulary.of_file(self.answers).answers)
+        # as they were learned, not in their normal form
+        counts = Counter(x.strip() for q in data.questions.questions for x in q.answers if x.strip())
+        return replace(found, answers=tuple(sorted(counts, key=lambda x: (-counts[x], x))))
 
     def sample(self, assets: FusionAssets, record: Any, rng: Any) -> FusionSample:
         found = super().sample(assets, record, rng)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mmcore.data import PairData
 from mmcore.data.collate import collate_pairs
-from mmcore.data.text.wordpiece import WordPiece, load_wordpiece
+from mmcore.data.text.wordpiece import WordPiece
 from mmcore.fusion_recipe import FusionAssets, FusionBatch, FusionRecipe, FusionSample
 from mmcore.losses import global_ratio, matching_loss, matching_rows, trimmed
 from mmcore.ops import require
 from mmcore.recipe import Claim, Proof, Runner, Step
-from mmcore.systems.albef.align import Aligned, Pairs, Resizes
+from mmcore.systems.albef.align import Aligned, Pairs, Resizes, words_of
 from mmcore.systems.albef.answers import SaysAnswers
 from mmcore.systems.blip.model import BLIP, BLIPConfig, Kind, fitting
 from mmcore.systems.blip.shapes import BLIP_CONFIGS
@@ -57,7 +57,7 @@ class OfBlip(Resizes):
         if not is_blip(path):
             return super().read_start(path)
         model = load_blip(path)
-        return model.config, load_wordpiece(path) if path.is_dir() else None, dict(model.state_dict())
+        return model.config, words_of(path), dict(model.state_dict())
 
     def started(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return fitting(state, self.part)
@@ -246,6 +246,14 @@ class BlipVqa(SaysAnswers, OfBlip):
     """Tokens of a question, [CLS] and [SEP] included."""
 
     part = "vqa"
+
+    def started(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = super().started(state)
+        read, width = found["visual.class_embedding"], found["text.norm.weight"]
+        if read.shape == width.shape:
+            return found
+        # the decoder reads states of questions, not of a wider image tower: those begin anew, as published
+        return {name: x for name, x in found.items() if not (name.startswith("decoder.") and ".cross.kv." in name)}
 
 
 _DIGITS = "--data digits --batch-size 64"

@@ -143,6 +143,9 @@ def save_blip(model: BLIP, folder: Path | str) -> None:
     """Writes a new folder that transformers' class of the model's kind loads, see `ARCHITECTURES`; of pretraining, all
     three. A ValueError of an existing folder, and of a shape that transformers' BLIP cannot have."""
     op, preprocess = "save_blip", model.config.vision.preprocess
+    widths = model.config.vision.width, model.config.text.width
+    what = "vision.width must be text.width {1} of a model that answers, to be written for transformers, got {0}"
+    require(op, model.config.kind != "vqa" or widths[0] == widths[1], what, *widths)
     settings = SETTINGS.write(op, model.config)
     save_folder(op, folder, settings, written(model), lambda staged: write_pictures(staged, preprocess))
 

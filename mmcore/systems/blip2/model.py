@@ -193,9 +193,10 @@ class BLIP2(nn.Module):
             return self.text_head(self.qformer(tokens=tokens[:, None], places=place, caches=caches)[:, 0])
 
         start = torch.full((len(images),), self.config.decoder_token_id, device=images.device)
-        ends = {"max_length": max_length, "eos_token_id": eos_token_id, "pad_token_id": shape.pad_token_id}
+        ends: dict[str, Any] = {"max_length": max_length, "eos_token_id": eos_token_id}
+        ends["pad_token_id"] = shape.pad_token_id
         options = {"num_beams": num_beams, "top_p": top_p, "temperature": temperature, "generator": generator}
-        return generate(op, step, start, **options, **ends)
+        return generate(op, step, start, **ends, **options)
 
     def states(self, images: Tensor) -> Tensor:
         """What the Q-Former reads of [B, 3, S, S] pixels or [B, P, D] states of the tower: [B, P, D]."""

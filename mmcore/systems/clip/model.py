@@ -95,7 +95,7 @@ class TextTower(text.TextTower):
         if lengths is None and tokens.is_cpu and not torch.compiler.is_compiling():
             lengths = (ends + 1).tolist()
         positions = self.position_embedding[: tokens.shape[1]]
-        if lengths is None or _check_lengths(tokens, ends, lengths) == tokens.numel():
+        if lengths is None or check_lengths(tokens, ends, lengths) == tokens.numel():
             rows = torch.arange(len(tokens), device=tokens.device)
             x = self.token_embedding(tokens) + positions  # [B, T, D]
             x = self.transformer(x, pool=lambda x: x[rows, ends])
@@ -110,8 +110,8 @@ class TextTower(text.TextTower):
         return self.proj(self.norm_final(x))
 
 
-def _check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
-    """Their sum."""
+def check_lengths(tokens: Tensor, ends: Tensor, lengths: Sequence[int]) -> int:
+    """Their sum; a ValueError unless they reach the end tokens, which are at `ends`."""
     rows, most = tokens.shape
     fits = len(lengths) == rows and all(1 <= length <= most for length in lengths)
     what = "lengths must be {} from 1 to {}, one a caption, got {}"

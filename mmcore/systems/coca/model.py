@@ -18,7 +18,7 @@ from mmcore.parts.decoding import generate
 from mmcore.parts.foreign import projection
 from mmcore.parts.image_tower import PooledTower
 from mmcore.parts.vit import Tower, ViT, check_tower
-from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, eos_positions, unit_norm
+from mmcore.systems.clip.model import CLIP, CLIPConfig, TextTower, check_lengths, eos_positions, unit_norm
 
 PAD = 0
 """What captions are padded with; in CLIP's vocabulary it is also a "!" that more signs follow."""
@@ -103,7 +103,10 @@ class CaptionTower(TextTower):
             positions = self.position_embedding[first_place : first_place + tokens.shape[1]]
             return self.transformer(self.token_embedding(tokens) + positions, caches=caches)
         self.check("CoCa", tokens)
-        num_text = eos_positions(tokens, self.eos_token_id) + 1
+        ends = eos_positions(tokens, self.eos_token_id)
+        if lengths is not None:
+            check_lengths(tokens, ends, lengths)
+        num_text = ends + 1
         if lengths is None and tokens.is_cpu and not torch.compiler.is_compiling():
             lengths = num_text.tolist()
         length = self.context_length if lengths is None else min(self.context_length, max(lengths, default=0) + 1)

@@ -84,7 +84,8 @@ class Coca(OnBPE):
     def build(self, assets: PairAssets) -> CoCa:
         model = CoCa(assets.shape)
         model.set_activation_checkpointing(self.activation_checkpointing)
-        return model.train()
+        model.train()
+        return model
 
     def initial(self, assets: PairAssets, model: CoCa) -> Mapping[str, Tensor]:
         return {} if self.init is None else self._start().state_dict()

@@ -1,6 +1,7 @@
 """CoCa's shapes by the names that open_clip gives them, and a small one for a first run."""
 
 from dataclasses import replace
+from typing import Any
 
 from mmcore.errors import did_you_mean
 from mmcore.systems.clip.shapes import CLIP_CONFIGS
@@ -10,7 +11,7 @@ CONTEXT = 76
 """Tokens of a caption as published; the class token is the 77th."""
 
 
-def _of(name: str, **options: int) -> CoCaConfig:
+def _of(name: str, **options: Any) -> CoCaConfig:
     """With the towers of a CLIP."""
     clip = CLIP_CONFIGS[name]
     width = clip.text.width

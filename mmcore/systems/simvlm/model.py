@@ -164,9 +164,10 @@ class SimVLM(nn.Module):
         fits = tokens.ndim == 2 and 2 <= tokens.shape[1] <= most
         require(op, fits, "tokens must be [B, T] with 2 <= T <= {}, got {}", most, list(tokens.shape))
         if self.norm_prefix is None:
-            length, places = tokens.shape[1] - 1, torch.arange(1, tokens.shape[1], device=tokens.device)
+            places = torch.arange(1, tokens.shape[1], device=tokens.device)
             x, num_image = self._embedded(images, tokens[:, :-1])
-            x = self.transformer(x, mask=masks.prefix_causal(num_prefix + num_image, num_image + length))
+            prefix = (num_prefix + num_image).clamp(max=x.shape[1])  # of a text of which nothing is learned
+            x = self.transformer(x, mask=masks.prefix_causal(prefix, x.shape[1]))
             is_learned = (places >= num_prefix[:, None]) & (places < num_text[:, None])
             return x[:, num_image:], tokens[:, 1:].masked_fill(~is_learned, IGNORED)
         prefix, seen = self.encode(images, tokens[:, : sizes[0]], num_prefix)

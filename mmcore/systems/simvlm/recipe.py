@@ -44,7 +44,7 @@ class Prefixed(NamedTuple):
 
 
 class SimBatch(NamedTuple):
-    """Images uint8 [B, 3, S, S] with their texts, and texts alone, which are of every rank or of none."""
+    """Images uint8 [B, 3, S, S] with their texts, and texts alone, which all micro-batches have or none."""
 
     images: Tensor
     texts: Prefixed
@@ -65,7 +65,7 @@ def _lines(file: Path) -> tuple[str, ...]:
 
 def prefixed(tokens: Tensor, num_text: Tensor, num_prefix: Tensor) -> Prefixed:
     """Texts on the host, with the sizes of the longest parts."""
-    sizes = int(num_prefix.max()), int((num_text - num_prefix).max())
+    sizes = int(num_prefix.max()), max(1, int((num_text - num_prefix).max()))
     return Prefixed(tokens[:, : int(num_text.max())], num_text, num_prefix, sizes)
 
 
@@ -79,7 +79,7 @@ class Simvlm(FusionRecipe):
     text_data: Path | None = None
     """A file with a text a line, of which some are learned beside the pairs, without an image."""
     text_share: float = 0.125
-    """With --text-data, texts a pair: an eighth as published."""
+    """With --text-data, texts a pair, an eighth as published: each pair brings one with this probability."""
 
     shapes = SIMVLM_CONFIGS
     kind = SimVLM
@@ -129,11 +129,7 @@ class Simvlm(FusionRecipe):
     def collate(self, assets: FusionAssets, samples: list[FusionSample]) -> SimBatch:
         batch = collate_pairs([x.pair for x in samples])
         seeds = [x.seed for x in samples]
-        alone = None
-        if self.text_data is not None:
-            lines, num = _lines(self.text_data), max(1, round(len(samples) * self.text_share))
-            rngs = [np.random.default_rng((seed, 1)) for seed in seeds[:num]]
-            alone = self.drawn(assets, [lines[int(rng.integers(len(lines)))] for rng in rngs], seeds[:num])
+        alone = None if self.text_data is None else self.alone(assets, _lines(self.text_data), seeds)
         return SimBatch(batch.images, self.joined(assets, batch.captions, batch.questions, seeds), alone)
 
     def joined(
@@ -142,7 +138,21 @@ class Simvlm(FusionRecipe):
         """Texts of images and where their prefix ends."""
         return self.drawn(assets, texts, seeds)
 
-    def drawn(self, assets: FusionAssets, texts: list[str], seeds: Sequence[int]) -> Prefixed:
+    def alone(self, assets: FusionAssets, lines: Sequence[str], seeds: Sequence[int]) -> Prefixed:
+        """The texts that some of the pairs bring along, each for itself, so that they are the same for any number of
+        ranks and micro-batches; where none does, one of which nothing is learned: all ranks have as many forwards."""
+        rngs = [np.random.default_rng((seed, 1)) for seed in seeds]
+        found = [
+            (lines[int(rng.integers(len(lines)))], seed)
+            for rng, seed in zip(rngs, seeds, strict=True)
+            if rng.random() < self.text_share
+        ]
+        if found:
+            return self.drawn(assets, *zip(*found, strict=True))
+        tokens, num_text = assets.wordpiece(lines[:1], self.max_text)
+        return prefixed(tokens, num_text, num_text)
+
+    def drawn(self, assets: FusionAssets, texts: Sequence[str], seeds: Sequence[int]) -> Prefixed:
         """Each with a prefix of a random length, that leaves a token at least: its words, and what ends it."""
         tokens, num_text = assets.wordpiece(texts, self.max_text)
         lengths = [

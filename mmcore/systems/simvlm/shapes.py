@@ -1,6 +1,7 @@
 """SimVLM's shapes: base, large and huge as published, and a small one for a first run."""
 
 from dataclasses import replace
+from typing import Any
 
 from mmcore.parts.text import TextConfig
 from mmcore.parts.vit import VisionConfig
@@ -13,7 +14,7 @@ _tiny = CLIP_CONFIGS["tiny"].vision
 
 
 def _of(width: int, num_layers: int, num_heads: int) -> SimVLMConfig:
-    sizes = {"width": width, "num_layers": num_layers, "num_heads": num_heads, "mlp_dim": 4 * width}
+    sizes: dict[str, Any] = {"width": width, "num_layers": num_layers, "num_heads": num_heads, "mlp_dim": 4 * width}
     vision = VisionConfig(patch_size=16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3, **sizes)
     return SimVLMConfig(vision, TextConfig(vocab_size=30522, context_length=MAX_TEXT, **sizes))
 

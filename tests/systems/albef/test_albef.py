@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mmcore.data import DataConfig, open_data
+from mmcore.data.sources.digits import DIGIT_NAMES
 from mmcore.fusion_recipe import FusionBatch
 from mmcore.losses import hard_negatives
 from mmcore.nn import FeatureQueue, MomentumEncoder
@@ -16,7 +19,7 @@ from mmcore.recipe import Step
 from mmcore.systems.albef.model import ALBEF, ALBEFConfig
 from mmcore.systems.albef.recipe import Albef
 from mmcore.systems.albef.shapes import salesforce_vision
-from mmcore.systems.albef.vqa import ALBEFVQA, with_decoder
+from mmcore.systems.albef.vqa import ALBEFVQA, AlbefVqa, with_decoder
 from mmcore.systems.albef.weights import LAYOUT, published_state, read_published, save_albef
 from tests.refusals import refuses
 from tests.systems.albef import transcript
@@ -199,6 +202,27 @@ def test_answers_are_the_published_ones_by_a_decoder_of_the_fused_layers() -> No
     best = asking.decoder_head(states)[:, :-1].argmax(-1)
     ended = (said == 2).cumsum(1) - (said == 2).int() > 0
     assert torch.equal(best.masked_fill(ended, 0), said)
+
+
+def test_answers_that_are_ranked_are_words_as_they_were_learned() -> None:
+    found = AlbefVqa().assets(open_data(DataConfig(), seed=0))
+    assert set(found.answers) == {*DIGIT_NAMES, "even", "odd"}
+
+
+def test_what_a_run_starts_from_must_fit_and_other_images_have_their_positions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ALBEF(CONFIG)
+    save_albef(model, tmp_path / "out")
+    recipe: Any = Albef(start=tmp_path / "out", image_size=16)
+    refuses("--tokenizer must be given", recipe.assets, None)
+    wide = replace(CONFIG, vision=replace(CONFIG.vision, image_size=16))
+    found = recipe.initial(SimpleNamespace(shape=wide), ALBEF(wide))
+    assert found["visual.position_embedding"].shape == (17, 16) and "text.word_embedding.weight" in found
+    torch.testing.assert_close(found["visual.position_embedding"][0], model.visual.position_embedding[0])  # pyright: ignore
+    other = replace(wide, text=replace(wide.text, vocab_size=VOCAB + 1))
+    refuses(
+        "--from must have weights of this model's shapes", recipe.initial, SimpleNamespace(shape=other), ALBEF(other)
+    )
 
 
 @pytest.mark.parametrize(("flags", "said"), [

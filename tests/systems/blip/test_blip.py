@@ -24,7 +24,7 @@ from mmcore.parts.decoding import nucleus
 from mmcore.recipe import Step
 from mmcore.systems.albef.shapes import salesforce_vision
 from mmcore.systems.blip.model import BLIP, BLIPConfig, Kind, fitting
-from mmcore.systems.blip.recipe import LEAST_PROBABILITY, Blip, BlipCaption
+from mmcore.systems.blip.recipe import LEAST_PROBABILITY, Blip, BlipCaption, BlipVqa
 from mmcore.systems.blip.shapes import blip_text
 from mmcore.systems.blip.weights import SETTINGS, layout, load_blip, save_blip, written
 from tests.refusals import refuses
@@ -256,6 +256,18 @@ def test_folders_load_in_transformers_and_come_back(kind: Kind, tmp_path: Path) 
             if name in theirs.state_dict():
                 assert torch.equal(theirs.state_dict()[name], x), (other, name)
     refuses("folder must not exist yet", save_blip, ours, tmp_path / "out")
+
+
+def test_a_wider_image_tower_leaves_what_reads_questions_anew_and_is_not_written(tmp_path: Path) -> None:
+    vision = salesforce_vision(8, 4, 32, 1, 2, 24)
+    wide = replace(CONFIG, vision=vision, text=replace(CONFIG.text, image_width=32))
+    started: Any = BlipVqa().started(dict(BLIP(wide).state_dict()))
+    asking = BLIP(replace(wide, kind="vqa"))
+    ours = {n: x for n, x in started.items() if n in asking.state_dict()}
+    assert asking.load_state_dict(ours, strict=False).missing_keys == [
+        f"decoder.blocks.{i}.cross.kv.{x}" for i in range(2) for x in ("weight", "bias")
+    ]
+    refuses("vision.width must be text.width 16", save_blip, asking, tmp_path / "out")
 
 
 def test_a_caption_drawn_by_its_own_numbers_does_not_depend_on_its_neighbours() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mmcore.data.text.tokenizer import train_tokenizer
 from mmcore.parts.decoding import beam_search
+from mmcore.parts.towers import load_tower
+from mmcore.parts.vit import ViT
 from mmcore.recipe import Step
 from mmcore.systems.clip.recipe import ClipBatch
 from mmcore.systems.coca.model import CoCa
@@ -79,10 +81,10 @@ def test_outputs_losses_and_every_gradient_equal_open_clips(
     theirs.text.correct_cls_mask, tokens = correct, TOKENS.clone()
     if has_sign:  # a token of id 0 in a caption
         tokens[3, 2] = tokens[1, 5] = 0
-    ours = ours_of(theirs, tmp_path / "x", correct_cls_mask=correct, pads_by_id=has_sign).train()
+    ours = ours_of(theirs, tmp_path / "x", correct_cls_mask=correct, pads_by_id=has_sign)
+    ours.train()
     expected = theirs.train()(IMAGES, tokens)
-    rows, options = ClipBatch(IMAGES, tokens, [4, LENGTH, 1, 7, LENGTH - 1]), {"contrast_weight": 0.7}
-    recipe = Coca(**options)
+    rows, recipe = ClipBatch(IMAGES, tokens, [4, LENGTH, 1, 7, LENGTH - 1]), Coca(contrast_weight=0.7)
     features = recipe.features(ours, rows)
     for ours_x, name in zip(features[:2], ("image_features", "text_features"), strict=True):
         torch.testing.assert_close(ours_x, expected[name], **CLOSE)
@@ -94,7 +96,7 @@ def test_outputs_losses_and_every_gradient_equal_open_clips(
     torch.testing.assert_close(0.7 * losses["contrast"], wanted["contrastive_loss"], **CLOSE)
     torch.testing.assert_close(2 * losses["caption"], wanted["caption_loss"], **CLOSE)
     losses["loss"].backward()
-    sum(wanted.values()).backward()
+    (wanted["contrastive_loss"] + wanted["caption_loss"]).backward()
     grads = layout(ours.config).read("test", {n: p.grad for n, p in theirs.named_parameters()}, ours.state_dict())
     assert grads.keys() == dict(ours.named_parameters()).keys()
     for name, p in ours.named_parameters():
@@ -126,10 +128,12 @@ def test_the_class_token_does_not_see_itself_behind_a_short_caption_unless_the_m
             ours.text.position_embedding.copy_(places)
     # of whatever length the rows are, the class token stands at the end of the context
     torch.testing.assert_close(ours.encode_text(TOKENS[:1, :4]), ours.encode_text(TOKENS[:1]))
+    with pytest.raises(ValueError, match="lengths must reach each caption's end token, got 3 for caption 0"):
+        ours.encode_text(TOKENS[:2], [3, LENGTH])
 
 
 def test_texts_are_those_that_open_clips_logits_choose(theirs: Any, tmp_path: Path) -> None:
-    ours = ours_of(theirs, tmp_path / "x").eval()
+    ours = ours_of(theirs, tmp_path / "x")
     theirs.text.pad_id = -1  # open_clip hides what is generated of id 0
     start, prompt = torch.full((5,), START), torch.tensor([START])
 
@@ -170,7 +174,7 @@ def test_texts_are_those_that_open_clips_logits_choose(theirs: Any, tmp_path: Pa
 def test_what_is_written_is_loaded_by_open_clip_and_what_it_lacks_is_refused(theirs: Any, tmp_path: Path) -> None:
     import open_clip  # pyright: ignore[reportMissingImports]  # noqa: PLC0415
 
-    ours = ours_of(theirs, tmp_path / "x").float().eval()
+    ours = ours_of(theirs, tmp_path / "x").float()
     save_coca(ours, tmp_path / "y")
     again: Any = open_clip.create_model(f"local-dir:{tmp_path / 'y'}").eval()
     images = IMAGES.float()
@@ -180,6 +184,12 @@ def test_what_is_written_is_loaded_by_open_clip_and_what_it_lacks_is_refused(the
     assert all(torch.equal(x, found[n]) for n, x in ours.state_dict().items())
     file = tmp_path / "y/open_clip_model.safetensors"
     assert load_coca(file, config=ours.config).config == ours.config
+    (tmp_path / "y/config.json").unlink()  # as open_clip's own folders are
+    tower = load_tower(tmp_path / "y")
+    vit = ViT(tower.config)
+    vit.load_state_dict(tower.state)
+    states = ours.visual.pooler.key_norm(ViT.forward(ours.visual, images))
+    torch.testing.assert_close(vit(images), states)
     object.__setattr__(ours.config, "correct_cls_mask", True)
     with pytest.raises(ValueError, match="correct_cls_mask must be False to be written in"):
         save_coca(ours, tmp_path / "z")

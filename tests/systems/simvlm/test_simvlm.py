@@ -145,24 +145,28 @@ def test_a_prefix_leaves_a_token_and_is_as_likely_to_end_anywhere() -> None:
     assert (abs(counts[1:] - share) < 4 * share**0.5).all()
 
 
-def test_texts_without_images_come_with_every_batch_and_count_by_their_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_stack", [True, False])
+def test_texts_without_images_come_with_every_batch_and_count_by_their_words(one_stack: bool, tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("a seven by hand\n\n  two words here \n")
-    recipe = Simvlm(text_data=file, text_share=0.5)
+    recipe = Simvlm(text_data=file, text_share=0.5, one_stack=one_stack)
     data = recipe.open_data()
     assets = recipe.assets(data)
-    batch, least = (next(recipe.loader(data, assets, LoaderSpec(n, 0, 1, 0))).parts[0] for n in (4, 1))
-    assert len(batch.alone.tokens) == 2 and len(least.alone.tokens) == 1
+    batch, half, least = (next(recipe.loader(data, assets, LoaderSpec(n, 0, 8 // n, 0))).parts[0] for n in (8, 4, 1))
+    assert 2 <= len(batch.alone.tokens) <= 7 and least.alone.num_learned == 0
+    assert len(half.alone.tokens) <= len(batch.alone.tokens)
     model = recipe.build(assets)
+    assert recipe.loss(model, least, Step(0, 1, 0))["texts"] == 0
     losses, (total, count) = recipe.loss(model, batch, Step(0, 1, 0)), model("loss", batch.images, *batch.texts)
     of_texts, num_texts = model("loss", None, *batch.alone)
     torch.testing.assert_close(losses["loss"], (total + of_texts) / (count + num_texts))
     assert recipe.weight(batch) == count + num_texts
-    for flags, sentence in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"text_data": tmp_path / "no"}, "--text-data must be a file with a text a line"),
         ({"text_share": 0.5}, "--text-share has no effect without --text-data, got 0.5"),
         ({"text_data": file, "text_share": 0.0}, r"--text-share must be in \(0, 1\], got 0.0"),
-    ):
+    )
+    for flags, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
             Simvlm(**flags).assets(data)
 
