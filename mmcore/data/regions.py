@@ -54,13 +54,13 @@ class Regions(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Regions":
         objects = None if self.objects is None else Objects(*(x.to(device) for x in self.objects))
-        return Regions(*(x.to(device) for x in self[:3]), objects)
+        return Regions(self.features.to(device), self.boxes.to(device), self.counts.to(device), objects)
 
     def take(self, images: Sequence[int]) -> "Regions":
         """Those of some images, in any order."""
         index = torch.tensor(images, dtype=torch.int64, device=self.counts.device)
         objects = None if self.objects is None else Objects(*(x[index] for x in self.objects))
-        return Regions(*(x[index] for x in self[:3]), objects)
+        return Regions(self.features[index], self.boxes[index], self.counts[index], objects)
 
     @classmethod
     def joined(cls, parts: Sequence["Regions"]) -> "Regions":

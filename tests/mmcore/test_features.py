@@ -101,7 +101,7 @@ def test_registers_layer_scale_mask_token_and_drop_path_are_as_defined() -> None
     with pytest.raises(ValueError, match="masked must be None: the tower has no mask token"):
         plain(images, masked=masked)
 
-    block = model.train().transformer.blocks[-1]  # it leaves out half of the samples, the first one none
+    model.train()  # the last block leaves out half of the samples, the first one none
     assert [b.drop_path for b in model.transformer.blocks] == [0.0, 0.5]  # pyright: ignore[reportAttributeAccessIssue]
     x = torch.randn(4000, 2, 8, dtype=torch.float64)
     added = residual(torch.ones_like(x), None, 0.5)

@@ -118,7 +118,8 @@ def _shape(op: str, state: Mapping[str, Tensor]) -> Beit3Config:
     known: dict[str, Head] = {"vision_head.weight": "retrieval", "head.3.weight": "answers"}
     if codes is None and "mlm_head.weight" in state:
         known["mlm_head.weight"] = "captioning"
-    head: Head = next((kind for name, kind in known.items() if name in state), "pretraining")
+    heads: list[Head] = [kind for name, kind in known.items() if name in state]
+    head: Head = heads[0] if heads else "pretraining"
     return Beit3Config(
         beit3_vision(side * patch, patch, width, num, max(1, width // 64), len(found["mlp"])),
         len(found["words"]),

@@ -130,9 +130,9 @@ class Simvlm(FusionRecipe):
         batch = collate_pairs([x.pair for x in samples])
         seeds = [x.seed for x in samples]
         alone = None if self.text_data is None else self.alone(assets, _lines(self.text_data), seeds)
-        return SimBatch(batch.images, self.joined(assets, batch.captions, batch.questions, seeds), alone)
+        return SimBatch(batch.images, self.prefixed(assets, batch.captions, batch.questions, seeds), alone)
 
-    def joined(
+    def prefixed(
         self, assets: FusionAssets, texts: list[str], questions: list[str] | None, seeds: Sequence[int]
     ) -> Prefixed:
         """Texts of images and where their prefix ends."""
@@ -212,7 +212,7 @@ class SimvlmVqa(Simvlm):
         assert asked is not None
         return [text for q in asked.questions for text in (q.text, *q.answers)]
 
-    def joined(
+    def prefixed(
         self, assets: FusionAssets, texts: list[str], questions: list[str] | None, seeds: Sequence[int]
     ) -> Prefixed:
         assert questions is not None

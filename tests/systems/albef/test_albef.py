@@ -143,7 +143,7 @@ def test_files_have_the_published_names_both_ways(tmp_path: Path) -> None:
     # as published: a torch file of {"model": ...}, without a shape, whose heads have 64 channels
     wide = ALBEFConfig(
         salesforce_vision(8, 4, 64, 1, 1, 32),
-        BertConfig(VOCAB, 8, 64, 2, 1, 32, num_positions=8, image_width=64, first_cross=1, **_DROPOUT),
+        BertConfig(VOCAB, 8, 64, 2, 1, 32, num_positions=8, image_width=64, first_cross=1, **_DROPOUT),  # pyright: ignore[reportArgumentType]
         embed_dim=E,
     )  # fmt: skip
     published = published_state(ALBEF(wide).state_dict())

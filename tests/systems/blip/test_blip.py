@@ -232,7 +232,7 @@ def test_defaults_of_transformers_are_not_the_published_ones() -> None:
     text, vision, whole = BlipTextConfig(), BlipVisionConfig(), BlipConfig(label_smoothing=0.1)
     assert text.num_attention_heads == 8 and CONFIG.text.num_heads != 8  # published: 12
     assert vision.layer_norm_eps == 1e-5 and CONFIG.vision.norm_eps == 1e-6
-    assert text.label_smoothing == 0 and whole.text_config.label_smoothing == 0  # which never gets there
+    assert text.label_smoothing == 0 and whole.text_config.label_smoothing == 0  # which never gets there  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     pooled = BlipModel(BlipConfig(**SETTINGS.write("test", CONFIG)) ).vision_model(torch.randn(1, 3, 8, 8))  # fmt: skip
     assert pooled.pooler_output.shape == (1, 16)
 
@@ -250,7 +250,7 @@ def test_folders_load_in_transformers_and_come_back(kind: Kind, tmp_path: Path) 
         theirs, info = CLASSES[other].from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not info["missing_keys"], other
         fitted = BLIP(replace(ours.config, kind=other))
-        fitted.load_state_dict({n: x for n, x in fitting(ours.state_dict(), other).items() if n in fitted.state_dict()})
+        fitted.load_state_dict({n: x for n, x in fitting(ours.state_dict(), other).items() if n in fitted.state_dict()})  # pyright: ignore[reportArgumentType]
         assert theirs.config.text_config.bos_token_id == DEC
         for name, x in written(fitted).items():
             if name in theirs.state_dict():

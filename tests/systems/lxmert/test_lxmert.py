@@ -226,7 +226,7 @@ def test_a_model_of_a_detectors_rows_learns_from_them(tmp_path: Path, tsv: bool)
     picture = Image.new("RGB", (4, 4))
     assert not assets.preprocess([picture]).features.any()  # of nobody
     with pytest.raises(BrokenRecord, match="a picture without a file's name has no rows"):
-        assets.rows.of_picture(picture)
+        assets.rows.of_picture(picture)  # pyright: ignore[reportOptionalMemberAccess]
     picture.info["file"] = "nobody.png"
     with pytest.raises(ValueError, match=r"must hold rows of every picture, got no rows of a detector for nobody\.png"):
         assets.preprocess([picture])

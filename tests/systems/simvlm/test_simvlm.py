@@ -176,7 +176,7 @@ def test_a_question_is_cut_for_its_answer_and_what_is_written_loads(tmp_path: Pa
     data = recipe.open_data()
     assets = recipe.assets(data)
     asked = ["is it an even digit or an odd digit, and why?", "which digit?"]
-    found = recipe.joined(assets, ["seven", "eight"], asked, [0, 1])
+    found = recipe.prefixed(assets, ["seven", "eight"], asked, [0, 1])
     assert found.num_text.max() <= 8 and (found.num_text > found.num_prefix).all()
     words = assets.wordpiece
     behind = [row[a:b].tolist() for row, a, b in zip(found.tokens, found.num_prefix, found.num_text, strict=True)]

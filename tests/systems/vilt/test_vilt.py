@@ -42,7 +42,7 @@ def pair(head: Head = "pretraining", **options: Any) -> tuple[ViLT, Any]:
         for p in ours.parameters():
             p.add_(0.05 * torch.randn_like(p))
     raw = SETTINGS.write("test", ViltConfig(**{**vars(ours.config), "head": "pretraining", "num_answers": 0}))
-    settings = transformers.ViltConfig(**raw, num_labels=max(1, options.get("num_answers", 1)))
+    settings = transformers.ViltConfig(**raw, num_labels=max(1, options.get("num_answers", 1)))  # pyright: ignore[reportCallIssue]
     theirs = getattr(transformers, ARCHITECTURES[head])(settings)
     state = layout_of(head).write(ours.state_dict())
     state = {name: x for name, x in state.items() if not name.startswith("itm_score")}
