@@ -104,7 +104,7 @@ class FusionRecipe(OnPairs):
     @property
     def name(self) -> str:
         """For messages, as on the command line."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(self).__name__).lower()
 
     # assets
 

@@ -1,5 +1,6 @@
 """BEiT-3's recipe: hidden words and masked patches of texts, images and pairs."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -184,7 +185,7 @@ class Beit3(OnBeit3, CompletesTexts):
             made = coder.with_source(data, mim_shape(found.shape))
         except ValueError as error:
             said = str(error).replace("--tokenizer", "--codes").replace("--num-tokens", "--num-codes")
-            raise ValueError(said) from None
+            raise ValueError(re.sub(r"^\w+(?=:)", self.name, said)) from None
         shape = replace(found.shape, num_codes=made.shape.outputs)
         return Beit3Assets(shape, found.wordpiece, found.origin, source=made.source, frozen=made.frozen)
 

@@ -11,7 +11,7 @@ from mmcore.losses import trimmed
 from mmcore.ops import require
 from mmcore.parts.answers import answer_loss
 from mmcore.recipe import Claim, Proof, Runner, Step
-from mmcore.systems.vlmo.recipe import BEIT, PAIRS, PUBLISHED, OnVlmo
+from mmcore.systems.vlmo.recipe import PRETRAINED, PUBLISHED, OnVlmo
 from mmcore.train.config import RunConfig
 from mmcore.train.optim import OptimConfig, Rule
 
@@ -38,6 +38,5 @@ class VlmoVqa(AnswersQuestions, OnVlmo):
         return {"loss": answer_loss(logits, batch.targets)}
 
 
-_START = f"--data digits --vision {{0}} {PAIRS}"
-_TUNE = "--data digits --from {1} --max-text 16 --epochs 10 --batch-size 64 --lr 1e-3 --head-lr-scale 2 --ema 0.99"
-PROOF = Proof([BEIT, ("vlmo", _START), ("vlmo-vqa", _TUNE)], [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.80)])
+_TUNE = "--data digits --from {2} --max-text 16 --epochs 8 --batch-size 64 --lr 1e-3 --head-lr-scale 2 --ema 0.99"
+PROOF = Proof([*PRETRAINED, ("vlmo-vqa", _TUNE)], [Claim("VQA accuracy (held-out)", "VQA accuracy", 0.80)])
