@@ -242,12 +242,6 @@ def _digested(raw: Mapping[str, Any], most: int | None) -> Regions:
     return Regions(x, y, torch.tensor([len(features)]), objects)
 
 
-def seven_numbers(boxes: Tensor) -> Tensor:
-    """Left, top, right, bottom [..., 4] with width, height and area besides [..., 7], as UNITER reads them."""
-    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    return torch.cat([boxes, torch.stack([width, height, width * height], -1)], -1)
-
-
 def drawn_regions(count: int, rate: float, rng: np.random.Generator, *, at_least_one: bool = False) -> np.ndarray:
     """Which of `count` regions are hidden, bool [N], each with probability `rate`."""
     require("drawn_regions", 0 <= rate <= 1, "rate must be in [0, 1], got {}", rate)

@@ -18,7 +18,7 @@ from mmcore.data import DataConfig, LoaderSpec, PairData, TrainLoader, open_data
 from mmcore.data.broken import BrokenRecord
 from mmcore.data.loader import MapLoader
 from mmcore.data.opening import ChatData, open_chats, source_kind
-from mmcore.data.sources.conversations import ChatRecord
+from mmcore.data.sources.conversations import IMAGE, ChatRecord, Turn
 from mmcore.data.sources.derived_chats import DESCRIBE
 from mmcore.labels import IGNORED
 from mmcore.losses import global_ratio
@@ -320,10 +320,7 @@ def _some(data: ChatData, reader: Reader, count: int) -> list[ReadChat]:
 
 def _blank(reader: Reader) -> ReadChat:
     """A conversation about nothing of which nothing is learned."""
-    from mmcore.data.sources.conversations import IMAGE, Turn  # noqa: PLC0415
-
-    read = reader.prompt([Turn("user", IMAGE)], [Image.new("RGB", (32, 32))])
-    return ReadChat({n: x for n, x in read.inputs.items()}, read.labels)
+    return reader.prompt([Turn("user", IMAGE)], [Image.new("RGB", (32, 32))])
 
 
 @torch.no_grad()
