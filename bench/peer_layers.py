@@ -1,6 +1,7 @@
 """Layers as others have them, with the weights of ours: torch's, OpenFlamingo's, open_clip's, BEiT-3's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,12 @@ from mmcore.nn import (
     AttentionalPooler,
     CrossAttention,
     GatedCrossAttentionBlock,
+    MultiwayAttention,
     MultiwayBlock,
+    MultiwayPositions,
     PoolingHead,
 )
+from mmcore.nn.relative import multiway_places
 
 
 def copy_rows(linear: nn.Linear, *others: nn.Linear) -> None:
@@ -144,6 +148,42 @@ class Head(nn.Module):
         """[B, L, D] to [B, D]."""
         y = self.attn(self.probe.expand(len(x), 1, -1), x, x, need_weights=False)[0][:, 0]
         return y + self.mlp(self.norm(y))
+
+
+class DecoupledAttention(nn.Module):
+    """BEiT-3's attention as torchscale has it: each modality's projections, and the weights stored."""
+
+    def __init__(self, ours: MultiwayAttention, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes, self.num_heads = list(sizes), ours.num_heads
+        for name in ("qkv", "out"):
+            layers = nn.ModuleList(nn.Linear(x.in_features, x.out_features) for x in getattr(ours, name))
+            layers.load_state_dict(getattr(ours, name).state_dict())
+            setattr(self, name, layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+
+        def by_part(layers: Any, x: Tensor) -> Tensor:
+            return torch.cat([layer(part) for layer, part in zip(layers, x.split(self.sizes, 1), strict=True)], 1)
+
+        q, k, v = by_part(self.qkv, x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
+        return by_part(self.out, (weights @ v).transpose(1, 2).flatten(2))
+
+
+class Distances(nn.Module):
+    """VLMo's table of distances, looked up by a stored index, as unilm has it."""
+
+    def __init__(self, ours: MultiwayPositions, num_text: int) -> None:
+        super().__init__()
+        self.num_layers, self.table = ours.num_layers, nn.Parameter(ours.table.detach().clone())
+        self.index = nn.Buffer(torch.from_numpy(multiway_places(ours.side, ours.max_text, num_text, True)))
+
+    def forward(self, scale: Tensor) -> Tensor:
+        """[L, H, T, T]."""
+        found = F.embedding(self.index, self.table)
+        return found.permute(2, 0, 1).unflatten(0, (self.num_layers, -1)) * scale
 
 
 class Multiway(nn.Module):

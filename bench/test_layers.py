@@ -19,6 +19,8 @@ from bench.case import Case, dtype_id, time_case
 from bench.harness import DTYPE
 from bench.measure import assert_agrees, gemm_flops_per_s, relative_error
 from bench.peer_layers import (
+    DecoupledAttention,
+    Distances,
     Flamingos,
     Gated,
     Head,
@@ -35,7 +37,9 @@ from mmcore.nn import (
     Block,
     CrossAttention,
     GatedCrossAttentionBlock,
+    MultiwayAttention,
     MultiwayBlock,
+    MultiwayPositions,
     PerceiverResampler,
     PoolingHead,
     PostNormBlock,
@@ -259,6 +263,27 @@ def multiway(rows: int) -> Layer:
     )
 
 
+def multiway_attention(rows: int) -> Layer:
+    """BEiT-3's base, decoupled, of an image and a text."""
+    ours, sizes = MultiwayAttention(768, 12), (197, 64)
+    contenders = {
+        "mmcore": Contender(ours, lambda m, x: m(x, sizes)),
+        "eager": Contender(DecoupledAttention(ours, sizes), plain),
+    }
+    return Layer((torch.randn(rows, sum(sizes), 768),), contenders)
+
+
+def multiway_positions(rows: int) -> Layer:
+    """VLMo's base, of an image and a text, for all layers; the input is nothing but what gradients are asked of."""
+    ours = MultiwayPositions(14, 40, 12, 12)
+    nn.init.normal_(ours.table)
+    contenders = {
+        "mmcore": Contender(ours, lambda m, x: m(40, True) * x),
+        "eager": Contender(Distances(ours, 40), plain),
+    }
+    return Layer((torch.ones(rows),), contenders)
+
+
 # by the name of ours: who makes it, of as many rows, and how many on a CPU and on a GPU
 LAYERS: Mapping[str, tuple[Callable[[int], Layer], int, int]] = {
     "Attention": (attention, 4, 128),
@@ -266,7 +291,9 @@ LAYERS: Mapping[str, tuple[Callable[[int], Layer], int, int]] = {
     "Block": (block, 2, 128),
     "CrossAttention": (cross_attention, 4, 100),
     "GatedCrossAttentionBlock": (gated, 1, 64),
+    "MultiwayAttention": (multiway_attention, 2, 64),
     "MultiwayBlock": (multiway, 2, 64),
+    "MultiwayPositions": (multiway_positions, 1, 1),
     "PerceiverResampler": (resampler, 2, 64),
     "PoolingHead": (head, 4, 128),
     "PostNormBlock": (post_norm, 4, 256),

@@ -55,7 +55,8 @@ class RelativePositions(nn.Module):
             grid = table[:-_OTHERS].T.reshape(1, -1, width, width)  # [1, H, distances, distances]
             grid = F.interpolate(grid, size=(wanted, wanted), mode="bilinear")
             table = torch.cat([grid.flatten(2)[0].T, table[-_OTHERS:]])
-        return table[torch.from_numpy(relative_places(side)).to(table.device)].permute(2, 0, 1)[None]
+        places = torch.from_numpy(relative_places(side)).to(table.device)
+        return F.embedding(places, table).permute(2, 0, 1)[None]
 
 
 @lru_cache(maxsize=16)
@@ -105,7 +106,7 @@ class MultiwayPositions(nn.Module):
         fits = 0 <= num_text <= self.max_text and (has_image or num_text > 0)
         require("MultiwayPositions", fits, "num_text must be at most {}, got {}", self.max_text, num_text)
         places = torch.from_numpy(multiway_places(self.side, self.max_text, num_text, has_image))
-        found = self.table[places.to(self.table.device)]  # [T, T, L H]
+        found = F.embedding(places.to(self.table.device), self.table)  # [T, T, L H]
         return found.permute(2, 0, 1).unflatten(0, (self.num_layers, -1))
 
 

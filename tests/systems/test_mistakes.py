@@ -35,7 +35,7 @@ def places(tower: Path, language: Path, tmp_path_factory: pytest.TempPathFactory
 
 # of each verb and recipe, its arguments and what the sentence holds, `.*` in place of anything
 MISTAKES: dict[str, list[tuple[str, str]]] = {
-    "paint": [("", "must be one of train, eval, chat, export, plan, prove, got 'paint'")],
+    "paint": [("", "must be one of train, eval, chat, export, plan, prove, capfilt, got 'paint'")],
     "train clip": [
         ("--data digitz", "did you mean 'digits'"),
         ("--data stamps --language zh", "got 'zh'; did you mean 'zh_CN'?"),

@@ -175,7 +175,7 @@ def test_questions_and_captions_of_a_file_are_answered_in_other_words_and_ways(s
     (1, ["vqa", "--prompt", "{}"], "--prompt has no effect on conversations without --data"),
     (1, ["caption", "--image-root", "x"], "--image-root has no effect without --data, got 'x'"),
     (1, ["caption", "--data", "VQA"], "has no held-out captions to compare with"),
-    (1, ["retrieval"], "retrieval asks for a model that embeds, which a run of llava-stage2 does not"),
+    (1, ["retrieval"], "retrieval asks for a model that embeds or matches, which a run of llava-stage2 does not"),
 ])  # fmt: skip
 def test_a_mistake_about_a_run_gets_one_sentence(first, second, which, arguments, message, tmp_path, capsys):
     questions, annotations = map(str, write_vqa(tmp_path, 2))
