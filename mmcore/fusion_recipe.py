@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -34,6 +35,11 @@ class FusionAssets(VisionAssets):
     wordpiece: WordPiece
     origin: str = ""  # of its words, for the reader
     answers: tuple[str, ...] = ()
+
+    @cached_property
+    def vocabulary(self) -> AnswerVocabulary:
+        """The answers with their normal forms, which are made once."""
+        return AnswerVocabulary(self.answers)
 
     def save(self, folder: Path) -> dict[str, Any]:
         self.wordpiece.save(folder / "tokenizer")
@@ -327,7 +333,7 @@ class AnswersQuestions(SaysAnswers):
     def collate(self, assets: FusionAssets, samples: list[FusionSample]) -> AnswerBatch:
         batch = collate_pairs([x.pair for x in samples], stack=self.joined)
         assert batch.questions is not None
-        targets = AnswerVocabulary(assets.answers).targets([x.answers for x in samples])
+        targets = assets.vocabulary.targets([x.answers for x in samples])
         tokens, num_text = assets.wordpiece.padded(batch.questions, self.max_text)
         return AnswerBatch(batch.images, tokens, num_text, targets)
 

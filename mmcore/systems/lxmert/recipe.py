@@ -242,7 +242,7 @@ class Lxmert(OnLxmert, CompletesTexts, MatchesPairs, SaysAnswers):
         is_match = torch.tensor(index) == torch.arange(len(index))
         answer = torch.full((len(samples),), -1)
         if assets.answers:
-            targets = AnswerVocabulary(assets.answers).targets([x.answers for x in samples])
+            targets = assets.vocabulary.targets([x.answers for x in samples])
             for row, (scores, rng) in enumerate(zip(targets.numpy(), rngs, strict=True)):
                 if scores.any() and is_match[row]:
                     answer[row] = int(rng.choice(len(scores), p=scores / scores.sum(dtype=np.float64)))
